@@ -1,0 +1,538 @@
+"""Every setting of stdit: frozen pydantic models, loaded from YAML.
+
+An unknown key, a wrong type, a missing file or sizes that do not divide are errors that name the
+file, the key and the numbers. Nothing here imports torch, so a config can be checked anywhere.
+
+    config = load("configs/debug.yaml", Config, ["train.steps=100", "run_dir=runs/x"])
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Frozen(BaseModel):
+    """Base of every section: immutable, unknown keys refused, no silent conversion of types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+# ------------------------------------------------------------------------------------------ model
+
+# Hidden size, depth and heads of Peebles & Xie 2023, table 1.
+SIZES: dict[str, tuple[int, int, int]] = {
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+
+
+class ModelConfig(Frozen):
+    """The space-time transformer. Written as it is into the diffusers `config.json` of the weights."""
+
+    size: Literal["S", "B", "L", "XL"] | None = None
+    hidden_size: Positive | None = None
+    depth: Positive | None = None
+    num_heads: Positive | None = None
+    mlp_ratio: float = Field(4.0, gt=0)
+    in_channels: Positive = 4
+    patch_size: tuple[Positive, Positive, Positive] = (1, 2, 2)
+    attention: Literal["factorized", "full"] = "factorized"
+    # False: no temporal blocks (an image model); only `factorized` has them.
+    temporal: bool = True
+    qk_norm: bool = False
+    positions: Literal["sincos", "rope"] = "sincos"
+    # Grid (in patches a side) whose coordinate range every other grid is rescaled to; None: not rescaled.
+    position_base: Positive | None = None
+    position_interpolation: float = Field(1.0, gt=0)
+    temporal_interpolation: float = Field(1.0, gt=0)
+    num_classes: Positive | None = None
+    text_dim: Positive | None = None
+    # Longest caption, in tokens, that the model is given.
+    text_tokens: Positive = 120
+    pooled_text: bool = False
+    micro_conditions: tuple[Literal["fps", "height", "width"], ...] = ()
+    learned_variance: bool = False
+    gelu: Literal["tanh", "erf"] = "tanh"
+
+    @model_validator(mode="after")
+    def _sizes(self) -> ModelConfig:
+        if self.size is None:
+            missing = [k for k in ("hidden_size", "depth", "num_heads") if getattr(self, k) is None]
+            if missing:
+                raise ValueError(
+                    f"give size (one of {', '.join(SIZES)}) or hidden_size, depth and num_heads; missing: {', '.join(missing)}"
+                )
+        width, _, heads = self.dimensions
+        if width % heads:
+            raise ValueError(f"hidden_size {width} is not divisible by num_heads {heads}")
+        if self.positions == "sincos" and width % 4:
+            raise ValueError(f"hidden_size {width} is not divisible by 4, which sine-cosine positions need")
+        if self.positions == "rope" and (width // heads) % 2:
+            raise ValueError(
+                f"head width {width // heads} (hidden_size {width} / num_heads {heads}) is odd; RoPE needs pairs"
+            )
+        if self.pooled_text and self.text_dim is None:
+            raise ValueError("pooled_text needs text_dim")
+        if self.attention == "full" and not self.temporal:
+            raise ValueError(
+                "temporal: false belongs to attention: factorized; full attention has no temporal blocks to leave out"
+            )
+        return self
+
+    @property
+    def dimensions(self) -> tuple[int, int, int]:
+        """(hidden size, depth, heads), from the size table unless given."""
+        table = SIZES[self.size] if self.size else (0, 0, 0)
+        return (self.hidden_size or table[0], self.depth or table[1], self.num_heads or table[2])
+
+
+# -------------------------------------------------------------------------------------- diffusion
+
+
+class DiffusionConfig(Frozen):
+    """What the model is asked to predict, at which times. t = 0 is data, t = 1 is noise."""
+
+    objective: Literal["flow", "ddpm"] = "flow"
+    # flow matching (Esser et al. 2024)
+    time_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: float = Field(1.0, gt=0)
+    shift: float = Field(1.0, gt=0)
+    # Latent (frames, height, width) at which the shift is `shift`; larger latents are shifted
+    # further, by sqrt(area ratio) * sqrt(frames ratio). None: the same shift everywhere.
+    shift_base: tuple[Positive, Positive, Positive] | None = None
+    # DDPM
+    noise_schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"
+    num_train_timesteps: Positive = 1000
+    # Both: the share of samples whose condition is dropped, for classifier-free guidance.
+    label_dropout: Share = 0.1
+    caption_dropout: Share = 0.1
+
+
+# ------------------------------------------------------------------------------------------- data
+
+
+class Bucket(Frozen):
+    """A shape, in pixels, that clips are cut to; batches hold one bucket only."""
+
+    frames: Positive
+    height: Positive
+    width: Positive
+
+    @property
+    def key(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+
+class ExtractBucket(Bucket):
+    """The share `keep_probability` of the clips that fit stays here; the rest goes on to the next fitting bucket."""
+
+    keep_probability: Share = 1.0
+
+
+class TrainBucket(Bucket):
+    """`batch_size`: samples of this shape per rank and micro-batch. `weight`: how often, against the others, per sample held."""
+
+    batch_size: Positive
+    weight: float = Field(1.0, gt=0)
+
+
+class Where(Frozen):
+    """A condition on one manifest column."""
+
+    column: str
+    at_least: float | None = None
+    at_most: float | None = None
+    one_of: tuple[str | int | float, ...] | None = None
+
+    @model_validator(mode="after")
+    def _some(self) -> Where:
+        if self.at_least is None and self.at_most is None and self.one_of is None:
+            raise ValueError(f"the condition on column {self.column!r} states none of at_least, at_most, one_of")
+        return self
+
+
+class VideoEncoderConfig(Frozen):
+    """The autoencoder. `pixels`: none, the clip itself; `image`: a diffusers image autoencoder, per frame;
+    `video`: a diffusers video autoencoder. `path`: a local folder or hub id."""
+
+    kind: Literal["pixels", "image", "video"] = "pixels"
+    path: str | None = None
+    subfolder: str | None = None
+    # `pixels` only: 1 (luma) or 3 (RGB).
+    channels: Literal[1, 3] = 3
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    # `image` only: frames encoded or decoded at a time.
+    frames_at_once: Positive = 16
+
+    @model_validator(mode="after")
+    def _path(self) -> VideoEncoderConfig:
+        if (self.kind == "pixels") != (self.path is None):
+            raise ValueError(
+                f"kind {self.kind!r} {'takes no path' if self.path else 'needs a path (folder or hub id)'}"
+            )
+        return self
+
+
+class ByteT5Config(Frozen):
+    """A frozen T5 encoder over bytes (ByT5's tokens), drawn from `seed`: text features with nothing to download."""
+
+    width: Positive = 64
+    depth: Positive = 2
+    num_heads: Positive = 4
+    seed: NonNegative = 0
+    # T5Config.initializer_factor: how far the random weights reach.
+    initializer_factor: float = Field(1.0, gt=0)
+
+
+class TextEncoderConfig(Frozen):
+    """A T5, mT5, UMT5 or ByT5 encoder by `path` (folder or hub id), or a random `byte_t5`."""
+
+    path: str | None = None
+    subfolder: str | None = None
+    tokenizer_subfolder: str | None = None
+    byte_t5: ByteT5Config | None = None
+    max_tokens: Positive = 120
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @model_validator(mode="after")
+    def _one(self) -> TextEncoderConfig:
+        if (self.path is None) == (self.byte_t5 is None):
+            raise ValueError("give exactly one of path and byte_t5")
+        return self
+
+
+class ExtractConfig(Frozen):
+    """Clips and captions in, feature shards out (`python -m pipelines.extract_features --config …`)."""
+
+    manifest: Path
+    out: Path
+    # Tried from large to small area, then from long to short.
+    buckets: tuple[ExtractBucket, ...] = Field(min_length=1)
+    # A bucket whose area is below this share of the largest bucket that the clip covers is not tried.
+    min_area_ratio: Share = 0.0
+    where: tuple[Where, ...] = ()
+    video_encoder: VideoEncoderConfig = VideoEncoderConfig()
+    # None: no text features (class-conditional or unconditional training).
+    text_encoder: TextEncoderConfig | None = None
+    decoder: Literal["auto", "decord", "pyav"] = "auto"
+    decode_timeout_s: float = Field(60.0, gt=0)
+    # Frames taken from a clip longer than its bucket, and every how manieth.
+    window: Literal["first", "center"] = "first"
+    frame_stride: Positive = 1
+    clips_per_shard: Positive = 512
+    batch_size: Positive = 16
+    # More undecodable clips than this share of the manifest is an error.
+    max_bad_share: Share = 0.05
+    workers: Positive = 1
+    seed: NonNegative = 0
+
+
+class DataConfig(Frozen):
+    """Which extracted features a training run reads."""
+
+    # The `out` of an extraction; or `synthetic`: data made on the spot, to show that a launch works.
+    features: Path | Literal["synthetic"]
+    buckets: tuple[TrainBucket, ...] = Field(min_length=1)
+    where: tuple[Where, ...] = ()
+    train_split: str = "train"
+    validation_split: str = "validation"
+    workers: NonNegative = 0
+
+    @model_validator(mode="after")
+    def _unique(self) -> DataConfig:
+        keys = [b.key for b in self.buckets]
+        twice = sorted({k for k in keys if keys.count(k) > 1})
+        if twice:
+            raise ValueError(f"buckets listed twice: {', '.join(twice)}")
+        return self
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+class OptimizerConfig(Frozen):
+    """AdamW with linear warm-up and a decay that ends at `steps`."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: NonNegative = 0
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    final_ratio: Share = 0.0
+    gradient_clip: float = Field(1.0, ge=0)
+
+
+class EMAConfig(Frozen):
+    """Exponential moving average of the weights; the decay at step s is min(decay, (1 + s) / (10 + s))."""
+
+    decay: float = Field(0.9999, ge=0, lt=1)
+    every: Positive = 1
+
+
+class TrainConfig(Frozen):
+    steps: Positive
+    gradient_accumulation: Positive = 1
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EMAConfig = EMAConfig()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    activation_checkpointing: bool = False
+    attention_backend: str | None = None
+    compile: bool = False
+    # Raw DeepSpeed JSON merged over what this config makes: a file, or the settings themselves.
+    deepspeed: Path | dict[str, Any] | None = None
+    log_every: Positive = 1
+    checkpoint_every: Positive | None = None
+    keep_checkpoints: Positive = 2
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    # Steps in a row that a not-a-number gradient may be skipped before the run stops.
+    max_bad_steps: NonNegative = 10
+
+
+class ValidationConfig(Frozen):
+    """Loss on the validation split: the same clips, noise and times at every call."""
+
+    every: Positive | None = None
+    samples: Positive = 64
+    times: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+class SamplerConfig(Frozen):
+    """How videos are drawn from a model; diffusers' schedulers do the steps."""
+
+    scheduler: Literal["flow_euler", "ddim", "dpm_solver", "unipc"] = "flow_euler"
+    steps: Positive = 50
+    guidance_scale: float = Field(4.0, ge=0)
+
+
+class SampleGridConfig(Frozen):
+    """A grid of samples during training, for captions of the validation split."""
+
+    every: Positive | None = None
+    count: Positive = 8
+    # Shape in pixels; None: the first bucket's.
+    bucket: Bucket | None = None
+    sampler: SamplerConfig = SamplerConfig()
+
+
+class InitConfig(Frozen):
+    """Weights that a new run starts from (a transition, not a resume): optimizer, sampler and random states start afresh."""
+
+    # A run directory, or a folder with diffusers' config.json and safetensors.
+    source: Path
+    weights: Literal["ema", "model"] = "ema"
+    # Changes that the source's architecture goes through; any other difference is an error.
+    allow: tuple[Literal["class_to_text", "add_temporal", "rescale_positions", "new_text_projection"], ...] = ()
+
+
+class Config(Frozen):
+    """One training run (`deepspeed stdit/train.py --config …`)."""
+
+    name: str = "run"
+    run_dir: Path
+    seed: NonNegative = 0
+    model: ModelConfig
+    diffusion: DiffusionConfig = DiffusionConfig()
+    data: DataConfig
+    train: TrainConfig
+    validation: ValidationConfig = ValidationConfig()
+    samples: SampleGridConfig = SampleGridConfig()
+    init: InitConfig | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> Config:
+        flow_sampler = self.samples.sampler.scheduler == "flow_euler"
+        if self.diffusion.objective == "ddpm" and flow_sampler and self.samples.every:
+            raise ValueError(
+                "samples.sampler.scheduler flow_euler draws from objective flow; this run's diffusion.objective is ddpm"
+            )
+        if self.diffusion.objective == "flow" and self.samples.sampler.scheduler == "ddim" and self.samples.every:
+            raise ValueError(
+                "samples.sampler.scheduler ddim draws from objective ddpm; this run's diffusion.objective is flow"
+            )
+        if self.diffusion.objective == "flow" and self.model.learned_variance:
+            raise ValueError(
+                "model.learned_variance belongs to diffusion.objective ddpm; flow matching has no variance to learn"
+            )
+        return self
+
+
+# ----------------------------------------------------------------------------------------- loading
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message names file, key and value."""
+
+
+class _Loader(yaml.SafeLoader):
+    """safe_load with three mends: 1e-4 is a float, a key given twice is an error, aliases are refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise ConfigError(f"{self.name}:{key_node.start_mark.line + 1}: key {key!r} is given twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise ConfigError(
+                f"{self.name}:{mark.line + 1}: YAML aliases (*name) are not used here; write the value out or use extends"
+            )
+        return super().compose_node(parent, index)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: Path | str) -> Any:
+    """The YAML document in `path`. ConfigError: file missing or not valid YAML."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """The YAML document `text`; `name` stands in messages for its file."""
+    loader = _Loader(text)
+    loader.name = name
+    try:
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not valid YAML ({error})") from error
+    finally:
+        loader.dispose()
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`: mappings are merged key by key, anything else (lists too) is replaced."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def read_extended(path: Path | str, depth: int = 0) -> dict[str, Any]:
+    """The mapping in `path` laid over those that its `extends:` list names (relative to it), at most two deep."""
+    path = Path(path)
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top, found {type(data).__name__}")
+    parents = data.pop("extends", [])
+    if not isinstance(parents, list) or not all(isinstance(p, str) for p in parents):
+        raise ConfigError(f"{path}: extends must be a list of file names, found {parents!r}")
+    if parents and depth == 2:
+        raise ConfigError(f"{path}: extends is at most 2 deep, this would be {depth + 1}")
+    below: dict[str, Any] = {}
+    for parent in parents:
+        below = merge(below, read_extended(path.parent / parent, depth + 1))
+    return merge(below, data)
+
+
+def apply_override(data: dict[str, Any], text: str) -> dict[str, Any]:
+    """`data` with one `a.b=value` laid over it; the value is read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"--set {text}: expected key=value, such as train.steps=100")
+    change: Any = parse_yaml(value, f"--set {text}")
+    for part in reversed(key.split(".")):
+        change = {part: change}
+    return merge(data, change)
+
+
+_Section = TypeVar("_Section", bound=BaseModel)
+
+
+def validate(data: dict[str, Any], schema: type[_Section], name: str) -> _Section:
+    """`data` as a `schema`; ConfigError lists every key that is wrong, with what was found. `name`: the file, for messages."""
+    try:
+        # Strict, and as JSON: lists serve as tuples and strings as paths, but "5" or true is no number.
+        return schema.model_validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as error:
+        lines = []
+        for e in error.errors():
+            where = ".".join(str(part) for part in e["loc"]) or "(top)"
+            if e["type"] == "extra_forbidden":
+                lines.append(f"{name}: {where}: unknown key")
+            else:
+                found = "" if e["type"] in ("missing", "value_error") else f", found {e['input']!r}"
+                lines.append(f"{name}: {where}: {e['msg'].removeprefix('Value error, ')}{found}")
+        raise ConfigError("\n".join(lines)) from None
+
+
+def load(path: Path | str, schema: type[_Section], overrides: Sequence[str] = ()) -> _Section:
+    """The YAML file `path` (with what it extends) as a `schema`, after `--set` overrides.
+
+    Raises ConfigError naming the file, the key and the value.
+    """
+    data = read_extended(path)
+    for text in overrides:
+        data = apply_override(data, text)
+    return validate(data, schema, str(path))
+
+
+def dump(config: BaseModel) -> str:
+    """The resolved config as YAML that `load` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+# -------------------------------------------------------------------------- checks across sections
+
+
+def latent_shape(bucket: Bucket, compression: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Latent (T, H, W) of a clip of `bucket`'s size. `compression`: pixels per latent (t, h, w).
+
+    Video autoencoders compress causally: T = 1 + (frames - 1) / t. ConfigError where sizes don't divide.
+    """
+    t, h, w = compression
+    if (bucket.frames - 1) % t:
+        raise ConfigError(
+            f"bucket {bucket.key}: frames - 1 = {bucket.frames - 1} is not divisible by the autoencoder's temporal compression {t}"
+        )
+    for name, size, factor in (("height", bucket.height, h), ("width", bucket.width, w)):
+        if size % factor:
+            raise ConfigError(
+                f"bucket {bucket.key}: {name} {size} is not divisible by the autoencoder's compression {factor}"
+            )
+    return (1 + (bucket.frames - 1) // t, bucket.height // h, bucket.width // w)
+
+
+def token_grid(latent: tuple[int, int, int], patch: tuple[int, int, int], name: str) -> tuple[int, int, int]:
+    """Grid (T, H, W) of patches of a latent; ConfigError with both numbers where they don't divide."""
+    for axis, size, p in zip(("frames", "height", "width"), latent, patch, strict=True):
+        if size % p:
+            raise ConfigError(f"{name}: latent {axis} {size} is not divisible by model.patch_size {p}")
+    return (latent[0] // patch[0], latent[1] // patch[1], latent[2] // patch[2])
+
+
+def tokens(latent: tuple[int, int, int], patch: tuple[int, int, int], name: str) -> int:
+    """Number of patches of a latent."""
+    return math.prod(token_grid(latent, patch, name))

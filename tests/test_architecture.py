@@ -1,0 +1,137 @@
+"""The house (docs/architecture.md) held against the imports: who may import whom, and where a library may appear."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("stdit", "pipelines", "cluster")
+
+# Level of each room; a file may import only from lower levels, and from its own room.
+LEVELS = {
+    "stdit": 0,
+    "stdit.config": 0,
+    "stdit.files": 0,
+    "stdit.models": 1,
+    "stdit.diffusion": 1,
+    "stdit.encoders": 1,
+    "stdit.data": 1,
+    "stdit.evaluation.scores": 1,
+    "stdit.training": 2,
+    "stdit.train": 3,
+    "stdit.extract": 3,
+    "stdit.generate": 3,
+    "stdit.pipeline": 3,
+    "stdit.evaluation": 3,
+    "pipelines": 4,
+    "cluster": 5,
+}
+
+# Third-party packages that may appear in these places alone.
+CONFINED = {
+    "deepspeed": ("stdit/training/",),
+    "flash_attn": ("stdit/models/attention.py",),
+    "transformers": ("stdit/encoders/", "stdit/pipeline.py"),
+    "ray": ("pipelines/", "cluster/submit.py"),
+    "decord": ("stdit/data/decode.py",),
+}
+
+
+def room(module: str) -> str:
+    """The longest prefix of `module` that has a level."""
+    parts = module.split(".")
+    return next(p for n in range(len(parts), 0, -1) if (p := ".".join(parts[:n])) in LEVELS)
+
+
+def module_of(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def files() -> list[Path]:
+    return sorted(f for r in ROOMS for f in (ROOT / r).rglob("*.py"))
+
+
+def imports(file: Path) -> Iterator[tuple[str, bool]]:
+    """(module imported, whether at the top of the file) for every import statement."""
+    tree = ast.parse(file.read_text())
+    top = set(map(id, tree.body))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            assert node.module
+            if node.module in ("stdit", "pipelines", "cluster"):
+                yield from ((f"{node.module}.{alias.name}", id(node) in top) for alias in node.names)
+            else:
+                yield node.module, id(node) in top
+
+
+@pytest.mark.parametrize("file", files(), ids=lambda f: str(f.relative_to(ROOT)))
+def test_a_file_imports_only_from_below(file: Path) -> None:
+    own = room(module_of(file))
+    for name, _ in imports(file):
+        if name.split(".")[0] not in ROOMS:
+            continue
+        other = room(name)
+        allowed = (
+            other == own or LEVELS[other] < LEVELS[own] or (LEVELS[own] == LEVELS[other] == 3 and own != "stdit.config")
+        )
+        assert allowed, (
+            f"{file.relative_to(ROOT)} ({own}, level {LEVELS[own]}) imports {name} ({other}, level {LEVELS[other]})"
+        )
+
+
+@pytest.mark.parametrize("file", files(), ids=lambda f: str(f.relative_to(ROOT)))
+def test_a_confined_library_stays_in_its_room(file: Path) -> None:
+    path = str(file.relative_to(ROOT))
+    for name, _ in imports(file):
+        places = CONFINED.get(name.split(".")[0])
+        assert places is None or path.startswith(places), f"{path} imports {name}, which belongs in {places}"
+
+
+@pytest.mark.parametrize(
+    "file", [f for f in files() if f.relative_to(ROOT).parts[0] == "pipelines"], ids=lambda f: f.name
+)
+def test_pipelines_import_only_settings_at_the_top(file: Path) -> None:
+    for name, top in imports(file):
+        if top and name.split(".")[0] == "stdit":
+            assert LEVELS[room(name)] == 0, (
+                f"{file.name} imports {name} at the top; heavy modules are imported inside tasks"
+            )
+
+
+def test_settings_need_no_torch() -> None:
+    for name, _ in imports(ROOT / "stdit/config.py"):
+        assert name.split(".")[0] in {
+            "__future__",
+            "json",
+            "math",
+            "re",
+            "collections",
+            "pathlib",
+            "typing",
+            "yaml",
+            "pydantic",
+            "stdit",
+        }
+
+
+def test_no_file_under_stdit_shadows_a_module() -> None:
+    # `deepspeed stdit/train.py` puts stdit/ first on sys.path.
+    taken = sys.stdlib_module_names | set(packages_distributions())
+    for path in (ROOT / "stdit").iterdir():
+        assert path.name == "__init__.py" or path.stem not in taken or path.name == "__pycache__", (
+            f"{path} shadows the module {path.stem}"
+        )
+
+
+def test_no_room_is_called_common() -> None:
+    assert not [f for f in files() if f.stem in ("utils", "common", "helpers", "misc")]
