@@ -342,6 +342,31 @@ class InitConfig(Frozen):
     allow: tuple[Literal["class_to_text", "add_temporal", "rescale_positions", "new_text_projection"], ...] = ()
 
 
+class EvaluationConfig(Frozen):
+    """Scores of generated clips against a manifest's held-out clips (stdit/evaluation/). Columns are the manifest's own."""
+
+    manifest: Path
+    train_split: str = "train"
+    validation_split: str = "validation"
+    # Captions of the validation split to generate for, and the seed that draws them.
+    count: Positive = 100
+    seed: NonNegative = 0
+    # The column that the reader learns to tell from the pixels; None: no classes, so no accuracy and no Fréchet distance.
+    class_column: str | None = "class"
+    # What reports call it: `digit` gives digit_accuracy.
+    class_name: str = Field("class", pattern=r"^[a-z][a-z0-9_]*$")
+    # The column holding left, right, up or down; None: no directions.
+    direction_column: str | None = "direction"
+    # A centroid that travels less than this share of the shorter side has direction `none`.
+    min_motion: Share = 0.05
+    # What the reader sees: `foreground`, what stands out from the border's colour, centred and scaled; `frame`, all of it.
+    crop: Literal["foreground", "frame"] = "foreground"
+    # Frames of the train split (at most) that the reader learns from, optimizer steps, and its seed.
+    reader_frames: Positive = 4096
+    reader_steps: Positive = 600
+    reader_seed: NonNegative = 0
+
+
 class Config(Frozen):
     """One training run (`deepspeed stdit/train.py --config …`)."""
 

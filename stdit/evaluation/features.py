@@ -1,0 +1,252 @@
+"""What is seen in a clip: its class, read by a small classifier; the classifier's features; the way that it travels.
+
+The classifier (the reader) learns the classes of one manifest from its train split, so nothing is downloaded and nothing
+is fixed beforehand: classes are whatever the class column holds. Its numbers mean something within one manifest only.
+
+Shapes: a clip is uint8 (T, H, W, 3); crops are float32 (N, 3, S, S) in [0, 1]; N frames, S the reader's size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from stdit.files import atomic_path
+
+Clip = NDArray[np.uint8]  # (T, H, W, 3)
+Crop = Literal["foreground", "frame"]
+
+# What differs from the border's colour by less than this share of the full range is background.
+CONTRAST = 0.2
+# Half of a crop's side over the foreground's root-mean-square radius: a full circle of ink fills 0.71 of the crop.
+MARGIN = 2.0
+DIRECTIONS = ("left", "right", "up", "down")
+NO_DIRECTION = "none"
+
+
+# ------------------------------------------------------------------------------- foreground, motion
+
+
+def foreground(frames: Tensor) -> Tensor:
+    """How far each pixel stands out from its frame's border, 0 below CONTRAST. frames (N, 3, H, W) in [0, 1] -> (N, H, W)."""
+    border = torch.cat([frames[..., 0, :], frames[..., -1, :], frames[..., :, 0], frames[..., :, -1]], -1)  # (N, 3, b)
+    colour = border.median(-1).values[..., None, None]
+    contrast = (frames - colour).abs().amax(1)
+    return contrast * (contrast > CONTRAST)
+
+
+def centroids(mass: Tensor) -> Tensor:
+    """(y, x) of the centre of mass in pixels, not-a-number where a frame is empty. (N, H, W) -> (N, 2)."""
+    total = mass.sum((1, 2))
+    y = torch.arange(mass.shape[1]) + 0.5
+    x = torch.arange(mass.shape[2]) + 0.5
+    return torch.stack([(mass.sum(2) * y).sum(1), (mass.sum(1) * x).sum(1)], 1) / total[:, None]
+
+
+def crops(clip: Clip, size: int, mode: Crop = "foreground") -> Tensor:
+    """Every frame's crop: what stands out, centred and scaled to `size`; a frame with nothing in it is taken whole.
+
+    Centre and scale come from first and second moments, which a few stray pixels hardly move (a bounding box they do).
+    """
+    frames = to_float(clip)  # (T, 3, H, W)
+    n, _, height, width = frames.shape
+    whole = torch.tensor([height / 2, width / 2]).expand(n, 2)
+    centre, half = whole, whole
+    if mode == "foreground":
+        mass = foreground(frames)
+        found = centroids(mass)
+        y = (torch.arange(height) + 0.5)[None, :, None] - found[:, 0, None, None]
+        x = (torch.arange(width) + 0.5)[None, None, :] - found[:, 1, None, None]
+        radius = ((mass * (y * y + x * x)).sum((1, 2)) / mass.sum((1, 2))).sqrt()
+        empty = found.isnan().any(1, keepdim=True)
+        centre = torch.where(empty, whole, found)
+        half = torch.where(empty, whole, (MARGIN * radius).clamp_min(1.0)[:, None].expand(n, 2))
+    # Several points per pixel of the crop, averaged, where the crop is larger than `size`: no aliasing.
+    fine = max(1, math.ceil(2 * float(half.max()) / size))
+    line = (torch.arange(size * fine) + 0.5) / (size * fine) * 2 - 1
+    scale = torch.tensor([height, width]) / 2
+    rows, columns = ((centre[:, i, None] + half[:, i, None] * line) / scale[i] - 1 for i in (0, 1))
+    points = len(line)
+    grid = torch.stack([columns[:, None, :].expand(n, points, points), rows[:, :, None].expand(n, points, points)], -1)
+    # Outside the canvas is its edge, which is background.
+    sampled = F.grid_sample(frames, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return F.avg_pool2d(sampled, fine)
+
+
+def direction(clip: Clip, min_motion: float) -> str:
+    """left, right, up or down: where the foreground's centre goes; `none` below `min_motion` of the shorter side.
+
+    The displacement is the slope of the least-squares line through the centres times the clip's length.
+    """
+    centre = centroids(foreground(to_float(clip)))
+    seen = ~centre.isnan().any(1)
+    if int(seen.sum()) < 2:
+        return NO_DIRECTION
+    time = torch.arange(len(clip), dtype=torch.float32)[seen]
+    time = time - time.mean()
+    slope = (time[:, None] * centre[seen]).sum(0) / (time * time).sum()
+    down, right = (slope * (len(clip) - 1) / min(clip.shape[1:3])).tolist()
+    if max(abs(down), abs(right)) < max(min_motion, 1e-9):
+        return NO_DIRECTION
+    if abs(right) > abs(down):
+        return "right" if right > 0 else "left"
+    return "down" if down > 0 else "up"
+
+
+def to_float(clip: Clip) -> Tensor:
+    """uint8 (T, H, W, 3) -> float32 (T, 3, H, W) in [0, 1]."""
+    if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[3] != 3 or not len(clip):
+        raise ValueError(f"a clip must be uint8 (T, H, W, 3) with T > 0, found {clip.dtype} {clip.shape}")
+    return torch.from_numpy(np.ascontiguousarray(clip)).permute(0, 3, 1, 2).float() / 255
+
+
+# ----------------------------------------------------------------------------------------- reader
+
+
+class ReaderNet(nn.Module):
+    """Three convolutions and two linear layers: crops (N, 3, S, S) -> features (N, 64) -> logits (N, classes)."""
+
+    width = 64
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(3, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+        )
+        self.penultimate = nn.Linear(64 * 16, self.width)
+        self.head = nn.Linear(self.width, classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        return F.relu(self.penultimate(self.convolutions(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was read from n clips: names (n), their probabilities (n), and features (n, 64), averaged over frames."""
+
+    names: list[str]
+    probabilities: list[float]
+    features: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ReaderInfo:
+    """What a reader is: its classes in the head's order, the crop, what it learned from and how it was tested."""
+
+    classes: tuple[str, ...]
+    size: int
+    crop: Crop
+    fingerprint: str = ""
+    train_frames: int = 0
+    held_out_right: int = 0
+    held_out_frames: int = 0
+
+    @property
+    def held_out_accuracy(self) -> float | None:
+        return self.held_out_right / self.held_out_frames if self.held_out_frames else None
+
+
+class Reader:
+    """A trained classifier of clips."""
+
+    def __init__(self, net: ReaderNet, info: ReaderInfo) -> None:
+        self.net = net.eval()
+        self.info = info
+
+    @torch.no_grad()
+    def read(self, clips: Sequence[Clip]) -> Reading:
+        """Class probabilities and features of each clip, averaged over its frames."""
+        names, probabilities, features = [], [], []
+        for clip in clips:
+            seen = self.net.features(crops(clip, self.info.size, self.info.crop))
+            p = self.net.head(seen).softmax(-1).mean(0)
+            best = int(p.argmax())
+            names.append(self.info.classes[best])
+            probabilities.append(float(p[best]))
+            features.append(seen.mean(0).numpy())
+        return Reading(names, probabilities, np.stack(features) if features else np.zeros((0, ReaderNet.width), "f4"))
+
+    def save(self, path: Path) -> None:
+        with atomic_path(path) as temporary:
+            save_file(self.net.state_dict(), temporary, metadata={"reader": json.dumps(asdict(self.info))})
+
+    @classmethod
+    def load(cls, path: Path) -> Reader:
+        """ValueError: not a reader's file."""
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("reader")
+            if text is None:
+                raise ValueError(f"{path}: not a reader (no `reader` in its metadata)")
+            fields = json.loads(text)
+            info = ReaderInfo(**{**fields, "classes": tuple(fields["classes"])})
+            net = ReaderNet(len(info.classes))
+            net.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        return cls(net, info)
+
+
+def train_reader(
+    images: Tensor, labels: Tensor, info: ReaderInfo, steps: int = 600, seed: int = 0, batch_size: int = 128
+) -> Reader:
+    """A reader that learned `labels` (n) of `images`, crops (n, 3, S, S), slightly turned, moved, dimmed and noisy.
+
+    The last makes it read what a generator half blurs as a person would. Same seed, same reader.
+    """
+    if len(images) != len(labels) or not len(images):
+        raise ValueError(f"a reader needs as many labels as images and at least one, found {len(labels)} and {len(images)}")
+    generator = torch.Generator().manual_seed(seed)
+    net = ReaderNet(len(info.classes))
+    for parameter in net.parameters():
+        if parameter.ndim > 1:
+            nn.init.kaiming_normal_(parameter, nonlinearity="relu", generator=generator)
+        else:
+            nn.init.zeros_(parameter)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.02, fused=True)
+    for step in range(steps):
+        # Warm-up over a tenth of the steps, then down to nothing along a cosine.
+        rise, fall = (step + 1) / max(1, steps // 10), 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, rise) * fall
+        chosen = torch.randint(len(images), (batch_size,), generator=generator)
+        x = _vary(images[chosen], generator)
+        loss = F.cross_entropy(net(x), labels[chosen], label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return Reader(net, info)
+
+
+def _vary(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Turned by up to 9 degrees, scaled by 0.85 to 1.15, moved by 6 % of the side, contrast 0.8 to 1.1, noise of 0.05."""
+
+    def draw(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(len(x), generator=generator)
+
+    angle, scale = draw(-0.15, 0.15), draw(0.85, 1.15)
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    affine = torch.stack([cos, -sin, draw(-0.12, 0.12), sin, cos, draw(-0.12, 0.12)], 1).view(-1, 2, 3)
+    grid = F.affine_grid(affine, list(x.shape), align_corners=False)
+    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    return x * draw(0.8, 1.1)[:, None, None, None] + 0.05 * torch.randn(x.shape, generator=generator)
