@@ -47,7 +47,7 @@ class ModelConfig(Frozen):
     hidden_size: Positive | None = None
     depth: Positive | None = None
     num_heads: Positive | None = None
-    mlp_ratio: float = Field(4.0, gt=0)
+    mlp_ratio: float = Field(default=4.0, gt=0)
     in_channels: Positive = 4
     patch_size: tuple[Positive, Positive, Positive] = (1, 2, 2)
     attention: Literal["factorized", "full"] = "factorized"
@@ -57,8 +57,8 @@ class ModelConfig(Frozen):
     positions: Literal["sincos", "rope"] = "sincos"
     # Grid (in patches a side) whose coordinate range every other grid is rescaled to; None: not rescaled.
     position_base: Positive | None = None
-    position_interpolation: float = Field(1.0, gt=0)
-    temporal_interpolation: float = Field(1.0, gt=0)
+    position_interpolation: float = Field(default=1.0, gt=0)
+    temporal_interpolation: float = Field(default=1.0, gt=0)
     num_classes: Positive | None = None
     text_dim: Positive | None = None
     # Longest caption, in tokens, that the model is given.
@@ -110,8 +110,8 @@ class DiffusionConfig(Frozen):
     # flow matching (Esser et al. 2024)
     time_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
     logit_mean: float = 0.0
-    logit_std: float = Field(1.0, gt=0)
-    shift: float = Field(1.0, gt=0)
+    logit_std: float = Field(default=1.0, gt=0)
+    shift: float = Field(default=1.0, gt=0)
     # Latent (frames, height, width) at which the shift is `shift`; larger latents are shifted
     # further, by sqrt(area ratio) * sqrt(frames ratio). None: the same shift everywhere.
     shift_base: tuple[Positive, Positive, Positive] | None = None
@@ -148,7 +148,7 @@ class TrainBucket(Bucket):
     """`batch_size`: samples of this shape per rank and micro-batch. `weight`: how often, against the others, per sample held."""
 
     batch_size: Positive
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
 
 
 class Where(Frozen):
@@ -196,7 +196,7 @@ class ByteT5Config(Frozen):
     num_heads: Positive = 4
     seed: NonNegative = 0
     # T5Config.initializer_factor: how far the random weights reach.
-    initializer_factor: float = Field(1.0, gt=0)
+    initializer_factor: float = Field(default=1.0, gt=0)
 
 
 class TextEncoderConfig(Frozen):
@@ -230,7 +230,7 @@ class ExtractConfig(Frozen):
     # None: no text features (class-conditional or unconditional training).
     text_encoder: TextEncoderConfig | None = None
     decoder: Literal["auto", "decord", "pyav"] = "auto"
-    decode_timeout_s: float = Field(60.0, gt=0)
+    decode_timeout_s: float = Field(default=60.0, gt=0)
     # Frames taken from a clip longer than its bucket, and every how manieth.
     window: Literal["first", "center"] = "first"
     frame_stride: Positive = 1
@@ -268,20 +268,20 @@ class DataConfig(Frozen):
 class OptimizerConfig(Frozen):
     """AdamW with linear warm-up and a decay that ends at `steps`."""
 
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     warmup_steps: NonNegative = 0
     decay: Literal["constant", "linear", "cosine"] = "constant"
     final_ratio: Share = 0.0
-    gradient_clip: float = Field(1.0, ge=0)
+    gradient_clip: float = Field(default=1.0, ge=0)
 
 
 class EMAConfig(Frozen):
     """Exponential moving average of the weights; the decay at step s is min(decay, (1 + s) / (10 + s))."""
 
-    decay: float = Field(0.9999, ge=0, lt=1)
+    decay: float = Field(default=0.9999, ge=0, lt=1)
     every: Positive = 1
 
 
@@ -319,7 +319,7 @@ class SamplerConfig(Frozen):
 
     scheduler: Literal["flow_euler", "ddim", "dpm_solver", "unipc"] = "flow_euler"
     steps: Positive = 50
-    guidance_scale: float = Field(4.0, ge=0)
+    guidance_scale: float = Field(default=4.0, ge=0)
 
 
 class SampleGridConfig(Frozen):
