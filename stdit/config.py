@@ -85,6 +85,10 @@ class ModelConfig(Frozen):
             raise ValueError(
                 f"head width {width // heads} (hidden_size {width} / num_heads {heads}) is odd; RoPE needs pairs"
             )
+        if self.positions == "rope" and width // heads < 6:
+            raise ValueError(
+                f"head width {width // heads} (hidden_size {width} / num_heads {heads}) is below 6; RoPE needs a pair for each of t, h, w"
+            )
         if self.pooled_text and self.text_dim is None:
             raise ValueError("pooled_text needs text_dim")
         if self.attention == "full" and not self.temporal:
@@ -236,10 +240,18 @@ class ExtractConfig(Frozen):
     frame_stride: Positive = 1
     clips_per_shard: Positive = 512
     batch_size: Positive = 16
-    # More undecodable clips than this share of the manifest is an error.
+    # More undecodable clips than this share of those that `where` leaves is an error.
     max_bad_share: Share = 0.05
     workers: Positive = 1
     seed: NonNegative = 0
+
+    @model_validator(mode="after")
+    def _unique(self) -> ExtractConfig:
+        keys = [b.key for b in self.buckets]
+        twice = sorted({k for k in keys if keys.count(k) > 1})
+        if twice:
+            raise ValueError(f"buckets listed twice: {', '.join(twice)}")
+        return self
 
 
 class DataConfig(Frozen):
@@ -317,9 +329,41 @@ class ValidationConfig(Frozen):
 class SamplerConfig(Frozen):
     """How videos are drawn from a model; diffusers' schedulers do the steps."""
 
-    scheduler: Literal["flow_euler", "ddim", "dpm_solver", "unipc"] = "flow_euler"
+    # flow_euler is flow matching's; ddim and ddpm (ancestral) are DDPM's; dpm_solver and unipc draw from both.
+    scheduler: Literal["flow_euler", "ddim", "ddpm", "dpm_solver", "unipc"] = "flow_euler"
     steps: Positive = 50
     guidance_scale: float = Field(default=4.0, ge=0)
+
+
+class GenerateConfig(Frozen):
+    """Videos for a file of prompts (`python -m pipelines.generate_videos --run … --prompts … --out …`)."""
+
+    # A run directory, one of its checkpoints, or a folder that STDiTPipeline.save_pretrained wrote.
+    run: Path
+    weights: Literal["ema", "model"] = "ema"
+    # Text, a prompt a line; or JSONL (stdit/prompts.py).
+    prompts: Path
+    out: Path
+    # Pixels; None: of the largest bucket that the run was trained on.
+    frames: Positive | None = None
+    height: Positive | None = None
+    width: Positive | None = None
+    # None: as the run's own samples were drawn (its samples.sampler).
+    scheduler: Literal["flow_euler", "ddim", "ddpm", "dpm_solver", "unipc"] | None = None
+    steps: Positive | None = None
+    guidance_scale: float | None = Field(default=None, ge=0)
+    # Videos for each prompt, each from a seed of its own.
+    seeds: Positive = 1
+    fps: float = Field(default=8.0, gt=0, le=1000)
+    # Videos drawn at a time. Groups are cut from the file of prompts, so the same settings give the same videos.
+    batch_size: Positive = 8
+    workers: Positive = 1
+    # CPU threads of each worker.
+    threads: Positive = 1
+    # cpu, cuda; None: cuda where there is one.
+    device: str | None = None
+    # Removes what another request left in `out`, which is else an error.
+    overwrite: bool = False
 
 
 class SampleGridConfig(Frozen):
@@ -343,28 +387,29 @@ class InitConfig(Frozen):
 
 
 class EvaluationConfig(Frozen):
-    """Scores of generated clips against a manifest's held-out clips (stdit/evaluation/). Columns are the manifest's own."""
+    """How generated clips are scored against a manifest's held-out clips (stdit/evaluation/). Columns are the manifest's own."""
 
-    manifest: Path
     train_split: str = "train"
     validation_split: str = "validation"
-    # Captions of the validation split to generate for, and the seed that draws them.
-    count: Positive = 100
-    seed: NonNegative = 0
-    # The column that the reader learns to tell from the pixels; None: no classes, so no accuracy and no Fréchet distance.
+    # The column that the reader learns to tell from the pixels; None, or absent in the manifest: no class is read, so
+    # there is neither an accuracy nor a Fréchet distance.
     class_column: str | None = "class"
     # What reports call it: `digit` gives digit_accuracy.
-    class_name: str = Field("class", pattern=r"^[a-z][a-z0-9_]*$")
-    # The column holding left, right, up or down; None: no directions.
+    class_name: str = Field(default="class", pattern=r"^[a-z][a-z0-9_]*$")
+    # The column holding left, right, up or down; None, or absent: no direction is looked for.
     direction_column: str | None = "direction"
     # A centroid that travels less than this share of the shorter side has direction `none`.
     min_motion: Share = 0.05
     # What the reader sees: `foreground`, what stands out from the border's colour, centred and scaled; `frame`, all of it.
     crop: Literal["foreground", "frame"] = "foreground"
-    # Frames of the train split (at most) that the reader learns from, optimizer steps, and its seed.
+    # Held-out clips (at most) that generated ones are compared with.
+    real_clips: Positive = 512
+    # Frames of the train split (at most) that the reader learns from, its optimizer steps, and its seed.
     reader_frames: Positive = 4096
-    reader_steps: Positive = 600
+    reader_steps: Positive = 400
     reader_seed: NonNegative = 0
+    # Side, in pixels, that crops are scaled to.
+    reader_size: Annotated[int, Field(ge=8, multiple_of=4)] = 16
 
 
 class Config(Frozen):
@@ -388,9 +433,10 @@ class Config(Frozen):
             raise ValueError(
                 "samples.sampler.scheduler flow_euler draws from objective flow; this run's diffusion.objective is ddpm"
             )
-        if self.diffusion.objective == "flow" and self.samples.sampler.scheduler == "ddim" and self.samples.every:
+        sampler = self.samples.sampler.scheduler
+        if self.diffusion.objective == "flow" and sampler in ("ddim", "ddpm") and self.samples.every:
             raise ValueError(
-                "samples.sampler.scheduler ddim draws from objective ddpm; this run's diffusion.objective is flow"
+                f"samples.sampler.scheduler {sampler} draws from objective ddpm; this run's diffusion.objective is flow"
             )
         if self.diffusion.objective == "flow" and self.model.learned_variance:
             raise ValueError(

@@ -7,36 +7,20 @@ sampled, so that 19 GB of T5-XXL cost milliseconds and not a minute.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from pathlib import Path
+from typing import Any
 
 from stdit.config import ConfigError
+from stdit.files import fingerprint_file
 
-BLOCK_BYTES = 16 * 1024
-BLOCKS = 64
 # What decides an encoder: settings, weights, vocabulary. Not its README.
 SUFFIXES = {".json", ".safetensors", ".bin", ".model", ".txt"}
-# HTTP's 40 hex digits that name a commit on the hub.
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-def fingerprint_file(path: Path | str) -> str:
-    """Hex SHA-256 of a file's size and content: all of it up to 1 MiB, beyond that 64 blocks of 16 KiB spread evenly.
-
-    The first and the last block are always among them. OSError: the file cannot be read.
-    """
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        digest.update(size.to_bytes(8, "little"))
-        if size <= BLOCK_BYTES * BLOCKS:
-            digest.update(file.read())
-        else:
-            for block in range(BLOCKS):
-                file.seek(block * (size - BLOCK_BYTES) // (BLOCKS - 1))
-                digest.update(file.read(BLOCK_BYTES))
-    return digest.hexdigest()
+# What an identity says that has no part in the features.
+UNCHECKED = {"path", "frames_at_once"}
+# Where the hub's cache keeps one commit of a repository.
+_COMMIT_LENGTH = 40
+_COMMIT = re.compile(r"/snapshots/([0-9a-f]{40})/")
 
 
 def fingerprint_folder(*folders: Path) -> str:
@@ -70,18 +54,44 @@ def subfolder_of(folder: Path, subfolder: str | None, key: str) -> Path:
         raise ConfigError(f"{key}: {folder} has no subfolder {subfolder!r}")
     if not (place / "config.json").is_file():
         parts = sorted(p.parent.name for p in place.glob("*/config.json"))
-        hint = f"; it has subfolders with one: {', '.join(parts)} (set {key.rpartition('.')[0]}.subfolder)" if parts else ""
+        hint = (
+            f"; it has subfolders with one: {', '.join(parts)} (set {key.rpartition('.')[0]}.subfolder)"
+            if parts
+            else ""
+        )
         raise ConfigError(f"{key}: {place} has no config.json{hint}")
     return place
 
 
 def hub_commit(path: str, subfolder: str | None, revision: str | None) -> str:
-    """The commit that a hub id just loaded stands at, which serves as its fingerprint."""
-    from huggingface_hub import try_to_load_from_cache
+    """The commit that a hub id stands at (the one in the cache, where there is no network): its fingerprint.
 
-    name = f"{subfolder}/config.json" if subfolder else "config.json"
-    cached = try_to_load_from_cache(path, name, revision=revision or "main")
-    assert isinstance(cached, str), f"{path} was loaded from the hub but {name} is not in its cache"
-    commit = Path(cached).relative_to(Path(cached).parents[1 + bool(subfolder) + 0]).parts[0]
-    assert _COMMIT.fullmatch(commit), f"{cached} does not lie under a commit"
-    return commit
+    OSError: not on the hub, or no config.json there.
+    """
+    from huggingface_hub import hf_hub_download
+
+    cached = hf_hub_download(path, "config.json", subfolder=subfolder, revision=revision)
+    commit = _COMMIT.search(cached)
+    assert commit, f"{cached} does not lie under a commit"
+    return commit[1]
+
+
+def revision_of(identity: dict[str, Any], path: str | None) -> str | None:
+    """The hub's commit to load so that the weights are those of `identity`; None for a local folder, or no folder at all."""
+    if path is None or Path(path).expanduser().is_dir():
+        return None
+    return identity["fingerprint"] if len(identity["fingerprint"]) == _COMMIT_LENGTH else None
+
+
+def check_same(then: dict[str, Any], now: dict[str, Any], what: str) -> None:
+    """ConfigError where the encoder `now` is not the one whose identity was `then`; says what differs.
+
+    The path may differ, and how many frames are encoded at once. So may a hub's commit from the fingerprint of a
+    local folder: neither tells of the other.
+    """
+    lengths = {len(identity["fingerprint"] or "") for identity in (then, now)}
+    unchecked = {*UNCHECKED, "fingerprint"} if len(lengths) == 2 and _COMMIT_LENGTH in lengths else UNCHECKED
+    changed = [key for key in then if key not in unchecked and then[key] != now.get(key)]
+    if changed:
+        found = "; ".join(f"{key}: {then[key]} then, {now.get(key)} now" for key in changed)
+        raise ConfigError(f"{what} is not the one that these features were made with: {found}")

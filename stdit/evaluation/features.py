@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from stdit.files import atomic_path
 
-Clip = NDArray[np.uint8]  # (T, H, W, 3)
+Frames = NDArray[np.uint8]  # (T, H, W, 3)
 Crop = Literal["foreground", "frame"]
 
 # What differs from the border's colour by less than this share of the full range is background.
@@ -55,7 +55,7 @@ def centroids(mass: Tensor) -> Tensor:
     return torch.stack([(mass.sum(2) * y).sum(1), (mass.sum(1) * x).sum(1)], 1) / total[:, None]
 
 
-def crops(clip: Clip, size: int, mode: Crop = "foreground") -> Tensor:
+def crops(clip: Frames, size: int, mode: Crop = "foreground") -> Tensor:
     """Every frame's crop: what stands out, centred and scaled to `size`; a frame with nothing in it is taken whole.
 
     Centre and scale come from first and second moments, which a few stray pixels hardly move (a bounding box they do).
@@ -85,7 +85,7 @@ def crops(clip: Clip, size: int, mode: Crop = "foreground") -> Tensor:
     return F.avg_pool2d(sampled, fine)
 
 
-def direction(clip: Clip, min_motion: float) -> str:
+def direction(clip: Frames, min_motion: float) -> str:
     """left, right, up or down: where the foreground's centre goes; `none` below `min_motion` of the shorter side.
 
     The displacement is the slope of the least-squares line through the centres times the clip's length.
@@ -105,7 +105,7 @@ def direction(clip: Clip, min_motion: float) -> str:
     return "down" if down > 0 else "up"
 
 
-def to_float(clip: Clip) -> Tensor:
+def to_float(clip: Frames) -> Tensor:
     """uint8 (T, H, W, 3) -> float32 (T, 3, H, W) in [0, 1]."""
     if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[3] != 3 or not len(clip):
         raise ValueError(f"a clip must be uint8 (T, H, W, 3) with T > 0, found {clip.dtype} {clip.shape}")
@@ -123,11 +123,11 @@ class ReaderNet(nn.Module):
     def __init__(self, classes: int) -> None:
         super().__init__()
         self.convolutions = nn.Sequential(
-            nn.Conv2d(3, 32, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(32, 32, 3, padding=1),
+            nn.Conv2d(3, 16, 3, padding=1),
             nn.ReLU(),
             nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.ReLU(),
             nn.Conv2d(32, 64, 3, padding=1),
             nn.ReLU(),
             nn.MaxPool2d(2),
@@ -178,7 +178,7 @@ class Reader:
         self.info = info
 
     @torch.no_grad()
-    def read(self, clips: Sequence[Clip]) -> Reading:
+    def read(self, clips: Sequence[Frames]) -> Reading:
         """Class probabilities and features of each clip, averaged over its frames."""
         names, probabilities, features = [], [], []
         for clip in clips:
@@ -216,7 +216,9 @@ def train_reader(
     The last makes it read what a generator half blurs as a person would. Same seed, same reader.
     """
     if len(images) != len(labels) or not len(images):
-        raise ValueError(f"a reader needs as many labels as images and at least one, found {len(labels)} and {len(images)}")
+        raise ValueError(
+            f"a reader needs as many labels as images and at least one, found {len(labels)} and {len(images)}"
+        )
     generator = torch.Generator().manual_seed(seed)
     net = ReaderNet(len(info.classes))
     for parameter in net.parameters():

@@ -67,7 +67,7 @@ def frechet_distance(generated: ArrayLike, real: ArrayLike) -> float:
     a = (a - a.mean(0)) / math.sqrt(len(a) - 1)
     b = (b - b.mean(0)) / math.sqrt(len(b) - 1)
     # |A|^2 = tr S. QR brings (n, D) to at most (D, D); the singular values of A B' stay.
-    cross = np.linalg.qr(a, mode="r") @ np.linalg.qr(b, mode="r").T
+    cross = np.asarray(np.linalg.qr(a, mode="r")) @ np.asarray(np.linalg.qr(b, mode="r")).T
     roots = np.linalg.svd(cross, compute_uv=False).sum()
     return float(max(shift @ shift + (a * a).sum() + (b * b).sum() - 2 * roots, 0.0))
 
@@ -94,7 +94,9 @@ def _features(generated: ArrayLike, real: ArrayLike) -> tuple[NDArray[np.float64
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"features must be (n, D) and (m, D), found {a.shape} and {b.shape}")
     if len(a) < 2 or len(b) < 2:
-        raise ValueError(f"a distance between distributions needs at least 2 samples of each, found {len(a)} and {len(b)}")
+        raise ValueError(
+            f"a distance between distributions needs at least 2 samples of each, found {len(a)} and {len(b)}"
+        )
     for name, x in (("generated", a), ("real", b)):
         if not np.isfinite(x).all():
             raise ValueError(f"{int((~np.isfinite(x)).any(1).sum())} of {len(x)} {name} features are not finite")

@@ -1,0 +1,104 @@
+"""What is looked at before a plan's long work: does everything fit, what crosses, what will it take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipelines import plan as plans
+from pipelines.plan import Plan, ResolvedStage
+from stdit.config import ConfigError
+
+
+def check_early(plan: Plan, stages: Sequence[ResolvedStage]) -> None:
+    """ConfigError for what can be known to fail before clips are made or read."""
+    by_name = {stage.name: stage for stage in stages}
+    encoder = plan.extract.video_encoder
+    for stage in stages:
+        if encoder.kind == "pixels":  # Of others the compression is known once they are loaded, at extraction.
+            plans.check_shapes(stage, (1, 1, 1), encoder.channels)
+        if stage.config.model.text_dim is not None and plan.extract.text_encoder is None:
+            raise ConfigError(
+                f"{stage.source}: model.text_dim {stage.config.model.text_dim}, but the plan's extraction has no text_encoder"
+            )
+        if stage.after is not None:
+            crossing(by_name[stage.after], stage)
+
+
+def check_manifest(plan: Plan) -> None:
+    """ConfigError where there is no manifest, and nothing to make one."""
+    if plan.prepare is None and not plan.extract.manifest.is_file():
+        raise ConfigError(f"extraction.manifest: {plan.extract.manifest} does not exist")
+
+
+def crossing(before: ResolvedStage, stage: ResolvedStage) -> str:
+    """What stdit.models.transition carries from one stage's model to the next one's, tried without weights or memory.
+
+    ConfigError: the architectures differ in something that `allow` does not cover.
+    """
+    import torch
+
+    from stdit.models.stdit import STDiT
+    from stdit.models.transition import carry
+
+    allow = stage.config.init.allow if stage.config.init else ()
+    try:
+        with torch.device("meta"):
+            _, carried = carry(STDiT.from_settings(before.config.model), stage.config.model, allow)
+    except ValueError as error:
+        raise ConfigError(f"{stage.source}: after {before.name}: {error}") from error
+    return str(carried)
+
+
+def stage_lines(plan: Plan, stages: Sequence[ResolvedStage]) -> list[str]:
+    """Forecast of every stage, from the extracted features. ConfigError where a stage does not fit them."""
+    from pipelines.forecast import extraction_lines, forecast, read_report
+    from stdit.data.features import FeatureSet
+    from stdit.training.checks import check
+
+    features = FeatureSet(plan.extract.out)
+    t, h, w = features.video_encoder["compression"]
+    lines = extraction_lines(read_report(plan.extract.out))
+    for stage in stages:
+        try:
+            # Without `init`: the stage it comes from may not be trained yet; `crossing` has looked at their architectures.
+            check(stage.config if stage.after is None else stage.config.model_copy(update={"init": None}))
+        except ConfigError as error:
+            raise ConfigError(f"{stage.source}: {error}") from error
+        data = stage.config.data
+        chosen = features.select(data.train_split, data.buckets, data.where)
+        lengths = [features.text_lengths(ids) for ids in chosen.values()]
+        mean = sum(int(some.sum()) for some in lengths) / max(1, sum(map(len, lengths)))
+        lines += str(forecast(stage, plan.resources, features, (t, h, w), round(mean))).splitlines()
+    return lines
+
+
+def forecast_lines(plan: Plan, stages: Sequence[ResolvedStage]) -> list[str]:
+    """What a plan will take, and what crosses: from the features if they are there, else from the manifest, else from
+    the plan alone. ConfigError: an autoencoder that is not there."""
+    from pipelines.forecast import EqualSource, ManifestSource, forecast
+
+    if (plan.extract.out / "index.json").is_file():
+        lines = stage_lines(plan, stages)
+    else:
+        source = ManifestSource(plan.extract) if plan.extract.manifest.is_file() else EqualSource(plan.extract.manifest)
+        lines = source.lines()
+        for stage in stages:
+            # Nothing has been read yet: captions count at their longest.
+            text = stage.config.model.text_tokens
+            lines += str(forecast(stage, plan.resources, source, compression(plan), text)).splitlines()
+    by_name = {stage.name: stage for stage in stages}
+    for stage in stages:
+        if stage.after is not None:
+            lines += [f"stage {stage.name} from {stage.after}:"]
+            lines += [f"  {line}" for line in crossing(by_name[stage.after], stage).splitlines()]
+    return lines
+
+
+def compression(plan: Plan) -> tuple[int, int, int]:
+    """Pixels per latent (t, h, w) of the plan's autoencoder, which is loaded if it is a real one."""
+    if plan.extract.video_encoder.kind == "pixels":
+        return (1, 1, 1)
+    from stdit.encoders.video import load_video_encoder
+
+    t, h, w = load_video_encoder(plan.extract.video_encoder).identity["compression"]
+    return (t, h, w)

@@ -1,0 +1,109 @@
+"""Feature extraction on many workers (Ray Data): a pool of actors, each holding the encoders once.
+
+    python -m pipelines.extract_features --config configs/extract/digits.yaml --set workers=4
+
+What is sent is rows of the manifest; clips are read, and shards written, where the actor runs, so
+manifest, encoders and `out` must be at the same paths on every node. Same files as
+`python -m stdit.extract`, whatever the number of workers; the same command again goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.workers import connect, disconnect
+from stdit.config import ExtractConfig, load, validate
+
+if TYPE_CHECKING:
+    from stdit.data.records import Outcome, Part
+
+
+class Worker:
+    """An actor: encoders and a decoding child, made once; a part in, its outcome out."""
+
+    def __init__(self, config: dict[str, Any], directory: str, threads: int) -> None:
+        if os.path.isdir(directory):  # the driver's; elsewhere paths are absolute or mean what they say there
+            os.chdir(directory)
+        import torch
+
+        from stdit.extract import extractor
+
+        torch.set_num_threads(threads)
+        self.extractor = extractor(validate(config, ExtractConfig, "extraction"))
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """{"part": pickled Part} -> {"outcome": pickled Outcome, "error": ""}, or the error that stops the extraction."""
+        import torch
+
+        try:
+            outcome = self.extractor.extract(pickle.loads(row["part"]))
+        except (OSError, ValueError, torch.OutOfMemoryError) as error:
+            # As a value: an exception would be tried again, and come back inside Ray's own traceback.
+            return {"outcome": b"", "error": f"{type(error).__name__}: {error}"}
+        return {"outcome": pickle.dumps(outcome), "error": ""}
+
+
+def extract_features(config: ExtractConfig, overwrite: bool = False) -> Path:
+    """The extraction on `config.workers` actors; the folder of features. A second call does nothing.
+
+    Raises what `stdit.extract.run` raises; OSError or ValueError also for what a worker met.
+    """
+    from stdit.extract import begin, follow
+
+    plan, todo = begin(config, overwrite)
+    if not todo:
+        return follow(plan, (), ())
+    how = connect(config.workers)
+    try:
+        return follow(plan, todo, _outcomes(config, todo))
+    finally:
+        if how == "started":
+            disconnect()
+
+
+def _outcomes(config: ExtractConfig, todo: Sequence[Part]) -> Iterator[Outcome]:
+    """Outcomes of parts as they come in."""
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    # The bar over clips is progress enough.
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    DataContext.get_current().enable_progress_bars = False
+    workers = min(config.workers, len(todo))
+    have = ray.cluster_resources()
+    # Actors share GPUs where there are fewer of them than workers.
+    gpus = min(1.0, have.get("GPU", 0) / workers)
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    parts = ray.data.from_items([{"part": pickle.dumps(part)} for part in todo], override_num_blocks=len(todo))
+    done = parts.map(
+        Worker,
+        fn_constructor_args=(config.model_dump(mode="json"), os.getcwd(), threads),
+        compute=ActorPoolStrategy(size=workers),
+        num_cpus=1,
+        num_gpus=gpus or None,
+    )
+    for row in done.iter_rows():
+        if row["error"]:
+            raise OSError(row["error"])
+        yield pickle.loads(row["outcome"])
+
+
+def main() -> None:
+    from stdit.extract import arguments
+
+    given = arguments("python -m pipelines.extract_features").parse_args()
+    try:
+        out = extract_features(load(given.config, ExtractConfig, given.set), given.overwrite)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""What a plan will take, before it takes it: clips kept and dropped, tokens, steps, FLOPs, memory of a rank.
+
+Counts come from the extraction's report and index; before there is one, from the manifest alone (nothing is decoded).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.plan import ResolvedStage, Resources
+from stdit.config import Bucket, ExtractConfig, TrainConfig, Where, latent_shape, token_grid
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from stdit.data.loader import Source
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class BucketForecast:
+    """One bucket of a stage: `clips` of its training split, `left_out` of them by `where`, and what a step takes."""
+
+    key: str
+    clips: int
+    left_out: int
+    samples_per_step: int
+    steps: int
+    tokens: int
+
+    @property
+    def epochs(self) -> float:
+        """How often each clip is seen."""
+        return self.steps * self.samples_per_step / max(1, self.clips)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank. Activations: of its largest bucket's micro-batch."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.average + self.activations
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one stage will take. FLOPs: of all its steps, over all ranks."""
+
+    name: str
+    steps: int
+    ranks: int
+    zero_stage: int
+    precision: str
+    buckets: tuple[BucketForecast, ...]
+    where: str
+    text_length: int
+    parameters: int
+    flops: int
+    memory: Memory
+
+    def __str__(self) -> str:
+        samples = sum(b.steps * b.samples_per_step for b in self.buckets)
+        lines = [
+            f"stage {self.name}: {self.steps} steps, {self.ranks} ranks, {samples:,} samples, "
+            f"{self.parameters / 1e6:.2f} M parameters, {_si(self.flops)}FLOPs"
+            + (f", captions of {self.text_length} tokens (mean)" if self.text_length else "")
+        ]
+        for b in self.buckets:
+            kept = f"{b.clips:,} clips" + (f" ({b.left_out:,} left out: not {self.where})" if self.where else "")
+            lines.append(
+                f"  {b.key:<12} {kept}; {b.tokens} tokens; {b.steps} steps of {b.samples_per_step}, {b.epochs:.1f} epochs"
+            )
+        m = self.memory
+        lines.append(
+            f"  memory of a rank (ZeRO-{self.zero_stage}, {self.precision}): {_bytes(m.total)} = weights {_bytes(m.weights)}"
+            f" + gradients {_bytes(m.gradients)} + optimizer {_bytes(m.optimizer)} + average {_bytes(m.average)}"
+            f" + activations {_bytes(m.activations)}"
+        )
+        return "\n".join(lines)
+
+
+def forecast(
+    stage: ResolvedStage, resources: Resources, source: Source, compression: Grid, text_length: int
+) -> Forecast:
+    """Of one stage. `source`: what knows how many clips each bucket has; `text_length`: mean tokens of a caption.
+
+    ConfigError: a bucket without clips, sizes that do not divide, a column of `where` that is not there.
+    """
+    from stdit.data.loader import Loader
+    from stdit.models.summary import summary
+
+    config = stage.config
+    loader = Loader(source, config.data, config.seed, ranks=resources.workers, accumulation=config.train.gradient_accumulation)
+    everything = source.select(config.data.train_split, config.data.buckets)
+    taken = dict.fromkeys(loader.counts, 0)
+    steps = dict.fromkeys(loader.counts, 0)
+    for _ in range(config.train.steps):
+        due = loader.due(taken)
+        taken[due.key] += loader.step_size(due)
+        steps[due.key] += 1
+    text = text_length if config.model.text_dim is not None else 0
+    element = 2 if config.train.precision == "bf16" else 4
+    buckets, flops, activations, parameters = [], 0, 0, 0
+    for bucket in config.data.buckets:
+        grid = token_grid(latent_shape(bucket, compression), config.model.patch_size, f"data.buckets {bucket.key}")
+        cost = summary(config.model, grid, text, element)
+        kept, size = loader.counts[bucket.key], loader.step_size(bucket)
+        left_out = len(everything[bucket.key]) - kept
+        buckets.append(BucketForecast(bucket.key, kept, left_out, size, steps[bucket.key], cost.tokens))
+        flops += steps[bucket.key] * size * cost.training_flops
+        checkpointed = config.train.activation_checkpointing
+        each = cost.activation_bytes_checkpointed if checkpointed else cost.activation_bytes
+        activations = max(activations, bucket.batch_size * each)
+        parameters = cost.parameters
+    return Forecast(
+        name=stage.name,
+        steps=config.train.steps,
+        ranks=resources.workers,
+        zero_stage=config.train.zero_stage,
+        precision=config.train.precision,
+        buckets=tuple(buckets),
+        where=" and ".join(_condition(w) for w in config.data.where),
+        text_length=text,
+        parameters=parameters,
+        flops=flops,
+        memory=memory(parameters, config.train, resources.workers, activations),
+    )
+
+
+def memory(parameters: int, train: TrainConfig, ranks: int, activations: int) -> Memory:
+    """Bytes of one rank under DeepSpeed: each of weights, gradients and optimizer is whole, or cut into `ranks` parts
+    from ZeRO stage 3, 2 and 1 on (Rajbhandari et al. 2020). What `train.deepspeed` offloads is not taken off."""
+    stage, bf16 = train.zero_stage, train.precision == "bf16"
+
+    def share(bytes_each: int, cut_from: int) -> int:
+        return -(-parameters * bytes_each // (ranks if stage >= cut_from else 1))
+
+    # AdamW's two moments, and the float32 weights that it steps, which without ZeRO in float32 are the weights.
+    master = 4 if bf16 or stage > 0 else 0
+    # bfloat16 gradients are summed up in float32 under ZeRO (stdit.training.settings).
+    gradient = 2 if bf16 and stage == 0 else 4
+    return Memory(share(2 if bf16 else 4, 3), share(gradient, 2), share(8 + master, 1), share(4, 1), activations)
+
+
+# ----------------------------------------------------------------------------------------- clips
+
+
+def extraction_lines(report: Mapping[str, Any]) -> list[str]:
+    """What became of the manifest's clips, from an extraction's report.json."""
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped_by_reason"].items())
+    lines = [
+        f"clips: {report['clips']:,} = {report['kept']:,} kept + {report['dropped']:,} dropped"
+        + (f" ({reasons})" if reasons else "")
+        + f" + {report['bad']:,} that can't be used"
+    ]
+    for key, splits in report["kept_by_bucket"].items():
+        lines.append(f"  {key:<12} " + (", ".join(f"{count:,} {split}" for split, count in splits.items()) or "none"))
+    lines += [f"  {clip['path']}: {clip['reason']}" for clip in report["bad_clips"][:5]]
+    if len(report["bad_clips"]) > 5:
+        lines.append(f"  … and {len(report['bad_clips']) - 5} more, all in report.json")
+    return lines
+
+
+class ManifestSource:
+    """Clips by bucket as extraction would sort them, from what the manifest says of their sizes. Nothing is opened:
+    clips whose size is not stated count as `unknown`, and damaged ones are not noticed."""
+
+    def __init__(self, config: ExtractConfig) -> None:
+        from stdit.data import manifest
+        from stdit.data.buckets import assign, tally
+        from stdit.data.transforms import frames_available
+
+        self._manifest = manifest.read(config.manifest)
+        manifest.check_where(self._manifest, config.where)
+        self._clips: list[tuple[Any, str]] = []
+        outcomes, self.unknown, self._filtered = [], 0, 0
+        for clip in self._manifest:
+            if not manifest.matches(clip, config.where):
+                self._filtered += 1
+                continue
+            if clip.frames is None or clip.height is None or clip.width is None:
+                self.unknown += 1
+                continue
+            frames = frames_available(clip.frames, config.frame_stride)
+            outcome = assign(
+                frames, clip.height, clip.width, config.buckets,
+                key=clip.key, min_area_ratio=config.min_area_ratio, seed=config.seed,
+            )  # fmt: skip
+            outcomes.append(outcome)
+            if isinstance(outcome, Bucket):
+                self._clips.append((clip, outcome.key))
+        self._tally = tally(outcomes, config.buckets)
+
+    def lines(self) -> list[str]:
+        """As extraction_lines; what only decoding tells is said to be unknown."""
+        dropped = {**({"where": self._filtered} if self._filtered else {}), **self._tally["dropped"]}
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count)
+        lines = [
+            f"clips: {len(self._manifest):,} in the manifest, not extracted yet: {len(self._clips):,} would be kept, "
+            f"{sum(dropped.values()):,} dropped" + (f" ({reasons})" if reasons else "")
+            + (f", {self.unknown:,} of a size that the manifest does not state" if self.unknown else "")
+        ]  # fmt: skip
+        return lines + [f"  {key:<12} {count:,}" for key, count in self._tally["kept"].items()]
+
+    def select(self, split: str | None, buckets: Sequence[Bucket], where: Sequence[Where] = ()) -> dict[str, np.ndarray]:
+        """As FeatureSet.select."""
+        import numpy as np
+
+        from stdit.data.manifest import check_where, matches
+
+        check_where(self._manifest, where)
+        found: dict[str, list[int]] = {bucket.key: [] for bucket in buckets}
+        for number, (clip, key) in enumerate(self._clips):
+            if key in found and split in (None, clip.split) and matches(clip, where):
+                found[key].append(number)
+        return {key: np.array(ids, dtype=np.int64) for key, ids in found.items()}
+
+    def sample(self, id: int) -> Any:
+        raise NotImplementedError("nothing is extracted yet")
+
+
+class EqualSource:
+    """As many clips in every bucket, where nothing is known of them: enough to tell what a step takes."""
+
+    CLIPS = 1_000_000
+
+    def __init__(self, manifest: Path) -> None:
+        self.manifest = manifest
+
+    def lines(self) -> list[str]:
+        return [f"clips: {self.manifest} is not there; as if every bucket had {self.CLIPS:,}"]
+
+    def select(self, split: str | None, buckets: Sequence[Bucket], where: Sequence[Where] = ()) -> dict[str, np.ndarray]:
+        """As FeatureSet.select, without looking at conditions."""
+        import numpy as np
+
+        return {bucket.key: np.arange(self.CLIPS) for bucket in buckets}
+
+    def sample(self, id: int) -> Any:
+        raise NotImplementedError("nothing is known of the clips")
+
+
+def read_report(out: Path) -> dict[str, Any]:
+    """An extraction's report.json."""
+    from stdit.data.features import REPORT
+
+    return json.loads((out / REPORT).read_text(encoding="utf-8"))
+
+
+# ----------------------------------------------------------------------------------------- words
+
+
+def _condition(where: Where) -> str:
+    parts = [f"{where.column} at least {where.at_least:g}"] if where.at_least is not None else []
+    parts += [f"{where.column} at most {where.at_most:g}"] if where.at_most is not None else []
+    parts += [f"{where.column} one of {', '.join(map(str, where.one_of))}"] if where.one_of is not None else []
+    return " and ".join(parts)
+
+
+def _si(value: float) -> str:
+    """12.3 T for 12.3e12."""
+    for unit, name in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G")):
+        if value >= unit:
+            return f"{value / unit:.1f} {name}"
+    return f"{value / 1e6:.1f} M"
+
+
+def _bytes(value: float) -> str:
+    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
+        if value >= unit:
+            return f"{value / unit:.1f} {name}"
+    return f"{value / 2**10:.1f} KiB"

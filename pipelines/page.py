@@ -1,0 +1,215 @@
+"""report.html: one file with its pictures inside, which needs no network and no script; light and dark."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Paths of pictures: loss curves (light and dark), and by stage a sheet (PNG) and an animation (GIF)."""
+
+    curves: Path
+    curves_dark: Path
+    sheets: dict[str, Path]
+    animations: dict[str, Path]
+
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1f2328; --faint: #59636e; --ground: #ffffff; --plate: #f4f6f8;
+  --line: #d8dee4; --accent: 9, 105, 218; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --faint: #9aa3ad; --ground: #14171c; --plate: #20242c;
+  --line: #343a44; --accent: 88, 166, 255; } }
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 70rem; background: var(--ground); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { margin: 0; font-size: 1.9rem; } h2 { margin: 2.2rem 0 .6rem; font-size: 1.25rem; }
+p { max-width: 46rem; } .faint { color: var(--faint); font-size: .88rem; }
+.cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.4rem 0; }
+.card { background: var(--plate); border-radius: 8px; padding: .8rem 1.1rem; min-width: 10rem; }
+.card b { display: block; font-size: 1.8rem; line-height: 1.25; font-weight: 650; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; } th { font-weight: 600; color: var(--faint); }
+.grid td, .grid th { border: 0; text-align: center; padding: .3rem .55rem; min-width: 1.3rem; }
+img { max-width: 100%; height: auto; border-radius: 8px; display: block; }
+details { margin: .8rem 0; } summary { cursor: pointer; color: var(--faint); }
+pre { background: var(--plate); padding: .8rem; border-radius: 8px; overflow-x: auto; font-size: .82rem;
+  white-space: pre-wrap; }
+"""
+
+
+def page(report: Mapping[str, Any], pictures: Pictures) -> str:
+    """The page for `report`, report.json's content."""
+    stages: Sequence[Mapping[str, Any]] = report["stages"]
+    last = stages[-1]
+    sections = [_heading(report), _cards(last), _clips(last, pictures), _stage_table(stages)]
+    earlier = [_earlier(stage, pictures) for stage in stages[:-1] if stage["name"] in pictures.animations]
+    if earlier:
+        sections.append("<h2>After the stages before</h2>" + "".join(earlier))
+    sections += [_curves(pictures), _confusions(last), _protocols(stages), _facts(report["data"])]
+    title = html.escape(str(report["plan"]))
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{title}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(s for s in sections if s) + "\n</body></html>\n"
+    )
+
+
+def _heading(report: Mapping[str, Any]) -> str:
+    names = " → ".join(html.escape(stage["name"]) for stage in report["stages"])
+    return f"<h1>{html.escape(str(report['plan']))}</h1>\n<p class='faint'>{names} · {duration(report['seconds'])} in all</p>"
+
+
+def _cards(stage: Mapping[str, Any]) -> str:
+    """The final stage's scores, each with what real held-out clips get."""
+    name, cards = stage["class_name"], []
+    real, counts = stage["real"] or {}, stage["counts"] or {}
+    for key, label in ((name, f"{name} read right"), ("direction", "direction right")):
+        value, interval = stage.get(f"{key}_accuracy"), stage["intervals"].get(f"{key}_accuracy")
+        count = counts.get("class" if key == name else key)
+        below = f"{count} clips, 95 % interval {percent(interval[0])} to {percent(interval[1])}" if interval else ""
+        cards.append((label, percent(value), below, percent(real.get(f"{key}_accuracy"))))
+    distance, reference = stage["frechet_distance"], counts.get("frechet_reference")
+    below = f"to {reference} held-out clips, in the reader's features" if reference else ""
+    cards.append(("Fréchet distance", number(distance), below, number(real.get("frechet_distance"))))
+    return "<div class='cards'>" + "".join(
+        f"<div class='card'>{html.escape(label)}<b>{value}</b><span class='faint'>{below}<br>real clips: {ceiling}</span></div>"
+        for label, value, below, ceiling in cards
+    ) + "</div>"  # fmt: skip
+
+
+def _clips(stage: Mapping[str, Any], pictures: Pictures) -> str:
+    name = stage["name"]
+    if name not in pictures.animations:
+        return ""
+    return (
+        f"<h2>What it makes of held-out captions</h2>{_image(pictures.animations[name], 'clips, moving')}"
+        "<p class='faint'>The first clips of the prompt file, none picked. Below each its caption, and what the reader "
+        "and the centre's path say is in it.</p>"
+        f"<details><summary>The same as strips, from the first frame to the last</summary>{_image(pictures.sheets[name], 'clips as strips')}</details>"
+    )
+
+
+def _earlier(stage: Mapping[str, Any], pictures: Pictures) -> str:
+    image = _image(pictures.animations[stage["name"]], f"clips after {stage['name']}")
+    return f"<details><summary>{html.escape(stage['name'])}</summary>{image}</details>"
+
+
+def _stage_table(stages: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each stage, and one for real held-out clips of the last one's shape."""
+    name = stages[-1]["class_name"]
+    heads = ("stage", "steps", "time", name, "direction", "Fréchet", "kernel (KID)", "classifier", "clips")
+    rows: list[tuple[str, ...]] = [
+        (
+            html.escape(stage["name"]),
+            f"{stage['steps']:,}" if stage["steps"] is not None else "n/a",
+            duration(stage["seconds"]),
+            percent(stage.get(f"{stage['class_name']}_accuracy")),
+            *(
+                percent(stage["direction_accuracy"]),
+                number(stage["frechet_distance"]),
+                number(stage["kernel_distance"]),
+            ),
+            percent(stage["classifier_accuracy"]),
+            str((stage["counts"] or {}).get("generated", "n/a")),
+        )
+        for stage in stages
+    ]
+    real = stages[-1]["real"]
+    if real:
+        scores = [percent(real[f"{name}_accuracy"]), percent(real["direction_accuracy"])]
+        distances = [number(real["frechet_distance"]), number(real["kernel_distance"])]
+        rows.append(("real held-out clips", "", "", *scores, *distances, "", str(stages[-1]["counts"]["real"])))
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    head = "".join(f"<th>{html.escape(h)}</th>" for h in heads)
+    return (
+        f"<h2>Stages</h2><div class='wide'><table><tr>{head}</tr>{body}</table></div>"
+        "<p class='faint'>classifier: the reader's own accuracy on held-out images, beside which all others are to be "
+        "read. Distances are taken in the reader's features: they compare runs on this data and are not the FID or KID "
+        "of the literature. The Fréchet distance falls as the number of clips grows; real clips are measured at the "
+        "same number.</p>"
+    )
+
+
+def _curves(pictures: Pictures) -> str:
+    dark, light = _source(pictures.curves_dark), _source(pictures.curves)
+    return (
+        "<h2>Losses</h2><picture>"
+        f'<source srcset="{dark}" media="(prefers-color-scheme: dark)"><img src="{light}" alt="loss curves"></picture>'
+    )
+
+
+def _confusions(stage: Mapping[str, Any]) -> str:
+    """Tables of what was asked for (rows) against what was seen (columns)."""
+    parts = []
+    for key, table in (stage["confusion"] or {}).items():
+        if not table or len(table["names"]) > 40:
+            continue
+        most = max(1, *(n for row in table["counts"] for n in row))
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in table["names"])
+        body = "".join(
+            f"<tr><th>{html.escape(name)}</th>"
+            + "".join(f"<td style='background: rgba(var(--accent), {0.75 * n / most:.2f})'>{n or ''}</td>" for n in row)
+            + "</tr>"
+            for name, row in zip(table["names"], table["counts"], strict=True)
+        )
+        label = stage["class_name"] if key == "class" else key
+        parts.append(
+            f"<details><summary>{html.escape(label)}: asked for (rows), seen (columns)</summary>"
+            f"<div class='wide'><table class='grid'><tr><th></th>{head}</tr>{body}</table></div></details>"
+        )
+    return "<h2>What is taken for what</h2>" + "".join(parts) if parts else ""
+
+
+def _protocols(stages: Sequence[Mapping[str, Any]]) -> str:
+    parts = [
+        f"<details><summary>{html.escape(stage['name'])}</summary><pre>{_json(told)}</pre></details>"
+        for stage in stages
+        if (told := {key: stage[key] for key in ("protocol", "counts", "checkpoint", "videos") if stage[key]})
+    ]
+    return "<h2>How it was measured</h2>" + "".join(parts) if parts else ""
+
+
+def _facts(data: Mapping[str, Any]) -> str:
+    parts = []
+    for name, value in data.items():
+        text = html.escape(value) if isinstance(value, str) else _json(value)
+        parts.append(f"<details><summary>{html.escape(str(name))}</summary><pre>{text}</pre></details>")
+    return "<h2>What went in</h2>" + "".join(parts) if parts else ""
+
+
+def _json(value: Any) -> str:
+    return html.escape(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+
+
+def _source(path: Path) -> str:
+    kind = "gif" if path.suffix == ".gif" else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _image(path: Path, alt: str) -> str:
+    return f'<img src="{_source(path)}" alt="{html.escape(alt)}">'
+
+
+def percent(share: float | None) -> str:
+    return "n/a" if share is None else f"{100 * share:.1f} %"
+
+
+def number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3g}"
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "n/a"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"

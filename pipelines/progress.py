@@ -1,0 +1,62 @@
+"""What a plan says while it runs: lines with the seconds since it began, and one that follows a stage's steps."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+from pipelines.record import last_metrics
+from stdit.config import Config
+
+
+class Clock:
+    """Prints lines with the seconds since it was made."""
+
+    def __init__(self, out: TextIO | None = None) -> None:
+        self.out = out or sys.stdout
+        self._began = time.monotonic()
+
+    def say(self, line: str) -> None:
+        print(f"[{time.monotonic() - self._began:7.1f} s] {line}", file=self.out, flush=True)
+
+
+class StepLine:
+    """Follows a run's metrics.jsonl, which rank 0 writes: on a terminal one line in place, elsewhere one every 10 s."""
+
+    def __init__(self, config: Config, clock: Clock) -> None:
+        self.config, self.clock = config, clock
+        self.terminal = clock.out.isatty()
+        self._every_s = 1.0 if self.terminal else 10.0
+        self._told, self._step, self._first = time.monotonic(), -1, (0.0, -1)
+
+    def tick(self) -> None:
+        """Called often; prints when it is time and there is something new."""
+        now = time.monotonic()
+        if now - self._told < self._every_s:
+            return
+        entry = last_metrics(self.config.run_dir)
+        if entry is None or entry["step"] == self._step:
+            return
+        self._told, self._step = now, int(entry["step"])
+        if self._first[1] < 0 or self._step < self._first[1]:
+            self._first = (now, self._step)
+        line = self._line(now, entry["loss"])
+        if self.terminal:
+            print(f"\r\x1b[K{line}", end="", file=self.clock.out, flush=True)
+        else:
+            self.clock.say(line)
+
+    def _line(self, now: float, loss: float | None) -> str:
+        steps = self.config.train.steps
+        line = f"{self.config.name}: step {self._step}/{steps}, loss {'not a number' if loss is None else f'{loss:.4f}'}"
+        since, first = self._first
+        if now > since and self._step > first:
+            rate = (self._step - first) / (now - since)
+            line += f", {rate:.2f} steps/s, {(steps - self._step) / rate:.0f} s to go"
+        return line
+
+    def close(self) -> None:
+        """Ends the line that was written in place."""
+        if self.terminal and self._step >= 0:
+            print(file=self.clock.out, flush=True)

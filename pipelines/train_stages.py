@@ -1,0 +1,87 @@
+"""A declared plan, from clips to report: prepare, extract, train stage by stage, generate, measure, tell.
+
+    python -m pipelines.train_stages --plan configs/plans/demo.yaml
+    python -m pipelines.train_stages --plan … --set run_dir=/shared/x --set stages.clips.overrides.train.steps=500
+    python -m pipelines.train_stages --plan … --forecast
+
+Run the same command again: what is finished is skipped, what is unfinished goes on. A plan that has changed says which
+results that makes void, and stops; with --allow-changes they are moved to RUN_DIR/replaced and made anew.
+Exit code 0: done; 1: a part failed; 2: the plan, or what it names, cannot be used; 75: stopped, with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipelines import checks, workers
+from pipelines import plan as plans
+from pipelines.record import only_one
+from pipelines.walk import PlanFailed, Walk
+
+STOPPED = 75  # stdit.training.parallel.STOPPED, without importing torch.
+
+
+
+def run_plan(path: Path, overrides: Sequence[str] = (), *, allow_changes: bool = False, only_forecast: bool = False) -> dict[str, Path]:
+    """Walks the plan in `path`; the paths of what it made (none for a forecast).
+
+    ConfigError and other ValueErrors: what cannot be used, before long work. StageFailed, PlanFailed, StageStopped.
+    """
+    checkout = workers.go_to_checkout(path)
+    plan = plans.read(path, overrides)
+    if workers.in_packaged_job() and checkout is None:
+        workers.absolute_paths_needed({"run_dir": plan.run_dir, "extraction.out": plan.extract.out})
+    stages = plans.resolve(plan, str(path))
+    checks.check_early(plan, stages)
+    if only_forecast:
+        print("\n".join(checks.forecast_lines(plan, stages)), flush=True)
+        return {}
+    checks.check_manifest(plan)
+    with only_one(plan.run_dir):
+        walk = Walk(plan, stages, str(path), allow_changes)
+        if checkout is not None:
+            walk.clock.say(f"results go to the checkout, {checkout}, not to this job's copy of it")
+        walk.clock.say(f"plan {plan.name}: {' -> '.join(stage.name for stage in stages)}, in {plan.run_dir}")
+        try:
+            return walk.run()
+        finally:
+            if "ray" in sys.modules:
+                workers.disconnect()
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pipelines.train_stages", description=__doc__.splitlines()[0])
+    parser.add_argument("--plan", type=Path, required=True, help="a file of configs/plans/")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as run_dir=runs/x")
+    parser.add_argument("--allow-changes", action="store_true", help="set aside what a changed plan makes void, and make it anew")
+    parser.add_argument("--forecast", "--dry-run", action="store_true", help="say what the plan would take, and start nothing")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = arguments().parse_args(argv)
+    try:
+        paths = run_plan(args.plan, args.set, allow_changes=args.allow_changes, only_forecast=args.forecast)
+    except workers.StageStopped as stopped:
+        print(stopped, file=sys.stderr)
+        return STOPPED
+    except (workers.StageFailed, PlanFailed, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ValueError as error:  # ConfigError, ManifestError, ExtractionError: what the user can mend.
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    if paths:
+        width = max(map(len, paths))
+        print("\n".join(f"{name:<{width}}  {path}" for name, path in paths.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,321 @@
+"""Where the work runs: a Ray cluster to join or start, and one stage's training on its workers.
+
+Ray is imported late, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pipelines.plan import Resources
+from stdit.config import Config, ConfigError, validate
+
+# Enough for what crosses Ray's object store here: paths, settings and rows of text, never pixels or latents.
+_OBJECT_STORE_BYTES = 150_000_000
+
+
+class StageFailed(RuntimeError):
+    """A stage's training ended early: its worker's error, too many restarts, or its deadline."""
+
+
+class StageStopped(Exception):
+    """A stage was asked to stop and has written a checkpoint."""
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def connect(num_cpus: int | None = None) -> Literal["joined", "started", "already"]:
+    """Joins the cluster that RAY_ADDRESS names (set inside a Ray job), else starts a local Ray for this process.
+
+    The local one has no dashboard, listens for this process alone and ends with it. `num_cpus`: the logical CPUs it
+    offers (default: those this process may use). A second call does nothing. Returns which of the three it did.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray Train looks after its workers every 2 s unless told; a short stage would mostly wait for that.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # Of Ray's C++ side, errors that end something reach people as exceptions; the rest of what it prints does not help.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # Workers stay in the driver's directory, where the plan's relative paths mean what they say.
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    import ray
+
+    if ray.is_initialized():
+        return "already"
+    with _no_stderr():  # It would say that it has read RAY_BACKEND_LOG_LEVEL. What goes wrong is raised.
+        return _init(ray.init, num_cpus)
+
+
+def _init(init: Callable[..., Any], num_cpus: int | None) -> Literal["joined", "started"]:
+    # Workers' prints stay in Ray's log folder: the driver shows progress itself, and Ray's own harmless warnings
+    # (its placement group cleaner looks for the dashboard) would bury it. Errors reach the driver as exceptions.
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        init(address=address, **quiet)
+        return "joined"
+    # A bare ray.init() would attach to whatever Ray runs on this machine.
+    init(
+        address="local",
+        num_cpus=num_cpus or available_cpus(),
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        **quiet,
+    )
+    return "started"
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Sends what this process's C code writes to stderr nowhere."""
+    sys.stderr.flush()
+    held, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(held, 2)
+        os.close(held)
+        os.close(nowhere)
+
+
+def disconnect() -> None:
+    """Ends a local Ray, or leaves the cluster: what this process started there ends too."""
+    import ray
+
+    ray.shutdown()
+
+
+def environment(resources: Resources) -> dict[str, str]:
+    """Environment variables of a training worker."""
+    variables = {
+        "OMP_NUM_THREADS": str(resources.cpus_per_worker),
+        # The driver follows metrics.jsonl; a second progress bar in a log file helps nobody.
+        "TQDM_DISABLE": "1",
+    }
+    if not resources.use_gpu:
+        variables["DS_ACCELERATOR"] = "cpu"
+    return variables
+
+
+def check_capacity(resources: Resources) -> str | None:
+    """A line of warning if the cluster can't hold this training now (an autoscaler may yet bring nodes), else None."""
+    import ray
+
+    have = ray.cluster_resources()
+    wanted = {"CPU": resources.cpus, "GPU": resources.workers if resources.use_gpu else 0}
+    short = [f"{have.get(k, 0):g} {k} of {n} wanted" for k, n in wanted.items() if have.get(k, 0) < n]
+    if not short:
+        return None
+    limit = f"until the deadline of {resources.deadline_s} s" if resources.deadline_s else "for ever"
+    return f"the cluster has {', '.join(short)}; without an autoscaler training will wait {limit}"
+
+
+# A file in the run directory that asks its ranks to write a checkpoint and end.
+STOP_FILE = "stop"
+
+
+def train_rank(settings: Mapping[str, Any]) -> None:
+    """One rank: runs in a Ray Train worker, which has set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."""
+    folder = Path(settings["directory"])
+    if folder.is_dir():  # The same machine or a shared disk; elsewhere the paths are absolute.
+        os.chdir(folder)
+    import ray.train
+
+    from stdit.train import Stopped, train
+    from stdit.training.parallel import Stop
+
+    config = validate(settings["config"], Config, settings["name"])
+    stop = Stop()
+    if ray.train.get_context().get_world_rank() == 0:  # One rank is enough: they agree at every step.
+        threading.Thread(target=_watch_stop_file, args=(config.run_dir / STOP_FILE, stop.request), daemon=True).start()
+
+    def report(entry: dict[str, Any]) -> None:
+        # Ray Train makes all ranks wait for one another here, so not at every step.
+        if entry["checkpoint"]:
+            ray.train.report({"step": entry["step"], "loss": entry["loss"]})
+
+    try:
+        train(config, report, stop)
+    except Stopped:
+        return
+
+
+def _watch_stop_file(file: Path, request: Callable[[str], None]) -> None:
+    while not file.exists():
+        time.sleep(0.5)
+    request(f"{file} is there")
+
+
+def train_stage(config: Config, resources: Resources, storage: Path, tick: Callable[[], None]) -> None:
+    """Trains one stage under Ray Train and waits for it. `tick` is called about twice a second meanwhile.
+
+    Every rank runs `stdit.train.train`, whose checkpoints in the run directory are the truth: a worker that dies is
+    started again there by Ray Train, and so is the whole by running the plan again. `storage`: where Ray Train keeps
+    its own records. SIGTERM or SIGINT: the ranks write a checkpoint first. Raises StageFailed, StageStopped.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    per_worker: dict[str, float] = {"CPU": resources.cpus_per_worker}
+    if resources.use_gpu:
+        per_worker["GPU"] = 1
+    trainer = TorchTrainer(
+        train_rank,
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "directory": os.getcwd(),
+            "name": f"stage {config.name}",
+        },
+        torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers, use_gpu=resources.use_gpu, resources_per_worker=per_worker
+        ),
+        run_config=RunConfig(
+            name=config.name,
+            storage_path=str(storage.resolve()),
+            failure_config=FailureConfig(max_failures=resources.max_failures),
+            worker_runtime_env={"env_vars": environment(resources)},
+        ),
+    )
+    file = config.run_dir / STOP_FILE
+    file.unlink(missing_ok=True)
+    with _asking_to_stop(file):
+        _wait(trainer.fit, config.name, resources.deadline_s, tick)
+    if file.exists():
+        file.unlink()
+        raise StageStopped(f"stage {config.name}: stopped with a checkpoint; run the same command again to go on")
+
+
+@contextmanager
+def _asking_to_stop(file: Path) -> Iterator[None]:
+    """While this lasts, the first SIGTERM or SIGINT writes `file`; a second one ends the process as it would have."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def ask(number: int, _: object) -> None:
+        restore()
+        print("\nstopping after a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def _wait(fit: Callable[[], Any], name: str, deadline_s: float | None, tick: Callable[[], None]) -> None:
+    """Runs `fit` in a thread, so that a deadline can be kept: Ray Train itself retries for ever where a node is gone.
+
+    On the deadline the thread is left behind; the caller ends the process, and with it what it holds in the cluster.
+    """
+    error: list[Exception] = []
+
+    def run() -> None:
+        try:
+            fit()
+        except Exception as e:  # Handed over to the waiting thread, whatever it is.
+            error.append(e)
+
+    thread = threading.Thread(target=run, name=f"fit-{name}", daemon=True)
+    started = time.monotonic()
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.5)
+        tick()
+        if deadline_s is not None and time.monotonic() - started > deadline_s:
+            raise StageFailed(
+                f"stage {name}: not ended after its deadline of {deadline_s} s (resources.deadline_s); "
+                "run the same command again to go on from the newest checkpoint"
+            )
+    if error:
+        raise StageFailed(f"stage {name}: {_cause(error[0])}") from error[0]
+
+
+def _cause(error: Exception) -> str:
+    """What a worker said, without Ray's traceback around it; of several, the one that is not a mere lost connection."""
+    failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
+    if not failures:
+        return str(error)
+    lines = {rank: _last_line(failure) for rank, failure in sorted(failures.items())}
+    lost = ("Connection closed by peer", "Connection reset", "ActorDiedError", "unexpectedly")
+    own = {rank: line for rank, line in lines.items() if not any(mark in line for mark in lost)} or lines
+    return "; ".join(f"rank {rank}: {line}" for rank, line in own.items())
+
+
+def _last_line(error: Exception) -> str:
+    text = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return text[-1] if text else repr(error)
+
+
+# ---------------------------------------------------------------------------------- inside a Ray job
+
+
+def go_to_checkout(plan: Path) -> Path | None:
+    """In a Ray job sent with `--working-dir`: changes into the checkout it was sent from, where results can last.
+
+    Such a job runs in a copy that Ray deletes, so a relative run_dir would be lost with it. If the folder in which
+    `ray start` was run on this machine holds the very same plan file, that is the checkout, and relative paths mean
+    what they mean for `make demo`. Returns that folder; None outside a job, or if the folder holds no such plan
+    (the caller must then insist on absolute paths).
+    """
+    if not in_packaged_job():
+        return None
+    folder = _raylet_directory()
+    if folder is None or plan.is_absolute():
+        return None
+    other = folder / plan
+    if not other.is_file() or other.read_bytes() != plan.read_bytes():
+        return None
+    os.chdir(folder)
+    return folder
+
+
+def in_packaged_job() -> bool:
+    """True in the driver of a Ray job whose working directory is a copy made by `--working-dir`."""
+    return '"working_dir"' in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "")
+
+
+def _raylet_directory() -> Path | None:
+    """Where `ray start` was run on this machine: the working directory of the raylet above this process."""
+    import psutil
+
+    process: psutil.Process | None = psutil.Process()
+    while process is not None:
+        try:
+            if process.name() == "raylet":
+                return Path(process.cwd())
+        except psutil.Error:  # Another user's process: nothing to learn from it.
+            return None
+        process = process.parent()
+    return None
+
+
+def absolute_paths_needed(paths: Mapping[str, Path]) -> None:
+    """ConfigError naming the keys whose relative paths would be lost with a job's copy of the working directory."""
+    relative = [f"{key} {path}" for key, path in paths.items() if not path.is_absolute()]
+    if relative:
+        raise ConfigError(
+            f"this Ray job runs in a copy of its --working-dir, which Ray deletes ({Path.cwd()}); relative results "
+            f"would be lost: {', '.join(relative)}. Run `ray start` in the checkout, or give folders that every node "
+            "sees, such as --set run_dir=/shared/runs/demo"
+        )

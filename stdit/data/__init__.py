@@ -1,0 +1,1 @@
+"""Clips and captions: manifests, decoding, cropping, buckets, feature shards and their loader."""

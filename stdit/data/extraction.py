@@ -1,0 +1,228 @@
+"""An extraction as a whole: its parts, the settings that bind them, and the end, when the features count as whole.
+
+    out/extraction.json    the settings that decide the features: written first, compared at every later run
+        parts/, shards/    one record and one shard a part (records.py, features.py)
+        report.json, samples.parquet, index.json    written last, in this order
+
+Nothing here decodes or encodes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+
+from stdit.config import ConfigError, ExtractConfig
+from stdit.data import records
+from stdit.data.features import FORMAT, INDEX, REPORT, SAMPLES, samples_schema, shard_path
+from stdit.data.manifest import check_where, matches, read
+from stdit.data.records import Part, Tally
+from stdit.files import atomic_path, atomic_write
+
+SETTINGS = "extraction.json"
+# What may change between two runs into the same folder without changing the features. Encoders: their identities count.
+FREE = {
+    "manifest", "out", "batch_size", "decode_timeout_s", "max_bad_share", "workers", "video_encoder", "text_encoder"
+}  # fmt: skip
+# Threads that look whether sources have changed: waiting for the disk, not computing.
+LOOKERS = 16
+
+
+class ExtractionError(ValueError):
+    """An extraction whose result cannot be used. report.json has been written and says why."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All parts of an extraction, and what is known before the first clip is opened."""
+
+    config: ExtractConfig
+    parts: tuple[Part, ...]
+    classes: tuple[str, ...]
+    # Clips of the manifest that `where` leaves out.
+    filtered: int
+    # SHA-256 of the manifest.
+    manifest: str
+    # What decides the features, besides clips and captions.
+    settings: dict[str, Any]
+
+    @property
+    def clips(self) -> int:
+        """Clips that are opened."""
+        return sum(len(part.clips) for part in self.parts)
+
+    @property
+    def bad_allowed(self) -> int:
+        """As many clips may be undecodable."""
+        return int(self.config.max_bad_share * self.clips)
+
+
+def divide(config: ExtractConfig, encoders: Mapping[str, Any]) -> Plan:
+    """The clips of the manifest that meet `where`, in parts of a shard each. `encoders`: what identifies them.
+
+    Raises ManifestError: the manifest, or a condition on a column that it has not. ConfigError: no clip is left.
+    """
+    manifest = read(config.manifest)
+    check_where(manifest, config.where)
+    columns = records.free_columns(manifest)
+    kept = [(number, clip) for number, clip in enumerate(manifest) if matches(clip, config.where)]
+    if not kept:
+        raise ConfigError(f"{config.manifest}: none of its {len(manifest)} clips meets `where`")
+    # As it comes back from the file: tuples as lists.
+    settings = json.loads(json.dumps({"format": FORMAT, **config.model_dump(mode="json", exclude=FREE), **encoders}))
+    bound = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    step = config.clips_per_shard
+    chunks = [kept[start : start + step] for start in range(0, len(kept), step)]
+    parts = tuple(
+        Part(number, tuple(i for i, _ in chunk), tuple(clip for _, clip in chunk), columns, bound)
+        for number, chunk in enumerate(chunks)
+    )
+    return Plan(config, parts, tuple(manifest.classes), len(manifest) - len(kept), manifest.fingerprint, settings)
+
+
+def claim(plan: Plan, overwrite: bool = False) -> None:
+    """Writes the settings into the plan's folder, or compares them with those that lie there.
+
+    ConfigError: features of other settings (discarded with `overwrite`), or a folder of something else.
+    """
+    out = plan.config.out
+    file = out / SETTINGS
+    if file.is_file():
+        then, now = _flat(json.loads(file.read_text(encoding="utf-8"))), _flat(plan.settings)
+        changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
+        if not changed:
+            return
+        if not overwrite:
+            lines = "\n".join(f"  {key}: {then.get(key)} then, {now.get(key)} now" for key in changed)
+            raise ConfigError(
+                f"{out} holds features of another config:\n{lines}\nChoose another out, or discard them with --overwrite"
+            )
+        # From here on nothing in the folder counts as whole.
+        for path in (out / INDEX, *(out / "parts").glob("*.parquet")):
+            path.unlink(missing_ok=True)
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"out: {out} exists and holds no extraction; features go into a folder of their own")
+    atomic_write(file, json.dumps(plan.settings, indent=2) + "\n")
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    if not isinstance(value, dict):
+        return {key: value}
+    return {k: v for name, item in value.items() for k, v in _flat(item, f"{key}.{name}" if key else name).items()}
+
+
+def unfinished(plan: Plan) -> tuple[list[Part], str]:
+    """The parts to extract, and a line that says why."""
+    with ThreadPoolExecutor(LOOKERS) as pool:
+        reasons = list(pool.map(lambda part: records.stale(plan.config.out, part), plan.parts))
+    todo = [part for part, reason in zip(plan.parts, reasons, strict=True) if reason is not None]
+    again = [reason for reason in reasons if reason not in (None, records.NEW)]
+    line = f"{len(todo)} of {len(plan.parts)} shards to extract"
+    return todo, f"{line}, {len(again)} of them again ({again[0]})" if again else line
+
+
+def finish(plan: Plan) -> Path:
+    """Writes report.json, then, if the features can be used, samples.parquet and index.json. Returns the folder.
+
+    Raises ExtractionError after the report is written: too many bad clips, nothing kept, parts missing,
+    or parts made with different weights.
+    """
+    out = plan.config.out
+    tally, told = _sum(plan)
+    report = tally.report([b.key for b in plan.config.buckets], plan.filtered, plan.config.max_bad_share)
+    _write_json(out / REPORT, {**report, "missing_parts": len(plan.parts) - len(told)})
+    if len(tally.bad) > plan.bad_allowed:
+        (out / INDEX).unlink(missing_ok=True)
+        shown = "\n".join(f"  {clip['path']}: {clip['reason']}" for clip in tally.bad[:5])
+        raise ExtractionError(
+            f"{len(tally.bad)} of {plan.clips} clips cannot be used, more than the {plan.bad_allowed} that "
+            f"max_bad_share {plan.config.max_bad_share:g} allows; all are named in {out / REPORT}:\n{shown}"
+        )
+    if len(told) < len(plan.parts):
+        raise ExtractionError(f"{out}: {len(plan.parts) - len(told)} of {len(plan.parts)} parts are missing; run again")
+    if not tally.kept_count:
+        dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped_by_reason"].items())
+        raise ExtractionError(f"none of {plan.clips} clips is kept ({dropped or 'all bad'}); see {out / REPORT}")
+    wanted = encoder_settings(plan.settings)
+    if other := next((says for says in told if json.loads(says["settings"]) != wanted), None):
+        raise ExtractionError(
+            f"{out}: a part was made with other encoders (other weights on one of the machines?); extract again with "
+            f"--overwrite. Wanted {json.dumps(wanted)}, found {other['settings']}"
+        )
+    index = _index(plan, tally, told, report)
+    if not (out / INDEX).is_file() or json.loads((out / INDEX).read_text(encoding="utf-8")) != index:
+        (out / INDEX).unlink(missing_ok=True)
+        _write_samples(plan)
+        _tidy(plan)
+        _write_json(out / INDEX, index)
+    return out
+
+
+def _sum(plan: Plan) -> tuple[Tally, list[dict[str, str]]]:
+    """The sum of the records that there are, and what each says of itself."""
+    tally, told = Tally(), []
+    for part in plan.parts:
+        record = records.record_path(plan.config.out, part.number)
+        if record.is_file() and (says := records.metadata(record))["key"] == part.key:
+            told.append(says)
+            tally.add(parquet.read_table(record))
+    return tally, told
+
+
+def encoder_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The encoders' share of a plan's settings; every part's record has it too."""
+    return {key: settings[key] for key in ("video_encoder", "text_encoder")}
+
+
+def _index(plan: Plan, tally: Tally, told: list[dict[str, str]], report: dict[str, Any]) -> dict[str, Any]:
+    bound = json.dumps([plan.classes, [part.key for part in plan.parts], tally.sources])
+    return {
+        "format": FORMAT,
+        "fingerprint": hashlib.sha256(bound.encode()).hexdigest(),
+        "samples": tally.kept_count,
+        "buckets": report["kept_by_bucket"],
+        "classes": list(plan.classes),
+        "posterior": any(says["posterior"] == "true" for says in told),
+        **json.loads(told[0]["encoders"]),
+        "manifest": {"path": str(plan.config.manifest), "sha256": plan.manifest},
+        "config": plan.settings,
+    }
+
+
+def _write_samples(plan: Plan) -> None:
+    """The kept clips of all records in one table, a part at a time."""
+    schema = samples_schema(plan.parts[0].extra)
+    labels = {name: label for label, name in enumerate(plan.classes)}
+    with atomic_path(plan.config.out / SAMPLES) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
+        for part in plan.parts:
+            table = parquet.read_table(records.record_path(plan.config.out, part.number))
+            table = table.filter(pa.array([status == "kept" for status in table["status"].to_pylist()], pa.bool_()))
+            label = pa.array([labels.get(name, -1) for name in table["class"].to_pylist()], pa.int32())
+            table = table.append_column("class_label", label)
+            writer.write_table(table.select(schema.names).cast(schema))
+
+
+def _tidy(plan: Plan) -> None:
+    """Removes shards of an older, longer manifest and what killed writers left."""
+    out = plan.config.out
+    wanted = {shard_path(out, part.number).name for part in plan.parts}
+    wanted |= {records.record_path(out, part.number).name for part in plan.parts}
+    ours = re.compile(r"\d{5,}\.(safetensors|parquet)|\..*\.part\..*|\.tmp\w+")
+    for folder in ("shards", "parts"):
+        for path in (out / folder).glob("*"):
+            if path.name not in wanted and ours.fullmatch(path.name):
+                path.unlink()
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

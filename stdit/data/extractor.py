@@ -1,0 +1,242 @@
+"""One part of an extraction: its clips decoded, cropped, encoded and written as one shard with its record.
+
+T, H, W pixels of the bucket · C latent channels · t, h, w latents · L tokens of a caption, D their width
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from stdit.config import ExtractBucket, ExtractConfig
+from stdit.data import records
+from stdit.data.buckets import Dropped, assign
+from stdit.data.child import ChildDecoder
+from stdit.data.features import INDEX, packed, shard_path, write_shard
+from stdit.data.manifest import Clip, problem
+from stdit.data.reader import DecodeError, Facts
+from stdit.data.records import Outcome, Part
+from stdit.data.transforms import frames_available, to_pixels, window
+
+_Item = TypeVar("_Item")
+
+
+class Video(Protocol):
+    """What is asked of an autoencoder (stdit.encoders.video)."""
+
+    identity: dict[str, Any]
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Pixels (B, 3, T, H, W) in [-1, 1] -> mean and std (or None), (B, C, t, h, w)."""
+        ...
+
+
+class Text(Protocol):
+    """What is asked of a text encoder (stdit.encoders.text)."""
+
+    identity: dict[str, Any]
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Features (B, L, D) and mask (B, L)."""
+        ...
+
+    def token_counts(self, captions: list[str]) -> list[int]:
+        """Tokens of each caption before it is cut."""
+        ...
+
+
+@dataclass
+class _Clip:
+    """A clip on its way: `row` for the record; bucket and pixels (3, T, H, W) where it is kept."""
+
+    row: dict[str, Any]
+    bucket: ExtractBucket | None = None
+    pixels: Tensor | None = None
+
+
+class Extractor:
+    """What a process needs to extract parts, made once: encoders, and a decoder that can be killed. A context manager.
+
+    `settings`: what of the encoders decides features; it goes into every record, to be compared with the plan's.
+    """
+
+    def __init__(self, config: ExtractConfig, video: Video, text: Text | None, settings: Mapping[str, Any]) -> None:
+        self.config = config
+        self.video = video
+        self.text = text
+        self.settings = settings
+        self.decoder = ChildDecoder(config.decoder, config.decode_timeout_s)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.decoder.close()
+
+    def extract(self, part: Part) -> Outcome:
+        """Makes a part's shard and record, replacing older ones.
+
+        OSError: no space or no permission; nothing half-written stays. ValueError: text features that are not finite.
+        """
+        out = self.config.out
+        # From here on the folder's features are not whole.
+        (out / INDEX).unlink(missing_ok=True)
+        records.record_path(out, part.number).unlink(missing_ok=True)
+        tensors: dict[str, Tensor] = {}
+        rows = list(self._encoded(ahead(self._clips(part), self.config.batch_size), tensors))
+        self._add_text([row for row in rows if row["status"] == "kept"], tensors)
+        shard = shard_path(out, part.number)
+        shard_bytes = 0
+        if tensors:
+            shard_bytes = write_shard(shard, tensors)
+        else:
+            shard.unlink(missing_ok=True)
+        video, text = self.video.identity, self.text.identity if self.text else None
+        told = {
+            "encoders": json.dumps({"video_encoder": video, "text_encoder": text}),
+            "settings": json.dumps(self.settings),
+            "posterior": json.dumps(any(name.endswith(".std") for name in tensors)),
+        }
+        records.write_record(out, part, rows, shard_bytes, told)
+        return Outcome(part.number, len(rows), sum(row["status"] == "bad" for row in rows))
+
+    def _clips(self, part: Part) -> Iterator[_Clip]:
+        """The part's clips in order, decoded and cropped."""
+        config = self.config
+        for number, clip in zip(part.ids, part.clips, strict=True):
+            row = _row(part.number, number, clip)
+            if reason := problem(clip):
+                yield _Clip({**row, "status": "bad", "reason": reason})
+                continue
+            try:
+                facts = _stated(clip) or self.decoder.probe(clip.file)
+                size = {"frames": facts.frame_count, "height": facts.height, "width": facts.width}
+                row |= {**size, "fps": facts.fps / config.frame_stride}
+                bucket = assign(
+                    frames_available(facts.frame_count, config.frame_stride), facts.height, facts.width, config.buckets,
+                    key=clip.key, min_area_ratio=config.min_area_ratio, seed=config.seed,
+                )  # fmt: skip
+                if isinstance(bucket, Dropped):
+                    yield _Clip({**row, "status": "dropped", "reason": bucket.reason, "detail": bucket.detail})
+                    continue
+                indices = window(facts.frame_count, bucket.frames, config.frame_stride, config.window)
+                frames = self.decoder.read(clip.file, indices, (bucket.height, bucket.width))
+            except DecodeError as error:
+                yield _Clip({**row, "status": "bad", "reason": error.reason})
+                continue
+            row |= {"status": "kept", "bucket": bucket.key}
+            yield _Clip(row, bucket, torch.from_numpy(to_pixels(frames)))
+
+    def _encoded(self, clips: Iterable[_Clip], tensors: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
+        """The rows of `clips`; their latents go into `tensors`, encoded in batches of one bucket."""
+        waiting: dict[str, list[_Clip]] = {}
+        for clip in clips:
+            if clip.bucket is not None:
+                group = waiting.setdefault(clip.bucket.key, [])
+                group.append(clip)
+                if len(group) == self.config.batch_size:
+                    self._add_latents(waiting.pop(clip.bucket.key), tensors)
+            yield clip.row
+        for group in waiting.values():
+            self._add_latents(group, tensors)
+
+    def _add_latents(self, group: Sequence[_Clip], tensors: dict[str, Tensor]) -> None:
+        """Latents of clips of one bucket, in the encoder's own precision. Those that are not finite make a bad clip."""
+        mean, std = self.video.encode(torch.stack([clip.pixels for clip in group if clip.pixels is not None]))
+        for i, clip in enumerate(group):
+            clip.pixels = None
+            if not (mean[i].isfinite().all() and (std is None or std[i].isfinite().all())):
+                reason = f"its latents are not finite in {self.video.identity['dtype']} (video_encoder.dtype)"
+                clip.row |= {"status": "bad", "reason": reason, "bucket": None}
+                continue
+            tensors[f"{clip.row['id']}.mean"] = mean[i].to("cpu", self.video.dtype)
+            if std is not None:
+                tensors[f"{clip.row['id']}.std"] = std[i].to("cpu", self.video.dtype)
+
+    def _add_text(self, rows: Sequence[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
+        """Features of the rows' captions without padding, each different caption encoded once."""
+        if self.text is None:
+            return
+        # Captions of a length side by side: little padding.
+        captions = sorted({row["caption"] for row in rows}, key=lambda caption: (len(caption), caption))
+        found: dict[str, Tensor] = {}
+        for start in range(0, len(captions), self.config.batch_size):
+            batch = captions[start : start + self.config.batch_size]
+            features, mask = self.text.encode(batch)
+            if not features.isfinite().all():
+                dtype = self.text.identity["dtype"]
+                raise ValueError(
+                    f"text features are not finite in {dtype}: set text_encoder.dtype to float32 or bfloat16"
+                )
+            found.update(zip(batch, packed(features.to("cpu", self.text.dtype), mask.cpu()), strict=True))
+        tokens = dict(zip(captions, self.text.token_counts(captions), strict=True))
+        for row in rows:
+            text = found[row["caption"]]
+            tensors[f"{row['id']}.text"] = text.clone()  # safetensors refuses memory that two names share
+            row |= {"text_length": len(text), "cut": tokens[row["caption"]] > len(text)}
+
+
+def _row(shard: int, number: int, clip: Clip) -> dict[str, Any]:
+    """What is known of a clip before it is opened."""
+    own = {"id": number, "shard": shard, "bucket": None, "text_length": 0, "cut": False}
+    said = {"path": clip.key, "caption": clip.caption, "class": clip.class_name, "split": clip.split}
+    size = {"fps": clip.fps, "frames": clip.frames, "height": clip.height, "width": clip.width}
+    return {**clip.extra, **own, **said, **size, "reason": None, "detail": None, **records.state(clip.file)}
+
+
+def _stated(clip: Clip) -> Facts | None:
+    """What the manifest says, if it says all; then the file is opened once and not twice."""
+    fps = 0.0 if clip.frames == 1 else clip.fps
+    if clip.frames is None or fps is None or clip.height is None or clip.width is None:
+        return None
+    return Facts(clip.frames, fps, clip.height, clip.width)
+
+
+def ahead(items: Iterable[_Item], count: int) -> Iterator[_Item]:
+    """`items`, made by a thread that keeps up to `count` ready, so that decoding and encoding go on side by side."""
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(count)
+    stopped = threading.Event()
+
+    def put(kind: str, value: Any) -> None:
+        while not stopped.is_set():
+            try:
+                ready.put((kind, value), timeout=0.2)
+            except queue.Full:
+                continue
+            return
+
+    def work() -> None:
+        try:
+            for item in items:
+                put("item", item)
+                if stopped.is_set():
+                    return
+            put("end", None)
+        except BaseException as error:  # handed over to the thread that waits, whatever it is
+            put("error", error)
+
+    thread = threading.Thread(target=work, name="decode-ahead", daemon=True)
+    thread.start()
+    try:
+        while (found := ready.get())[0] == "item":
+            yield found[1]
+        if found[0] == "error":
+            raise found[1]
+    finally:
+        stopped.set()

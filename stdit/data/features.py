@@ -1,0 +1,227 @@
+"""Feature shards: what extraction writes and training reads (docs/data.md has the layout).
+
+    out/index.json             what made the features, and that they are whole: written last
+        samples.parquet        one row a sample: id, shard, bucket, caption, class, split, source's size, free columns
+        shards/00000.safetensors   "7.mean" (C, t, h, w), "7.std" where there is a posterior, "7.text" (L, D)
+        report.json            what became of every clip
+
+No file per sample and nothing pickled; shards are memory-mapped, and text is as long as its caption.
+Latents are raw: statistics belong to the autoencoder, whose identity stands in the index.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stdit.config import Bucket, ConfigError, Where
+from stdit.data.manifest import satisfies
+from stdit.files import atomic_path
+
+FORMAT = 1
+INDEX, SAMPLES, REPORT = "index.json", "samples.parquet", "report.json"
+# Columns of samples.parquet that are not the manifest's own; a manifest may not have free columns of these names.
+OWN = {
+    "id": pa.int64(),
+    "shard": pa.int32(),
+    "bucket": pa.string(),
+    "class_label": pa.int32(),
+    "text_length": pa.int32(),
+}
+KNOWN = {
+    "path": pa.string(), "caption": pa.string(), "class": pa.string(), "split": pa.string(),
+    "fps": pa.float32(), "frames": pa.int32(), "height": pa.int32(), "width": pa.int32(),
+}  # fmt: skip
+# Shards open at a time in one process: each holds a memory map and a header of some 100 KB.
+OPEN_SHARDS = 64
+
+
+def shard_path(out: Path, number: int) -> Path:
+    """Where shard `number` lies."""
+    return out / "shards" / f"{number:05d}.safetensors"
+
+
+def samples_schema(extra: Mapping[str, pa.DataType]) -> pa.Schema:
+    """Columns of samples.parquet; `extra`: the manifest's free columns."""
+    return pa.schema({**OWN, **KNOWN, **extra})
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> int:
+    """Writes a shard, whole or not at all; its size in bytes. OSError: no space, no permission."""
+    try:
+        with atomic_path(path) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from error
+    return path.stat().st_size
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One clip's features. `height`, `width` (px) and `fps` are the source's; fps is 0 for a still image."""
+
+    id: int
+    mean: Tensor  # (C, t, h, w) float32, raw: not normalised
+    std: Tensor | None  # of the same shape, where the autoencoder has a posterior
+    text: Tensor | None  # (L, D) float32, L the caption's own length
+    class_label: int  # -1: none
+    fps: float
+    height: int
+    width: int
+    caption: str
+
+
+class FeatureSet:
+    """The features in a folder. Cheap to open, to pickle (by its path) and to fork; safe for several threads.
+
+    Raises ConfigError: no such folder, an extraction that did not end, or files of another format.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.index = read_index(self.path)
+        self.rows: pa.Table = parquet.read_table(self.path / SAMPLES, memory_map=True)
+        self.ids: np.ndarray = self.rows["id"].to_numpy()
+        self._columns = {
+            name: self.rows[name].to_numpy()
+            for name in ("shard", "class_label", "fps", "height", "width", "text_length")
+        }
+        self._open: OrderedDict[int, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __reduce__(self) -> tuple[type[FeatureSet], tuple[Path]]:
+        return FeatureSet, (self.path,)
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names; `class_label` counts in this order."""
+        return self.index["classes"]
+
+    @property
+    def video_encoder(self) -> dict[str, Any]:
+        """The autoencoder's identity (stdit.encoders.video)."""
+        return self.index["video_encoder"]
+
+    @property
+    def text_encoder(self) -> dict[str, Any] | None:
+        """The text encoder's identity (stdit.encoders.text), or None where no text was extracted."""
+        return self.index["text_encoder"]
+
+    def select(
+        self, split: str | None, buckets: Sequence[Bucket], where: Sequence[Where] = ()
+    ) -> dict[str, np.ndarray]:
+        """Ids (ascending) of the samples of a split (None: all) that meet every condition, by bucket key, empty ones too.
+
+        ConfigError: a bucket that was not extracted, a column that is not there, text compared with a number.
+        """
+        extracted = self.index["buckets"]
+        if absent := [bucket.key for bucket in buckets if bucket.key not in extracted]:
+            raise ConfigError(
+                f"{self.path}: buckets {', '.join(absent)} were not extracted; there are {', '.join(extracted)}"
+            )
+        keep = np.ones(len(self), bool)
+        if split is not None:
+            keep &= self.rows["split"].to_numpy() == split
+        for condition in where:
+            keep &= self._meets(condition)
+        found = self.rows["bucket"].to_numpy()
+        return {bucket.key: self.ids[keep & (found == bucket.key)] for bucket in buckets}
+
+    def _meets(self, condition: Where) -> np.ndarray:
+        if condition.column not in self.rows.column_names:
+            raise ConfigError(
+                f"{self.path}: where: no column {condition.column!r}; columns: {', '.join(self.rows.column_names)}"
+            )
+        values = self.rows[condition.column].to_pylist()
+        try:
+            return np.fromiter((satisfies(value, condition) for value in values), bool, len(values))
+        except ValueError as error:
+            raise ConfigError(f"{self.path}: where: {error}") from error
+
+    def sample(self, id: int) -> Sample:
+        """The features of sample `id`. KeyError: no such id. ConfigError: its shard is gone or damaged."""
+        row = int(np.searchsorted(self.ids, id))
+        if row == len(self) or self.ids[row] != id:
+            raise KeyError(f"{self.path} has no sample {id}")
+        number = int(self._columns["shard"][row])
+        with self._lock:
+            shard = self._shard(number)
+            try:
+                mean = _copy(shard.get_tensor(f"{id}.mean"))
+                std = _copy(shard.get_tensor(f"{id}.std")) if self.index["posterior"] else None
+                text = _copy(shard.get_tensor(f"{id}.text")) if self.text_encoder else None
+            except SafetensorError as error:
+                raise ConfigError(f"{shard_path(self.path, number)}: sample {id} cannot be read ({error})") from error
+        return Sample(
+            id=int(id),
+            mean=mean,
+            std=std,
+            text=text,
+            class_label=int(self._columns["class_label"][row]),
+            fps=float(self._columns["fps"][row]),
+            height=int(self._columns["height"][row]),
+            width=int(self._columns["width"][row]),
+            caption=self.rows["caption"][row].as_py(),
+        )
+
+    def text_lengths(self, ids: np.ndarray) -> np.ndarray:
+        """Tokens of each caption of `ids`, without reading a shard."""
+        return self._columns["text_length"][np.searchsorted(self.ids, ids)]
+
+    def _shard(self, number: int) -> Any:
+        """The memory-mapped shard; the one used longest ago is closed when too many are open."""
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        path = shard_path(self.path, number)
+        try:
+            self._open[number] = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{path}: damaged or gone ({error}); run the extraction again") from error
+        if len(self._open) > OPEN_SHARDS:
+            self._open.popitem(last=False)
+        return self._open[number]
+
+
+def read_index(path: Path | str) -> dict[str, Any]:
+    """index.json of the features in `path`. ConfigError: not there, or of another format."""
+    file = Path(path) / INDEX
+    if not file.is_file():
+        missing = "no such folder" if not file.parent.is_dir() else f"no {INDEX}: the extraction into it has not ended"
+        raise ConfigError(f"{path}: {missing} (python -m pipelines.extract_features --config … makes or completes it)")
+    index = json.loads(file.read_text(encoding="utf-8"))
+    if index.get("format") != FORMAT:
+        raise ConfigError(f"{file}: format {index.get('format')!r}, this version reads {FORMAT}; extract again")
+    return index
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """As float32, and never the shard's own memory, which every later read of the shard shares."""
+    return tensor.to(torch.float32, copy=True)
+
+
+def packed(features: Tensor, mask: Tensor) -> list[Tensor]:
+    """Padded text features (B, L, D) with mask (B, L) -> one (L_i, D) per caption, without its padding."""
+    return [row[keep].clone() for row, keep in zip(features, mask, strict=True)]
+
+
+def padded(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The inverse of `packed`: features (B, L, D), zero where padded, and mask (B, L) bool; L is the longest."""
+    mask = torch.arange(max(map(len, texts))) < torch.tensor([len(text) for text in texts])[:, None]
+    return torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True), mask

@@ -1,0 +1,269 @@
+"""Batches for training: one bucket a step, the same on every rank, and an order that is a function of the seed alone.
+
+Every bucket is a stream: permutation after permutation of its samples, seeded by (seed, epoch, bucket). A step takes
+ranks · batch_size · accumulation consecutive places of one stream; which one is due follows from how far each has come.
+So the state of the data is one number per bucket, it says the same to any number of ranks, and there is nothing else
+to save.
+
+B samples of one rank and micro-batch · C latent channels · t, h, w latent grid · L text tokens, the batch's longest
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stdit.config import Bucket, ConfigError, DataConfig, TrainBucket, Where
+from stdit.data.features import Sample, padded
+
+
+class Source(Protocol):
+    """Where samples come from."""
+
+    def select(
+        self, split: str | None, buckets: Sequence[Bucket], where: Sequence[Where] = ()
+    ) -> dict[str, np.ndarray]:
+        """Ids by bucket key."""
+        ...
+
+    def sample(self, id: int) -> Sample:
+        """One clip's features."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's samples of one micro-batch. Latents are raw, as the autoencoder made them."""
+
+    mean: Tensor  # (B, C, t, h, w)
+    std: Tensor | None  # of the same shape
+    text: Tensor | None  # (B, L, D), zero where masked
+    text_mask: Tensor | None  # (B, L) bool
+    class_labels: Tensor  # (B,) int64, -1: none
+    fps: Tensor  # (B,)
+    height: Tensor  # (B,) px
+    width: Tensor  # (B,) px
+    captions: tuple[str, ...]
+    positions: tuple[int, ...]  # places in the bucket's stream: what seeds noise and times
+    bucket: Bucket
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rank's part of one optimizer step."""
+
+    batches: tuple[Batch, ...]  # one per micro-step
+    samples: int  # of the step, over all ranks and micro-steps
+    position: dict[str, int]  # samples taken from each bucket's stream, this step included
+
+    @property
+    def bucket(self) -> Bucket:
+        return self.batches[0].bucket
+
+
+def collate(samples: Sequence[Sample], positions: Sequence[int], bucket: Bucket) -> Batch:
+    """Samples of one bucket as a batch. ValueError: latents of different shapes; some with text and some without."""
+    shapes = {tuple(s.mean.shape) for s in samples}
+    if len(shapes) > 1:
+        raise ValueError(f"bucket {bucket.key} holds latents of several shapes: {sorted(shapes)}")
+    stds = [s.std for s in samples if s.std is not None]
+    texts = [s.text for s in samples if s.text is not None]
+    if len(stds) not in (0, len(samples)) or len(texts) not in (0, len(samples)):
+        raise ValueError(
+            f"bucket {bucket.key}: {len(texts)} of {len(samples)} samples have text, {len(stds)} have a std"
+        )
+    text, mask = padded(texts) if texts else (None, None)
+    return Batch(
+        mean=torch.stack([s.mean for s in samples]),
+        std=torch.stack(stds) if stds else None,
+        text=text,
+        text_mask=mask,
+        class_labels=torch.tensor([s.class_label for s in samples]),
+        fps=torch.tensor([float(s.fps) for s in samples]),
+        height=torch.tensor([float(s.height) for s in samples]),
+        width=torch.tensor([float(s.width) for s in samples]),
+        captions=tuple(s.caption for s in samples),
+        positions=tuple(positions),
+        bucket=bucket,
+    )
+
+
+class Stream:
+    """The endless order of one bucket's samples."""
+
+    def __init__(self, ids: np.ndarray, seed: int, bucket: Bucket) -> None:
+        self.ids = ids
+        self._seed = (seed, bucket.frames, bucket.height, bucket.width)
+        self._held: dict[int, np.ndarray] = {}
+
+    def at(self, place: int) -> int:
+        """The sample at `place` = 0, 1, 2, …"""
+        epoch, within = divmod(place, len(self.ids))
+        if epoch not in self._held:
+            # A step spans two epochs at most of a stream longer than itself; of shorter ones all are made again.
+            self._held = {e: order for e, order in self._held.items() if e == epoch - 1}
+            self._held[epoch] = np.random.default_rng((*self._seed, epoch)).permutation(len(self.ids))
+        return int(self.ids[self._held[epoch][within]])
+
+
+class Loader:
+    """Iterates over `Step`s without end, beginning at `position`.
+
+    `workers` threads read ahead. ConfigError: a bucket without samples.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        data: DataConfig,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+        accumulation: int = 1,
+        position: Mapping[str, int] | None = None,
+    ) -> None:
+        self.source, self.data = source, data
+        self.rank, self.ranks, self.accumulation = rank, ranks, accumulation
+        ids = source.select(data.train_split, data.buckets, data.where)
+        for i, bucket in enumerate(data.buckets):
+            if len(ids[bucket.key]) == 0:
+                conditions = " that meets data.where" if data.where else ""
+                raise ConfigError(
+                    f"data.buckets[{i}]: {data.features} holds no sample of bucket {bucket.key} in split {data.train_split!r}{conditions}"
+                )
+        self.counts = {key: len(found) for key, found in ids.items()}
+        self.streams = {b.key: Stream(ids[b.key], seed, b) for b in data.buckets}
+        self.position = {b.key: int((position or {}).get(b.key, 0)) for b in data.buckets}
+
+    def step_size(self, bucket: TrainBucket) -> int:
+        """Samples of one step, over all ranks and micro-steps."""
+        return self.ranks * bucket.batch_size * self.accumulation
+
+    def due(self, position: Mapping[str, int]) -> TrainBucket:
+        """The bucket of the next step: the one that would have given the least share of what it is to give after it.
+
+        To give, a bucket has its samples times its `weight`, again and again; so each sample is seen as often as
+        another, but for the weights, whatever the batch sizes are.
+        """
+        return min(
+            self.data.buckets,
+            key=lambda b: (position[b.key] + self.step_size(b)) / (self.counts[b.key] * b.weight),
+        )
+
+    def _plan(self) -> Iterator[tuple[TrainBucket, int, dict[str, int]]]:
+        """(bucket, first place, positions afterwards) of each step."""
+        position = dict(self.position)
+        while True:
+            bucket = self.due(position)
+            first = position[bucket.key]
+            position[bucket.key] = first + self.step_size(bucket)
+            yield bucket, first, dict(position)
+
+    def _read(self, bucket: TrainBucket, places: Sequence[int], ids: Sequence[int]) -> Batch:
+        return collate([self.source.sample(i) for i in ids], places, bucket)
+
+    def _places(self, bucket: TrainBucket, first: int, micro: int) -> range:
+        """This rank's places in micro-step `micro` of a step that begins at `first`."""
+        begin = first + (micro * self.ranks + self.rank) * bucket.batch_size
+        return range(begin, begin + bucket.batch_size)
+
+    def __iter__(self) -> Iterator[Step]:
+        if self.data.workers == 0:
+            for bucket, first, position in self._plan():
+                batches = []
+                for micro in range(self.accumulation):
+                    places = self._places(bucket, first, micro)
+                    batches.append(self._read(bucket, places, [self.streams[bucket.key].at(p) for p in places]))
+                yield Step(tuple(batches), self.step_size(bucket), position)
+            return
+        with ThreadPoolExecutor(self.data.workers, thread_name_prefix="loader") as pool:
+            ahead: deque[tuple[list[Future[Batch]], int, dict[str, int]]] = deque()
+            try:
+                for bucket, first, position in self._plan():
+                    futures = []
+                    for micro in range(self.accumulation):
+                        places = self._places(bucket, first, micro)
+                        ids = [self.streams[bucket.key].at(p) for p in places]
+                        futures.append(pool.submit(self._read, bucket, places, ids))
+                    ahead.append((futures, self.step_size(bucket), position))
+                    if sum(len(f) for f, _, _ in ahead) > self.data.workers + self.accumulation:
+                        yield self._collect(ahead.popleft())
+            finally:
+                for futures, _, _ in ahead:
+                    for future in futures:
+                        future.cancel()
+
+    @staticmethod
+    def _collect(ahead: tuple[list[Future[Batch]], int, dict[str, int]]) -> Step:
+        futures, samples, position = ahead
+        return Step(tuple(f.result() for f in futures), samples, position)
+
+
+class Synthetic:
+    """Clips made on the spot, to show that a launch works: waves whose direction and speed are the class's.
+
+    channels, compression: of the latents, which stand for themselves. classes, text_dim, text_tokens: None where the
+    model takes none. 256 training and 32 validation clips a bucket.
+    """
+
+    SIZES = {"train": range(256), "validation": range(256, 288)}  # noqa: RUF012
+
+    def __init__(self, channels: int, classes: int | None, text_dim: int | None, text_tokens: int) -> None:
+        self.channels, self.classes, self.text_dim = channels, classes, text_dim
+        self.text_tokens = min(text_tokens, 12)
+        self._buckets: list[Bucket] = []
+
+    def select(
+        self, split: str | None, buckets: Sequence[Bucket], where: Sequence[Where] = ()
+    ) -> dict[str, np.ndarray]:
+        """As FeatureSet.select. ConfigError: conditions, of which synthetic data meets none; another split."""
+        if where:
+            raise ConfigError(f"data.where: synthetic data has no column {where[0].column!r}")
+        if split is not None and split not in self.SIZES:
+            raise ConfigError(f"data: synthetic data has no split {split!r}; it has {', '.join(self.SIZES)}")
+        numbers = [n for name, sizes in self.SIZES.items() if split in (None, name) for n in sizes]
+        known = {b.key for b in self._buckets}
+        self._buckets += [
+            Bucket(frames=b.frames, height=b.height, width=b.width) for b in buckets if b.key not in known
+        ]
+        keys = [b.key for b in self._buckets]
+        # The bucket in the upper digits of the id.
+        return {b.key: np.array([keys.index(b.key) * 1000 + n for n in numbers]) for b in buckets}
+
+    def sample(self, id: int) -> Sample:
+        bucket, number = self._buckets[id // 1000], id % 1000
+        kinds = self.classes or 10
+        kind = number % kinds
+        generator = torch.Generator().manual_seed(number)
+        t, y, x = torch.meshgrid(
+            *(torch.linspace(0, 1, n) for n in (bucket.frames, bucket.height, bucket.width)), indexing="ij"
+        )
+        angle, phase = 2 * math.pi * kind / kinds, 2 * math.pi * torch.rand(self.channels, 1, 1, 1, generator=generator)
+        wave = torch.sin(2 * math.pi * (2 * math.cos(angle) * x + 2 * math.sin(angle) * y + t) + phase)  # (C, T, H, W)
+        text = None
+        if self.text_dim:
+            # The class's own words, as many as its number says.
+            words = torch.Generator().manual_seed(10_000 + kind)
+            text = torch.randn(1 + kind % self.text_tokens, self.text_dim, generator=words)
+        return Sample(
+            id=id,
+            mean=wave,
+            std=None,
+            text=text,
+            class_label=kind if self.classes else -1,
+            fps=8.0 if bucket.frames > 1 else 0.0,
+            height=bucket.height,
+            width=bucket.width,
+            caption=f"waves of kind {kind}",
+        )

@@ -1,0 +1,298 @@
+"""The manifest: which clips there are and what is known of them. JSONL, CSV or Parquet (docs/data.md).
+
+    manifest = read("clips/manifest.jsonl")
+    kept = [clip for clip in manifest if matches(clip, config.where)]
+
+A row that cannot be understood is an error that names file, line and column, before any work is
+done. A file that is missing or cannot be decoded is a `problem` of one clip and stops nothing here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import posixpath
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stdit.config import Where
+from stdit.data.rows import READERS, ManifestError
+from stdit.files import atomic_write, sha256
+
+Scalar = str | int | float | bool | None
+KNOWN = ("path", "caption", "class", "fps", "frames", "height", "width", "split")
+ERRORS_SHOWN = 20
+INT64 = 2**63
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """One row. `key`, the path as the manifest spells it (normalised), is the clip's identity; `file` is where it lies.
+
+    `fps`, `frames`, `height` (px), `width` (px) are None where the manifest leaves them to be read
+    from the file. `row` counts lines of the file (rows, for Parquet), from 1.
+    """
+
+    key: str
+    file: Path
+    caption: str
+    class_name: str | None = None
+    split: str = "train"
+    fps: float | None = None
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    row: int = 0
+    extra: Mapping[str, Scalar] = field(default_factory=dict)
+
+    def value(self, column: str) -> Scalar:
+        """The value of a column, known or free; None where the row has none."""
+        known = {"path": self.key, "caption": self.caption, "class": self.class_name, "split": self.split}
+        if column in known:
+            return known[column]
+        return getattr(self, column) if column in KNOWN else self.extra.get(column)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A whole manifest; `fingerprint` is the SHA-256 of its file."""
+
+    path: Path
+    clips: tuple[Clip, ...]
+    fingerprint: str
+
+    def __iter__(self) -> Iterator[Clip]:
+        return iter(self.clips)
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    @property
+    def classes(self) -> list[str]:
+        """The class names in the order of their labels: by number where all are numbers, else by code point."""
+        names = {clip.class_name for clip in self.clips if clip.class_name is not None}
+        return sorted(names, key=int) if all(re.fullmatch(r"-?\d+", n) for n in names) else sorted(names)
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """How many clips each split has."""
+        return dict(sorted(Counter(clip.split for clip in self.clips).items()))
+
+    @property
+    def columns(self) -> set[str]:
+        """The known columns and every free one."""
+        return set(KNOWN).union(*(clip.extra for clip in self.clips))
+
+
+def read(path: Path | str) -> Manifest:
+    """Reads and checks a manifest (.jsonl, .csv or .parquet).
+
+    Raises ManifestError: missing, unreadable or empty file; rows that are no objects; missing,
+    mistyped or contradictory values; paths that leave the manifest's folder; a clip listed twice.
+    Up to 20 errors are listed at once.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in READERS:
+        raise ManifestError(f"{path}: a manifest is one of {', '.join(READERS)}; found suffix {path.suffix!r}")
+    if not path.is_file():
+        raise ManifestError(f"{path}: {'is not a file' if path.exists() else 'no such manifest'}")
+    clips: list[Clip] = []
+    errors: list[str] = []
+    for row, found in READERS[path.suffix.lower()](path):
+        if isinstance(found, str):
+            errors.append(f"{path}:{row}: {found}")
+            continue
+        clip, complaints = _clip(row, found, path.parent)
+        errors.extend(f"{path}:{row}: {complaint}" for complaint in complaints)
+        if clip is not None:
+            clips.append(clip)
+    errors += [f"{path}:{row}: {text}" for row, text in [*_repeated(clips), *_mixed(clips)]]
+    if errors:
+        hidden = len(errors) - ERRORS_SHOWN
+        raise ManifestError("\n".join(errors[:ERRORS_SHOWN] + ([f"… and {hidden} more errors"] if hidden > 0 else [])))
+    if not clips:
+        raise ManifestError(f"{path}: the manifest is empty: 0 clips")
+    return Manifest(path, tuple(clips), sha256(path))
+
+
+def write(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes `rows` as a JSONL manifest, atomically."""
+    text = "".join(json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    atomic_write(path, text)
+
+
+# ------------------------------------------------------------------------------------ conditions
+
+
+def problem(clip: Clip) -> str | None:
+    """Why the clip's file is of no use, as far as a look at the folder tells; None: it may be of use."""
+    try:
+        size = clip.file.stat().st_size
+    except FileNotFoundError:
+        return "no such file"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if not clip.file.is_file():
+        return "is not a file"
+    return None if size else "is empty (0 bytes)"
+
+
+def satisfies(value: Scalar, where: Where) -> bool:
+    """Whether one value meets a condition; a missing value (None) meets none. ValueError: text against a number."""
+    if value is None:
+        return False
+    if where.one_of is not None and value not in where.one_of:
+        return False
+    for bound, sign in ((where.at_least, 1), (where.at_most, -1)):
+        if bound is None:
+            continue
+        if isinstance(value, str):
+            raise ValueError(f"column {where.column!r} holds text ({value!r}), which cannot be compared with {bound}")
+        if sign * (value - bound) < 0:
+            return False
+    return True
+
+
+def matches(clip: Clip, where: Sequence[Where]) -> bool:
+    """Whether a clip meets every condition. ValueError: text against a number."""
+    return all(satisfies(clip.value(condition.column), condition) for condition in where)
+
+
+def check_where(manifest: Manifest, where: Sequence[Where]) -> None:
+    """ManifestError where a condition names a column that no row has, which would leave nothing without a word."""
+    columns = manifest.columns
+    for condition in where:
+        if condition.column not in columns:
+            raise ManifestError(
+                f"{manifest.path}: where: no column {condition.column!r}; columns: {', '.join(sorted(columns))}"
+            )
+
+
+# -------------------------------------------------------------------------------- from row to clip
+
+
+def _clip(row: int, found: dict[str, Any], folder: Path) -> tuple[Clip | None, list[str]]:
+    """The clip of one row, or None, and what is wrong with the row."""
+    errors: list[str] = []
+
+    def take(column: str, check: Any) -> Any:
+        try:
+            return check(found.get(column))
+        except ValueError as error:
+            errors.append(f"{column}: {error}")
+            return None
+
+    if "caption" not in found:
+        errors.append("caption: missing (an empty one is written as an empty text)")
+    key = take("path", _path)
+    split = take("split", _split)
+    values = {name: take(name, _count) for name in ("frames", "height", "width")}
+    caption, class_name, fps = take("caption", _caption), take("class", _class), take("fps", _fps)
+    extra = {name: take(name, _free) for name in found if name not in KNOWN}
+    if errors:
+        return None, errors
+    return Clip(key, folder / key, caption, class_name, split, fps, **values, row=row, extra=extra), []
+
+
+def _path(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"expected a path, found {value!r}")
+    if "\0" in value or _surrogate(value):
+        raise ValueError(f"holds a character that no path can have: {value!r}")
+    if "://" in value:
+        raise ValueError(f"{value!r} is an address; clips are files beside the manifest")
+    path = posixpath.normpath(value)
+    if posixpath.isabs(path) or path == "." or path.split("/")[0] == "..":
+        raise ValueError(
+            f"{value!r} leaves the manifest's folder; give a path below it (a link there may lead elsewhere)"
+        )
+    return path
+
+
+def _caption(value: Any) -> str:
+    """NFC, runs of white space as one space. Any length, any script, and empty: the text encoder cuts what is too long."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"expected text, found {value!r}")
+    if _surrogate(value):
+        raise ValueError(f"holds half a surrogate pair, which is no character: {value[:40]!a}")
+    return " ".join(unicodedata.normalize("NFC", value).split())
+
+
+def _class(value: Any) -> str | None:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if value is None or value == "":
+        return None
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise ValueError(f"expected text, a whole number or null, found {value!r}")
+    return _caption(str(value))
+
+
+def _split(value: Any) -> str:
+    if value is None:
+        return "train"
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"expected the name of a split, such as train or validation, found {value!r}")
+    return _caption(value)
+
+
+def _fps(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"expected frames per second, a number above 0, found {value!r}")
+    return float(value)
+
+
+def _count(value: Any) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 1 or value != value // 1:
+        raise ValueError(f"expected a whole number above 0, found {value!r}")
+    return int(value)
+
+
+def _free(value: Any) -> Scalar:
+    """A free column's value; what is no scalar is kept as JSON text."""
+    if isinstance(value, (list, dict)):
+        value = json.dumps(value, ensure_ascii=False, default=str)
+    if isinstance(value, str) and _surrogate(value):
+        raise ValueError(f"holds half a surrogate pair, which is no character: {value[:40]!a}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"expected a finite number, found {value!r}")
+    if isinstance(value, int) and not -INT64 <= value < INT64:
+        raise ValueError(f"{value} does not fit 64 bits")
+    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
+
+
+def _surrogate(text: str) -> bool:
+    return re.search("[\ud800-\udfff]", text) is not None
+
+
+def _repeated(clips: Sequence[Clip]) -> Iterator[tuple[int, str]]:
+    """A clip listed twice would be counted twice, or stand in two splits."""
+    first: dict[str, int] = {}
+    for clip in clips:
+        if clip.key in first:
+            yield clip.row, f"path: {clip.key!r} is listed already, in row {first[clip.key]}"
+        first.setdefault(clip.key, clip.row)
+
+
+def _mixed(clips: Sequence[Clip]) -> Iterator[tuple[int, str]]:
+    """A free column holds one kind of value throughout: conditions and Parquet both need that."""
+    kinds: dict[str, tuple[str, int]] = {}
+    for clip in clips:
+        for column, value in clip.extra.items():
+            if value is None:
+                continue
+            kind = "text" if isinstance(value, str) else "true/false" if isinstance(value, bool) else "numbers"
+            before, row = kinds.setdefault(column, (kind, clip.row))
+            if kind != before:
+                yield clip.row, f"{column}: holds {kind} ({value!r}) where row {row} holds {before}"

@@ -1,0 +1,203 @@
+"""What became of each clip of one part of an extraction: the record beside its shard, and the sum of all records.
+
+    out/parts/00000.parquet    one row a clip of the part, kept or not, with its reason and its source's state
+
+A record is written after its shard, so a part with a record is whole. It is up to date while the rows
+of the manifest that it was made from and the files they name are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+
+from stdit.config import ConfigError
+from stdit.data.features import KNOWN, OWN, shard_path
+from stdit.data.manifest import Clip, Manifest
+from stdit.files import atomic_path, fingerprint_file
+
+# Beside the columns of samples.parquet. status: kept, dropped (fits no bucket) or bad (cannot be decoded).
+RECORD = {name: kind for name, kind in OWN.items() if name != "class_label"}
+STATUS = {"status": pa.string(), "reason": pa.string(), "detail": pa.string(), "cut": pa.bool_()}
+SOURCE = {"size": pa.int64(), "mtime_ns": pa.int64(), "digest": pa.string()}
+# Why a part is extracted for the first time.
+NEW = "new"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive clips of the manifest that share a shard. `ids`: their positions in the manifest. Small enough to send."""
+
+    number: int
+    ids: tuple[int, ...]
+    clips: tuple[Clip, ...]
+    # Free columns of the manifest and their types, of one mind for all parts.
+    columns: tuple[tuple[str, str], ...]
+    # SHA-256 of the settings that decide features.
+    settings: str
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of the settings and of what the manifest says of these clips."""
+        rows = [
+            (i, c.key, c.caption, c.class_name, c.split, c.fps, c.frames, c.height, c.width, sorted(c.extra.items()))
+            for i, c in zip(self.ids, self.clips, strict=True)
+        ]
+        return hashlib.sha256(json.dumps([rows, self.columns, self.settings]).encode()).hexdigest()
+
+    @property
+    def extra(self) -> dict[str, pa.DataType]:
+        return {name: pa.type_for_alias(kind) for name, kind in self.columns}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one part: `clips` looked at, `bad` among them that cannot be used."""
+
+    number: int
+    clips: int
+    bad: int
+
+
+def free_columns(manifest: Manifest) -> tuple[tuple[str, str], ...]:
+    """The manifest's free columns, each with the Arrow type that holds all its values.
+
+    ConfigError: a column whose name features need for themselves.
+    """
+    kinds: dict[str, set[type]] = {}
+    for clip in manifest:
+        for name, value in clip.extra.items():
+            kinds.setdefault(name, set()).add(type(value))
+    if taken := sorted(set(kinds) & {*OWN, *STATUS, *SOURCE}):
+        raise ConfigError(f"{manifest.path}: column {taken[0]!r} has a name that features use themselves; rename it")
+    return tuple((name, _type(found - {type(None)})) for name, found in sorted(kinds.items()))
+
+
+def _type(kinds: set[type]) -> str:
+    for kind, name in ((str, "string"), (float, "double"), (int, "int64"), (bool, "bool")):
+        if kind in kinds:
+            return name
+    return "string"  # nothing but nulls
+
+
+def state(file: Path) -> dict[str, Any]:
+    """A source's size, time of change and content; size -1 where there is no file."""
+    try:
+        stat = file.stat()
+        return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "digest": fingerprint_file(file)}
+    except OSError:
+        return {"size": -1, "mtime_ns": 0, "digest": ""}
+
+
+def record_path(out: Path, number: int) -> Path:
+    return out / "parts" / f"{number:05d}.parquet"
+
+
+def write_record(
+    out: Path, part: Part, rows: Sequence[Mapping[str, Any]], shard_bytes: int, told: Mapping[str, str]
+) -> None:
+    """Writes a part's record, which says that its shard is whole. `told`: more to keep. OSError: no space, no permission."""
+    schema = pa.schema({**RECORD, **KNOWN, **STATUS, **SOURCE, **part.extra})
+    schema = schema.with_metadata({"key": part.key, "shard_bytes": str(shard_bytes), **told})
+    with atomic_path(record_path(out, part.number)) as temporary:
+        parquet.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema), temporary)
+
+
+def stale(out: Path, part: Part) -> str | None:
+    """Why a part has to be extracted (again); None where its shard and record are whole and nothing has changed.
+
+    A source whose time has changed but not its size is compared by content: copying a data set costs no extraction.
+    """
+    record = record_path(out, part.number)
+    if not record.is_file():
+        return NEW
+    try:
+        told = metadata(record)
+        rows = parquet.read_table(record, columns=["path", *SOURCE]).to_pylist()
+    except (OSError, ValueError) as error:
+        return f"{record} cannot be read ({error})"
+    if told["key"] != part.key:
+        return "the settings, or what the manifest says of its clips, have changed"
+    shard = shard_path(out, part.number)
+    if (shard.stat().st_size if shard.is_file() else 0) != int(told["shard_bytes"]):
+        return f"{shard} is gone or damaged"
+    for row, clip in zip(rows, part.clips, strict=True):
+        if _changed(row, clip.file):
+            return f"{clip.file} has changed"
+    return None
+
+
+def _changed(row: Mapping[str, Any], file: Path) -> bool:
+    try:
+        stat = file.stat()
+    except OSError:
+        return row["size"] != -1
+    if stat.st_size != row["size"]:
+        return True
+    return stat.st_mtime_ns != row["mtime_ns"] and fingerprint_file(file) != row["digest"]
+
+
+def metadata(record: Path) -> dict[str, str]:
+    """What a record says of itself: key, shard_bytes and what the extractor told. OSError, ValueError: cannot be read."""
+    found = parquet.read_schema(record).metadata or {}
+    return {name.decode(): value.decode() for name, value in found.items()}
+
+
+@dataclass
+class Tally:
+    """The sum of records, for report.json."""
+
+    clips: int = 0
+    # bucket -> split -> clips
+    kept: dict[str, Counter[str]] = field(default_factory=dict)
+    # reason -> clips
+    dropped: Counter[str] = field(default_factory=Counter)
+    bad: list[dict[str, str]] = field(default_factory=list)
+    captions_cut: int = 0
+    tokens: int = 0
+    # SHA-256 over the sources' fingerprints.
+    sources: str = ""
+
+    def add(self, rows: pa.Table) -> None:
+        """Counts one record."""
+        self.clips += len(rows)
+        self.sources = hashlib.sha256(json.dumps([self.sources, rows["digest"].to_pylist()]).encode()).hexdigest()
+        for row in rows.select(["status", "reason", "bucket", "split", "path", "cut", "text_length"]).to_pylist():
+            if row["status"] == "kept":
+                self.kept.setdefault(row["bucket"], Counter())[row["split"]] += 1
+                self.captions_cut += row["cut"]
+                self.tokens += row["text_length"]
+            elif row["status"] == "dropped":
+                self.dropped[row["reason"]] += 1
+            else:
+                self.bad.append({"path": row["path"], "reason": row["reason"] or "unknown"})
+
+    @property
+    def kept_count(self) -> int:
+        return sum(counts.total() for counts in self.kept.values())
+
+    def report(self, buckets: Sequence[str], filtered: int, max_bad_share: float) -> dict[str, Any]:
+        """Every clip of the manifest, once. `filtered`: those that `where` left out before anything was read."""
+        reasons = {**({"where": filtered} if filtered else {}), **dict(sorted(self.dropped.items()))}
+        return {
+            "clips": self.clips + filtered,
+            "kept": self.kept_count,
+            "kept_by_bucket": {key: dict(sorted(self.kept.get(key, Counter()).items())) for key in buckets},
+            "dropped": sum(reasons.values()),
+            "dropped_by_reason": reasons,
+            "bad": len(self.bad),
+            "bad_share": len(self.bad) / max(1, self.clips),
+            "max_bad_share": max_bad_share,
+            "bad_clips": self.bad,
+            "captions_cut": self.captions_cut,
+            "text_tokens": self.tokens,
+        }

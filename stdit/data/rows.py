@@ -1,0 +1,123 @@
+"""The rows of a JSONL, CSV or Parquet file, each with its number, or with what is wrong with it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+# Columns of a CSV that are text whatever their cells look like, and those that are numbers.
+TEXT = ("path", "caption", "class", "split")
+NUMBERS = ("fps", "frames", "height", "width")
+
+
+class ManifestError(ValueError):
+    """A manifest that cannot be used; the message names file, line, column and what was found."""
+
+
+Row = tuple[int, "dict[str, Any] | str"]  # line number, and what stands there or what is wrong with it
+
+
+def _text(path: Path) -> str:
+    """The file as text. ManifestError with the line, where it is not UTF-8."""
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ManifestError(f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}: {error.reason})") from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    if twice:
+        raise ValueError(f"key {twice[0]!r} is given twice")
+    return dict(pairs)
+
+
+def _no_nan(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def jsonl_rows(path: Path) -> Iterator[Row]:
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, object_pairs_hook=_unique_keys, parse_constant=_no_nan)
+        except json.JSONDecodeError as error:
+            yield number, f"not valid JSON ({error.msg} at column {error.colno})"
+        except (ValueError, RecursionError) as error:
+            yield number, f"not a usable row ({error})"
+        else:
+            yield number, row if isinstance(row, dict) else f"expected an object, found {type(row).__name__}"
+
+
+def csv_rows(path: Path) -> Iterator[Row]:
+    """Cells as text; an empty cell is None, and a free column that holds numbers alone is one of numbers."""
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    rows: list[tuple[int, list[str]]] = []
+    errors: list[Row] = []
+    try:
+        header = next(reader, [])
+        for cells in reader:
+            if len(cells) == len(header):
+                rows.append((reader.line_num, cells))
+            elif cells:
+                errors.append((reader.line_num, f"{len(cells)} cells under a header of {len(header)}"))
+    except csv.Error as error:
+        yield max(reader.line_num, 1), f"not valid CSV ({error})"
+        return
+    twice = [name for name, count in Counter(header).items() if count > 1]
+    if twice or (header and "path" not in header):
+        yield 1, f"column {twice[0]!r} is given twice" if twice else f"no column 'path'; columns: {', '.join(header)}"
+        return
+    yield from errors
+    numeric = {
+        name
+        for at, name in enumerate(header)
+        if name not in TEXT + NUMBERS and all(_number(cells[at]) is not None for _, cells in rows if cells[at].strip())
+    }
+    for line, cells in rows:
+        yield line, {name: _cell(cell, name, numeric) for name, cell in zip(header, cells, strict=True)}
+
+
+def _cell(text: str, column: str, numeric: set[str]) -> str | int | float | None:
+    if not text.strip():
+        return None
+    number = _number(text) if column in numeric or column in NUMBERS else None
+    return text if number is None else number
+
+
+def _number(text: str) -> int | float | None:
+    """The number that `text` spells, or None."""
+    if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text.strip(), re.ASCII):
+        return None
+    return int(text) if re.fullmatch(r"[-+]?\d{1,18}", text.strip()) else float(text)
+
+
+def parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow.parquet as parquet
+
+    try:
+        table = parquet.read_table(path)
+    except (ValueError, OSError, NotImplementedError) as error:
+        raise ManifestError(f"{path}: not a readable Parquet file ({error})") from error
+    if "path" not in table.column_names:
+        raise ManifestError(f"{path}: no column 'path'; columns: {', '.join(table.column_names)}")
+    for number, row in enumerate(table.to_pylist(), 1):
+        yield number, {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": jsonl_rows,
+    ".ndjson": jsonl_rows,
+    ".csv": csv_rows,
+    ".parquet": parquet_rows,
+}

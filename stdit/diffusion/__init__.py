@@ -1,0 +1,1 @@
+"""What the model is asked to predict, at which times, and how samples are drawn from it."""

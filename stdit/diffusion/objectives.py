@@ -1,0 +1,165 @@
+"""What the model is asked to predict: flow matching's velocity, or DDPM's noise with or without learned variance.
+
+B batch, C channels, T H W latent grid. Latents are (B, C, T, H, W), times (B,) with t = 0 data and t = 1 noise.
+Both objectives have the same five methods; neither knows the model, which comes as `predict(x_t, timestep)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from torch import Tensor
+
+from stdit.config import DiffusionConfig
+from stdit.diffusion.timesteps import TIMESTEPS, sample_times
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+
+
+def make_objective(config: DiffusionConfig, learned_variance: bool) -> FlowMatching | DDPM:
+    """The objective that `config` names. ValueError: learned variance with flow matching, which has none."""
+    if config.objective == "ddpm":
+        return DDPM(config, learned_variance)
+    if learned_variance:
+        raise ValueError(
+            "model.learned_variance belongs to diffusion.objective ddpm; flow matching has no variance to learn"
+        )
+    return FlowMatching(config)
+
+
+def _per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, …), to multiply `x`."""
+    return values.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Mean over all but the batch: (B, …) -> (B,)."""
+    return x.flatten(1).mean(1)
+
+
+def _check_prediction(prediction: Tensor, channels: int, x: Tensor) -> None:
+    expected = (x.shape[0], channels, *x.shape[2:])
+    if tuple(prediction.shape) != expected:
+        raise ValueError(
+            f"the model's prediction has shape {tuple(prediction.shape)}, this objective needs {expected} "
+            f"(model.learned_variance doubles the channels)"
+        )
+
+
+class FlowMatching:
+    """Straight paths x_t = (1 - t) x0 + t noise and their velocity noise - x0 (Lipman et al. 2023; the sign of
+    diffusers, SD3 and Open-Sora 2)."""
+
+    def __init__(self, config: DiffusionConfig) -> None:
+        self.config = config
+
+    def times(self, u: Tensor, latent: tuple[int, int, int]) -> Tensor:
+        """Times (B,) from uniform u (B,), for latents (T, H, W)."""
+        return sample_times(self.config, u, latent)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t at times t (B,): x0 at 0, noise at 1, both to the last bit."""
+        t = _per_sample(t, x0)
+        return (1 - t) * x0 + t * noise
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """t on the model's scale, 0 to 1000."""
+        return t * TIMESTEPS
+
+    def loss(self, predict: Predict, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Mean squared error of the velocity, (B,), in float32."""
+        prediction = predict(self.add_noise(x0, noise, t), self.timestep(t))
+        _check_prediction(prediction, x0.shape[1], x0)
+        return _mean((prediction.float() - (noise - x0).float()).square())
+
+
+class DDPM:
+    """Noise prediction on diffusers' discrete schedule (Ho et al. 2020), with learned variance by the hybrid bound
+    of Nichol & Dhariwal 2021, equations 15 and 16, as DiT trains it.
+
+    Step k of N (`num_train_timesteps`) stands at t = (k + 1) / N, so that t = 1 is the noisiest step.
+    """
+
+    def __init__(self, config: DiffusionConfig, learned_variance: bool) -> None:
+        self.steps = config.num_train_timesteps
+        self.learned_variance = learned_variance
+        # diffusers' betas, then in float64: 1 - alphas_cumprod loses three digits in float32 at the first step.
+        betas = DDPMScheduler(num_train_timesteps=self.steps, beta_schedule=config.noise_schedule).betas.double()
+        alphas = 1 - betas
+        total = alphas.cumprod(0)
+        before = torch.cat([torch.ones(1, dtype=torch.float64), total[:-1]])
+        self.signal = total.sqrt()
+        self.noise = (1 - total).sqrt()
+        # q(x_{k-1} | x_k, x0), equations 6 and 7 of Ho et al. 2020. Its variance is 0 at step 0, where step 1's stands in.
+        posterior = betas * (1 - before) / (1 - total)
+        self.log_smallest = torch.cat([posterior[1:2], posterior[1:]]).log()
+        self.log_largest = betas.log()
+        self.mean_of_x0 = betas * before.sqrt() / (1 - total)
+        self.mean_of_xt = (1 - before) * alphas.sqrt() / (1 - total)
+
+    def _at(self, table: Tensor, step: Tensor, x: Tensor) -> Tensor:
+        return _per_sample(table.to(step.device)[step].float(), x)
+
+    def times(self, u: Tensor, latent: tuple[int, int, int]) -> Tensor:
+        """Times (B,) from uniform u (B,) in [0, 1): every step is equally likely. The latent's size plays no part."""
+        return ((u * self.steps).floor() + 1).clamp(max=self.steps) / self.steps
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """diffusers' step 0 … N - 1 (int64) of t; t = 0 counts as step 0, the cleanest there is."""
+        return ((t * self.steps).round().long() - 1).clamp(0, self.steps - 1)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t = sqrt(alphas_cumprod) x0 + sqrt(1 - alphas_cumprod) noise at times t (B,)."""
+        step = self.timestep(t)
+        return self._at(self.signal, step, x0) * x0 + self._at(self.noise, step, x0) * noise
+
+    def loss(self, predict: Predict, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Mean squared error of the noise, (B,), in float32; with learned variance plus 0.001 N times the bound's
+        term, in bits per dimension, from which the noise channels get no gradient."""
+        step, channels = self.timestep(t), x0.shape[1]
+        x_t = self.add_noise(x0, noise, t)
+        prediction = predict(x_t, step)
+        _check_prediction(prediction, 2 * channels if self.learned_variance else channels, x0)
+        prediction, x_t, x0 = prediction.float(), x_t.float(), x0.float()
+        error = _mean((prediction[:, :channels] - noise.float()).square())
+        if not self.learned_variance:
+            return error
+        predicted_noise, fraction = prediction.split(channels, dim=1)
+        bound = self.variational_bound(predicted_noise.detach(), fraction, x0, x_t, step)
+        return error + self.steps / 1000 * bound
+
+    def variational_bound(self, noise: Tensor, fraction: Tensor, x0: Tensor, x_t: Tensor, step: Tensor) -> Tensor:
+        """Term of the variational bound at `step` (B,), in bits per dimension, (B,).
+
+        `fraction` (B, C, T, H, W), -1 to 1, interpolates the log variance between the posterior's and beta.
+        At step 0 it is DiT's decoder term: the likelihood of x0 in bins of 1/255 of its range of -1 to 1.
+        """
+        share = (fraction + 1) / 2
+        log_smallest, log_largest = self._at(self.log_smallest, step, x_t), self._at(self.log_largest, step, x_t)
+        log_variance = share * log_largest + (1 - share) * log_smallest
+        x0_predicted = (x_t - self._at(self.noise, step, x_t) * noise) / self._at(self.signal, step, x_t)
+        of_x0, of_xt = self._at(self.mean_of_x0, step, x_t), self._at(self.mean_of_xt, step, x_t)
+        mean = of_x0 * x0_predicted + of_xt * x_t
+        truth = of_x0 * x0 + of_xt * x_t
+        divergence = normal_kl(truth, log_smallest, mean, log_variance)
+        decoder = -discretised_log_likelihood(x0, mean, 0.5 * log_variance)
+        return torch.where(step == 0, _mean(decoder), _mean(divergence)) / math.log(2)
+
+
+def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """KL(N1 || N2) of normal distributions, element by element, in nats."""
+    ratio = (log_variance1 - log_variance2).exp()
+    return 0.5 * (log_variance2 - log_variance1 + ratio + (mean1 - mean2).square() * (-log_variance2).exp() - 1)
+
+
+def discretised_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Log likelihood, in nats, of x (-1 to 1 in 256 levels) under a normal distribution over its bins; the outermost
+    bins reach to infinity (Ho et al. 2020, equation 13)."""
+    scale = (-log_std).exp()
+    upper = torch.special.ndtr((x - mean + 1 / 255) * scale)
+    lower = torch.special.ndtr((x - mean - 1 / 255) * scale)
+    inside = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return inside.clamp(min=1e-12).log()

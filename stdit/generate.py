@@ -1,0 +1,292 @@
+"""Prompts in, files out: an MP4 (or a PNG for one frame) for each prompt and seed, a manifest and a contact sheet.
+
+    python -m stdit.generate --run runs/demo/clips --prompts prompts.txt --out videos --guidance 3
+
+The folder OUT then holds the videos, manifest.jsonl (a row for each: what was asked, the file or the error, how it was
+drawn), request.json (what was asked of the whole), contact_sheet.png and, for clips, contact_sheet.gif.
+
+The same command again makes only what is missing. What a video is depends on its prompt and seed, on the settings, and,
+in the last bit, on the others of its group, whose sums share a batch: so groups are cut from the list of prompts alone,
+a group with a gap is drawn as a whole, and every worker uses equally many threads. The same command gives the same
+videos with any number of workers (`pipelines.generate_videos`).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+
+from stdit.config import Bucket, SamplerConfig
+from stdit.data.decode import open_clip
+from stdit.diffusion.randomness import seed_for
+from stdit.evaluation import pictures
+from stdit.files import atomic_path, atomic_write
+from stdit.pipeline import STDiTPipeline, STDiTPipelineOutput
+from stdit.prompts import Item, Prompt, arguments, check_text, label_id, read_prompts, settings
+from stdit.request import MANIFEST, MOVING, SHEET, Job, job_of, open_job
+from stdit.training import checkpoint
+
+# Clips on the contact sheet: the first of the manifest.
+SHEET_CLIPS = 24
+# Up to this many pixels a frame a clip is stored without loss; larger ones at a quality where none is seen.
+LOSSLESS_PIXELS = 256 * 256
+
+__all__ = ["Job", "Prompt", "draw_group", "finish", "generate", "job_of", "load", "open_job", "read_prompts"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one item that is not simply made: an error, or a note on a video that there is."""
+
+    file: str
+    error: str | None = None
+    note: str | None = None
+
+
+# ------------------------------------------------------------------------------------------ drawing
+
+
+def load(job: Job, device: str | None = None) -> STDiTPipeline:
+    """The job's pipeline with its sampler, silent, on `device` (None: cuda where there is one)."""
+    pipe = STDiTPipeline.from_pretrained(job.source.path, weights=job.source.weights)
+    pipe.use(job.sampler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def draw_group(pipe: STDiTPipeline, job: Job, number: int) -> list[Outcome]:
+    """Draws group `number` and writes what of it is missing. What fails is reported; the rest is made.
+
+    OSError: a file can't be written (the disk is full), which would stop the others too.
+    """
+    outcomes: list[Outcome] = []
+    able: list[Item] = []
+    for item in job.group(number):
+        try:
+            _check_item(pipe, item)
+            able.append(item)
+        except ValueError as error:
+            outcomes.append(Outcome(item.file, str(error)))
+    if not able:
+        return outcomes
+    with _threads(job.threads):
+        failures = _draw(pipe, job, able)
+        if failures and len(able) > 1:
+            # One may have taken the others with it: each by itself.
+            failed = {failure.file for failure in failures}
+            failures = [f for item in able if item.file in failed for f in _draw(pipe, job, [item])]
+    return outcomes + failures + _notes(pipe, able)
+
+
+def _draw(pipe: STDiTPipeline, job: Job, some: Sequence[Item]) -> list[Outcome]:
+    """Draws `some` items in one batch and writes what is missing; the errors of those that failed."""
+    try:
+        output = pipe(
+            **_conditions(pipe, some),
+            num_frames=job.shape.frames,
+            height=job.shape.height,
+            width=job.shape.width,
+            num_inference_steps=job.sampler.steps,
+            guidance_scale=job.sampler.guidance_scale,
+            generator=[torch.Generator().manual_seed(noise_seed(item)) for item in some],
+            fps=job.fps,
+            output_type="np",
+        )
+    except Exception as error:  # Whatever one prompt meets, the others are not to be lost for it.
+        return [Outcome(item.file, f"{type(error).__name__}: {error}") for item in some]
+    assert isinstance(output, STDiTPipelineOutput)
+    failures = []
+    for item, video in zip(some, output.frames, strict=True):  # (T, H, W, 3), 0 to 1
+        if not np.isfinite(video).all():
+            failures.append(Outcome(item.file, "the model's output is not finite (NaN or infinity)"))
+        elif not job.is_made(item):
+            write_clip(job.out / item.file, (video * 255).round().astype(np.uint8), job.fps)
+    return failures
+
+
+def noise_seed(item: Item) -> int:
+    """The seed of an item's generator: other prompts have other noise, and a prompt the same wherever it stands."""
+    return seed_for(item.seed, "generate", item.prompt.text, str(item.prompt.class_label))
+
+
+def _check_item(pipe: STDiTPipeline, item: Item) -> None:
+    """ValueError where the model can't be asked for this item."""
+    model = pipe.transformer.settings
+    check_text(item.prompt.text, "prompt")
+    if model.num_classes and item.prompt.class_label is not None:
+        label_id(item.prompt.class_label, pipe.classes, model.num_classes)
+    elif model.num_classes and not model.text_dim:
+        raise ValueError("this run draws classes; the prompt has none (a JSONL row with the key class has)")
+
+
+def _conditions(pipe: STDiTPipeline, some: Sequence[Item]) -> dict[str, Any]:
+    """The pipeline's arguments for these items: captions, classes or both, whatever the model takes."""
+    model = pipe.transformer.settings
+    found: dict[str, Any] = {}
+    if model.text_dim:
+        found["prompt"] = [item.prompt.text for item in some]
+    if model.num_classes:
+        labels = [item.prompt.class_label for item in some]
+        found["class_labels"] = [-1 if label is None else label for label in labels]
+    return found or {"num_videos_per_prompt": len(some)}
+
+
+def _notes(pipe: STDiTPipeline, some: Sequence[Item]) -> list[Outcome]:
+    """Which captions were longer than the model reads."""
+    if pipe.tokenizer is None:
+        return []
+    lengths = [len(ids) for ids in pipe.tokenizer([i.prompt.text for i in some], verbose=False)["input_ids"]]
+    return [
+        Outcome(item.file, note=f"caption of {n} tokens cut to {pipe.max_tokens}")
+        for item, n in zip(some, lengths, strict=True)
+        if n > pipe.max_tokens
+    ]
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """`count` threads in torch's operators: their number decides in which order sums are taken."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def write_clip(path: Path, frames: np.ndarray, fps: float) -> None:
+    """uint8 (T, H, W, 3) as a PNG (one frame) or an MP4 of the same size, whole or not at all.
+
+    Small clips are stored without loss (H.264 on RGB): what is read back is what the model drew.
+    """
+    with atomic_path(path) as temporary:
+        if len(frames) == 1:
+            Image.fromarray(frames[0]).save(temporary)
+            return
+        height, width = frames.shape[1:3]
+        lossless = height * width <= LOSSLESS_PIXELS or height % 2 or width % 2
+        with av.open(str(temporary), "w") as container:
+            codec, quality = ("libx264rgb", {"qp": "0"}) if lossless else ("libx264", {"crf": "12"})
+            stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=quality)
+            stream.height, stream.width = height, width
+            stream.pix_fmt = "rgb24" if lossless else "yuv420p"
+            stream.codec_context.thread_count = 1
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            container.mux(stream.encode())
+
+
+# ------------------------------------------------------------------------------------------- results
+
+
+def finish(job: Job, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Writes manifest.jsonl and the contact sheet of what there is; returns the manifest's rows.
+
+    A row has `file`, or `file` None and `error`.
+    """
+    of = {outcome.file: outcome for outcome in outcomes if outcome.error}
+    how = {**job.source.facts, **job.sampler.model_dump(), "batch_size": job.batch_size, "threads": job.threads}
+    rows = []
+    for item in job.items:
+        row = {**item.row(), "frames": job.shape.frames, "height": job.shape.height, "width": job.shape.width}
+        row |= {"fps": job.fps, "protocol": how}
+        if not job.is_made(item):
+            error = of[item.file].error if item.file in of else "was not made; run the same command again"
+            row |= {"file": None, "error": error}
+        rows.append(row)
+    atomic_write(job.out / MANIFEST, "".join(json.dumps(row) + "\n" for row in rows))
+    _contact_sheet(job, [row for row in rows if row["file"]][:SHEET_CLIPS])
+    return rows
+
+
+def _contact_sheet(job: Job, rows: Sequence[dict[str, Any]]) -> None:
+    cells = []
+    for row in rows:
+        with open_clip(job.out / row["file"], "pyav") as reader:
+            caption = row["prompt"] or ("" if row["class"] is None else f"class {row['class']}")
+            cells.append(pictures.Cell(reader.get(range(reader.frame_count)), caption))
+    if not cells:
+        return
+    atomic_write(job.out / SHEET, pictures.sheet(cells))
+    if job.shape.frames > 1:
+        atomic_write(job.out / MOVING, pictures.animation(cells, job.fps))
+
+
+def report(rows: Sequence[dict[str, Any]], outcomes: Sequence[Outcome], out: Path) -> int:
+    """Prints what was made and what failed; the exit code: 0 if all is there."""
+    failed = [row for row in rows if row["file"] is None]
+    for row in failed:
+        print(f"failed: prompt {row['index']} {row['prompt'][:60]!r}: {row['error']}", file=sys.stderr)
+    for outcome in outcomes:
+        if outcome.note:
+            print(f"note: {outcome.file}: {outcome.note}", file=sys.stderr)
+    print(f"{len(rows) - len(failed)} of {len(rows)} videos are in {out} ({MANIFEST}, {SHEET})")
+    return 1 if failed else 0
+
+
+def generate(
+    run: Path | str,
+    prompts: Sequence[Prompt],
+    out: Path | str,
+    shape: Bucket | None = None,
+    sampler: SamplerConfig | None = None,
+    *,
+    weights: Literal["ema", "model"] = "ema",
+    batch_size: int = 8,
+    fps: float = 8.0,
+    threads: int = 1,
+    device: str | None = None,
+    seeds: int = 1,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Makes in this process what of the prompts' videos is missing in `out`; the manifest's rows.
+
+    Rows of prompts that failed have `error`, and `file` None. Arguments and errors as `open_job`'s.
+    """
+    job = open_job(
+        run, prompts, out, shape, sampler, weights=weights, batch_size=batch_size, fps=fps, threads=threads,
+        seeds=seeds, overwrite=overwrite,
+    )  # fmt: skip
+    return finish(job, run_groups(job, device, progress))
+
+
+def run_groups(job: Job, device: str | None = None, progress: bool = False) -> list[Outcome]:
+    """Draws the missing groups in this process."""
+    from tqdm import tqdm
+
+    missing = job.missing()
+    if not missing:
+        return []
+    pipe = load(job, device)
+    bar = tqdm(missing, desc="generate", unit="batch", disable=not progress)
+    return [outcome for number in bar for outcome in draw_group(pipe, job, number)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line, in one process. Exit code 0: all made; 1: some prompts failed; 2: nothing could be done."""
+    options = arguments(__doc__).parse_args(argv)
+    try:
+        config = settings(options)
+        job = job_of(config)
+        outcomes = run_groups(job, config.device, progress=True)
+        rows = finish(job, outcomes)
+    except (ValueError, checkpoint.CheckpointError, OSError) as error:
+        print(f"stdit.generate: {error}", file=sys.stderr)
+        return 2
+    return report(rows, outcomes, job.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""What is asked of generation: prompts in files, the command line, and the names of the files that answer. No torch.
+
+A prompt file is text (a prompt a line) or JSONL (an object a line): `prompt`, and if wanted `class`, `seed`, `name`.
+Other keys are carried through into the manifest of what was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stdit.config import GenerateConfig, apply_override, validate
+
+# Longest stem of a file name: with its directory entry's other parts well below the 255 bytes that file systems allow.
+SLUG_LENGTH = 60
+KEYS = ("prompt", "class", "seed", "name")
+# Keys of a manifest's row that are written by generation.
+RESERVED = ("index", "file", "error", "protocol")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One thing to draw. `class_label`: a class's name or number, for runs with classes; `seed`: of the first video."""
+
+    text: str = ""
+    class_label: str | int | None = None
+    seed: int = 0
+    name: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        """As it stands in a manifest, and in JSONL that `read_prompts` reads back."""
+        return {**self.extra, "name": self.name, "prompt": self.text, "class": self.class_label, "seed": self.seed}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One video to make: the prompt at `index` of the file, with the seed that it is drawn from."""
+
+    index: int
+    prompt: Prompt
+    seed: int
+    file: str
+
+    def row(self) -> dict[str, Any]:
+        return {"index": self.index, **self.prompt.row(), "seed": self.seed, "file": self.file}
+
+
+def read_prompts(path: Path | str) -> list[Prompt]:
+    """The prompts in `path`: JSONL if it ends in .jsonl, else text, whose empty lines are passed over.
+
+    ValueError: unreadable, not UTF-8, no prompt in it, or (JSONL) a bad line, with file, line and key.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise ValueError(f"{path}: holds no prompt (0 lines that are not empty)")
+    if path.suffix.lower() != ".jsonl":
+        return [Prompt(line) for _, line in numbered]
+    return [_parsed(line, f"{path}:{number}") for number, line in numbered]
+
+
+def _parsed(line: str, where: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected an object, found {type(row).__name__}")
+    kinds = {"prompt": (str,), "class": (str, int), "seed": (int,), "name": (str,)}
+    for key, kind in kinds.items():
+        value = row.get(key)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise ValueError(f"{where}: {key}: expected {' or '.join(k.__name__ for k in kind)}, found {value!r}")
+    if row.get("prompt") is None and row.get("class") is None:
+        raise ValueError(f"{where}: has neither prompt nor class; keys found: {', '.join(map(str, row)) or 'none'}")
+    if taken := [key for key in row if key in RESERVED]:
+        raise ValueError(f"{where}: key {taken[0]!r} is written by generation; give it another name")
+    extra = {key: value for key, value in row.items() if key not in KEYS}
+    return Prompt(row.get("prompt") or "", row.get("class"), row.get("seed") or 0, row.get("name"), extra)
+
+
+def slug(text: str) -> str:
+    """`text` as a part of a file name: a to z, 0 to 9 and single hyphens, at most SLUG_LENGTH; "prompt" if none is left.
+
+    Accents are dropped; nothing of a path (separators, "..", a leading dot, NUL) can come through.
+    """
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain)[:SLUG_LENGTH].strip("-") or "prompt"
+
+
+def items(prompts: Sequence[Prompt], seeds: int, suffix: str) -> list[Item]:
+    """All videos to make, in the order of the prompts: `seeds` of each, from its own seed upwards.
+
+    A name begins with the prompt's index, so that no two are the same whatever the prompts are.
+    """
+    return [
+        Item(i, p, p.seed + k, f"{i:05d}-{slug(p.name or p.text or f'class {p.class_label}')}-seed{p.seed + k}{suffix}")
+        for i, p in enumerate(prompts)
+        for k in range(seeds)
+    ]
+
+
+def check_text(text: Any, name: str) -> None:
+    """ValueError where `text` is no string, or one that UTF-8 cannot hold (half of a surrogate pair)."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name}: expected text, found {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: {text[:40]!r} is not valid Unicode ({error.reason} at {error.start})") from error
+
+
+def label_id(label: int | str, classes: Mapping[str, int], count: int) -> int:
+    """The number of a class, 0 to count - 1, or -1 for null. A name comes first, then a number as text."""
+    if isinstance(label, str) and label in classes:
+        return classes[label]
+    known = f"0 to {count - 1}" + (f" or {', '.join(list(classes)[:20])}" if classes else "")
+    try:
+        number = int(label)
+    except ValueError:
+        number = count
+    if not -1 <= number < count or (isinstance(label, str) and classes):
+        raise ValueError(f"class {label!r} is none of this model's {count} classes ({known})")
+    return number
+
+
+# ---------------------------------------------------------------------------------- command line
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The command line of generation; every flag is a key of GenerateConfig."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, help="run directory, checkpoint, or folder of a saved pipeline")
+    parser.add_argument(
+        "--prompts", required=True, help="text, a prompt a line; or JSONL with prompt, class, seed, name"
+    )
+    parser.add_argument("--out", required=True, help="folder for the videos")
+    for key, kind, help in (
+        ("frames", int, "frames; 1 makes images (default: of the largest bucket the run was trained on)"),
+        ("height", int, "pixels (default likewise)"),
+        ("width", int, "pixels (default likewise)"),
+        ("scheduler", str, "flow_euler, ddim, ddpm, dpm_solver or unipc (default: the run's)"),
+        ("steps", int, "sampling steps (default: the run's)"),
+        ("guidance", float, "guidance scale, 1 for none (default: the run's)"),
+        ("seeds", int, "videos for each prompt (default: 1)"),
+        ("fps", float, "frames a second of the files (default: 8)"),
+        ("batch-size", int, "videos drawn at a time (default: 8)"),
+        ("workers", int, "pipelines at work at a time, under Ray (default: 1)"),
+        ("threads", int, "CPU threads of each worker (default: 1)"),
+        ("weights", str, "ema or model (default: ema)"),
+        ("device", str, "cpu or cuda (default: cuda where there is one)"),
+    ):
+        parser.add_argument(f"--{key}", type=kind, help=help, metavar=key.upper().replace("-", "_"))
+    parser.add_argument("--overwrite", action="store_true", help="remove what another request left in OUT")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of GenerateConfig")
+    return parser
+
+
+def settings(options: argparse.Namespace) -> GenerateConfig:
+    """What the command line asks for. ConfigError: a value that is none, with its key."""
+    given = {key: value for key, value in vars(options).items() if value is not None and key != "set"}
+    if "guidance" in given:
+        given["guidance_scale"] = given.pop("guidance")
+    for text in options.set:
+        given = apply_override(given, text)
+    return validate(given, GenerateConfig, "command line")

@@ -1,0 +1,130 @@
+"""A config held against the features it names: what does not fit is found before ranks, weights and GPUs are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers.models.attention_dispatch import AttentionBackendName
+
+from stdit.config import Config, ConfigError, latent_shape, token_grid
+from stdit.data.features import FeatureSet
+from stdit.data.loader import Loader, Source, Synthetic
+from stdit.diffusion.schedulers import check_sampler
+from stdit.encoders.video import PixelAutoencoder, VideoEncoder
+from stdit.training.settings import settings
+from stdit.training.track import check_trackers
+
+
+@dataclass(frozen=True)
+class Data:
+    """The samples of a run and what made them."""
+
+    source: Source
+    video_encoder: dict[str, Any]  # identity (stdit.encoders.video)
+    text_encoder: dict[str, Any] | None  # identity (stdit.encoders.text)
+    classes: tuple[str, ...]
+    fingerprint: str
+    latents: dict[str, tuple[int, int, int]]  # latent (T, H, W) by bucket key
+
+
+def check(config: Config) -> Data:
+    """Opens the data of `config`. ConfigError names the key and both numbers where they do not fit the model, the
+    autoencoder, the text encoder or the sampler."""
+    check_trackers(config)
+    # Reads train.deepspeed, and refuses in it what does not fit.
+    settings(config.train, 1, "cpu")
+    _check_names(config)
+    source, video, text, classes, fingerprint = _open(config)
+    where = f"data.features {config.data.features}"
+    model = config.model
+    if model.in_channels != video["channels"]:
+        raise ConfigError(
+            f"model.in_channels is {model.in_channels}, but {where} has latents of {video['channels']} channels ({video['class']})"
+        )
+    if model.text_dim is not None:
+        if text is None:
+            raise ConfigError(f"model.text_dim is {model.text_dim}, but {where} was extracted without a text encoder")
+        if text["dim"] != model.text_dim:
+            raise ConfigError(f"model.text_dim is {model.text_dim}, but {where} has text features {text['dim']} wide")
+        if text["max_tokens"] > model.text_tokens:
+            raise ConfigError(
+                f"model.text_tokens is {model.text_tokens}, but {where} has captions of up to {text['max_tokens']} tokens"
+            )
+    if model.num_classes is not None and len(classes) > model.num_classes:
+        raise ConfigError(f"model.num_classes is {model.num_classes}, but {where} has {len(classes)} classes")
+    if model.num_classes is not None and not classes:
+        raise ConfigError(f"model.num_classes is {model.num_classes}, but {where} has no classes")
+    latents = {}
+    for i, bucket in enumerate(config.data.buckets):
+        latents[bucket.key] = latent_shape(bucket, tuple(video["compression"]))
+        token_grid(latents[bucket.key], model.patch_size, f"data.buckets[{i}] {bucket.key}")
+        if not model.temporal and latents[bucket.key][0] > 1:
+            raise ConfigError(
+                f"data.buckets[{i}]: {bucket.frames} frames, but model.temporal is false: an image model takes 1"
+            )
+    if config.samples.every:
+        shape = config.samples.bucket or config.data.buckets[0]
+        token_grid(latent_shape(shape, tuple(video["compression"])), model.patch_size, "samples.bucket")
+        try:
+            check_sampler(config.samples.sampler, config.diffusion)
+        except ValueError as error:
+            raise ConfigError(f"samples.{error}") from error
+    # Refuses buckets without samples.
+    Loader(source, config.data, config.seed)
+    if config.validation.every or config.samples.every:
+        ids = source.select(config.data.validation_split, config.data.buckets, config.data.where)
+        if not sum(map(len, ids.values())):
+            key = "validation.every" if config.validation.every else "samples.every"
+            raise ConfigError(
+                f"{key}: {where} holds no sample of split {config.data.validation_split!r} in this run's buckets"
+            )
+    return Data(source, video, text, classes, fingerprint, latents)
+
+
+def _check_names(config: Config) -> None:
+    """Settings that name something outside the config."""
+    backends = [b.value for b in AttentionBackendName]
+    if config.train.attention_backend not in (None, *backends):
+        raise ConfigError(
+            f"train.attention_backend: {config.train.attention_backend!r} is none of diffusers': {', '.join(backends)}"
+        )
+    if config.init is not None and not any(
+        (config.init.source / n).exists() for n in ("config.json", "identity.json", "checkpoints")
+    ):
+        raise ConfigError(
+            f"init.source: {config.init.source}: no config.json of a diffusers model, no checkpoint and no run directory"
+        )
+
+
+def _open(config: Config) -> tuple[Source, dict[str, Any], dict[str, Any] | None, tuple[str, ...], str]:
+    """Source, identities, classes and fingerprint of `data.features`."""
+    model = config.model
+    if isinstance(config.data.features, Path):
+        features = FeatureSet(config.data.features)
+        return (
+            features,
+            features.video_encoder,
+            features.text_encoder,
+            tuple(features.classes),
+            features.index["fingerprint"],
+        )
+    source = Synthetic(model.in_channels, model.num_classes, model.text_dim, model.text_tokens)
+    if model.in_channels in (1, 3):
+        video = VideoEncoder(PixelAutoencoder(model.in_channels)).identity
+    else:
+        # Latents of no autoencoder: they train, and nothing decodes them.
+        ones = [1.0] * model.in_channels
+        video = {
+            "kind": "synthetic",
+            "class": "none",
+            "channels": model.in_channels,
+            "compression": [1, 1, 1],
+            "shift": [0.0] * model.in_channels,
+            "scale": ones,
+        }
+    text = None
+    if model.text_dim is not None:
+        text = {"class": "synthetic", "dim": model.text_dim, "max_tokens": source.text_tokens}
+    return source, video, text, tuple(str(n) for n in range(model.num_classes or 0)), "synthetic"

@@ -1,0 +1,39 @@
+"""The optimizer and its learning rate, which is a function of the step and of nothing else."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from stdit.config import OptimizerConfig
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Learning rate of step 1 … `steps`: linear warm-up from 0, then `decay` down to `final_ratio` at the last step."""
+    peak = config.learning_rate
+    if step < config.warmup_steps:
+        return peak * step / config.warmup_steps
+    if config.decay == "constant":
+        return peak
+    done = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
+    remaining = 1 - done if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return peak * (config.final_ratio + (1 - config.final_ratio) * remaining)
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """AdamW's parameter groups. Weight decay pulls on matrices and kernels alone, not on biases, gains and tables of shifts."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not config.weight_decay:
+        # One group: one flat buffer under ZeRO.
+        return [{"params": parameters, "weight_decay": 0.0}]
+    decayed = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    }
+    return [
+        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+    ]

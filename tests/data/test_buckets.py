@@ -1,0 +1,130 @@
+"""Buckets: total, deterministic, never larger than the clip, and every clip counted."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stdit.config import ExtractBucket
+from stdit.data.buckets import Dropped, assign, tally
+
+
+def bucket(key: str, keep: float = 1.0) -> ExtractBucket:
+    frames, height, width = map(int, key.split("x"))
+    return ExtractBucket(frames=frames, height=height, width=width, keep_probability=keep)
+
+
+sizes = st.integers(1, 64)
+buckets_strategy = st.lists(
+    st.builds(bucket, st.builds("{}x{}x{}".format, st.integers(1, 20), sizes, sizes), st.floats(0, 1)),
+    min_size=1,
+    max_size=8,
+    unique_by=lambda b: b.key,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(buckets_strategy, st.integers(1, 30), sizes, sizes, st.text(max_size=5), st.floats(0, 1), st.integers(0, 9))
+def test_assignment_is_total_deterministic_and_never_upsamples(
+    buckets: list[ExtractBucket], frames: int, height: int, width: int, key: str, ratio: float, seed: int
+) -> None:
+    def once(order: list[ExtractBucket]) -> ExtractBucket | Dropped:
+        return assign(frames, height, width, order, key=key, min_area_ratio=ratio, seed=seed)
+
+    found = once(buckets)
+    assert found == once(list(reversed(buckets)))
+    fits = [b for b in buckets if b.frames <= frames and b.height <= height and b.width <= width]
+    if isinstance(found, Dropped):
+        assert found.detail
+        if found.reason == "too_small":
+            assert not any(b.height <= height and b.width <= width for b in buckets)
+        if found.reason == "too_short" and ratio == 0:
+            assert not fits
+        if found.reason == "not_kept":
+            assert any(b.keep_probability < 1 for b in fits)
+    else:
+        assert found in fits
+        assert found.keep_probability > 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(buckets_strategy, st.lists(st.tuples(st.integers(1, 30), sizes, sizes), max_size=30))
+def test_every_clip_is_kept_or_counted_as_dropped(
+    buckets: list[ExtractBucket], clips: list[tuple[int, int, int]]
+) -> None:
+    counts = tally([assign(*clip, buckets, key=str(i)) for i, clip in enumerate(clips)], buckets)
+    assert sum(counts["kept"].values()) + sum(counts["dropped"].values()) == len(clips)
+    assert set(counts["kept"]) == {b.key for b in buckets}
+    assert set(counts["dropped"]) == {"too_small", "too_short", "not_kept"}
+
+
+def test_a_clip_exactly_as_long_as_its_bucket_is_in() -> None:
+    assert assign(51, 64, 64, [bucket("51x64x64")], key="a") == bucket("51x64x64")
+    assert isinstance(assign(50, 64, 64, [bucket("51x64x64")], key="a"), Dropped)
+
+
+def test_a_bucket_that_keeps_nobody_sends_to_fewer_frames_before_a_lower_resolution() -> None:
+    buckets = [bucket("8x64x64", 0.0), bucket("4x64x64"), bucket("8x32x32")]
+    assert assign(8, 64, 64, buckets, key="a") == bucket("4x64x64")
+
+
+def test_large_before_long() -> None:
+    buckets = [bucket("4x64x64"), bucket("8x32x32"), bucket("1x64x64")]
+    assert assign(8, 64, 64, buckets, key="a") == bucket("4x64x64")
+    assert assign(8, 63, 64, buckets, key="a") == bucket("8x32x32")
+    assert assign(3, 64, 64, buckets, key="a") == bucket("1x64x64")
+
+
+def test_at_one_resolution_the_aspect_that_crops_least_is_taken() -> None:
+    buckets = [bucket("4x36x64"), bucket("4x49x49"), bucket("4x64x36")]
+    assert assign(4, 72, 128, buckets, key="a") == bucket("4x36x64")
+    assert assign(4, 128, 72, buckets, key="a") == bucket("4x64x36")
+    assert assign(4, 100, 110, buckets, key="a") == bucket("4x49x49")
+
+
+def test_a_longer_clip_is_not_cut_to_an_image_for_a_better_aspect() -> None:
+    buckets = [bucket("1x36x64"), bucket("4x48x48")]
+    assert assign(4, 72, 128, buckets, key="a") == bucket("4x48x48")
+
+
+def test_min_area_ratio_forbids_to_shrink_too_far() -> None:
+    buckets = [bucket("8x64x64"), bucket("1x16x16")]
+    assert assign(4, 64, 64, buckets, key="a") == bucket("1x16x16")
+    dropped = assign(4, 64, 64, buckets, key="a", min_area_ratio=0.5)
+    assert dropped == Dropped("too_short", "4 frames, the shortest bucket of its size has 8")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_share_kept_is_the_probability(share: float) -> None:
+    buckets = [bucket("4x16x16", share)]
+    kept = sum(assign(4, 16, 16, buckets, key=f"clip {i}") == buckets[0] for i in range(4000))
+    assert abs(kept / 4000 - share) < (0.03 if 0 < share < 1 else 1e-9)
+
+
+def test_another_seed_keeps_others() -> None:
+    buckets = [bucket("4x16x16", 0.5)]
+
+    def kept(seed: int) -> list[int]:
+        return [i for i in range(100) if assign(4, 16, 16, buckets, key=str(i), seed=seed) == buckets[0]]
+
+    assert kept(0) == kept(0) != kept(1)
+
+
+def test_details_have_the_numbers() -> None:
+    assert assign(4, 8, 100, [bucket("4x16x16"), bucket("1x16x32")], key="a") == Dropped(
+        "too_small", "8x100 px covers none of 16x16, 16x32"
+    )
+    assert assign(2, 16, 16, [bucket("4x16x16")], key="a") == Dropped(
+        "too_short", "2 frames, the shortest bucket of its size has 4"
+    )
+    assert assign(4, 16, 16, [bucket("4x16x16", 0.0)], key="a") == Dropped(
+        "not_kept", "sent on by keep_probability of 4x16x16"
+    )
+
+
+def test_buckets_listed_twice_and_clips_without_pixels_are_errors() -> None:
+    with pytest.raises(ValueError, match="listed twice: 4x16x16"):
+        assign(4, 16, 16, [bucket("4x16x16"), bucket("4x16x16", 0.5)], key="a")
+    with pytest.raises(ValueError, match="'a': 0 frames of 16x16 px"):
+        assign(0, 16, 16, [bucket("4x16x16")], key="a")
+    with pytest.raises(ValueError, match="no buckets"):
+        assign(4, 16, 16, [], key="a")

@@ -1,0 +1,246 @@
+"""The manifest: every format says the same, and every bad row is named."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stdit.config import Where
+from stdit.data.manifest import Clip, Manifest, ManifestError, check_where, matches, problem, read, write
+
+ROWS: list[dict[str, Any]] = [
+    {"path": "a.mp4", "caption": "a cat", "class": 3, "fps": 8, "frames": 4, "height": 16, "width": 24, "split": "train", "score": 0.5},
+    {"path": "sub/b.png", "caption": "", "class": None, "fps": None, "frames": None, "height": None, "width": None, "split": "validation", "score": 1.0},
+    {"path": "ünï.mp4", "caption": "猫が走る, \"quoted\"", "class": 10, "fps": 29.97, "frames": 9, "height": 1, "width": 1, "split": "train", "score": None},
+]  # fmt: skip
+
+
+def jsonl(folder: Path, *rows: Any) -> Path:
+    path = folder / "manifest.jsonl"
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    return {"path": "a.mp4", "caption": "a cat", **changes}
+
+
+def as_csv(folder: Path) -> Path:
+    path = folder / "manifest.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ROWS[0])
+        writer.writeheader()
+        writer.writerows(ROWS)
+    return path
+
+
+def as_parquet(folder: Path) -> Path:
+    path = folder / "manifest.parquet"
+    pq.write_table(pa.Table.from_pylist(ROWS), path)
+    return path
+
+
+def error_of(path: Path) -> str:
+    with pytest.raises(ManifestError) as caught:
+        read(path)
+    return str(caught.value)
+
+
+def facts(manifest: Manifest) -> list[tuple[Any, ...]]:
+    return [
+        (c.key, c.caption, c.class_name, c.split, c.fps, c.frames, c.height, c.width, dict(c.extra)) for c in manifest
+    ]
+
+
+def test_the_three_formats_say_the_same(tmp_path: Path) -> None:
+    first = read(jsonl(tmp_path, *ROWS))
+    assert facts(first) == facts(read(as_csv(tmp_path))) == facts(read(as_parquet(tmp_path)))
+    assert first.clips[0].file == tmp_path / "a.mp4"
+    assert first.clips[0].class_name == "3"
+    assert first.clips[1].fps is None
+    assert first.clips[2].extra == {"score": None}
+
+
+def test_write_is_read_back(tmp_path: Path) -> None:
+    write(tmp_path / "m.jsonl", ROWS)
+    assert facts(read(tmp_path / "m.jsonl")) == facts(read(jsonl(tmp_path, *ROWS)))
+
+
+def test_classes_are_ordered_by_number_where_they_are_numbers(tmp_path: Path) -> None:
+    def classes(*names: Any) -> list[str]:
+        return read(jsonl(tmp_path, *(row(path=f"{i}.mp4", **{"class": n}) for i, n in enumerate(names)))).classes
+
+    assert classes(10, 9, None, 2) == ["2", "9", "10"]
+    assert classes("b", 10, "a", 9) == ["10", "9", "a", "b"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_an_empty_manifest_is_an_error(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"m{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.table({"path": pa.array([], pa.string())}), path)
+    else:
+        path.write_text("path,caption\n" if suffix == ".csv" else "\n\n")
+    assert error_of(path) == f"{path}: the manifest is empty: 0 clips"
+
+
+def test_a_manifest_that_is_not_there_or_of_no_known_kind_is_an_error(tmp_path: Path) -> None:
+    assert "no such manifest" in error_of(tmp_path / "m.jsonl")
+    (tmp_path / "m.txt").write_text("x")
+    assert "suffix '.txt'" in error_of(tmp_path / "m.txt")
+    (tmp_path / "d.csv").mkdir()
+    assert "is not a file" in error_of(tmp_path / "d.csv")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "expected an object, found list"),
+        ('{"path": "a.mp4", "path": "b.mp4", "caption": ""}', "key 'path' is given twice"),
+        ('{"path": "a.mp4", "caption": "", "score": NaN}', "NaN"),
+        ({"caption": "no path"}, "path: expected a path, found None"),
+        ({"path": "a.mp4"}, "caption: missing"),
+        (row(path=""), "path: expected a path"),
+        (row(path="../a.mp4"), "leaves the manifest's folder"),
+        (row(path="b/../../a.mp4"), "leaves the manifest's folder"),
+        (row(path="/etc/passwd"), "leaves the manifest's folder"),
+        (row(path="https://example.org/a.mp4"), "is an address"),
+        (row(path="a\0.mp4"), "no path can have"),
+        (row(caption=7), "caption: expected text, found 7"),
+        (row(caption="\ud800"), "caption: holds half a surrogate pair"),
+        (row(frames=0), "frames: expected a whole number above 0, found 0"),
+        (row(frames=2.5), "frames: expected a whole number above 0, found 2.5"),
+        (row(height="16"), "height: expected a whole number above 0, found '16'"),
+        (row(width=True), "width: expected a whole number above 0, found True"),
+        (row(fps=-1), "fps: expected frames per second, a number above 0, found -1"),
+        (row(split=""), "split: expected the name of a split"),
+        (row(**{"class": [1]}), "class: expected text, a whole number or null, found [1]"),
+        (row(score=2**70), "does not fit 64 bits"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_line_and_column(tmp_path: Path, bad: Any, message: str) -> None:
+    path = jsonl(tmp_path, row(path="good.mp4"), "", bad)
+    error = error_of(path)
+    assert error.startswith(f"{path}:3: ")
+    assert message in error
+
+
+def test_bad_csv_is_named_by_line(tmp_path: Path) -> None:
+    def csv_error(text: str) -> str:
+        path = tmp_path / "m.csv"
+        path.write_text(text)
+        return error_of(path).removeprefix(f"{path}:")
+
+    assert csv_error("path,caption\na.mp4,x\nb.mp4\n") == "3: 1 cells under a header of 2"
+    assert csv_error("path,path,caption\n") == "1: column 'path' is given twice"
+    assert csv_error("file,caption\na,b\n") == "1: no column 'path'; columns: file, caption"
+    assert "not valid CSV" in csv_error('path,caption\n"a.mp4,x\n')
+    assert csv_error("path,caption,frames\na.mp4,x,8\nb.mp4,y,many\n") == (
+        "3: frames: expected a whole number above 0, found 'many'"
+    )
+
+
+def test_bad_parquet_and_bad_text_are_errors(tmp_path: Path) -> None:
+    (tmp_path / "m.parquet").write_bytes(b"PAR1 nonsense")
+    assert "not a readable Parquet file" in error_of(tmp_path / "m.parquet")
+    pq.write_table(pa.table({"file": ["a"]}), tmp_path / "m.parquet")
+    assert "no column 'path'" in error_of(tmp_path / "m.parquet")
+    (tmp_path / "m.jsonl").write_bytes(b'{"path": "a.mp4", "caption": "ok"}\n{"path": "\xff"}\n')
+    assert ":2: not UTF-8 (byte 0xff" in error_of(tmp_path / "m.jsonl")
+
+
+def test_a_clip_listed_twice_is_an_error_however_it_is_spelt(tmp_path: Path) -> None:
+    error = error_of(jsonl(tmp_path, row(split="train"), row(path="./x/../a.mp4", split="validation")))
+    assert error.endswith(":2: path: 'a.mp4' is listed already, in row 1")
+
+
+def test_a_free_column_holds_one_kind_of_value(tmp_path: Path) -> None:
+    error = error_of(jsonl(tmp_path, row(score=1), row(path="b.mp4", score=0.5), row(path="c.mp4", score="high")))
+    assert error.endswith(":3: score: holds text ('high') where row 1 holds numbers")
+
+
+def test_many_errors_are_listed_at_once_but_not_without_end(tmp_path: Path) -> None:
+    error = error_of(jsonl(tmp_path, *({"path": f"{i}.mp4", "caption": i} for i in range(50))))
+    assert len(error.splitlines()) == 21
+    assert error.endswith("… and 30 more errors")
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("", ""),
+        (None, ""),
+        ("  two\n words\t", "two words"),
+        ("x" * 100_000, "x" * 100_000),
+        ("e\u0301tude 猫 🙂 \u202eabc", "étude 猫 🙂 \u202eabc"),
+    ],
+)
+def test_any_caption_is_accepted(tmp_path: Path, given: str | None, kept: str) -> None:
+    assert read(jsonl(tmp_path, row(caption=given))).clips[0].caption == kept
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(), min_size=1, max_size=5))
+def test_captions_survive_in_every_format(tmp_path_factory: pytest.TempPathFactory, captions: list[str]) -> None:
+    folder = tmp_path_factory.mktemp("captions")
+    rows = [row(path=f"{i}.mp4", caption=c) for i, c in enumerate(captions)]
+    write(folder / "m.jsonl", rows)
+    pq.write_table(pa.Table.from_pylist(rows), folder / "m.parquet")
+    kept = [c.caption for c in read(folder / "m.jsonl")]
+    assert kept == [c.caption for c in read(folder / "m.parquet")]
+    assert all(c == " ".join(c.split()) for c in kept)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200), st.sampled_from([".jsonl", ".csv", ".parquet"]))
+def test_no_content_brings_anything_but_a_manifest_or_a_manifest_error(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, suffix: str
+) -> None:
+    path = tmp_path_factory.mktemp("fuzz") / f"m{suffix}"
+    path.write_bytes(content)
+    try:
+        clips, message = len(read(path)), None
+    except ManifestError as error:
+        clips, message = 0, str(error)
+    assert clips > 0 or (message is not None and message.startswith(str(path)))
+
+
+def test_a_problem_of_one_clip_is_a_reason_and_no_error(tmp_path: Path) -> None:
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "good.mp4").write_bytes(b"x")
+    clips = read(jsonl(tmp_path, *(row(path=f"{n}.mp4") for n in ("empty", "folder", "good", "missing")))).clips
+    assert [problem(c) for c in clips] == ["is empty (0 bytes)", "is not a file", None, "no such file"]
+
+
+def test_conditions_on_known_and_free_columns(tmp_path: Path) -> None:
+    manifest = read(jsonl(tmp_path, *ROWS))
+
+    def kept(**condition: Any) -> list[str]:
+        return [c.key for c in manifest if matches(c, [Where(**condition)])]
+
+    assert kept(column="score", at_least=0.5, at_most=0.9) == ["a.mp4"]
+    assert kept(column="score", at_least=0) == ["a.mp4", "sub/b.png"]  # a missing value meets nothing
+    assert kept(column="frames", at_most=4) == ["a.mp4"]
+    assert kept(column="split", one_of=("validation",)) == ["sub/b.png"]
+    assert kept(column="class", one_of=("10",)) == ["ünï.mp4"]
+    with pytest.raises(ValueError, match="column 'caption' holds text"):
+        kept(column="caption", at_least=1)
+    with pytest.raises(ManifestError, match="no column 'scoer'; columns: caption, class, .*score"):
+        check_where(manifest, [Where(column="scoer", at_least=1)])
+    check_where(manifest, [Where(column="score", at_least=1)])
+
+
+def test_splits_and_fingerprint(tmp_path: Path) -> None:
+    manifest = read(jsonl(tmp_path, *ROWS))
+    assert manifest.splits == {"train": 2, "validation": 1}
+    assert len(manifest.fingerprint) == 64
+    assert Clip("a", Path("a"), "").split == "train"
+    assert manifest.fingerprint != read(jsonl(tmp_path, *ROWS[:2])).fingerprint

@@ -1,0 +1,203 @@
+"""Each scheduler, given the exact prediction for normally distributed data, draws that distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from torch import Tensor
+
+from stdit.config import DiffusionConfig, SamplerConfig
+from stdit.diffusion.guidance import Model
+from stdit.diffusion.randomness import normal
+from stdit.diffusion.schedulers import OBJECTIVES, make_scheduler, sample, set_steps, shifted
+from stdit.diffusion.timesteps import shift_times
+
+MEAN, STD = 1.5, 0.5
+LATENT = (2, 8, 8)
+FLOW = DiffusionConfig(objective="flow", shift=1.5, shift_base=(1, 8, 8))
+LINEAR = DiffusionConfig(objective="ddpm")
+COSINE = DiffusionConfig(objective="ddpm", noise_schedule="squaredcos_cap_v2")
+PAIRS = [
+    (name, config) for name, of in OBJECTIVES.items() for config in (FLOW, LINEAR, COSINE) if config.objective in of
+]
+NAMES = [f"{name}-{c.objective}-{c.noise_schedule if c.objective == 'ddpm' else c.shift}" for name, c in PAIRS]
+
+
+def sampler(name: str, steps: int = 50) -> SamplerConfig:
+    return SamplerConfig.model_validate({"scheduler": name, "steps": steps})
+
+
+def exact(config: DiffusionConfig) -> Model:
+    """What a perfect model of N(MEAN, STD^2) predicts: E[noise - x0 | x_t], or E[noise | x_t]."""
+    totals = DDPMScheduler(beta_schedule=config.noise_schedule).alphas_cumprod.double()
+
+    def predict(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        t, x = t.view(-1, 1, 1, 1, 1), x.double()
+        flow = config.objective == "flow"
+        alpha = 1 - t.double() / 1000 if flow else totals[t].sqrt()
+        sigma = t.double() / 1000 if flow else (1 - totals[t]).sqrt()
+        score = (x - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
+        return sigma * score - (MEAN + alpha * STD**2 * score) if flow else sigma * score
+
+    return predict
+
+
+def standard_noise() -> Tensor:
+    noise = normal((1, *LATENT), 0, "noise", 0, range(64)).double()
+    return (noise - noise.mean()) / noise.std()
+
+
+@pytest.mark.parametrize(("name", "config"), PAIRS, ids=NAMES)
+def test_sampling_from_the_exact_prediction_recovers_mean_and_variance(name: str, config: DiffusionConfig) -> None:
+    first_order = name in ("flow_euler", "ddim", "ddpm")
+    steps = 400 if first_order else 30
+    x = sample(
+        exact(config),
+        make_scheduler(sampler(name, steps), config, LATENT),
+        standard_noise(),
+        steps,
+        {},
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert x.mean().item() == pytest.approx(MEAN, abs=0.02)
+    assert x.std().item() == pytest.approx(STD, abs=0.02)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 30, 150])
+@pytest.mark.parametrize(("name", "config"), PAIRS, ids=NAMES)
+def test_any_number_of_steps_ends_near_the_data(name: str, config: DiffusionConfig, steps: int) -> None:
+    x = sample(exact(config), make_scheduler(sampler(name), config, LATENT), standard_noise(), steps, {})
+    assert x.isfinite().all()
+    assert x.mean().item() == pytest.approx(MEAN, abs=0.05)
+    assert x.std().item() < STD + 0.05
+
+
+@pytest.mark.parametrize("config", [LINEAR, COSINE], ids=["linear", "cosine"])
+def test_ddim_is_diffusers_ddim_where_steps_divide_the_schedule(config: DiffusionConfig) -> None:
+    """Where they don't, DDIMScheduler goes to other timesteps than it says, and the mean is lost."""
+    theirs = DDIMScheduler(beta_schedule=config.noise_schedule, clip_sample=False, timestep_spacing="trailing")
+    for steps, equal in ((50, True), (150, False)):
+        x = sample(exact(config), make_scheduler(sampler("ddim"), config, LATENT), standard_noise(), steps, {})
+        y = sample(exact(config), theirs, standard_noise(), steps, {})
+        assert torch.allclose(x, y, atol=0.02) == equal
+        assert x.mean().item() == pytest.approx(MEAN, abs=0.01)
+
+
+def test_one_euler_step_lands_on_the_data() -> None:
+    data = normal((1, *LATENT), 0, "data", 0, range(3))
+    noise = normal((1, *LATENT), 0, "noise", 0, range(3))
+    scheduler = make_scheduler(sampler("flow_euler", 1), FLOW, LATENT)
+    assert torch.allclose(sample(lambda x, t, c: noise - data, scheduler, noise, 1, {}), data, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["flow_euler", "dpm_solver", "unipc"])
+def test_sampling_is_shifted_once_as_training_is(name: str) -> None:
+    """sqrt(2 frames) x 1.5; FlowMatchEuler by itself shifts its last sigma twice."""
+    shift = 1.5 * 2**0.5
+    steps = 10
+    plain = set_steps(make_scheduler(sampler(name), DiffusionConfig(), LATENT), steps)
+    moved = set_steps(make_scheduler(sampler(name), FLOW, LATENT), steps)
+    assert torch.allclose(moved, 1000 * shift_times(plain / 1000, shift), atol=1e-2)
+    if name == "flow_euler":
+        assert torch.allclose(plain, torch.linspace(1000, 100, 10))
+
+
+@pytest.mark.parametrize("name", ["flow_euler", "dpm_solver", "unipc"])
+def test_the_model_is_told_the_very_time_of_its_input(name: str) -> None:
+    """DPM-Solver++ and UniPC round their own timesteps; the model sees 1000 sigma."""
+    seen: list[float] = []
+
+    def model(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        seen.append(t[0].item())
+        return torch.zeros_like(x)
+
+    scheduler = make_scheduler(sampler(name), FLOW, LATENT)
+    sample(model, scheduler, standard_noise(), 7, {})
+    sigmas = scheduler.sigmas
+    assert isinstance(sigmas, Tensor)
+    assert seen == (1000 * sigmas[:-1]).tolist()
+
+
+def test_many_steps_under_a_great_shift_are_all_taken() -> None:
+    """Rounded timesteps repeat here; a scheduler that looks its step up by them starts at the second."""
+    config = DiffusionConfig(shift=12.0)
+    for name in ("dpm_solver", "unipc"):
+        scheduler = make_scheduler(sampler(name, 100), config, LATENT)
+        x = sample(exact(config), scheduler, standard_noise(), 100, {})
+        assert scheduler.step_index == 100
+        assert x.std().item() == pytest.approx(STD, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "unipc", "dpm_solver"])
+@pytest.mark.parametrize("steps", [1, 20, 333, 500])
+def test_the_cosine_schedule_is_not_entered_where_no_signal_is(name: str, steps: int) -> None:
+    times = set_steps(make_scheduler(sampler(name, steps), COSINE, LATENT), steps)
+    totals = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod
+    assert totals[int(times[0])] > 3e-5
+    assert (times.diff() < 0).all()
+
+
+def test_ancestral_sampling_uses_the_learned_variance() -> None:
+    """The largest variance, beta, at every step, against the smallest."""
+    results = []
+    for fraction in (-1.0, 1.0):
+
+        def model(x: Tensor, t: Tensor, cond: Mapping[str, Tensor], fraction: float = fraction) -> Tensor:
+            return torch.cat([exact(LINEAR)(x, t, cond), torch.full_like(x, fraction)], dim=1)
+
+        scheduler = make_scheduler(sampler("ddpm", 20), LINEAR, LATENT, learned_variance=True)
+        generator = torch.Generator().manual_seed(0)
+        results.append(sample(model, scheduler, standard_noise(), 20, {}, generator=generator).std().item())
+    assert results[0] < results[1]
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm_solver", "unipc"])
+def test_other_schedulers_leave_the_variance_out(name: str) -> None:
+    def both(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        noise = exact(LINEAR)(x, t, cond)
+        return torch.cat([noise, torch.full_like(noise, 99.0)], dim=1)
+
+    ways = [(exact(LINEAR), False), (both, True)]
+    x = [
+        sample(model, make_scheduler(sampler(name), LINEAR, LATENT, learned), standard_noise(), 10, {})
+        for model, learned in ways
+    ]
+    assert torch.equal(x[0], x[1])
+
+
+def test_a_generator_per_sample_makes_noise_independent_of_the_batch() -> None:
+    scheduler = make_scheduler(sampler("ddpm", 5), LINEAR, LATENT)
+    noise = standard_noise()[:4]
+
+    def draw(rows: list[int]) -> Tensor:
+        generators = [torch.Generator().manual_seed(r) for r in rows]
+        return sample(exact(LINEAR), shifted(scheduler, 1.0), noise[rows], 5, {}, generator=generators)
+
+    assert torch.allclose(draw([0, 1, 2, 3]), torch.cat([draw([0, 1]), draw([2, 3])]), atol=1e-6)
+
+
+def test_a_scheduler_can_be_shifted_anew() -> None:
+    for name in ("flow_euler", "dpm_solver", "unipc"):
+        scheduler = make_scheduler(sampler(name), DiffusionConfig(shift=5.0), LATENT)
+        expected = set_steps(make_scheduler(sampler(name), FLOW, LATENT), 10)
+        assert torch.allclose(set_steps(shifted(scheduler, 1.5 * 2**0.5), 10), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "other"), [("flow_euler", LINEAR, "flow"), ("ddim", FLOW, "ddpm"), ("ddpm", FLOW, "ddpm")]
+)
+def test_a_sampler_of_another_objective_is_refused(name: str, config: DiffusionConfig, other: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} draws from objective {other}; .*{config.objective}"):
+        make_scheduler(sampler(name), config, LATENT)
+
+
+@pytest.mark.parametrize(("name", "most"), [("ddim", 1000), ("ddpm", 1000), ("dpm_solver", 500), ("unipc", 500)])
+def test_more_steps_than_the_schedule_has_are_refused(name: str, most: int) -> None:
+    times = set_steps(make_scheduler(sampler(name, most), LINEAR, LATENT), most)
+    assert (times.diff() < 0).all()
+    with pytest.raises(ValueError, match=rf"steps {most + 1} .* {most}"):
+        make_scheduler(sampler(name, most + 1), LINEAR, LATENT)

@@ -1,0 +1,28 @@
+"""The manifest of wandering shapes, how it is scored, and one trained reader for all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from wandering import save_manifest
+
+from stdit.config import EvaluationConfig
+
+
+@pytest.fixture(scope="session")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_manifest(tmp_path_factory.mktemp("shapes") / "clips")
+
+
+@pytest.fixture(scope="session")
+def settings_for_shapes() -> EvaluationConfig:
+    return EvaluationConfig(
+        class_column="shape", class_name="shape", direction_column="heading", reader_steps=60, reader_frames=200
+    )
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One trained reader for all tests."""
+    return tmp_path_factory.mktemp("reader")

@@ -1,0 +1,210 @@
+"""Laws of an evaluation: real clips score as real, wrong ones as wrong, and the scores say how they came about."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from wandering import SHAPES, STEPS, save_generated, wandering
+
+from stdit.config import Bucket, EvaluationConfig
+from stdit.data.manifest import ManifestError
+from stdit.evaluation.evaluate import evaluate
+from stdit.evaluation.held_out import held_out_prompts, load, select, write_prompts
+
+CLIP, IMAGE = Bucket(frames=4, height=16, width=16), Bucket(frames=1, height=16, width=16)
+PROTOCOL = {"run": "runs/x", "step": 7, "weights": "ema", "sampler": "flow_euler", "steps": 20, "guidance_scale": 3.0}
+
+
+def drawn(rows: list[dict], shape: Bucket, seed: int = 9) -> list[np.ndarray]:
+    """What a perfect generator would make of the prompts."""
+    rng = np.random.default_rng(seed)
+    return [wandering(row["class"], shape.width, shape.frames, row["direction"], rng) for row in rows]
+
+
+def test_what_real_clips_show_is_read_right(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
+    rows = held_out_prompts(manifest, 24, CLIP, 0, settings_for_shapes)
+    videos = save_generated(tmp_path / "v", rows, drawn(rows, CLIP), **PROTOCOL)
+    scores = evaluate(videos, manifest, settings_for_shapes, cache)
+    assert scores["class_accuracy"] == scores["direction_accuracy"] == 1.0
+    assert scores["classifier_accuracy"] >= 0.97
+    assert scores["real"]["class_accuracy"] == scores["real"]["direction_accuracy"] == 1.0
+    assert (
+        scores["counts"] | {"generated": 24, "class": 24, "direction": 24, "failed": 0, "real": 48} == scores["counts"]
+    )
+    assert scores["counts"]["frechet_generated"] == scores["counts"]["frechet_reference"] == 24
+    assert scores["intervals"]["class"][0] > 0.8
+    # Drawn from the same distribution: about as far from the reference as real clips are.
+    assert scores["frechet_distance"] < 3 * scores["real"]["frechet_distance"] + 0.1
+
+
+def test_what_was_not_asked_for_is_read_wrong(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
+    rows = held_out_prompts(manifest, 24, CLIP, 0, settings_for_shapes)
+    turned = {"left": "up", "up": "right", "right": "down", "down": "left"}
+    following = dict(zip(SHAPES, SHAPES[1:] + SHAPES[:1], strict=True))
+    wrong = [row | {"class": following[row["class"]], "direction": turned[row["direction"]]} for row in rows]
+    scores = evaluate(save_generated(tmp_path / "v", rows, drawn(wrong, CLIP)), manifest, settings_for_shapes, cache)
+    assert scores["class_accuracy"] == scores["direction_accuracy"] == 0.0
+    table = scores["confusion"]["direction"]
+    assert table["names"] == ["left", "right", "up", "down"]
+    assert table["counts"][0][2] == sum(table["counts"][0]) == 6
+    # One verdict a clip, in the listing's order.
+    assert [(c["class"], c["read"]) for c in scores["clips"]] == [
+        (r["class"], w["class"]) for r, w in zip(rows, wrong, strict=True)
+    ]
+
+
+def test_noise_is_farther_from_real_clips_than_clips_are(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
+    rows = held_out_prompts(manifest, 24, CLIP, 0, settings_for_shapes)
+    noise = [np.random.default_rng(i).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8) for i in range(24)]
+    good = evaluate(save_generated(tmp_path / "a", rows, drawn(rows, CLIP)), manifest, settings_for_shapes, cache)
+    bad = evaluate(save_generated(tmp_path / "b", rows, noise), manifest, settings_for_shapes, cache)
+    for distance in ("frechet_distance", "kernel_distance"):
+        assert bad[distance] > 5 * abs(good[distance])
+
+
+def test_images_have_no_direction(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
+    rows = held_out_prompts(manifest, 12, IMAGE, 0, settings_for_shapes)
+    assert all(row["direction"] is None for row in rows)
+    scores = evaluate(save_generated(tmp_path / "v", rows, drawn(rows, IMAGE)), manifest, settings_for_shapes, cache)
+    assert scores["class_accuracy"] == 1.0
+    assert scores["direction_accuracy"] is None
+    assert scores["intervals"]["direction"] is None
+    assert scores["real"]["direction_accuracy"] is None
+
+
+def test_a_manifest_without_the_columns_has_no_such_scores(manifest, tmp_path: Path) -> None:
+    config = EvaluationConfig(direction_column=None)  # `class` is no column of this manifest.
+    rows = held_out_prompts(manifest, 6, CLIP, 0, config)
+    assert all(row["class"] is None and row["direction"] is None for row in rows)
+    rng = np.random.default_rng(0)
+    clips = [wandering("bar", 16, 4, "up", rng) for _ in rows]
+    scores = evaluate(save_generated(tmp_path / "v", rows, clips), manifest, config, tmp_path)
+    for key in ("class_accuracy", "direction_accuracy", "frechet_distance", "kernel_distance", "classifier_accuracy"):
+        assert scores[key] is None
+    assert scores["counts"]["generated"] == 6
+
+
+def test_scores_carry_their_protocol(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
+    rows = held_out_prompts(manifest, 6, CLIP, 5, settings_for_shapes)
+    scores = evaluate(
+        save_generated(tmp_path / "v", rows, drawn(rows, CLIP), **PROTOCOL), manifest, settings_for_shapes, cache
+    )
+    protocol = scores["protocol"]
+    assert protocol | PROTOCOL | {"frames": 4, "height": 16, "width": 16} == protocol
+    assert protocol["seeds"] == {"first": 5, "last": 10, "different": 6}
+    assert scores["classifier"]["train_frames"] == 156
+    assert scores["manifest"]["path"] == str(manifest)
+
+
+def test_a_second_call_does_nothing_until_something_changes(
+    manifest, settings_for_shapes, cache, tmp_path: Path
+) -> None:
+    rows = held_out_prompts(manifest, 6, CLIP, 0, settings_for_shapes)
+    videos = save_generated(tmp_path / "v", rows, drawn(rows, CLIP))
+    first = evaluate(videos, manifest, settings_for_shapes, cache)
+    written = (videos / "scores.json").stat().st_mtime_ns
+    assert (
+        evaluate(videos, manifest, settings_for_shapes, cache)
+        == first
+        == json.loads((videos / "scores.json").read_text())
+    )
+    assert (videos / "scores.json").stat().st_mtime_ns == written
+    stricter = settings_for_shapes.model_copy(update={"min_motion": 0.9})
+    assert evaluate(videos, manifest, stricter, cache)["direction_accuracy"] == 0.0
+    assert len(list(cache.glob("reader-*"))) == 1
+
+
+def test_a_failed_prompt_is_counted_and_stops_nothing(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
+    rows = held_out_prompts(manifest, 6, CLIP, 0, settings_for_shapes)
+    clips = [*drawn(rows, CLIP)[:5], None]
+    scores = evaluate(save_generated(tmp_path / "v", rows, clips), manifest, settings_for_shapes, cache)
+    assert (scores["counts"]["generated"], scores["counts"]["failed"]) == (5, 1)
+    assert "boom" in scores["failures"][0]
+
+
+# ------------------------------------------------------------------------------- held-out captions
+
+
+def test_prompts_are_held_out_captions_of_the_shape_evenly_spread(manifest, settings_for_shapes) -> None:
+    rows = held_out_prompts(manifest, 24, CLIP, 0, settings_for_shapes)
+    assert Counter((r["class"], r["direction"]) for r in rows) == {(s, d): 2 for s in SHAPES for d in STEPS}
+    assert all(r["prompt"] == f"a {r['class']} goes {r['direction']}" for r in rows)
+    assert len({r["seed"] for r in rows}) == 24
+    assert rows == held_out_prompts(manifest, 24, CLIP, 0, settings_for_shapes)
+    other = held_out_prompts(manifest, 24, CLIP, 1, settings_for_shapes)
+    assert [r["prompt"] for r in rows] != [r["prompt"] for r in other]
+
+
+def test_more_prompts_than_captions_come_again_with_other_seeds(manifest, settings_for_shapes) -> None:
+    rows = held_out_prompts(manifest, 100, IMAGE, 0, settings_for_shapes)
+    assert len(rows) == len({r["seed"] for r in rows}) == 100
+
+
+def test_larger_clips_make_up_the_number_and_are_cut(manifest, settings_for_shapes) -> None:
+    from stdit.data.manifest import read
+
+    source, shape = read(manifest), Bucket(frames=2, height=8, width=8)
+    clips = select(source, "validation", shape, 10, 0)
+    assert len(clips) == 10
+    assert load(clips[0], shape).shape == (2, 8, 8, 3)
+    # Of that very shape there are enough: no other is taken.
+    assert {c.frames for c in select(source, "validation", IMAGE, 24, 0)} == {1}
+
+
+def test_a_shape_that_no_clip_covers_is_an_error(manifest, settings_for_shapes) -> None:
+    with pytest.raises(ManifestError, match="can be cut to, 4x64x64"):
+        held_out_prompts(manifest, 4, Bucket(frames=4, height=64, width=64), 0, settings_for_shapes)
+
+
+def test_prompts_already_written_are_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    write_prompts(path, [{"prompt": "ü"}])
+    before = path.stat().st_mtime_ns
+    write_prompts(path, [{"prompt": "ü"}])
+    assert path.stat().st_mtime_ns == before
+    assert json.loads(path.read_text(encoding="utf-8")) == {"prompt": "ü"}
+
+
+# -------------------------------------------------------------------------------------- bad input
+
+
+def test_a_folder_that_generate_did_not_write_is_an_error(manifest, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"manifest\.jsonl: no such file"):
+        evaluate(tmp_path, manifest)
+
+
+def test_a_folder_where_every_prompt_failed_is_an_error(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
+    rows = held_out_prompts(manifest, 2, CLIP, 0, settings_for_shapes)
+    with pytest.raises(ValueError, match="no clip was made, 2 failed: .*boom"):
+        evaluate(save_generated(tmp_path / "v", rows, [None, None]), manifest, settings_for_shapes, cache)
+
+
+def test_clips_of_two_shapes_are_an_error(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
+    rows = held_out_prompts(manifest, 2, CLIP, 0, settings_for_shapes)
+    clips = [drawn(rows, CLIP)[0], drawn(rows, IMAGE)[1]]
+    with pytest.raises(ValueError, match=r"clips of 2 shapes .* \[\(1, 16, 16\), \(4, 16, 16\)\]"):
+        evaluate(save_generated(tmp_path / "v", rows, clips), manifest, settings_for_shapes, cache)
+
+
+def test_a_damaged_generated_clip_is_an_error_that_names_it(
+    manifest, settings_for_shapes, cache, tmp_path: Path
+) -> None:
+    rows = held_out_prompts(manifest, 2, CLIP, 0, settings_for_shapes)
+    videos = save_generated(tmp_path / "v", rows, drawn(rows, CLIP))
+    (videos / "0001.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"0001\.png.*make it again"):
+        evaluate(videos, manifest, settings_for_shapes, cache)
+
+
+def test_a_column_that_is_not_there_is_an_error_with_those_that_are(manifest) -> None:
+    with pytest.raises(ManifestError, match="class_column: no column 'clazz'; columns: .*shape"):
+        held_out_prompts(manifest, 2, CLIP, 0, EvaluationConfig(class_column="clazz"))
+
+
+def test_a_word_that_is_no_direction_is_an_error(manifest) -> None:
+    with pytest.raises(ManifestError, match="column 'shape' holds .* one of left, right, up, down"):
+        held_out_prompts(manifest, 2, CLIP, 0, EvaluationConfig(direction_column="shape"))

@@ -1,0 +1,117 @@
+"""Laws of the evaluation of runs, end to end on a model that has learned nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines.evaluate_runs import main, names
+from stdit.config import ConfigError, DiffusionConfig, ModelConfig, SamplerConfig
+from stdit.diffusion.schedulers import make_scheduler
+from stdit.encoders.video import PixelAutoencoder
+from stdit.models.stdit import STDiT
+from stdit.pipeline import STDiTPipeline
+
+CLASSES = ("bright", "dark")
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8 x 8 images of two classes."""
+    folder = tmp_path_factory.mktemp("clips")
+    rows = []
+    for i in range(24):
+        image = np.full((8, 8, 3), 10, np.uint8)
+        image[2:6, 2:5] = 250 if i % 2 == 0 else 120
+        Image.fromarray(image).save(folder / f"{i}.png")
+        name, split = CLASSES[i % 2], "train" if i < 12 else "validation"
+        rows.append({"path": f"{i}.png", "caption": f"a {name} one", "class": name, "split": split})
+    path = folder / "manifest.jsonl"
+    path.write_text("".join(json.dumps(row | {"frames": 1, "height": 8, "width": 8}) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved pipeline that draws classes."""
+    torch.manual_seed(0)
+    settings = ModelConfig(hidden_size=16, depth=1, num_heads=2, in_channels=3, num_classes=2)
+    scheduler = make_scheduler(SamplerConfig(steps=2), DiffusionConfig(), (1, 1, 1))
+    pipe = STDiTPipeline(
+        STDiT.from_settings(settings), scheduler, PixelAutoencoder(latent_channels=3), classes={"bright": 0, "dark": 1}
+    )
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def call(run: Path, manifest: Path, out: Path, *more: str) -> int:
+    flags = ["--count", "6", "--frames", "1", "--height", "8", "--width", "8", "--steps", "2"]
+    sets = ["--set", "class_name=shade", "--set", "reader_steps=5"]
+    return main(["--runs", str(run), "--manifest", str(manifest), "--out", str(out), *flags, *sets, *more])
+
+
+def test_a_run_is_generated_and_scored_in_one_call(run, manifest, tmp_path: Path, capsys) -> None:
+    assert call(run, manifest, tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "shade" in printed
+    assert "scores of 1 of 1 runs" in printed
+    scores = json.loads((tmp_path / "scores.json").read_text())["tiny"]
+    assert scores["counts"]["generated"] == 6
+    assert scores["protocol"] | {"steps": 2, "frames": 1, "height": 8, "width": 8} == scores["protocol"]
+    assert scores["direction_accuracy"] is None
+    assert len(list((tmp_path / "tiny" / "videos").glob("*-seed*.png"))) == 6
+
+
+def test_a_second_call_makes_nothing(run, manifest, tmp_path: Path) -> None:
+    assert call(run, manifest, tmp_path) == 0
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*-seed*.png")}
+    scored = (tmp_path / "tiny/videos/scores.json").stat().st_mtime_ns
+    assert call(run, manifest, tmp_path) == 0
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*-seed*.png")} == before
+    assert (tmp_path / "tiny/videos/scores.json").stat().st_mtime_ns == scored
+
+
+def test_one_run_that_cannot_be_used_does_not_stop_the_others(run, manifest, tmp_path: Path, capsys) -> None:
+    absent = tmp_path / "absent"
+    assert call(run, manifest, tmp_path / "out", "--runs", str(absent), str(run)) == 1
+    printed = capsys.readouterr().out
+    assert re_line(printed, "absent:")
+    assert "scores of 1 of 2 runs" in printed
+
+
+def re_line(text: str, start: str) -> bool:
+    return any(line.startswith(start) for line in text.splitlines())
+
+
+def test_other_settings_do_not_overwrite_videos_unasked(run, manifest, tmp_path: Path, capsys) -> None:
+    assert call(run, manifest, tmp_path) == 0
+    assert call(run, manifest, tmp_path, "--guidance", "2") == 1
+    assert "another request" in capsys.readouterr().out
+    assert call(run, manifest, tmp_path, "--guidance", "2", "--overwrite") == 0
+
+
+def test_a_manifest_that_is_not_there_is_an_error_at_once(run, tmp_path: Path, capsys) -> None:
+    assert call(run, tmp_path / "none.jsonl", tmp_path) == 2
+    assert "no such manifest" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--count", "0"], "count"), (["--set", "clas_name=x"], "clas_name: unknown key"), (["--set", "x"], "key=value")],
+)
+def test_bad_settings_are_named(run, manifest, tmp_path: Path, capsys, flags: list[str], message: str) -> None:
+    assert call(run, manifest, tmp_path, *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_runs_are_told_apart_by_as_much_of_their_path_as_it_takes() -> None:
+    assert list(names([Path("/a/x/one"), Path("/a/y/two")])) == ["one", "two"]
+    assert list(names([Path("/a/x/one"), Path("/a/y/one")])) == ["x-one", "y-one"]
+    with pytest.raises(ConfigError, match="given twice"):
+        names([Path("/a"), Path("/a")])

@@ -1,0 +1,264 @@
+"""Laws of the plan: order, what crosses, what a change invalidates, and what is refused before any work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines import changes
+from pipelines import plan as plans
+from stdit.config import ConfigError
+
+STAGE = {
+    "run_dir": "elsewhere",
+    "model": {"hidden_size": 32, "depth": 1, "num_heads": 2, "in_channels": 3, "patch_size": [1, 2, 2]},
+    "data": {"features": "elsewhere", "buckets": [{"frames": 1, "height": 8, "width": 8, "batch_size": 4}]},
+    "train": {"steps": 3},
+}
+PLAN = {
+    "name": "tiny",
+    "run_dir": "runs/tiny",
+    "prepare": {"module": "stdit.data.digits", "args": ["--count", 4]},
+    "extraction": {"buckets": [{"frames": 1, "height": 8, "width": 8}, {"frames": 2, "height": 8, "width": 8}]},
+    "stages": {"one": {"config": "STAGE"}, "two": {"config": "STAGE", "after": "one"}},
+}
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    """Writes a stage file and a plan over it; returns the plan's path."""
+
+    def write(change: dict | None = None, stages: dict | None = None, stage: dict | None = None) -> Path:
+        stage_file = tmp_path / "stage.yaml"
+        stage_file.write_text(yaml.safe_dump({**STAGE, **(stage or {})}))
+        data = json.loads(json.dumps({**PLAN, **(change or {})}))
+        if stages is not None:
+            data["stages"] = stages
+        for entry in data["stages"].values():
+            if entry.get("config") == "STAGE":
+                entry["config"] = str(stage_file)
+        path = tmp_path / "plan.yaml"
+        path.write_text(yaml.safe_dump(data, sort_keys=False))
+        return path
+
+    return write
+
+
+def described(path: Path, overrides: tuple[str, ...] = (), sha: str | None = None) -> dict[str, changes.Piece]:
+    plan = plans.read(path, overrides)
+    return changes.describe(plan, plans.resolve(plan), sha)
+
+
+def test_the_plan_places_everything_under_its_run_dir(write):
+    plan = plans.read(write())
+    assert plan.extract.manifest == plan.prepared == Path("runs/tiny/data/manifest.jsonl")
+    assert plan.extract.out == Path("runs/tiny/features")
+    first, second = plans.resolve(plan)
+    assert (first.config.run_dir, second.config.run_dir) == (Path("runs/tiny/one"), Path("runs/tiny/two"))
+    assert first.config.data.features == plan.extract.out
+    assert first.config.init is None
+    assert second.config.init is not None
+    assert second.config.init.source == first.config.run_dir
+
+
+def test_a_run_dir_set_on_the_command_line_moves_everything(write):
+    plan = plans.read(write(), ["run_dir=/shared/x"])
+    stages = plans.resolve(plan)
+    assert plan.extract.manifest == Path("/shared/x/data/manifest.jsonl")
+    assert {s.config.run_dir.parent for s in stages} == {Path("/shared/x")}
+
+
+def test_overrides_go_plan_then_stage_then_command_line(write):
+    stages = {"one": {"config": "STAGE", "overrides": {"train": {"steps": 7}}}, "two": {"config": "STAGE"}}
+    path = write({"overrides": {"train": {"steps": 5, "log_every": 2}}}, stages)
+    steps = {s.name: (s.config.train.steps, s.config.train.log_every) for s in plans.resolve(plans.read(path))}
+    assert steps == {"one": (7, 2), "two": (5, 2)}
+    changed = plans.resolve(plans.read(path, ["stages.one.overrides.train.steps=9"]))
+    assert changed[0].config.train.steps == 9
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 8), min_size=1, max_size=8), st.randoms(use_true_random=False))
+def test_every_stage_comes_after_the_one_it_is_made_from(parents, random):
+    """Stage i comes from some stage below i, or from none; the file's order is shuffled."""
+    after = {f"s{i}": (f"s{p}" if p < i else None) for i, p in enumerate(parents)}
+    names = list(after)
+    random.shuffle(names)
+    stages = {name: {"config": "x.yaml", **({"after": after[name]} if after[name] else {})} for name in names}
+    extraction = {"manifest": "m", "out": "o", "buckets": [{"frames": 1, "height": 8, "width": 8}]}
+    plan = plans.Plan.model_validate({"name": "p", "run_dir": "r", "extraction": extraction, "stages": stages})
+    order = plans.order(plan)
+    assert sorted(order) == sorted(names)
+    for name, before in after.items():
+        assert before is None or order.index(before) < order.index(name)
+
+
+# ----------------------------------------------------------------------------------- what is refused
+
+
+def test_a_cycle_is_named(write):
+    stages = {"a": {"config": "STAGE", "after": "b"}, "b": {"config": "STAGE", "after": "a"}}
+    with pytest.raises(ConfigError, match="cycle: a comes after b comes after a"):
+        plans.resolve(plans.read(write(stages=stages)))
+
+
+def test_a_stage_after_itself_is_a_cycle(write):
+    with pytest.raises(ConfigError, match="cycle: a comes after a"):
+        plans.resolve(plans.read(write(stages={"a": {"config": "STAGE", "after": "a"}})))
+
+
+def test_an_unknown_stage_is_named_with_those_there_are(write):
+    with pytest.raises(ConfigError, match=r"stages\.b\.after: no stage is called 'nope'; there are: a, b"):
+        plans.resolve(plans.read(write(stages={"a": {"config": "STAGE"}, "b": {"config": "STAGE", "after": "nope"}})))
+
+
+def test_a_missing_config_file_is_named(write):
+    with pytest.raises(ConfigError, match=r"plan\.yaml: stages\.a\.config: nowhere\.yaml: cannot be read"):
+        path = write(stages={"a": {"config": "nowhere.yaml"}})
+        plans.resolve(plans.read(path), str(path))
+
+
+def test_a_name_given_twice_is_an_error(write, tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("name: p\nstages:\n  a: {config: x.yaml}\n  a: {config: y.yaml}\n")
+    with pytest.raises(ConfigError, match=r"twice\.yaml:4: key 'a' is given twice"):
+        plans.read(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stagse": {}}, "stagse: unknown key"),
+        ({"resources": {"workers": "2"}}, r"resources\.workers: .* found '2'"),
+        ({"resources": {"workers": 0}}, r"resources\.workers: .* found 0"),
+        ({"stages": {"a b": {"config": "x"}}}, "should match pattern"),
+        ({"stages": {"features": {"config": "x"}}}, "a stage can't be called 'features'"),
+        ({"stages": {"a": {"config": "x", "allow": ["class_to_text"]}}}, "needs after"),
+        ({"stages": {}}, "at least 1"),
+    ],
+)
+def test_bad_plans_name_file_and_key(write, change, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        plans.read(write(change))
+    assert "plan.yaml: " in str(caught.value)
+
+
+def test_without_prepare_the_manifest_must_be_given(write):
+    with pytest.raises(ConfigError, match=r"plan\.yaml: .*extraction\.manifest is needed"):
+        plans.read(write({"prepare": None}))
+
+
+def test_a_stage_bucket_that_is_not_extracted_is_named(write):
+    data = {**STAGE["data"], "buckets": [{"frames": 9, "height": 8, "width": 8, "batch_size": 4}]}
+    with pytest.raises(ConfigError, match=r"data\.buckets 9x8x8 not in .*extraction\.buckets 1x8x8, 2x8x8"):
+        plans.resolve(plans.read(write(stage={"data": data})))
+
+
+def test_init_in_both_places_is_an_error(write):
+    with pytest.raises(ConfigError, match=r"stages\.two .*init is set in the config, and after: one"):
+        plans.resolve(plans.read(write(stage={"init": {"source": "weights"}})))
+
+
+def test_shapes_that_do_not_divide_give_both_numbers(write):
+    stage = plans.resolve(plans.read(write()))[0]
+    plans.check_shapes(stage, (1, 1, 1), 3)
+    with pytest.raises(ConfigError, match=r"stages\.one .*height 8 is not divisible by the autoencoder's compression 3"):
+        plans.check_shapes(stage, (1, 3, 3), 3)
+    with pytest.raises(ConfigError, match=r"latent height 1 is not divisible by model\.patch_size 2"):
+        plans.check_shapes(stage, (1, 8, 8), 3)
+    with pytest.raises(ConfigError, match=r"model\.in_channels 3, but .* 4 channels"):
+        plans.check_shapes(stage, (1, 1, 1), 4)
+
+
+# ------------------------------------------------------------------------------ what a change does
+
+
+def test_the_same_plan_changes_nothing(write):
+    assert changes.differences(described(write()), described(write())) == []
+
+
+def test_what_is_recorded_survives_json(write):
+    pieces = described(write(), sha="00")
+    assert changes.differences(json.loads(json.dumps(pieces)), pieces) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "parts"),
+    [
+        ("prepare.args=[--count, 5]", "prepare.args", ["prepare", "extraction", "stages.one", "stages.two"]),
+        ("extraction.seed=1", "extraction.seed", ["extraction", "stages.one", "stages.two"]),
+        ("stages.one.overrides.train.steps=4", "stages.one.train.steps", ["stages.one", "stages.two"]),
+        ("stages.two.overrides.train.optimizer.learning_rate=1e-3", "stages.two.train.optimizer.learning_rate", ["stages.two"]),
+        ("stages.two.weights=model", "stages.two.init.weights", ["stages.two"]),
+        ("stages.two.allow=[add_temporal]", "stages.two.init.allow", ["stages.two"]),
+        ("seed=3", "stages.one.seed", ["stages.one", "stages.two"]),
+    ],
+)  # fmt: skip
+def test_a_change_invalidates_what_is_made_from_it_and_nothing_else(write, override, key, parts):
+    before, after = described(write()), described(write(), (override,))
+    found = changes.differences(before, after)
+    assert key in {f"{c.part}.{c.key}" for c in found}
+    assert list(changes.invalidated(found, after)) == parts
+    for part in after:
+        same = changes.fingerprint(before, part) == changes.fingerprint(after, part)
+        assert same == (part not in parts)
+
+
+def test_a_change_is_told_by_key_with_old_and_new_values(write):
+    found = changes.differences(described(write()), described(write(), ("stages.one.overrides.train.steps=4",)))
+    assert [str(c) for c in found] == ["stages.one.train.steps: 3 -> 4"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run_dir=/other",
+        "name=other",
+        "resources.cpus_per_worker=4",
+        "resources={cpus_per_worker: 2, use_gpu: true, deadline_s: 5}",
+        "extraction.workers=4",
+        "overrides.train.log_every=5",
+        "overrides.samples.every=5",
+    ],
+)
+def test_where_and_how_visibly_it_runs_is_no_change(write, override):
+    assert changes.differences(described(write()), described(write(), (override,))) == []
+
+
+def test_half_the_batch_on_twice_the_workers_is_no_change_but_more_workers_alone_are(write):
+    data = {**STAGE["data"], "buckets": [{"frames": 1, "height": 8, "width": 8, "batch_size": 2}]}
+    before = described(write({"resources": {"workers": 2}}))
+    assert changes.differences(before, described(write({"resources": {"workers": 4}}, stage={"data": data}))) == []
+    found = changes.differences(before, described(write({"resources": {"workers": 4}})))
+    assert str(found[0]) == "stages.one.samples_per_step.1x8x8: 8 -> 16"
+
+
+def test_a_changed_manifest_invalidates_everything_made_from_it(write):
+    found = changes.differences(described(write(), sha="a"), described(write(), sha="b"))
+    assert [c.key for c in found] == ["manifest_sha256"]
+    assert list(changes.invalidated(found, described(write()))) == ["extraction", "stages.one", "stages.two"]
+
+
+def test_a_manifest_not_made_yet_is_no_change(write):
+    assert changes.differences(described(write(), sha="a"), described(write())) == []
+
+
+def test_a_new_stage_invalidates_nothing_and_neither_does_one_that_has_gone(write):
+    shorter = write(stages={"one": {"config": "STAGE"}})
+    before = described(shorter)
+    after = described(write())
+    assert changes.differences(before, after) == []
+    assert changes.differences(after, before) == []
+
+
+def test_joining_another_branch_is_a_change_of_after(write):
+    stages = {n: {"config": "STAGE"} for n in ("one", "side")} | {"two": {"config": "STAGE", "after": "one"}}
+    before = described(write(stages=stages))
+    stages["two"]["after"] = "side"
+    found = changes.differences(before, described(write(stages=stages)))
+    assert [str(c) for c in found] == ['stages.two.after: "one" -> "side"']

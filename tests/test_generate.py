@@ -1,0 +1,370 @@
+"""Generation: prompts in, files out; the same again makes only what is missing; one failure loses nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stdit import generate as generation
+from stdit.config import Bucket, ConfigError, DiffusionConfig, SamplerConfig
+from stdit.data.decode import open_clip
+from stdit.generate import Prompt, generate, noise_seed, read_prompts, write_clip
+from stdit.pipeline import STDiTPipeline, STDiTPipelineOutput
+from stdit.prompts import SLUG_LENGTH, items, slug
+from tests.made_runs import CLASSES, TEXT, make_run, model_config
+
+SHAPE = Bucket(frames=4, height=16, width=16)
+SAMPLER = SamplerConfig(steps=2, guidance_scale=2.0)
+PROMPTS = [
+    Prompt("a seven"),
+    Prompt("../../etc/passwd"),
+    Prompt("eine Sieben läuft 左へ"),
+    Prompt("word " * 300),
+    Prompt(),
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    return {
+        "text": make_run(folder / "text", model_config(**TEXT)),
+        "class": make_run(folder / "class", model_config(**CLASSES)),
+        "other": make_run(folder / "other", model_config(**TEXT), step=30),
+        "ddpm": make_run(folder / "ddpm", model_config(**TEXT), DiffusionConfig(objective="ddpm")),
+    }
+
+
+def make(run: Path, out: Path, prompts: list[Prompt] | None = None, **kwargs: Any) -> list[dict[str, Any]]:
+    asked: dict[str, Any] = {"shape": SHAPE, "sampler": SAMPLER, "batch_size": 2, "device": "cpu", **kwargs}
+    return generate(run, PROMPTS if prompts is None else prompts, out, **asked)
+
+
+def frames_of(path: Path) -> np.ndarray:
+    with open_clip(path, "pyav") as reader:
+        return reader.get(range(reader.frame_count))
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def test_every_prompt_and_seed_has_a_file_a_row_and_a_place_on_the_sheet(runs: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    rows = make(runs["text"], out, seeds=2, fps=12.5)
+    assert rows == [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+    assert [(r["index"], r["seed"]) for r in rows] == [(i, s) for i in range(5) for s in (0, 1)]
+    files = {r["file"] for r in rows}
+    assert len(files) == 10
+    assert {p.name for p in out.iterdir()} == files | {
+        "manifest.jsonl",
+        "request.json",
+        "contact_sheet.png",
+        "contact_sheet.gif",
+    }
+    row = rows[0]
+    assert (row["prompt"], row["frames"], row["height"], row["width"], row["fps"]) == ("a seven", 4, 16, 16, 12.5)
+    protocol = row["protocol"]
+    assert protocol["checkpoint"] == "step-00000020"
+    assert (protocol["step"], protocol["weights"], protocol["steps"]) == (20, "ema", 2)
+    assert (protocol["scheduler"], protocol["guidance_scale"]) == ("flow_euler", 2.0)
+    with open_clip(out / row["file"], "pyav") as reader:
+        assert (reader.frame_count, reader.height, reader.width, reader.fps) == (4, 16, 16, 12.5)
+
+
+def test_a_file_holds_the_very_pixels_that_the_pipeline_draws(runs: dict[str, Path], tmp_path: Path) -> None:
+    rows = make(runs["text"], tmp_path, seeds=1)
+    pipe = STDiTPipeline.from_pretrained(runs["text"])
+    made = items(PROMPTS, 1, ".mp4")
+    output = pipe(
+        [p.text for p in PROMPTS[:2]],
+        num_frames=4,
+        height=16,
+        width=16,
+        num_inference_steps=2,
+        guidance_scale=2.0,
+        generator=[torch.Generator().manual_seed(noise_seed(item)) for item in made[:2]],
+        output_type="np",
+    )
+    assert isinstance(output, STDiTPipelineOutput)
+    for row, video in zip(rows[:2], output.frames, strict=True):
+        # Threads may differ from those of this process, and with them the last bit.
+        difference = frames_of(tmp_path / row["file"]).astype(int) - (video * 255).round().astype(int)
+        assert abs(difference).max() <= 1
+
+
+def test_one_frame_is_a_png(runs: dict[str, Path], tmp_path: Path) -> None:
+    rows = make(runs["text"], tmp_path, shape=Bucket(frames=1, height=8, width=24))
+    assert all(row["file"].endswith(".png") for row in rows)
+    assert frames_of(tmp_path / rows[0]["file"]).shape == (1, 8, 24, 3)
+    assert not (tmp_path / "contact_sheet.gif").exists()
+
+
+@pytest.mark.parametrize("size", [(16, 16), (15, 17), (1, 3), (256, 256), (250, 301), (320, 512)])
+def test_a_clip_is_stored_as_it_is_and_never_rescaled(size: tuple[int, int], tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (3, *size, 3), dtype=np.uint8)
+    if size == (320, 512):  # Stored with loss: noise would be an unfair test.
+        frames = (
+            np.repeat(np.linspace(0, 255, 512).astype(np.uint8)[None, None, :, None], 3, 0).repeat(320, 1).repeat(3, 3)
+        )
+    write_clip(tmp_path / "a.mp4", frames, 8)
+    difference = abs(frames_of(tmp_path / "a.mp4").astype(int) - frames)
+    assert difference.max() <= (4 if size == (320, 512) else 0)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=300))
+def test_any_prompt_has_a_safe_name(text: str) -> None:
+    name = slug(text)
+    assert name
+    assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+    assert len(name) <= SLUG_LENGTH
+    assert not name.startswith("-")
+
+
+def test_names_differ_where_prompts_do_not() -> None:
+    names = [item.file for item in items([Prompt("a"), Prompt("a"), Prompt("A!"), Prompt(name="../a")], 2, ".mp4")]
+    assert len(set(names)) == 8
+    assert names[0] == "00000-a-seed0.mp4"
+
+
+# -------------------------------------------------------------------------------------- repetition
+
+
+def test_a_second_call_makes_only_what_is_missing_and_makes_it_the_same(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make(runs["text"], tmp_path)
+    before = {row["file"]: frames_of(tmp_path / row["file"]) for row in rows}
+    times = {row["file"]: (tmp_path / row["file"]).stat().st_mtime_ns for row in rows}
+    gone = rows[2]["file"]
+    (tmp_path / gone).unlink()
+    assert make(runs["text"], tmp_path) == rows
+    assert np.array_equal(frames_of(tmp_path / gone), before[gone])
+    kept = {file for file in times if (tmp_path / file).stat().st_mtime_ns == times[file]}
+    assert kept == set(times) - {gone}
+    # With nothing missing no pipeline is loaded.
+    monkeypatch.setattr(generation, "load", None)
+    assert make(runs["text"], tmp_path) == rows
+
+
+def test_an_empty_file_does_not_count_as_made(runs: dict[str, Path], tmp_path: Path) -> None:
+    rows = make(runs["text"], tmp_path)
+    (tmp_path / rows[0]["file"]).write_bytes(b"")
+    make(runs["text"], tmp_path)
+    assert frames_of(tmp_path / rows[0]["file"]).shape == (4, 16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"sampler": SamplerConfig(steps=3, guidance_scale=2.0)}, "steps: 2 then, 3 now"),
+        ({"seeds": 2}, "seeds: 1 then, 2 now"),
+        ({"shape": Bucket(frames=2, height=16, width=16)}, "shape: 4x16x16 then, 2x16x16 now"),
+        ({"prompts": PROMPTS[:4]}, "prompts: "),
+        ({"weights": "model"}, "weights: ema then, model now"),
+        ({"run": "other"}, "checkpoint: step-00000020 .* then, step-00000030 .* now"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_changed_request_is_refused_unless_told(
+    change: dict[str, Any], told: str, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    old = make(runs["text"], tmp_path)
+    asked = {**change, "run": runs[change.get("run", "text")], "out": tmp_path}
+    with pytest.raises(ValueError, match=f"another request .*{told}.*--overwrite"):
+        make(**asked)
+    assert {row["file"] for row in old} <= {p.name for p in tmp_path.iterdir()}
+    (tmp_path / "mine.txt").write_text("of the user")
+    rows = make(**asked, overwrite=True)
+    videos = {p.name for p in tmp_path.glob("*.mp4")}
+    assert videos == {row["file"] for row in rows}
+    assert (tmp_path / "mine.txt").exists()
+
+
+def test_files_of_unknown_origin_are_not_taken_for_results(runs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / items(PROMPTS, 1, ".mp4")[0].file).write_bytes(b"something")
+    with pytest.raises(ValueError, match=r"holds 1 files such as 00000-a-seven-seed0.mp4, and no request.json"):
+        make(runs["text"], tmp_path)
+
+
+def test_a_prompts_noise_does_not_depend_on_its_place(runs: dict[str, Path], tmp_path: Path) -> None:
+    first, last = items([Prompt("a", seed=7), Prompt("b", seed=7), Prompt("a", seed=7)], 1, "")[::2]
+    assert noise_seed(first) == noise_seed(last)
+    assert noise_seed(first) != noise_seed(items([Prompt("b", seed=7)], 1, "")[0])
+    assert noise_seed(first) == noise_seed(items([Prompt("a", seed=6)], 2, "")[1])
+    forward = make(runs["text"], tmp_path / "f", [Prompt("a seven"), Prompt("another")])
+    backward = make(runs["text"], tmp_path / "b", [Prompt("another"), Prompt("a seven")])
+    both = [frames_of(tmp_path / f / rows["file"]).astype(int) for f, rows in (("f", forward[0]), ("b", backward[1]))]
+    assert abs(both[0] - both[1]).max() <= 1
+
+
+# ----------------------------------------------------------------------------------------- failures
+
+
+def test_a_failing_prompt_is_reported_and_loses_no_other(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = [Prompt("a"), Prompt("bad \ud800"), Prompt("c")]
+    rows = make(runs["text"], tmp_path, prompts)
+    assert [row["file"] is None for row in rows] == [False, True, False]
+    assert "not valid Unicode" in rows[1]["error"]
+    file = tmp_path.parent / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": p.text}) + "\n" for p in prompts))
+    flags = ["--steps", "2", "--guidance", "2", "--batch-size", "2", "--device", "cpu"]
+    command = ["--run", str(runs["text"]), "--prompts", str(file), "--out", str(tmp_path), *flags]
+    assert generation.main(command) == 1
+    told = capsys.readouterr()
+    assert "failed: prompt 1 'bad \\ud800': " in told.err
+    assert "2 of 3 videos" in told.out
+
+
+def test_what_fails_in_a_batch_is_drawn_alone(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that takes the batch with it, and a video of NaN."""
+    encode, decode = STDiTPipeline.encode_prompt, STDiTPipeline._decode
+
+    def no_nine(self: STDiTPipeline, prompt: Any) -> Any:
+        if "nine" in prompt:
+            raise RuntimeError("out of memory")
+        return encode(self, prompt)
+
+    def no_first(self: STDiTPipeline, encoder: Any, x: torch.Tensor, output_type: str) -> Any:
+        frames = decode(self, encoder, x, output_type)
+        frames[: int(len(x) == 2)] = np.nan
+        return frames
+
+    monkeypatch.setattr(STDiTPipeline, "encode_prompt", no_nine)
+    rows = make(runs["text"], tmp_path / "a", [Prompt("one"), Prompt("nine"), Prompt("two")])
+    assert [row.get("error") for row in rows] == [None, "RuntimeError: out of memory", None]
+    monkeypatch.setattr(STDiTPipeline, "_decode", no_first)
+    rows = make(runs["text"], tmp_path / "b", [Prompt("one"), Prompt("two")])
+    assert [row.get("error") for row in rows] == [None, None]
+    monkeypatch.setattr(STDiTPipeline, "_decode", lambda self, e, x, form: np.full((len(x), 4, 16, 16, 3), np.nan))
+    rows = make(runs["text"], tmp_path / "c", [Prompt("one"), Prompt("two")])
+    assert all("not finite" in row["error"] for row in rows)
+    assert not list((tmp_path / "c").glob("*.mp4"))
+
+
+def test_a_full_disk_stops_everything_and_leaves_nothing_half_written(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("stdit.files.os.replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        make(runs["text"], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_of_classes_draws_by_class(runs: dict[str, Path], tmp_path: Path) -> None:
+    prompts = [Prompt(class_label="a/b"), Prompt(class_label=0), Prompt("no class"), Prompt(class_label="ten")]
+    rows = make(runs["class"], tmp_path, prompts)
+    assert [row["file"] for row in rows[:2]] == ["00000-class-a-b-seed0.mp4", "00001-class-0-seed0.mp4"]
+    assert "draws classes; the prompt has none" in rows[2]["error"]
+    assert "class 'ten' is none of" in rows[3]["error"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": []}, "list is empty"),
+        ({"shape": Bucket(frames=4, height=15, width=16)}, "height 15 is not divisible by model.patch_size 2"),
+        ({"sampler": SamplerConfig(scheduler="ddim")}, "ddim draws from objective ddpm"),
+        ({"run": Path("/nowhere")}, "neither a checkpoint .* nor a run directory"),
+    ],
+    ids=["prompts", "shape", "sampler", "run"],
+)
+def test_what_can_not_be_made_is_refused_before_anything_is_written(
+    change: dict[str, Any], message: str, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**{"run": runs["text"], "out": tmp_path / "out", **change})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_saved_pipeline_serves_as_a_run(runs: dict[str, Path], tmp_path: Path) -> None:
+    STDiTPipeline.from_pretrained(runs["text"]).save_pretrained(tmp_path / "saved")
+    saved = make(tmp_path / "saved", tmp_path / "a")
+    run = make(runs["text"], tmp_path / "b")
+    assert np.array_equal(frames_of(tmp_path / "a" / saved[0]["file"]), frames_of(tmp_path / "b" / run[0]["file"]))
+    with pytest.raises(ConfigError, match="give frames, height and width"):
+        make(tmp_path / "saved", tmp_path / "c", shape=None)
+
+
+def test_shape_and_sampler_are_the_runs_unless_told(runs: dict[str, Path], tmp_path: Path) -> None:
+    rows = make(runs["ddpm"], tmp_path, [Prompt("a")], shape=None, sampler=None)
+    assert (rows[0]["frames"], rows[0]["height"]) == (4, 16)
+    assert (rows[0]["protocol"]["scheduler"], rows[0]["protocol"]["steps"]) == ("ddim", 50)
+
+
+def test_a_cut_caption_is_noted(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.txt").write_text("word " * 300)
+    out = ["--out", str(tmp_path / "out"), "--steps", "1", "--device", "cpu"]
+    assert generation.main(["--run", str(runs["text"]), "--prompts", str(tmp_path / "p.txt"), *out]) == 0
+    assert "caption of 1500 tokens cut to 24" in capsys.readouterr().err
+
+
+def test_the_command_line_refuses_with_exit_code_two(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.txt").write_text("a")
+    base = ["--run", str(runs["text"]), "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "out")]
+    for extra, told in (
+        (["--scheduler", "ddim"], "ddim draws from objective ddpm"),
+        (["--scheduler", "euler"], "command line: scheduler"),
+        (["--set", "guidence=3"], "command line: guidence: unknown key"),
+        (["--guidance", "-1"], "command line: guidance_scale"),
+        (["--height", "15"], "height 15 is not divisible"),
+        (["--prompts", str(tmp_path / "none.txt")], "none.txt: cannot be read"),
+    ):
+        assert generation.main([*base, *extra]) == 2
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------ prompts
+
+
+def test_prompts_come_as_text_or_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("\ufeffa seven\n\n  eine Sieben 左  \r\n", encoding="utf-8")
+    assert read_prompts(tmp_path / "p.txt") == [Prompt("a seven"), Prompt("eine Sieben 左")]
+    rows = [
+        {"prompt": "a", "class": "7", "seed": 3, "name": "x", "direction": "left"},
+        {"class": 0},
+        {"prompt": "", "class": None},
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    found = read_prompts(tmp_path / "p.jsonl")
+    assert found == [Prompt("a", "7", 3, "x", {"direction": "left"}), Prompt("", 0), Prompt("")]
+    assert found[0].row() == rows[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", b"", r"p.txt: holds no prompt"),
+        ("p.txt", b"\n \n", r"p.txt: holds no prompt"),
+        ("p.txt", b"\xff\xfe", r"p.txt: cannot be read as UTF-8"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": ', r"p.jsonl:2: not valid JSON"),
+        ("p.jsonl", b"[1]", r"p.jsonl:1: expected an object, found list"),
+        ("p.jsonl", b'{"prompt": 7}', r"p.jsonl:1: prompt: expected str, found 7"),
+        ("p.jsonl", b'{"prompt": "a", "seed": "x"}', r"p.jsonl:1: seed: expected int, found 'x'"),
+        ("p.jsonl", b'{"prompt": "a", "seed": true}', r"p.jsonl:1: seed: expected int, found True"),
+        ("p.jsonl", b'{"caption": "a"}', r"p.jsonl:1: has neither prompt nor class; keys found: caption"),
+        ("p.jsonl", b'{"prompt": "a", "file": "b"}', r"p.jsonl:1: key 'file' is written by generation"),
+    ],
+)
+def test_bad_prompt_files_are_named_with_their_line(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(tmp_path / name)

@@ -1,0 +1,248 @@
+"""The same command again: what comes back, what is refused, what another number of ranks makes of it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pool import Pool, RankError
+from ranked import for_ranks, metrics, run, run_stopping_on_rank_1, settings
+
+from stdit.training import checkpoint
+
+pytestmark = pytest.mark.distributed
+
+PARTITION_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+
+
+def data_for(path: Path, stage: int, ranks: int = 2, **train: Any) -> dict[str, Any]:
+    extra = {"deepspeed": PARTITION_ALL} if stage == 3 else {}
+    data = settings(path, train={"zero_stage": stage, **extra, **train})
+    data["data"]["buckets"] = for_ranks(ranks)
+    return data
+
+
+def numbers(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """metrics.jsonl without the one thing that may differ."""
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def weights(run_dir: Path, step: int) -> dict[str, bytes]:
+    folder = run_dir / "checkpoints" / checkpoint.tag_of(step)
+    return {
+        name: (folder / name / "diffusion_pytorch_model.safetensors").read_bytes()
+        for name in ("transformer", "transformer_ema")
+    }
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_resume_is_bitwise_equal(pair: Pool, stage: int, tmp_path: Path) -> None:
+    whole = pair(run, data_for(tmp_path / "whole", stage))[0]
+    broken = data_for(tmp_path / "broken", stage)
+    # One rank is asked; both stop, at the same step, with a checkpoint.
+    stopped = pair(run_stopping_on_rank_1, broken, 3)
+    assert [r["stopped"] for r in stopped] == [True, True]
+    assert stopped[0]["metrics"][-1]["step"] == 3
+    resumed = pair(run, broken)[0]
+    assert numbers(resumed["metrics"]) == numbers(whole["metrics"])
+    assert weights(tmp_path / "broken", 6) == weights(tmp_path / "whole", 6)
+    assert "goes on after step 3" in resumed["said"]
+
+
+def test_bfloat16_resumes_bitwise_too(pair: Pool, tmp_path: Path) -> None:
+    whole = pair(run, data_for(tmp_path / "whole", 2, precision="bf16"))[0]
+    broken = data_for(tmp_path / "broken", 2, precision="bf16")
+    pair(run_stopping_on_rank_1, broken, 3)
+    assert numbers(pair(run, broken)[0]["metrics"]) == numbers(whole["metrics"])
+    assert weights(tmp_path / "broken", 6) == weights(tmp_path / "whole", 6)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_another_number_of_ranks_goes_on_with_the_same_losses(
+    pair: Pool, solo: Pool, stage: int, tmp_path: Path
+) -> None:
+    whole = pair(run, data_for(tmp_path / "whole", stage))[0]["metrics"]
+    for first, second in ((pair, solo), (solo, pair)):
+        folder = tmp_path / f"{first.size}-{second.size}"
+        first(run, data_for(folder, stage, first.size), 2)
+        (folder / "config.yaml").unlink()
+        resumed = second(run, data_for(folder, stage, second.size))[0]
+        assert [m["loss"] for m in resumed["metrics"]] == pytest.approx([m["loss"] for m in whole], rel=1e-4)
+        assert [m["samples_seen"] for m in resumed["metrics"]] == [m["samples_seen"] for m in whole]
+        assert "the global batch is the same" in resumed["said"]
+        assert not list(folder.glob("checkpoints/.universal"))
+
+
+def test_a_finished_run_returns_at_once_and_more_steps_go_on(solo: Pool, tmp_path: Path) -> None:
+    data = data_for(tmp_path, 1, 1, steps=3)
+    solo(run, data)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    again = solo(run, data)[0]
+    assert again["reports"] == []
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    longer = solo(run, data_for(tmp_path, 1, 1, steps=5))[0]
+    assert [m["step"] for m in longer["metrics"]] == [1, 2, 3, 4, 5]
+    assert "train.steps: 3 at the checkpoint, 5 now" in longer["said"]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(solo: Pool, tmp_path: Path) -> None:
+    data = data_for(tmp_path, 2, 1, checkpoint_every=2, steps=6)
+    whole = solo(run, data)[0]["metrics"]
+    (tmp_path / "done.json").unlink()
+    flip(next((tmp_path / "checkpoints/step-00000006").glob("zero_pp_rank_0*")))
+    resumed = solo(run, data)[0]
+    assert "step-00000006 is not used: zero_pp_rank_0" in resumed["said"]
+    assert "goes on after step 4" in resumed["said"]
+    assert numbers(resumed["metrics"]) == numbers(whole)
+    # Both damaged: not a start from step 0.
+    (tmp_path / "done.json").unlink()
+    for folder in (tmp_path / "checkpoints").glob("step-*"):
+        flip(folder / "identity.json")
+    with pytest.raises(RankError, match="no checkpoint is intact") as error:
+        solo(run, data)
+    assert error.value.kind == "CheckpointError"
+
+
+def test_a_save_that_was_cut_off_counts_as_not_there(solo: Pool, tmp_path: Path) -> None:
+    data = data_for(tmp_path, 2, 1, steps=4)
+    solo(run, data, 2)
+    torn = tmp_path / "checkpoints/step-00000004"
+    shutil.copytree(tmp_path / "checkpoints/step-00000002", torn)
+    (torn / "manifest.json").unlink()
+    # Lines of steps after the checkpoint, and one that was cut off.
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss": 9.0}\n{"step": 4, "lo')
+    resumed = solo(run, data)[0]
+    assert [m["step"] for m in resumed["metrics"]] == [1, 2, 3, 4]
+    assert resumed["metrics"][2]["loss"] < 9
+    assert checkpoint.newest(tmp_path) == torn
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "said"),
+    [
+        ("model", {"depth": 3}, "model.depth: 2 at the checkpoint, 3 now"),
+        ("data", {"train_split": "validation"}, "data.train_split: 'train' at the checkpoint, 'validation' now"),
+        (
+            "train",
+            {"optimizer": {"learning_rate": 1.0}},
+            "train.optimizer.learning_rate: 0.003 at the checkpoint, 1.0 now",
+        ),
+        ("train", {"zero_stage": 3}, "train.zero_stage: 1 at the checkpoint, 3 now"),
+        ("train", {"gradient_accumulation": 2}, "train.gradient_accumulation: 1 at the checkpoint, 2 now"),
+    ],
+)
+def test_other_settings_are_another_run(
+    solo: Pool, small: dict[str, Any], section: str, change: Any, said: str
+) -> None:
+    from stdit.config import merge
+
+    with pytest.raises(RankError, match="holds a run with other settings") as error:
+        solo(run, merge(small, {section: change}))
+    assert error.value.kind == "ConfigError"
+    assert said in error.value.message
+
+
+@pytest.fixture(scope="module")
+def small(solo: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The settings of a run that stopped after two of its four steps."""
+    data = data_for(tmp_path_factory.mktemp("run"), 1, 1, steps=4)
+    solo(run, data, 2)
+    return data
+
+
+class Poison:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_checkpoint_cannot_run_code(
+    solo: Pool, pair: Pool, small: dict[str, Any], ranks: int, tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(small["run_dir"], copy)
+    folder = copy / "checkpoints/step-00000002"
+    for shard in folder.glob("zero_pp_rank_0*"):
+        torch.save({"optimizer_state_dict": Poison(tmp_path / "ran"), "ds_config": {}}, shard, pickle_module=pickle)
+    (folder / "manifest.json").unlink()
+    checkpoint.seal(folder)
+    # Two ranks: the shards go through DeepSpeed's converter, another process.
+    data = {**small, "run_dir": str(copy), "data": {**small["data"], "buckets": for_ranks(ranks)}}
+    with pytest.raises(RankError, match=r"weights_only|Weights only|Unsupported"):
+        (solo if ranks == 1 else pair)(run, data)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_not_a_number_for_too_long_ends_the_run(solo: Pool, tmp_path: Path) -> None:
+    data = data_for(tmp_path, 0, 1, max_bad_steps=2, optimizer={"learning_rate": 1e30, "warmup_steps": 0})
+    with pytest.raises(RankError, match=r"step 4: 3 steps in a row .* max_bad_steps is 2") as error:
+        solo(run, data)
+    assert error.value.kind == "Diverged"
+    assert [m["step"] for m in metrics(tmp_path)] == [1, 2, 3, 4]
+    assert metrics(tmp_path)[3]["loss"] is None
+    assert not (tmp_path / "done.json").exists()
+
+
+def test_looking_at_a_run_does_not_change_it(pair: Pool, solo: Pool, tmp_path: Path) -> None:
+    plain = pair(run, data_for(tmp_path / "plain", 3))[0]["metrics"]
+    looked_at = data_for(tmp_path / "looked", 3)
+    looked_at |= {
+        "validation": {"every": 2, "samples": 5, "times": [0.2, 0.8]},
+        "samples": {"every": 3, "count": 3, "sampler": {"steps": 2, "guidance_scale": 2.0}},
+    }
+    seen = pair(run, looked_at)[0]
+    strip = [{k: v for k, v in m.items() if k != "validation_loss"} for m in numbers(seen["metrics"])]
+    assert strip == numbers(plain)
+    assert sorted(p.name for p in (tmp_path / "looked/samples").iterdir()) == ["step-00000003.png", "step-00000006.png"]
+    # The same clips, noise and times on any number of ranks.
+    alone = {**looked_at, "run_dir": str(tmp_path / "alone")}
+    alone["data"] = {**alone["data"], "buckets": for_ranks(1)}
+    other = [m["validation_loss"] for m in solo(run, alone)[0]["metrics"] if "validation_loss" in m]
+    found = [m["validation_loss"] for m in seen["metrics"] if "validation_loss" in m]
+    assert len(found) == 3
+    assert found == pytest.approx(other, rel=1e-4)
+
+
+def test_a_checkpoint_says_what_it_is_and_every_rank_is_told_of_it(pair: Pool, tmp_path: Path) -> None:
+    data = data_for(tmp_path, 2, steps=3)
+    both = pair(run, data)
+    assert [[r["checkpoint"] for r in one["reports"]] for one in both] == [
+        [None, None, str(tmp_path / "checkpoints/step-00000003")]
+    ] * 2
+    told = checkpoint.identity(tmp_path)
+    assert told["step"] == 3
+    assert told["architecture"]["depth"] == 2
+    assert told["video_encoder"]["kind"] == "pixels"
+    assert told["classes"] == ["0", "1", "2", "3"]
+    assert sum(told["data_position"].values()) == told["samples_seen"] == both[0]["metrics"][-1]["samples_seen"]
+    assert told["config"]["seed"] == 0
+    done = json.loads((tmp_path / "done.json").read_text())
+    assert done["checkpoint"] == "step-00000003"
+
+
+def test_a_new_run_begins_from_another_one(solo: Pool, small: dict[str, Any], tmp_path: Path) -> None:
+    changed = {**small, "run_dir": str(tmp_path), "init": {"source": small["run_dir"], "allow": ["class_to_text"]}}
+    changed["model"] = {k: v for k, v in small["model"].items() if k != "num_classes"}
+    told = solo(run, changed)[0]
+    assert "weights from" in told["said"]
+    assert "carried" in told["said"]
+    assert len(told["metrics"]) == 4
+    refused = {**changed, "run_dir": str(tmp_path / "other"), "init": {"source": small["run_dir"]}}
+    with pytest.raises(RankError, match="init.source") as error:
+        solo(run, refused)
+    assert error.value.kind == "ConfigError"
