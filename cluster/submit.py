@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ipaddress
+import logging
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,7 +25,13 @@ from pipelines import plan as plans
 from stdit.config import ConfigError
 
 # Uploads with the working directory would be slow and useless; .gitignore is honoured besides.
-EXCLUDES = (".git", ".venv", "runs", "tests")
+EXCLUDES = (".venv", "runs", "tests")
+
+_NO_AGENT = "No available agent"
+_NO_AGENT_MEANS = (
+    "Another Ray on that machine, or what a killed one left behind, may hold port 52365: end it, or give "
+    "`ray start --dashboard-agent-listen-port` another"
+)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -105,6 +113,7 @@ def submit(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     from ray.job_submission import JobStatus, JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.ERROR)  # It tells of every .gitignore that it heeds.
     try:
         client = JobSubmissionClient(args.address)
     except (ConnectionError, RuntimeError) as error:
@@ -115,7 +124,13 @@ def submit(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
         "excludes": list(EXCLUDES),
         "env_vars": variables(args.env, environ),
     }
-    job = client.submit_job(entrypoint=entrypoint(args), runtime_env=runtime_env, submission_id=args.job_id)
+    try:
+        job = _send(lambda: client.submit_job(entrypoint=entrypoint(args), runtime_env=runtime_env, submission_id=args.job_id))
+    except RuntimeError as error:
+        print(f"the job server at {args.address} did not take the job: {error}", file=sys.stderr)
+        if _NO_AGENT in str(error):
+            print(_NO_AGENT_MEANS, file=sys.stderr)
+        return 2
     stop = f"ray job stop --address {args.address} {job}"
     print(f"job {job}: {entrypoint(args)}\n  to stop it: {stop}", flush=True)
     if args.no_wait:
@@ -130,6 +145,18 @@ def submit(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
         return 0
     print(f"job {job}: {info.status}: {info.message}", file=sys.stderr)
     return 1
+
+
+def _send(submit_job: Callable[[], str], patience_s: float = 60.0) -> str:
+    """The job's id. A cluster that has just started takes some seconds until its agent takes jobs."""
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            return submit_job()
+        except RuntimeError as error:
+            if _NO_AGENT not in str(error) or time.monotonic() > until:
+                raise
+            time.sleep(2)
 
 
 async def _follow(client: object, job: str) -> None:

@@ -133,7 +133,9 @@ def table(found: Mapping[str, dict[str, Any] | str]) -> str:
     """A line for each run; the ceiling, real held-out clips, in brackets."""
     good = [s for s in found.values() if not isinstance(s, str)]
     called = good[0]["class_name"] if good else "class"
-    rows: list[tuple[str, ...]] = [("run", "step", "weights", "shape", "clips", called, "direction", "Fréchet", "KID", "classifier")]
+    rows: list[tuple[str, ...]] = [
+        ("run", "step", "weights", "shape", "clips", called, "direction", "Fréchet", "KID", "classifier")
+    ]
     for name, scores in found.items():
         if isinstance(scores, str):
             continue
@@ -145,6 +147,8 @@ def table(found: Mapping[str, dict[str, Any] | str]) -> str:
         rows.append((name, *how, *shares, *distances, percent(scores["classifier_accuracy"])))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if good:
+        lines.append("in brackets: real held-out clips, at the same shape and number")
     lines += [f"{name}: {scores}" for name, scores in found.items() if isinstance(scores, str)]
     return "\n".join(lines)
 

@@ -15,7 +15,7 @@ import pickle
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pipelines.workers import connect, disconnect
 from stdit.config import ExtractConfig, load, validate
@@ -73,7 +73,7 @@ def _outcomes(config: ExtractConfig, todo: Sequence[Part]) -> Iterator[Outcome]:
     from ray.data import ActorPoolStrategy, DataContext
 
     # The bar over clips is progress enough.
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     DataContext.get_current().enable_progress_bars = False
     workers = min(config.workers, len(todo))
     have = ray.cluster_resources()
@@ -82,7 +82,7 @@ def _outcomes(config: ExtractConfig, todo: Sequence[Part]) -> Iterator[Outcome]:
     threads = max(1, (os.cpu_count() or 1) // workers)
     parts = ray.data.from_items([{"part": pickle.dumps(part)} for part in todo], override_num_blocks=len(todo))
     done = parts.map(
-        Worker,
+        cast(Any, Worker),
         fn_constructor_args=(config.model_dump(mode="json"), os.getcwd(), threads),
         compute=ActorPoolStrategy(size=workers),
         num_cpus=1,

@@ -9,13 +9,14 @@ all of them see.
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipelines.workers import connect, disconnect
 from stdit.config import ConfigError, GenerateConfig
-from stdit.prompts import arguments, settings
 
 if TYPE_CHECKING:
     from stdit.generate import Job, Outcome
@@ -25,26 +26,33 @@ class Worker:
     """An actor of Ray Data: one pipeline, and groups to draw with it."""
 
     def __init__(self, job: Job, device: str | None) -> None:
-        from stdit import generate
-
-        self.job = job
-        self.draw = generate.draw_group
-        self.pipe = generate.load(job, device)
+        self.job, self.device = job, device
+        self.pipe: Any = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """{"group": [numbers]} -> {"outcomes": [a list for each]}. What fails in a group is in its outcomes."""
-        outcomes = [self.draw(self.pipe, self.job, int(number)) for number in batch["group"]]
-        return {"outcomes": [[(o.file, o.error, o.note) for o in some] for some in outcomes]}
+        """{"group": [numbers]} -> {"outcomes": [a list for each], "stop": ["" or why nothing more can be made]}."""
+        from stdit import generate
+
+        found, stop = [], ""
+        try:
+            # Not in the constructor: one that fails is tried again for ever.
+            self.pipe = self.pipe or generate.load(self.job, self.device)
+            for number in batch["group"]:
+                outcomes = generate.draw_group(self.pipe, self.job, int(number))
+                found.append([(o.file, o.error, o.note) for o in outcomes])
+        except (ValueError, OSError, RuntimeError) as error:
+            stop = f"{type(error).__name__}: {error}"
+        return {"outcomes": found or [[]], "stop": [stop]}
 
 
 def draw(job: Job, workers: int, device: str | None = None, progress: bool = True) -> list[Outcome]:
     """Draws the job's missing groups with `workers` actors of the Ray that is connected; waits for all of them.
 
-    device: None takes a GPU for each worker where the cluster has any. RuntimeError: a worker could not start or write.
+    device: "cuda" takes a GPU for each worker; None does where the cluster has any. RuntimeError: a worker could not
+    load the pipeline or write a file. ValueError: GPUs are asked for where there can be none.
     """
     import ray
     from ray.data import ActorPoolStrategy, DataContext
-    from ray.exceptions import RayError
     from tqdm import tqdm
 
     from stdit.generate import Outcome
@@ -52,9 +60,15 @@ def draw(job: Job, workers: int, device: str | None = None, progress: bool = Tru
     missing = job.missing()
     if not missing:
         return []
+    # The bar over batches is progress enough.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     DataContext.get_current().enable_progress_bars = False
     have = ray.cluster_resources()
     device = device or ("cuda" if have.get("GPU") else "cpu")
+    if device == "cuda" and not have.get("GPU"):
+        if "RAY_ADDRESS" not in os.environ:
+            raise ValueError("device: cuda, but Ray finds no GPU on this machine")
+        print("generate_videos: the cluster has no GPU now; without an autoscaler this waits for ever", file=sys.stderr)
     # As many as there is room for at once; an autoscaler may make room for the rest. A pool of fixed size would wait.
     room = int(have.get("CPU", 1) // job.threads if device == "cpu" else have.get("GPU", 1))
     workers = min(workers, len(missing))
@@ -68,18 +82,11 @@ def draw(job: Job, workers: int, device: str | None = None, progress: bool = Tru
         num_gpus=0 if device == "cpu" else 1,
     )
     outcomes: list[Outcome] = []
-    try:
-        for row in tqdm(results.iter_rows(), total=len(missing), desc="generate", unit="batch", disable=not progress):
-            outcomes += [Outcome(*found) for found in row["outcomes"]]
-    except RayError as error:
-        raise RuntimeError(f"a worker stopped: {last_line(error)}") from error
+    for row in tqdm(results.iter_rows(), total=len(missing), desc="generate", unit="batch", disable=not progress):
+        if row["stop"]:
+            raise RuntimeError(f"a worker stopped: {row['stop']}")
+        outcomes += [Outcome(*found) for found in row["outcomes"]]
     return outcomes
-
-
-def last_line(error: Exception) -> str:
-    """What was raised in the worker, without Ray's trace around it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 def generate_videos(config: GenerateConfig, progress: bool = True) -> tuple[list[dict[str, Any]], list[Outcome]]:
@@ -101,6 +108,8 @@ def generate_videos(config: GenerateConfig, progress: bool = True) -> tuple[list
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0: all made; 1: some prompts failed; 2: nothing (more) could be done."""
+    from stdit.prompts import arguments, settings
+
     options = arguments(__doc__).parse_args(argv)
     try:
         config = settings(options)

@@ -85,14 +85,21 @@ def _cards(stage: Mapping[str, Any]) -> str:
 
 
 def _clips(stage: Mapping[str, Any], pictures: Pictures) -> str:
-    name = stage["name"]
+    name, counts = stage["name"], stage["counts"] or {}
     if name not in pictures.animations:
         return ""
+    seen = counts.get("captions_also_in_train")
+    words = (
+        f" Of {counts['generated']} held-out captions {seen} stand, word for word, in the train split too."
+        if seen
+        else ""
+    )
     return (
         f"<h2>What it makes of held-out captions</h2>{_image(pictures.animations[name], 'clips, moving')}"
         "<p class='faint'>The first clips of the prompt file, none picked. Below each its caption, and what the reader "
-        "and the centre's path say is in it.</p>"
-        f"<details><summary>The same as strips, from the first frame to the last</summary>{_image(pictures.sheets[name], 'clips as strips')}</details>"
+        f"and the centre's path say is in it.{words}</p>"
+        "<details><summary>The same as strips, from the first frame to the last</summary>"
+        f"{_image(pictures.sheets[name], 'clips as strips')}</details>"
     )
 
 

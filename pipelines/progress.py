@@ -28,7 +28,10 @@ class StepLine:
         self.config, self.clock = config, clock
         self.terminal = clock.out.isatty()
         self._every_s = 1.0 if self.terminal else 10.0
-        self._told, self._step, self._first = time.monotonic(), -1, (0.0, -1)
+        # What a run that is gone on with has logged before says nothing of this call's speed.
+        before = last_metrics(config.run_dir)
+        self._told, self._step, self._first = time.monotonic(), int(before["step"]) if before else 0, (0.0, -1)
+        self._shown = False
 
     def tick(self) -> None:
         """Called often; prints when it is time and there is something new."""
@@ -43,6 +46,7 @@ class StepLine:
             self._first = (now, self._step)
         line = self._line(now, entry["loss"])
         if self.terminal:
+            self._shown = True
             print(f"\r\x1b[K{line}", end="", file=self.clock.out, flush=True)
         else:
             self.clock.say(line)
@@ -58,5 +62,5 @@ class StepLine:
 
     def close(self) -> None:
         """Ends the line that was written in place."""
-        if self.terminal and self._step >= 0:
+        if self._shown:
             print(file=self.clock.out, flush=True)

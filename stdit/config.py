@@ -53,6 +53,7 @@ class ModelConfig(Frozen):
     attention: Literal["factorized", "full"] = "factorized"
     # False: no temporal blocks (an image model); only `factorized` has them.
     temporal: bool = True
+    # An RMS norm of queries and keys, per head, in every attention.
     qk_norm: bool = False
     positions: Literal["sincos", "rope"] = "sincos"
     # Grid (in patches a side) whose coordinate range every other grid is rescaled to; None: not rescaled.
@@ -360,8 +361,8 @@ class GenerateConfig(Frozen):
     workers: Positive = 1
     # CPU threads of each worker.
     threads: Positive = 1
-    # cpu, cuda; None: cuda where there is one.
-    device: str | None = None
+    # None: cuda where there is one.
+    device: Literal["cpu", "cuda"] | None = None
     # Removes what another request left in `out`, which is else an error.
     overwrite: bool = False
 

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stdit.config import Bucket, DiffusionConfig, SamplerConfig, token_grid, validate
 from stdit.diffusion.guidance import guided
-from stdit.diffusion.schedulers import check_sampler, is_flow, make_scheduler, sample, shifted
+from stdit.diffusion.schedulers import fitting, is_flow, make_scheduler, sample, shifted
 from stdit.diffusion.timesteps import shift_for
 from stdit.encoders.text import TextEncoder, text_encoder_from_identity
 from stdit.encoders.video import VideoEncoder, video_encoder_from_identity
@@ -126,7 +126,7 @@ class STDiTPipeline(DiffusionPipeline):
         """
         folder = Path(pretrained_model_name_or_path)
         if not (folder / "model_index.json").is_file() and folder.exists():
-            if (folder / "identity.json").is_file() or (folder / "checkpoints").is_dir():
+            if (folder / checkpoint.IDENTITY).is_file() or (folder / checkpoint.FOLDER).is_dir():
                 pipe = cls._from_run(folder, weights, kwargs)
             else:
                 raise ValueError(
@@ -166,8 +166,9 @@ class STDiTPipeline(DiffusionPipeline):
             encoder = text_encoder_from_identity(of_text)
             parts = {"text_encoder": encoder.model, "tokenizer": encoder.tokenizer, **parts}
         if "scheduler" not in parts:
+            sampler = validate(identity["config"]["samples"]["sampler"], SamplerConfig, f"{run}: samples.sampler")
             parts["scheduler"] = make_scheduler(
-                default_sampler(identity), diffusion, (1, 1, 1), transformer.settings.learned_variance
+                fitting(sampler, diffusion), diffusion, (1, 1, 1), transformer.settings.learned_variance
             )
         return cls(
             transformer,
@@ -265,6 +266,7 @@ class STDiTPipeline(DiffusionPipeline):
 
     def _decode(self, encoder: VideoEncoder, x: Tensor, output_type: str) -> Any:
         """Latents (B, C, t, h, w) -> frames. One video at a time: it is the decoder that takes the memory."""
+        _wake(self.vae)
         pixels = torch.cat([encoder.decode(one) for one in x.split(1)])  # (B, 3, T, H, W)
         return self.video_processor.postprocess_video(pixels, output_type)
 
@@ -322,6 +324,7 @@ class STDiTPipeline(DiffusionPipeline):
             raise ValueError("prompt is an empty list")
         for i, text in enumerate(prompts):
             check_text(text, f"prompt {i}")
+        _wake(self.text_encoder)
         return TextEncoder(self.text_encoder, self.tokenizer, self.max_tokens).encode(prompts)
 
     def label_ids(self, labels: Labels) -> Tensor:
@@ -371,21 +374,16 @@ class STDiTPipeline(DiffusionPipeline):
         return latents.to(device, torch.float32)
 
 
-def default_sampler(identity: Mapping[str, Any]) -> SamplerConfig:
-    """How a run's own samples were drawn; where that does not fit its objective (it then drew none), what does."""
-    diffusion = validate(identity["diffusion"], DiffusionConfig, "identity.json: diffusion")
-    sampler = validate(identity["config"]["samples"]["sampler"], SamplerConfig, "identity.json: config.samples.sampler")
-    try:
-        check_sampler(sampler, diffusion)
-    except ValueError:
-        return sampler.model_copy(update={"scheduler": "flow_euler" if diffusion.objective == "flow" else "ddim"})
-    return sampler
-
-
 def _checked(scale: float) -> float:
     if not (math.isfinite(scale) and scale >= 0):
         raise ValueError(f"guidance_scale must be a finite number, 0 or more; found {scale}")
     return scale
+
+
+def _wake(module: Any) -> None:
+    """Fetches a module that enable_model_cpu_offload has put aside: the encoders put their inputs where it lies."""
+    if hasattr(module, "_hf_hook"):
+        module._hf_hook.pre_forward(module)
 
 
 @contextmanager

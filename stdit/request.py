@@ -23,9 +23,8 @@ from stdit.config import (
     token_grid,
     validate,
 )
-from stdit.diffusion.schedulers import check_sampler
+from stdit.diffusion.schedulers import check_sampler, fitting
 from stdit.files import atomic_write, fingerprint_file
-from stdit.pipeline import default_sampler
 from stdit.prompts import Item, Prompt, items, read_prompts
 from stdit.training import checkpoint
 
@@ -80,7 +79,7 @@ def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
     if (run / "model_index.json").is_file():
         index = json.loads((run / "model_index.json").read_text())
         diffusion = validate(index["diffusion"], DiffusionConfig, f"{run}/model_index.json: diffusion")
-        default = SamplerConfig(scheduler="flow_euler" if diffusion.objective == "flow" else "ddim")
+        default = fitting(SamplerConfig(), diffusion)
         facts = {"run": str(run), "checkpoint": None, "step": None, "weights": None}
         return Source(run.resolve(), weights, facts, _fingerprint(run / "transformer"), diffusion, default, None)
     transformer = checkpoint.transformer_folder(run, weights)
@@ -88,6 +87,7 @@ def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
     identity = json.loads((place / checkpoint.IDENTITY).read_text())
     diffusion = validate(identity["diffusion"], DiffusionConfig, f"{place}/{checkpoint.IDENTITY}: diffusion")
     facts = {"run": str(run), "checkpoint": place.name, "step": identity["step"], "weights": weights}
+    sampler = validate(identity["config"]["samples"]["sampler"], SamplerConfig, f"{place}: samples.sampler")
     buckets = [Bucket(**{k: b[k] for k in Bucket.model_fields}) for b in identity["config"]["data"]["buckets"]]
     largest = max(buckets, key=lambda b: (b.height * b.width, b.frames))
     return Source(
@@ -96,7 +96,7 @@ def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
         {**facts, "samples_seen": identity["samples_seen"]},
         _fingerprint(transformer),
         diffusion,
-        default_sampler(identity),
+        fitting(sampler, diffusion),
         largest,
     )
 
@@ -138,7 +138,14 @@ def open_job(
     _check_shape(source, shape)
     suffix = ".png" if shape.frames == 1 else ".mp4"
     job = Job(
-        source, Path(out), tuple(items(prompts, seeds, suffix)), shape, sampler, batch_size, float(fps), int(threads)
+        source,
+        Path(out).absolute(),
+        tuple(items(prompts, seeds, suffix)),
+        shape,
+        sampler,
+        batch_size,
+        float(fps),
+        int(threads),
     )
     asked = {
         "checkpoint": f"{source.facts['checkpoint'] or 'saved pipeline'} {source.fingerprint[:16]}",

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
@@ -195,6 +196,24 @@ def test_drawing_leaves_a_model_in_training_mode_as_it_was(runs: dict[str, Path]
     pipe.transformer.train()
     draw(pipe)
     assert pipe.transformer.training
+
+
+def test_parts_put_aside_are_fetched_before_their_inputs_are_placed(runs: dict[str, Path]) -> None:
+    """What enable_model_cpu_offload does on a GPU; here the hooks are seen to be called."""
+    pipe = STDiTPipeline.from_pretrained(runs["text"])
+    plain = draw(pipe, "a", generator=generators(0))
+    called: list[str] = []
+
+    class Aside(ModelHook):
+        def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            called.append(type(module).__name__)
+            return args, kwargs
+
+    for part in (pipe.text_encoder, pipe.transformer, pipe.vae):
+        assert isinstance(part, torch.nn.Module)
+        add_hook_to_module(part, Aside())
+    assert np.array_equal(draw(pipe, "a", generator=generators(0)), plain)
+    assert list(dict.fromkeys(called)) == ["T5EncoderModel", "STDiT", "PixelAutoencoder"]
 
 
 def test_a_users_own_scheduler_is_shifted_to_the_latent_too(runs: dict[str, Path]) -> None:

@@ -1,4 +1,4 @@
-"""Opening a clip: one protocol (reader.py) over decord, PyAV (videos.py) and, for images, Pillow.
+"""Opening a clip: one protocol (reader.py) over decord, PyAV (pyav.py) and, for images, Pillow.
 
     with open_clip("a.mp4") as reader:
         frames = reader.get([0, 4, 8])  # uint8 (3, H, W, 3)
@@ -21,14 +21,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from stdit.data.pyav import PyAVReader, closed_gops
 from stdit.data.reader import DecodeError, Facts, Reader
-from stdit.data.videos import DecordReader, PyAVReader
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
 # Formats whose readers run nothing and follow no references (EPS, for one, starts an interpreter).
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 ANIMATED = ("GIF", "PNG", "WEBP")
 PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+# How the containers begin that decord reads faithfully.
+MATROSKA = b"\x1aE\xdf\xa3"
+MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 DECORD_INSTALLED = importlib.util.find_spec("decord") is not None
 
 
@@ -116,6 +119,48 @@ class ImageReader(Reader):
         self._image.close()
 
 
+# ------------------------------------------------------------------------------------------ videos
+
+
+class DecordReader(Reader):
+    """decord 0.6, on its own ffmpeg 4.1: fast at random access; can hang on damaged files (dmlc/decord#373).
+
+    Two kinds of file in which it gives other frames than those asked for, without a word, are refused:
+    containers without times (AVI), and open GOPs (x265's default) where a frame behind the first GOP is wanted.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import decord
+
+        self._errors = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, AssertionError, StopIteration)
+        with path.open("rb") as file:
+            head = file.read(8)
+        if head[:4] != MATROSKA and head[4:8] not in MP4_BOXES:
+            raise DecodeError(path, "decord: not MP4, MOV, MKV or WebM, the containers it is trusted with")
+        try:
+            # fault_tol: a frame that decord patched up is an error, not a frame.
+            self._video = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-6)  # pyright: ignore
+            height, width = self._video.get_batch([0]).shape[1:3]
+            super().__init__(path, Facts(len(self._video), float(self._video.get_avg_fps()), height, width))
+        except self._errors as error:
+            raise DecodeError(path, f"decord: {_first_line(error)}") from error
+        self._seekable: bool | None = None
+
+    def _get(self, indices: Sequence[int]) -> np.ndarray:
+        try:
+            keys = self._video.get_key_indices()
+            if self._seekable is None and len(keys) > 1 and max(indices) >= keys[1]:
+                self._seekable = closed_gops(self.path)
+            if self._seekable is False:
+                raise DecodeError(self.path, "decord: open GOPs, through which it cannot seek")
+            return self._video.get_batch(list(indices)).asnumpy()
+        except self._errors as error:
+            raise DecodeError(self.path, f"decord: {_first_line(error)}") from error
+
+    def close(self) -> None:
+        del self._video
+
+
 class AutoReader(Reader):
     """decord until it fails, then PyAV, from the frame at which decord failed."""
 
@@ -145,3 +190,7 @@ class AutoReader(Reader):
 
     def close(self) -> None:
         self._reader.close()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

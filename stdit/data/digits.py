@@ -69,7 +69,7 @@ class DigitsOptions:
     shapes: tuple[Shape, ...] = (
         Shape(1, 12, 12, 8, 4),
         Shape(4, 12, 12, 8, 4),
-        Shape(6, 16, 16, 8, 8),
+        Shape(6, 16, 16, 11, 8),
     )
     speed: float = 1.0
     grid: int = 2
@@ -253,7 +253,7 @@ def _write_one(out: Path, options: DigitsOptions, shape: Shape, scan: Scan, copy
     write_clip(file, frames, options.fps)
     return {
         "path": file.relative_to(out).as_posix(),
-        "caption": caption(scan.digit, direction, random),
+        "caption": caption(scan.digit, direction, scan.split, random),
         "class": scan.digit,
         "fps": None if shape.frames == 1 else options.fps,
         "frames": shape.frames,

@@ -144,8 +144,9 @@ def finish(plan: Plan) -> Path:
     if len(tally.bad) > plan.bad_allowed:
         (out / INDEX).unlink(missing_ok=True)
         shown = "\n".join(f"  {clip['path']}: {clip['reason']}" for clip in tally.bad[:5])
+        stopped = "" if tally.clips == plan.clips else f" (stopped after {tally.clips})"
         raise ExtractionError(
-            f"{len(tally.bad)} of {plan.clips} clips cannot be used, more than the {plan.bad_allowed} that "
+            f"{len(tally.bad)} of {plan.clips} clips{stopped} cannot be used, more than the {plan.bad_allowed} that "
             f"max_bad_share {plan.config.max_bad_share:g} allows; all are named in {out / REPORT}:\n{shown}"
         )
     if len(told) < len(plan.parts):

@@ -171,7 +171,7 @@ class Extractor:
 
     def _add_text(self, rows: Sequence[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
         """Features of the rows' captions without padding, each different caption encoded once."""
-        if self.text is None:
+        if self.text is None or not rows:
             return
         # Captions of a length side by side: little padding.
         captions = sorted({row["caption"] for row in rows}, key=lambda caption: (len(caption), caption))

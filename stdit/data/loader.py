@@ -242,7 +242,7 @@ class Synthetic:
         return {b.key: np.array([keys.index(b.key) * 1000 + n for n in numbers]) for b in buckets}
 
     def sample(self, id: int) -> Sample:
-        bucket, number = self._buckets[id // 1000], id % 1000
+        bucket, number = self._buckets[int(id) // 1000], int(id) % 1000
         kinds = self.classes or 10
         kind = number % kinds
         generator = torch.Generator().manual_seed(number)
@@ -257,7 +257,7 @@ class Synthetic:
             words = torch.Generator().manual_seed(10_000 + kind)
             text = torch.randn(1 + kind % self.text_tokens, self.text_dim, generator=words)
         return Sample(
-            id=id,
+            id=int(id),
             mean=wave,
             std=None,
             text=text,

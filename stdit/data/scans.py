@@ -84,14 +84,20 @@ def read_scans(seed: int, held_out: float) -> list[Scan]:
     return scans
 
 
-def caption(digit: int, direction: str | None, random: np.random.Generator) -> str:
-    """One of many wordings."""
-    name = WORDS[digit] if random.random() < 0.5 else str(digit)
-    article = "an" if digit == 8 else "a"
+def wordings(digit: int, direction: str | None) -> list[str]:
+    """Every caption of a digit standing still (None) or moving."""
+    names, article = (WORDS[digit], str(digit)), "an" if digit == 8 else "a"
     if direction is None:
-        return IMAGE_CAPTIONS[random.integers(len(IMAGE_CAPTIONS))].format(d=name, a=article)
+        return [c.format(d=name, a=article) for c in IMAGE_CAPTIONS for name in names]
     sideways = direction in ("left", "right")
-    where = (direction, f"to the {direction}" if sideways else f"{direction}wards", f"{direction}ward")[
-        random.integers(3)
-    ]
-    return CLIP_CAPTIONS[random.integers(len(CLIP_CAPTIONS))].format(d=name, a=article, m=where)
+    where = (direction, f"to the {direction}" if sideways else f"{direction}wards", f"{direction}ward")
+    return [c.format(d=name, a=article, m=m) for c in CLIP_CAPTIONS for name in names for m in where]
+
+
+def caption(digit: int, direction: str | None, split: str, random: np.random.Generator) -> str:
+    """One of many wordings. Every fifth is kept for the held-out split, so that its captions are in no training clip."""
+    every = wordings(digit, direction)
+    first = (3 * digit + [None, *DIRECTIONS].index(direction)) % 5  # another fifth for each digit and direction
+    kept = set(range(first, len(every), 5))
+    of_split = [c for i, c in enumerate(every) if (i in kept) == (split != "train")]
+    return of_split[random.integers(len(of_split))]

@@ -58,6 +58,13 @@ def check_sampler(sampler: SamplerConfig, diffusion: DiffusionConfig) -> None:
         )
 
 
+def fitting(sampler: SamplerConfig, diffusion: DiffusionConfig) -> SamplerConfig:
+    """`sampler`, with the usual scheduler of the objective in place of one that cannot draw from it."""
+    if diffusion.objective in OBJECTIVES[sampler.scheduler]:
+        return sampler
+    return sampler.model_copy(update={"scheduler": "flow_euler" if diffusion.objective == "flow" else "ddim"})
+
+
 def make_scheduler(
     sampler: SamplerConfig,
     diffusion: DiffusionConfig,

@@ -262,7 +262,9 @@ def _load(path: str, subfolder: str | None, dtype: torch.dtype, revision: str | 
             path, subfolder=subfolder, revision=revision, torch_dtype=dtype, output_loading_info=True
         )
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"{key}: {where}: cannot be loaded ({error})") from error
+        raise ConfigError(
+            f"{key}: {where}: cannot be loaded, neither as a folder nor from the hub ({error})"
+        ) from error
     # diffusers only warns of these, and leaves the missing weights without values.
     wrong = {k: info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[k]}
     if wrong:

@@ -40,7 +40,7 @@ from stdit.evaluation.scores import accuracy, confusion, frechet_distance, kerne
 from stdit.files import atomic_write
 
 # Raised when the same clips would be scored otherwise, so that scores and readers on disk are made anew.
-VERSION = 1
+VERSION = 2
 SCORES = "scores.json"
 
 
@@ -61,18 +61,17 @@ class Seen:
         pairs = {"class": (self.classes, self.read), "direction": (self.directions, self.moved)}
         found: dict[str, Any] = {"intervals": {}, "counts": {}, "confusion": {}}
         for name, (wanted, seen) in pairs.items():
+            # Without a reader nothing was read, and no class is wanted.
             both = [(w, s) for w, s in zip(wanted, seen, strict=False) if w is not None]
             found["counts"][name] = len(both)
+            found[f"{name}_accuracy"] = found["intervals"][name] = found["confusion"][name] = None
             if not both:
-                found |= {f"{name}_accuracy": None}
-                found["intervals"][name] = found["confusion"][name] = None
                 continue
-            score = accuracy([w for w, _ in both], [s for _, s in both])
-            found |= {f"{name}_accuracy": score.value}
+            asked, answered = [w for w, _ in both], [s for _, s in both]
+            score, names = accuracy(asked, answered), _names(asked, answered, name)
+            found[f"{name}_accuracy"] = score.value
             found["intervals"][name] = [score.low, score.high]
-            names = _names([w for w, _ in both], [s for _, s in both], name)
-            table = confusion([w for w, _ in both], [s for _, s in both], names)
-            found["confusion"][name] = {"names": names, "counts": table}
+            found["confusion"][name] = {"names": names, "counts": confusion(asked, answered, names)}
         return found
 
 
@@ -160,11 +159,11 @@ def _score(videos: Path, source: Manifest, config: EvaluationConfig, cache: Path
     generated = _see([clip.frames for clip in made], *wanted, reader, config)
     frames, height, width = made[0].frames.shape[:3]
     shape = Bucket(frames=frames, height=height, width=width)
-    real = _real(source, config, shape, 2 * len(made), reader)
+    real, damaged = _real(source, config, shape, 2 * len(made), reader)
     distances, ceiling = _distances(generated, real)
     scores = generated.accuracies()
     taught = {clip.caption for clip in source if clip.split == config.train_split}
-    counts = {"generated": len(made), "failed": len(failures), "real": len(real.frames)}
+    counts = {"generated": len(made), "failed": len(failures), "real": len(real.frames), "real_damaged": damaged}
     # Held-out clips may share their wording with clips of the train split.
     counts["captions_also_in_train"] = sum(clip.prompt in taught for clip in made)
     scores["counts"] |= counts | distances.pop("counts")
@@ -216,17 +215,15 @@ def _see(
     return Seen(frames, classes, directions, reading.names, reading.probabilities, reading.features, moved)
 
 
-def _real(source: Manifest, config: EvaluationConfig, shape: Bucket, enough: int, reader: Reader | None) -> Seen:
-    """Held-out clips of `shape`, as they would be scored had they been generated."""
+def _real(
+    source: Manifest, config: EvaluationConfig, shape: Bucket, enough: int, reader: Reader | None
+) -> tuple[Seen, int]:
+    """Held-out clips of `shape`, as they would be scored had they been generated, and how many could not be decoded."""
     clips = select(source, config.validation_split, shape, enough, config.reader_seed)[: config.real_clips]
     loaded = list(load_all(clips, shape))
-    return _see(
-        [frames for _, frames in loaded],
-        [class_of(clip, config) for clip, _ in loaded],
-        [direction_of(clip, config) for clip, _ in loaded],
-        reader,
-        config,
-    )
+    classes = [class_of(clip, config) for clip, _ in loaded]
+    directions = [direction_of(clip, config) for clip, _ in loaded]
+    return _see([frames for _, frames in loaded], classes, directions, reader, config), len(clips) - len(loaded)
 
 
 def _distances(generated: Seen, real: Seen) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -116,18 +116,23 @@ class Attention(nn.Module, AttentionModuleMixin):
 
 
 class CrossAttention(nn.Module, AttentionModuleMixin):
-    """Attention from video tokens to text tokens. Weights as published: `q_linear`, `kv_linear` (rows [k; v]), `proj`."""
+    """Attention from video tokens to text tokens. Weights as published: `q_linear`, `kv_linear` (rows [k; v]), `proj`.
+
+    `qk_norm` as in self-attention.
+    """
 
     _default_processor_cls = AttentionProcessor
     _available_processors = [AttentionProcessor]  # noqa: RUF012
     _supports_qkv_fusion = False
     is_cross_attention = True
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.q_linear = nn.Linear(hidden_size, hidden_size)
         self.kv_linear = nn.Linear(hidden_size, 2 * hidden_size)
+        self.q_norm = RMSNorm(hidden_size // num_heads, eps=1e-6) if qk_norm else None
+        self.k_norm = RMSNorm(hidden_size // num_heads, eps=1e-6) if qk_norm else None
         self.proj = nn.Linear(hidden_size, hidden_size)
         self.processor: Any = AttentionProcessor()
 
@@ -135,7 +140,9 @@ class CrossAttention(nn.Module, AttentionModuleMixin):
         """hidden_states (B, N, D), encoder_hidden_states (B or 1, M, D), mask (B, 1, 1, M) bool -> (B, N, D)."""
         q = rearrange(self.q_linear(hidden_states), "b n (h d) -> b n h d", h=self.num_heads)
         kv = rearrange(self.kv_linear(encoder_hidden_states), "b m (kv h d) -> kv b m h d", kv=2, h=self.num_heads)
-        if kv.shape[1] != q.shape[0]:  # one text (the null) for the whole batch
-            kv = kv.expand(-1, q.shape[0], -1, -1, -1)
         k, v = kv.unbind(0)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if len(k) != len(q):  # one text (the null) for the whole batch
+            k, v = k.expand(len(q), -1, -1, -1), v.expand(len(q), -1, -1, -1)
         return self.proj(self.processor(q, k, v, mask).flatten(2))

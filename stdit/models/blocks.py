@@ -66,7 +66,7 @@ class STDiTBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(6, hidden_size) / hidden_size**0.5)
         self.attn = Attention(hidden_size, num_heads, qk_norm)
         self.attn_temp = Attention(hidden_size, num_heads, qk_norm) if temporal and not self.full else None
-        self.cross_attn = CrossAttention(hidden_size, num_heads) if text else None
+        self.cross_attn = CrossAttention(hidden_size, num_heads, qk_norm) if text else None
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), hidden_size, gelu)
 
     def forward(

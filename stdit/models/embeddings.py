@@ -33,12 +33,15 @@ def kept(make: Callable[..., _Table]) -> Callable[..., _Table]:
     """`make`, remembering its last 64 results; they serve training even if first asked for in inference mode."""
 
     @lru_cache(maxsize=64)
-    @wraps(make)
     def made(*settings: object) -> _Table:
         with torch.inference_mode(False), torch.no_grad():
             return make(*settings)
 
-    return made
+    @wraps(make)
+    def found(*settings: object) -> _Table:  # a compiled graph keeps its own constants
+        return make(*settings) if torch.compiler.is_compiling() else made(*settings)
+
+    return found
 
 
 # ---------------------------------------------------------------------------------------- patches

@@ -98,7 +98,7 @@ def _block_activations(model: ModelConfig, tokens: int, text_length: int) -> int
     attention = 8 + (2 if model.qk_norm else 0) + (2 if model.positions == "rope" else 0)
     mlp = 4 + 2 * model.mlp_ratio
     over_time = attention if model.attention == "factorized" and model.temporal else 0
-    text = 3 if model.text_dim is not None else 0
+    text = 3 + model.qk_norm if model.text_dim is not None else 0
     return int(tokens * width * (attention + over_time + text + mlp)) + text_length * 2 * width * (text > 0)
 
 

@@ -49,7 +49,9 @@ def carry(source: STDiT, target: ModelConfig, allow: tuple[str, ...] = (), seed:
     ValueError: the configs differ in something that no change in `allow` covers; all such are listed, with both values.
     """
     changes = _changes(source.settings, target, allow)
-    model = STDiT.from_settings(target, seed).to(source.device, source.dtype)
+    model = STDiT.from_settings(target, seed).to(source.device)
+    if model.dtype != source.dtype:  # diffusers warns of every cast, even one to the same dtype.
+        model = model.to(source.dtype)
     old, new = source.state_dict(), model.state_dict()
     kept = [name for name in new if name in old and old[name].shape == new[name].shape]
     notes = []

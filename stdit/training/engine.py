@@ -20,14 +20,12 @@ from torch import Tensor, nn
 from stdit.config import Config
 from stdit.training.optim import parameter_groups
 from stdit.training.parallel import TIMEOUT, Ranks, join
-from stdit.training.settings import settings
+from stdit.training.settings import say_accelerator, settings
 
 
 def start_ranks() -> Ranks:
     """Joins this process to the others (see stdit.training.parallel.join) under the backend of what device there is."""
-    # Else DeepSpeed warns that it has found none.
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    say_accelerator()
     import deepspeed
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
@@ -72,7 +70,7 @@ class Engine:
         if universal:
             self.made["checkpoint"] = {**self.made.get("checkpoint", {}), "load_universal": True}
         optimizer = config.train.optimizer
-        adamw = torch.optim.AdamW(
+        self.adamw = torch.optim.AdamW(
             parameter_groups(model, optimizer),
             lr=optimizer.learning_rate,
             betas=optimizer.betas,
@@ -82,13 +80,13 @@ class Engine:
         initial = {n: p.detach().clone() for n, p in model.named_parameters()} if self.dtype != torch.float32 else {}
         # Its bfloat16 optimizer prints memory statistics.
         with contextlib.redirect_stdout(io.StringIO()):
-            self.engine: Any = deepspeed.initialize(model=model, optimizer=cast(Any, adamw), config=self.made)[0]
+            self.engine: Any = deepspeed.initialize(model=model, optimizer=cast(Any, self.adamw), config=self.made)[0]
         self.optimizer: Any = self.engine.optimizer
         if initial:
             # DeepSpeed makes the masters from weights already rounded; without ZeRO it also takes a step from zero
             # gradients, which counts in AdamW's bias correction.
             if not self.stage:
-                adamw.state.clear()
+                self.adamw.state.clear()
             self.set_weights(initial)
 
     @property
@@ -206,9 +204,18 @@ class Engine:
 
     def load(self, folder: Path, tag: str) -> None:
         """Weights and optimizer from folder/tag. ValueError: DeepSpeed found nothing there."""
-        path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
+        with contextlib.redirect_stdout(io.StringIO()):
+            path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
         if path is None:
             raise ValueError(f"{folder / tag}: DeepSpeed loaded nothing from it")
+        # From the universal form, ZeRO-3 gives every group the first one's weight decay, and all partitions one and the
+        # same step counter, which each of them then advances.
+        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+        for state in self.adamw.state.values():
+            if torch.is_tensor(step := state.get("step")):
+                state["step"] = step.clone()
 
     def close(self) -> None:
         self.engine.destroy()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ REFUSED = frozenset(
     """
     pipeline tensor_parallel expert_parallel elasticity autotuning curriculum_learning data_efficiency
     dynamic_batching compression_training progressive_layer_drop sparse_attention eigenvalue quantize_training
-    hybrid_engine weight_quantization datastates_checkpoint vocabulary_size zenflow
+    hybrid_engine weight_quantization datastates_ckpt vocabulary_size zenflow
     """.split()  # noqa: SIM905
 )
 
@@ -110,10 +111,19 @@ def read_raw(train: TrainConfig, made: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in raw.items() if k not in DECIDED}
 
 
+def say_accelerator() -> None:
+    """Tells DeepSpeed, before it is imported, that there is none; else it warns that it has found none."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def _check_zero(zero: dict[str, Any], name: str) -> None:
     """The keys below zero_optimization, against DeepSpeed's own list. ConfigError names the key that is not on it."""
     if not zero:
         return
+    say_accelerator()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     fields = DeepSpeedZeroConfig.model_fields

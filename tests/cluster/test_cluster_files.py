@@ -8,8 +8,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +196,10 @@ line="$(basename "$0") $* | $SLURM_NODEID $MASTER_ADDR $MASTER_PORT $RAY_ADDRESS
 printf '%s\\n' "${line//$'\\n'/ }" >>"$LOG"
 if [[ $* == *--block* ]]; then exec sleep 60; fi
 if [[ $1 == - ]]; then for i in {1..100}; do (($(grep -c -- --block "$LOG") >= $2)) && exit 0; sleep 0.1; done; exit 1; fi
+if [[ $HOLD && $* == *pipelines.train_stages* ]]; then
+    trap 'echo "saved" >>"$LOG"; exit 75' TERM
+    for i in {1..300}; do sleep 0.1; done
+fi
 [[ $* == *pipelines.train_stages* || $* == *launch* ]] && exit "${CODE:-0}"
 exit 0
 """
@@ -214,7 +220,7 @@ def slurm(tmp_path: Path):
         file.chmod(0o755)
     log = tmp_path / "log"
 
-    def run(script: str, *arguments: str, **extra: str) -> tuple[int, list[str], str]:
+    def run(script: str, *arguments: str, warn: bool = False, **extra: str) -> tuple[int, list[str], str]:
         log.write_text("")
         environment = {
             "PATH": f"{folder}:{os.environ['PATH']}",
@@ -227,8 +233,18 @@ def slurm(tmp_path: Path):
             **extra,
         }
         command = ["bash", str(CLUSTER / "slurm" / script), *arguments]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-        return done.returncode, log.read_text().splitlines(), done.stdout + done.stderr
+        # A file, not a pipe: what a script leaves behind would hold a pipe open.
+        with (tmp_path / "output").open("w+") as output:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            if warn:
+                until = time.monotonic() + 30
+                while "pipelines.train_stages" not in log.read_text() and time.monotonic() < until:
+                    time.sleep(0.05)
+                time.sleep(0.3)  # Until the stand-in has set its trap.
+                process.send_signal(signal.SIGUSR1)
+            code = process.wait(timeout=60)
+            output.seek(0)
+            return code, log.read_text().splitlines(), output.read()
 
     return run
 
@@ -287,6 +303,12 @@ def test_ray_has_one_head_workers_on_the_rest_and_the_driver_in_it(slurm) -> Non
     assert "--plan configs/plans/demo.yaml --set run_dir=/x" in driver
     assert "10.9.8.7:23456 token" in driver
     assert lines.index(heads[0]) < lines.index(driver)
+
+
+def test_near_its_time_limit_ray_writes_a_checkpoint_and_is_requeued(slurm) -> None:
+    code, lines, output = slurm("ray.sbatch", "configs/plans/demo.yaml", HOLD="1", warn=True)
+    assert code == 0, output
+    assert lines[-2:] == ["saved", "scontrol requeue 123456"], output
 
 
 def test_a_failed_plan_fails_the_job_and_leaves_no_ray(slurm, tmp_path) -> None:

@@ -124,9 +124,21 @@ def test_directions_classes_and_wordings_vary(clips: list[Clip]) -> None:
         assert WORDS[digit] in clip.caption or str(digit) in clip.caption
 
 
+def test_no_caption_stands_in_both_splits() -> None:
+    random = np.random.default_rng(0)
+    seen: dict[str, set[str]] = {"train": set(), "validation": set()}
+    for digit in range(10):
+        for direction in (*DIRECTIONS, None):
+            for split, captions in seen.items():
+                drawn = {caption(digit, direction, split, random) for _ in range(200)}
+                assert len(drawn) >= 3
+                captions |= drawn
+    assert not seen["train"] & seen["validation"]
+
+
 def test_captions_use_every_template_and_the_right_article() -> None:
     random = np.random.default_rng(0)
-    found = {caption(8, d, random) for d in (*DIRECTIONS, None) for _ in range(600)}
+    found = {caption(8, d, s, random) for d in (*DIRECTIONS, None) for s in ("train", "validation") for _ in range(600)}
     for template in (*CLIP_CAPTIONS, *IMAGE_CAPTIONS):
         fixed = re.sub(r"\{\w\}", ".*", template)
         assert any(re.fullmatch(fixed, text) for text in found), template

@@ -98,6 +98,8 @@ def test_scores_carry_their_protocol(manifest, settings_for_shapes, cache, tmp_p
     assert protocol["seeds"] == {"first": 5, "last": 10, "different": 6}
     assert scores["classifier"]["train_frames"] == 156
     assert scores["manifest"]["path"] == str(manifest)
+    # Shapes and words are few here: every held-out caption is also one of the train split's.
+    assert scores["counts"]["captions_also_in_train"] == 6
 
 
 def test_a_second_call_does_nothing_until_something_changes(
@@ -116,6 +118,14 @@ def test_a_second_call_does_nothing_until_something_changes(
     stricter = settings_for_shapes.model_copy(update={"min_motion": 0.9})
     assert evaluate(videos, manifest, stricter, cache)["direction_accuracy"] == 0.0
     assert len(list(cache.glob("reader-*"))) == 1
+
+
+def test_a_video_made_anew_is_scored_anew(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
+    rows = held_out_prompts(manifest, 6, CLIP, 0, settings_for_shapes)
+    videos = save_generated(tmp_path / "v", rows, drawn(rows, CLIP))
+    assert evaluate(videos, manifest, settings_for_shapes, cache)["class_accuracy"] == 1.0
+    save_generated(videos, rows, drawn([row | {"class": "bar"} for row in rows], CLIP))  # The listing stays as it was.
+    assert evaluate(videos, manifest, settings_for_shapes, cache)["class_accuracy"] < 1.0
 
 
 def test_a_failed_prompt_is_counted_and_stops_nothing(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_names_are_the_published_ones(tiny: Tiny) -> None:
     block = {
         "scale_shift_table",
         *(f"{a}.{m}.{p}" for a in ("attn", "attn_temp") for m in ("qkv", "proj") for p in ("weight", "bias")),
-        *(f"{a}.{m}_norm.weight" for a in ("attn", "attn_temp") for m in "qk"),
+        *(f"{a}.{m}_norm.weight" for a in ("attn", "attn_temp", "cross_attn") for m in "qk"),
         *(f"cross_attn.{m}.{p}" for m in ("q_linear", "kv_linear", "proj") for p in ("weight", "bias")),
         *(f"mlp.{m}.{p}" for m in ("fc1", "fc2") for p in ("weight", "bias")),
     }
@@ -295,6 +295,15 @@ def test_blocks_compile_without_graph_breaks(tiny: Tiny, noise: Noise, kind: dic
     torch.testing.assert_close(model(x, 300, text, mask).sample, expected)
 
 
+def test_the_whole_model_compiles_without_graph_breaks(tiny: Tiny, noise: Noise) -> None:
+    model = tiny(text_dim=6, num_classes=3, pooled_text=True, depth=1)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    text, mask = noise(2, 4, 6), torch.arange(4) < torch.tensor([[2], [4]])
+    for frames in (1, 2):
+        args = (noise(2, 3, frames, 4, 4), torch.tensor([1.0, 9.0]), text, mask, torch.tensor([1, -1]))
+        torch.testing.assert_close(compiled(*args).sample, model(*args).sample)
+
+
 def test_bfloat16_weights_take_float32_inputs(tiny: Tiny, noise: Noise, kind: dict[str, Any]) -> None:
     model = tiny(text_dim=6, pooled_text=True, **kind)
     x, text = noise(1, 3, 2, 4, 4), noise(1, 4, 6)
@@ -360,6 +369,11 @@ def test_inputs_that_do_not_fit_are_refused_with_both_numbers(settings: Settings
             module.register_forward_hook(lambda *_: pytest.fail("computed before checking"))
     with pytest.raises(ValueError, match=said):
         model(**inputs)
+
+
+def test_rope_needs_a_pair_for_each_axis(settings: Settings) -> None:
+    with pytest.raises(ValueError, match=r"head width 4 .* below 6"):
+        settings(hidden_size=16, num_heads=4, positions="rope")
 
 
 @pytest.mark.parametrize("given", ["encoder_hidden_states", "class_labels"])

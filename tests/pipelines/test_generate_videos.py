@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
-from pipelines.generate_videos import generate_videos, main
+from pipelines.generate_videos import draw, generate_videos, main
 from pipelines.workers import connect, disconnect
 from stdit.config import GenerateConfig
 from stdit.data.decode import open_clip
@@ -18,6 +19,12 @@ from tests.made_runs import TEXT, make_run, model_config
 
 pytestmark = pytest.mark.ray
 PROMPTS = ["a seven", "../../etc/passwd", "左へ", "", "bad \ud800", "word " * 300, "b"]
+
+
+class Made(NamedTuple):
+    out: Path
+    rows: list[dict[str, Any]]
+    outcomes: list[Any]
 
 
 @pytest.fixture(scope="module")
@@ -54,62 +61,74 @@ def videos(out: Path) -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.mark.usefixtures("ray")
-def test_generation_is_the_same_with_one_worker_and_two_and_without_ray(
-    run: Path, prompts: Path, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def made(ray: None, run: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Made]:
+    """What one worker made, what two made, and (0) what was made without Ray."""
     from stdit.generate import finish, job_of, run_groups
 
-    results = []
+    found = {}
     for workers in (1, 2):
-        out = tmp_path / str(workers)
-        rows, outcomes = generate_videos(config(run, prompts, out, workers=workers), progress=False)
-        assert [row["index"] for row in rows if row["file"] is None] == [4]
-        assert "not valid Unicode" in rows[4]["error"]
-        assert [o.note for o in outcomes if o.note] == ["caption of 1500 tokens cut to 24"]
-        results.append((videos(out), [{k: v for k, v in row.items()} for row in rows]))
-    job = job_of(config(run, prompts, tmp_path / "here"))
-    results.append((videos(job.out), finish(job, run_groups(job, "cpu"))))
-    results[2] = (videos(job.out), results[2][1])
-    for others, rows in results[1:]:
-        assert rows == results[0][1]
-        assert others.keys() == results[0][0].keys()
-        assert all(np.array_equal(others[name], frames) for name, frames in results[0][0].items())
+        out = tmp_path_factory.mktemp(f"by{workers}")
+        found[workers] = Made(out, *generate_videos(config(run, prompts, out, workers=workers), progress=False))
+    job = job_of(config(run, prompts, tmp_path_factory.mktemp("here")))
+    outcomes = run_groups(job, "cpu")
+    found[0] = Made(job.out, finish(job, outcomes), outcomes)
+    return found
 
 
-@pytest.mark.usefixtures("ray")
-def test_a_second_command_makes_only_what_is_missing(run: Path, prompts: Path, tmp_path: Path, capsys: Any) -> None:
-    command = [
-        "--run",
-        str(run),
-        "--prompts",
-        str(prompts),
-        "--out",
-        str(tmp_path),
-        "--steps",
-        "2",
-        "--batch-size",
-        "2",
-    ]
-    command += ["--workers", "2", "--device", "cpu"]
-    assert main(command) == 1
-    before = videos(tmp_path)
-    times = {name: (tmp_path / name).stat().st_mtime_ns for name in before}
+def test_generation_is_the_same_with_one_worker_and_two_and_without_ray(made: dict[int, Made]) -> None:
+    frames = {workers: videos(some.out) for workers, some in made.items()}
+    for workers in (1, 2):
+        assert made[workers].rows == made[0].rows
+        assert frames[workers].keys() == frames[0].keys()
+        assert all(np.array_equal(frames[workers][name], video) for name, video in frames[0].items())
+    assert len(frames[0]) == 6
+
+
+def test_a_failing_prompt_is_reported_and_the_rest_is_made(made: dict[int, Made]) -> None:
+    for some in made.values():
+        assert [row["index"] for row in some.rows if row["file"] is None] == [4]
+        assert "not valid Unicode" in some.rows[4]["error"]
+        assert [o.note for o in some.outcomes if o.note] == ["caption of 1501 tokens cut to 24"]
+
+
+def test_a_second_command_makes_only_what_is_missing(
+    made: dict[int, Made], run: Path, prompts: Path, capsys: Any
+) -> None:
+    out = made[2].out
+    before = videos(out)
+    times = {name: (out / name).stat().st_mtime_ns for name in before}
     gone = sorted(before)[1]
-    (tmp_path / gone).unlink()
+    (out / gone).unlink()
+    command = ["--run", str(run), "--prompts", str(prompts), "--out", str(out), "--steps", "2", "--batch-size", "2"]
+    command += ["--device", "cpu"]
     assert main(command) == 1
-    assert np.array_equal(videos(tmp_path)[gone], before[gone])
-    assert {n for n in times if (tmp_path / n).stat().st_mtime_ns != times[n]} == {gone}
-    assert capsys.readouterr().out.count("6 of 7 videos") == 2
+    assert np.array_equal(videos(out)[gone], before[gone])
+    assert {n for n in times if (out / n).stat().st_mtime_ns != times[n]} == {gone}
+    assert "6 of 7 videos" in capsys.readouterr().out
     assert main([*command, "--guidance", "2"]) == 2
     assert "guidance_scale: 4.0 then, 2.0 now" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("ray")
-def test_a_worker_that_can_not_start_says_why(run: Path, prompts: Path, tmp_path: Path, capsys: Any) -> None:
-    command = ["--run", str(run), "--prompts", str(prompts), "--out", str(tmp_path / "out"), "--steps", "2"]
-    assert main([*command, "--device", "nonsense"]) == 2
-    assert "nonsense" in capsys.readouterr().err
+def test_a_worker_that_can_not_load_stops_all_and_says_why(run: Path, prompts: Path, tmp_path: Path) -> None:
+    from stdit.generate import job_of
+
+    job = job_of(config(run, prompts, tmp_path))
+    gone = replace(job, source=replace(job.source, path=tmp_path / "gone"))
+    with pytest.raises(RuntimeError, match="a worker stopped: .*gone"):
+        draw(gone, 1, "cpu", progress=False)
+
+
+@pytest.mark.usefixtures("ray")
+def test_gpus_that_are_not_there_are_not_waited_for(run: Path, prompts: Path, tmp_path: Path, capsys: Any) -> None:
+    import ray
+
+    if ray.cluster_resources().get("GPU"):
+        pytest.skip("this machine has a GPU")
+    command = ["--run", str(run), "--prompts", str(prompts), "--out", str(tmp_path / "out"), "--device", "cuda"]
+    assert main(command) == 2
+    assert "no GPU on this machine" in capsys.readouterr().err
 
 
 def test_nothing_is_started_for_a_request_that_can_not_be_met(run: Path, tmp_path: Path, capsys: Any) -> None:

@@ -189,8 +189,8 @@ def test_a_checkpoint_cannot_run_code(
 
 
 def test_not_a_number_for_too_long_ends_the_run(solo: Pool, tmp_path: Path) -> None:
-    data = data_for(tmp_path, 0, 1, max_bad_steps=2, optimizer={"learning_rate": 1e30, "warmup_steps": 0})
-    with pytest.raises(RankError, match=r"step 4: 3 steps in a row .* max_bad_steps is 2") as error:
+    data = data_for(tmp_path, 0, 1, steps=9, max_bad_steps=2, optimizer={"learning_rate": 1e30, "warmup_steps": 0})
+    with pytest.raises(RankError, match=r"step 4: 3 steps in a row had a gradient .*max_bad_steps is 2") as error:
         solo(run, data)
     assert error.value.kind == "Diverged"
     assert [m["step"] for m in metrics(tmp_path)] == [1, 2, 3, 4]
@@ -236,12 +236,12 @@ def test_a_checkpoint_says_what_it_is_and_every_rank_is_told_of_it(pair: Pool, t
 
 
 def test_a_new_run_begins_from_another_one(solo: Pool, small: dict[str, Any], tmp_path: Path) -> None:
-    changed = {**small, "run_dir": str(tmp_path), "init": {"source": small["run_dir"], "allow": ["class_to_text"]}}
-    changed["model"] = {k: v for k, v in small["model"].items() if k != "num_classes"}
+    changed = {**small, "run_dir": str(tmp_path), "init": {"source": small["run_dir"], "allow": ["rescale_positions"]}}
+    changed["model"] = {**small["model"], "position_base": 4}
     told = solo(run, changed)[0]
     assert "weights from" in told["said"]
     assert "carried" in told["said"]
-    assert len(told["metrics"]) == 4
+    assert [m["step"] for m in told["metrics"]] == [1, 2, 3, 4]
     refused = {**changed, "run_dir": str(tmp_path / "other"), "init": {"source": small["run_dir"]}}
     with pytest.raises(RankError, match="init.source") as error:
         solo(run, refused)

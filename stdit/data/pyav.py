@@ -1,4 +1,4 @@
-"""The two readers of videos, decord and PyAV, and what each is trusted with."""
+"""The reader of videos through PyAV, on its own ffmpeg, and a look at what can be decoded from where."""
 
 from __future__ import annotations
 
@@ -14,80 +14,6 @@ from av.video.reformatter import VideoReformatter
 
 from stdit.data.reader import DecodeError, Facts, Reader
 
-# How the containers begin that decord reads faithfully.
-MATROSKA = b"\x1aE\xdf\xa3"
-MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
-
-
-class DecordReader(Reader):
-    """decord 0.6, on its own ffmpeg 4.1: fast at random access; can hang on damaged files (dmlc/decord#373).
-
-    Two kinds of file in which it gives other frames than those asked for, without a word, are refused:
-    containers without times (AVI), and open GOPs (x265's default) where a frame behind the first GOP is wanted.
-    """
-
-    def __init__(self, path: Path) -> None:
-        import decord
-
-        self._errors = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, AssertionError, StopIteration)
-        with path.open("rb") as file:
-            head = file.read(8)
-        if head[:4] != MATROSKA and head[4:8] not in MP4_BOXES:
-            raise DecodeError(path, "decord: not MP4, MOV, MKV or WebM, the containers it is trusted with")
-        try:
-            # fault_tol: a frame that decord patched up is an error, not a frame.
-            self._video = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-6)  # pyright: ignore
-            height, width = self._video.get_batch([0]).shape[1:3]
-            super().__init__(path, Facts(len(self._video), float(self._video.get_avg_fps()), height, width))
-        except self._errors as error:
-            raise DecodeError(path, f"decord: {_first_line(error)}") from error
-        self._seekable: bool | None = None
-
-    def _get(self, indices: Sequence[int]) -> np.ndarray:
-        try:
-            keys = self._video.get_key_indices()
-            if self._seekable is None and len(keys) > 1 and max(indices) >= keys[1]:
-                self._seekable = _closed_gops(self.path)
-            if self._seekable is False:
-                raise DecodeError(self.path, "decord: open GOPs, through which it cannot seek")
-            return self._video.get_batch(list(indices)).asnumpy()
-        except self._errors as error:
-            raise DecodeError(self.path, f"decord: {_first_line(error)}") from error
-
-    def close(self) -> None:
-        del self._video
-
-
-def _closed_gops(path: Path) -> bool:
-    """Whether decoding can begin at every key frame: no frame after one is shown before it, and in H.264 each is an IDR."""
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            h264 = stream.codec_context.name == "h264"
-            key = None
-            for packet in container.demux(stream):
-                if packet.pts is None or not packet.size:
-                    continue
-                if packet.is_keyframe:
-                    key = packet.pts
-                    if h264 and not _has_idr(bytes(packet)):
-                        return False
-                elif key is not None and packet.pts < key:
-                    return False
-            return key is not None
-    except (FFmpegError, IndexError):
-        return False
-
-
-def _has_idr(packet: bytes) -> bool:
-    """Whether one picture, NAL units each after four bytes of length (ISO 14496-15), holds an IDR slice."""
-    at = 0
-    while at + 4 < len(packet):
-        if packet[at + 4] & 0x1F == 5:
-            return True
-        at += 4 + int.from_bytes(packet[at : at + 4])
-    return False
-
 
 class PyAVReader(Reader):
     """PyAV, on its own ffmpeg. Packets are listed once (not decoded): their times give every frame its index."""
@@ -98,14 +24,16 @@ class PyAVReader(Reader):
             self._open()
             count = self._list_packets()
             self._open()
-            first = self._upright(next(self._decoder))
+            frame = next(self._decoder)
+            first = self._upright(frame)
             rate = self._stream.average_rate or self._stream.guessed_rate or Fraction(0)
         except StopIteration:
             raise DecodeError(path, "holds no frame that can be decoded") from None
         except (FFmpegError, ValueError) as error:
             raise error if isinstance(error, DecodeError) else DecodeError(path, f"PyAV: {error}") from error
-        self._next, self._run_start = 1, 0
-        self._last = (0, first)
+        at = self._index.get(-1 if frame.pts is None else frame.pts, 0) if self._index else 0
+        self._next, self._run_start = at + 1, 0
+        self._last = (at, first)
         super().__init__(path, Facts(count, float(rate), *first.shape[:2]))
 
     def _open(self) -> None:
@@ -125,18 +53,17 @@ class PyAVReader(Reader):
 
     def _list_packets(self) -> int:
         """Lists times and key frames; returns the number of frames."""
-        packets = [p for p in self._container.demux(self._stream) if p.size]
+        # Of each packet its time and kind alone: the data of a long video would fill the memory.
+        packets = [(p.pts, p.is_keyframe, p.is_discard) for p in self._container.demux(self._stream) if p.size]
         if "mp4" in self._container.format.name and len(packets) < self._stream.frames:
             raise DecodeError(self.path, f"is truncated: {len(packets)} of {self._stream.frames} frames are there")
-        packets = [p for p in packets if not p.is_discard]
-        times = sorted({p.pts for p in packets if p.pts is not None})
+        shown = [(pts, key) for pts, key, discard in packets if not discard]
+        self._times = sorted({pts for pts, _ in shown if pts is not None})
         # Without a distinct time for each packet (raw streams), frames are counted from the beginning.
-        self._index = {time: i for i, time in enumerate(times)} if len(times) == len(packets) else None
-        self._times = times
-        self._keys = (
-            sorted(self._index[p.pts] for p in packets if p.is_keyframe and p.pts is not None) if self._index else []
-        )
-        return len(packets)
+        distinct = len(self._times) == len(shown)
+        self._index = {time: i for i, time in enumerate(self._times)} if distinct else None
+        self._keys = sorted(self._index[pts] for pts, key in shown if key and pts is not None) if self._index else []
+        return len(shown)
 
     def _get(self, indices: Sequence[int]) -> np.ndarray:
         found: dict[int, np.ndarray] = {}
@@ -199,5 +126,32 @@ class PyAVReader(Reader):
         self._container.close()
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def closed_gops(path: Path) -> bool:
+    """Whether decoding can begin at every key frame: no frame after one is shown before it, and in H.264 each is an IDR."""
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            h264 = stream.codec_context.name == "h264"
+            key = None
+            for packet in container.demux(stream):
+                if packet.pts is None or not packet.size:
+                    continue
+                if packet.is_keyframe:
+                    key = packet.pts
+                    if h264 and not _has_idr(bytes(packet)):
+                        return False
+                elif key is not None and packet.pts < key:
+                    return False
+            return key is not None
+    except (FFmpegError, IndexError):
+        return False
+
+
+def _has_idr(packet: bytes) -> bool:
+    """Whether one picture, NAL units each after four bytes of length (ISO 14496-15), holds an IDR slice."""
+    at = 0
+    while at + 4 < len(packet):
+        if packet[at + 4] & 0x1F == 5:
+            return True
+        at += 4 + int.from_bytes(packet[at : at + 4])
+    return False

@@ -1,0 +1,159 @@
+"""Laws of feature shards: what is read is what was written, in any order, by any process, and damage is noticed."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stdit import extract
+from stdit.config import Bucket, ConfigError, Where
+from stdit.data import features as room
+from stdit.data.features import FeatureSet, packed, padded, write_shard
+from tests import made_clips
+from tests.made_clips import BUCKETS, rows
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Features of 12 clips in four shards."""
+    home = tmp_path_factory.mktemp("clips")
+    return extract.run(made_clips.config(home, rows(home, 12)))
+
+
+@settings(deadline=None, max_examples=30)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5), width=st.integers(1, 4))
+def test_padding_inverts_packing(lengths: list[int], width: int) -> None:
+    texts = [torch.rand(length, width) for length in lengths]
+    features, mask = padded(texts)
+    assert features.shape == (len(lengths), max(lengths), width)
+    assert mask.sum(1).tolist() == lengths
+    assert not features[~mask].any()
+    assert all(torch.equal(a, b) for a, b in zip(packed(features, mask), texts, strict=True))
+
+
+def test_buckets_and_splits_divide_the_samples(folder: Path) -> None:
+    features = FeatureSet(folder)
+    by_split = {split: features.select(split, BUCKETS) for split in ("train", "validation")}
+    everything = features.select(None, BUCKETS)
+    assert list(everything) == [bucket.key for bucket in BUCKETS]
+    assert sorted(np.concatenate(list(everything.values()))) == features.ids.tolist() == list(range(12))
+    for key, ids in everything.items():
+        assert sorted(np.concatenate([chosen[key] for chosen in by_split.values()])) == ids.tolist()
+        assert {features.sample(i).mean.shape[1:] for i in ids} <= {tuple(map(int, key.split("x")))}
+    assert {len(v) for v in features.select("nobody", BUCKETS).values()} == {0}
+
+
+@pytest.mark.parametrize(
+    ("where", "kept"),
+    [
+        ((Where(column="score", at_least=0.5),), range(6, 12)),
+        ((Where(column="score", at_least=0.25), Where(column="score", at_most=0.5)), range(3, 7)),
+        ((Where(column="direction", one_of=("left",)),), range(1, 12, 2)),
+        ((Where(column="class", one_of=("wave",)), Where(column="frames", at_least=5)), [2, 8]),
+    ],
+)
+def test_conditions_on_columns_known_and_free_choose_samples(
+    where: tuple[Where, ...], kept: list[int], folder: Path
+) -> None:
+    chosen = FeatureSet(folder).select(None, BUCKETS, where)
+    assert sorted(np.concatenate(list(chosen.values()))) == list(kept)
+
+
+def test_samples_are_the_same_in_any_order_thread_or_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = FeatureSet(folder)
+    first = [features.sample(i) for i in features.ids]
+    monkeypatch.setattr(room, "OPEN_SHARDS", 1)
+    again = pickle.loads(pickle.dumps(features))
+    with ThreadPoolExecutor(4) as pool:
+        others = list(pool.map(again.sample, reversed(features.ids.tolist())))[::-1]
+    assert len(again._open) == 1
+    for a, b in zip(first, others, strict=True):
+        assert torch.equal(a.mean, b.mean)
+        assert a.text is not None
+        assert b.text is not None
+        assert torch.equal(a.text, b.text)
+        assert (a.id, a.class_label, a.caption, a.fps, a.height, a.width) == (
+            b.id,
+            b.class_label,
+            b.caption,
+            b.fps,
+            b.height,
+            b.width,
+        )
+
+
+def test_a_sample_changed_by_its_reader_does_not_change_the_features(folder: Path) -> None:
+    features = FeatureSet(folder)
+    sample = features.sample(3)
+    before = sample.mean.clone()
+    sample.mean.add_(1)
+    assert torch.equal(features.sample(3).mean, before)
+
+
+def test_text_lengths_are_known_without_the_shards(folder: Path) -> None:
+    features = FeatureSet(folder)
+    texts = [features.sample(i).text for i in features.ids]
+    assert features.text_lengths(features.ids).tolist() == [len(text) for text in texts if text is not None]
+    assert features.text_lengths(np.array([5, 1])).tolist() == features.text_lengths(features.ids)[[5, 1]].tolist()
+
+
+def test_the_index_says_what_made_the_features(folder: Path) -> None:
+    features = FeatureSet(folder)
+    assert features.video_encoder["kind"] == "pixels"
+    assert features.text_encoder is not None
+    assert features.text_encoder["byte_t5"]["width"] == 16
+    assert features.classes == ["beetle", "wave"]
+    assert features.index["samples"] == len(features) == 12
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+def test_what_was_not_extracted_is_an_error_that_says_what_was(folder: Path) -> None:
+    features = FeatureSet(folder)
+    with pytest.raises(ConfigError, match="buckets 9x9x9 were not extracted; there are 1x16x16, 5x16x16, 5x16x32"):
+        features.select(None, [Bucket(frames=9, height=9, width=9)])
+    with pytest.raises(ConfigError, match="no column 'beauty'; columns: id, shard"):
+        features.select(None, BUCKETS, [Where(column="beauty", at_least=1)])
+    with pytest.raises(ConfigError, match="column 'caption' holds text"):
+        features.select(None, BUCKETS, [Where(column="caption", at_least=1)])
+    with pytest.raises(KeyError, match="no sample 99"):
+        features.sample(99)
+
+
+def test_a_folder_without_whole_features_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such folder"):
+        FeatureSet(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"no index\.json"):
+        FeatureSet(tmp_path)
+    (tmp_path / "index.json").write_text(json.dumps({**FeatureSet(folder).index, "format": 99}))
+    with pytest.raises(ConfigError, match="format 99, this version reads"):
+        FeatureSet(tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["truncated", "gone", "another"])
+def test_a_damaged_shard_is_named(fault: str, folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            target = copy / file.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    shard = copy / "shards" / "00001.safetensors"
+    if fault == "another":
+        write_shard(shard, {"7.mean": torch.zeros(1)})
+    else:
+        shard.unlink() if fault == "gone" else shard.write_bytes(shard.read_bytes()[:-100])
+    features = FeatureSet(copy)
+    assert features.sample(0).id == 0
+    with pytest.raises(ConfigError, match=r"00001\.safetensors: (damaged or gone|sample 4 cannot be read)"):
+        features.sample(4)

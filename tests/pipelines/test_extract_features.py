@@ -1,0 +1,55 @@
+"""Laws of extraction on many workers: the same features as one process makes, and the same errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipelines.extract_features import extract_features
+from pipelines.workers import connect, disconnect
+from stdit import extract
+from stdit.data.features import FeatureSet
+from tests import made_clips
+from tests.made_clips import damaged, rows
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """One local Ray for all tests here."""
+    connect(2)
+    yield
+    disconnect()
+
+
+def test_two_workers_extract_what_one_process_does(tmp_path: Path) -> None:
+    config = made_clips.config(tmp_path, [*rows(tmp_path, 12), *damaged(tmp_path)], workers=2, max_bad_share=0.5)
+    many = extract_features(config)
+    one = extract.run(config.model_copy(update={"out": tmp_path / "one", "workers": 1}))
+    names = {str(p.relative_to(one)) for p in one.rglob("*") if p.is_file()}
+    assert names == {str(p.relative_to(many)) for p in many.rglob("*") if p.is_file()}
+    for name in names:
+        if name.endswith(".json"):
+            assert (one / name).read_text() == (many / name).read_text()
+        elif name.endswith(".safetensors"):
+            # Not bit for bit: torch's sums depend on how many threads share them.
+            torch.testing.assert_close(load_file(many / name), load_file(one / name), atol=1e-5, rtol=1e-5)
+    before = {p: p.stat().st_mtime_ns for p in many.rglob("*.safetensors")}
+    assert len(FeatureSet(extract_features(config))) == 12
+    assert {p: p.stat().st_mtime_ns for p in many.rglob("*.safetensors")} == before
+
+
+def test_what_stops_a_worker_reaches_the_caller_without_rays_own(tmp_path: Path) -> None:
+    config = made_clips.config(tmp_path, rows(tmp_path, 4), workers=2)
+    extract.begin(config)
+    # A file where the folder of shards should be: no worker can write.
+    (config.out / "shards").touch()
+    with pytest.raises(OSError, match="shards") as caught:
+        extract_features(config)
+    assert "Traceback" not in str(caught.value)
+    assert not (config.out / "index.json").exists()

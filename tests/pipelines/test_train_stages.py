@@ -1,0 +1,325 @@
+"""A whole plan under Ray, killed and run again; and what is refused before anything is begun."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+from PIL import Image
+
+from pipelines import train_stages
+from pipelines.record import Record, set_aside
+from stdit.config import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 100
+
+
+def clips(folder: Path, count: int = 24) -> Path:
+    """A manifest of small pictures of two classes, some held out."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        kind, side = i % 2, 8
+        pixels = rng.integers(0, 60, (side, side), dtype=np.uint8)
+        pixels[2:6, 2:6] = 255 if kind else 120
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        rows.append({
+            "path": f"{i}.png", "caption": f"a {'bright' if kind else 'dim'} square", "class": kind, "fps": None, "frames": 1,
+            "height": side, "width": side, "split": "validation" if i % 6 > 3 else "train", "score": i / count,
+        })  # fmt: skip
+    manifest = folder / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return manifest
+
+
+def stage(**model: Any) -> dict[str, Any]:
+    sizes = {"hidden_size": 16, "depth": 1, "num_heads": 2, "in_channels": 1, "patch_size": [1, 4, 4]}
+    return {
+        "run_dir": "unused",
+        "model": {**sizes, **model},
+        "data": {"features": "unused", "buckets": [{"frames": 1, "height": 8, "width": 8, "batch_size": 4}]},
+        "train": {
+            "steps": STEPS, "zero_stage": 1, "checkpoint_every": 10, "log_every": 1, "tensorboard": False,
+            "optimizer": {"learning_rate": 1e-3}, "ema": {"decay": 0.9},
+        },
+    }  # fmt: skip
+
+
+def write_plan(folder: Path) -> Path:
+    """Two stages, classes and then captions, on two workers."""
+    (folder / "one.yaml").write_text(yaml.safe_dump(stage(num_classes=2)))
+    (folder / "two.yaml").write_text(yaml.safe_dump(stage(text_dim=16, text_tokens=32)))
+    plan = {
+        "name": "small",
+        "run_dir": str(folder / "run"),
+        "extraction": {
+            "manifest": str(clips(folder / "clips")),
+            "buckets": [{"frames": 1, "height": 8, "width": 8}],
+            "video_encoder": {"kind": "pixels", "channels": 1},
+            "text_encoder": {"byte_t5": {"width": 16, "depth": 1, "num_heads": 2}, "max_tokens": 32},
+        },
+        "resources": {"workers": 2, "deadline_s": 240},
+        "stages": {
+            "one": {"config": str(folder / "one.yaml")},
+            "two": {"config": str(folder / "two.yaml"), "after": "one", "allow": ["class_to_text"]},
+        },
+        "evaluation": {"prompts": 4, "sampler": {"steps": 2}, "scores": {"reader_steps": 5, "direction_column": None}},
+    }
+    path = folder / "plan.yaml"
+    path.write_text(yaml.safe_dump(plan, sort_keys=False))
+    return path
+
+
+class Run:
+    """`python -m pipelines.train_stages` as a user starts it."""
+
+    def __init__(self, plan: Path, log: Path) -> None:
+        self.log = log
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "pipelines.train_stages", "--plan", str(plan)],
+                cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def until(self, condition: Callable[[], Any], timeout_s: float = 120) -> Any:
+        """Waits for a condition while the run lives."""
+        end = time.monotonic() + timeout_s
+        while not (found := condition()):
+            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.log.read_text()}"
+            assert time.monotonic() < end, f"nothing after {timeout_s} s:\n{self.log.read_text()}"
+            time.sleep(0.05)
+        return found
+
+    def trainers(self) -> list[psutil.Process]:
+        """The processes that train."""
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        return [p for p in below if "TrainWorker" in _title(p)]
+
+    def end(self) -> int:
+        """Waits for the end; its exit code."""
+        return self.process.wait(timeout=180)
+
+    def kill(self, number: int) -> None:
+        """Sends a signal, and sees that no training outlives it for long."""
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        trainers = [p for p in below if "TrainWorker" in _title(p)]
+        assert trainers
+        self.process.send_signal(number)
+        self.process.wait(timeout=60)
+        _, left = psutil.wait_procs(trainers, timeout=30)
+        for process in below:  # Ray's own agents may stay for a while.
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        assert not left, "training went on without its driver"
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def steps(run_dir: Path) -> list[int]:
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    return [json.loads(line)["step"] for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    return sorted(run_dir.glob("checkpoints/step-*/manifest.json"))
+
+
+@pytest.mark.ray
+@pytest.mark.distributed
+@pytest.mark.timeout(280)
+def test_a_plan_survives_its_driver_and_its_workers_and_then_does_nothing(tmp_path: Path, capsys) -> None:
+    plan = write_plan(tmp_path)
+    out = tmp_path / "run"
+
+    # The driver is killed in the first stage.
+    run = Run(plan, tmp_path / "1.log")
+    run.until(lambda: checkpoints(out / "one"))
+    run.kill(signal.SIGKILL)
+    assert not (out / "one" / "done.json").exists()
+
+    # Run again: the first stage goes on; in the second a worker is killed, and started again from the newest checkpoint.
+    run = Run(plan, tmp_path / "2.log")
+    run.until(lambda: checkpoints(out / "two") and run.trainers())
+    run.trainers()[0].kill()
+    assert run.end() == 0, run.log.read_text()
+    log = run.log.read_text()
+    assert "extraction: " in log
+    assert "is complete" in log, "what was extracted is not extracted again"
+    assert "stage 1/2 one: goes on from step-" in log
+    assert "note: class_to_text" in log, "what crosses is said"
+    for name in ("one", "two"):
+        assert steps(out / name) == list(range(1, STEPS + 1)), "every step once, none twice, none missing"
+
+    # What it leaves behind.
+    report = json.loads((out / "report.json").read_text())
+    assert [s["name"] for s in report["stages"]] == ["one", "two"]
+    assert all(s["steps"] == STEPS and s["counts"]["generated"] == 4 for s in report["stages"])
+    assert report["seconds"] >= sum(s["seconds"] for s in report["stages"]) > 0
+
+    # Once more: nothing is trained, and no Ray is started.
+    done = {name: (out / name / "done.json").stat().st_mtime_ns for name in ("one", "two")}
+    assert train_stages.main(["--plan", str(plan)]) == 0
+    told = capsys.readouterr().out
+    assert told.count("finished, skipped") == 2
+    assert "ray: " not in told
+    assert done == {name: (out / name / "done.json").stat().st_mtime_ns for name in ("one", "two")}
+
+    # A changed plan says what it makes void, and touches nothing.
+    change = ["--plan", str(plan), "--set", "stages.two.overrides.train.steps=101"]
+    assert train_stages.main(change) == 2
+    told = capsys.readouterr().err
+    assert f"stages.two.train.steps: {STEPS} -> 101" in told
+    assert "stages.two (changed)" in told
+    assert "stages.one (" not in told
+    assert (out / "two" / "done.json").exists()
+
+
+# ------------------------------------------------------------------------------- without training
+
+
+def refused(capsys, plan: Path, *sets: str) -> str:
+    """Runs a plan that can't be used; what it said."""
+    arguments = [argument for text in sets for argument in ("--set", text)]
+    assert train_stages.main(["--plan", str(plan), *arguments]) == 2
+    told = capsys.readouterr()
+    assert "ray" not in told.out
+    return told.err
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.one.after=two", "cycle: one comes after two comes after one"),
+        ("stages.two.after=none", "stages.two.after: no stage is called 'none'; there are: one, two"),
+        ("stages.two.allow=[]", "model.num_classes 2 -> None (init.allow: [class_to_text] would)"),
+        ("stages.two.overrides.model.hidden_size=32", "(hidden_size, depth, num_heads) (16, 1, 2) -> (32, 1, 2)"),
+        ("stages.one.overrides.model.patch_size=[1, 3, 3]", "latent height 8 is not divisible by model.patch_size 3"),
+        ("stages.one.overrides.model.in_channels=4", "model.in_channels 4, but the autoencoder's latents have 1 channels"),
+        ("extraction.text_encoder=null", "model.text_dim 16, but the plan's extraction has no text_encoder"),
+        ("extraction.manifest=nowhere.jsonl", "extraction.manifest: nowhere.jsonl does not exist"),
+        ("stages.one.config=nowhere.yaml", "stages.one.config: nowhere.yaml: cannot be read"),
+        ("stages.one.overrides.train.stepz=1", "train.stepz: unknown key"),
+    ],
+)
+def test_a_plan_that_cannot_work_is_refused_before_anything_is_made(tmp_path: Path, capsys, override: str, message: str) -> None:
+    plan = write_plan(tmp_path)
+    assert message in refused(capsys, plan, override)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_forecast_starts_nothing_and_counts_every_clip(tmp_path: Path, capsys) -> None:
+    plan = write_plan(tmp_path)
+    where = "stages.two.overrides.data.where=[{column: score, at_least: 0.5}]"
+    assert train_stages.main(["--plan", str(plan), "--forecast", "--set", where]) == 0
+    told = capsys.readouterr().out
+    assert "clips: 24 in the manifest, not extracted yet: 24 would be kept, 0 dropped" in told
+    assert f"stage one: {STEPS} steps, 2 ranks, {8 * STEPS:,} samples" in told
+    assert f"16 clips; 4 tokens; {STEPS} steps of 8" in told
+    assert "8 clips (8 left out: not score at least 0.5)" in told
+    assert "stage two from one:\n  carried: " in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_the_plan_cannot_read_is_an_error_before_training(tmp_path: Path, capsys) -> None:
+    plan = write_plan(tmp_path)
+    (tmp_path / "clips" / "manifest.jsonl").write_text("")
+    assert "manifest.jsonl" in refused(capsys, plan)
+
+
+def test_two_at_once_is_refused(tmp_path: Path, capsys) -> None:
+    from pipelines.record import only_one
+
+    plan = write_plan(tmp_path)
+    with only_one(tmp_path / "run"):
+        assert "another train_stages is at work there (process" in refused(capsys, plan)
+
+
+def test_changes_that_are_allowed_set_results_aside_and_keep_the_rest(tmp_path: Path) -> None:
+    from pipelines import plan as plans
+    from pipelines.walk import Walk
+
+    path = write_plan(tmp_path)
+
+    def walk(*overrides: str, allow: bool = True) -> Walk:
+        plan = plans.read(path, overrides)
+        return Walk(plan, plans.resolve(plan), str(path), allow)
+
+    first = walk()
+    for part, piece in first.parts().items():
+        first.record.begin(part, piece)
+    first.record.spend("two", 5.0)
+    for name in ("one", "two", "features", "evaluation/two"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"stages\.two\.seed"):
+        walk("seed=1", allow=False).settle_changes()
+    second = walk("stages.two.overrides.train.steps=3")
+    second.settle_changes()
+    left = {p.name for p in (tmp_path / "run").iterdir() if p.is_dir()}
+    assert left == {"one", "features", "evaluation", "replaced"}
+    assert {p.name for p in (tmp_path / "run" / "replaced").iterdir()} == {"two-1", "two-2"}, "the run and its videos"
+    assert "stages.two" not in Record.read(tmp_path / "run").parts
+    assert Record.read(tmp_path / "run").seconds == {}
+    second.settle_changes()  # Settled: the same plan again has nothing to say.
+
+
+def test_features_that_other_plans_may_read_are_never_set_aside(tmp_path: Path) -> None:
+    from pipelines import plan as plans
+    from pipelines.walk import Walk
+
+    path = write_plan(tmp_path)
+    elsewhere = f"extraction.out={tmp_path / 'shared'}"
+    plan = plans.read(path, [elsewhere])
+    walk = Walk(plan, plans.resolve(plan), str(path), True)
+    walk.record.begin("extraction", walk.parts()["extraction"])
+    plan = plans.read(path, [elsewhere, "extraction.seed=1"])
+    with pytest.raises(ConfigError, match=r"extraction\.out .*shared.* lies outside run_dir"):
+        Walk(plan, plans.resolve(plan), str(path), True).settle_changes()
+
+
+def test_setting_aside_never_overwrites(tmp_path: Path) -> None:
+    for expected in ("a-1", "a-2"):
+        (tmp_path / "a").mkdir()
+        found = set_aside(tmp_path / "a", tmp_path)
+        assert found is not None
+        assert found.name == expected
+    assert set_aside(tmp_path / "a", tmp_path) is None
+
+
+def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{"format": 1, "par')
+    with pytest.raises(ConfigError, match=r"plan\.json: damaged"):
+        Record.read(tmp_path)
+    (tmp_path / "plan.json").write_text("[]")
+    with pytest.raises(ConfigError, match="not a record of format 1"):
+        Record.read(tmp_path)
+
+
+def test_help_answers_at_once() -> None:
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-m", "pipelines.train_stages", "--help"], cwd=ROOT, check=True, capture_output=True)
+    code = "import sys, pipelines.train_stages; print([m for m in ('torch', 'ray', 'deepspeed') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", "heavy modules are imported late"
+    assert time.monotonic() - began < 20

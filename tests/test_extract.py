@@ -1,0 +1,400 @@
+"""Laws of extraction: every clip accounted for, idempotent, resumable, and nothing half-written taken for whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+from stdit import extract
+from stdit.config import ConfigError, ExtractBucket, ExtractConfig, VideoEncoderConfig, Where, dump
+from stdit.data import extractor as room
+from stdit.data.decode import open_clip
+from stdit.data.extraction import ExtractionError
+from stdit.data.features import FeatureSet
+from stdit.data.transforms import resize_crop, to_pixels
+from stdit.encoders.text import load_text_encoder
+from stdit.encoders.video import VideoEncoder
+from tests import made_clips
+from tests.made_clips import CAPTIONS, damaged, rows
+
+
+def report(config: ExtractConfig) -> dict[str, Any]:
+    return json.loads((config.out / "report.json").read_text())
+
+
+def content(out: Path) -> dict[str, bytes]:
+    """All files of a feature folder that hold features."""
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*.safetensors"))}
+
+
+def times(out: Path) -> dict[str, int]:
+    return {str(p.relative_to(out)): p.stat().st_mtime_ns for p in sorted(out.rglob("*")) if p.is_file()}
+
+
+def autoencoder(folder: Path, **changes: Any) -> VideoEncoderConfig:
+    """A tiny random image autoencoder that halves the sides."""
+    settings: dict[str, Any] = {
+        "block_out_channels": (4, 4),
+        "norm_num_groups": 2,
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
+    with torch.random.fork_rng([]):
+        AutoencoderKL(**settings).save_pretrained(folder)
+    return VideoEncoderConfig(kind="image", path=str(folder), **changes)
+
+
+def test_every_clip_is_kept_or_dropped_or_bad_with_its_reason(tmp_path: Path) -> None:
+    made = rows(tmp_path, 12) + damaged(tmp_path)
+    made += [{"path": "small.png", "caption": "too small"}, {"path": "wave.mp4", "caption": "unknown size"}]
+    made_clips.Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
+    made_clips.lossless(tmp_path / "wave.mp4", made_clips.smooth(7, 48, 48))
+    config = made_clips.config(
+        tmp_path, made, max_bad_share=0.3, where=(Where(column="path", one_of=tuple(r["path"] for r in made[1:])),)
+    )
+    features = FeatureSet(extract.run(config))
+    told = report(config)
+    assert told["clips"] == len(made) == told["kept"] + told["dropped"] + told["bad"]
+    assert told["dropped_by_reason"] == {"where": 1, "too_small": 1}
+    reasons = {clip["path"]: clip["reason"] for clip in told["bad_clips"]}
+    assert set(reasons) == {"missing.mp4", "empty.mp4", "text.mp4", "half.mp4"}
+    assert reasons["missing.mp4"] == "no such file"
+    assert reasons["empty.mp4"] == "is empty (0 bytes)"
+    assert reasons["text.mp4"].startswith("is a text file")
+    assert reasons["half.mp4"]
+    assert told["kept"] == len(features) == 12
+    assert sum(sum(splits.values()) for splits in told["kept_by_bucket"].values()) == 12
+    assert told["captions_cut"] == 6  # of CAPTIONS the German one, long in bytes, and the long one
+    assert set(features.rows["path"].to_pylist()) == {row["path"] for row in [*made[1:12], made[-1]]}
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_features_are_what_the_encoders_make_of_the_clip_and_its_caption(stated: bool, tmp_path: Path) -> None:
+    config = made_clips.config(tmp_path, rows(tmp_path, 7, stated))
+    features = FeatureSet(extract.run(config))
+    assert features.rows["bucket"].to_pylist() == [
+        "1x16x16",
+        "1x16x16",
+        "5x16x16",
+        "1x16x16",
+        "1x16x16",
+        "5x16x32",
+        "1x16x16",
+    ]
+    text = load_text_encoder(made_clips.TEXT)
+    for row in features.rows.to_pylist():
+        sample = features.sample(row["id"])
+        frames, height, width = map(int, row["bucket"].split("x"))
+        with open_clip(tmp_path / row["path"]) as reader:
+            pixels = to_pixels(resize_crop(reader.get(range(frames)), height, width))
+        assert np.array_equal(sample.mean.numpy(), pixels)
+        assert sample.std is None
+        own, mask = text.encode([row["caption"]])
+        assert sample.text is not None
+        torch.testing.assert_close(sample.text, own[0][mask[0]])
+        assert len(sample.text) == row["text_length"]
+        assert features.classes[sample.class_label] == row["class"] == ["wave", "beetle"][row["id"] % 2]
+        assert (sample.fps, sample.caption) == (0.0 if frames == 1 else 24.0, CAPTIONS[row["id"] % 4])
+
+
+def test_an_autoencoders_mean_and_std_are_kept_in_its_own_precision(tmp_path: Path) -> None:
+    encoder = autoencoder(tmp_path / "vae", dtype="bfloat16")
+    config = made_clips.config(tmp_path, rows(tmp_path, 3), video_encoder=encoder, text_encoder=None)
+    features = FeatureSet(extract.run(config))
+    sample = features.sample(2)
+    assert sample.std is not None
+    assert sample.text is None
+    assert sample.mean.shape == sample.std.shape == (4, 5, 8, 8)
+    with open_clip(tmp_path / "2.mp4") as reader:
+        pixels = torch.from_numpy(to_pixels(reader.get(range(5))))[None]
+    own = VideoEncoder(AutoencoderKL.from_pretrained(tmp_path / "vae", torch_dtype=torch.bfloat16))
+    mean, std = own.encode(pixels)
+    assert std is not None
+    assert torch.equal(sample.mean, mean[0].bfloat16().float())
+    assert torch.equal(sample.std, std[0].bfloat16().float())
+    assert features.video_encoder["scale"] == [0.18215] * 4
+    assert features.video_encoder["compression"] == [1, 2, 2]
+
+
+def test_a_stride_takes_every_nth_frame_and_slows_the_clip_down(tmp_path: Path) -> None:
+    config = made_clips.config(tmp_path, rows(tmp_path, 6), frame_stride=2, window="center")
+    features = FeatureSet(extract.run(config))
+    sample = features.sample(5)
+    with open_clip(tmp_path / "5.mp4") as reader:
+        assert np.array_equal(sample.mean.numpy(), to_pixels(reader.get([0, 2, 4, 6, 8])))
+    assert sample.fps == 12
+    assert features.rows["bucket"][2].as_py() == "1x16x16"  # 5 frames give 3 at stride 2
+
+
+# ----------------------------------------------------------------------------- again, and going on
+
+
+def test_a_second_call_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = made_clips.config(tmp_path, rows(tmp_path, 7))
+    extract.run(config)
+    before = times(config.out)
+    monkeypatch.setattr(room.ChildDecoder, "read", None)
+    extract.run(config.model_copy(update={"workers": 4, "batch_size": 5, "max_bad_share": 0.5}))
+    after = times(config.out)
+    assert {k: v for k, v in after.items() if k != "report.json"} == {
+        k: v for k, v in before.items() if k != "report.json"
+    }
+
+
+def test_an_interrupted_extraction_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = made_clips.config(tmp_path, rows(tmp_path, 12))
+    whole = content(extract.run(config.model_copy(update={"out": tmp_path / "whole"})))
+    read, calls = room.ChildDecoder.read, []
+
+    def interrupted(self: room.ChildDecoder, *args: Any, **more: Any) -> np.ndarray:
+        calls.append(args)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return read(self, *args, **more)
+
+    monkeypatch.setattr(room.ChildDecoder, "read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        extract.run(config)
+    with pytest.raises(ConfigError, match=r"no index\.json: the extraction into it has not ended"):
+        FeatureSet(config.out)
+    done = times(config.out / "shards")
+    assert sorted(done) == ["00000.safetensors", "00001.safetensors"]
+    extract.run(config)
+    assert len(calls) == 8 + 6
+    assert {name: t for name, t in times(config.out / "shards").items() if name in done} == done
+    assert content(config.out) == whole
+
+
+SLOW = """
+import sys, time
+from stdit import extract
+from stdit.config import ExtractConfig, load
+from stdit.data import records
+whole = records.write_record
+def slow(*args):
+    whole(*args)
+    time.sleep(0.3)
+records.write_record = slow
+extract.run(load(sys.argv[1], ExtractConfig))
+"""
+
+
+def test_a_killed_extraction_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    config = made_clips.config(tmp_path, rows(tmp_path, 12))
+    (tmp_path / "config.yaml").write_text(dump(config))
+    process = subprocess.Popen([sys.executable, "-c", SLOW, str(tmp_path / "config.yaml")], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (config.out / "parts" / "00001.parquet").is_file() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (config.out / "index.json").exists()
+    done = times(config.out / "shards")
+    (config.out / "shards" / ".123.part.00003.safetensors").touch()  # as a killed writer may leave
+    extract.run(config)
+    after = times(config.out / "shards")
+    assert {name: after[name] for name in done if name.startswith("00000")} == {
+        "00000.safetensors": done["00000.safetensors"]
+    }
+    assert sorted(after) == [f"0000{i}.safetensors" for i in range(4)]
+    assert content(config.out) == content(extract.run(config.model_copy(update={"out": tmp_path / "whole"})))
+
+
+@pytest.mark.parametrize("change", ["source", "caption", "row", "damage", "appears"])
+def test_what_has_changed_at_the_source_is_extracted_again_and_nothing_else(
+    change: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = rows(tmp_path, 9)
+    if change == "appears":
+        (tmp_path / "4.png").rename(tmp_path / "away.png")
+    config = made_clips.config(tmp_path, made, max_bad_share=0.2)
+    extract.run(config)
+    before, index = times(config.out / "shards"), json.loads((config.out / "index.json").read_text())
+    for file in tmp_path.glob("*.png"):
+        os.utime(file)  # of another time, but the same
+    if change == "source":
+        made_clips.Image.new("RGB", (32, 32), "red").save(tmp_path / "4.png")
+    elif change == "appears":
+        (tmp_path / "away.png").rename(tmp_path / "4.png")
+    elif change == "damage":
+        (config.out / "shards" / "00001.safetensors").write_bytes(b"short")
+    else:
+        made[4] = {**made[4], "caption": "another"} if change == "caption" else {**made[4], "score": 7.5}
+        made_clips.write(tmp_path, made)
+    capsys.readouterr()
+    features = FeatureSet(extract.run(config))
+    said = capsys.readouterr().err
+    assert "1 of 3 shards to extract, 1 of them again" in said
+    assert {"source": "4.png has changed", "appears": "4.png has changed", "damage": "is gone or damaged"}.get(
+        change, "what the manifest says"
+    ) in said
+    after = times(config.out / "shards")
+    assert [name for name in before if before[name] != after[name]] == ["00001.safetensors"]
+    if change == "source":
+        assert features.sample(4).mean[0].eq(1).all()
+    assert (features.index["fingerprint"] == index["fingerprint"]) == (change == "damage")
+
+
+def test_a_shorter_manifest_leaves_no_old_shards(tmp_path: Path) -> None:
+    made = rows(tmp_path, 9)
+    config = made_clips.config(tmp_path, made)
+    extract.run(config)
+    made_clips.write(tmp_path, made[:4])
+    assert len(FeatureSet(extract.run(config))) == 4
+    assert sorted(content(config.out)) == ["shards/00000.safetensors", "shards/00001.safetensors"]
+    assert len(list((config.out / "parts").iterdir())) == 2
+
+
+def test_a_changed_config_is_refused_key_by_key_unless_told(tmp_path: Path) -> None:
+    made = rows(tmp_path, 4)
+    config = made_clips.config(tmp_path, made)
+    extract.run(config)
+    before = times(config.out)
+    changed = config.model_copy(
+        update={"frame_stride": 2, "video_encoder": VideoEncoderConfig(kind="pixels", channels=1)}
+    )
+    with pytest.raises(ConfigError, match="another config") as caught:
+        extract.run(changed)
+    assert "frame_stride: 1 then, 2 now" in str(caught.value)
+    assert "video_encoder.channels: 3 then, 1 now" in str(caught.value)
+    assert times(config.out) == before
+    assert extract.unfinished(extract.plan_parts(changed))[0], "a changed config leaves nothing finished"
+    assert FeatureSet(extract.run(changed, overwrite=True)).sample(0).mean.shape == (1, 1, 16, 16)
+
+
+def test_other_weights_at_the_same_path_are_noticed(tmp_path: Path) -> None:
+    config = made_clips.config(tmp_path, rows(tmp_path, 3), video_encoder=autoencoder(tmp_path / "vae"))
+    extract.run(config)
+    torch.manual_seed(1)
+    autoencoder(tmp_path / "vae")
+    with pytest.raises(ConfigError, match=r"video_encoder\.fingerprint: \w+ then, \w+ now"):
+        extract.run(config)
+
+
+def test_one_part_by_hand_is_idempotent_too(tmp_path: Path) -> None:
+    config = made_clips.config(tmp_path, rows(tmp_path, 4))
+    plan = extract.plan_parts(config)
+    shard = extract.extract(config, plan.parts[1])
+    before = times(config.out)
+    assert shard == config.out / "shards" / "00001.safetensors" == extract.extract(config, plan.parts[1])
+    assert times(config.out) == before
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+def test_too_many_bad_clips_are_an_error_after_the_report_is_written(tmp_path: Path) -> None:
+    config = made_clips.config(tmp_path, rows(tmp_path, 8) + damaged(tmp_path), max_bad_share=0.3)
+    with pytest.raises(ExtractionError, match=r"4 of 12 clips cannot be used, more than the 3 that max_bad_share 0\.3"):
+        extract.run(config)
+    assert report(config)["bad"] == 4
+    with pytest.raises(ConfigError, match="has not ended"):
+        FeatureSet(config.out)
+    with pytest.raises(ExtractionError, match="4 of 12"):
+        extract.run(config)
+    assert len(FeatureSet(extract.run(config.model_copy(update={"max_bad_share": 0.34})))) == 8
+
+
+def test_too_many_bad_clips_stop_the_rest(tmp_path: Path) -> None:
+    config = made_clips.config(tmp_path, damaged(tmp_path) + rows(tmp_path, 8), max_bad_share=0.1)
+    with pytest.raises(ExtractionError, match=r"3 of 12 clips \(stopped after 3\) cannot be used"):
+        extract.run(config)
+    assert report(config)["missing_parts"] == 3
+
+
+def test_clips_that_fit_no_bucket_are_no_features(tmp_path: Path) -> None:
+    buckets = (ExtractBucket(frames=64, height=16, width=16),)
+    config = made_clips.config(tmp_path, rows(tmp_path, 4), buckets=buckets)
+    with pytest.raises(ExtractionError, match=r"none of 4 clips is kept \(4 too_short\)"):
+        extract.run(config)
+    with pytest.raises(ConfigError, match="none of its 4 clips meets `where`"):
+        extract.run(config.model_copy(update={"where": (Where(column="score", at_least=9),)}))
+
+
+@pytest.mark.parametrize("fault", ["height", "path", "manifest", "column", "out", "taken"])
+def test_what_cannot_work_is_refused_before_any_clip_is_opened(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "ChildDecoder", None)
+    config = made_clips.config(tmp_path, rows(tmp_path, 1), video_encoder=autoencoder(tmp_path / "vae"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    (tmp_path / "bare.jsonl").touch()
+    made_clips.write(tmp_path / "mine", [{"path": "a.png", "caption": "", "shard": 3}])
+    changes, message = {
+        "height": (
+            {"buckets": (ExtractBucket(frames=1, height=17, width=16),)},
+            "bucket 1x17x16: height 17 is not divisible by .* 2",
+        ),
+        "path": (
+            {"video_encoder": VideoEncoderConfig(kind="image", path=str(tmp_path / "nowhere"))},
+            "video_encoder.path: .*nowhere: no such folder",
+        ),
+        "manifest": ({"manifest": tmp_path / "bare.jsonl"}, "the manifest is empty"),
+        "column": ({"where": (Where(column="beauty", at_least=1),)}, "no column 'beauty'; columns: caption, class"),
+        "out": ({"out": tmp_path / "mine"}, "mine exists and holds no extraction"),
+        "taken": (
+            {"manifest": tmp_path / "mine" / "manifest.jsonl"},
+            "column 'shard' has a name that features use themselves",
+        ),
+    }[fault]
+    with pytest.raises(ValueError, match=message):
+        extract.run(config.model_copy(update=changes))
+    assert not (config.out / "shards").exists()
+
+
+def test_a_clip_whose_latents_are_not_finite_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = made_clips.config(tmp_path, rows(tmp_path, 4), max_bad_share=0.5)
+    encode = VideoEncoder.encode
+
+    def overflow(self: VideoEncoder, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        mean, std = encode(self, pixels)
+        return (mean * float("inf") if pixels.shape[2] > 1 else mean), std
+
+    monkeypatch.setattr(VideoEncoder, "encode", overflow)
+    assert FeatureSet(extract.run(config)).ids.tolist() == [0, 1, 3]
+    assert report(config)["bad_clips"] == [
+        {"path": "2.mp4", "reason": "its latents are not finite in float32 (video_encoder.dtype)"}
+    ]
+
+
+def test_an_error_names_what_is_wrong_and_ends_with_a_code(tmp_path: Path) -> None:
+    config = made_clips.config(tmp_path, rows(tmp_path, 2) + damaged(tmp_path))
+    (tmp_path / "config.yaml").write_text(dump(config))
+    command = [sys.executable, "-m", "stdit.extract", "--config", str(tmp_path / "config.yaml")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "error: 1 of 6 clips (stopped after 3) cannot be used" in ended.stderr
+    assert "missing.mp4: no such file" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_full_disk_is_a_clear_error_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """On a real full disk: a small tmpfs in a mount namespace of its own, listed before it vanishes."""
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("no user namespaces here")
+    out = tmp_path / "full"
+    out.mkdir()
+    config = made_clips.config(tmp_path, rows(tmp_path, 24), out=out / "features")
+    (tmp_path / "config.yaml").write_text(dump(config))
+    run = f"{sys.executable} -m stdit.extract --config {tmp_path / 'config.yaml'}"
+    script = f"mount -t tmpfs -o size=120k none {out} && {{ {run}; code=$?; find {out} -type f; exit $code; }}"
+    ended = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True)
+    assert ended.returncode == 1, ended.stderr
+    assert "No space left on device" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    left = [Path(line).name for line in ended.stdout.splitlines()]
+    assert "extraction.json" in left
+    assert "index.json" not in left
+    assert not [name for name in left if name.startswith(".")]

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from ranked import config_of, settings
+
+from stdit.config import ConfigError, merge
+from stdit.training.changes import check_resumable, flatten
+
+
+def identity(data: dict[str, Any], world_size: int = 2) -> dict[str, Any]:
+    return {"config": config_of(data).model_dump(mode="json"), "world_size": world_size, "features": "f", "step": 7}
+
+
+def changed(change: dict[str, Any], world_size: int = 2) -> list[str]:
+    old = settings("runs/x")
+    return check_resumable(identity(old), config_of(merge(old, change)), world_size, "f")
+
+
+def test_the_same_settings_resume_without_a_word() -> None:
+    assert changed({}) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "other"}, {"run_dir": "elsewhere"}, {"train": {"steps": 9}}, {"train": {"log_every": 5}},
+        {"validation": {"every": 2}}, {"samples": {"every": 2}}, {"data": {"workers": 3}}, {"train": {"compile": True}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_harmless_changes_are_noted(change: dict[str, Any]) -> None:
+    (key,) = flatten(change)
+    assert any(note.startswith(f"{key}:") for note in changed(change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"model": {"qk_norm": True}}, {"diffusion": {"shift": 2.0}}, {"train": {"ema": {"decay": 0.5}}}, {"train": {"precision": "bf16"}}],
+    ids=str,
+)  # fmt: skip
+def test_changes_that_make_another_run_are_refused_with_both_values(change: dict[str, Any]) -> None:
+    flat = flatten(change)
+    (key,) = flat
+    with pytest.raises(ConfigError, match=rf"{key}: .* at the checkpoint, {flat[key]!r} now"):
+        changed(change)
+
+
+def test_all_wrong_keys_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        changed({"seed": 1, "model": {"depth": 5}})
+    assert "seed: 0 at" in str(error.value)
+    assert "model.depth: 2 at" in str(error.value)
+
+
+def test_batches_may_be_cut_otherwise_if_a_step_stays_as_large() -> None:
+    halved = [
+        {"frames": 2, "height": 8, "width": 8, "batch_size": 2},
+        {"frames": 1, "height": 8, "width": 8, "batch_size": 4},
+    ]
+    assert changed({"data": {"buckets": halved}}, 4)
+    assert changed({"data": {"buckets": halved}, "train": {"gradient_accumulation": 2}}, 2)
+    with pytest.raises(ConfigError, match=r"data.buckets.0.batch_size: 4 at the checkpoint, 2 now"):
+        changed({"data": {"buckets": halved}}, 2)
+    # Other ranks alone: that is what an elastic cluster does. It is said.
+    (note,) = changed({}, 1)
+    assert "global batch: {'2x8x8': 8, '1x8x8': 16} on 2 ranks, {'2x8x8': 4, '1x8x8': 8} on 1 ranks now" in note
+
+
+def test_features_extracted_anew_are_other_data() -> None:
+    old = settings("runs/x")
+    with pytest.raises(ConfigError, match="extracted anew"):
+        check_resumable(identity(old), config_of(old), 2, "g")

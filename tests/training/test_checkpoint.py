@@ -1,0 +1,89 @@
+"""Whole or not: manifests of folders that need no training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as quick
+from hypothesis import strategies as st
+
+from stdit.config import ConfigError
+from stdit.training import checkpoint
+
+
+def make(run_dir: Path, step: int, whole: bool = True) -> Path:
+    folder = run_dir / "checkpoints" / checkpoint.tag_of(step)
+    (folder / "transformer_ema").mkdir(parents=True)
+    (folder / "shard.pt").write_bytes(bytes(range(256)) * 4)
+    (folder / "transformer_ema/config.json").write_text('{"a": 1}')
+    (folder / "identity.json").write_text(json.dumps({"step": step}))
+    if whole:
+        checkpoint.seal(folder)
+    return folder
+
+
+def test_the_newest_whole_one_wins_whatever_latest_says(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path) is None
+    older = make(tmp_path, 9)
+    newer = make(tmp_path, 10)
+    (tmp_path / "checkpoints/latest").write_text(older.name)
+    assert checkpoint.newest(tmp_path) == newer
+    make(tmp_path, 11, whole=False)
+    assert checkpoint.newest(tmp_path) == newer
+    (tmp_path / "checkpoints/latest").unlink()
+    assert checkpoint.newest(tmp_path) == newer
+    assert checkpoint.identity(tmp_path) == {"step": 10}
+    assert checkpoint.transformer_folder(tmp_path) == newer / "transformer_ema"
+    assert checkpoint.transformer_folder(older, "model") == older / "transformer"
+
+
+@quick(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_bit_flipped_in_any_file_is_noticed(tmp_path: Path, data: st.DataObject) -> None:
+    folder = tmp_path / "checkpoints/step-00000001"
+    if not folder.exists():
+        make(tmp_path, 1)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
+    path = data.draw(st.sampled_from(files))
+    content = path.read_bytes()
+    bit = data.draw(st.integers(0, len(content) * 8 - 1))
+    flipped = bytearray(content)
+    flipped[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(flipped)
+    reason = checkpoint.problem(folder)
+    path.write_bytes(content)
+    assert reason is not None
+    assert path.name in reason
+    assert checkpoint.problem(folder) is None
+
+
+def test_missing_shortened_and_damaged_files_are_named(tmp_path: Path) -> None:
+    folder = make(tmp_path, 1)
+    (folder / "shard.pt").write_bytes(b"short")
+    assert checkpoint.problem(folder) == "shard.pt has 5 bytes, its manifest says 1024"
+    (folder / "shard.pt").unlink()
+    assert checkpoint.problem(folder) == "shard.pt is missing"
+    (folder / "manifest.json").write_text('{"files": ')
+    assert "manifest.json is damaged" in str(checkpoint.problem(folder))
+    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint is intact"):
+        checkpoint.newest(tmp_path)
+
+
+def test_pruning_keeps_the_newest_and_torn_ones_go(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        make(tmp_path, step, whole=step != 4)
+    checkpoint.prune(tmp_path, 2)
+    assert [p.name[-1] for p in checkpoint.all_of(tmp_path)] == ["4", "3", "2"]
+    checkpoint.remove_torn(tmp_path)
+    assert [p.name[-1] for p in checkpoint.all_of(tmp_path)] == ["3", "2"]
+
+
+def test_what_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neither a checkpoint"):
+        checkpoint.transformer_folder(tmp_path)
+    torn = make(tmp_path, 1, whole=False)
+    with pytest.raises(checkpoint.CheckpointError, match=r"no manifest.json"):
+        checkpoint.identity(torn)

@@ -1,0 +1,95 @@
+"""A config against the features it names: refused before ranks are, with both numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ranked import config_of, settings
+
+from stdit.config import Bucket, ConfigError, merge
+from stdit.training import checks
+
+
+class Features:
+    """What checks.py looks at of a FeatureSet."""
+
+    def __init__(self, **changes: Any) -> None:
+        shape = {
+            "kind": "image",
+            "class": "AutoencoderKL",
+            "channels": 4,
+            "compression": [1, 8, 8],
+            "shift": [0.0] * 4,
+            "scale": [1.0] * 4,
+        }
+        self.video_encoder = {**shape, **changes.get("video", {})}
+        self.text_encoder = changes.get("text", {"class": "T5", "dim": 4096, "max_tokens": 120})
+        self.classes = changes.get("classes", ["a", "b"])
+        self.index = {"fingerprint": "f"}
+        self.splits = changes.get("splits", {"train": 10, "validation": 10})
+
+    def select(self, split: str, buckets: list[Bucket], where: Any = ()) -> dict[str, np.ndarray]:
+        return {b.key: np.arange(self.splits.get(split, 0)) for b in buckets}
+
+
+BASE = {
+    "model": {"in_channels": 4, "num_classes": None, "text_dim": 4096, "text_tokens": 120},
+    "data": {"features": "somewhere", "buckets": [{"frames": 1, "height": 64, "width": 64, "batch_size": 1}]},
+}
+
+
+def check(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], **features: Any) -> checks.Data:
+    monkeypatch.setattr(checks, "FeatureSet", lambda path: Features(**features))
+    return checks.check(config_of(merge(merge(settings("runs/x"), BASE), change)))
+
+
+def test_what_fits_passes_and_says_its_latents(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = check(monkeypatch, {})
+    assert data.latents == {"1x64x64": (1, 8, 8)}
+    assert data.fingerprint == "f"
+
+
+@pytest.mark.parametrize(
+    ("change", "features", "said"),
+    [
+        ({"model": {"in_channels": 3}}, {}, r"model.in_channels is 3, but data.features somewhere has latents of 4 channels \(AutoencoderKL\)"),
+        ({"model": {"text_dim": 64}}, {}, "model.text_dim is 64, but data.features somewhere has text features 4096 wide"),
+        ({}, {"text": None}, "model.text_dim is 4096, but data.features somewhere was extracted without a text encoder"),
+        ({"model": {"text_tokens": 77}}, {}, "model.text_tokens is 77, but .* captions of up to 120 tokens"),
+        ({"model": {"num_classes": 1}}, {}, "model.num_classes is 1, but .* has 2 classes"),
+        ({"model": {"num_classes": 9}}, {"classes": []}, "model.num_classes is 9, but .* has no classes"),
+        ({"data": {"buckets": [{"frames": 1, "height": 60, "width": 64, "batch_size": 1}]}}, {}, "height 60 is not divisible by the autoencoder's compression 8"),
+        ({"data": {"buckets": [{"frames": 1, "height": 72, "width": 64, "batch_size": 1}]}}, {}, r"data.buckets\[0\] 1x72x64: latent height 9 is not divisible by model.patch_size 2"),
+        ({"data": {"buckets": [{"frames": 4, "height": 64, "width": 64, "batch_size": 1}]}}, {"video": {"compression": [4, 8, 8]}}, "frames - 1 = 3 is not divisible"),
+        ({"model": {"temporal": False}, "data": {"buckets": [{"frames": 4, "height": 64, "width": 64, "batch_size": 1}]}}, {}, r"data.buckets\[0\]: 4 frames, but model.temporal is false"),
+        ({"samples": {"every": 1, "bucket": {"frames": 1, "height": 68, "width": 64}}}, {}, "height 68"),
+        ({}, {"splits": {}}, r"data.buckets\[0\]: somewhere holds no sample of bucket 1x64x64 in split 'train'"),
+        ({"validation": {"every": 1}}, {"splits": {"train": 4}}, "validation.every: .* holds no sample of split 'validation'"),
+        ({"samples": {"every": 1}}, {"splits": {"train": 4}}, "samples.every: .* holds no sample of split 'validation'"),
+        ({"train": {"attention_backend": "flash9"}}, {}, "train.attention_backend: 'flash9' is none of diffusers'"),
+        ({"init": {"source": "/nowhere"}}, {}, "init.source: /nowhere: no config.json"),
+        ({"diffusion": {"objective": "ddpm"}, "samples": {"every": 1, "sampler": {"scheduler": "ddim", "steps": 2000}}}, {}, "sampler.steps 2000 is more than"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_does_not_fit_is_told_with_both_numbers(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], features: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check(monkeypatch, change, **features)
+
+
+def test_features_that_are_not_there_are_named(tmp_path: Path) -> None:
+    data = merge(settings("runs/x"), {"data": {"features": str(tmp_path / "gone")}})
+    with pytest.raises(ConfigError, match="gone: no such folder"):
+        checks.check(config_of(data))
+
+
+def test_a_sampler_of_another_objective_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"flow_euler draws from objective flow; this run's diffusion.objective is ddpm"
+    ):
+        config_of(merge(settings("runs/x"), {"diffusion": {"objective": "ddpm"}, "samples": {"every": 1}}))

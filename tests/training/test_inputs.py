@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import torch
+from ranked import config_of, settings
+
+from stdit.config import Bucket, merge
+from stdit.data.features import Sample
+from stdit.data.loader import collate
+from stdit.diffusion.objectives import make_objective
+from stdit.training.inputs import Inputs, condition_of
+
+CPU = torch.device("cpu")
+STATISTICS = {"shift": [1.0, 2.0], "scale": [0.5, 0.25]}
+
+
+def inputs() -> Inputs:
+    config = config_of(merge(settings("runs/x"), {"model": {"in_channels": 2, "micro_conditions": ["fps", "width"]}}))
+    return Inputs(config, STATISTICS, make_objective(config.diffusion, False), CPU)
+
+
+def samples(count: int) -> list[Sample]:
+    mean, std = torch.ones(2, 1, 4, 4), torch.full((2, 1, 4, 4), 0.1)
+    return [Sample(i, mean * i, std, torch.ones(2 + i, 8), i % 4, 8.0, 30, 40, "c") for i in range(count)]
+
+
+BUCKET = Bucket(frames=1, height=4, width=4)
+
+
+def test_latents_are_normalised_and_drawn_from_their_posterior() -> None:
+    made, batch = inputs(), collate(samples(2), [0, 1], BUCKET)
+    mean = made.latents(batch, None)
+    torch.testing.assert_close(mean[1, :, 0, 0, 0], torch.tensor([0.0, -0.25]))
+    drawn, again, later = (made.latents(batch, step) for step in (1, 1, 2))
+    assert torch.equal(drawn, again)
+    assert not torch.equal(drawn, later)
+    # Within five standard deviations, in normalised units.
+    assert ((drawn - mean).abs() < 5 * 0.1 * 0.5).all()
+
+
+def test_what_a_sample_is_given_does_not_depend_on_its_batch() -> None:
+    made, all_ = inputs(), samples(6)
+    whole = collate(all_, range(6), BUCKET)
+    halves = [collate(all_[:3], range(3), BUCKET), collate(all_[3:], range(3, 6), BUCKET)]
+
+    def given(batch: object) -> list[torch.Tensor]:
+        x0 = made.latents(batch, 5)  # type: ignore[arg-type]
+        positions = batch.positions  # type: ignore[attr-defined]
+        dropped = made.dropped(condition_of(batch, made.config.model, CPU), 5, positions)  # type: ignore[arg-type]
+        return [
+            x0,
+            made.noise(x0, "noise", 5, positions),
+            made.times(x0, 5, positions),
+            dropped["class_labels"],
+            dropped["drop_condition"],
+        ]
+
+    for one, *parts in zip(given(whole), *map(given, halves), strict=True):
+        assert torch.equal(one, torch.cat(parts))
+
+
+def test_conditions_are_dropped_as_often_as_asked() -> None:
+    made = inputs()
+    batch = collate(samples(4) * 500, range(2000), BUCKET)
+    condition = condition_of(batch, made.config.model, CPU)
+    dropped = made.dropped(condition, 1, batch.positions)
+    for share in ((dropped["class_labels"] == -1).float().mean(), dropped["drop_condition"].float().mean()):
+        assert abs(share - 0.3) < 0.05
+    kept = dropped["class_labels"] != -1
+    assert torch.equal(dropped["class_labels"][kept], batch.class_labels[kept])
+
+
+def test_the_model_is_given_what_it_takes_and_no_more() -> None:
+    made, batch = inputs(), collate(samples(2), [0, 1], BUCKET)
+    names = {"class_labels", "encoder_hidden_states", "encoder_attention_mask", "fps", "width"}
+    assert set(condition_of(batch, made.config.model, CPU)) == names
+    plain = made.config.model.model_copy(update={"num_classes": None, "text_dim": None, "micro_conditions": ()})
+    assert condition_of(batch, plain, CPU) == {}
+    assert made.dropped({}, 1, batch.positions) == {}
