@@ -35,7 +35,9 @@ _NO_AGENT_MEANS = (
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="cluster.submit", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="cluster.submit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--plan", required=True, type=Path, help="a file of configs/plans/")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, as in train_stages")
     parser.add_argument("--allow-changes", action="store_true", help="passed on to train_stages")
@@ -125,7 +127,9 @@ def submit(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
         "env_vars": variables(args.env, environ),
     }
     try:
-        job = _send(lambda: client.submit_job(entrypoint=entrypoint(args), runtime_env=runtime_env, submission_id=args.job_id))
+        job = _send(
+            lambda: client.submit_job(entrypoint=entrypoint(args), runtime_env=runtime_env, submission_id=args.job_id)
+        )
     except RuntimeError as error:
         print(f"the job server at {args.address} did not take the job: {error}", file=sys.stderr)
         if _NO_AGENT in str(error):

@@ -1,8 +1,8 @@
 """What a plan's parts are made of, and which results a changed plan makes void. Pure.
 
-    parts = describe(plan, stages)                # {"prepare": …, "extraction": …, "stages.NAME": …}
-    changes = differences(recorded, parts)        # by key, with old and new values
-    void = invalidated(changes, parts)            # the parts changed, and all that is made from them
+parts = describe(plan, stages)                # {"prepare": …, "extraction": …, "stages.NAME": …}
+changes = differences(recorded, parts)        # by key, with old and new values
+void = invalidated(changes, parts)            # the parts changed, and all that is made from them
 """
 
 from __future__ import annotations

@@ -102,7 +102,9 @@ def forecast(
     from stdit.models.summary import summary
 
     config = stage.config
-    loader = Loader(source, config.data, config.seed, ranks=resources.workers, accumulation=config.train.gradient_accumulation)
+    loader = Loader(
+        source, config.data, config.seed, ranks=resources.workers, accumulation=config.train.gradient_accumulation
+    )
     everything = source.select(config.data.train_split, config.data.buckets)
     taken = dict.fromkeys(loader.counts, 0)
     steps = dict.fromkeys(loader.counts, 0)
@@ -214,7 +216,9 @@ class ManifestSource:
         ]  # fmt: skip
         return lines + [f"  {key:<12} {count:,}" for key, count in self._tally["kept"].items()]
 
-    def select(self, split: str | None, buckets: Sequence[Bucket], where: Sequence[Where] = ()) -> dict[str, np.ndarray]:
+    def select(
+        self, split: str | None, buckets: Sequence[Bucket], where: Sequence[Where] = ()
+    ) -> dict[str, np.ndarray]:
         """As FeatureSet.select."""
         import numpy as np
 
@@ -242,7 +246,9 @@ class EqualSource:
     def lines(self) -> list[str]:
         return [f"clips: {self.manifest} is not there; as if every bucket had {self.CLIPS:,}"]
 
-    def select(self, split: str | None, buckets: Sequence[Bucket], where: Sequence[Where] = ()) -> dict[str, np.ndarray]:
+    def select(
+        self, split: str | None, buckets: Sequence[Bucket], where: Sequence[Where] = ()
+    ) -> dict[str, np.ndarray]:
         """As FeatureSet.select, without looking at conditions."""
         import numpy as np
 

@@ -13,7 +13,8 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, cast
 
 from pipelines.workers import connect, disconnect
 from stdit.config import ConfigError, GenerateConfig
@@ -82,10 +83,14 @@ def draw(job: Job, workers: int, device: str | None = None, progress: bool = Tru
         num_gpus=0 if device == "cpu" else 1,
     )
     outcomes: list[Outcome] = []
-    for row in tqdm(results.iter_rows(), total=len(missing), desc="generate", unit="batch", disable=not progress):
-        if row["stop"]:
-            raise RuntimeError(f"a worker stopped: {row['stop']}")
-        outcomes += [Outcome(*found) for found in row["outcomes"]]
+    bar = tqdm(total=len(missing), desc="generate", unit="batch", disable=not progress)
+    # Closed, so that an error here does not leave workers at work for as long as its traceback is held.
+    with bar, closing(cast(Any, iter(results.iter_rows()))) as rows:
+        for row in rows:
+            if row["stop"]:
+                raise RuntimeError(f"a worker stopped: {row['stop']}")
+            outcomes += [Outcome(*found) for found in row["outcomes"]]
+            bar.update()
     return outcomes
 
 

@@ -1,7 +1,7 @@
 """A plan: stages, their order, what crosses between them. Pure: reads YAML, decides, starts nothing.
 
-    plan = read("configs/plans/demo.yaml", ["run_dir=/tmp/x", "stages.images.overrides.train.steps=10"])
-    stages = resolve(plan)    # in the order to train, each with its whole Config
+plan = read("configs/plans/demo.yaml", ["run_dir=/tmp/x", "stages.images.overrides.train.steps=10"])
+stages = resolve(plan)    # in the order to train, each with its whole Config
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Stage(Frozen):
     the plan sets run_dir, name, seed, data.features and, with `after`, init."""
 
     config: Path
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, Any] = Field(default_factory=dict)
     # The stage whose weights this one starts from; None: from `init` in its own config, or from nothing.
     after: str | None = None
     weights: Literal["ema", "model"] = "ema"
@@ -123,7 +123,7 @@ class Plan(Frozen):
     extraction: Extraction
     resources: Resources = Resources()
     # Laid over every stage's config.
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, Any] = Field(default_factory=dict)
     stages: dict[Name, Stage] = Field(min_length=1)
     # None: stages are trained and not measured.
     evaluation: Evaluation | None = None

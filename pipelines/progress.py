@@ -53,7 +53,9 @@ class StepLine:
 
     def _line(self, now: float, loss: float | None) -> str:
         steps = self.config.train.steps
-        line = f"{self.config.name}: step {self._step}/{steps}, loss {'not a number' if loss is None else f'{loss:.4f}'}"
+        line = (
+            f"{self.config.name}: step {self._step}/{steps}, loss {'not a number' if loss is None else f'{loss:.4f}'}"
+        )
         since, first = self._first
         if now > since and self._step > first:
             rate = (self._step - first) / (now - since)

@@ -39,7 +39,9 @@ class Record:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ConfigError(f"{path}: damaged ({error}); it is written whole or not at all, so look at the disk") from error
+            raise ConfigError(
+                f"{path}: damaged ({error}); it is written whole or not at all, so look at the disk"
+            ) from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ConfigError(f"{path}: not a record of format {FORMAT}; {path.parent} holds something else")
         return cls(path, data["parts"], data["seconds"])

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines import checks, workers
+from pipelines import checks, job, workers
 from pipelines import plan as plans
 from pipelines.record import only_one
 from pipelines.walk import PlanFailed, Walk
@@ -24,16 +24,17 @@ from pipelines.walk import PlanFailed, Walk
 STOPPED = 75  # stdit.training.parallel.STOPPED, without importing torch.
 
 
-
-def run_plan(path: Path, overrides: Sequence[str] = (), *, allow_changes: bool = False, only_forecast: bool = False) -> dict[str, Path]:
+def run_plan(
+    path: Path, overrides: Sequence[str] = (), *, allow_changes: bool = False, only_forecast: bool = False
+) -> dict[str, Path]:
     """Walks the plan in `path`; the paths of what it made (none for a forecast).
 
     ConfigError and other ValueErrors: what cannot be used, before long work. StageFailed, PlanFailed, StageStopped.
     """
-    checkout = workers.go_to_checkout(path)
+    checkout = job.go_to_checkout(path)
     plan = plans.read(path, overrides)
-    if workers.in_packaged_job() and checkout is None:
-        workers.absolute_paths_needed({"run_dir": plan.run_dir, "extraction.out": plan.extract.out})
+    if job.in_packaged_job() and checkout is None:
+        job.absolute_paths_needed({"run_dir": plan.run_dir, "extraction.out": plan.extract.out})
     stages = plans.resolve(plan, str(path))
     checks.check_early(plan, stages)
     if only_forecast:
@@ -53,11 +54,19 @@ def run_plan(path: Path, overrides: Sequence[str] = (), *, allow_changes: bool =
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pipelines.train_stages", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="pipelines.train_stages", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--plan", type=Path, required=True, help="a file of configs/plans/")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as run_dir=runs/x")
-    parser.add_argument("--allow-changes", action="store_true", help="set aside what a changed plan makes void, and make it anew")
-    parser.add_argument("--forecast", "--dry-run", action="store_true", help="say what the plan would take, and start nothing")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as run_dir=runs/x"
+    )
+    parser.add_argument(
+        "--allow-changes", action="store_true", help="set aside what a changed plan makes void, and make it anew"
+    )
+    parser.add_argument(
+        "--forecast", "--dry-run", action="store_true", help="say what the plan would take, and start nothing"
+    )
     return parser
 
 

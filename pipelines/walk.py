@@ -52,7 +52,9 @@ class Walk:
         lines += [f"  {change}" for change in found]
         lines += ["which makes void:", *(f"  {part} ({why})" for part, why in void.items())]
         if not self.allow_changes:
-            lines.append("Nothing was touched. --allow-changes sets these results aside and makes them anew; or give another run_dir")
+            lines.append(
+                "Nothing was touched. --allow-changes sets these results aside and makes them anew; or give another run_dir"
+            )
             raise ConfigError("\n".join(lines))
         for line in lines:
             self.clock.say(line)
@@ -107,7 +109,14 @@ class Walk:
             self.clock.say(f"prepare: {manifest} is there")
             return
         self.record.begin("prepare", self.parts()["prepare"])
-        command = [sys.executable, "-m", wanted.module, "--out", str(self.plan.run_dir / wanted.out), *map(str, wanted.args)]
+        command = [
+            sys.executable,
+            "-m",
+            wanted.module,
+            "--out",
+            str(self.plan.run_dir / wanted.out),
+            *map(str, wanted.args),
+        ]
         with self.phase("prepare", " ".join(command[1:])):
             code = subprocess.run(command, check=False).returncode
             if code != 0:
@@ -127,7 +136,9 @@ class Walk:
             self.clock.say(f"extraction: {self.extract.out} is complete")
             return
         self.connect()
-        with self.phase("extraction", f"{parts.clips:,} clips, {len(todo)} of {len(parts.parts)} shards to make, {self.extract.out}"):
+        with self.phase(
+            "extraction", f"{parts.clips:,} clips, {len(todo)} of {len(parts.parts)} shards to make, {self.extract.out}"
+        ):
             extract_features(self.extract)
 
     # ---------------------------------------------------------------------------------------- stages
@@ -167,13 +178,17 @@ class Walk:
         if warning := workers.check_capacity(self.plan.resources):
             self.clock.say(warning)
         progress = StepLine(stage.config, self.clock)
-        with self.phase(stage.name, f"{label.removesuffix(stage.name)}{stage.config.train.steps} steps, {stage.config.run_dir}"):
+        with self.phase(
+            stage.name, f"{label.removesuffix(stage.name)}{stage.config.train.steps} steps, {stage.config.run_dir}"
+        ):
             try:
                 workers.train_stage(stage.config, self.plan.resources, self.plan.run_dir / "ray", progress.tick)
             finally:
                 progress.close()
         if not (stage.config.run_dir / "done.json").is_file():
-            raise PlanFailed(f"stage {stage.name}: its workers ended without an error, but {stage.config.run_dir} is not done")
+            raise PlanFailed(
+                f"stage {stage.name}: its workers ended without an error, but {stage.config.run_dir} is not done"
+            )
 
     def evaluate(self, stage: ResolvedStage) -> Mapping[str, Any] | None:
         """Videos for held-out captions, and their scores; what is there already is kept."""
@@ -185,7 +200,9 @@ class Walk:
         out = self.plan.run_dir / "evaluation" / stage.name
         if wanted.workers > 1:
             self.connect()
-        with self.phase(f"{stage.name}/evaluation", f"{wanted.prompts} prompts of split {wanted.scores.validation_split}"):
+        with self.phase(
+            f"{stage.name}/evaluation", f"{wanted.prompts} prompts of split {wanted.scores.validation_split}"
+        ):
             return evaluate_run(
                 stage.config.run_dir, self.extract.manifest, out, Drawing(count=wanted.prompts, seed=wanted.seed), wanted.scores,
                 cache=self.plan.run_dir / "evaluation", **wanted.sampler.model_dump(), weights=wanted.weights,

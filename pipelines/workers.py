@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.plan import Resources
-from stdit.config import Config, ConfigError, validate
+from stdit.config import Config, validate
 
 # Enough for what crosses Ray's object store here: paths, settings and rows of text, never pixels or latents.
 _OBJECT_STORE_BYTES = 150_000_000
@@ -265,57 +265,3 @@ def _cause(error: Exception) -> str:
 def _last_line(error: Exception) -> str:
     text = [line.strip() for line in str(error).splitlines() if line.strip()]
     return text[-1] if text else repr(error)
-
-
-# ---------------------------------------------------------------------------------- inside a Ray job
-
-
-def go_to_checkout(plan: Path) -> Path | None:
-    """In a Ray job sent with `--working-dir`: changes into the checkout it was sent from, where results can last.
-
-    Such a job runs in a copy that Ray deletes, so a relative run_dir would be lost with it. If the folder in which
-    `ray start` was run on this machine holds the very same plan file, that is the checkout, and relative paths mean
-    what they mean for `make demo`. Returns that folder; None outside a job, or if the folder holds no such plan
-    (the caller must then insist on absolute paths).
-    """
-    if not in_packaged_job():
-        return None
-    folder = _raylet_directory()
-    if folder is None or plan.is_absolute():
-        return None
-    other = folder / plan
-    if not other.is_file() or other.read_bytes() != plan.read_bytes():
-        return None
-    os.chdir(folder)
-    return folder
-
-
-def in_packaged_job() -> bool:
-    """True in the driver of a Ray job whose working directory is a copy made by `--working-dir`."""
-    return '"working_dir"' in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "")
-
-
-def _raylet_directory() -> Path | None:
-    """Where `ray start` was run on this machine: the working directory of the raylet above this process."""
-    import psutil
-
-    process: psutil.Process | None = psutil.Process()
-    while process is not None:
-        try:
-            if process.name() == "raylet":
-                return Path(process.cwd())
-        except psutil.Error:  # Another user's process: nothing to learn from it.
-            return None
-        process = process.parent()
-    return None
-
-
-def absolute_paths_needed(paths: Mapping[str, Path]) -> None:
-    """ConfigError naming the keys whose relative paths would be lost with a job's copy of the working directory."""
-    relative = [f"{key} {path}" for key, path in paths.items() if not path.is_absolute()]
-    if relative:
-        raise ConfigError(
-            f"this Ray job runs in a copy of its --working-dir, which Ray deletes ({Path.cwd()}); relative results "
-            f"would be lost: {', '.join(relative)}. Run `ray start` in the checkout, or give folders that every node "
-            "sees, such as --set run_dir=/shared/runs/demo"
-        )

@@ -167,7 +167,9 @@ def test_init_in_both_places_is_an_error(write):
 def test_shapes_that_do_not_divide_give_both_numbers(write):
     stage = plans.resolve(plans.read(write()))[0]
     plans.check_shapes(stage, (1, 1, 1), 3)
-    with pytest.raises(ConfigError, match=r"stages\.one .*height 8 is not divisible by the autoencoder's compression 3"):
+    with pytest.raises(
+        ConfigError, match=r"stages\.one .*height 8 is not divisible by the autoencoder's compression 3"
+    ):
         plans.check_shapes(stage, (1, 3, 3), 3)
     with pytest.raises(ConfigError, match=r"latent height 1 is not divisible by model\.patch_size 2"):
         plans.check_shapes(stage, (1, 8, 8), 3)

@@ -216,14 +216,19 @@ def refused(capsys, plan: Path, *sets: str) -> str:
         ("stages.two.allow=[]", "model.num_classes 2 -> None (init.allow: [class_to_text] would)"),
         ("stages.two.overrides.model.hidden_size=32", "(hidden_size, depth, num_heads) (16, 1, 2) -> (32, 1, 2)"),
         ("stages.one.overrides.model.patch_size=[1, 3, 3]", "latent height 8 is not divisible by model.patch_size 3"),
-        ("stages.one.overrides.model.in_channels=4", "model.in_channels 4, but the autoencoder's latents have 1 channels"),
+        (
+            "stages.one.overrides.model.in_channels=4",
+            "model.in_channels 4, but the autoencoder's latents have 1 channels",
+        ),
         ("extraction.text_encoder=null", "model.text_dim 16, but the plan's extraction has no text_encoder"),
         ("extraction.manifest=nowhere.jsonl", "extraction.manifest: nowhere.jsonl does not exist"),
         ("stages.one.config=nowhere.yaml", "stages.one.config: nowhere.yaml: cannot be read"),
         ("stages.one.overrides.train.stepz=1", "train.stepz: unknown key"),
     ],
 )
-def test_a_plan_that_cannot_work_is_refused_before_anything_is_made(tmp_path: Path, capsys, override: str, message: str) -> None:
+def test_a_plan_that_cannot_work_is_refused_before_anything_is_made(
+    tmp_path: Path, capsys, override: str, message: str
+) -> None:
     plan = write_plan(tmp_path)
     assert message in refused(capsys, plan, override)
     assert not (tmp_path / "run").exists()
@@ -318,7 +323,9 @@ def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
 
 def test_help_answers_at_once() -> None:
     began = time.monotonic()
-    subprocess.run([sys.executable, "-m", "pipelines.train_stages", "--help"], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "pipelines.train_stages", "--help"], cwd=ROOT, check=True, capture_output=True
+    )
     code = "import sys, pipelines.train_stages; print([m for m in ('torch', 'ray', 'deepspeed') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", "heavy modules are imported late"

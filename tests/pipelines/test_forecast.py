@@ -1,0 +1,146 @@
+"""A forecast counts every clip, every step and every byte once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.forecast import EqualSource, ManifestSource, extraction_lines, forecast, memory
+from pipelines.plan import ResolvedStage, Resources
+from stdit.config import Config, ExtractConfig, TrainConfig, validate
+from stdit.data import manifest
+
+GIB = 2**30
+
+
+def stage(**train: object) -> ResolvedStage:
+    config = {
+        "run_dir": "r",
+        "model": {"hidden_size": 64, "depth": 2, "num_heads": 2, "in_channels": 3, "text_dim": 8},
+        "data": {
+            "features": "f",
+            "buckets": [
+                {"frames": 1, "height": 16, "width": 16, "batch_size": 8},
+                {"frames": 4, "height": 16, "width": 16, "batch_size": 2, "weight": 2.0},
+            ],
+            "where": [{"column": "score", "at_least": 0.5}],
+        },
+        "train": {"steps": 60, **train},
+    }
+    return ResolvedStage("s", validate(config, Config, "test"), None, "test")
+
+
+class Source:
+    """40 clips of one bucket and 20 of the other; `where` leaves half."""
+
+    def select(self, split, buckets, where=()):
+        return {b.key: np.arange((40 if b.frames == 1 else 20) // (2 if where else 1)) for b in buckets}
+
+    def sample(self, id):
+        raise AssertionError("a forecast reads no features")
+
+
+def test_steps_and_clips_are_counted_as_training_takes_them() -> None:
+    found = forecast(stage(), Resources(workers=2), Source(), (1, 1, 1), 5)
+    assert sum(b.steps for b in found.buckets) == 60
+    assert [(b.clips, b.left_out, b.samples_per_step, b.tokens) for b in found.buckets] == [
+        (20, 20, 16, 64),
+        (10, 10, 4, 256),
+    ]
+    # Twice the weight: each clip of the second bucket is seen about twice as often.
+    assert found.buckets[1].epochs / found.buckets[0].epochs == pytest.approx(2, rel=0.15)
+    assert "20 clips (20 left out: not score at least 0.5)" in str(found)
+
+
+def test_flops_are_those_of_all_ranks_and_steps() -> None:
+    one = forecast(stage(), Resources(workers=1), Source(), (1, 1, 1), 5)
+    two = forecast(stage(steps=120), Resources(workers=1), Source(), (1, 1, 1), 5)
+    assert two.flops == 2 * one.flops
+    accumulated = forecast(stage(gradient_accumulation=3), Resources(workers=1), Source(), (1, 1, 1), 5)
+    assert accumulated.flops == 3 * one.flops
+
+
+def test_checkpointed_activations_take_less() -> None:
+    plain, checkpointed = (
+        forecast(stage(activation_checkpointing=on), Resources(), Source(), (1, 1, 1), 5).memory for on in (False, True)
+    )
+    assert checkpointed.activations < plain.activations
+
+
+def test_memory_is_rajbhandaris() -> None:
+    """ZeRO's own example (table 1): 7.5 B parameters, 64 ranks, mixed precision, 16 bytes a parameter."""
+    sizes = {}
+    for zero in (0, 1, 2, 3):
+        train = validate({"steps": 1, "precision": "bf16", "zero_stage": zero}, TrainConfig, "test")
+        found = memory(7_500_000_000, train, 64, 0)
+        # The paper sums gradients in 16 bits and has no moving average.
+        gradients = found.gradients // (2 if zero else 1)
+        sizes[zero] = (found.weights + gradients + found.optimizer) / 1e9
+    assert [round(sizes[zero], 1) for zero in (0, 1, 2, 3)] == [120.0, 31.4, 16.6, 1.9]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 10**9), st.integers(1, 512), st.sampled_from(["fp32", "bf16"]))
+def test_a_higher_zero_stage_never_takes_more(parameters: int, ranks: int, precision: str) -> None:
+    totals = [
+        memory(
+            parameters, validate({"steps": 1, "precision": precision, "zero_stage": z}, TrainConfig, "t"), ranks, 0
+        ).total
+        for z in (1, 2, 3)
+    ]
+    assert totals == sorted(totals, reverse=True)
+
+
+def test_the_manifest_alone_says_what_would_be_kept(tmp_path: Path) -> None:
+    sizes = [(1, 16), (1, 16), (4, 16), (9, 16), (1, 8), (None, 16)]
+    rows = [
+        {
+            "path": f"{i}.png",
+            "caption": "x",
+            "frames": frames,
+            "height": side,
+            "width": side,
+            "split": "train",
+            "score": i,
+        }
+        for i, (frames, side) in enumerate(sizes)
+    ]
+    manifest.write(tmp_path / "manifest.jsonl", rows)
+    config = ExtractConfig.model_validate({
+        "manifest": tmp_path / "manifest.jsonl",
+        "out": tmp_path / "out",
+        "buckets": [{"frames": 1, "height": 16, "width": 16}, {"frames": 4, "height": 16, "width": 16}],
+        "where": [{"column": "score", "at_least": 1}],
+    })  # fmt: skip
+    source = ManifestSource(config)
+    counts = {key: len(ids) for key, ids in source.select("train", config.buckets).items()}
+    assert counts == {"1x16x16": 1, "4x16x16": 2}
+    first = source.lines()[0]
+    assert "6 in the manifest" in first
+    assert "3 would be kept, 2 dropped (1 where, 1 too_small)" in first
+    assert "1 of a size that the manifest does not state" in first
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_clip_of_a_report_is_told() -> None:
+    report = {
+        "clips": 12, "kept": 4, "kept_by_bucket": {"1x8x8": {"train": 3, "validation": 1}, "4x8x8": {}},
+        "dropped": 1, "dropped_by_reason": {"too_short": 1}, "bad": 7,
+        "bad_clips": [{"path": f"{i}.mp4", "reason": "no frames"} for i in range(7)],
+    }  # fmt: skip
+    lines = extraction_lines(report)
+    assert lines[0] == "clips: 12 = 4 kept + 1 dropped (1 too_short) + 7 that can't be used"
+    assert "3 train, 1 validation" in lines[1]
+    assert lines[2].endswith("none")
+    assert "0.mp4: no frames" in lines[3]
+    assert lines[-1].strip() == "… and 2 more, all in report.json"
+
+
+def test_without_a_manifest_a_step_can_still_be_told() -> None:
+    found = forecast(stage(), Resources(), EqualSource(Path("m.jsonl")), (1, 1, 1), 120)
+    assert found.flops > 0
+    assert "m.jsonl is not there" in EqualSource(Path("m.jsonl")).lines()[0]

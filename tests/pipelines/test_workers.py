@@ -1,0 +1,100 @@
+"""Where work runs: environment, deadlines, and what is said meanwhile. No Ray is started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines import workers
+from pipelines.plan import Resources
+from pipelines.progress import Clock, StepLine
+from pipelines.record import last_metrics
+from stdit.config import Config, validate
+from stdit.training.parallel import STOPPED
+
+
+def test_a_worker_gets_its_threads_and_its_accelerator() -> None:
+    cpu = workers.environment(Resources(workers=2, cpus_per_worker=3))
+    assert (cpu["OMP_NUM_THREADS"], cpu["DS_ACCELERATOR"]) == ("3", "cpu")
+    assert "DS_ACCELERATOR" not in workers.environment(Resources(use_gpu=True))
+    assert Resources(workers=2, cpus_per_worker=3).cpus == 6
+
+
+def test_the_exit_code_of_a_stopped_plan_is_that_of_a_stopped_run() -> None:
+    from pipelines import train_stages
+
+    assert train_stages.STOPPED == STOPPED
+
+
+def test_a_deadline_is_kept_though_training_never_ends() -> None:
+    began = time.monotonic()
+    with pytest.raises(workers.StageFailed, match=r"stage s: not ended after its deadline of 1 s"):
+        workers._wait(lambda: time.sleep(60), "s", 1, lambda: None)
+    assert time.monotonic() - began < 10
+
+
+def test_of_several_errors_the_one_that_caused_the_others_is_told() -> None:
+    class GroupError(Exception):
+        worker_failures = {  # noqa: RUF012
+            0: RuntimeError("long trace\n\nRuntimeError: [../gloo] Connection closed by peer [127.0.0.1]:1"),
+            1: RuntimeError("Traceback …\nstdit.config.ConfigError: model.in_channels is 3"),
+        }
+
+    def fit() -> None:
+        raise GroupError("wrapped")
+
+    with pytest.raises(workers.StageFailed) as caught:
+        workers._wait(fit, "s", None, lambda: None)
+    assert str(caught.value) == "stage s: rank 1: stdit.config.ConfigError: model.in_channels is 3"
+
+
+def test_the_first_signal_asks_and_the_second_is_the_usual_one(tmp_path: Path, capsys) -> None:
+    file = tmp_path / "run" / "stop"
+    with workers._asking_to_stop(file):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert file.exists()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert "once more to stop at once" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# ----------------------------------------------------------------------------------------- progress
+
+
+def test_the_newest_whole_line_with_a_loss_is_read(tmp_path: Path) -> None:
+    assert last_metrics(tmp_path) is None
+    lines = [
+        '{"step": 1, "loss": 2.0}',
+        '{"step": 2, "loss": 1.5}',
+        '{"step": 2, "validation_loss": 1.0}',
+        '{"step": 3, "lo',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert last_metrics(tmp_path) == {"step": 2, "loss": 1.5}
+
+
+def test_progress_tells_new_steps_only(tmp_path: Path, capsys) -> None:
+    data = {
+        "name": "s", "run_dir": str(tmp_path), "model": {"size": "S"}, "train": {"steps": 100},
+        "data": {"features": "synthetic", "buckets": [{"frames": 1, "height": 8, "width": 8, "batch_size": 1}]},
+    }  # fmt: skip
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 40, "loss": 2.0}\n')
+    line = StepLine(validate(data, Config, "test"), Clock())
+    line._every_s = 0
+    line.tick()
+    assert capsys.readouterr().out == "", "step 40 was there before"
+    for step in (50, 60):
+        metrics.write_text(f'{{"step": {step}, "loss": null}}\n')
+        line.tick()
+        time.sleep(0.01)
+        line.tick()
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 2
+    assert "s: step 60/100, loss not a number, " in told[1]
