@@ -64,7 +64,7 @@ def describe_stage(config: Config, resources: Resources, after: str | None) -> P
     sizes = {b.key: each * b.batch_size for b in config.data.buckets}
     for bucket in data["data"]["buckets"]:
         del bucket["batch_size"]
-    if after is not None:
+    if after is not None and data["init"]:
         del data["init"]["source"]  # `after` says it, wherever run_dir is.
     return {**_flat(data), **{f"samples_per_step.{key}": size for key, size in sizes.items()}, "after": after}
 

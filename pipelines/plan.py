@@ -38,8 +38,8 @@ from stdit.config import (
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Transition = Literal["class_to_text", "add_temporal", "rescale_positions", "new_text_projection"]
 
-# Folders under run_dir that stages may not be called.
-_RESERVED = ("features", "ray", "replaced", "evaluation", "report")
+# What stages may not be called: other folders under run_dir, other parts in its record.
+_RESERVED = ("prepare", "extraction", "features", "ray", "replaced", "evaluation", "report")
 
 
 class Prepare(Frozen):

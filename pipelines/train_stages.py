@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except workers.StageStopped as stopped:
         print(stopped, file=sys.stderr)
         return STOPPED
-    except (workers.StageFailed, PlanFailed, OSError) as error:
+    except (RuntimeError, OSError) as error:
+        if not isinstance(error, workers.StageFailed | PlanFailed | OSError):
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 1
     except ValueError as error:  # ConfigError, ManifestError, ExtractionError: what the user can mend.

@@ -15,7 +15,7 @@ from pipelines import changes, checks, workers
 from pipelines.plan import Plan, ResolvedStage
 from pipelines.progress import Clock, StepLine
 from pipelines.record import Record, set_aside
-from stdit.config import ConfigError
+from stdit.config import Config, ConfigError, load
 from stdit.files import sha256
 
 
@@ -31,11 +31,17 @@ class Walk:
         self.clock = Clock()
         self.record = Record.read(plan.run_dir)
         self.extract = plan.extract
+        for (
+            stage
+        ) in stages:  # Runs that were made by hand, with stdit/train.py: what they are made of, they say themselves.
+            file, part = stage.config.run_dir / "config.yaml", f"stages.{stage.name}"
+            if part not in self.record.parts and file.is_file():
+                self.record.parts[part] = changes.describe_stage(load(file, Config), plan.resources, stage.after)
 
     # ------------------------------------------------------------------------------- before anything
 
     def parts(self) -> dict[str, changes.Piece]:
-        """What everything is made of, as far as it is known now."""
+        """What everything is to be made of, as far as it is known now."""
         manifest = self.extract.manifest
         return changes.describe(self.plan, self.stages, sha256(manifest) if manifest.is_file() else None)
 
@@ -200,14 +206,17 @@ class Walk:
         out = self.plan.run_dir / "evaluation" / stage.name
         if wanted.workers > 1:
             self.connect()
-        with self.phase(
-            f"{stage.name}/evaluation", f"{wanted.prompts} prompts of split {wanted.scores.validation_split}"
-        ):
-            return evaluate_run(
-                stage.config.run_dir, self.extract.manifest, out, Drawing(count=wanted.prompts, seed=wanted.seed), wanted.scores,
-                cache=self.plan.run_dir / "evaluation", **wanted.sampler.model_dump(), weights=wanted.weights,
-                batch_size=wanted.batch_size, fps=float(wanted.fps), workers=wanted.workers, threads=wanted.threads, overwrite=True,
-            )  # fmt: skip
+        name, began, before = f"{stage.name}/evaluation", time.monotonic(), _written(out / "videos" / "scores.json")
+        self.clock.say(f"{name}: {wanted.prompts} prompts of split {wanted.scores.validation_split!r}")
+        scores = evaluate_run(
+            stage.config.run_dir, self.extract.manifest, out, Drawing(count=wanted.prompts, seed=wanted.seed), wanted.scores,
+            cache=self.plan.run_dir / "evaluation", **wanted.sampler.model_dump(), weights=wanted.weights,
+            batch_size=wanted.batch_size, fps=float(wanted.fps), workers=wanted.workers, threads=wanted.threads, overwrite=True,
+        )  # fmt: skip
+        if _written(out / "videos" / "scores.json") != before:  # Else all was there.
+            self.record.spend(name, time.monotonic() - began)
+        self.clock.say(f"{name}: {in_words(scores)}")
+        return scores
 
     # ----------------------------------------------------------------------------------------- the way
 
@@ -225,10 +234,7 @@ class Walk:
         told: list[dict[str, Any]] = []
         for number, stage in enumerate(self.stages, 1):
             self.train(stage, number)
-            scores = self.evaluate(stage)
-            if scores is not None:
-                self.clock.say(f"{stage.name}: {in_words(scores)}")
-            told.append(self.entry(stage, scores))
+            told.append(self.entry(stage, self.evaluate(stage)))
         paths = write_report(self.plan.run_dir, self.plan.name, told, self.record.whole, {"forecast": lines})
         checkpoints = {f"checkpoint of {entry['name']}": Path(entry["checkpoint"]) for entry in told}
         videos = {f"videos of {entry['name']}": entry["videos"] for entry in told if entry["videos"]}
@@ -248,6 +254,11 @@ class Walk:
             "videos": videos if scores is not None else None,
             "scores": scores,
         }
+
+
+def _written(file: Path) -> int | None:
+    """When a file was written, in nanoseconds; None if it is not there."""
+    return file.stat().st_mtime_ns if file.is_file() else None
 
 
 def in_words(scores: Mapping[str, Any]) -> str:

@@ -78,7 +78,7 @@ def draw_group(pipe: STDiTPipeline, job: Job, number: int) -> list[Outcome]:
             able.append(item)
         except ValueError as error:
             outcomes.append(Outcome(item.file, str(error)))
-    if not able:
+    if all(job.is_made(item) for item in able):
         return outcomes
     with _threads(job.threads):
         failures = _draw(pipe, job, able)
@@ -231,7 +231,7 @@ def report(rows: Sequence[dict[str, Any]], outcomes: Sequence[Outcome], out: Pat
     for outcome in outcomes:
         if outcome.note:
             print(f"note: {outcome.file}: {outcome.note}", file=sys.stderr)
-    print(f"{len(rows) - len(failed)} of {len(rows)} videos are in {out} ({MANIFEST}, {SHEET})")
+    print(f"{len(rows) - len(failed)} of {len(rows)} videos are in {out} (see {MANIFEST} and {SHEET})")
     return 1 if failed else 0
 
 

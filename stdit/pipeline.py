@@ -205,6 +205,7 @@ class STDiTPipeline(DiffusionPipeline):
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> STDiTPipelineOutput | tuple[Any]:
         """Draws a video (`num_frames` 1: an image) for each prompt or class label.
 
@@ -219,7 +220,7 @@ class STDiTPipeline(DiffusionPipeline):
             latents: the noise to begin from, (B, C, t, h, w), in place of the generator's.
             prompt_embeds, prompt_attention_mask: features (B, L, D) and mask (B, L) in place of prompts.
             callback_on_step_end: called as (pipe, step, timestep, {"latents": x_t}) after each step; returns the same
-                dict, perhaps with other latents.
+                dict, perhaps with other latents. They are all that it can have (…_tensor_inputs).
 
         Returns:
             STDiTPipelineOutput, or (frames,) without return_dict.
@@ -231,6 +232,8 @@ class STDiTPipeline(DiffusionPipeline):
             raise ValueError(f"give height and width in pixels; found height {height}, width {width}")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type {output_type!r}: expected pil, np, pt or latent")
+        if set(callback_on_step_end_tensor_inputs) - {"latents"}:
+            raise ValueError(f"callbacks are given latents alone, asked for {list(callback_on_step_end_tensor_inputs)}")
         self._check_scheduler()
         device = self._execution_device
         clip = Bucket(frames=num_frames, height=height, width=width)

@@ -210,12 +210,16 @@ def test_a_prompts_noise_does_not_depend_on_its_place(runs: dict[str, Path], tmp
 
 
 def test_a_failing_prompt_is_reported_and_loses_no_other(
-    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = [Prompt("a"), Prompt("bad \ud800"), Prompt("c")]
     rows = make(runs["text"], tmp_path, prompts)
     assert [row["file"] is None for row in rows] == [False, True, False]
     assert "not valid Unicode" in rows[1]["error"]
+    # What can't be drawn is told again, and nothing is drawn for it.
+    with monkeypatch.context() as patch:
+        patch.setattr(STDiTPipeline, "__call__", None)
+        assert make(runs["text"], tmp_path, prompts) == rows
     file = tmp_path.parent / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": p.text}) + "\n" for p in prompts))
     flags = ["--steps", "2", "--guidance", "2", "--batch-size", "2", "--device", "cpu"]

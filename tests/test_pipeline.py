@@ -6,12 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
@@ -242,6 +244,43 @@ def test_a_saved_pipeline_draws_the_very_same(name: str, pipes: dict[str, STDiTP
     assert not any(part.training for part in loaded.components.values() if isinstance(part, torch.nn.Module))
 
 
+AUTOENCODERS: list[tuple[Any, tuple[int, int, int]]] = [
+    (
+        lambda: cast(Any, AutoencoderKL)(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+        ),
+        (5, 8, 4),
+    ),
+    (
+        lambda: AutoencoderKLWan(
+            base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1] * 4, latents_std=[2.0] * 4
+        ),
+        (2, 2, 4),
+    ),
+]
+
+
+@pytest.mark.parametrize(("vae", "latent"), AUTOENCODERS, ids=["image", "video"])
+def test_autoencoders_of_diffusers_are_decoded_and_saved(
+    vae: Any, latent: tuple[int, int, int], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    transformer = lively(STDiT.from_settings(model_config(in_channels=4, patch_size=(1, 1, 1))), 0)
+    pipe = STDiTPipeline(transformer, make_scheduler(SamplerConfig(), DiffusionConfig(), (1, 1, 1)), vae())
+    size: dict[str, Any] = {"num_frames": 5, "height": 16, "width": 8 if latent[0] == 5 else 32}
+    assert tuple(draw(pipe, **size, output_type="latent").shape) == (1, 4, *latent)
+    frames = draw(pipe, **size, generator=generators(0))
+    assert frames.shape == (1, 5, 16, size["width"], 3)
+    pipe.save_pretrained(tmp_path)
+    loaded = STDiTPipeline.from_pretrained(tmp_path)
+    assert np.array_equal(draw(loaded, **size, generator=generators(0)), frames)
+    with pytest.raises(ConfigError, match=r"height 15 is not divisible"):
+        draw(pipe, **{**size, "height": 15})
+
+
 def test_a_run_its_checkpoint_and_either_weights_can_be_had(runs: dict[str, Path]) -> None:
     place = runs["class"] / "checkpoints" / "step-00000020"
     for source in (runs["class"], str(place)):
@@ -359,6 +398,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("text", {"prompt": "a", "num_videos_per_prompt": 0}, "found 0"),
     ("text", {"prompt": "a", "fps": 0}, "fps .* found 0"),
     ("text", {"prompt": "a", "prompt_embeds": torch.zeros(1, 2, 32)}, "not both"),
+    ("text", {"prompt": "a", "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "latents alone"),
     ("class", {"prompt": "a"}, "takes no text .* class_labels"),
     ("class", {"class_labels": 3}, "class 3 is none of this model's 3 classes"),
     ("class", {"class_labels": "seven"}, "class 'seven' .* zero, one, a/b"),

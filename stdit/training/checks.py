@@ -90,12 +90,13 @@ def _check_names(config: Config) -> None:
         raise ConfigError(
             f"train.attention_backend: {config.train.attention_backend!r} is none of diffusers': {', '.join(backends)}"
         )
-    if config.init is not None and not any(
-        (config.init.source / n).exists() for n in ("config.json", "identity.json", "checkpoints")
-    ):
-        raise ConfigError(
-            f"init.source: {config.init.source}: no config.json of a diffusers model, no checkpoint and no run directory"
-        )
+    # A run that has begun has no more need of what it began from.
+    if config.init is not None and not (config.run_dir / "checkpoints").exists():
+        source = config.init.source
+        if not any((source / name).exists() for name in ("config.json", "identity.json", "checkpoints")):
+            raise ConfigError(
+                f"init.source: {source}: no config.json of a diffusers model, no checkpoint and no run directory"
+            )
 
 
 def _open(config: Config) -> tuple[Source, dict[str, Any], dict[str, Any] | None, tuple[str, ...], str]:

@@ -151,8 +151,9 @@ class Stop:
             self._event.set()
 
     def listen(self) -> Stop:
-        """Sets itself on SIGTERM, on SIGINT, and when the launcher is gone. Main thread only."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        """Sets itself on SIGTERM, SIGINT or SIGUSR1 (a batch system's warning), and when the launcher is gone. Main
+        thread only."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, lambda n, _: self.request(signal.Signals(n).name))
         if "LOCAL_RANK" not in os.environ:
             # No launcher: the parent is a shell, which may go (nohup).

@@ -110,7 +110,7 @@ class Preview:
 
     @torch.no_grad()
     def grid(self, model: Callable[..., Any]) -> Image.Image | None:
-        """One row a sample, one column a frame, for captions or classes of the validation split; on rank 0, else None."""
+        """Clips drawn for captions or classes of the validation split, as one picture; on rank 0, else None."""
         config, wanted = self.config, self.config.samples
         # Conditions come from clips of any shape: what is drawn has the one that is asked for.
         conditions = next(b for b in config.data.buckets if any(chosen(self.data, config, [b], 1).values()))
@@ -151,21 +151,28 @@ class Preview:
         return torch.cat([self._decoder.decode(one[None]).cpu() for one in latents])
 
 
-def draw_grid(pixels: Tensor, captions: Sequence[str], frames: int = 8, least: int = 64) -> Image.Image:
-    """Pixels (B, 3, T, H, W) in [-1, 1]: a row a clip under its caption, at most `frames` frames, enlarged to `least` px."""
+def draw_grid(
+    pixels: Tensor, captions: Sequence[str], frames: int = 8, least: int = 64, across: int = 1000
+) -> Image.Image:
+    """Pixels (B, 3, T, H, W) in [-1, 1] as a picture: each clip's frames, at most `frames`, in a row below its caption.
+
+    least: px to which a frame is enlarged. across: px that clips side by side fill.
+    """
     count, _, length, height, width = pixels.shape
     shown = np.linspace(0, length - 1, min(frames, length)).round().astype(int)
     by = max(1, -(-least // min(height, width)))
     values = ((pixels[:, :, shown].clamp(-1, 1) + 1) * 127.5).round().byte()
     images = values.permute(0, 2, 3, 4, 1).numpy().repeat(by, 2).repeat(by, 3)  # (B, F, H, W, 3)
-    line, gap = 14, 2
-    columns = max(len(shown) * (width * by + gap), 240)
-    grid = Image.new("RGB", (columns, count * (height * by + line + gap)), "white")
+    line, gap, letter = 14, 2, 6
+    cell = (max(len(shown) * (width * by + gap), 160), height * by + line + gap)
+    columns = min(count, max(1, across // cell[0]))
+    grid = Image.new("RGB", (columns * cell[0], -(-count // columns) * cell[1]), "white")
     pen = ImageDraw.Draw(grid)
-    for row in range(count):
-        top = row * (height * by + line + gap)
+    for clip in range(count):
+        left, top = clip % columns * cell[0], clip // columns * cell[1]
         # Pillow's built-in face knows Latin-1.
-        pen.text((2, top), captions[row].encode("latin-1", "replace").decode("latin-1")[: columns // 6], fill="black")
-        for column in range(len(shown)):
-            grid.paste(Image.fromarray(images[row, column]), (column * (width * by + gap), top + line))
+        caption = captions[clip].encode("latin-1", "replace").decode("latin-1")
+        pen.text((left + gap, top), caption[: cell[0] // letter - 1], fill="black")
+        for i in range(len(shown)):
+            grid.paste(Image.fromarray(images[clip, i]), (left + i * (width * by + gap), top + line))
     return grid

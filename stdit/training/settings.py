@@ -134,6 +134,8 @@ def _check_zero(zero: dict[str, Any], name: str) -> None:
             raise ConfigError(
                 f"{name}: zero_optimization.{key}: unknown to DeepSpeed{f'; did you mean {near[0]}?' if near else ''}"
             )
+    if zero.get("compute_grad_norm") is False:
+        raise ConfigError(f"{name}: zero_optimization.compute_grad_norm: false, but the norm is how a NaN is noticed")
     if (zero.get("offload_optimizer") or {}).get("device") == "nvme":
         raise ConfigError(
             f"{name}: zero_optimization.offload_optimizer.device: nvme keeps the weights where no moving average reaches them; use cpu"

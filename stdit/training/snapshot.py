@@ -92,11 +92,8 @@ def place_of(config: Config, data: Data, world_size: int) -> Place:
 
 
 def begin(config: Config, ranks: Ranks) -> None:
-    """Makes the run directory and writes the resolved config into it."""
-    if ranks.first:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        atomic_write(config.run_dir / "config.yaml", dump(config))
-    ranks.barrier()
+    """Makes the run directory and writes the resolved config into it. OSError, on every rank: it cannot be written."""
+    ranks.agree(lambda: atomic_write(config.run_dir / "config.yaml", dump(config)))
 
 
 def init_folder(config: Config) -> Path:

@@ -289,6 +289,18 @@ def test_changes_that_are_allowed_set_results_aside_and_keep_the_rest(tmp_path: 
     second.settle_changes()  # Settled: the same plan again has nothing to say.
 
 
+def test_a_run_made_by_hand_counts_for_what_it_says_it_is(tmp_path: Path, capsys) -> None:
+    from pipelines import plan as plans
+    from stdit.config import dump
+
+    path = write_plan(tmp_path)
+    stage = plans.resolve(plans.read(path))[0]
+    stage.config.run_dir.mkdir(parents=True)
+    (stage.config.run_dir / "config.yaml").write_text(dump(stage.config))
+    told = refused(capsys, path, "stages.one.overrides.train.steps=7")
+    assert f"stages.one.train.steps: {STEPS} -> 7" in told
+
+
 def test_features_that_other_plans_may_read_are_never_set_aside(tmp_path: Path) -> None:
     from pipelines import plan as plans
     from pipelines.walk import Walk

@@ -21,12 +21,13 @@ def test_ranks_share_samples_in_order_and_are_equally_busy(count: int, size: int
     assert len(together) - count < size
 
 
-def test_a_grid_has_a_row_a_clip_and_a_column_a_frame() -> None:
-    pixels = torch.full((2, 3, 4, 16, 16), -1.0)
-    pixels[1, :, 3] = 1.0
-    grid = draw_grid(pixels, ["one", "два"])
-    assert grid.size == (4 * 66, 2 * 80)
-    # The last frame of the second clip is white, its first is black.
-    assert grid.getpixel((3 * 66 + 5, 80 + 14 + 5)) == (255, 255, 255)
-    assert grid.getpixel((5, 80 + 14 + 5)) == (0, 0, 0)
+def test_a_grid_has_a_row_of_frames_for_each_clip() -> None:
+    pixels = torch.full((5, 3, 4, 16, 16), -1.0)
+    pixels[4, :, 3] = 1.0
+    grid = draw_grid(pixels, ["one", "два", "3", "4", "5"])
+    # Frames of 64 px and a gap of 2; three clips side by side, two rows.
+    assert grid.size == (3 * 4 * 66, 2 * 80)
+    # The last frame of the last clip is white, its first is black.
+    assert grid.getpixel((4 * 66 + 3 * 66 + 5, 80 + 14 + 5)) == (255, 255, 255)
+    assert grid.getpixel((4 * 66 + 5, 80 + 14 + 5)) == (0, 0, 0)
     assert draw_grid(torch.zeros(1, 3, 40, 80, 80), ["x"]).size == (8 * 82, 96)

@@ -44,6 +44,7 @@ def test_raw_settings_are_merged_key_by_key() -> None:
         ),
         ({"zero_optimization": 2}, "zero_optimization: expected an object, found 2"),
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "nvme"),
+        ({"zero_optimization": {"compute_grad_norm": False}}, "compute_grad_norm: false"),
         ({"pipeline": {}}, "pipeline: this part of DeepSpeed is not supported"),
     ],
 )
