@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import changes
+from pipelines import changes, checks
 from pipelines import plan as plans
 from stdit.config import ConfigError
 
@@ -264,3 +265,40 @@ def test_joining_another_branch_is_a_change_of_after(write):
     stages["two"]["after"] = "side"
     found = changes.differences(before, described(write(stages=stages)))
     assert [str(c) for c in found] == ['stages.two.after: "one" -> "side"']
+
+
+# ------------------------------------------------------------------------------- the plans there are
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/plans").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_plan_resolves_and_its_stages_join(path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    plan = plans.read(path)
+    checks.check_early(plan, plans.resolve(plan, str(path)))
+
+
+def test_the_demo_goes_from_classes_to_captions_to_larger_and_longer_clips(monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    plan = plans.read("configs/plans/demo.yaml")
+    first, second, third = plans.resolve(plan)
+    assert first.config.model.num_classes
+    assert second.config.model.text_dim
+    assert {b.frames == 1 for b in second.config.data.buckets} == {True, False}, "images and clips"
+    assert third.largest.height > second.largest.height
+    assert third.largest.frames > second.largest.frames
+    assert third.config.data.where, "the finest part of the data"
+    assert plan.resources.workers == 2
+    assert all(stage.config.train.zero_stage > 0 for stage in (first, second, third))
+
+
+def test_every_field_of_a_plan_is_read_somewhere() -> None:
+    read = {
+        node.attr
+        for file in (ROOT / "pipelines").glob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    for schema in (plans.Plan, plans.Prepare, plans.Stage, plans.Evaluation, plans.Resources):
+        assert set(schema.model_fields) <= read, schema.__name__
