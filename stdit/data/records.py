@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import pyarrow as pa
@@ -90,9 +91,11 @@ def _type(kinds: set[type]) -> str:
 
 
 def state(file: Path) -> dict[str, Any]:
-    """A source's size, time of change and content; size -1 where there is no file."""
+    """A source's size, time of change and content; size -1 where there is no file, or none that can be read."""
     try:
         stat = file.stat()
+        if not S_ISREG(stat.st_mode):  # opening a pipe would wait for ever
+            raise OSError(f"{file} is not a file")
         return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "digest": fingerprint_file(file)}
     except OSError:
         return {"size": -1, "mtime_ns": 0, "digest": ""}
@@ -141,9 +144,11 @@ def _changed(row: Mapping[str, Any], file: Path) -> bool:
         stat = file.stat()
     except OSError:
         return row["size"] != -1
-    if stat.st_size != row["size"]:
+    if row["size"] != -1 and stat.st_size != row["size"]:
         return True
-    return stat.st_mtime_ns != row["mtime_ns"] and fingerprint_file(file) != row["digest"]
+    if row["size"] != -1 and stat.st_mtime_ns == row["mtime_ns"]:
+        return False
+    return state(file)["digest"] != row["digest"]
 
 
 def metadata(record: Path) -> dict[str, str]:
