@@ -4,7 +4,7 @@
 
 What is sent is rows of the manifest; clips are read, and shards written, where the actor runs, so
 manifest, encoders and `out` must be at the same paths on every node. Same files as
-`python -m stdit.extract`, whatever the number of workers; the same command again goes on.
+`python -m stdit.extract` but for the last bits of latents, which depend on a worker's threads; the same command again goes on.
 """
 
 from __future__ import annotations
@@ -32,16 +32,19 @@ class Worker:
             os.chdir(directory)
         import torch
 
-        from stdit.extract import extractor
-
         torch.set_num_threads(threads)
-        self.extractor = extractor(validate(config, ExtractConfig, "extraction"))
+        self.config = validate(config, ExtractConfig, "extraction")
+        self.extractor: Any = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """{"part": pickled Part} -> {"outcome": pickled Outcome, "error": ""}, or the error that stops the extraction."""
         import torch
 
+        from stdit.extract import extractor
+
         try:
+            # Not in the constructor: an encoder that is not there would come back as Ray's own traceback.
+            self.extractor = self.extractor or extractor(self.config)
             outcome = self.extractor.extract(pickle.loads(row["part"]))
         except (OSError, ValueError, torch.OutOfMemoryError) as error:
             # As a value: an exception would be tried again, and come back inside Ray's own traceback.

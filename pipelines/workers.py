@@ -140,13 +140,9 @@ def train_rank(settings: Mapping[str, Any]) -> None:
     if ray.train.get_context().get_world_rank() == 0:  # One rank is enough: they agree at every step.
         threading.Thread(target=_watch_stop_file, args=(config.run_dir / STOP_FILE, stop.request), daemon=True).start()
 
-    def report(entry: dict[str, Any]) -> None:
-        # Ray Train makes all ranks wait for one another here, so not at every step.
-        if entry["checkpoint"]:
-            ray.train.report({"step": entry["step"], "loss": entry["loss"]})
-
     try:
-        train(config, report, stop)
+        # Nothing is reported to Ray Train: it would hold every rank for 2 s each time, and checkpoints are not its own.
+        train(config, stop=stop)
     except Stopped:
         return
 
@@ -165,12 +161,12 @@ def train_stage(config: Config, resources: Resources, storage: Path, tick: Calla
     its own records. SIGTERM or SIGINT: the ranks write a checkpoint first. Raises StageFailed, StageStopped.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     per_worker: dict[str, float] = {"CPU": resources.cpus_per_worker}
     if resources.use_gpu:
         per_worker["GPU"] = 1
-    trainer = TorchTrainer(
+    trainer = _trainer_class()(
         train_rank,
         train_loop_config={
             "config": config.model_dump(mode="json"),
@@ -195,6 +191,25 @@ def train_stage(config: Config, resources: Resources, storage: Path, tick: Calla
     if file.exists():
         file.unlink()
         raise StageStopped(f"stage {config.name}: stopped with a checkpoint; run the same command again to go on")
+
+
+def _trainer_class() -> Any:
+    """TorchTrainer; in a local Ray without its PlacementGroupCleaner.
+
+    That one tidies up in a cluster whose controller has died, by way of the dashboard. A local Ray has no dashboard, so
+    it warns and then holds the end of every stage for 12 s; and what it would tidy up ends with this process.
+    """
+    from ray.train.torch import TorchTrainer
+
+    if "RAY_ADDRESS" in os.environ:
+        return TorchTrainer
+
+    class LocalTrainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            every = super()._create_default_callbacks()
+            return [callback for callback in every if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+
+    return LocalTrainer
 
 
 @contextmanager

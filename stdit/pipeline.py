@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -31,13 +32,14 @@ from stdit.config import Bucket, DiffusionConfig, SamplerConfig, token_grid, val
 from stdit.diffusion.guidance import guided
 from stdit.diffusion.schedulers import fitting, is_flow, make_scheduler, sample, shifted
 from stdit.diffusion.timesteps import shift_for
+from stdit.encoders.source import folder_of
 from stdit.encoders.text import TextEncoder, text_encoder_from_identity
 from stdit.encoders.video import VideoEncoder, video_encoder_from_identity
 from stdit.models.stdit import STDiT
 from stdit.prompts import check_text, label_id
 from stdit.training import checkpoint
 
-Labels = int | str | Sequence[int | str] | Tensor
+Labels = int | str | Sequence[int | str | None] | Tensor
 Weights = Literal["ema", "model"]
 
 
@@ -133,6 +135,7 @@ class STDiTPipeline(DiffusionPipeline):
                     f"{folder}: no pipeline here (looked for model_index.json), no run (checkpoints/) and no checkpoint (identity.json)"
                 )
         else:
+            folder_of(str(pretrained_model_name_or_path), "STDiTPipeline")
             saved = cast(dict[str, Any], cls.load_config(str(pretrained_model_name_or_path))).get("_class_name")
             if saved != cls.__name__:
                 raise ValueError(f"{pretrained_model_name_or_path} holds a {saved}, not a {cls.__name__}")
@@ -230,6 +233,7 @@ class STDiTPipeline(DiffusionPipeline):
         """
         if height is None or width is None:
             raise ValueError(f"give height and width in pixels; found height {height}, width {width}")
+        _check_counts(num_frames=num_frames, height=height, width=width, num_inference_steps=num_inference_steps)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type {output_type!r}: expected pil, np, pt or latent")
         if set(callback_on_step_end_tensor_inputs) - {"latents"}:
@@ -334,7 +338,7 @@ class STDiTPipeline(DiffusionPipeline):
         """Class labels as numbers, (B,) int64. ValueError: a name or number that is no class, with those there are."""
         if isinstance(labels, Tensor):
             labels = labels.tolist()
-        given = [labels] if isinstance(labels, int | str) else list(cast(Sequence[int | str], labels))
+        given = [labels] if isinstance(labels, int | str) else list(cast(Sequence[int | str | None], labels))
         count = self.transformer.settings.num_classes or 0
         if not given:
             raise ValueError("class_labels is an empty list")
@@ -375,6 +379,12 @@ class STDiTPipeline(DiffusionPipeline):
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}, these videos need {shape}")
         return latents.to(device, torch.float32)
+
+
+def _check_counts(**given: Any) -> None:
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} must be a whole number above 0, found {value!r}")
 
 
 def _checked(scale: float) -> float:

@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -121,14 +122,16 @@ def check_text(text: Any, name: str) -> None:
         raise ValueError(f"{name}: {text[:40]!r} is not valid Unicode ({error.reason} at {error.start})") from error
 
 
-def label_id(label: int | str, classes: Mapping[str, int], count: int) -> int:
-    """The number of a class, 0 to count - 1, or -1 for null. A name comes first, then a number as text."""
+def label_id(label: int | str | None, classes: Mapping[str, int], count: int) -> int:
+    """The number of a class, 0 to count - 1, or -1 for null (None). A name comes first, then a number as text."""
+    if label is None:
+        return -1
     if isinstance(label, str) and label in classes:
         return classes[label]
     known = f"0 to {count - 1}" + (f" or {', '.join(list(classes)[:20])}" if classes else "")
     try:
-        number = int(label)
-    except ValueError:
+        number = int(label) if isinstance(label, str) else index(label)
+    except (TypeError, ValueError):
         number = count
     if not -1 <= number < count or (isinstance(label, str) and classes):
         raise ValueError(f"class {label!r} is none of this model's {count} classes ({known})")

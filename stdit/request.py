@@ -77,7 +77,9 @@ def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
     ConfigError: none of these. CheckpointError: one whose files are damaged.
     """
     if (run / "model_index.json").is_file():
-        index = json.loads((run / "model_index.json").read_text())
+        index = _read(run / "model_index.json")
+        if "diffusion" not in index:
+            raise ConfigError(f"{run} holds a {index.get('_class_name')}, not an STDiTPipeline")
         diffusion = validate(index["diffusion"], DiffusionConfig, f"{run}/model_index.json: diffusion")
         default = fitting(SamplerConfig(), diffusion)
         facts = {"run": str(run), "checkpoint": None, "step": None, "weights": None}
@@ -99,6 +101,17 @@ def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
         fitting(sampler, diffusion),
         largest,
     )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. ConfigError: damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: damaged ({error})") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: expected an object, found {type(found).__name__}")
+    return found
 
 
 def _fingerprint(folder: Path) -> str:
@@ -176,7 +189,9 @@ def _claim(job: Job, asked: dict[str, Any], overwrite: bool) -> None:
     path = job.out / REQUEST
     files = [item.file for item in job.items]
     if path.is_file():
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = _read(path)
+        if not {"asked", "files"} <= set(old):
+            raise ConfigError(f"{path}: not the request of a generation; give another folder")
         changed = [k for k in asked if old["asked"].get(k) != asked[k]]
         if not changed:
             return

@@ -282,6 +282,52 @@ def test_other_weights_at_the_same_path_are_noticed(tmp_path: Path) -> None:
         extract.run(config)
 
 
+def test_folders_and_pipes_are_bad_clips_and_not_looked_at_again(tmp_path: Path) -> None:
+    made = rows(tmp_path, 4) + [{"path": f"{name}.mp4", "caption": name} for name in ("folder", "pipe")]
+    (tmp_path / "folder.mp4").mkdir()
+    os.mkfifo(tmp_path / "pipe.mp4")
+    config = made_clips.config(tmp_path, made, max_bad_share=0.5)
+    shard = extract.run(config) / "parts" / "00000.parquet"
+    before = shard.stat().st_mtime_ns
+    assert {clip["reason"] for clip in report(config)["bad_clips"]} == {"is not a file"}
+    assert extract.unfinished(extract.plan_parts(config))[0] == []
+    extract.run(config)
+    assert shard.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("name", ["index.json", "samples.parquet"])
+@pytest.mark.parametrize("damage", ["{", None])
+def test_a_damaged_index_is_written_again(name: str, damage: str | None, tmp_path: Path) -> None:
+    config = made_clips.config(tmp_path, rows(tmp_path, 2))
+    file = extract.run(config) / name
+    whole = file.read_bytes()
+    file.unlink() if damage is None else file.write_text(damage)
+    extract.run(config)
+    assert file.read_bytes() == whole
+
+
+def test_damaged_settings_are_named(tmp_path: Path) -> None:
+    config = made_clips.config(tmp_path, rows(tmp_path, 2))
+    (extract.run(config) / "extraction.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"extraction\.json: damaged"):
+        extract.run(config)
+
+
+@pytest.mark.parametrize(
+    ("values", "where", "message"),
+    [
+        ((2**60, 1.5), (), "column 's' holds fractions and 1152921504606846976"),
+        (("a", "b"), (Where(column="s", at_least=1),), r"manifest\.jsonl: where: column 's' holds text"),
+    ],
+)
+def test_columns_that_cannot_be_kept_or_compared_are_named(
+    values: tuple[Any, Any], where: tuple[Where, ...], message: str, tmp_path: Path
+) -> None:
+    made = [{**row, "s": value} for row, value in zip(rows(tmp_path, 2), values, strict=True)]
+    with pytest.raises(ConfigError, match=message):
+        extract.plan_parts(made_clips.config(tmp_path, made, where=where))
+
+
 def test_one_part_by_hand_is_idempotent_too(tmp_path: Path) -> None:
     config = made_clips.config(tmp_path, rows(tmp_path, 4))
     plan = extract.plan_parts(config)

@@ -195,6 +195,18 @@ def test_files_of_unknown_origin_are_not_taken_for_results(runs: dict[str, Path]
         make(runs["text"], tmp_path)
 
 
+def test_a_damaged_request_is_named(runs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "request.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"request\.json: damaged"):
+        make(runs["text"], tmp_path)
+
+
+def test_another_pipelines_folder_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    with pytest.raises(ConfigError, match="holds a WanPipeline, not an STDiTPipeline"):
+        make(tmp_path, tmp_path / "out")
+
+
 def test_a_prompts_noise_does_not_depend_on_its_place(runs: dict[str, Path], tmp_path: Path) -> None:
     first, last = items([Prompt("a", seed=7), Prompt("b", seed=7), Prompt("a", seed=7)], 1, "")[::2]
     assert noise_seed(first) == noise_seed(last)

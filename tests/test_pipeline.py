@@ -16,6 +16,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_lcm import FlowMatchLCMScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from safetensors.torch import load_file, save_file
 
@@ -156,6 +158,10 @@ def test_classes_go_by_name_or_number(pipes: dict[str, STDiTPipeline]) -> None:
     assert np.array_equal(by_name, by_number)
 
 
+def test_no_class_is_the_null_class(pipes: dict[str, STDiTPipeline]) -> None:
+    assert pipes["class"].label_ids([None, -1, 2]).tolist() == [-1, -1, 2]
+
+
 def test_features_stand_in_for_prompts(pipes: dict[str, STDiTPipeline]) -> None:
     features, mask = pipes["text"].encode_prompt(["a", "a longer one"])
     given = draw(pipes["text"], prompt_embeds=features, prompt_attention_mask=mask, generator=generators(0, 1))
@@ -228,6 +234,13 @@ def test_a_users_own_scheduler_is_shifted_to_the_latent_too(runs: dict[str, Path
     draw(pipe, "a")
     mine = make_scheduler(SamplerConfig(scheduler="unipc"), SHIFTED, (4, 16, 8))
     assert seen == pytest.approx(set_steps(mine, 3).tolist())
+
+
+@pytest.mark.parametrize("kind", [FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler])
+def test_other_schedulers_of_flow_matching_draw(kind: type, runs: dict[str, Path]) -> None:
+    pipe = STDiTPipeline.from_pretrained(runs["text"])
+    pipe.scheduler = kind()
+    assert np.isfinite(draw(pipe, "a", generator=generators(0)[0])).all()
 
 
 # --------------------------------------------------------------------------------- saving, loading
@@ -340,6 +353,11 @@ def test_another_pipelines_folder_is_refused(tmp_path: Path) -> None:
         STDiTPipeline.from_pretrained(tmp_path)
 
 
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="run: no such folder"):
+        STDiTPipeline.from_pretrained(tmp_path / "run")
+
+
 def test_a_folder_that_is_no_run_says_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model_index.json"):
         STDiTPipeline.from_pretrained(tmp_path)
@@ -384,6 +402,10 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("text", {"prompt": "a", "height": 15}, r"15 is not divisible by model.patch_size 2"),
     ("text", {"prompt": "a", "height": None}, "height None"),
     ("text", {"prompt": "a", "num_frames": 0}, "num_frames|frames"),
+    ("text", {"prompt": "a", "num_frames": 2.5}, "num_frames must be a whole number above 0, found 2.5"),
+    ("text", {"prompt": "a", "num_inference_steps": 0}, "num_inference_steps .* found 0"),
+    ("text", {"prompt": "a", "num_inference_steps": 2.5}, "num_inference_steps .* found 2.5"),
+    ("class", {"class_labels": [1.5]}, "class 1.5 is none of this model's 3 classes"),
     ("text", {"prompt": []}, "empty list"),
     ("text", {"prompt": ["a", 7]}, "prompt 1: expected text, found int"),
     ("text", {"prompt": "a\ud800"}, r"prompt 0: .*surrogates"),

@@ -74,7 +74,10 @@ def divide(config: ExtractConfig, encoders: Mapping[str, Any]) -> Plan:
     manifest = read(config.manifest)
     check_where(manifest, config.where)
     columns = records.free_columns(manifest)
-    kept = [(number, clip) for number, clip in enumerate(manifest) if matches(clip, config.where)]
+    try:
+        kept = [(number, clip) for number, clip in enumerate(manifest) if matches(clip, config.where)]
+    except ValueError as error:
+        raise ConfigError(f"{config.manifest}: where: {error}") from error
     if not kept:
         raise ConfigError(f"{config.manifest}: none of its {len(manifest)} clips meets `where`")
     # As it comes back from the file: tuples as lists.
@@ -97,7 +100,10 @@ def claim(plan: Plan, overwrite: bool = False) -> None:
     out = plan.config.out
     file = out / SETTINGS
     if file.is_file():
-        then, now = _flat(json.loads(file.read_text(encoding="utf-8"))), _flat(plan.settings)
+        try:
+            then, now = _flat(json.loads(file.read_text(encoding="utf-8"))), _flat(plan.settings)
+        except ValueError as error:
+            raise ConfigError(f"{file}: damaged ({error}); remove {out} and extract again") from error
         changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
         if not changed:
             return
@@ -161,12 +167,21 @@ def finish(plan: Plan) -> Path:
             f"--overwrite. Wanted {json.dumps(wanted)}, found {other['settings']}"
         )
     index = _index(plan, tally, told, report)
-    if not (out / INDEX).is_file() or json.loads((out / INDEX).read_text(encoding="utf-8")) != index:
+    if not _is_whole(out, index):
         (out / INDEX).unlink(missing_ok=True)
         _write_samples(plan)
         _tidy(plan)
         _write_json(out / INDEX, index)
     return out
+
+
+def _is_whole(out: Path, index: Mapping[str, Any]) -> bool:
+    """Whether index.json says `index`, and samples.parquet has as many samples."""
+    try:
+        found = json.loads((out / INDEX).read_text(encoding="utf-8"))
+        return found == index and parquet.read_metadata(out / SAMPLES).num_rows == index["samples"]
+    except (OSError, ValueError):  # not there, or damaged
+        return False
 
 
 def _sum(plan: Plan) -> tuple[Tally, list[dict[str, str]]]:

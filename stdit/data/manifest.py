@@ -27,7 +27,9 @@ from stdit.files import atomic_write, sha256
 Scalar = str | int | float | bool | None
 KNOWN = ("path", "caption", "class", "fps", "frames", "height", "width", "split")
 ERRORS_SHOWN = 20
-INT64 = 2**63
+INT32, INT64 = 2**31, 2**63
+# Digits of a class that is ordered as a number; Python reads no longer ones.
+CLASS_DIGITS = 4000
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,8 @@ class Manifest:
     def classes(self) -> list[str]:
         """The class names in the order of their labels: by number where all are numbers, else by code point."""
         names = {clip.class_name for clip in self.clips if clip.class_name is not None}
-        return sorted(names, key=int) if all(re.fullmatch(r"-?\d+", n) for n in names) else sorted(names)
+        numbers = all(re.fullmatch(rf"-?\d{{1,{CLASS_DIGITS}}}", n) for n in names)
+        return sorted(names, key=int) if numbers else sorted(names)
 
     @property
     def splits(self) -> dict[str, int]:
@@ -246,9 +249,15 @@ def _split(value: Any) -> str:
 def _fps(value: Any) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"expected frames per second, a number above 0, found {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < INT32:
+        raise ValueError(f"expected frames per second, a number above 0 and below {INT32}, found {_short(value)}")
     return float(value)
+
+
+def _short(value: Any) -> str:
+    """A value for a message; of a number of hundreds of digits, that it is one."""
+    huge = isinstance(value, int) and not -(10**40) < value < 10**40
+    return "a number of more than 40 digits" if huge else repr(value)
 
 
 def _count(value: Any) -> int | None:
@@ -256,6 +265,8 @@ def _count(value: Any) -> int | None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 1 or value != value // 1:
         raise ValueError(f"expected a whole number above 0, found {value!r}")
+    if value >= INT32:
+        raise ValueError(f"expected a whole number below {INT32}, found {_short(value)}")
     return int(value)
 
 
@@ -268,7 +279,7 @@ def _free(value: Any) -> Scalar:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"expected a finite number, found {value!r}")
     if isinstance(value, int) and not -INT64 <= value < INT64:
-        raise ValueError(f"{value} does not fit 64 bits")
+        raise ValueError(f"{_short(value)} does not fit 64 bits")
     return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
 
 

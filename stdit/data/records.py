@@ -30,6 +30,8 @@ from stdit.files import atomic_path, fingerprint_file
 RECORD = {name: kind for name, kind in OWN.items() if name != "class_label"}
 STATUS = {"status": pa.string(), "reason": pa.string(), "detail": pa.string(), "cut": pa.bool_()}
 SOURCE = {"size": pa.int64(), "mtime_ns": pa.int64(), "digest": pa.string()}
+# Whole numbers up to here are exact as 64-bit fractions.
+EXACT = 2**53
 # Why a part is extracted for the first time.
 NEW = "new"
 
@@ -75,11 +77,18 @@ def free_columns(manifest: Manifest) -> tuple[tuple[str, str], ...]:
     ConfigError: a column whose name features need for themselves.
     """
     kinds: dict[str, set[type]] = {}
+    long: dict[str, int] = {}
     for clip in manifest:
         for name, value in clip.extra.items():
             kinds.setdefault(name, set()).add(type(value))
+            if isinstance(value, int) and abs(value) > EXACT:
+                long.setdefault(name, value)
     if taken := sorted(set(kinds) & {*OWN, *STATUS, *SOURCE}):
         raise ConfigError(f"{manifest.path}: column {taken[0]!r} has a name that features use themselves; rename it")
+    if lossy := [name for name in long if float in kinds[name]]:
+        raise ConfigError(
+            f"{manifest.path}: column {lossy[0]!r} holds fractions and {long[lossy[0]]}, which no 64-bit fraction holds exactly"
+        )
     return tuple((name, _type(found - {type(None)})) for name, found in sorted(kinds.items()))
 
 

@@ -18,6 +18,8 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_lcm import FlowMatchLCMScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import Tensor
 
@@ -31,6 +33,8 @@ Scheduler = FlowMatchEulerDiscreteScheduler | DDPMScheduler | DPMSolverMultistep
 # returns twenty-thousandfold in x0.
 LEAST_LAMBDA = -5.1
 
+# Those of flow matching alone; others are told by use_flow_sigmas.
+FLOW_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
 OBJECTIVES = {
     "flow_euler": ("flow",),
     "ddim": ("ddpm",),
@@ -103,7 +107,7 @@ def make_scheduler(
 def is_flow(scheduler: Any) -> bool:
     """Whether `scheduler` steps along flow matching's straight paths."""
     config = scheduler.config
-    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or bool(config.get("use_flow_sigmas", False))
+    return isinstance(scheduler, FLOW_SCHEDULERS) or bool(config.get("use_flow_sigmas", False))
 
 
 def shifted(scheduler: Any, shift: float) -> Any:
@@ -116,7 +120,7 @@ def shifted(scheduler: Any, shift: float) -> Any:
 
 def set_steps(scheduler: Any, steps: int, device: torch.device | str = "cpu") -> Tensor:
     """Readies `scheduler` for `steps` steps; returns the times (steps,) on the model's scale, noisiest first."""
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler | FlowMatchLCMScheduler):
         # Evenly from 1 to 1/steps, so that every step is of use; the scheduler shifts them.
         scheduler.set_timesteps(sigmas=cast(Any, np.linspace(1.0, 1.0 / steps, steps)), device=cast(Any, device))
     else:

@@ -67,6 +67,11 @@ def test_the_three_formats_say_the_same(tmp_path: Path) -> None:
     assert first.clips[2].extra == {"score": None}
 
 
+def test_a_class_of_thousands_of_digits_is_a_name(tmp_path: Path) -> None:
+    made = read(jsonl(tmp_path, row(path="a.mp4", **{"class": "9" * 5000}), row(path="b.mp4", **{"class": 10})))
+    assert made.classes == ["10", "9" * 5000]
+
+
 def test_write_is_read_back(tmp_path: Path) -> None:
     write(tmp_path / "m.jsonl", ROWS)
     assert facts(read(tmp_path / "m.jsonl")) == facts(read(jsonl(tmp_path, *ROWS)))
@@ -119,10 +124,16 @@ def test_a_manifest_that_is_not_there_or_of_no_known_kind_is_an_error(tmp_path: 
         (row(frames=2.5), "frames: expected a whole number above 0, found 2.5"),
         (row(height="16"), "height: expected a whole number above 0, found '16'"),
         (row(width=True), "width: expected a whole number above 0, found True"),
-        (row(fps=-1), "fps: expected frames per second, a number above 0, found -1"),
+        (row(fps=-1), "fps: expected frames per second, a number above 0 and below 2147483648, found -1"),
         (row(split=""), "split: expected the name of a split"),
         (row(**{"class": [1]}), "class: expected text, a whole number or null, found [1]"),
         (row(score=2**70), "does not fit 64 bits"),
+        (row(frames=2**31), "frames: expected a whole number below 2147483648, found 2147483648"),
+        (
+            row(height=10**400),
+            "height: expected a whole number below 2147483648, found a number of more than 40 digits",
+        ),
+        (row(fps=10**400), "fps: expected frames per second, a number above 0 and below 2147483648"),
     ],
 )
 def test_a_bad_row_is_named_by_file_line_and_column(tmp_path: Path, bad: Any, message: str) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from pipelines.extract_features import extract_features
 from pipelines.workers import connect, disconnect
 from stdit import extract
+from stdit.config import TextEncoderConfig
 from stdit.data.features import FeatureSet
 from tests import made_clips
 from tests.made_clips import damaged, rows
@@ -53,3 +54,11 @@ def test_what_stops_a_worker_reaches_the_caller_without_rays_own(tmp_path: Path)
         extract_features(config)
     assert "Traceback" not in str(caught.value)
     assert not (config.out / "index.json").exists()
+
+
+def test_an_encoder_that_no_worker_can_load_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "config.json").write_text("{}")
+    config = made_clips.config(tmp_path, rows(tmp_path, 2), text_encoder=TextEncoderConfig(path=str(tmp_path / "t5")))
+    with pytest.raises(OSError, match="^ConfigError: text_encoder.path: .*t5"):
+        extract_features(config)

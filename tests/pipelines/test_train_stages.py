@@ -24,7 +24,7 @@ from pipelines.record import Record, set_aside
 from stdit.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 100
+STEPS = 300
 
 
 def clips(folder: Path, count: int = 24) -> Path:
@@ -53,7 +53,7 @@ def stage(**model: Any) -> dict[str, Any]:
         "model": {**sizes, **model},
         "data": {"features": "unused", "buckets": [{"frames": 1, "height": 8, "width": 8, "batch_size": 4}]},
         "train": {
-            "steps": STEPS, "zero_stage": 1, "checkpoint_every": 10, "log_every": 1, "tensorboard": False,
+            "steps": STEPS, "zero_stage": 1, "checkpoint_every": 25, "log_every": 1, "tensorboard": False,
             "optimizer": {"learning_rate": 1e-3}, "ema": {"decay": 0.9},
         },
     }  # fmt: skip
@@ -187,10 +187,10 @@ def test_a_plan_survives_its_driver_and_its_workers_and_then_does_nothing(tmp_pa
     assert done == {name: (out / name / "done.json").stat().st_mtime_ns for name in ("one", "two")}
 
     # A changed plan says what it makes void, and touches nothing.
-    change = ["--plan", str(plan), "--set", "stages.two.overrides.train.steps=101"]
+    change = ["--plan", str(plan), "--set", "stages.two.overrides.train.steps=301"]
     assert train_stages.main(change) == 2
     told = capsys.readouterr().err
-    assert f"stages.two.train.steps: {STEPS} -> 101" in told
+    assert f"stages.two.train.steps: {STEPS} -> 301" in told
     assert "stages.two (changed)" in told
     assert "stages.one (" not in told
     assert (out / "two" / "done.json").exists()

@@ -30,6 +30,18 @@ def test_the_exit_code_of_a_stopped_plan_is_that_of_a_stopped_run() -> None:
     assert train_stages.STOPPED == STOPPED
 
 
+def test_a_local_ray_goes_without_the_cleaner_that_waits_for_a_dashboard(monkeypatch) -> None:
+    def callbacks() -> list[str]:
+        trainer = workers._trainer_class()(lambda: None)
+        return [type(callback).__name__ for callback in trainer._create_default_callbacks()]
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    whole = callbacks()
+    assert "PlacementGroupCleanerCallback" in whole
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert callbacks() == [name for name in whole if name != "PlacementGroupCleanerCallback"]
+
+
 def test_a_deadline_is_kept_though_training_never_ends() -> None:
     began = time.monotonic()
     with pytest.raises(workers.StageFailed, match=r"stage s: not ended after its deadline of 1 s"):
