@@ -22,6 +22,7 @@ from stdit.data import extractor as room
 from stdit.data.decode import open_clip
 from stdit.data.extraction import ExtractionError
 from stdit.data.features import FeatureSet
+from stdit.data.manifest import ManifestError
 from stdit.data.transforms import resize_crop, to_pixels
 from stdit.encoders.text import load_text_encoder
 from stdit.encoders.video import VideoEncoder
@@ -324,7 +325,7 @@ def test_columns_that_cannot_be_kept_or_compared_are_named(
     values: tuple[Any, Any], where: tuple[Where, ...], message: str, tmp_path: Path
 ) -> None:
     made = [{**row, "s": value} for row, value in zip(rows(tmp_path, 2), values, strict=True)]
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, ManifestError), match=message):
         extract.plan_parts(made_clips.config(tmp_path, made, where=where))
 
 

@@ -74,10 +74,7 @@ def divide(config: ExtractConfig, encoders: Mapping[str, Any]) -> Plan:
     manifest = read(config.manifest)
     check_where(manifest, config.where)
     columns = records.free_columns(manifest)
-    try:
-        kept = [(number, clip) for number, clip in enumerate(manifest) if matches(clip, config.where)]
-    except ValueError as error:
-        raise ConfigError(f"{config.manifest}: where: {error}") from error
+    kept = [(number, clip) for number, clip in enumerate(manifest) if matches(clip, config.where)]
     if not kept:
         raise ConfigError(f"{config.manifest}: none of its {len(manifest)} clips meets `where`")
     # As it comes back from the file: tuples as lists.

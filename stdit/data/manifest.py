@@ -167,13 +167,19 @@ def matches(clip: Clip, where: Sequence[Where]) -> bool:
 
 
 def check_where(manifest: Manifest, where: Sequence[Where]) -> None:
-    """ManifestError where a condition names a column that no row has, which would leave nothing without a word."""
+    """ManifestError where a condition names a column that no row has, which would leave nothing without a word, or
+    compares text with a number."""
     columns = manifest.columns
     for condition in where:
         if condition.column not in columns:
             raise ManifestError(
                 f"{manifest.path}: where: no column {condition.column!r}; columns: {', '.join(sorted(columns))}"
             )
+        for clip in manifest:
+            try:
+                satisfies(clip.value(condition.column), condition)
+            except ValueError as error:
+                raise ManifestError(f"{manifest.path}: where: {error}") from error
 
 
 # -------------------------------------------------------------------------------- from row to clip
