@@ -315,6 +315,9 @@ class TrainConfig(Frozen):
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EMAConfig = EMAConfig()
     precision: Literal["fp32", "bf16"] = "fp32"
+    # Products of float32 matrices (torch.set_float32_matmul_precision): high is TF32 on CUDA; medium takes bfloat16's
+    # mantissa where the processor multiplies it faster, which some CPUs do.
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
     zero_stage: Literal[0, 1, 2, 3] = 2
     activation_checkpointing: bool = False
     attention_backend: str | None = None

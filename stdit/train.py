@@ -158,6 +158,10 @@ def due(every: int | None, step: int, last: bool) -> bool:
 
 def prepare(model: Any, config: Config) -> Any:
     """`model` with what a run asks of it: recomputed activations, an attention back end, compiled blocks."""
+    import torch
+
+    # torch keeps this for the whole process, so it is set for every run.
+    torch.set_float32_matmul_precision(config.train.matmul_precision)
     model.train()
     if config.train.activation_checkpointing:
         model.enable_gradient_checkpointing()

@@ -19,6 +19,7 @@ HARMLESS = (
     "train.max_bad_steps",
     "train.activation_checkpointing",
     "train.attention_backend",
+    "train.matmul_precision",
     "train.compile",
     "train.deepspeed",
     "data.workers",
