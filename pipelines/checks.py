@@ -46,7 +46,20 @@ def crossing(before: ResolvedStage, stage: ResolvedStage) -> str:
             _, carried = carry(STDiT.from_settings(before.config.model), stage.config.model, allow)
     except ValueError as error:
         raise ConfigError(f"{stage.source}: after {before.name}: {error}") from error
-    return str(carried)
+    return "\n".join([str(carried), *positions(before, stage)])
+
+
+def positions(before: ResolvedStage, stage: ResolvedStage) -> list[str]:
+    """What a change of size between two stages does to the coordinates of patches; nothing where the size stays."""
+    old, new, model = before.largest, stage.largest, stage.config.model
+    if (old.height, old.width) == (new.height, new.width):
+        return []
+    spans = (
+        "coordinates go beyond those learned, because model.position_base is not set"
+        if model.position_base is None
+        else f"rescaled, every grid spans the same 0 to {model.position_base / model.position_interpolation:g}"
+    )
+    return [f"positions: {old.height}x{old.width} to {new.height}x{new.width} px; {spans}"]
 
 
 def stage_lines(plan: Plan, stages: Sequence[ResolvedStage]) -> list[str]:

@@ -302,3 +302,20 @@ def test_every_field_of_a_plan_is_read_somewhere() -> None:
     }
     for schema in (plans.Plan, plans.Prepare, plans.Stage, plans.Evaluation, plans.Resources):
         assert set(schema.model_fields) <= read, schema.__name__
+
+
+def test_what_crosses_between_the_demo_s_stages_is_told() -> None:
+    path = ROOT / "configs/plans/demo.yaml"
+    images, clips, finest = plans.resolve(plans.read(path), str(path))
+    told = checks.crossing(images, clips)
+    assert "dropped: y_embedder.embedding_table.weight" in told
+    assert "class_to_text" in told
+    assert "positions" not in told
+    assert "positions: 12x12 to 16x16 px; rescaled, every grid spans the same 0 to 4" in checks.crossing(clips, finest)
+
+
+def test_positions_that_are_not_rescaled_are_told_too() -> None:
+    path = ROOT / "configs/plans/demo.yaml"
+    _, clips, finest = plans.resolve(plans.read(path, ["overrides.model.position_base=null"]), str(path))
+    assert checks.positions(clips, clips) == []
+    assert "beyond those learned" in checks.positions(clips, finest)[0]
