@@ -66,14 +66,19 @@ def test_of_several_errors_the_one_that_caused_the_others_is_told() -> None:
 
 def test_the_first_signal_asks_and_the_second_is_the_usual_one(tmp_path: Path, capsys) -> None:
     file = tmp_path / "run" / "stop"
-    with workers._asking_to_stop(file):
-        os.kill(os.getpid(), signal.SIGINT)
-        assert file.exists()
-        with pytest.raises(KeyboardInterrupt):
+    # A shell's background job begins with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with workers._asking_to_stop(file):
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
+            assert file.exists()
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "once more to stop at once" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # ----------------------------------------------------------------------------------------- progress
