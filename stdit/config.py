@@ -12,13 +12,16 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from stdit.loading import ConfigError, apply_override, dump, load, merge, parse_yaml, read_extended, read_yaml, validate
+from stdit.modelconfig import SIZES, Frozen, ModelConfig, NonNegative, Positive, Share
 
-# Reading settings belongs to settings: one place to import both from.
+# Reading settings belongs to settings: one place to import all of them from.
 __all__ = [
+    "SIZES",
     "ConfigError",
+    "ModelConfig",
     "apply_override",
     "dump",
     "load",
@@ -28,93 +31,6 @@ __all__ = [
     "read_yaml",
     "validate",
 ]
-
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Frozen(BaseModel):
-    """Base of every section: immutable, unknown keys refused, no silent conversion of types."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-# ------------------------------------------------------------------------------------------ model
-
-# Hidden size, depth and heads of Peebles & Xie 2023, table 1.
-SIZES: dict[str, tuple[int, int, int]] = {
-    "S": (384, 12, 6),
-    "B": (768, 12, 12),
-    "L": (1024, 24, 16),
-    "XL": (1152, 28, 16),
-}
-
-
-class ModelConfig(Frozen):
-    """The space-time transformer. Written as it is into the diffusers `config.json` of the weights."""
-
-    size: Literal["S", "B", "L", "XL"] | None = None
-    hidden_size: Positive | None = None
-    depth: Positive | None = None
-    num_heads: Positive | None = None
-    mlp_ratio: float = Field(default=4.0, gt=0)
-    in_channels: Positive = 4
-    patch_size: tuple[Positive, Positive, Positive] = (1, 2, 2)
-    attention: Literal["factorized", "full"] = "factorized"
-    # False: no temporal blocks (an image model); only `factorized` has them.
-    temporal: bool = True
-    # An RMS norm of queries and keys, per head, in every attention.
-    qk_norm: bool = False
-    positions: Literal["sincos", "rope"] = "sincos"
-    # Grid (in patches a side) whose coordinate range every other grid is rescaled to; None: not rescaled.
-    position_base: Positive | None = None
-    position_interpolation: float = Field(default=1.0, gt=0)
-    temporal_interpolation: float = Field(default=1.0, gt=0)
-    num_classes: Positive | None = None
-    text_dim: Positive | None = None
-    # Longest caption, in tokens, that the model is given.
-    text_tokens: Positive = 120
-    pooled_text: bool = False
-    micro_conditions: tuple[Literal["fps", "height", "width"], ...] = ()
-    learned_variance: bool = False
-    gelu: Literal["tanh", "erf"] = "tanh"
-
-    @model_validator(mode="after")
-    def _sizes(self) -> ModelConfig:
-        if self.size is None:
-            missing = [k for k in ("hidden_size", "depth", "num_heads") if getattr(self, k) is None]
-            if missing:
-                raise ValueError(
-                    f"give size (one of {', '.join(SIZES)}) or hidden_size, depth and num_heads; missing: {', '.join(missing)}"
-                )
-        width, _, heads = self.dimensions
-        if width % heads:
-            raise ValueError(f"hidden_size {width} is not divisible by num_heads {heads}")
-        if self.positions == "sincos" and width % 4:
-            raise ValueError(f"hidden_size {width} is not divisible by 4, which sine-cosine positions need")
-        if self.positions == "rope" and (width // heads) % 2:
-            raise ValueError(
-                f"head width {width // heads} (hidden_size {width} / num_heads {heads}) is odd; RoPE needs pairs"
-            )
-        if self.positions == "rope" and width // heads < 6:
-            raise ValueError(
-                f"head width {width // heads} (hidden_size {width} / num_heads {heads}) is below 6; RoPE needs a pair for each of t, h, w"
-            )
-        if self.pooled_text and self.text_dim is None:
-            raise ValueError("pooled_text needs text_dim")
-        if self.attention == "full" and not self.temporal:
-            raise ValueError(
-                "temporal: false belongs to attention: factorized; full attention has no temporal blocks to leave out"
-            )
-        return self
-
-    @property
-    def dimensions(self) -> tuple[int, int, int]:
-        """(hidden size, depth, heads), from the size table unless given."""
-        table = SIZES[self.size] if self.size else (0, 0, 0)
-        return (self.hidden_size or table[0], self.depth or table[1], self.num_heads or table[2])
-
 
 # -------------------------------------------------------------------------------------- diffusion
 

@@ -18,6 +18,7 @@ LEVELS = {
     "stdit": 0,
     "stdit.config": 0,
     "stdit.loading": -1,  # what stdit.config reads its settings with
+    "stdit.modelconfig": -1,  # the schema of its `model:` section
     "stdit.files": 0,
     "stdit.models": 1,
     "stdit.diffusion": 1,

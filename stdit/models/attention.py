@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import (
@@ -23,6 +24,7 @@ from diffusers.models.attention_dispatch import (
 from einops import rearrange
 from torch import Tensor, nn
 
+from stdit.modelconfig import QKNorm
 from stdit.models.embeddings import Rope, rotate
 
 # Back ends that take boolean masks (xformers would add them as 0 and 1); all others leave masked attention to NATIVE.
@@ -52,15 +54,15 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     query, key, value = (x.transpose(1, 2) for x in (query * query.shape[-1] ** -0.5, key, value))
     scores = query @ key.transpose(-1, -2)  # (B, H, N, M)
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
 class AttentionProcessor:
     """softmax(q kᵀ / √d) v by the back end that was set on this layer, or else by the active one.
 
-    query (B, N, H, d); key, value (B, M, H, d); mask (B, 1, 1, M) bool, True where a key is seen,
-    at least one in every row. Returns (B, N, H, d).
+    query (B, N, H, d); key, value (B, M, H, d); mask (B, 1, 1, M) bool, True where a key is seen, at least one in every
+    row; or (B, H, N, M), added to the scores. Returns (B, N, H, d).
     """
 
     # Written by diffusers' set_attention_backend and enable_parallelism.
@@ -88,31 +90,124 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+def _head_norm(kind: QKNorm | None, hidden_size: int, num_heads: int) -> nn.Module | None:
+    """RMS over each head, as STDiT3 and SD3 have it, or LayerNorm over the full width, as PixArt-Σ has it."""
+    if kind == "rms":
+        return RMSNorm(hidden_size // num_heads, eps=1e-6)
+    return None if kind is None else nn.LayerNorm(hidden_size)
+
+
+def split_heads(x: Tensor, norm: nn.Module | None, num_heads: int) -> Tensor:
+    """(B, N, D) -> (B, N, H, d), normalised before or after, as the norm is wide."""
+    if isinstance(norm, nn.LayerNorm):
+        x = norm(x)
+    x = x.unflatten(-1, (num_heads, -1))
+    return norm(x) if isinstance(norm, RMSNorm) else x
+
+
 class Attention(nn.Module, AttentionModuleMixin):
-    """Self-attention. Weights as published: `qkv` (rows [q; k; v]), `proj`; with `qk_norm`, an RMS norm per head."""
+    """Self-attention. Weights as published: `qkv` (rows [q; k; v]), `proj`, `q_norm`, `k_norm`.
+
+    window: attention is confined to squares of so many patches a side; `relative`: with learned positions relative to
+    the query, by row and by column (`rel_pos_h`, `rel_pos_w`; Li et al. 2022, ViTDet, whose arithmetic this is).
+    kv_compress: keys and values are pooled over such squares by a depth-wise convolution (`sr`) and normalised (`norm`;
+    Chen et al. 2024, PixArt-Σ, section 2.3).
+    """
 
     _default_processor_cls = AttentionProcessor
     _available_processors = [AttentionProcessor]  # noqa: RUF012 (diffusers' own declaration)
     _supports_qkv_fusion = False
     is_cross_attention = False
 
-    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        qk_norm: QKNorm | None = None,
+        window: int | None = None,
+        relative: bool = False,
+        kv_compress: int | None = None,
+    ) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.window = num_heads, window
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.q_norm = RMSNorm(hidden_size // num_heads, eps=1e-6) if qk_norm else None
-        self.k_norm = RMSNorm(hidden_size // num_heads, eps=1e-6) if qk_norm else None
+        self.q_norm = _head_norm(qk_norm, hidden_size, num_heads)
+        self.k_norm = _head_norm(qk_norm, hidden_size, num_heads)
         self.proj = nn.Linear(hidden_size, hidden_size)
+        self.rel_pos_h = self.rel_pos_w = None
+        if window and relative:
+            self.rel_pos_h = nn.Parameter(torch.zeros(2 * window - 1, hidden_size // num_heads))
+            self.rel_pos_w = nn.Parameter(torch.zeros(2 * window - 1, hidden_size // num_heads))
+        self.sr = self.norm = None
+        if kv_compress:
+            self.sr = nn.Conv2d(hidden_size, hidden_size, kv_compress, stride=kv_compress, groups=hidden_size)
+            self.norm = nn.LayerNorm(hidden_size)
         self.processor: Any = AttentionProcessor()
 
-    def forward(self, hidden_states: Tensor, rope: Rope | None = None) -> Tensor:
-        """hidden_states (B, N, D), rope over the N tokens -> (B, N, D)."""
-        q, k, v = rearrange(self.qkv(hidden_states), "b n (qkv h d) -> qkv b n h d", qkv=3, h=self.num_heads).unbind(0)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rope: Rope | None = None,
+        mask: Tensor | None = None,
+        plane: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """hidden_states (B, N, D); rope over the N tokens; mask (B, 1, 1, N) bool over keys; plane: the (H, W) that N is.
+
+        Returns (B, N, D). Windows and pooling need `plane`.
+        """
+        x = hidden_states
+        if self.window is not None:
+            assert plane is not None
+            w, (rows, columns) = self.window, (plane[0] // self.window, plane[1] // self.window)
+            x = rearrange(x, "b (i h j w) d -> (b i j) (h w) d", i=rows, j=columns, h=w, w=w)
+            y = rearrange(
+                self._attended(x, rope, mask, None), "(b i j) (h w) d -> b (i h j w) d", i=rows, j=columns, h=w, w=w
+            )
+        else:
+            y = self._attended(x, rope, mask, plane)
+        return self.proj(y)
+
+    def heads(self, x: Tensor, rope: Rope | None, plane: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, N, H, d), and keys and values (B, M, H, d), of x (B, N, D); M is N unless they are pooled."""
+        if self.sr is None and not isinstance(self.q_norm, nn.LayerNorm):
+            q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b n h d", qkv=3, h=self.num_heads).unbind(0)
+            if self.q_norm is not None and self.k_norm is not None:
+                q, k = self.q_norm(q), self.k_norm(k)
+        else:
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+            q, k = split_heads(q, self.q_norm, self.num_heads), split_heads(k, self.k_norm, self.num_heads)
+            if self.sr is not None:
+                k, v = self._pooled(k.flatten(2), plane).unflatten(-1, (self.num_heads, -1)), self._pooled(v, plane)
+            v = v.unflatten(-1, (self.num_heads, -1))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        return self.proj(self.processor(q, k, v).flatten(2))
+        return q, k, v
+
+    def _attended(
+        self, x: Tensor, rope: Rope | None, mask: Tensor | None, plane: tuple[int, int] | None
+    ) -> Tensor:
+        q, k, v = self.heads(x, rope, plane)
+        if self.rel_pos_h is not None and self.rel_pos_w is not None:
+            mask = self._relative(q, self.rel_pos_h, self.rel_pos_w)
+        return self.processor(q, k, v, mask).flatten(2)
+
+    def _pooled(self, x: Tensor, plane: tuple[int, int] | None) -> Tensor:
+        """(B, H W, D) -> (B, H W / r², D)."""
+        assert plane is not None
+        assert self.sr is not None
+        assert self.norm is not None
+        pooled = self.sr(rearrange(x, "b (h w) d -> b d h w", h=plane[0], w=plane[1]))
+        return self.norm(rearrange(pooled, "b d h w -> b (h w) d"))
+
+    def _relative(self, q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
+        """What is added to a window's scores, (B, H, N, N): each query against the codes of its distance to each key."""
+        assert self.window is not None
+        at = torch.arange(self.window, device=q.device)
+        apart = at[:, None] - at + self.window - 1  # (query, key)
+        square = q.unflatten(1, (self.window, self.window))
+        rows = torch.einsum("bijnd,ikd->bnijk", square, rel_pos_h[apart])
+        columns = torch.einsum("bijnd,jkd->bnijk", square, rel_pos_w[apart])
+        return rearrange(rows[..., None] + columns[..., None, :], "b n i j k l -> b n (i j) (k l)")
 
 
 class CrossAttention(nn.Module, AttentionModuleMixin):
@@ -126,23 +221,34 @@ class CrossAttention(nn.Module, AttentionModuleMixin):
     _supports_qkv_fusion = False
     is_cross_attention = True
 
-    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: QKNorm | None = None) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.q_linear = nn.Linear(hidden_size, hidden_size)
         self.kv_linear = nn.Linear(hidden_size, 2 * hidden_size)
-        self.q_norm = RMSNorm(hidden_size // num_heads, eps=1e-6) if qk_norm else None
-        self.k_norm = RMSNorm(hidden_size // num_heads, eps=1e-6) if qk_norm else None
+        self.q_norm = _head_norm(qk_norm, hidden_size, num_heads)
+        self.k_norm = _head_norm(qk_norm, hidden_size, num_heads)
         self.proj = nn.Linear(hidden_size, hidden_size)
         self.processor: Any = AttentionProcessor()
 
-    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
-        """hidden_states (B, N, D), encoder_hidden_states (B or 1, M, D), mask (B, 1, 1, M) bool -> (B, N, D)."""
-        q = rearrange(self.q_linear(hidden_states), "b n (h d) -> b n h d", h=self.num_heads)
-        kv = rearrange(self.kv_linear(encoder_hidden_states), "b m (kv h d) -> kv b m h d", kv=2, h=self.num_heads)
-        k, v = kv.unbind(0)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+    def keys_values(self, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, each (B or 1, M, H, d), of text (B or 1, M, D): the same at every step of sampling."""
+        k, v = self.kv_linear(encoder_hidden_states).chunk(2, dim=-1)
+        return split_heads(k, self.k_norm, self.num_heads), split_heads(v, None, self.num_heads)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        mask: Tensor | None = None,
+        keys_values: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """hidden_states (B, N, D), text (B or 1, M, D) or its keys and values, mask (B, 1, 1, M) bool -> (B, N, D)."""
+        if keys_values is None:
+            assert encoder_hidden_states is not None
+            keys_values = self.keys_values(encoder_hidden_states)
+        q = split_heads(self.q_linear(hidden_states), self.q_norm, self.num_heads)
+        k, v = keys_values
         if len(k) != len(q):  # one text (the null) for the whole batch
             k, v = k.expand(len(q), -1, -1, -1), v.expand(len(q), -1, -1, -1)
         return self.proj(self.processor(q, k, v, mask).flatten(2))

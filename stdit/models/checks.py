@@ -8,54 +8,134 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stdit.config import ModelConfig
+from stdit.modelconfig import ModelConfig
 from stdit.models.embeddings import Grid
 
 
 def check_inputs(
     settings: ModelConfig,
     latents: Tensor,
-    text: Tensor | None,
-    mask: Tensor | None,
-    per_sample: Mapping[str, Tensor | None],
-    scalars: Mapping[str, Any],
+    timestep: Tensor | float,
+    text: tuple[Tensor | None, Tensor | None, Tensor | None],
+    class_labels: Tensor | None,
+    drop: Tensor | None,
+    given_frames: Tensor | None,
+    micro: Mapping[str, Any],
+    conditions: object | None,
 ) -> Grid:
     """The grid (T, H, W) of patches of `latents`. ValueError for what does not fit the config or one another.
 
-    `per_sample`: tensors that must be (B,) or None. `scalars`: numbers, (1,) or (B,), none of them None.
+    text: features, mask and pooled vector. micro: numbers, (1,) or (B,), or None. conditions: made ahead, and checked then.
     """
+    grid = check_latents(settings, latents)
+    batch = latents.shape[0]
+    if conditions is None:
+        check_told(settings, batch, text, class_labels, drop)
+        _check_scalars(settings, batch, {"timestep": timestep, **micro})
+        if given_frames is not None:
+            _check_given(settings, given_frames, (batch, latents.shape[2]))
+    elif settings.position_reference is not None:
+        _check_scalars(settings.model_copy(update={"micro_conditions": ()}), batch, {"timestep": 0, **micro})
+    return grid
+
+
+def check_latents(settings: ModelConfig, latents: Tensor, name: str = "hidden_states") -> Grid:
+    """The grid (T, H, W) of patches of latents (B, C, T, H, W)."""
     if latents.ndim != 5:
-        raise ValueError(
-            f"hidden_states has {latents.ndim} dimensions {tuple(latents.shape)}; expected 5, (B, C, T, H, W)"
-        )
-    batch, channels, *sizes = latents.shape
+        raise ValueError(f"{name} has {latents.ndim} dimensions {tuple(latents.shape)}; expected 5, (B, C, T, H, W)")
+    channels, sizes = latents.shape[1], latents.shape[2:]
     if channels != settings.in_channels:
-        raise ValueError(f"hidden_states has {channels} channels; the model takes in_channels {settings.in_channels}")
+        raise ValueError(f"{name} has {channels} channels; the model takes in_channels {settings.in_channels}")
     for axis, size, patch in zip(("frames", "height", "width"), sizes, settings.patch_size, strict=True):
         if size % patch or not size:
-            raise ValueError(f"hidden_states: {axis} {size} is not divisible by patch_size {patch}")
-    _check_text(settings, batch, text, mask)
-    for name, tensor in per_sample.items():
+            raise ValueError(f"{name}: {axis} {size} is not divisible by patch_size {patch}")
+    t, h, w = (size // patch for size, patch in zip(sizes, settings.patch_size, strict=True))
+    _check_grid(settings, (t, h, w), name)
+    return t, h, w
+
+
+def _check_grid(settings: ModelConfig, grid: Grid, name: str) -> None:
+    """What tables of positions, windows and pooling can take."""
+    t, h, w = grid
+    for axis, size, most in zip(("height", "width"), (h, w), settings.position_grid or (), strict=False):
+        if size > most:
+            raise ValueError(f"{name}: {axis} of {size} patches; the table of positions (position_grid) has {most}")
+    learned_time = settings.has_time and settings.time_positions == "learned"
+    if learned_time and settings.position_frames is not None and t > settings.position_frames:
+        raise ValueError(
+            f"{name}: {t} frames of patches; the learned table of positions (position_frames) has {settings.position_frames}"
+        )
+    for what, side in (("window", settings.window), ("kv_compress", settings.kv_compress)):
+        for axis, size in (("height", h), ("width", w)):
+            if side is not None and size % side:
+                raise ValueError(f"{name}: {axis} of {size} patches is not divisible by {what} {side}")
+
+
+def check_told(
+    settings: ModelConfig,
+    batch: int,
+    text: tuple[Tensor | None, Tensor | None, Tensor | None],
+    class_labels: Tensor | None,
+    drop: Tensor | None,
+) -> None:
+    """Text features, mask, pooled vector, labels and what is dropped, of a batch."""
+    features, mask, pooled = text
+    _check_text(settings, batch, features, mask, drop)
+    if pooled is not None and settings.pooled_dim is None:
+        raise ValueError(f"pooled_projections {tuple(pooled.shape)} given to a model without them (pooled_dim None)")
+    if pooled is not None and tuple(pooled.shape) != (batch, settings.pooled_dim):
+        raise ValueError(
+            f"pooled_projections has shape {tuple(pooled.shape)}; expected ({batch}, {settings.pooled_dim}), pooled_dim {settings.pooled_dim}"
+        )
+    for name, tensor in (("class_labels", class_labels), ("drop_condition", drop)):
         if tensor is not None and tuple(tensor.shape) != (batch,):
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}; hidden_states has {batch} samples, expected ({batch},)"
             )
-    _check_labels(settings, per_sample.get("class_labels"))
-    for name, value in scalars.items():
-        if value is None:
-            raise ValueError(
-                f"{name} is missing; the model has micro_conditions {', '.join(settings.micro_conditions)}"
+    _check_labels(settings, class_labels)
+
+
+def _check_scalars(settings: ModelConfig, batch: int, values: Mapping[str, Any]) -> None:
+    wanted = {"timestep", *settings.micro_conditions} - {"size"}
+    pixels = {"height", "width"} if settings.position_reference or "size" in settings.micro_conditions else set()
+    for name in sorted(wanted | pixels):
+        if values.get(name) is None:
+            why = (
+                f"micro_conditions {', '.join(settings.micro_conditions)}"
+                if settings.micro_conditions
+                else f"position_reference {settings.position_reference}"
             )
+            raise ValueError(f"{name} is missing; the model has {why}")
+    for name, value in values.items():
         shape = tuple(value.shape) if isinstance(value, Tensor) else ()
-        if shape not in ((), (1,), (batch,)):
+        if name in wanted | pixels | {"aspect_ratio"} and shape not in ((), (1,), (batch,)):
             raise ValueError(
                 f"{name} has shape {shape}; hidden_states has {batch} samples, expected a number or ({batch},)"
             )
-    t, h, w = (size // patch for size, patch in zip(sizes, settings.patch_size, strict=True))
-    return t, h, w
+    if settings.position_reference:
+        for name in ("height", "width"):
+            value = values[name]
+            one = not isinstance(value, Tensor) or value.device.type != "cpu" or bool((value == value.flatten()[0]).all())
+            if not one:
+                raise ValueError(f"{name} differs within the batch {value.tolist()}; position_reference needs one for all")
 
 
-def _check_text(settings: ModelConfig, batch: int, text: Tensor | None, mask: Tensor | None) -> None:
+def _check_given(settings: ModelConfig, given: Tensor, expected: tuple[int, int]) -> None:
+    if tuple(given.shape) != expected:
+        raise ValueError(f"given_frames has shape {tuple(given.shape)}; expected (samples, latent frames) {expected}")
+    if settings.conditioning == "cross_attention":
+        raise ValueError("given_frames: conditioning cross_attention tells all frames one time")
+
+
+def _check_text(
+    settings: ModelConfig, batch: int, text: Tensor | None, mask: Tensor | None, drop: Tensor | None
+) -> None:
+    none_of_its_own = settings.text_dim is not None and settings.null_text == "empty"
+    if none_of_its_own and (text is None or drop is not None):
+        what = "encoder_hidden_states is missing" if text is None else "drop_condition"
+        raise ValueError(
+            f"{what}: this model has no null caption of its own (null_text: empty); give the text encoder's features of an empty caption"
+        )
     if text is None:
         if mask is not None:
             raise ValueError(f"encoder_attention_mask {tuple(mask.shape)} without encoder_hidden_states")

@@ -1,8 +1,9 @@
 """What the tokens are told: the time, a class, a caption, the clip's rate and size.
 
-B batch · L text tokens · E width of the text features · D hidden size
+B batch · T frames · L text tokens · E width of the text features · D hidden size
 
-Everything but the caption's tokens is summed into one code (B, D), or (1, D) where the batch shares it.
+Everything but the caption's tokens is summed into one code (B, D), or (1, D) where the batch shares it; (B, T, D) where
+some frames are given and stand at another time than the rest.
 """
 
 from __future__ import annotations
@@ -13,38 +14,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stdit.modelconfig import ModelConfig
 from stdit.models.embeddings import timestep_code
-
-
-class Mlp(nn.Module):
-    """fc2(gelu(fc1(x))), with the names that published weights have."""
-
-    def __init__(self, inputs: int, hidden: int, outputs: int, gelu: Literal["tanh", "erf"]) -> None:
-        super().__init__()
-        self.gelu = "none" if gelu == "erf" else gelu
-        self.fc1 = nn.Linear(inputs, hidden)
-        self.fc2 = nn.Linear(hidden, outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
+from stdit.models.feedforward import Mlp
 
 
 class TimestepEmbedder(nn.Module):
     """A scalar's code, through a small network; serves the timestep and the micro-conditions."""
 
-    CODE_SIZE = 256
-
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        width: int = 256,
+        shift: Literal[0, 1] = 0,
+        activation: Literal["silu", "gelu"] = "silu",
+    ) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(self.CODE_SIZE, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.width, self.shift = width, shift
+        act = nn.SiLU() if activation == "silu" else nn.GELU(approximate="tanh")
+        self.mlp = nn.Sequential(nn.Linear(width, hidden_size), act, nn.Linear(hidden_size, hidden_size))
 
     def forward(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         """(B,) -> (B, D). The code is made in float32 and then cast to `dtype`."""
-        return self.mlp(timestep_code(values, self.CODE_SIZE).to(dtype))
+        return self.mlp(timestep_code(values, self.width, self.shift).to(dtype))
 
 
-class Condition(NamedTuple):
-    """code: (B or 1, D), added to the time's, or None. text: (B or 1, L, D) or None. mask: (B, 1, 1, L) bool or None."""
+class Told(NamedTuple):
+    """What a caption and a class come to. code: (B or 1, D), added to the time's, or None. text: (B or 1, L, D) or None.
+    mask: (B, 1, 1, L) bool, or None where every token is seen."""
 
     code: Tensor | None
     text: Tensor | None
@@ -55,78 +52,116 @@ class ConditionEmbedder(nn.Module):
     """Class labels and captions, and their nulls for classifier-free guidance (Ho & Salimans 2022).
 
     * `embedding_table` (classes + 1, D): the last row is the null class.
-    * `y_embedding` (text_tokens, E): its first row is the null caption, one token, whatever the length of the caption it
-      stands in for. The other rows are there for published weights, which have one per token.
-    * `y_proj`: text features to width D. `pooled_proj`: their mean over tokens, into the code; its last layer starts at 0.
+    * `y_embedding` (text_tokens, E): what stands for no caption. null_text "token": its first row, one token, whatever
+      the length of the caption it stands in for (the other rows are there for weights that have them). "sequence": its
+      first L rows, under the mask of the caption of L tokens that they stand in for. "empty": there is none.
+    * `y_proj`: text features to width D. `pooled_proj`: their mean over tokens, or a vector that comes with them, into
+      the code; where the mean is used its last layer starts at 0.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_classes: int | None,
-        text_dim: int | None,
-        text_tokens: int,
-        pooled_text: bool,
-        gelu: Literal["tanh", "erf"],
-    ) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_classes = num_classes
-        self.embedding_table = None if num_classes is None else nn.Embedding(num_classes + 1, hidden_size)
+        width, _, _ = config.dimensions
+        self.num_classes, self.null_class, self.null_text = config.num_classes, config.null_class, config.null_text
+        self.pooled_text = config.pooled_text
+        self.embedding_table = None
+        if config.num_classes is not None:
+            self.embedding_table = nn.Embedding(config.num_classes + config.null_class, width)
         self.y_embedding = None
         self.y_proj = None
-        self.pooled_proj = None
-        if text_dim is not None:
-            self.y_embedding = nn.Parameter(torch.randn(text_tokens, text_dim) / text_dim**0.5)
-            self.y_proj = Mlp(text_dim, hidden_size, hidden_size, gelu)
-            if pooled_text:
-                self.pooled_proj = nn.Sequential(
-                    nn.Linear(text_dim, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        if config.text_dim is not None:
+            if config.null_text != "empty":
+                self.y_embedding = nn.Parameter(
+                    torch.randn(config.text_tokens, config.text_dim) / config.text_dim**0.5
                 )
+            self.y_proj = (
+                Mlp(config.text_dim, width, width, config.gelu)
+                if config.text_projection == "mlp"
+                else nn.Linear(config.text_dim, width)
+            )
+        pooled = config.text_dim if config.pooled_text else config.pooled_dim
+        self.pooled_proj = None
+        if pooled is not None:
+            self.pooled_proj = nn.Sequential(nn.Linear(pooled, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(
         self,
         class_labels: Tensor | None,
         text: Tensor | None,
         mask: Tensor | None,
+        pooled: Tensor | None,
         drop: Tensor | None,
         dtype: torch.dtype,
-    ) -> Condition:
-        """class_labels (B,) or (1,), -1 for null; text (B, L, E), None for null; mask (B, L) bool; drop (B,) bool: null for both."""
+    ) -> Told:
+        """class_labels (B,), -1 for null; text (B, L, E), None for null; mask (B, L) bool; pooled (B, P), None for 0;
+        drop (B,) bool: null for all of them. Padding that no caption of the batch reaches is cut off first."""
         code = self._label_code(class_labels, drop)
-        if self.y_proj is None:
-            return Condition(code, None, None)
-        text, mask = self._with_nulls(text, mask, drop, dtype)
+        if self.y_proj is not None:
+            text, mask = _trimmed(text, mask)
+            text, mask = self._with_nulls(text, mask, drop, dtype)
         if self.pooled_proj is not None:
-            pooled = self.pooled_proj(F.layer_norm(_mean_over_tokens(text, mask), text.shape[-1:]).to(dtype))
-            code = pooled if code is None else code + pooled
+            if self.pooled_text:
+                assert text is not None
+                pooled = F.layer_norm(_mean_over_tokens(text, mask), text.shape[-1:])
+            elif pooled is None:
+                pooled = torch.zeros(1, self.pooled_proj[0].weight.shape[1], device=self.pooled_proj[0].weight.device)
+            elif drop is not None:
+                pooled = pooled.masked_fill(drop[:, None], 0)
+            told = self.pooled_proj(pooled.to(dtype))
+            code = told if code is None else code + told
+        if self.y_proj is None:
+            return Told(code, None, None)
         if mask is not None:
             mask = None if _is_full(mask) else mask[:, None, None]
-        return Condition(code, self.y_proj(text), mask)
+        assert text is not None
+        return Told(code, self.y_proj(text), mask)
 
     def _label_code(self, labels: Tensor | None, drop: Tensor | None) -> Tensor | None:
-        if self.embedding_table is None or self.num_classes is None or labels is None:
+        if self.embedding_table is None or self.num_classes is None:
             return None
+        if labels is None:
+            labels = torch.full((1,), -1, device=self.embedding_table.weight.device)
         null = labels < 0 if drop is None else (labels < 0) | drop
-        return self.embedding_table(torch.where(null, self.num_classes, labels))
+        if self.null_class:
+            return self.embedding_table(torch.where(null, self.num_classes, labels))
+        return self.embedding_table(labels.clamp(min=0)).masked_fill(null[:, None], 0)
 
     def _with_nulls(
         self, text: Tensor | None, mask: Tensor | None, drop: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor | None]:
         """Text and mask with the null caption where it is dropped, or where it has no token at all."""
-        assert self.y_embedding is not None
-        null = self.y_embedding[0].to(dtype)
+        if self.y_embedding is None:
+            assert text is not None
+            return text.to(dtype), mask
+        null = self.y_embedding.to(dtype)
+        if self.null_text == "token":
+            null = null[:1]
         if text is None:
-            return null[None, None], None
+            return null[None], None
         if mask is not None:
             empty = ~mask.any(1)  # a row with nothing to attend to would be 0/0
             drop = empty if drop is None else drop | empty
         text = text.to(dtype)
         if drop is None:
             return text, mask
-        text = torch.where(drop[:, None, None], null, text)
-        seen = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if mask is None else mask
+        text = torch.where(drop[:, None, None], null[: text.shape[1]], text)
         later = torch.arange(text.shape[1], device=text.device) > 0
-        return text, torch.where(drop[:, None], ~later, seen)
+        if self.null_text == "token":
+            seen = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if mask is None else mask
+            return text, torch.where(drop[:, None], ~later, seen)
+        return text, None if mask is None else torch.where(mask.any(1)[:, None], mask, ~later)
+
+
+def _trimmed(text: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Text and mask without the columns that are padding in every row: no matrix product sees them.
+
+    Only of masks on the CPU: elsewhere it would wait for the device, so who sends a batch to a device trims it there.
+    """
+    if text is None or mask is None or mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return text, mask
+    seen = mask.any(0).nonzero()
+    longest = int(seen[-1]) + 1 if len(seen) else 1
+    return text[:, :longest], mask[:, :longest]
 
 
 def _mean_over_tokens(text: Tensor, mask: Tensor | None) -> Tensor:

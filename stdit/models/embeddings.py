@@ -93,6 +93,12 @@ def _sincos_axis(at: Tensor, size: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
+def centre(table: int, n: int) -> slice:
+    """The middle n of `table` places."""
+    first = (table - n) // 2
+    return slice(first, first + n)
+
+
 @kept
 def sincos_spatial(
     height: int,
@@ -100,14 +106,19 @@ def sincos_spatial(
     hidden_size: int,
     base: int | None,
     interpolation: float,
+    table: tuple[int, int] | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """(S, D): the first half codes w, the second h, each [sin, cos] (Peebles & Xie 2023; scales as PixArt)."""
-    w = _sincos_axis(_spatial_axis(width, base, interpolation), hidden_size // 2)
-    h = _sincos_axis(_spatial_axis(height, base, interpolation), hidden_size // 2)
-    table = torch.cat([w.repeat(height, 1), h.repeat_interleave(width, 0)], dim=1)
-    return table.to(device, dtype)
+    """(S, D): the first half codes w, the second h, each [sin, cos] (Peebles & Xie 2023; scales as PixArt).
+
+    table: a grid (H, W) whose coordinates are taken, and of those the centre (SD3), in place of the grid's own.
+    """
+    rows, columns = table or (height, width)
+    w = _sincos_axis(_spatial_axis(columns, base, interpolation)[centre(columns, width)], hidden_size // 2)
+    h = _sincos_axis(_spatial_axis(rows, base, interpolation)[centre(rows, height)], hidden_size // 2)
+    both = torch.cat([w.repeat(height, 1), h.repeat_interleave(width, 0)], dim=1)
+    return both.to(device, dtype)
 
 
 @kept
@@ -155,6 +166,16 @@ def rope_1d(frames: int, head_dim: int, interpolation: float, device: torch.devi
     return _rope(_rope_angles(torch.arange(frames, dtype=torch.float64) / interpolation, head_dim // 2), device)
 
 
+def with_still(rope: Rope, grid: Grid, count: int, full: bool) -> Rope:
+    """`rope` for frames with `count` more tokens each, after the others, which are not rotated."""
+
+    def grown(table: Tensor, still: float) -> Tensor:
+        frames = table.unflatten(0, (grid[0] if full else 1, -1))
+        return F.pad(frames, (0, 0, 0, 0, 0, count), value=still).flatten(0, 1)
+
+    return Rope(grown(rope.cos, 1.0), grown(rope.sin, 0.0))
+
+
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """x (B, N, H, d) with neighbouring channels (2i, 2i + 1) rotated as pairs, in float32."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
@@ -166,12 +187,15 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 
 
 @kept
-def _frequencies(half: int, device: torch.device) -> Tensor:
-    """(half,) float32: 10000^(-i / half), DiT's convention (diffusers' label embedding divides by half - 1)."""
-    return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half).to(device)
+def _frequencies(half: int, shift: int, device: torch.device) -> Tensor:
+    """(half,) float32: 10000^(-i / (half - shift))."""
+    return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / (half - shift)).to(device)
 
 
-def timestep_code(values: Tensor, size: int) -> Tensor:
-    """Scalars (B,), any dtype -> (B, size) float32, [cos, sin]; timesteps are on the schedulers' scale, 0 to 1000."""
-    angles = values.float()[:, None] * _frequencies(size // 2, values.device)
+def timestep_code(values: Tensor, size: int, shift: int = 0) -> Tensor:
+    """Scalars (B,), any dtype -> (B, size) float32, [cos, sin]; timesteps are on the schedulers' scale, 0 to 1000.
+
+    shift 0: DiT's frequencies and PixArt's; 1: those of diffusers' DiT.
+    """
+    angles = values.float()[:, None] * _frequencies(size // 2, shift, values.device)
     return torch.cat([angles.cos(), angles.sin()], dim=1)

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stdit.models.blocks import FinalLayer, Places, STDiTBlock, modulate
+from stdit.config import ModelConfig
+from stdit.models.blocks import FinalLayer, Places, Signals, STDiTBlock, modulate
 
 Noise = Callable[..., torch.Tensor]
 NOWHERE = Places(None, None, None, None)
@@ -18,15 +19,19 @@ NOWHERE = Places(None, None, None, None)
 def block(**changes: Any) -> STDiTBlock:
     kwargs: dict[str, Any] = {
         "hidden_size": 16,
+        "depth": 2,
         "num_heads": 2,
         "mlp_ratio": 2.0,
-        "attention": "factorized",
-        "temporal": True,
-        "text": True,
-        "qk_norm": True,
-        "gelu": "tanh",
+        "text_dim": 16,
+        "qk_norm": "rms",
+        "cross_qk_norm": "rms",
     }
-    return STDiTBlock(**{**kwargs, **changes})
+    return STDiTBlock(ModelConfig(**{**kwargs, **changes}), 0)
+
+
+def told(modulation: torch.Tensor) -> Signals:
+    """(B, T or 1, 6, D) as a block takes it."""
+    return Signals(modulation.flatten(-2))
 
 
 def shut(made: STDiTBlock) -> STDiTBlock:
@@ -41,15 +46,15 @@ def shut(made: STDiTBlock) -> STDiTBlock:
 
 @pytest.mark.parametrize("attention", ["factorized", "full"])
 def test_a_zero_initialised_block_is_the_identity(noise: Noise, attention: str) -> None:
-    x, modulation = noise(2, 12, 16), noise(2, 6, 16)
-    modulation[:, [2, 5]] = 0.0
-    y = shut(block(attention=attention))(x, noise(2, 5, 16), None, modulation, (3, 2, 2), NOWHERE)
+    x, modulation = noise(2, 3, 4, 16), noise(2, 1, 6, 16)
+    modulation[:, :, [2, 5]] = 0.0
+    y, _ = shut(block(attention=attention))(x, noise(2, 5, 16), told(modulation), None, (3, 2, 2), NOWHERE)
     assert torch.equal(y, x)
 
 
 @pytest.mark.parametrize("gelu", ["tanh", "erf"])
 def test_an_image_block_is_pixarts(noise: Noise, gelu: str) -> None:
-    made = block(temporal=False, qk_norm=False, gelu=gelu)
+    made = block(temporal=False, qk_norm=None, cross_qk_norm=None, gelu=gelu)
     x, text, modulation = noise(2, 6, 16), noise(2, 3, 16, seed=1), noise(2, 6, 16, seed=2)
     s1, c1, g1, s2, c2, g2 = (made.scale_shift_table[None] + modulation).chunk(6, dim=1)
     y = F.layer_norm(x, (16,), eps=1e-6) * (1 + c1) + s1
@@ -58,30 +63,33 @@ def test_an_image_block_is_pixarts(noise: Noise, gelu: str) -> None:
     z = z + made.cross_attn(z, text)
     y = made.mlp.fc1(F.layer_norm(z, (16,), eps=1e-6) * (1 + c2) + s2)
     expected = z + g2 * made.mlp.fc2(F.gelu(y, approximate="none" if gelu == "erf" else "tanh"))
-    torch.testing.assert_close(made(x, text, None, modulation, (1, 2, 3), NOWHERE), expected)
+    found, _ = made(x[:, None], text, told(modulation[:, None]), None, (1, 2, 3), NOWHERE)
+    torch.testing.assert_close(found[:, 0], expected)
 
 
 @pytest.mark.parametrize("layer", ["spatial", "temporal"])
 def test_factorized_attention_stays_within_frames_and_places(noise: Noise, layer: str) -> None:
-    made = block(text=False)
+    made = block(text_dim=None)
     closed = made.attn_temp if layer == "spatial" else made.attn
     assert closed is not None
     torch.nn.init.zeros_(closed.proj.weight)
-    x, modulation = noise(1, 12, 16), noise(1, 6, 16, seed=1)
+    x, modulation = noise(1, 3, 4, 16), noise(1, 1, 6, 16, seed=1)
     y = x.clone()
-    y[0, 5, :3] += 1.0  # frame 1 of 3, place 1 of 4
-    before, after = (made(tokens, None, None, modulation, (3, 2, 2), NOWHERE)[0] for tokens in (x, y))
+    y[0, 1, 1, :3] += 1.0  # frame 1 of 3, place 1 of 4
+    before, after = (
+        made(tokens, None, told(modulation), None, (3, 2, 2), NOWHERE)[0].flatten(0, 2) for tokens in (x, y)
+    )
     reached = {i for i in range(12) if not torch.allclose(before[i], after[i], atol=1e-6)}
     assert reached == ({4, 5, 6, 7} if layer == "spatial" else {1, 5, 9})
 
 
 def test_a_shared_modulation_is_one_for_each(noise: Noise) -> None:
-    x, shift, scale = noise(3, 5, 16), noise(1, 1, 16, seed=1), noise(1, 1, 16, seed=2)
-    each = modulate(x, shift.expand(3, -1, -1), scale.expand(3, -1, -1))
-    torch.testing.assert_close(modulate(x, shift, scale), each)
-    layer = FinalLayer(16, 4)
-    code = noise(1, 16, seed=3)
-    torch.testing.assert_close(layer(x, code), layer(x, code.expand(3, -1)))
+    x, shift, scale = noise(3, 1, 5, 16), noise(1, 1, 1, 16, seed=1), noise(1, 1, 1, 16, seed=2)
+    each = modulate(x, shift.expand(3, -1, -1, -1), scale.expand(3, -1, -1, -1), 1e-6)
+    torch.testing.assert_close(modulate(x, shift, scale, 1e-6), each)
+    layer = FinalLayer(ModelConfig(hidden_size=16, depth=1, num_heads=2), 4)
+    code = noise(1, 1, 16, seed=3)
+    torch.testing.assert_close(layer(x, code), layer(x, code.expand(3, -1, -1)))
 
 
 @pytest.mark.parametrize("attention", ["factorized", "full"])
@@ -90,6 +98,5 @@ def test_a_block_compiles_without_graph_breaks(noise: Noise, attention: str) -> 
     compiled = torch.compile(made, fullgraph=True, backend="eager")
     mask = (torch.arange(3) < torch.tensor([[1], [3]]))[:, None, None]
     for grid in ((1, 2, 3), (2, 2, 3)):
-        n = grid[0] * 6
-        args = (noise(2, n, 16), noise(2, 3, 16), mask, noise(2, 6, 16), grid, NOWHERE)
+        args = (noise(2, grid[0], 6, 16), noise(2, 3, 16), told(noise(2, 1, 6, 16)), mask, grid, NOWHERE)
         torch.testing.assert_close(compiled(*args), made(*args))

@@ -29,7 +29,7 @@ KINDS: list[dict[str, Any]] = [
     {"attention": "full"},
     {"attention": "full", "positions": "rope", "hidden_size": 48},
     {"attention": "factorized"},
-    {"attention": "factorized", "positions": "rope", "qk_norm": True},
+    {"attention": "factorized", "positions": "rope", "qk_norm": "rms", "cross_qk_norm": "rms"},
     {"attention": "factorized", "temporal": False},
 ]
 
@@ -147,7 +147,7 @@ def test_saved_and_loaded_weights_are_bit_equal(tiny: Tiny, tmp_path: Path, kind
 
 
 def test_names_are_the_published_ones(tiny: Tiny) -> None:
-    names = set(tiny(depth=1, text_dim=6, num_classes=3, qk_norm=True).state_dict())
+    names = set(tiny(depth=1, text_dim=6, num_classes=3, qk_norm="rms", cross_qk_norm="rms").state_dict())
     block = {
         "scale_shift_table",
         *(f"{a}.{m}.{p}" for a in ("attn", "attn_temp") for m in ("qkv", "proj") for p in ("weight", "bias")),

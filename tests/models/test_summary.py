@@ -20,7 +20,7 @@ from stdit.models.summary import parameter_count, summary
 Settings = Callable[..., ModelConfig]
 KINDS: list[dict[str, Any]] = [
     {"attention": "full"},
-    {"attention": "full", "text_dim": 24, "pooled_text": True, "qk_norm": True},
+    {"attention": "full", "text_dim": 24, "pooled_text": True, "qk_norm": "rms", "cross_qk_norm": "rms"},
     {"attention": "factorized", "text_dim": 24, "positions": "rope", "micro_conditions": ("fps", "width")},
     {"attention": "factorized", "temporal": False, "num_classes": 3, "learned_variance": True},
 ]
