@@ -116,6 +116,14 @@ class ModelConfig(Frozen):
     # Of the norm before the MLP; None: norm_eps.
     mlp_norm_eps: Annotated[float, Field(gt=0)] | None = None
 
+    # Dynamic compute (stdit/models/dynamic.py; Zhao et al. 2025, DyDiT): heads and groups of the MLP's inner channels, as
+    # many as there are heads, are chosen by the time; tokens that go through the MLP by themselves.
+    dynamic_width: bool = False
+    dynamic_tokens: bool = False
+    # Early exit: (time, blocks) pairs; at that time (0 data, 1 noise) and above only the first so many blocks run. The
+    # noisiest comes first.
+    exit_depths: tuple[tuple[Annotated[float, Field(gt=0, lt=1)], Positive], ...] = ()
+
     # Sines and cosines that a time is coded in (None: the hidden size), at frequencies 10000^(-i / (half - shift)):
     # shift 0 is DiT's and PixArt's, 1 is that of diffusers' DiT.
     timestep_width: Positive | None = 256
@@ -134,6 +142,7 @@ class ModelConfig(Frozen):
         self._check_attention()
         self._check_positions()
         self._check_conditions()
+        self._check_dynamic()
         return self
 
     def _check_widths(self) -> None:
@@ -153,13 +162,15 @@ class ModelConfig(Frozen):
             raise ValueError(f"timestep_width {self.timestep_width or width} is odd; sines and cosines come in pairs")
 
     def _check_attention(self) -> None:
-        width, depth, _ = self.dimensions
+        _, depth, _ = self.dimensions
         if not self.temporal and self.attention != "factorized":
             raise ValueError(
                 f"temporal: false belongs to attention: factorized; {self.attention} attention has no temporal part to leave out"
             )
         if self.attention == "alternating" and depth % 2:
-            raise ValueError(f"depth {depth} is odd; alternating attention needs as many temporal blocks as spatial ones")
+            raise ValueError(
+                f"depth {depth} is odd; alternating attention needs as many temporal blocks as spatial ones"
+            )
         within = {"window": self.window, "kv_compress": self.kv_compress}
         for name, value in within.items():
             blocks = getattr(self, f"{name}_blocks")
@@ -184,7 +195,6 @@ class ModelConfig(Frozen):
             raise ValueError("relative_positions needs window")
 
     def _check_positions(self) -> None:
-        width, _, _ = self.dimensions
         if self.positions == "learned" and self.position_grid is None:
             raise ValueError("positions: learned needs position_grid, the (H, W) patches of its table")
         if self.time_positions == "learned" and self.has_time and self.position_frames is None:
@@ -193,8 +203,6 @@ class ModelConfig(Frozen):
             raise ValueError(
                 "position_reference sets base and interpolation itself; leave out position_base, position_interpolation and position_grid"
             )
-        if self.position_reference and self.positions == "learned":
-            raise ValueError("position_reference scales coordinates; positions: learned have none")
         if self.attention == "full" and self.positions == "rope" and self.time_positions not in ("rope", "none"):
             raise ValueError(f"3D rope has no temporal_positions: {self.time_positions}")
 
@@ -211,6 +219,44 @@ class ModelConfig(Frozen):
             raise ValueError(f"mlp {self.mlp} needs a grid of patches, which joint attention's text is not")
         if self.conditioning == "in_context" and self.mlp in ("conv2d", "conv3d"):
             raise ValueError(f"mlp {self.mlp} needs a grid of patches, which in-context tokens are not on")
+
+    def _check_dynamic(self) -> None:
+        width, depth, heads = self.dimensions
+        for name in ("dynamic_width", "dynamic_tokens"):
+            if getattr(self, name) and self.conditioning == "joint":
+                raise ValueError(f"{name} does not go with conditioning joint")
+            if getattr(self, name) and self.mlp in ("conv2d", "conv3d"):
+                raise ValueError(f"{name} does not go with mlp {self.mlp}, which needs every patch's every channel")
+        if self.dynamic_width and heads < 2:
+            raise ValueError(f"dynamic_width with num_heads {heads}: the first head always runs, so there must be 2 or more")
+        if self.dynamic_width and self.mlp_width % heads:
+            raise ValueError(
+                f"dynamic_width: the MLP's {self.mlp_width} inner channels (hidden_size {width}, mlp_ratio {self.mlp_ratio}) are not divisible by num_heads {heads}"
+            )
+        if self.dynamic_width and self.qk_norm == "layer":
+            raise ValueError("dynamic_width does not go with qk_norm: layer, which norms all heads together")
+        if self.dynamic_width and self.kv_compress:
+            raise ValueError(f"dynamic_width does not go with kv_compress {self.kv_compress}, which norms all heads together")
+        for i, (time, blocks) in enumerate(self.exit_depths):
+            if blocks > depth:
+                raise ValueError(f"exit_depths: {blocks} blocks from time {time} up; depth is {depth}")
+            if i and (time >= self.exit_depths[i - 1][0] or blocks <= self.exit_depths[i - 1][1]):
+                raise ValueError(
+                    f"exit_depths: times must fall and blocks rise, found {list(self.exit_depths[i - 1])} before {[time, blocks]}"
+                )
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether parts of the blocks are chosen, by routers that are trained."""
+        return self.dynamic_width or self.dynamic_tokens
+
+    @property
+    def mlp_width(self) -> int:
+        """Inner channels of the MLP: of SwiGLU 2/3 of the others', so that it weighs the same."""
+        width, _, _ = self.dimensions
+        if self.mlp == "swiglu":
+            return 8 * round(width * self.mlp_ratio * 2 / 3 / 8) or 8
+        return int(width * self.mlp_ratio)
 
     @property
     def dimensions(self) -> tuple[int, int, int]:

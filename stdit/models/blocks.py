@@ -106,7 +106,7 @@ class TextStream(nn.Module):
         self.attn = Attention(width, heads, config.qk_norm)
         self.mlp = None if last else feed_forward(config)
         if last:
-            self.attn.proj = None
+            del self.attn.proj
 
 
 class STDiTBlock(nn.Module):

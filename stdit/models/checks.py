@@ -115,9 +115,13 @@ def _check_scalars(settings: ModelConfig, batch: int, values: Mapping[str, Any])
     if settings.position_reference:
         for name in ("height", "width"):
             value = values[name]
-            one = not isinstance(value, Tensor) or value.device.type != "cpu" or bool((value == value.flatten()[0]).all())
+            one = (
+                not isinstance(value, Tensor) or value.device.type != "cpu" or bool((value == value.flatten()[0]).all())
+            )
             if not one:
-                raise ValueError(f"{name} differs within the batch {value.tolist()}; position_reference needs one for all")
+                raise ValueError(
+                    f"{name} differs within the batch {value.tolist()}; position_reference needs one for all"
+                )
 
 
 def _check_given(settings: ModelConfig, given: Tensor, expected: tuple[int, int]) -> None:

@@ -71,16 +71,14 @@ class ConditionEmbedder(nn.Module):
         self.y_proj = None
         if config.text_dim is not None:
             if config.null_text != "empty":
-                self.y_embedding = nn.Parameter(
-                    torch.randn(config.text_tokens, config.text_dim) / config.text_dim**0.5
-                )
+                self.y_embedding = nn.Parameter(torch.randn(config.text_tokens, config.text_dim) / config.text_dim**0.5)
             self.y_proj = (
                 Mlp(config.text_dim, width, width, config.gelu)
                 if config.text_projection == "mlp"
                 else nn.Linear(config.text_dim, width)
             )
         pooled = config.text_dim if config.pooled_text else config.pooled_dim
-        self.pooled_proj = None
+        self.pooled_proj, self.pooled_width = None, pooled or 0
         if pooled is not None:
             self.pooled_proj = nn.Sequential(nn.Linear(pooled, width), nn.SiLU(), nn.Linear(width, width))
 
@@ -104,7 +102,7 @@ class ConditionEmbedder(nn.Module):
                 assert text is not None
                 pooled = F.layer_norm(_mean_over_tokens(text, mask), text.shape[-1:])
             elif pooled is None:
-                pooled = torch.zeros(1, self.pooled_proj[0].weight.shape[1], device=self.pooled_proj[0].weight.device)
+                pooled = torch.zeros(1, self.pooled_width, device=next(self.pooled_proj.parameters()).device)
             elif drop is not None:
                 pooled = pooled.masked_fill(drop[:, None], 0)
             told = self.pooled_proj(pooled.to(dtype))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from stdit.config import ModelConfig
 from stdit.models.blocks import FinalLayer, Places, Signals, STDiTBlock, modulate
+from stdit.models.feedforward import Mlp
 
 Noise = Callable[..., torch.Tensor]
 NOWHERE = Places(None, None, None, None)
@@ -61,6 +62,7 @@ def test_an_image_block_is_pixarts(noise: Noise, gelu: str) -> None:
     z = x + g1 * made.attn(y)
     assert made.cross_attn is not None
     z = z + made.cross_attn(z, text)
+    assert isinstance(made.mlp, Mlp)
     y = made.mlp.fc1(F.layer_norm(z, (16,), eps=1e-6) * (1 + c2) + s2)
     expected = z + g2 * made.mlp.fc2(F.gelu(y, approximate="none" if gelu == "erf" else "tanh"))
     found, _ = made(x[:, None], text, told(modulation[:, None]), None, (1, 2, 3), NOWHERE)

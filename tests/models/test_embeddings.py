@@ -57,19 +57,26 @@ def test_positions_are_pixarts(base: int, interpolation: float) -> None:
     expected = get_2d_sincos_pos_embed(
         32, (6, 10), base_size=base, interpolation_scale=interpolation, output_type="pt", device=CPU
     )
-    ours = sincos_spatial(6, 10, 32, base, interpolation, CPU, torch.float32)
+    ours = sincos_spatial(6, 10, 32, base, interpolation, None, CPU, torch.float32)
     assert torch.equal(ours, torch.as_tensor(expected).float())
 
 
 def test_the_first_half_of_the_position_is_w() -> None:
-    table = sincos_spatial(3, 5, 32, None, 1.0, CPU, torch.float32).view(3, 5, 32)
+    table = sincos_spatial(3, 5, 32, None, 1.0, None, CPU, torch.float32).view(3, 5, 32)
     assert torch.equal(table[0, :, :16], table[2, :, :16])
     assert torch.equal(table[:, 0, 16:], table[:, 4, 16:])
     assert torch.equal(table[0, 2, :8], torch.sin(2.0 * 10000 ** (-torch.arange(8, dtype=torch.float64) / 8)).float())
 
 
+def test_a_table_gives_its_centre() -> None:
+    """As SD3 crops its table: diffusers' PatchEmbed with pos_embed_max_size."""
+    whole = sincos_spatial(6, 8, 32, 4, 1.0, None, CPU, torch.float32).view(6, 8, 32)
+    part = sincos_spatial(2, 5, 32, 4, 1.0, (6, 8), CPU, torch.float32).view(2, 5, 32)
+    assert torch.equal(part, whole[2:4, 1:6])
+
+
 def test_a_base_gives_every_grid_the_same_range() -> None:
-    small, large = (sincos_spatial(1, n, 32, 8, 1.0, CPU, torch.float32) for n in (8, 16))
+    small, large = (sincos_spatial(1, n, 32, 8, 1.0, None, CPU, torch.float32) for n in (8, 16))
     torch.testing.assert_close(large[::2], small)
 
 

@@ -45,7 +45,7 @@ def test_a_new_model_predicts_zero_and_its_blocks_are_the_identity(
     model = STDiT.from_settings(settings(text_dim=6, num_classes=3, **kind))
     seen: list[Any] = []
     for block in model.blocks:
-        block.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+        block.register_forward_hook(lambda _, args, output: seen.append((args[0], output[0])))
     sample = model(noise(2, 3, 2, 4, 4), 300, noise(2, 4, 6), class_labels=torch.tensor([0, 2])).sample
     assert not sample.any()
     assert len(seen) == 2

@@ -1,0 +1,89 @@
+"""What a model and its config refuse, with both numbers, before anything is computed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from stdit.config import ModelConfig
+from stdit.models.stdit import STDiT
+
+Tiny = Callable[..., STDiT]
+Noise = Callable[..., torch.Tensor]
+
+CONFIGS: list[tuple[dict[str, Any], str]] = [
+    ({"hidden_size": 30}, "hidden_size 30 is not divisible by num_heads 4"),
+    ({"num_heads": 8, "hidden_size": 36, "positions": "none"}, "hidden_size 36 is not divisible by num_heads 8"),
+    ({"micro_conditions": ["size"]}, "hidden_size 32 is not divisible by 3"),
+    ({"timestep_width": 33}, "timestep_width 33 is odd"),
+    ({"temporal": False, "attention": "full"}, "full attention has no temporal part"),
+    ({"depth": 3, "attention": "alternating"}, "depth 3 is odd"),
+    ({"window_blocks": [0]}, "window_blocks without window"),
+    ({"window": 2, "window_blocks": [2]}, "names block 2; depth is 2"),
+    ({"window": 2, "attention": "full"}, "window 2 belongs to attention within frames"),
+    ({"kv_compress": 2, "positions": "rope"}, "kv_compress 2 does not go with positions: rope"),
+    ({"window": 2, "kv_compress": 2}, "block 0 has both window 2 and kv_compress 2"),
+    ({"window": 2, "conditioning": "in_context"}, "window 2 does not go with conditioning in_context"),
+    ({"relative_positions": True}, "relative_positions needs window"),
+    ({"positions": "learned"}, "needs position_grid"),
+    ({"positions": "learned", "position_grid": [4, 4]}, "need position_frames"),
+    ({"position_reference": 512, "position_base": 32}, "leave out position_base"),
+    ({"attention": "full", "positions": "rope", "temporal_positions": "sincos"}, "3D rope has no temporal_positions"),
+    ({"pooled_text": True}, "pooled_text needs text_dim"),
+    ({"pooled_text": True, "text_dim": 6, "pooled_dim": 5}, "or pooled_dim 5, not both"),
+    ({"conditioning": "joint"}, "joint needs text_dim"),
+    ({"conditioning": "joint", "text_dim": 6, "attention": "alternating"}, "not alternating"),
+    ({"conditioning": "joint", "text_dim": 6, "mlp": "conv2d"}, "conv2d needs a grid"),
+    ({"conditioning": "in_context", "mlp": "conv3d"}, "conv3d needs a grid"),
+    ({"drop_path": 1.0}, "less than 1"),
+    ({"kv_compress": 1}, "greater than or equal to 2"),
+    ({"qk_norm": "batch"}, "'rms' or 'layer'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), CONFIGS, ids=[message for _, message in CONFIGS])
+def test_a_config_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
+    values = {"hidden_size": 32, "depth": 2, "num_heads": 4, **changes}
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        ModelConfig.model_validate(values)
+
+
+INPUTS: list[tuple[dict[str, Any], tuple[int, ...], dict[str, Any], str]] = [
+    ({}, (2, 3, 1, 7, 8), {}, "height 7 is not divisible by patch_size 2"),
+    ({}, (2, 4, 1, 8, 8), {}, "4 channels; the model takes in_channels 3"),
+    ({}, (2, 3, 8, 8), {}, "4 dimensions"),
+    ({"window": 3}, (2, 3, 1, 8, 12), {}, "height of 4 patches is not divisible by window 3"),
+    ({"kv_compress": 4}, (2, 3, 1, 8, 12), {}, "width of 6 patches is not divisible by kv_compress 4"),
+    ({"positions": "learned", "position_grid": (4, 4), "position_frames": 2}, (2, 3, 3, 8, 8), {}, "3 frames of patches; the learned table of positions (position_frames) has 2"),
+    ({"positions": "learned", "position_grid": (4, 4), "position_frames": 2}, (2, 3, 1, 8, 10), {}, "width of 5 patches; the table of positions (position_grid) has 4"),
+    ({"text_dim": 6}, (2, 3, 1, 8, 8), {"encoder_hidden_states": torch.zeros(2, 5, 7)}, "7 wide; the model takes text_dim 6"),
+    ({"text_dim": 6}, (2, 3, 1, 8, 8), {"encoder_hidden_states": torch.zeros(2, 9, 6)}, "9 tokens; the model takes 1 to text_tokens 7"),
+    ({"text_dim": 6}, (2, 3, 1, 8, 8), {"encoder_hidden_states": torch.zeros(2, 5, 6), "encoder_attention_mask": torch.ones(2, 4)}, "encoder_attention_mask has shape (2, 4); encoder_hidden_states has (2, 5)"),
+    ({"text_dim": 6, "null_text": "empty"}, (2, 3, 1, 8, 8), {}, "no null caption of its own"),
+    ({"text_dim": 6, "null_text": "empty"}, (2, 3, 1, 8, 8), {"encoder_hidden_states": torch.zeros(2, 5, 6), "drop_condition": torch.tensor([True, False])}, "drop_condition: this model has no null"),
+    ({"num_classes": 3}, (2, 3, 1, 8, 8), {"class_labels": torch.tensor([0, 3])}, "class label 3 is out of range; the model has 3 classes"),
+    ({"num_classes": 3}, (2, 3, 1, 8, 8), {"class_labels": torch.tensor([0])}, "class_labels has shape (1,)"),
+    ({}, (2, 3, 1, 8, 8), {"pooled_projections": torch.zeros(2, 5)}, "pooled_dim None"),
+    ({"pooled_dim": 5}, (2, 3, 1, 8, 8), {"pooled_projections": torch.zeros(2, 4)}, "pooled_projections has shape (2, 4); expected (2, 5)"),
+    ({"micro_conditions": ("frames",)}, (2, 3, 1, 8, 8), {}, "frames is missing; the model has micro_conditions frames"),
+    ({"position_reference": 64}, (2, 3, 1, 8, 8), {}, "height is missing; the model has position_reference 64"),
+    ({"position_reference": 64}, (2, 3, 1, 8, 8), {"height": torch.tensor([64.0, 32.0]), "width": 64.0}, "height differs within the batch [64.0, 32.0]"),
+    ({"micro_conditions": ("size",), "hidden_size": 24}, (2, 3, 1, 8, 8), {"height": torch.zeros(3), "width": 8.0}, "height has shape (3,)"),
+    ({}, (2, 3, 2, 8, 8), {"given_frames": torch.zeros(2, 3, dtype=torch.bool)}, "given_frames has shape (2, 3); expected (samples, latent frames) (2, 2)"),
+    ({"conditioning": "cross_attention"}, (2, 3, 2, 8, 8), {"given_frames": torch.zeros(2, 2, dtype=torch.bool)}, "tells all frames one time"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "shape", "given", "message"), INPUTS, ids=[case[-1] for case in INPUTS])
+def test_inputs_that_do_not_fit_are_refused_before_any_product(
+    tiny: Tiny, changes: dict[str, Any], shape: tuple[int, ...], given: dict[str, Any], message: str
+) -> None:
+    model = tiny(**changes)
+    model.x_embedder.register_forward_pre_hook(lambda *_: pytest.fail("computed something first"))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model(torch.zeros(shape), 300, **given)
