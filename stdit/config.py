@@ -35,6 +35,27 @@ __all__ = [
 # -------------------------------------------------------------------------------------- diffusion
 
 
+class GivenFramesConfig(Frozen):
+    """Shares of the training clips of which some frames are given: kept as they are, told time 0, out of the loss.
+
+    first: the first one (image-to-video). head, tail: some at the beginning or the end (extension). ends: the first and
+    the last (looping, in-betweening). random: any. Images give none.
+    """
+
+    first: Share = 0.0
+    head: Share = 0.0
+    tail: Share = 0.0
+    ends: Share = 0.0
+    random: Share = 0.0
+
+    @model_validator(mode="after")
+    def _sum(self) -> GivenFramesConfig:
+        total = self.first + self.head + self.tail + self.ends + self.random
+        if total > 1 + 1e-9:
+            raise ValueError(f"the shares of given_frames sum to {total:g}, which is more than 1")
+        return self
+
+
 class DiffusionConfig(Frozen):
     """What the model is asked to predict, at which times. t = 0 is data, t = 1 is noise."""
 
@@ -53,6 +74,7 @@ class DiffusionConfig(Frozen):
     # Both: the share of samples whose condition is dropped, for classifier-free guidance.
     label_dropout: Share = 0.1
     caption_dropout: Share = 0.1
+    given_frames: GivenFramesConfig = GivenFramesConfig()
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -368,6 +390,10 @@ class Config(Frozen):
         if self.diffusion.objective == "flow" and sampler in ("ddim", "ddpm") and self.samples.every:
             raise ValueError(
                 f"samples.sampler.scheduler {sampler} draws from objective ddpm; this run's diffusion.objective is flow"
+            )
+        if self.model.conditioning == "cross_attention" and self.diffusion.given_frames != GivenFramesConfig():
+            raise ValueError(
+                "diffusion.given_frames: model.conditioning cross_attention tells all frames one time; choose another"
             )
         if self.diffusion.objective == "flow" and self.model.learned_variance:
             raise ValueError(

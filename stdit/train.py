@@ -146,7 +146,11 @@ def backward(engine: Engine, inputs: Inputs, batch: Batch, step: int) -> Tensor:
     noise = inputs.noise(x0, "noise", step, batch.positions)
     t = inputs.times(x0, step, batch.positions)
     condition = inputs.dropped(condition_of(batch, inputs.config.model, inputs.device), step, batch.positions)
-    loss = inputs.objective.loss(lambda x, s: engine(x, s, **condition, return_dict=False)[0], x0, noise, t).mean()
+    given = inputs.given(x0, step, batch.positions)
+    if given is not None:
+        condition["given_frames"] = given
+    each = inputs.objective.loss(lambda x, s: engine(x, s, **condition, return_dict=False)[0], x0, noise, t, given)
+    loss = each.mean()
     engine.backward(loss)
     return loss.detach()
 

@@ -35,9 +35,17 @@ def _per_sample(values: Tensor, x: Tensor) -> Tensor:
     return values.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
-def _mean(x: Tensor) -> Tensor:
-    """Mean over all but the batch: (B, …) -> (B,)."""
-    return x.flatten(1).mean(1)
+def _mean(x: Tensor, given: Tensor | None = None) -> Tensor:
+    """Mean over all but the batch, (B, C, T, H, W) -> (B,), of the frames that are not `given` (B, T)."""
+    if given is None:
+        return x.flatten(1).mean(1)
+    drawn = (~given).to(x.dtype)
+    return (x.mean((1, 3, 4)) * drawn).sum(1) / drawn.sum(1).clamp(min=1)
+
+
+def _with_given(x_t: Tensor, x0: Tensor, given: Tensor | None) -> Tensor:
+    """x_t with the given frames (B, T) as they are in the data."""
+    return x_t if given is None else torch.where(given[:, None, :, None, None], x0, x_t)
 
 
 def _check_prediction(prediction: Tensor, channels: int, x: Tensor) -> None:
@@ -69,11 +77,12 @@ class FlowMatching:
         """t on the model's scale, 0 to 1000."""
         return t * TIMESTEPS
 
-    def loss(self, predict: Predict, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Mean squared error of the velocity, (B,), in float32."""
-        prediction = predict(self.add_noise(x0, noise, t), self.timestep(t))
+    def loss(self, predict: Predict, x0: Tensor, noise: Tensor, t: Tensor, given: Tensor | None = None) -> Tensor:
+        """Mean squared error of the velocity, (B,), in float32. given (B, T) bool: frames that keep their data and
+        are out of the loss."""
+        prediction = predict(_with_given(self.add_noise(x0, noise, t), x0, given), self.timestep(t))
         _check_prediction(prediction, x0.shape[1], x0)
-        return _mean((prediction.float() - (noise - x0).float()).square())
+        return _mean((prediction.float() - (noise - x0).float()).square(), given)
 
 
 class DDPM:
@@ -116,22 +125,24 @@ class DDPM:
         step = self.timestep(t)
         return self._at(self.signal, step, x0) * x0 + self._at(self.noise, step, x0) * noise
 
-    def loss(self, predict: Predict, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def loss(self, predict: Predict, x0: Tensor, noise: Tensor, t: Tensor, given: Tensor | None = None) -> Tensor:
         """Mean squared error of the noise, (B,), in float32; with learned variance plus 0.001 N times the bound's
-        term, in bits per dimension, from which the noise channels get no gradient."""
+        term, in bits per dimension, from which the noise channels get no gradient. given: as flow matching's."""
         step, channels = self.timestep(t), x0.shape[1]
-        x_t = self.add_noise(x0, noise, t)
+        x_t = _with_given(self.add_noise(x0, noise, t), x0, given)
         prediction = predict(x_t, step)
         _check_prediction(prediction, 2 * channels if self.learned_variance else channels, x0)
         prediction, x_t, x0 = prediction.float(), x_t.float(), x0.float()
-        error = _mean((prediction[:, :channels] - noise.float()).square())
+        error = _mean((prediction[:, :channels] - noise.float()).square(), given)
         if not self.learned_variance:
             return error
         predicted_noise, fraction = prediction.split(channels, dim=1)
-        bound = self.variational_bound(predicted_noise.detach(), fraction, x0, x_t, step)
+        bound = self.variational_bound(predicted_noise.detach(), fraction, x0, x_t, step, given)
         return error + self.steps / 1000 * bound
 
-    def variational_bound(self, noise: Tensor, fraction: Tensor, x0: Tensor, x_t: Tensor, step: Tensor) -> Tensor:
+    def variational_bound(
+        self, noise: Tensor, fraction: Tensor, x0: Tensor, x_t: Tensor, step: Tensor, given: Tensor | None = None
+    ) -> Tensor:
         """Term of the variational bound at `step` (B,), in bits per dimension, (B,).
 
         `fraction` (B, C, T, H, W), -1 to 1, interpolates the log variance between the posterior's and beta.
@@ -146,7 +157,7 @@ class DDPM:
         truth = of_x0 * x0 + of_xt * x_t
         divergence = normal_kl(truth, log_smallest, mean, log_variance)
         decoder = -discretised_log_likelihood(x0, mean, 0.5 * log_variance)
-        return torch.where(step == 0, _mean(decoder), _mean(divergence)) / math.log(2)
+        return torch.where(step == 0, _mean(decoder, given), _mean(divergence, given)) / math.log(2)
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:

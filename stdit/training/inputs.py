@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stdit.config import Config, ModelConfig
+from stdit.config import Config, GivenFramesConfig, ModelConfig
 from stdit.data.loader import Batch
+from stdit.diffusion.given import given_frames
 from stdit.diffusion.objectives import DDPM, FlowMatching
 from stdit.diffusion.randomness import normal, uniform
 
@@ -44,6 +45,15 @@ class Inputs:
         """Training times (B,) in [0, 1]."""
         u = uniform(self.config.seed, "time", step, positions, self.device)
         return self.objective.times(u, (x0.shape[2], x0.shape[3], x0.shape[4]))
+
+    def given(self, x0: Tensor, step: int, positions: tuple[int, ...]) -> Tensor | None:
+        """Frames (B, T) that are given, by the config's shares; None where there are none."""
+        shares = self.config.diffusion.given_frames
+        if x0.shape[2] == 1 or shares == GivenFramesConfig():
+            return None
+        seed, frames = self.config.seed, (x0.shape[2],)
+        which, length = (uniform(seed, f"given {what}", step, positions, self.device) for what in ("pattern", "length"))
+        return given_frames(shares, which, length, normal(frames, seed, "given order", step, positions, self.device))
 
     def dropped(self, condition: dict[str, Tensor], step: int, positions: tuple[int, ...]) -> dict[str, Tensor]:
         """`condition` with some samples' conditions dropped, for classifier-free guidance: the whole of it where a

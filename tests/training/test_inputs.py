@@ -76,3 +76,19 @@ def test_the_model_is_given_what_it_takes_and_no_more() -> None:
     plain = made.config.model.model_copy(update={"num_classes": None, "text_dim": None, "micro_conditions": ()})
     assert condition_of(batch, plain, CPU) == {}
     assert made.dropped({}, 1, batch.positions) == {}
+
+
+def test_given_frames_are_the_same_at_the_same_step_whatever_the_batch() -> None:
+    config = config_of(merge(settings("runs/x"), {"diffusion": {"given_frames": {"first": 0.4, "random": 0.4}}}))
+    made = Inputs(config, STATISTICS, make_objective(config.diffusion, False), CPU)
+    x0 = torch.zeros(40, 2, 4, 4, 4)
+    whole, again, later = (made.given(x0, step, tuple(range(40))) for step in (1, 1, 2))
+    part = made.given(x0[10:], 1, tuple(range(10, 40)))
+    assert whole is not None
+    assert again is not None
+    assert part is not None
+    assert torch.equal(whole, again)
+    assert torch.equal(whole[10:], part)
+    assert not torch.equal(whole, torch.as_tensor(later))
+    assert inputs().given(x0, 1, tuple(range(40))) is None
+    assert made.given(x0[:, :, :1], 1, tuple(range(40))) is None
