@@ -15,12 +15,12 @@ from stdit.diffusion.randomness import normal, uniform
 MANY = 4000
 
 
-def masks(frames: int = 5, **shares: float) -> Tensor | None:
+def masks(frames: int = 5, /, **shares: float) -> Tensor | None:
     which, length = (uniform(0, purpose, 0, range(MANY)) for purpose in ("which", "length"))
     return given_frames(GivenFramesConfig(**shares), which, length, normal((frames,), 0, "order", 0, range(MANY)))
 
 
-def found(frames: int = 5, **shares: float) -> set[tuple[int, ...]]:
+def found(frames: int = 5, /, **shares: float) -> set[tuple[int, ...]]:
     mask = masks(frames, **shares)
     assert mask is not None
     return {tuple(row) for row in mask.int().tolist()}
