@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pipelines import plan as plans
 from pipelines.plan import Plan, ResolvedStage
-from stdit.config import ConfigError
+from stdit.config import ConfigError, TextEncoderConfig
 
 
 def check_early(plan: Plan, stages: Sequence[ResolvedStage]) -> None:
@@ -16,12 +16,28 @@ def check_early(plan: Plan, stages: Sequence[ResolvedStage]) -> None:
     for stage in stages:
         if encoder.kind == "pixels":  # Of others the compression is known once they are loaded, at extraction.
             plans.check_shapes(stage, (1, 1, 1), encoder.channels)
-        if stage.config.model.text_dim is not None and plan.extract.text_encoder is None:
-            raise ConfigError(
-                f"{stage.source}: model.text_dim {stage.config.model.text_dim}, but the plan's extraction has no text_encoder"
-            )
+        _check_text(stage, plan.extract.text_encoder)
         if stage.after is not None:
             crossing(by_name[stage.after], stage)
+
+
+def _check_text(stage: ResolvedStage, encoder: TextEncoderConfig | None) -> None:
+    """What a stage's model takes of captions against what the plan's extraction makes of them, as far as its config says."""
+    model = stage.config.model
+    for key, value in (("text_dim", model.text_dim), ("pooled_dim", model.pooled_dim)):
+        if value is not None and encoder is None:
+            raise ConfigError(f"{stage.source}: model.{key} {value}, but the plan's extraction has no text_encoder")
+    if encoder is None:
+        return
+    if model.pooled_dim is not None and not any(one.pooled for one in encoder.each):
+        raise ConfigError(
+            f"{stage.source}: model.pooled_dim {model.pooled_dim}, but no text_encoder of the plan's extraction has pooled: true"
+        )
+    if model.text_dim is not None and encoder.longest > model.text_tokens:
+        raise ConfigError(
+            f"{stage.source}: model.text_tokens {model.text_tokens}, but the plan's extraction makes up to {encoder.longest} "
+            "tokens of a caption (text_encoder.max_tokens)"
+        )
 
 
 def check_manifest(plan: Plan) -> None:
@@ -52,13 +68,16 @@ def crossing(before: ResolvedStage, stage: ResolvedStage) -> str:
 def positions(before: ResolvedStage, stage: ResolvedStage) -> list[str]:
     """What a change of size between two stages does to the coordinates of patches; nothing where the size stays."""
     old, new, model = before.largest, stage.largest, stage.config.model
-    if (old.height, old.width) == (new.height, new.width):
+    if (old.height, old.width) == (new.height, new.width) or model.positions == "none":
         return []
-    spans = (
-        "coordinates go beyond those learned, because model.position_base is not set"
-        if model.position_base is None
-        else f"rescaled, every grid spans the same 0 to {model.position_base / model.position_interpolation:g}"
-    )
+    if model.position_grid is not None:
+        spans = f"every grid takes the centre of a table, model.position_grid {list(model.position_grid)}"
+    elif model.position_reference is not None:
+        spans = f"rescaled by each clip's size, against model.position_reference {model.position_reference}"
+    elif model.position_base is None:
+        spans = "coordinates go beyond those learned, because model.position_base is not set"
+    else:
+        spans = f"rescaled, every grid spans the same 0 to {model.position_base / model.position_interpolation:g}"
     return [f"positions: {old.height}x{old.width} to {new.height}x{new.width} px; {spans}"]
 
 

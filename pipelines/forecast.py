@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.plan import ResolvedStage, Resources
-from stdit.config import Bucket, ExtractConfig, TrainConfig, Where, latent_shape, token_grid
+from stdit.config import Bucket, ConfigError, ExtractConfig, TrainConfig, Where, latent_shape, token_grid
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,7 +96,8 @@ def forecast(
 ) -> Forecast:
     """Of one stage. `source`: what knows how many clips each bucket has; `text_length`: mean tokens of a caption.
 
-    ConfigError: a bucket without clips, sizes that do not divide, a column of `where` that is not there.
+    ConfigError: a bucket without clips, sizes that do not divide or that the model does not take, a column of `where`
+    that is not there.
     """
     from stdit.data.loader import Loader
     from stdit.models.summary import summary
@@ -117,7 +118,10 @@ def forecast(
     buckets, flops, activations, parameters = [], 0, 0, 0
     for bucket in config.data.buckets:
         grid = token_grid(latent_shape(bucket, compression), config.model.patch_size, f"data.buckets {bucket.key}")
-        cost = summary(config.model, grid, text, element)
+        try:
+            cost = summary(config.model, grid, text, element, min(2, bucket.batch_size))
+        except ValueError as error:
+            raise ConfigError(f"{stage.source}: data.buckets {bucket.key}: {error}") from error
         kept, size = loader.counts[bucket.key], loader.step_size(bucket)
         left_out = len(everything[bucket.key]) - kept
         buckets.append(BucketForecast(bucket.key, kept, left_out, size, steps[bucket.key], cost.tokens))

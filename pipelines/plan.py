@@ -24,6 +24,7 @@ from stdit.config import (
     NonNegative,
     Positive,
     SamplerConfig,
+    Transition,
     apply_override,
     latent_shape,
     merge,
@@ -36,7 +37,6 @@ from stdit.config import (
 
 # A stage's name is its folder's, and a part of `--set stages.NAME.…`.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-Transition = Literal["class_to_text", "add_temporal", "rescale_positions", "new_text_projection"]
 
 # What stages may not be called: other folders under run_dir, other parts in its record.
 _RESERVED = ("prepare", "extraction", "features", "ray", "replaced", "evaluation", "report")

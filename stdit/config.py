@@ -8,27 +8,54 @@ file, the key and the numbers. Nothing here imports torch, so a config can be ch
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from stdit.dataconfig import (
+    MOST_TEXT_ENCODERS,
+    Bucket,
+    ByteT5Config,
+    DataConfig,
+    ExtractBucket,
+    ExtractConfig,
+    TextEncoderConfig,
+    TrainBucket,
+    VideoEncoderConfig,
+    Where,
+    latent_shape,
+    token_grid,
+    tokens,
+)
 from stdit.loading import ConfigError, apply_override, dump, load, merge, parse_yaml, read_extended, read_yaml, validate
 from stdit.modelconfig import SIZES, Frozen, ModelConfig, NonNegative, Positive, Share
 
 # Reading settings belongs to settings: one place to import all of them from.
 __all__ = [
+    "MOST_TEXT_ENCODERS",
     "SIZES",
+    "Bucket",
+    "ByteT5Config",
     "ConfigError",
+    "DataConfig",
+    "ExtractBucket",
+    "ExtractConfig",
     "ModelConfig",
+    "TextEncoderConfig",
+    "TrainBucket",
+    "VideoEncoderConfig",
+    "Where",
     "apply_override",
     "dump",
+    "latent_shape",
     "load",
     "merge",
     "parse_yaml",
     "read_extended",
     "read_yaml",
+    "token_grid",
+    "tokens",
     "validate",
 ]
 
@@ -60,7 +87,8 @@ class DiffusionConfig(Frozen):
     """What the model is asked to predict, at which times. t = 0 is data, t = 1 is noise."""
 
     objective: Literal["flow", "ddpm"] = "flow"
-    # flow matching (Esser et al. 2024)
+    # flow matching (Esser et al. 2024); what is predicted: Open-Sora 1.2 has the opposite sign
+    velocity: Literal["noise_minus_data", "data_minus_noise"] = "noise_minus_data"
     time_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
     logit_mean: float = 0.0
     logit_std: float = Field(default=1.0, gt=0)
@@ -75,153 +103,6 @@ class DiffusionConfig(Frozen):
     label_dropout: Share = 0.1
     caption_dropout: Share = 0.1
     given_frames: GivenFramesConfig = GivenFramesConfig()
-
-
-# ------------------------------------------------------------------------------------------- data
-
-
-class Bucket(Frozen):
-    """A shape, in pixels, that clips are cut to; batches hold one bucket only."""
-
-    frames: Positive
-    height: Positive
-    width: Positive
-
-    @property
-    def key(self) -> str:
-        return f"{self.frames}x{self.height}x{self.width}"
-
-
-class ExtractBucket(Bucket):
-    """The share `keep_probability` of the clips that fit stays here; the rest goes on to the next fitting bucket."""
-
-    keep_probability: Share = 1.0
-
-
-class TrainBucket(Bucket):
-    """`batch_size`: samples of this shape per rank and micro-batch. `weight`: how often, against the others, per sample held."""
-
-    batch_size: Positive
-    weight: float = Field(default=1.0, gt=0)
-
-
-class Where(Frozen):
-    """A condition on one manifest column."""
-
-    column: str
-    at_least: float | None = None
-    at_most: float | None = None
-    one_of: tuple[str | int | float, ...] | None = None
-
-    @model_validator(mode="after")
-    def _some(self) -> Where:
-        if self.at_least is None and self.at_most is None and self.one_of is None:
-            raise ValueError(f"the condition on column {self.column!r} states none of at_least, at_most, one_of")
-        return self
-
-
-class VideoEncoderConfig(Frozen):
-    """The autoencoder. `pixels`: none, the clip itself; `image`: a diffusers image autoencoder, per frame;
-    `video`: a diffusers video autoencoder. `path`: a local folder or hub id."""
-
-    kind: Literal["pixels", "image", "video"] = "pixels"
-    path: str | None = None
-    subfolder: str | None = None
-    # `pixels` only: 1 (luma) or 3 (RGB).
-    channels: Literal[1, 3] = 3
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    # `image` only: frames encoded or decoded at a time.
-    frames_at_once: Positive = 16
-
-    @model_validator(mode="after")
-    def _path(self) -> VideoEncoderConfig:
-        if (self.kind == "pixels") != (self.path is None):
-            raise ValueError(
-                f"kind {self.kind!r} {'takes no path' if self.path else 'needs a path (folder or hub id)'}"
-            )
-        return self
-
-
-class ByteT5Config(Frozen):
-    """A frozen T5 encoder over bytes (ByT5's tokens), drawn from `seed`: text features with nothing to download."""
-
-    width: Positive = 64
-    depth: Positive = 2
-    num_heads: Positive = 4
-    seed: NonNegative = 0
-    # T5Config.initializer_factor: how far the random weights reach.
-    initializer_factor: float = Field(default=1.0, gt=0)
-
-
-class TextEncoderConfig(Frozen):
-    """A T5, mT5, UMT5 or ByT5 encoder by `path` (folder or hub id), or a random `byte_t5`."""
-
-    path: str | None = None
-    subfolder: str | None = None
-    tokenizer_subfolder: str | None = None
-    byte_t5: ByteT5Config | None = None
-    max_tokens: Positive = 120
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-
-    @model_validator(mode="after")
-    def _one(self) -> TextEncoderConfig:
-        if (self.path is None) == (self.byte_t5 is None):
-            raise ValueError("give exactly one of path and byte_t5")
-        return self
-
-
-class ExtractConfig(Frozen):
-    """Clips and captions in, feature shards out (`python -m pipelines.extract_features --config …`)."""
-
-    manifest: Path
-    out: Path
-    # Tried from large to small area, then from long to short.
-    buckets: tuple[ExtractBucket, ...] = Field(min_length=1)
-    # A bucket whose area is below this share of the largest bucket that the clip covers is not tried.
-    min_area_ratio: Share = 0.0
-    where: tuple[Where, ...] = ()
-    video_encoder: VideoEncoderConfig = VideoEncoderConfig()
-    # None: no text features (class-conditional or unconditional training).
-    text_encoder: TextEncoderConfig | None = None
-    decoder: Literal["auto", "decord", "pyav"] = "auto"
-    decode_timeout_s: float = Field(default=60.0, gt=0)
-    # Frames taken from a clip longer than its bucket, and every how manieth.
-    window: Literal["first", "center"] = "first"
-    frame_stride: Positive = 1
-    clips_per_shard: Positive = 512
-    batch_size: Positive = 16
-    # More undecodable clips than this share of those that `where` leaves is an error.
-    max_bad_share: Share = 0.05
-    workers: Positive = 1
-    seed: NonNegative = 0
-
-    @model_validator(mode="after")
-    def _unique(self) -> ExtractConfig:
-        keys = [b.key for b in self.buckets]
-        twice = sorted({k for k in keys if keys.count(k) > 1})
-        if twice:
-            raise ValueError(f"buckets listed twice: {', '.join(twice)}")
-        return self
-
-
-class DataConfig(Frozen):
-    """Which extracted features a training run reads."""
-
-    # The `out` of an extraction; or `synthetic`: data made on the spot, to show that a launch works.
-    features: Path | Literal["synthetic"]
-    buckets: tuple[TrainBucket, ...] = Field(min_length=1)
-    where: tuple[Where, ...] = ()
-    train_split: str = "train"
-    validation_split: str = "validation"
-    workers: NonNegative = 0
-
-    @model_validator(mode="after")
-    def _unique(self) -> DataConfig:
-        keys = [b.key for b in self.buckets]
-        twice = sorted({k for k in keys if keys.count(k) > 1})
-        if twice:
-            raise ValueError(f"buckets listed twice: {', '.join(twice)}")
-        return self
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -247,8 +128,54 @@ class EMAConfig(Frozen):
     every: Positive = 1
 
 
+class LoRAConfig(Frozen):
+    """Low-rank adapters, trained in place of the weights of `init.source`, which stay as they are."""
+
+    rank: Positive
+    # Names of linear layers, or their ends: attn.qkv, cross_attn.q_linear, mlp.fc1, … None: all attention projections.
+    targets: tuple[str, ...] | None = Field(default=None, min_length=1)
+    # What they add is times alpha / rank; None: 1.
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+class ControlConfig(Frozen):
+    """A control branch, trained beside the model of `init.source`, which stays as it is (stdit/models/control.py)."""
+
+    # How many of the model's first blocks it copies; None: half.
+    blocks: Positive | None = None
+    # Where a training clip's condition comes from. paired: another clip, extracted with it (control_column of
+    # ExtractConfig). Made of its own latents: first_frame (image-to-video); low_resolution, averaged over squares of
+    # `factor` latents a side (super-resolution).
+    condition: Literal["paired", "first_frame", "low_resolution"] = "paired"
+    factor: Annotated[int, Field(ge=2)] = 4
+    # The share of samples whose condition is zeros, so that it can be left out.
+    dropout: Share = 0.0
+
+
+class DynamicConfig(Frozen):
+    """How a dynamic model (model.dynamic_width, model.dynamic_tokens) learns to compute less (Zhao et al. 2025, DyDiT):
+
+    loss + weight ((C - target)² + least_tokens_weight Σ over blocks max(0, least_tokens - tokens)), where C is the mean
+    share of the multiply-adds of attention and MLP, over a rank's micro-batch, and tokens the share that the MLP reads.
+    """
+
+    target: float = Field(gt=0, le=1)
+    weight: float = Field(default=1.0, ge=0)
+    # Steps over which the target falls from 1 to what it is.
+    target_steps: NonNegative = 0
+    least_tokens: Share = 0.1
+    least_tokens_weight: float = Field(default=1.0, ge=0)
+    # The share of samples that go through the complete model, so that it stays one (the paper: all of them, once more).
+    complete: Share = 0.0
+
+
 class TrainConfig(Frozen):
     steps: Positive
+    # None of both: all weights are trained.
+    lora: LoRAConfig | None = None
+    control: ControlConfig | None = None
+    dynamic: DynamicConfig | None = None
     gradient_accumulation: Positive = 1
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EMAConfig = EMAConfig()
@@ -286,6 +213,15 @@ class SamplerConfig(Frozen):
     scheduler: Literal["flow_euler", "ddim", "ddpm", "dpm_solver", "unipc"] = "flow_euler"
     steps: Positive = 50
     guidance_scale: float = Field(default=4.0, ge=0)
+    # Latent channels that are guided, from the first. None: all (diffusers, Latte); 3 of 4 is DiT's and PixArt's own way.
+    guidance_channels: Positive | None = None
+
+
+class LoRASource(Frozen):
+    """An adapter: the folder of its safetensors, or the run that trained it. Several are added up."""
+
+    path: Path
+    scale: float = 1.0
 
 
 class GenerateConfig(Frozen):
@@ -294,6 +230,7 @@ class GenerateConfig(Frozen):
     # A run directory, one of its checkpoints, or a folder that STDiTPipeline.save_pretrained wrote.
     run: Path
     weights: Literal["ema", "model"] = "ema"
+    lora: tuple[LoRASource, ...] = ()
     # Text, a prompt a line; or JSONL (stdit/prompts.py).
     prompts: Path
     out: Path
@@ -305,6 +242,7 @@ class GenerateConfig(Frozen):
     scheduler: Literal["flow_euler", "ddim", "ddpm", "dpm_solver", "unipc"] | None = None
     steps: Positive | None = None
     guidance_scale: float | None = Field(default=None, ge=0)
+    guidance_channels: Positive | None = None
     # Videos for each prompt, each from a seed of its own.
     seeds: Positive = 1
     fps: float = Field(default=8.0, gt=0, le=1000)
@@ -329,6 +267,18 @@ class SampleGridConfig(Frozen):
     sampler: SamplerConfig = SamplerConfig()
 
 
+# Changes of architecture that weights can go through (stdit/models/transition.py says what each does).
+Transition = Literal[
+    "class_to_text",
+    "add_temporal",
+    "rescale_positions",
+    "new_text_projection",
+    "add_micro_conditions",
+    "add_dynamic",
+    "adaln_to_single",
+]
+
+
 class InitConfig(Frozen):
     """Weights that a new run starts from (a transition, not a resume): optimizer, sampler and random states start afresh."""
 
@@ -336,7 +286,7 @@ class InitConfig(Frozen):
     source: Path
     weights: Literal["ema", "model"] = "ema"
     # Changes that the source's architecture goes through; any other difference is an error.
-    allow: tuple[Literal["class_to_text", "add_temporal", "rescale_positions", "new_text_projection"], ...] = ()
+    allow: tuple[Transition, ...] = ()
 
 
 class EvaluationConfig(Frozen):
@@ -380,6 +330,39 @@ class Config(Frozen):
     init: InitConfig | None = None
 
     @model_validator(mode="after")
+    def _has_base(self) -> Config:
+        """Adapters and control branches need weights that they belong to."""
+        lora, control = self.train.lora, self.train.control
+        if lora is not None and control is not None:
+            raise ValueError("train.lora and train.control: a run trains one of them; the other can come after it")
+        for name, value in (("train.lora", lora), ("train.control", control)):
+            if value is not None and self.init is None:
+                raise ValueError(f"{name} needs init.source, the weights that it belongs to")
+        if control is not None and self.train.dynamic is not None:
+            raise ValueError("train.control and train.dynamic: the model beside a control branch is frozen")
+        depth = self.model.dimensions[1]
+        if control is not None and (control.blocks or 0) > depth:
+            raise ValueError(f"train.control.blocks is {control.blocks}, but the model has {depth} blocks")
+        short = [b.key for b in self.data.buckets if b.frames == 1]
+        if control is not None and control.condition == "first_frame" and short:
+            raise ValueError(
+                f"train.control.condition first_frame: of an image (bucket {short[0]}) the first frame is all of it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_routers(self) -> Config:
+        """A target for what is computed needs parts that can be left out, and routers that are trained."""
+        wanted, train = self.train.dynamic, self.train
+        if wanted is not None and not self.model.dynamic:
+            raise ValueError(
+                f"train.dynamic has target {wanted.target}, but the model is static: model.dynamic_width and model.dynamic_tokens are both false"
+            )
+        if wanted is not None and train.lora is not None:
+            raise ValueError("train.lora and train.dynamic: adapters leave the model's routers as they are")
+        return self
+
+    @model_validator(mode="after")
     def _agree(self) -> Config:
         flow_sampler = self.samples.sampler.scheduler == "flow_euler"
         if self.diffusion.objective == "ddpm" and flow_sampler and self.samples.every:
@@ -395,42 +378,9 @@ class Config(Frozen):
             raise ValueError(
                 "diffusion.given_frames: model.conditioning cross_attention tells all frames one time; choose another"
             )
-        if self.diffusion.objective == "flow" and self.model.learned_variance:
+        guided = self.samples.sampler.guidance_channels
+        if guided is not None and guided > self.model.in_channels:
             raise ValueError(
-                "model.learned_variance belongs to diffusion.objective ddpm; flow matching has no variance to learn"
+                f"samples.sampler.guidance_channels {guided} is more than the {self.model.in_channels} latent channels (model.in_channels)"
             )
         return self
-
-
-# -------------------------------------------------------------------------- checks across sections
-
-
-def latent_shape(bucket: Bucket, compression: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Latent (T, H, W) of a clip of `bucket`'s size. `compression`: pixels per latent (t, h, w).
-
-    Video autoencoders compress causally: T = 1 + (frames - 1) / t. ConfigError where sizes don't divide.
-    """
-    t, h, w = compression
-    if (bucket.frames - 1) % t:
-        raise ConfigError(
-            f"bucket {bucket.key}: frames - 1 = {bucket.frames - 1} is not divisible by the autoencoder's temporal compression {t}"
-        )
-    for name, size, factor in (("height", bucket.height, h), ("width", bucket.width, w)):
-        if size % factor:
-            raise ConfigError(
-                f"bucket {bucket.key}: {name} {size} is not divisible by the autoencoder's compression {factor}"
-            )
-    return (1 + (bucket.frames - 1) // t, bucket.height // h, bucket.width // w)
-
-
-def token_grid(latent: tuple[int, int, int], patch: tuple[int, int, int], name: str) -> tuple[int, int, int]:
-    """Grid (T, H, W) of patches of a latent; ConfigError with both numbers where they don't divide."""
-    for axis, size, p in zip(("frames", "height", "width"), latent, patch, strict=True):
-        if size % p:
-            raise ConfigError(f"{name}: latent {axis} {size} is not divisible by model.patch_size {p}")
-    return (latent[0] // patch[0], latent[1] // patch[1], latent[2] // patch[2])
-
-
-def tokens(latent: tuple[int, int, int], patch: tuple[int, int, int], name: str) -> int:
-    """Number of patches of a latent."""
-    return math.prod(token_grid(latent, patch, name))

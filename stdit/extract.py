@@ -31,24 +31,22 @@ def plan_parts(config: ExtractConfig) -> Plan:
     autoencoder's compression does not divide.
     """
     from stdit.data.extraction import divide
-    from stdit.encoders.text import fingerprint
+    from stdit.encoders.text import decisive
     from stdit.encoders.video import load_video_encoder
 
     video = load_video_encoder(config.video_encoder)
     for bucket in config.buckets:
         video.check(bucket)
-    text = config.text_encoder
-    of_text = text and {"fingerprint": fingerprint(text), "dtype": text.dtype, "max_tokens": text.max_tokens}
-    return divide(config, _decisive(video.identity, of_text))
+    return divide(config, _decisive(video.identity, config.text_encoder and decisive(config.text_encoder)))
 
 
 def _decisive(video: dict[str, Any], text: dict[str, Any] | None) -> dict[str, Any]:
-    """What of the encoders' identities decides features: their weights and not where these lie."""
+    """What of the encoders decides features: their weights and not where these lie. text: this of the text encoder."""
     from stdit.encoders.source import UNCHECKED
 
     return {
         "video_encoder": {key: value for key, value in video.items() if key not in UNCHECKED},
-        "text_encoder": text and {key: text[key] for key in ("fingerprint", "dtype", "max_tokens")},
+        "text_encoder": text,
     }
 
 
@@ -57,13 +55,13 @@ def extractor(config: ExtractConfig, device: str | None = None) -> Extractor:
     import torch
 
     from stdit.data.extractor import Extractor
-    from stdit.encoders.text import load_text_encoder
+    from stdit.encoders.text import decisive_of, load_text_encoder
     from stdit.encoders.video import load_video_encoder
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     video = load_video_encoder(config.video_encoder, device)
     text = load_text_encoder(config.text_encoder, device) if config.text_encoder else None
-    return Extractor(config, video, text, _decisive(video.identity, text.identity if text else None))
+    return Extractor(config, video, text, _decisive(video.identity, decisive_of(text.identity) if text else None))
 
 
 def extract(config: ExtractConfig, part: Part) -> Path:

@@ -27,8 +27,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from stdit.config import Bucket, SamplerConfig
+from stdit.config import Bucket, LoRASource, SamplerConfig
 from stdit.data.decode import open_clip
+from stdit.data.transforms import resize_crop
 from stdit.diffusion.randomness import seed_for
 from stdit.evaluation import pictures
 from stdit.files import atomic_path, atomic_write
@@ -60,6 +61,8 @@ class Outcome:
 def load(job: Job, device: str | None = None) -> STDiTPipeline:
     """The job's pipeline with its sampler, silent, on `device` (None: cuda where there is one)."""
     pipe = STDiTPipeline.from_pretrained(job.source.path, weights=job.source.weights)
+    for adapter in job.lora:
+        pipe.load_lora(adapter.path, scale=adapter.scale, weights=job.source.weights)
     pipe.use(job.sampler)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -94,13 +97,15 @@ def _draw(pipe: STDiTPipeline, job: Job, some: Sequence[Item]) -> list[Outcome]:
     try:
         output = pipe(
             **_conditions(pipe, some),
+            **_control(pipe, job, some),
             num_frames=job.shape.frames,
             height=job.shape.height,
             width=job.shape.width,
             num_inference_steps=job.sampler.steps,
             guidance_scale=job.sampler.guidance_scale,
+            guidance_channels=job.sampler.guidance_channels,
             generator=[torch.Generator().manual_seed(noise_seed(item)) for item in some],
-            fps=job.fps,
+            fps=job.fps if job.shape.frames > 1 else None,
             output_type="np",
         )
     except Exception as error:  # Whatever one prompt meets, the others are not to be lost for it.
@@ -128,6 +133,10 @@ def _check_item(pipe: STDiTPipeline, item: Item) -> None:
         label_id(item.prompt.class_label, pipe.classes, model.num_classes)
     elif model.num_classes and not model.text_dim:
         raise ValueError("this run draws classes; the prompt has none (a JSONL row with the key class has)")
+    if pipe.control is not None and not isinstance(item.prompt.extra.get("control"), str):
+        raise ValueError(
+            "this run draws for a condition; the prompt has none (a JSONL row with the key control, a path, has)"
+        )
 
 
 def _conditions(pipe: STDiTPipeline, some: Sequence[Item]) -> dict[str, Any]:
@@ -142,15 +151,33 @@ def _conditions(pipe: STDiTPipeline, some: Sequence[Item]) -> dict[str, Any]:
     return found or {"num_videos_per_prompt": len(some)}
 
 
+def _control(pipe: STDiTPipeline, job: Job, some: Sequence[Item]) -> dict[str, Any]:
+    """The conditions of these items, for a run of a control branch: images, repeated where others are videos."""
+    if pipe.control is None:
+        return {}
+    shape, clips = job.shape, []
+    for item in some:
+        with open_clip(item.prompt.extra["control"], "pyav") as reader:
+            if reader.frame_count not in (1, shape.frames):
+                raise ValueError(
+                    f"{item.prompt.extra['control']} has {reader.frame_count} frames; give {shape.frames}, as the video, or 1"
+                )
+            clips.append(resize_crop(reader.get(range(reader.frame_count)), shape.height, shape.width) / 255)
+    if all(len(clip) == 1 for clip in clips):
+        return {"control_image": np.concatenate(clips)}
+    return {"control_video": [clip.repeat(shape.frames // len(clip), 0) for clip in clips]}
+
+
 def _notes(pipe: STDiTPipeline, some: Sequence[Item]) -> list[Outcome]:
     """Which captions were longer than the model reads."""
-    if pipe.tokenizer is None:
+    encoder = pipe.prompt_encoder
+    if encoder is None:
         return []
-    lengths = [len(ids) for ids in pipe.tokenizer([i.prompt.text for i in some], verbose=False)["input_ids"]]
+    cuts = encoder.cuts([item.prompt.text for item in some])
     return [
-        Outcome(item.file, note=f"caption of {n} tokens cut to {pipe.max_tokens}")
-        for item, n in zip(some, lengths, strict=True)
-        if n > pipe.max_tokens
+        Outcome(item.file, note=f"caption of {cut[0]} tokens cut to {cut[1]}")
+        for item, cut in zip(some, cuts, strict=True)
+        if cut is not None
     ]
 
 
@@ -197,6 +224,8 @@ def finish(job: Job, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """
     of = {outcome.file: outcome for outcome in outcomes if outcome.error}
     how = {**job.source.facts, **job.sampler.model_dump(), "batch_size": job.batch_size, "threads": job.threads}
+    if job.lora:
+        how["lora"] = [adapter.model_dump(mode="json") for adapter in job.lora]
     rows = []
     for item in job.items:
         row = {**item.row(), "frames": job.shape.frames, "height": job.shape.height, "width": job.shape.width}
@@ -248,6 +277,7 @@ def generate(
     threads: int = 1,
     device: str | None = None,
     seeds: int = 1,
+    lora: Sequence[LoRASource] = (),
     overwrite: bool = False,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
@@ -257,7 +287,7 @@ def generate(
     """
     job = open_job(
         run, prompts, out, shape, sampler, weights=weights, batch_size=batch_size, fps=fps, threads=threads,
-        seeds=seeds, overwrite=overwrite,
+        seeds=seeds, lora=lora, overwrite=overwrite,
     )  # fmt: skip
     return finish(job, run_groups(job, device, progress))
 

@@ -228,7 +228,9 @@ class ModelConfig(Frozen):
             if getattr(self, name) and self.mlp in ("conv2d", "conv3d"):
                 raise ValueError(f"{name} does not go with mlp {self.mlp}, which needs every patch's every channel")
         if self.dynamic_width and heads < 2:
-            raise ValueError(f"dynamic_width with num_heads {heads}: the first head always runs, so there must be 2 or more")
+            raise ValueError(
+                f"dynamic_width with num_heads {heads}: the first head always runs, so there must be 2 or more"
+            )
         if self.dynamic_width and self.mlp_width % heads:
             raise ValueError(
                 f"dynamic_width: the MLP's {self.mlp_width} inner channels (hidden_size {width}, mlp_ratio {self.mlp_ratio}) are not divisible by num_heads {heads}"
@@ -236,7 +238,9 @@ class ModelConfig(Frozen):
         if self.dynamic_width and self.qk_norm == "layer":
             raise ValueError("dynamic_width does not go with qk_norm: layer, which norms all heads together")
         if self.dynamic_width and self.kv_compress:
-            raise ValueError(f"dynamic_width does not go with kv_compress {self.kv_compress}, which norms all heads together")
+            raise ValueError(
+                f"dynamic_width does not go with kv_compress {self.kv_compress}, which norms all heads together"
+            )
         for i, (time, blocks) in enumerate(self.exit_depths):
             if blocks > depth:
                 raise ValueError(f"exit_depths: {blocks} blocks from time {time} up; depth is {depth}")

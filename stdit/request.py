@@ -18,15 +18,17 @@ from stdit.config import (
     ConfigError,
     DiffusionConfig,
     GenerateConfig,
+    LoRASource,
     SamplerConfig,
     latent_shape,
     token_grid,
     validate,
 )
+from stdit.diffusion.guidance import check_channels
 from stdit.diffusion.schedulers import check_sampler, fitting
 from stdit.files import atomic_write, fingerprint_file
 from stdit.prompts import Item, Prompt, items, read_prompts
-from stdit.training import checkpoint
+from stdit.training import adapters, checkpoint
 
 MANIFEST, REQUEST, SHEET, MOVING = "manifest.jsonl", "request.json", "contact_sheet.png", "contact_sheet.gif"
 
@@ -56,6 +58,7 @@ class Job:
     batch_size: int
     fps: float
     threads: int
+    lora: tuple[LoRASource, ...] = ()
 
     def group(self, number: int) -> tuple[Item, ...]:
         """The items that share a batch."""
@@ -84,7 +87,7 @@ def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
         default = fitting(SamplerConfig(), diffusion)
         facts = {"run": str(run), "checkpoint": None, "step": None, "weights": None}
         return Source(run.resolve(), weights, facts, _fingerprint(run / "transformer"), diffusion, default, None)
-    transformer = checkpoint.transformer_folder(run, weights)
+    transformer = checkpoint.trained_folder(run, weights)
     place = transformer.parent
     identity = json.loads((place / checkpoint.IDENTITY).read_text())
     diffusion = validate(identity["diffusion"], DiffusionConfig, f"{place}/{checkpoint.IDENTITY}: diffusion")
@@ -134,6 +137,7 @@ def open_job(
     fps: float = 8.0,
     threads: int = 1,
     seeds: int = 1,
+    lora: Sequence[LoRASource] = (),
     overwrite: bool = False,
 ) -> Job:
     """Checks what is asked, and that `out` holds nothing else; writes request.json there. Loads no weights.
@@ -148,7 +152,7 @@ def open_job(
     if shape is None:
         raise ConfigError(f"{run}: a saved pipeline does not say what it was trained on; give frames, height and width")
     check_sampler(sampler, source.diffusion)
-    _check_shape(source, shape)
+    _check_shape(source, shape, sampler)
     suffix = ".png" if shape.frames == 1 else ".mp4"
     job = Job(
         source,
@@ -159,7 +163,10 @@ def open_job(
         batch_size,
         float(fps),
         int(threads),
+        tuple(lora),
     )
+    # Of each adapter what its weights are: the same path may hold others tomorrow.
+    added = [[adapters.fingerprint(adapters.lora_folder(one.path, weights))[:16], one.scale] for one in lora]
     asked = {
         "checkpoint": f"{source.facts['checkpoint'] or 'saved pipeline'} {source.fingerprint[:16]}",
         "prompts": hashlib.sha256(json.dumps([p.row() for p in prompts]).encode()).hexdigest(),
@@ -170,18 +177,21 @@ def open_job(
         "fps": job.fps,
         "batch_size": batch_size,
         "threads": job.threads,
+        "lora": added or None,
     }
     _claim(job, asked, overwrite)
     return job
 
 
-def _check_shape(source: Source, shape: Bucket) -> None:
-    """ConfigError where the autoencoder or the patches don't divide the shape, as far as can be told without weights."""
+def _check_shape(source: Source, shape: Bucket, sampler: SamplerConfig) -> None:
+    """Where the autoencoder or the patches don't divide the shape, or more channels are to be guided than there are:
+    ConfigError or ValueError, as far as can be told without weights."""
     path = source.path / checkpoint.IDENTITY
     if path.is_file():
         identity = json.loads(path.read_text())
         t, h, w = identity["video_encoder"]["compression"]
         token_grid(latent_shape(shape, (t, h, w)), tuple(identity["architecture"]["patch_size"]), f"shape {shape.key}")
+        check_channels(sampler.guidance_channels, identity["architecture"]["in_channels"])
 
 
 def _claim(job: Job, asked: dict[str, Any], overwrite: bool) -> None:
@@ -215,7 +225,8 @@ def _claim(job: Job, asked: dict[str, Any], overwrite: bool) -> None:
 def job_of(config: GenerateConfig) -> Job:
     """The job that the settings describe; what they leave open is the run's. Errors as `open_job`'s."""
     source = find_source(config.run, config.weights)
-    given = {"scheduler": config.scheduler, "steps": config.steps, "guidance_scale": config.guidance_scale}
+    names = ("scheduler", "steps", "guidance_scale", "guidance_channels")
+    given = {name: getattr(config, name) for name in names}
     sampler = source.default.model_copy(update={k: v for k, v in given.items() if v is not None})
     sizes = {"frames": config.frames, "height": config.height, "width": config.width}
     known = source.largest.model_dump() if source.largest else {}
@@ -227,5 +238,5 @@ def job_of(config: GenerateConfig) -> Job:
     return open_job(
         config.run, read_prompts(config.prompts), config.out, Bucket(**known), sampler,
         weights=config.weights, batch_size=config.batch_size, fps=config.fps, threads=config.threads,
-        seeds=config.seeds, overwrite=config.overwrite,
+        seeds=config.seeds, lora=config.lora, overwrite=config.overwrite,
     )  # fmt: skip

@@ -81,7 +81,11 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
             snapshot.load(engine, place, ranks)
 
         inputs = Inputs(
-            config, data.video_encoder, make_objective(config.diffusion, config.model.learned_variance), ranks.device
+            config,
+            data.video_encoder,
+            make_objective(config.diffusion, config.model.learned_variance),
+            ranks.device,
+            data.empty_caption,
         )
         preview = Preview(config, data, inputs, ranks)
         accumulation, steps = config.train.gradient_accumulation, config.train.steps
@@ -92,11 +96,12 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
 
         began = time.perf_counter()
         for number, step in zip(range(place.step + 1, steps + 1), loader, strict=False):
-            losses = [backward(engine, inputs, batch, number) for batch in step.batches]
+            losses, shares = zip(*(backward(engine, inputs, batch, number) for batch in step.batches), strict=True)
             rate = learning_rate(config.train.optimizer, number, steps)
             norm = engine.step(rate)
             # One exchange for all that the ranks must agree on; the gradient norm they share already.
-            loss, stops = ranks.total(float(sum(losses)) / accumulation / ranks.size, float(bool(stop)))
+            means = (float(sum(each)) / accumulation / ranks.size for each in (losses, shares))
+            loss, compute, stops = ranks.total(*means, float(bool(stop)))
             if math.isfinite(norm):
                 ema.update(number)
             bad_steps = 0 if math.isfinite(norm) else bad_steps + 1
@@ -106,6 +111,8 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
                 "step": number, "loss": loss, "learning_rate": rate, "grad_norm": norm, "bucket": step.bucket.key,
                 "samples_seen": place.samples_seen, "seconds": round(time.perf_counter() - began, 4),
             }  # fmt: skip
+            if config.train.dynamic:
+                entry["compute"] = compute
             if bad_steps:
                 entry["bad_steps"] = bad_steps
                 tracker.say(
@@ -138,21 +145,33 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
     return config.run_dir
 
 
-def backward(engine: Engine, inputs: Inputs, batch: Batch, step: int) -> Tensor:
-    """Adds one micro-batch's gradients; its mean loss, detached."""
+def backward(engine: Engine, inputs: Inputs, batch: Batch, step: int) -> tuple[Tensor, Tensor | float]:
+    """Adds one micro-batch's gradients; its mean loss, detached, and the share of the model's compute that it took."""
+    from stdit.training.compute import compute_loss
     from stdit.training.inputs import condition_of
 
     x0 = inputs.latents(batch, step)
     noise = inputs.noise(x0, "noise", step, batch.positions)
     t = inputs.times(x0, step, batch.positions)
     condition = inputs.dropped(condition_of(batch, inputs.config.model, inputs.device), step, batch.positions)
+    condition |= inputs.control(batch, x0, step) | inputs.choices(step, batch.positions)
+    inputs.seed_layers(step, batch.positions)
     given = inputs.given(x0, step, batch.positions)
     if given is not None:
         condition["given_frames"] = given
-    each = inputs.objective.loss(lambda x, s: engine(x, s, **condition, return_dict=False)[0], x0, noise, t, given)
-    loss = each.mean()
-    engine.backward(loss)
-    return loss.detach()
+    used = []
+
+    def predict(x: Tensor, s: Tensor) -> Tensor:
+        prediction, *rest = engine(x, s, **condition, return_dict=False)
+        used.extend(rest)
+        return prediction
+
+    loss = inputs.objective.loss(predict, x0, noise, t, given).mean()
+    wanted, cost, share = inputs.config.train.dynamic, 0.0, 1.0
+    if wanted is not None:
+        cost, share = compute_loss(wanted, used[0], condition["complete"], step)
+    engine.backward(loss + cost)
+    return loss.detach(), share
 
 
 def due(every: int | None, step: int, last: bool) -> bool:
@@ -164,15 +183,19 @@ def prepare(model: Any, config: Config) -> Any:
     """`model` with what a run asks of it: recomputed activations, an attention back end, compiled blocks."""
     import torch
 
+    from stdit.models.blocks import COMPILED
+    from stdit.training.adapters import parts
+
     # torch keeps this for the whole process, so it is set for every run.
     torch.set_float32_matmul_precision(config.train.matmul_precision)
     model.train()
-    if config.train.activation_checkpointing:
-        model.enable_gradient_checkpointing()
-    if config.train.attention_backend:
-        model.set_attention_backend(config.train.attention_backend)
-    if config.train.compile:
-        model.compile_repeated_blocks()
+    for part in parts(model):
+        if config.train.activation_checkpointing:
+            part.enable_gradient_checkpointing()
+        if config.train.attention_backend:
+            part.set_attention_backend(config.train.attention_backend)
+        if config.train.compile:
+            part.compile_repeated_blocks(**COMPILED)
     return model
 
 

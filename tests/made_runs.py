@@ -43,9 +43,14 @@ def lively(model: STDiT, seed: int) -> STDiT:
 
 
 def make_run(
-    run: Path, model: ModelConfig, diffusion: DiffusionConfig | None = None, step: int = 20, **config: Any
+    run: Path,
+    model: ModelConfig,
+    diffusion: DiffusionConfig | None = None,
+    step: int = 20,
+    text: TextEncoderConfig | None = None,
+    **config: Any,
 ) -> Path:
-    """A run directory with one whole checkpoint. EMA weights differ from the model's."""
+    """A run directory with one whole checkpoint. EMA weights differ from the model's. text: what read its captions."""
     diffusion = diffusion or DiffusionConfig()
     settings = Config(
         run_dir=run,
@@ -65,7 +70,7 @@ def make_run(
     transformer = STDiT.from_settings(model)
     for weights, name in checkpoint.TRANSFORMER.items():
         lively(transformer, step + (weights == "ema")).save_pretrained(folder / name)
-    text = TextEncoderConfig(byte_t5=ByteT5Config(width=32, depth=1), max_tokens=24)
+    text = text or TextEncoderConfig(byte_t5=ByteT5Config(width=32, depth=1), max_tokens=24)
     data = {
         "video_encoder": VideoEncoder(PixelAutoencoder(3)).identity,
         "text_encoder": load_text_encoder(text).identity,

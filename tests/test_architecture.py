@@ -17,8 +17,9 @@ ROOMS = ("stdit", "pipelines", "cluster")
 LEVELS = {
     "stdit": 0,
     "stdit.config": 0,
-    "stdit.loading": -1,  # what stdit.config reads its settings with
-    "stdit.modelconfig": -1,  # the schema of its `model:` section
+    "stdit.loading": -2,  # what stdit.config reads its settings with
+    "stdit.dataconfig": -1,  # the schemas of data and encoders
+    "stdit.modelconfig": -2,  # the schema of its `model:` section
     "stdit.files": 0,
     "stdit.models": 1,
     "stdit.diffusion": 1,
@@ -30,7 +31,10 @@ LEVELS = {
     "stdit.train": 3,
     "stdit.extract": 3,
     "stdit.generate": 3,
+    "stdit.assembly": 3,
+    "stdit.conditions": 3,
     "stdit.pipeline": 3,
+    "stdit.adapted": 3,
     "stdit.request": 3,
     "stdit.evaluation": 3,
     "pipelines": 4,

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from stdit import config as c
+from stdit import dataconfig, modelconfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -149,8 +150,8 @@ def fields(model: type[BaseModel]) -> set[str]:
 
 
 def schemas() -> list[type[BaseModel]]:
-    found = [v for v in vars(c).values() if isinstance(v, type) and issubclass(v, BaseModel)]
-    return [v for v in found if v.__module__ == c.__name__]
+    found = [v for module in (c, dataconfig, modelconfig) for v in vars(module).values()]
+    return sorted({v for v in found if isinstance(v, type) and issubclass(v, c.Frozen)}, key=lambda v: v.__name__)
 
 
 def attributes_read() -> set[str]:

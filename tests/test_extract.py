@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from safetensors.torch import load_file, save_file
 
 from stdit import extract
 from stdit.config import ConfigError, ExtractBucket, ExtractConfig, VideoEncoderConfig, Where, dump
@@ -26,7 +28,7 @@ from stdit.data.manifest import ManifestError
 from stdit.data.transforms import resize_crop, to_pixels
 from stdit.encoders.text import load_text_encoder
 from stdit.encoders.video import VideoEncoder
-from tests import made_clips
+from tests import made_clips, made_encoders
 from tests.made_clips import CAPTIONS, damaged, rows
 
 
@@ -136,6 +138,80 @@ def test_a_stride_takes_every_nth_frame_and_slows_the_clip_down(tmp_path: Path) 
         assert np.array_equal(sample.mean.numpy(), to_pixels(reader.get([0, 2, 4, 6, 8])))
     assert sample.fps == 12
     assert features.rows["bucket"][2].as_py() == "1x16x16"  # 5 frames give 3 at stride 2
+
+
+def test_features_of_several_encoders_and_their_pooled_vectors_are_kept(tmp_path: Path) -> None:
+    settings = made_encoders.sd3(tmp_path / "sd3")
+    config = made_clips.config(tmp_path, rows(tmp_path, 5), text_encoder=settings)
+    features = FeatureSet(extract.run(config))
+    encoder = load_text_encoder(settings)
+    for row in features.rows.to_pylist():
+        sample, own = features.sample(row["id"]), encoder.encode([row["caption"]])
+        assert sample.text is not None
+        assert sample.pooled is not None
+        assert len(sample.text) == row["text_length"] == encoder.max_tokens
+        torch.testing.assert_close(sample.text, own.features[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(sample.pooled, own.pooled[0], atol=1e-5, rtol=1e-4)
+    assert features.text_encoder == json.loads(json.dumps(encoder.identity))
+    extract.run(config)
+    first, second = settings.parts
+    changed = settings.model_copy(update={"tokens": (first, second.model_copy(update={"keep_padding": False}))})
+    with pytest.raises(ConfigError, match=r"text_encoder\.tokens: .* then, .* now"):
+        extract.run(config.model_copy(update={"text_encoder": changed}))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_empty_captions_features_are_kept(several: bool, tmp_path: Path) -> None:
+    settings = made_encoders.sd3(tmp_path / "sd3") if several else made_clips.TEXT
+    made = [{**row, "caption": "a wave"} for row in rows(tmp_path, 7)]
+    features = FeatureSet(extract.run(made_clips.config(tmp_path, made, text_encoder=settings)))
+    own = load_text_encoder(settings).encode([""])
+    empty = features.empty_caption
+    assert empty is not None
+    torch.testing.assert_close(empty.text, own.features[0], atol=1e-5, rtol=1e-4)
+    if several:
+        torch.testing.assert_close(empty.pooled, own.pooled[0], atol=1e-5, rtol=1e-4)
+    else:
+        assert empty.pooled is None
+        assert len(empty.text) == 1
+
+
+def test_features_from_before_the_empty_caption_was_kept_are_read_and_completed(tmp_path: Path) -> None:
+    config = made_clips.config(tmp_path, rows(tmp_path, 7))
+    out = extract.run(config)
+    before = times(out / "shards")
+    # As they were: neither in the shards, nor in what the records and the index say.
+    for number in range(3):
+        shard, record = out / "shards" / f"{number:05d}.safetensors", out / "parts" / f"{number:05d}.parquet"
+        save_file({k: v for k, v in load_file(shard).items() if not k.startswith("empty")}, shard)
+        table = parquet.read_table(record)
+        told = {k: v for k, v in table.schema.metadata.items() if k != b"empty_caption"}
+        told[b"shard_bytes"] = str(shard.stat().st_size).encode()
+        parquet.write_table(table.replace_schema_metadata(told), record)
+    index = json.loads((out / "index.json").read_text())
+    del index["empty_caption"]
+    (out / "index.json").write_text(json.dumps(index))
+    features = FeatureSet(out)
+    assert features.empty_caption is None
+    assert features.sample(0).pooled is None
+    before = times(out / "shards")
+    again = FeatureSet(extract.run(config))
+    assert again.empty_caption is not None
+    after = times(out / "shards")
+    assert [name for name in before if before[name] != after[name]] == ["00000.safetensors"]
+    assert again.index["fingerprint"] == index["fingerprint"]
+
+
+def test_a_damaged_empty_caption_is_named(tmp_path: Path) -> None:
+    config = made_clips.config(tmp_path, rows(tmp_path, 2))
+    shard = extract.run(config) / "shards" / "00000.safetensors"
+    whole = load_file(shard)
+    save_file({**whole, "empty.text": whole["empty.text"] + 1}, shard)
+    with pytest.raises(ConfigError, match=r"00000\.safetensors: the empty caption is not what was written"):
+        _ = FeatureSet(config.out).empty_caption
+    save_file({k: v for k, v in whole.items() if not k.startswith("empty")}, shard)
+    with pytest.raises(ConfigError, match="the empty caption cannot be read"):
+        _ = FeatureSet(config.out).empty_caption
 
 
 # ----------------------------------------------------------------------------- again, and going on

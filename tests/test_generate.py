@@ -296,9 +296,10 @@ def test_a_run_of_classes_draws_by_class(runs: dict[str, Path], tmp_path: Path) 
         ({"prompts": []}, "list is empty"),
         ({"shape": Bucket(frames=4, height=15, width=16)}, "height 15 is not divisible by model.patch_size 2"),
         ({"sampler": SamplerConfig(scheduler="ddim")}, "ddim draws from objective ddpm"),
+        ({"sampler": SamplerConfig(guidance_channels=4)}, "guidance_channels 4 is more than the 3 latent channels"),
         ({"run": Path("/nowhere")}, "neither a checkpoint .* nor a run directory"),
     ],
-    ids=["prompts", "shape", "sampler", "run"],
+    ids=["prompts", "shape", "sampler", "channels", "run"],
 )
 def test_what_can_not_be_made_is_refused_before_anything_is_written(
     change: dict[str, Any], message: str, runs: dict[str, Path], tmp_path: Path

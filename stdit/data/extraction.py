@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +79,12 @@ def divide(config: ExtractConfig, encoders: Mapping[str, Any]) -> Plan:
         raise ConfigError(f"{config.manifest}: none of its {len(manifest)} clips meets `where`")
     # As it comes back from the file: tuples as lists.
     settings = json.loads(json.dumps({"format": FORMAT, **config.model_dump(mode="json", exclude=FREE), **encoders}))
+    if config.control_column is None:
+        del settings["control_column"]  # as features had it before there was one
+    elif config.control_column not in manifest.columns:
+        raise ConfigError(
+            f"control_column: {config.manifest} has no column {config.control_column!r}; columns: {', '.join(sorted(manifest.columns))}"
+        )
     bound = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     step = config.clips_per_shard
     chunks = [kept[start : start + step] for start in range(0, len(kept), step)]
@@ -129,9 +135,23 @@ def unfinished(plan: Plan) -> tuple[list[Part], str]:
     with ThreadPoolExecutor(LOOKERS) as pool:
         reasons = list(pool.map(lambda part: records.stale(plan.config.out, part), plan.parts))
     todo = [part for part, reason in zip(plan.parts, reasons, strict=True) if reason is not None]
+    if not todo and plan.config.text_encoder and _empty_caption(plan.config.out, plan.parts) is None:
+        # Features from before it was kept: one shard made again brings it.
+        todo = [part for part in plan.parts if shard_path(plan.config.out, part.number).is_file()][:1]
+        if todo:
+            return todo, f"{len(todo)} of {len(plan.parts)} shards to extract again, for the empty caption's features"
     again = [reason for reason in reasons if reason not in (None, records.NEW)]
     line = f"{len(todo)} of {len(plan.parts)} shards to extract"
     return todo, f"{line}, {len(again)} of them again ({again[0]})" if again else line
+
+
+def _empty_caption(out: Path, parts: Sequence[Part]) -> dict[str, Any] | None:
+    """Where the empty caption's features are: {"shard": number, "sha256": …} of the first part that has them."""
+    for part in parts:
+        record = records.record_path(out, part.number)
+        if record.is_file() and (digest := records.metadata(record).get("empty_caption")):
+            return {"shard": part.number, "sha256": digest}
+    return None
 
 
 def finish(plan: Plan) -> Path:
@@ -198,7 +218,9 @@ def encoder_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _index(plan: Plan, tally: Tally, told: list[dict[str, str]], report: dict[str, Any]) -> dict[str, Any]:
-    bound = json.dumps([plan.classes, [part.key for part in plan.parts], tally.sources])
+    controls = [row["digest"] for says in told for row in records.controls(says)]
+    bound = json.dumps([plan.classes, [part.key for part in plan.parts], tally.sources, *controls])
+    empty = _empty_caption(plan.config.out, plan.parts)
     return {
         "format": FORMAT,
         "fingerprint": hashlib.sha256(bound.encode()).hexdigest(),
@@ -207,6 +229,7 @@ def _index(plan: Plan, tally: Tally, told: list[dict[str, str]], report: dict[st
         "classes": list(plan.classes),
         "posterior": any(says["posterior"] == "true" for says in told),
         **json.loads(told[0]["encoders"]),
+        **({"empty_caption": empty} if empty else {}),
         "manifest": {"path": str(plan.config.manifest), "sha256": plan.manifest},
         "config": plan.settings,
     }

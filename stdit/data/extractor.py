@@ -1,6 +1,6 @@
 """One part of an extraction: its clips decoded, cropped, encoded and written as one shard with its record.
 
-T, H, W pixels of the bucket · C latent channels · t, h, w latents · L tokens of a caption, D their width
+T, H, W pixels of the bucket · C latent channels · t, h, w latents · L tokens of a caption, D their width, P that of its pooled vector
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from stdit.config import ExtractBucket, ExtractConfig
 from stdit.data import records
 from stdit.data.buckets import Dropped, assign
 from stdit.data.child import ChildDecoder
-from stdit.data.features import INDEX, packed, shard_path, write_shard
+from stdit.data.control import control_state, read_control
+from stdit.data.features import EMPTY_CAPTION, INDEX, digest_of, packed, shard_path, write_shard
 from stdit.data.manifest import Clip, problem
 from stdit.data.reader import DecodeError, Facts
 from stdit.data.records import Outcome, Part
@@ -50,22 +51,37 @@ class Text(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
-    def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Features (B, L, D) and mask (B, L)."""
+    def encode(self, captions: list[str]) -> Encoded:
+        """Features (B, L, D) and mask (B, L); `.pooled` (B, P) or None."""
         ...
 
-    def token_counts(self, captions: list[str]) -> list[int]:
-        """Tokens of each caption before it is cut."""
+    def cuts(self, captions: list[str]) -> list[tuple[int, int] | None]:
+        """(tokens, tokens that are kept) of each caption that is cut, None for the others."""
         ...
+
+
+class Encoded(Protocol):
+    """What a text encoder gives."""
+
+    @property
+    def features(self) -> Tensor: ...
+
+    @property
+    def mask(self) -> Tensor: ...
+
+    @property
+    def pooled(self) -> Tensor | None: ...
 
 
 @dataclass
 class _Clip:
-    """A clip on its way: `row` for the record; bucket and pixels (3, T, H, W) where it is kept."""
+    """A clip on its way: `row` for the record; where it is kept, bucket and pixels (3, T, H, W), and its condition's, of
+    which T may be 1."""
 
     row: dict[str, Any]
     bucket: ExtractBucket | None = None
     pixels: Tensor | None = None
+    control: Tensor | None = None
 
 
 class Extractor:
@@ -100,7 +116,7 @@ class Extractor:
         records.record_path(out, part.number).unlink(missing_ok=True)
         tensors: dict[str, Tensor] = {}
         rows = list(self._encoded(ahead(self._clips(part), self.config.batch_size), tensors))
-        self._add_text([row for row in rows if row["status"] == "kept"], tensors)
+        empty = self._add_text([row for row in rows if row["status"] == "kept"], tensors)
         shard = shard_path(out, part.number)
         shard_bytes = 0
         if tensors:
@@ -112,7 +128,10 @@ class Extractor:
             "encoders": json.dumps({"video_encoder": video, "text_encoder": text}),
             "settings": json.dumps(self.settings),
             "posterior": json.dumps(any(name.endswith(".std") for name in tensors)),
+            **({"empty_caption": empty} if empty else {}),
         }
+        if column := self.config.control_column:
+            told["controls"] = json.dumps([control_state(clip, column) for clip in part.clips])
         records.write_record(out, part, rows, shard_bytes, told)
         return Outcome(part.number, len(rows), sum(row["status"] == "bad" for row in rows))
 
@@ -136,12 +155,15 @@ class Extractor:
                     yield _Clip({**row, "status": "dropped", "reason": bucket.reason, "detail": bucket.detail})
                     continue
                 indices = window(facts.frame_count, bucket.frames, config.frame_stride, config.window)
-                frames = self.decoder.read(clip.file, indices, (bucket.height, bucket.width))
+                frames, control = self.decoder.read(clip.file, indices, (bucket.height, bucket.width)), None
+                if column := config.control_column:
+                    read = read_control(self.decoder, clip, column, facts, indices, bucket)
+                    control = torch.from_numpy(to_pixels(read))
             except DecodeError as error:
                 yield _Clip({**row, "status": "bad", "reason": error.reason})
                 continue
             row |= {"status": "kept", "bucket": bucket.key}
-            yield _Clip(row, bucket, torch.from_numpy(to_pixels(frames)))
+            yield _Clip(row, bucket, torch.from_numpy(to_pixels(frames)), control)
 
     def _encoded(self, clips: Iterable[_Clip], tensors: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
         """The rows of `clips`; their latents go into `tensors`, encoded in batches of one bucket."""
@@ -160,36 +182,57 @@ class Extractor:
         """Latents of clips of one bucket, in the encoder's own precision. Those that are not finite make a bad clip."""
         mean, std = self.video.encode(torch.stack([clip.pixels for clip in group if clip.pixels is not None]))
         for i, clip in enumerate(group):
-            clip.pixels = None
-            if not (mean[i].isfinite().all() and (std is None or std[i].isfinite().all())):
+            # By themselves: some have one frame, some as many as their clip.
+            control = None if clip.control is None else self.video.encode(clip.control[None])[0][0]
+            clip.pixels = clip.control = None
+            made = [tensor for tensor in (mean[i], None if std is None else std[i], control) if tensor is not None]
+            if not all(tensor.isfinite().all() for tensor in made):
                 reason = f"its latents are not finite in {self.video.identity['dtype']} (video_encoder.dtype)"
                 clip.row |= {"status": "bad", "reason": reason, "bucket": None}
                 continue
             tensors[f"{clip.row['id']}.mean"] = mean[i].to("cpu", self.video.dtype)
+            if control is not None:
+                tensors[f"{clip.row['id']}.control"] = control.to("cpu", self.video.dtype)
             if std is not None:
                 tensors[f"{clip.row['id']}.std"] = std[i].to("cpu", self.video.dtype)
 
-    def _add_text(self, rows: Sequence[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
-        """Features of the rows' captions without padding, each different caption encoded once."""
+    def _add_text(self, rows: Sequence[dict[str, Any]], tensors: dict[str, Tensor]) -> str | None:
+        """Features of the rows' captions without padding, each different caption encoded once, and of the empty one.
+
+        Returns the SHA-256 of the empty caption's; None where there is nothing to add.
+        """
         if self.text is None or not rows:
-            return
+            return None
         # Captions of a length side by side: little padding.
-        captions = sorted({row["caption"] for row in rows}, key=lambda caption: (len(caption), caption))
-        found: dict[str, Tensor] = {}
+        captions = sorted({"", *(row["caption"] for row in rows)}, key=lambda caption: (len(caption), caption))
+        found: dict[str, dict[str, Tensor]] = {}
         for start in range(0, len(captions), self.config.batch_size):
             batch = captions[start : start + self.config.batch_size]
-            features, mask = self.text.encode(batch)
-            if not features.isfinite().all():
-                dtype = self.text.identity["dtype"]
-                raise ValueError(
-                    f"text features are not finite in {dtype}: set text_encoder.dtype to float32 or bfloat16"
-                )
-            found.update(zip(batch, packed(features.to("cpu", self.text.dtype), mask.cpu()), strict=True))
-        tokens = dict(zip(captions, self.text.token_counts(captions), strict=True))
+            found.update(zip(batch, self._texts(batch), strict=True))
+        cut = dict(zip(captions, self.text.cuts(captions), strict=True))
+        named = [(f"{row['id']}", row["caption"]) for row in rows] + [(EMPTY_CAPTION, "")]
+        for name, caption in named:
+            # safetensors refuses memory that two names share
+            tensors |= {f"{name}.{kind}": tensor.clone() for kind, tensor in found[caption].items()}
         for row in rows:
-            text = found[row["caption"]]
-            tensors[f"{row['id']}.text"] = text.clone()  # safetensors refuses memory that two names share
-            row |= {"text_length": len(text), "cut": tokens[row["caption"]] > len(text)}
+            row |= {"text_length": len(found[row["caption"]]["text"]), "cut": cut[row["caption"]] is not None}
+        return digest_of(found[""])
+
+    def _texts(self, captions: list[str]) -> Iterator[dict[str, Tensor]]:
+        """text (L, D), and pooled (P,) where the encoder makes it, of each caption, in the encoder's own precision.
+
+        ValueError: features that are not finite.
+        """
+        assert self.text is not None
+        made, dtype = self.text.encode(captions), self.text.dtype
+        pooled = made.pooled
+        if not (made.features.isfinite().all() and (pooled is None or pooled.isfinite().all())):
+            raise ValueError(
+                f"text features are not finite in {self.text.identity['dtype']}: "
+                "set text_encoder.dtype to float32 or bfloat16"
+            )
+        for i, text in enumerate(packed(made.features.to("cpu", dtype), made.mask.cpu())):
+            yield {"text": text, **({} if pooled is None else {"pooled": pooled[i].to("cpu", dtype)})}
 
 
 def _row(shard: int, number: int, clip: Clip) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
     out/index.json             what made the features, and that they are whole: written last
         samples.parquet        one row a sample: id, shard, bucket, caption, class, split, source's size, free columns
-        shards/00000.safetensors   "7.mean" (C, t, h, w), "7.std" where there is a posterior, "7.text" (L, D)
+        shards/00000.safetensors   "7.mean" (C, t, h, w), "7.std" where there is a posterior, "7.text" (L, D),
+                                   "7.pooled" (P,) where the text encoder makes it, "empty.text" and "empty.pooled",
+                                   "7.control" (C, t or 1, h, w) where conditions were extracted
         report.json            what became of every clip
 
 No file per sample and nothing pickled; shards are memory-mapped, and text is as long as its caption.
@@ -11,6 +13,7 @@ Latents are raw: statistics belong to the autoencoder, whose identity stands in 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections import OrderedDict
@@ -32,6 +35,8 @@ from stdit.data.manifest import satisfies
 from stdit.files import atomic_path
 
 FORMAT = 1
+# In place of a sample's id, in every shard with text: the features of the empty caption.
+EMPTY_CAPTION = "empty"
 INDEX, SAMPLES, REPORT = "index.json", "samples.parquet", "report.json"
 # Columns of samples.parquet that are not the manifest's own; a manifest may not have free columns of these names.
 OWN = {
@@ -82,6 +87,16 @@ class Sample:
     height: int
     width: int
     caption: str
+    control: Tensor | None = None  # (C, t or 1, h, w) float32, raw: latents of its condition
+    pooled: Tensor | None = None  # (P,) float32, the vector that comes with the text
+
+
+@dataclass(frozen=True)
+class EmptyCaption:
+    """The text encoder's features of "": what stands for no caption to a model without a null caption of its own."""
+
+    text: Tensor  # (L, D) float32
+    pooled: Tensor | None = None  # (P,)
 
 
 class FeatureSet:
@@ -122,6 +137,36 @@ class FeatureSet:
     def text_encoder(self) -> dict[str, Any] | None:
         """The text encoder's identity (stdit.encoders.text), or None where no text was extracted."""
         return self.index["text_encoder"]
+
+    @property
+    def has_pooled(self) -> bool:
+        """Whether every caption has a pooled vector."""
+        return bool((self.text_encoder or {}).get("pooled_dim"))
+
+    @property
+    def empty_caption(self) -> EmptyCaption | None:
+        """The empty caption's features; None where they were not kept. ConfigError: they are gone or damaged."""
+        place = self.index.get("empty_caption")
+        if place is None:
+            return None
+        path = shard_path(self.path, place["shard"])
+        names = ("text", "pooled") if self.has_pooled else ("text",)
+        try:
+            with self._lock:
+                shard = self._shard(place["shard"])
+                found = {name: shard.get_tensor(f"{EMPTY_CAPTION}.{name}").clone() for name in names}
+        except SafetensorError as error:
+            raise ConfigError(f"{path}: the empty caption cannot be read ({error})") from error
+        if (digest := digest_of(found)) != place["sha256"]:
+            raise ConfigError(
+                f"{path}: the empty caption is not what was written (sha256 {digest[:12]}…, {INDEX} says {place['sha256'][:12]}…)"
+            )
+        return EmptyCaption(**{name: tensor.float() for name, tensor in found.items()})
+
+    @property
+    def has_control(self) -> bool:
+        """Whether every clip has the latents of a condition beside it."""
+        return bool(self.index["config"].get("control_column"))
 
     def select(
         self, split: str | None, buckets: Sequence[Bucket], where: Sequence[Where] = ()
@@ -166,6 +211,8 @@ class FeatureSet:
                 mean = _copy(shard.get_tensor(f"{id}.mean"))
                 std = _copy(shard.get_tensor(f"{id}.std")) if self.index["posterior"] else None
                 text = _copy(shard.get_tensor(f"{id}.text")) if self.text_encoder else None
+                pooled = _copy(shard.get_tensor(f"{id}.pooled")) if self.has_pooled else None
+                control = _copy(shard.get_tensor(f"{id}.control")) if self.has_control else None
             except SafetensorError as error:
                 raise ConfigError(f"{shard_path(self.path, number)}: sample {id} cannot be read ({error})") from error
         return Sample(
@@ -178,6 +225,8 @@ class FeatureSet:
             height=int(self._columns["height"][row]),
             width=int(self._columns["width"][row]),
             caption=self.rows["caption"][row].as_py(),
+            control=control,
+            pooled=pooled,
         )
 
     def text_lengths(self, ids: np.ndarray) -> np.ndarray:
@@ -214,6 +263,15 @@ def read_index(path: Path | str) -> dict[str, Any]:
 def _copy(tensor: Tensor) -> Tensor:
     """As float32, and never the shard's own memory, which every later read of the shard shares."""
     return tensor.to(torch.float32, copy=True)
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """Hex SHA-256 over names, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def packed(features: Tensor, mask: Tensor) -> list[Tensor]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from stdit.config import Bucket, ConfigError, DataConfig, TrainBucket, Where
-from stdit.data.features import Sample, padded
+from stdit.data.features import EmptyCaption, Sample, padded
 
 
 class Source(Protocol):
@@ -54,9 +54,16 @@ class Batch:
     captions: tuple[str, ...]
     positions: tuple[int, ...]  # places in the bucket's stream: what seeds noise and times
     bucket: Bucket
+    control: Tensor | None = None  # (B, C, t or 1, h, w), raw
+    pooled: Tensor | None = None  # (B, P), the vectors that come with the text
 
     def __len__(self) -> int:
         return len(self.mean)
+
+    @property
+    def frames(self) -> Tensor:
+        """Frames in pixels, (B,)."""
+        return torch.full((len(self),), float(self.bucket.frames))
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,9 @@ def collate(samples: Sequence[Sample], positions: Sequence[int], bucket: Bucket)
         raise ValueError(f"bucket {bucket.key} holds latents of several shapes: {sorted(shapes)}")
     stds = [s.std for s in samples if s.std is not None]
     texts = [s.text for s in samples if s.text is not None]
+    pooled = [s.pooled for s in samples if s.pooled is not None]
+    if len(pooled) not in (0, len(samples)):
+        raise ValueError(f"bucket {bucket.key}: {len(pooled)} of {len(samples)} samples have a pooled vector")
     if len(stds) not in (0, len(samples)) or len(texts) not in (0, len(samples)):
         raise ValueError(
             f"bucket {bucket.key}: {len(texts)} of {len(samples)} samples have text, {len(stds)} have a std"
@@ -96,7 +106,19 @@ def collate(samples: Sequence[Sample], positions: Sequence[int], bucket: Bucket)
         captions=tuple(s.caption for s in samples),
         positions=tuple(positions),
         bucket=bucket,
+        control=_stacked([s.control for s in samples], samples[0].mean.shape[1]),
+        pooled=torch.stack(pooled) if pooled else None,
     )
+
+
+def _stacked(controls: Sequence[Tensor | None], frames: int) -> Tensor | None:
+    """Conditions (C, frames or 1, h, w) as (B, C, frames or 1, h, w): one frame only where all have but one."""
+    held = [control for control in controls if control is not None]
+    if len(held) not in (0, len(controls)):
+        raise ValueError(f"{len(held)} of {len(controls)} samples have a condition (control)")
+    if len({control.shape[1] for control in held}) > 1:
+        held = [control.expand(-1, frames, -1, -1) for control in held]
+    return torch.stack(held) if held else None
 
 
 class Stream:
@@ -213,14 +235,21 @@ class Loader:
 class Synthetic:
     """Clips made on the spot, to show that a launch works: waves whose direction and speed are the class's.
 
-    channels, compression: of the latents, which stand for themselves. classes, text_dim, text_tokens: None where the
+    channels: of the latents, which stand for themselves. classes, text_dim, text_tokens, pooled_dim: None where the
     model takes none. 256 training and 32 validation clips a bucket.
     """
 
     SIZES = {"train": range(256), "validation": range(256, 288)}  # noqa: RUF012
 
-    def __init__(self, channels: int, classes: int | None, text_dim: int | None, text_tokens: int) -> None:
-        self.channels, self.classes, self.text_dim = channels, classes, text_dim
+    def __init__(
+        self,
+        channels: int,
+        classes: int | None,
+        text_dim: int | None,
+        text_tokens: int,
+        pooled_dim: int | None = None,
+    ) -> None:
+        self.channels, self.classes, self.text_dim, self.pooled_dim = channels, classes, text_dim, pooled_dim
         self.text_tokens = min(text_tokens, 12)
         self._buckets: list[Bucket] = []
 
@@ -241,6 +270,13 @@ class Synthetic:
         # The bucket in the upper digits of the id.
         return {b.key: np.array([keys.index(b.key) * 1000 + n for n in numbers]) for b in buckets}
 
+    @property
+    def empty_caption(self) -> EmptyCaption | None:
+        """One word of zeros; None without text."""
+        if not self.text_dim:
+            return None
+        return EmptyCaption(torch.zeros(1, self.text_dim), torch.zeros(self.pooled_dim) if self.pooled_dim else None)
+
     def sample(self, id: int) -> Sample:
         bucket, number = self._buckets[int(id) // 1000], int(id) % 1000
         kinds = self.classes or 10
@@ -251,11 +287,10 @@ class Synthetic:
         )
         angle, phase = 2 * math.pi * kind / kinds, 2 * math.pi * torch.rand(self.channels, 1, 1, 1, generator=generator)
         wave = torch.sin(2 * math.pi * (2 * math.cos(angle) * x + 2 * math.sin(angle) * y + t) + phase)  # (C, T, H, W)
-        text = None
-        if self.text_dim:
-            # The class's own words, as many as its number says.
-            words = torch.Generator().manual_seed(10_000 + kind)
-            text = torch.randn(1 + kind % self.text_tokens, self.text_dim, generator=words)
+        # The class's own words, as many as its number says.
+        words = torch.Generator().manual_seed(10_000 + kind)
+        text = torch.randn(1 + kind % self.text_tokens, self.text_dim, generator=words) if self.text_dim else None
+        pooled = torch.randn(self.pooled_dim, generator=words) if self.pooled_dim else None
         return Sample(
             id=int(id),
             mean=wave,
@@ -266,4 +301,5 @@ class Synthetic:
             height=bucket.height,
             width=bucket.width,
             caption=f"waves of kind {kind}",
+            pooled=pooled,
         )

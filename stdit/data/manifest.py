@@ -59,6 +59,10 @@ class Clip:
             return known[column]
         return getattr(self, column) if column in KNOWN else self.extra.get(column)
 
+    def beside(self, path: Scalar) -> Path:
+        """The file that a column's value names, as `path` is named: below the manifest's folder. ValueError: it is no such path."""
+        return self.file.parents[len(Path(self.key).parts) - 1] / _path(path)
+
 
 @dataclass(frozen=True)
 class Manifest:

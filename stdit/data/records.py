@@ -145,6 +145,9 @@ def stale(out: Path, part: Part) -> str | None:
     for row, clip in zip(rows, part.clips, strict=True):
         if _changed(row, clip.file):
             return f"{clip.file} has changed"
+    for row, clip in zip(controls(told), part.clips, strict=False):
+        if row["path"] is not None and _changed(row, clip.beside(row["path"])):
+            return f"{clip.beside(row['path'])} has changed"
     return None
 
 
@@ -158,6 +161,11 @@ def _changed(row: Mapping[str, Any], file: Path) -> bool:
     if row["size"] != -1 and stat.st_mtime_ns == row["mtime_ns"]:
         return False
     return state(file)["digest"] != row["digest"]
+
+
+def controls(told: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Of a record's metadata, path and state of each clip's condition; [] where none were asked for."""
+    return json.loads(told.get("controls", "[]"))
 
 
 def metadata(record: Path) -> dict[str, str]:

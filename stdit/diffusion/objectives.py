@@ -14,20 +14,15 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
 from stdit.config import DiffusionConfig
+from stdit.diffusion.guidance import Model
 from stdit.diffusion.timesteps import TIMESTEPS, sample_times
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 
 
 def make_objective(config: DiffusionConfig, learned_variance: bool) -> FlowMatching | DDPM:
-    """The objective that `config` names. ValueError: learned variance with flow matching, which has none."""
-    if config.objective == "ddpm":
-        return DDPM(config, learned_variance)
-    if learned_variance:
-        raise ValueError(
-            "model.learned_variance belongs to diffusion.objective ddpm; flow matching has no variance to learn"
-        )
-    return FlowMatching(config)
+    """The objective that `config` names."""
+    return DDPM(config, learned_variance) if config.objective == "ddpm" else FlowMatching(config, learned_variance)
 
 
 def _per_sample(values: Tensor, x: Tensor) -> Tensor:
@@ -59,10 +54,13 @@ def _check_prediction(prediction: Tensor, channels: int, x: Tensor) -> None:
 
 class FlowMatching:
     """Straight paths x_t = (1 - t) x0 + t noise and their velocity noise - x0 (Lipman et al. 2023; the sign of
-    diffusers, SD3 and Open-Sora 2)."""
+    diffusers, SD3 and Open-Sora 2), or with `velocity: data_minus_noise` its opposite (Open-Sora 1.2).
 
-    def __init__(self, config: DiffusionConfig) -> None:
-        self.config = config
+    learned_variance: the model gives 2C channels, as Open-Sora 1.2's, of which the second half is not looked at.
+    """
+
+    def __init__(self, config: DiffusionConfig, learned_variance: bool = False) -> None:
+        self.config, self.learned_variance = config, learned_variance
 
     def times(self, u: Tensor, latent: tuple[int, int, int]) -> Tensor:
         """Times (B,) from uniform u (B,), for latents (T, H, W)."""
@@ -81,8 +79,10 @@ class FlowMatching:
         """Mean squared error of the velocity, (B,), in float32. given (B, T) bool: frames that keep their data and
         are out of the loss."""
         prediction = predict(_with_given(self.add_noise(x0, noise, t), x0, given), self.timestep(t))
-        _check_prediction(prediction, x0.shape[1], x0)
-        return _mean((prediction.float() - (noise - x0).float()).square(), given)
+        channels = x0.shape[1]
+        _check_prediction(prediction, 2 * channels if self.learned_variance else channels, x0)
+        velocity = noise - x0 if self.config.velocity == "noise_minus_data" else x0 - noise
+        return _mean((prediction[:, :channels].float() - velocity.float()).square(), given)
 
 
 class DDPM:
@@ -158,6 +158,13 @@ class DDPM:
         divergence = normal_kl(truth, log_smallest, mean, log_variance)
         decoder = -discretised_log_likelihood(x0, mean, 0.5 * log_variance)
         return torch.where(step == 0, _mean(decoder, given), _mean(divergence, given)) / math.log(2)
+
+
+def drawn_from(model: Model, config: DiffusionConfig) -> Model:
+    """`model` with the sign that diffusers' schedulers draw from, noise - x0."""
+    if config.objective == "ddpm" or config.velocity == "noise_minus_data":
+        return model
+    return lambda x, t, cond: -model(x, t, cond)
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:

@@ -21,6 +21,11 @@ def seed_for(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
 
 
+def generators(seed: int, purpose: str, step: int, positions: Sequence[int]) -> list[torch.Generator]:
+    """One for each of B `positions`, on the CPU, for what draws by itself."""
+    return [torch.Generator().manual_seed(seed_for(seed, purpose, step, int(position))) for position in positions]
+
+
 def _generators(seed: int, purpose: str, step: int, positions: Sequence[int]):
     generator = torch.Generator()
     for position in positions:

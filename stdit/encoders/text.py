@@ -1,225 +1,228 @@
-"""T5 text encoders: T5, mT5, UMT5 and ByT5 by folder or hub id, and a random ByT5 with nothing to download.
+"""Text encoders, one or several whose features are concatenated: loaded from a config or from an identity.
 
-captions --encode--> features (B, L, D), mask (B, L): L is the longest caption of the batch, in tokens
+captions --encode--> features (B, L, D), mask (B, L), pooled (B, P) or None: L is the longest caption of the batch, in tokens
+
+Stable Diffusion 3 (Esser et al. 2024) joins two CLIPs along the channels, and T5 to both along the tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any, cast
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
-from transformers import (
-    AutoModelForTextEncoding,
-    AutoTokenizer,
-    ByT5Tokenizer,
-    MT5EncoderModel,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    T5Config,
-    T5EncoderModel,
-    UMT5EncoderModel,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stdit.config import ByteT5Config, ConfigError, TextEncoderConfig
-from stdit.encoders.source import check_same, fingerprint_folder, folder_of, hub_commit, revision_of, subfolder_of
+from stdit.config import MOST_TEXT_ENCODERS, ConfigError, TextEncoderConfig
+from stdit.encoders.byte_t5 import random_byte_t5
+from stdit.encoders.encoded import Encoded, along_channels, along_tokens, widened
+from stdit.encoders.single import TextEncoder, fingerprint, load_one, one_from_identity
 
-# The setting that messages name.
-KEY = "text_encoder.path"
+__all__ = [
+    "Encoded",
+    "TextEncoder",
+    "TextEncoders",
+    "components",
+    "decisive",
+    "decisive_of",
+    "encoder_of",
+    "load_text_encoder",
+    "of_components",
+    "random_byte_t5",
+    "text_encoder_from_identity",
+]
+
+# Of the names of a pipeline's components.
+SUFFIXES = ("", *(f"_{number}" for number in range(2, MOST_TEXT_ENCODERS + 1)))
+Way = Literal["tokens", "channels"]
+WAYS: tuple[Way, ...] = ("tokens", "channels")
 
 
-class TextEncoder:
-    """A T5 encoder with its tokenizer. `.identity` is JSON, and rebuilds it by `text_encoder_from_identity`."""
+class TextEncoders:
+    """Several encoders as one: features one after another (`tokens`) or side by side (`channels`), pooled vectors side by side.
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        max_tokens: int,
-        source: dict[str, Any] | None = None,
-    ) -> None:
-        if not isinstance(model, T5EncoderModel | MT5EncoderModel | UMT5EncoderModel):
-            raise ValueError(f"{type(model).__name__} is no encoder of T5, mT5, UMT5 or ByT5")
-        if len(tokenizer) > model.config.vocab_size:
+    Has what a TextEncoder has. ValueError: parts that do not fit together, with both numbers.
+    """
+
+    def __init__(self, way: Way, parts: Sequence[TextEncoder | TextEncoders], width: int | None = None) -> None:
+        lengths = [part.max_tokens for part in parts]
+        if way == "channels" and len(set(lengths)) > 1:
             raise ValueError(
-                f"the tokenizer ({type(tokenizer).__name__}) has {len(tokenizer)} tokens, "
-                f"the text encoder ({type(model).__name__}) embeds {model.config.vocab_size}: they don't belong together"
+                f"text_encoder.channels: {lengths[0]} and {next(n for n in lengths if n != lengths[0])} tokens "
+                "(max_tokens); side by side they must be as many"
             )
-        self.model = cast(PreTrainedModel, model.eval().requires_grad_(False))
-        self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
-        self.dim = int(model.config.d_model)
+        widths = [part.dim for part in parts]
+        own = max(widths) if way == "tokens" else sum(widths)
+        if width is not None and width < own:
+            raise ValueError(f"text_encoder.width is {width}, the features of its {way} are {own} wide")
+        self.way, self.parts = way, tuple(parts)
+        self.dim = width or own
+        self.max_tokens = sum(lengths) if way == "tokens" else lengths[0]
+        pooled = sum(part.pooled_dim or 0 for part in parts)
+        self.pooled_dim = pooled or None
+        identities = [part.identity for part in parts]
         self.identity: dict[str, Any] = {
-            "class": type(model).__name__,
-            "path": None,
-            "subfolder": None,
-            "tokenizer_subfolder": None,
-            "byte_t5": None,
-            "fingerprint": None,
-            **(source or {}),
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "class": way,
+            way: identities,
+            "fingerprint": hashlib.sha256(json.dumps([i["fingerprint"] for i in identities]).encode()).hexdigest(),
+            "dtype": str(self.dtype).removeprefix("torch."),
             "dim": self.dim,
-            "max_tokens": max_tokens,
+            "max_tokens": self.max_tokens,
+            "pooled_dim": self.pooled_dim,
+            "width": width,
         }
 
     @property
     def dtype(self) -> torch.dtype:
-        return cast(torch.dtype, self.model.dtype)
+        """Holds what each of them makes."""
+        found = self.parts[0].dtype
+        for part in self.parts[1:]:
+            found = torch.promote_types(found, part.dtype)
+        return found
 
-    @torch.no_grad()
-    def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """(features (B, L, D) float32, mask (B, L) bool): L is the longest of `captions` in tokens, at most max_tokens.
+    @property
+    def each(self) -> tuple[TextEncoder, ...]:
+        """The single encoders, in order."""
+        return tuple(one for part in self.parts for one in part.each)
 
-        Padding has mask False and features zero. A longer caption is cut; an empty one has the one token </s>.
-        """
-        tokens = self.tokenizer(
-            captions, padding="longest", truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        )
-        ids, mask = tokens["input_ids"].to(self.model.device), tokens["attention_mask"].to(self.model.device)
-        features = cast(Any, self.model)(input_ids=ids, attention_mask=mask).last_hidden_state.float()
-        return features * mask[..., None], mask.bool()
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What `encoder_of` takes, besides models and tokenizers, to make this encoder."""
+        width = {"width": self.identity["width"]} if self.identity["width"] else {}
+        return {self.way: [part.layout for part in self.parts], **width}
 
-    def token_counts(self, captions: list[str]) -> list[int]:
-        """Tokens of each caption before it is cut to max_tokens."""
-        return [len(ids) for ids in self.tokenizer(captions, truncation=False, verbose=False)["input_ids"]]
+    def encode(self, captions: list[str]) -> Encoded:
+        """As TextEncoder.encode. ValueError: a caption of which `channels` have different numbers of tokens."""
+        parts = [part.encode(captions) for part in self.parts]
+        made = along_tokens(parts) if self.way == "tokens" else along_channels(parts, captions)
+        return Encoded(widened(made.features, self.dim), made.mask, made.pooled)
 
-    def to(self, device: torch.device | str) -> TextEncoder:
-        cast(torch.nn.Module, self.model).to(device)
+    def cuts(self, captions: list[str]) -> list[tuple[int, int] | None]:
+        """(tokens, max_tokens) of each caption that an encoder cuts (of the first that does), None for the others."""
+        found = zip(*(part.cuts(captions) for part in self.parts), strict=True)
+        return [next((cut for cut in cuts if cut is not None), None) for cuts in found]
+
+    def to(self, device: torch.device | str) -> TextEncoders:
+        for part in self.parts:
+            part.to(device)
         return self
-
-
-def random_byte_t5(config: ByteT5Config) -> T5EncoderModel:
-    """A frozen T5 encoder over bytes whose weights follow from `config` alone, on any machine and library version.
-
-    Variances are those of T5's own initialisation (Raffel et al. 2020; attention without 1/sqrt(d), so q
-    takes it), norms are one. Drawn uniformly from PCG64's raw stream: normal numbers pass through log and
-    sqrt, which differ in the last bit between CPUs, and the weights' SHA-256 stands in every checkpoint.
-    """
-    if config.width % config.num_heads:
-        raise ConfigError(f"text_encoder.byte_t5.width {config.width} is not divisible by num_heads {config.num_heads}")
-    head = config.width // config.num_heads
-    # ByT5's vocabulary: 256 bytes, 3 special tokens, 125 unused.
-    settings = T5Config(
-        vocab_size=384, d_model=config.width, d_kv=head, d_ff=2 * config.width, num_layers=config.depth, num_heads=config.num_heads,
-        dropout_rate=0.0, feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
-    )  # fmt: skip
-    with torch.random.fork_rng([]):  # the constructor draws weights, which are replaced below
-        model = T5EncoderModel(settings)
-    for name, weight in model.named_parameters():
-        if weight.ndim == 1:
-            weight.data.fill_(1.0)
-            continue
-        std = config.initializer_factor
-        if not name.startswith("shared"):
-            fan_in = config.width if "relative_attention_bias" in name else weight.shape[1]
-            std *= (fan_in * (head if name.endswith(".q.weight") else 1)) ** -0.5
-        key = int.from_bytes(hashlib.blake2b(f"{config.seed}\0{name}".encode(), digest_size=8).digest(), "little")
-        uniform = np.random.Generator(np.random.PCG64(key)).random(tuple(weight.shape), dtype=np.float32)
-        weight.data.copy_(torch.from_numpy((uniform * 2 - 1) * np.float32(3**0.5 * std)))
-    return model
-
-
-def weights_sha256(model: torch.nn.Module) -> str:
-    """Hex SHA-256 over names and bytes of the parameters."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        digest.update(f"{name}\0".encode())
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def load_text_encoder(
     config: TextEncoderConfig, device: torch.device | str = "cpu", revision: str | None = None
-) -> TextEncoder:
-    """The text encoder that `config` names. `revision`: a commit of the hub.
+) -> Any:
+    """The text encoder, or encoders, that `config` names: a TextEncoder or TextEncoders. `revision`: a commit of the hub.
 
-    ConfigError: the path is no folder and not on the hub, holds no T5 encoder, lacks weights or tokenizer.
+    ConfigError: a path is no folder and not on the hub, holds no encoder, lacks weights or tokenizer; a setting that does
+    not fit its encoder, or the others.
     """
-    dtype = getattr(torch, config.dtype)
-    if config.byte_t5:
-        random = random_byte_t5(config.byte_t5)
-        source = {"byte_t5": config.byte_t5.model_dump(mode="json"), "fingerprint": weights_sha256(random)}
-        return TextEncoder(
-            random.to(dtype), cast(PreTrainedTokenizerBase, ByT5Tokenizer()), config.max_tokens, source
-        ).to(device)
-    assert config.path is not None
-    found, folder = fingerprint(config, revision), folder_of(config.path, KEY)
-    model, tokenizer = _load(config, dtype, revision)
-    source = {
-        "path": str(folder) if folder else config.path,
-        "subfolder": config.subfolder,
-        "tokenizer_subfolder": config.tokenizer_subfolder,
-        "fingerprint": found,
-    }
+    if not config.parts:
+        return load_one(config, device, revision)
     try:
-        return TextEncoder(model, tokenizer, config.max_tokens, source).to(device)
+        parts = [load_text_encoder(part, device, revision) for part in config.parts]
+        return TextEncoders("tokens" if config.tokens else "channels", parts, config.width)
+    except ConfigError:
+        raise
     except ValueError as error:
-        raise ConfigError(f"{KEY}: {config.path}: {error}") from error
-
-
-def fingerprint(config: TextEncoderConfig, revision: str | None = None) -> str:
-    """What `.identity["fingerprint"]` of the encoder will be, without loading its weights. ConfigError: it is not there."""
-    if config.byte_t5:
-        return weights_sha256(random_byte_t5(config.byte_t5))
-    assert config.path is not None
-    folder = folder_of(config.path, KEY)
-    if folder is None:
-        try:
-            return hub_commit(config.path, config.subfolder, revision)
-        except OSError as error:
-            raise ConfigError(f"{KEY}: {config.path} is no folder here and not found on the hub ({error})") from error
-    tokenizer = folder / (config.tokenizer_subfolder or "")
-    if not tokenizer.is_dir():
-        raise ConfigError(f"text_encoder.tokenizer_subfolder: {folder} has no subfolder {config.tokenizer_subfolder!r}")
-    # Once, where both lie in one folder.
-    return fingerprint_folder(*dict.fromkeys((subfolder_of(folder, config.subfolder, KEY), tokenizer)))
-
-
-def _load(
-    config: TextEncoderConfig, dtype: torch.dtype, revision: str | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer, with every weight the model has.
-
-    Loaded with the dtype: T5 weights read as float32 and cast to float16 afterwards are corrupted.
-    """
-    assert config.path is not None
-    where: dict[str, Any] = {"revision": revision} if revision else {}
-    try:
-        model, info = AutoModelForTextEncoding.from_pretrained(
-            config.path, subfolder=config.subfolder or "", dtype=dtype, output_loading_info=True, **where
-        )
-        tokenizer = AutoTokenizer.from_pretrained(config.path, subfolder=config.tokenizer_subfolder or "", **where)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"{KEY}: {config.path}: no T5 encoder with its tokenizer can be loaded ({error})") from error
-    # A whole T5's decoder is rightly left over; a missing weight would be a random one.
-    wrong = {k: info[k] for k in ("missing_keys", "mismatched_keys") if info[k]}
-    if wrong:
-        raise ConfigError(
-            f"{KEY}: {config.path}: the weights do not fit: "
-            + "; ".join(f"{k}: {sorted(map(str, v))}" for k, v in wrong.items())
-        )
-    return model, tokenizer
+        raise ConfigError(str(error)) from error
 
 
 def text_encoder_from_identity(
     identity: dict[str, Any], device: torch.device | str = "cpu", path: str | None = None
-) -> TextEncoder:
-    """The encoder that made features of this `identity`. `path`: where its folder lies now, if elsewhere.
+) -> Any:
+    """The encoder, or encoders, that made features of this `identity`. `path`: where a single one's folder lies now, if elsewhere.
 
     ConfigError: gone, or no longer the same weights; the message says what differs.
     """
-    random = identity["byte_t5"]
-    config = TextEncoderConfig(
-        path=None if random else path or identity["path"],
-        subfolder=identity["subfolder"],
-        tokenizer_subfolder=identity["tokenizer_subfolder"],
-        byte_t5=ByteT5Config(**random) if random else None,
-        max_tokens=identity["max_tokens"],
-        dtype=identity["dtype"],
-    )
-    encoder = load_text_encoder(config, device, revision_of(identity, config.path))
-    check_same(identity, encoder.identity, f"the text encoder {config.path or 'byte_t5'}")
-    return encoder
+    for way in WAYS:
+        if way in identity:
+            parts = [text_encoder_from_identity(part, device) for part in identity[way]]
+            return TextEncoders(way, parts, identity["width"])
+    return one_from_identity(identity, device, path)
+
+
+# ------------------------------------------------------------------------------ what decides features
+
+# Settings that came later; an encoder that has them at their defaults is told from others by the rest.
+_LATER = ("layer", "pooled", "keep_padding", "width")
+
+
+def decisive(config: TextEncoderConfig) -> dict[str, Any]:
+    """What of `config` decides features, without loading weights. ConfigError: an encoder that is not there."""
+    own = {"width": config.width} if config.width else {}
+    for way in WAYS:
+        if parts := getattr(config, way):
+            return {way: [decisive(part) for part in parts], **own}
+    later = {key: value for key in _LATER if (value := getattr(config, key))}
+    return {"fingerprint": fingerprint(config), "dtype": config.dtype, "max_tokens": config.max_tokens, **later}
+
+
+def decisive_of(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What `decisive` says of the config that the encoder of this identity was loaded from."""
+    own = {"width": identity["width"]} if identity.get("width") else {}
+    for way in WAYS:
+        if way in identity:
+            return {way: [decisive_of(part) for part in identity[way]], **own}
+    said = {**identity, "pooled": bool(identity.get("pooled_dim"))}
+    later = {key: said[key] for key in _LATER if said.get(key)}
+    return {**{key: identity[key] for key in ("fingerprint", "dtype", "max_tokens")}, **later}
+
+
+# ---------------------------------------------------------------------------------- from a pipeline's
+
+
+def components(encoder: Any) -> dict[str, Any]:
+    """{"text_encoder": …, "tokenizer": …, "text_encoder_2": …, …} of an encoder, or encoders, as diffusers' pipelines have them."""
+    found: dict[str, Any] = {}
+    for suffix, one in zip(SUFFIXES, encoder.each, strict=False):
+        found |= {f"text_encoder{suffix}": one.model, f"tokenizer{suffix}": one.tokenizer}
+    return found
+
+
+def of_components(found: Mapping[str, Any], layout: Mapping[str, Any] | None, max_tokens: int) -> Any:
+    """The encoder, or encoders, of a pipeline's components (`components`); None where it has none. layout: None for one
+    encoder whose captions are cut at `max_tokens`.
+
+    ValueError: an encoder without its tokenizer, not as many as the layout names, what does not fit together.
+    """
+    models, tokenizers = [], []
+    for suffix in SUFFIXES:
+        model, tokenizer = found.get(f"text_encoder{suffix}"), found.get(f"tokenizer{suffix}")
+        if (model is None) != (tokenizer is None):
+            raise ValueError(f"text_encoder{suffix} and tokenizer{suffix}: give both or neither")
+        if model is not None:
+            models.append(model)
+            tokenizers.append(tokenizer)
+    if not models:
+        return None
+    if layout is None and len(models) > 1:
+        raise ValueError(f"{len(models)} text encoders: text_layout says how their features are concatenated")
+    return encoder_of(layout or {"max_tokens": max_tokens}, models, tokenizers)
+
+
+def encoder_of(
+    layout: Mapping[str, Any], models: Sequence[PreTrainedModel], tokenizers: Sequence[PreTrainedTokenizerBase]
+) -> Any:
+    """The encoder, or encoders, of these models. layout: its own, `.layout`.
+
+    ValueError: not as many as the layout names; what does not fit together, with both numbers.
+    """
+    pairs = list(zip(models, tokenizers, strict=True))
+    if (named := _count(layout)) != len(pairs):
+        raise ValueError(f"the layout of the text encoders names {named}, the pipeline has {len(pairs)}")
+    return _built(layout, iter(pairs))
+
+
+def _count(layout: Mapping[str, Any]) -> int:
+    parts = [part for way in WAYS for part in layout.get(way, ())]
+    return sum(map(_count, parts)) if parts else 1
+
+
+def _built(layout: Mapping[str, Any], pairs: Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]) -> Any:
+    for way in WAYS:
+        if way in layout:
+            return TextEncoders(way, [_built(part, pairs) for part in layout[way]], layout.get("width"))
+    model, tokenizer = next(pairs)
+    return TextEncoder(model, tokenizer, **layout)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from stdit.modelconfig import QKNorm
 from stdit.models.embeddings import Rope, rotate
+from stdit.models.linear import Linear
 
 # Back ends that take boolean masks (xformers would add them as 0 and 1); all others leave masked attention to NATIVE.
 MASKED = frozenset(
@@ -45,7 +46,7 @@ MASKED = frozenset(
 
 # On a CPU, up to this many queries times keys, two plain products and a softmax are used. Measured forward and backward
 # with two threads, the fused kernel takes 2 to 4 times as long at 4 x 4 and 16 x 16, 1.2 to 1.7 at 64 x 64, and wins
-# from about 192 x 192; with one thread they tie.
+# from about 192 x 192; with one thread they tie. Not in compiled graphs, which would compile anew where a size passes it.
 PLAIN_LIMIT = 128 * 128
 
 
@@ -73,7 +74,8 @@ class AttentionProcessor:
         backend = self._attention_backend
         active = backend or _AttentionBackendRegistry.get_active_backend()[0]
         unnamed = backend is None and active == AttentionBackendName.NATIVE and self._parallel_config is None
-        if unnamed and query.device.type == "cpu" and query.shape[1] * key.shape[1] <= PLAIN_LIMIT:
+        short = not torch.compiler.is_compiling() and query.shape[1] * key.shape[1] <= PLAIN_LIMIT
+        if unnamed and query.device.type == "cpu" and short:
             return plain_attention(query, key, value, mask)
         if mask is not None and active not in MASKED:
             backend = AttentionBackendName.NATIVE
@@ -130,10 +132,10 @@ class Attention(nn.Module, AttentionModuleMixin):
     ) -> None:
         super().__init__()
         self.num_heads, self.window = num_heads, window
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.qkv = Linear(hidden_size, 3 * hidden_size)
         self.q_norm = _head_norm(qk_norm, hidden_size, num_heads)
         self.k_norm = _head_norm(qk_norm, hidden_size, num_heads)
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.proj = Linear(hidden_size, hidden_size)
         self.rel_pos_h = self.rel_pos_w = None
         if window and relative:
             self.rel_pos_h = nn.Parameter(torch.zeros(2 * window - 1, hidden_size // num_heads))
@@ -150,8 +152,10 @@ class Attention(nn.Module, AttentionModuleMixin):
         rope: Rope | None = None,
         mask: Tensor | None = None,
         plane: tuple[int, int] | None = None,
+        heads: Tensor | None = None,
     ) -> Tensor:
-        """hidden_states (B, N, D); rope over the N tokens; mask (B, 1, 1, N) bool over keys; plane: the (H, W) that N is.
+        """hidden_states (B, N, D); rope over the N tokens; mask (B, 1, 1, N) bool over keys; plane: the (H, W) that N is;
+        heads: 0 for those whose output is not used, else 1, (samples or 1, H), samples being a whole part of B.
 
         Returns (B, N, D). Windows and pooling need `plane`.
         """
@@ -165,6 +169,9 @@ class Attention(nn.Module, AttentionModuleMixin):
             )
         else:
             y = self._attended(x, rope, mask, plane)
+        if heads is not None:
+            own = heads.repeat_interleave(y.shape[0] // heads.shape[0], 0)
+            y = (y.unflatten(-1, (self.num_heads, -1)) * own[:, None, :, None]).flatten(2)
         return self.proj(y)
 
     def heads(self, x: Tensor, rope: Rope | None, plane: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,11 +231,11 @@ class CrossAttention(nn.Module, AttentionModuleMixin):
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: QKNorm | None = None) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q_linear = nn.Linear(hidden_size, hidden_size)
-        self.kv_linear = nn.Linear(hidden_size, 2 * hidden_size)
+        self.q_linear = Linear(hidden_size, hidden_size)
+        self.kv_linear = Linear(hidden_size, 2 * hidden_size)
         self.q_norm = _head_norm(qk_norm, hidden_size, num_heads)
         self.k_norm = _head_norm(qk_norm, hidden_size, num_heads)
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.proj = Linear(hidden_size, hidden_size)
         self.processor: Any = AttentionProcessor()
 
     def keys_values(self, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:

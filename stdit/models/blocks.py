@@ -14,7 +14,7 @@ meet in one attention (Esser et al. 2024, section 4).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,15 @@ from torch import Tensor, nn
 
 from stdit.modelconfig import ModelConfig
 from stdit.models.attention import Attention, CrossAttention
+from stdit.models.dynamic import Costs, Dynamic, Noise, Used
 from stdit.models.embeddings import Grid, Rope
 from stdit.models.feedforward import feed_forward
+from stdit.models.partial import Chosen, Parts
+
+# How blocks are compiled. They share one function, so the limit, per function, has to hold every kind of block there is in
+# a model, times one frame or several, one sample or several, a shared time or each its own, a mask or none. Sizes above
+# 1 are symbols from the start.
+COMPILED: dict[str, Any] = {"fullgraph": True, "dynamic": True, "recompile_limit": 64}
 
 # Shift, scale + 1 and gate of attention, then of the MLP, each (B or 1, T or 1, 1, D); None where a block has none.
 Modulation = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -43,18 +50,22 @@ class Places(NamedTuple):
 
 class Signals(NamedTuple):
     """The time and the class as blocks are told them, of `conditioning`'s kind, (B or 1, T or 1, D or 6 D): to the video,
-    and in joint attention to the text, which is one for all frames, or one for each."""
+    and in joint attention to the text, which is one for all frames, or one for each. time (B or 1, D): the code of the
+    time alone, which dynamic width goes by."""
 
     video: Tensor | None
     text: Tensor | None = None
+    time: Tensor | None = None
 
 
 class Prepared(NamedTuple):
-    """What a block computes from the conditions alone: the same in every call with the same ones."""
+    """What a block computes from the conditions alone: the same in every call with the same ones. parts: of dynamic
+    width, cut down to what runs at this time."""
 
     modulation: Modulation
     text_modulation: Modulation | None
     keys_values: tuple[Tensor, Tensor] | None
+    parts: Parts | None = None
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -151,6 +162,7 @@ class STDiTBlock(nn.Module):
             self.attn_temp = Attention(width, heads, config.qk_norm)
         self.cross_attn = CrossAttention(width, heads, config.cross_qk_norm) if config.block_text[index] else None
         self.mlp = feed_forward(config)
+        self.dynamic = Dynamic(config, self.attn_temp is not None) if config.dynamic else None
 
     # -------------------------------------------------------------------------------------- forward
 
@@ -164,36 +176,65 @@ class STDiTBlock(nn.Module):
         places: Places,
         keep: Tensor | None = None,
         prepared: Prepared | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states (B, T, S, D) and text (B or 1, L, D) -> the same two; text changes in joint attention alone.
+        noise: Noise | None = None,
+        complete: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Used]:
+        """hidden_states (B, T, S, D) and text (B or 1, L, D) -> the same two; text changes in joint attention alone. Of
+        a dynamic block in training also what was used.
 
         mask (B, 1, 1, keys) bool, over the text (in-context: over a frame's tokens); keep (3, B, 1, 1, 1): what drop
-        path leaves of attn, attn_temp and mlp; prepared: what `prepare` made of the same signals and text.
+        path leaves of attn, attn_temp and mlp; prepared: what `prepare` made of the same signals and text. Of dynamic
+        blocks in training: noise of their choices, and complete (B,) bool, samples for which everything runs.
         """
         x, text = hidden_states, encoder_hidden_states
         if prepared is None:
             prepared = self.prepare(signals)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = prepared.modulation
         keep_attn, keep_temp, keep_mlp = (None, None, None) if keep is None else keep
+        (attn, attn_temp, mlp), chosen = self.parts, Chosen()
+        if self.dynamic is not None:
+            (attn, attn_temp, mlp), chosen = self.dynamic.parts(
+                self.parts, signals.time, noise, complete, prepared.parts
+            )
 
         if self.over_time:
             x = self._in_time(x, grid, places)
-            y = self._attend_over_time(self.attn, self._norm1(x, shift_msa, scale_msa), grid, places)
+            y = self._attend_over_time(attn, self._norm1(x, shift_msa, scale_msa), grid, places, chosen.heads)
         elif self.context is None:
-            y = self._attend(self._norm1(x, shift_msa, scale_msa), grid, places, mask)
+            y = self._attend(attn, self._norm1(x, shift_msa, scale_msa), grid, places, mask, chosen.heads)
         else:
             y, text = self._attend_jointly(x, text, prepared, mask, grid, places)
         x = _add(x, gate_msa, y, keep_attn)
-        if self.attn_temp is not None:
+        if attn_temp is not None:
             x = self._in_time(x, grid, places)
             read = self._norm1(x, shift_msa, scale_msa) if self.config.temporal_norm else x
-            x = _add(x, gate_msa, self._attend_over_time(self.attn_temp, read, grid, places), keep_temp)
+            y = self._attend_over_time(attn_temp, read, grid, places, chosen.heads_temp)
+            x = _add(x, gate_msa, y, keep_temp)
         if self.cross_attn is not None:
             queries = x if self.norm_cross is None else self.norm_cross(x)
             y = self.cross_attn(queries.flatten(1, 2), text, mask, prepared.keys_values)
             x = x + y.unflatten(1, (grid[0], -1))
-        x = _add(x, gate_mlp, self.mlp(self._norm2(x, shift_mlp, scale_mlp), grid), keep_mlp)
+        if self.dynamic is not None:
+
+            def fed(x: Tensor, shift: Any, scale: Any, gate: Any, groups: Any, tokens: Any = None) -> Tensor:
+                y = mlp(self._norm2(x, shift, scale), None, groups)
+                return _add(x, gate, y if tokens is None else y * tokens, keep_mlp)
+
+            x, tokens = self.dynamic.feed(x, (shift_mlp, scale_mlp, gate_mlp, chosen.groups), fed, noise, complete)
+            if self.training:
+                return x, text, self.dynamic.used(chosen, tokens, self.costs(x), x)
+            return x, text
+        x = _add(x, gate_mlp, mlp(self._norm2(x, shift_mlp, scale_mlp), grid), keep_mlp)
         return x, text
+
+    @property
+    def parts(self) -> Parts:
+        return Parts(self.attn, self.attn_temp, self.mlp)
+
+    def costs(self, x: Tensor) -> Costs:
+        """Multiply-adds that a sample of tokens x (B, T, S, D) costs where everything runs."""
+        assert self.dynamic is not None
+        return self.dynamic.costs(self.attn, x.shape[1], x.shape[2], self.over_time)
 
     def prepare(self, signals: Signals, text: Tensor | None = None) -> Prepared:
         """What this block makes of the conditions alone; of the text, where it is given, its keys and values."""
@@ -229,17 +270,19 @@ class STDiTBlock(nn.Module):
 
     # ------------------------------------------------------------------------------------ attention
 
-    def _attend(self, x: Tensor, grid: Grid, places: Places, mask: Tensor | None) -> Tensor:
+    def _attend(
+        self, attn: Attention, x: Tensor, grid: Grid, places: Places, mask: Tensor | None, heads: Tensor | None
+    ) -> Tensor:
         """(B, T, S, D) -> (B, T, S, D), over all tokens or within each frame."""
         t = grid[0]
         own_mask = mask if self.cross_attn is None else None  # else it is the text's
         if self.full:
             if own_mask is not None:  # every frame has its own copy of the in-context tokens
                 own_mask = own_mask.repeat(1, 1, 1, t)
-            return self.attn(x.flatten(1, 2), places.rope, own_mask).unflatten(1, (t, -1))
+            return attn(x.flatten(1, 2), places.rope, own_mask, None, heads).unflatten(1, (t, -1))
         if own_mask is not None and t > 1:
             own_mask = own_mask.repeat_interleave(t, 0)
-        return self.attn(x.flatten(0, 1), places.rope, own_mask, grid[1:]).unflatten(0, (-1, t))
+        return attn(x.flatten(0, 1), places.rope, own_mask, grid[1:], heads).unflatten(0, (-1, t))
 
     def _in_time(self, x: Tensor, grid: Grid, places: Places) -> Tensor:
         """(B, T, S, D) with codes of time added to the stream itself, where the config wants that and there is time."""
@@ -247,14 +290,14 @@ class STDiTBlock(nn.Module):
             return x
         return x + places.temporal[:, None]
 
-    def _attend_over_time(self, attn: Attention, x: Tensor, grid: Grid, places: Places) -> Tensor:
+    def _attend_over_time(self, attn: Attention, x: Tensor, grid: Grid, places: Places, heads: Tensor | None) -> Tensor:
         """(B, T, S, D) -> (B, T, S, D), within each place. Codes of time enter here and not the stream, so `proj` at zero
         hides them (unless the config puts them there)."""
         place = self.config.temporal_place
         if places.temporal is not None and (place == "attention" or (place == "first" and self.first_in_time)):
             x = x + places.temporal[:, None]
         s = x.shape[2]
-        y = attn(rearrange(x, "b t s d -> (b s) t d"), places.rope_temp)
+        y = attn(rearrange(x, "b t s d -> (b s) t d"), places.rope_temp, None, None, heads)
         return rearrange(y, "(b s) t d -> b t s d", s=s)
 
     def _attend_jointly(

@@ -178,14 +178,15 @@ def _check_labels(settings: ModelConfig, labels: Tensor | None) -> None:
             )
 
 
-def check_config(config: Mapping[str, Any], class_name: str) -> None:
-    """ValueError for a diffusers config of another class, or with keys or without sizes that ours has not."""
+def check_config(config: Mapping[str, Any], class_name: str, own: tuple[str, ...] = ()) -> None:
+    """ValueError for a diffusers config of another class, or with keys or without sizes that ours has not. own: keys of
+    the class beside the model's."""
     other = config.get("_class_name", class_name)
     if other != class_name:
         raise ValueError(f"these are weights of {other}, not of {class_name}")
-    known = set(ModelConfig.model_fields) - {"size"}
+    known = {*ModelConfig.model_fields, *own} - {"size"}
     unknown = sorted(key for key in config if not key.startswith("_") and key not in known)
-    missing = sorted({"hidden_size", "depth", "num_heads"} - set(config))
+    missing = sorted({"hidden_size", "depth", "num_heads", *own} - set(config))
     if unknown or missing:
         raise ValueError(f"config of {class_name}: unknown keys {unknown}, missing keys {missing}")
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stdit.modelconfig import ModelConfig
 from stdit.models.embeddings import Grid
+from stdit.models.linear import Linear, linear_gelu
 
 
 class Mlp(nn.Module):
@@ -22,24 +23,28 @@ class Mlp(nn.Module):
     def __init__(self, inputs: int, hidden: int, outputs: int, gelu: Literal["tanh", "erf"]) -> None:
         super().__init__()
         self.gelu = "none" if gelu == "erf" else gelu
-        self.fc1 = nn.Linear(inputs, hidden)
-        self.fc2 = nn.Linear(hidden, outputs)
+        self.fc1 = Linear(inputs, hidden)
+        self.fc2 = Linear(hidden, outputs)
 
-    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
+    def forward(self, x: Tensor, grid: Grid | None = None, groups: Tensor | None = None) -> Tensor:
+        """groups: 1 for inner channels that run, 0 for those that do not; (…, inner size)."""
+        if groups is not None:
+            return self.fc2(F.gelu(self.fc1(x) * groups, approximate=self.gelu))
+        return self.fc2(linear_gelu(self.fc1, x, self.gelu))
 
 
 class SwiGLU(nn.Module):
-    """w3(silu(a) b) with [a; b] = w12(x) (Shazeer 2020, equation 6); 2/3 of the inner size, so that it weighs the same."""
+    """w3(silu(a) b) with [a; b] = w12(x) (Shazeer 2020, equation 6)."""
 
-    def __init__(self, hidden_size: int, mlp_ratio: float) -> None:
+    def __init__(self, hidden_size: int, inner: int) -> None:
         super().__init__()
-        inner = 8 * round(hidden_size * mlp_ratio * 2 / 3 / 8) or 8
-        self.w12 = nn.Linear(hidden_size, 2 * inner)
-        self.w3 = nn.Linear(inner, hidden_size)
+        self.w12 = Linear(hidden_size, 2 * inner)
+        self.w3 = Linear(inner, hidden_size)
 
-    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid | None = None, groups: Tensor | None = None) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)
+        if groups is not None:
+            value = value * groups
         return self.w3(F.silu(gate) * value)
 
 
@@ -55,11 +60,12 @@ class ConvMlp(Mlp):
         conv = nn.Conv3d if over_time else nn.Conv2d
         self.depthwise_conv = conv(hidden, hidden, 3, padding=0 if over_time else 1, groups=hidden)
 
-    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid | None = None, groups: Tensor | None = None) -> Tensor:
         """x (B, T, S, D) -> (B, T, S, D)."""
         assert grid is not None
+        assert groups is None
         t, h, w = grid
-        y = F.gelu(self.fc1(x), approximate=self.gelu)
+        y = linear_gelu(self.fc1, x, self.gelu)
         if isinstance(self.depthwise_conv, nn.Conv3d):
             y = rearrange(y, "b t (h w) f -> b f t h w", h=h, w=w)
             y = torch.cat([y[:, :, :1], y, y[:, :, -1:]], dim=2)
@@ -72,10 +78,9 @@ class ConvMlp(Mlp):
 
 def feed_forward(config: ModelConfig) -> Mlp | SwiGLU:
     """The feed-forward part that `config` asks for."""
-    width, _, _ = config.dimensions
+    (width, _, _), inner = config.dimensions, config.mlp_width
     if config.mlp == "swiglu":
-        return SwiGLU(width, config.mlp_ratio)
-    inner = int(width * config.mlp_ratio)
+        return SwiGLU(width, inner)
     if config.mlp == "gelu":
         return Mlp(width, inner, width, config.gelu)
     return ConvMlp(width, inner, config.gelu, config.mlp == "conv3d")

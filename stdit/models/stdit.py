@@ -26,9 +26,21 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from stdit.modelconfig import ModelConfig
-from stdit.models.blocks import AdaLN, FinalLayer, Places, Prepared, Signals, STDiTBlock
+from stdit.models.blocks import COMPILED, AdaLN, FinalLayer, Places, Prepared, Signals, STDiTBlock
 from stdit.models.checks import check_config, check_inputs, check_loaded
 from stdit.models.conditioning import ConditionEmbedder, TimestepEmbedder, Told
+from stdit.models.dynamic import (
+    Dynamic,
+    DynamicOutput,
+    Generators,
+    Noise,
+    Used,
+    depths,
+    is_shared,
+    noises,
+    total,
+    uniform,
+)
 from stdit.models.embeddings import (
     Grid,
     PatchEmbed3D,
@@ -40,11 +52,13 @@ from stdit.models.embeddings import (
     unpatchify,
     with_still,
 )
+from stdit.models.partial import cut_ahead
 
 
 class Conditions(NamedTuple):
     """Everything that the tokens are told at one time. code (B or 1, T or 1, D); text (B or 1, L, D) or None; mask
-    (B, 1, 1, keys) bool or None; tokens (B or 1, T or 1, K, D), in-context ones; prepared: what each block made of it."""
+    (B, 1, 1, keys) bool or None; tokens (B or 1, T or 1, K, D), in-context ones; prepared: what each block made of it;
+    depth: how many blocks run, one number or each sample's, (B or 1,); None: all."""
 
     code: Tensor
     signals: Signals
@@ -53,18 +67,27 @@ class Conditions(NamedTuple):
     tokens: Tensor | None
     prepared: tuple[Prepared, ...] | None = None
     final: tuple[Tensor, Tensor] | None = None
+    depth: Tensor | int | None = None
 
 
-def _takes_settings(init: Callable[..., None]) -> Callable[..., None]:
-    """Gives a constructor the keywords of ModelConfig, so that diffusers' config.json holds them one by one."""
+class Known(NamedTuple):
+    """What the conditions come to but for the time. rest (B or 1, D): what is added to its code; keys_values: of each block."""
+
+    rest: Tensor | None
+    told: Told
+    keys_values: tuple[tuple[Tensor, Tensor] | None, ...]
+
+
+def takes_settings(init: Callable[..., None]) -> Callable[..., None]:
+    """Gives a constructor the keywords of ModelConfig, beside its own, so that diffusers' config.json holds them one by one."""
     kind = inspect.Parameter.KEYWORD_ONLY
+    own = [p for p in inspect.signature(init).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     fields = [
         inspect.Parameter(name, kind, default=field.get_default() if not field.is_required() else inspect.Parameter.empty)
         for name, field in ModelConfig.model_fields.items()
         if name != "size"
     ]
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    init.__signature__ = inspect.Signature([own, *fields])  # pyright: ignore[reportFunctionMemberAccess]
+    init.__signature__ = inspect.Signature([*own, *fields])  # pyright: ignore[reportFunctionMemberAccess]
     return init
 
 
@@ -84,7 +107,7 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         def to(self, *args: Any, **kwargs: Any) -> Self: ...  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @register_to_config
-    @_takes_settings
+    @takes_settings
     def __init__(self, **settings: Any) -> None:
         super().__init__()
         self.settings = c = ModelConfig(**settings)
@@ -171,6 +194,8 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         for module in self.modules():
             if isinstance(module, AdaLN):
                 zero += _linears(module)
+            if isinstance(module, Dynamic):
+                module.open()
         for block in self._blocks():
             if self.settings.conditioning == "adaln_single":
                 block.scale_shift_table[[2, 5]] = 0.0
@@ -187,6 +212,10 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
 
     def _blocks(self) -> list[Any]:
         return list(self.blocks)
+
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers', block by block; unless told otherwise without graph breaks, and for any size at once."""
+        super().compile_repeated_blocks(*args, **COMPILED | kwargs)
 
     # -------------------------------------------------------------------------------------- forward
 
@@ -207,9 +236,10 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         given_frames: Tensor | None = None,
         block_residuals: Sequence[Tensor] = (),
         conditions: Conditions | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
+        complete: Tensor | None = None,
         return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
+    ) -> Transformer2DModelOutput | tuple[Tensor] | tuple[Tensor, Used]:
         """Predicts noise or velocity, whatever the objective it is trained with asks for.
 
         Args:
@@ -227,10 +257,12 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
             given_frames: (B, T) bool, True for latent frames that are given, not drawn: they are told time 0.
             block_residuals: added to the tokens after the first blocks, (B, T, S, D) each (a control branch's).
             conditions: of `prepare`, in place of the time and all that follows it.
-            generator: of the drop path's choices in training; None: torch's own.
+            generator: of the drop path's and the routers' choices in training, one, or one for each sample; None: torch's.
+            complete: (B,) bool, samples for which a dynamic model's every part runs (in training alone).
 
         Returns:
-            `.sample` (B, C, T, H, W), or 2C channels with learned_variance; a 1-tuple without return_dict.
+            `.sample` (B, C, T, H, W), or 2C channels with learned_variance; a 1-tuple without return_dict. Of dynamic
+            models in training also `.used` (stdit.models.dynamic.Used), second of the tuple.
 
         Raises:
             ValueError: a shape or a label that does not fit, with both numbers, before any matrix product.
@@ -244,29 +276,48 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         x, places = self._placed(tokens.unflatten(1, (grid[0], -1)), grid, (height, width))
         if conditions is None:
             conditions = self._conditions(timestep, text, class_labels, drop_condition, given_frames, micro, x)
-        if conditions.tokens is not None:  # time and class, and the text, among each frame's tokens
-            told = conditions.tokens.expand(x.shape[0], x.shape[1], -1, -1)
-            x = torch.cat([x, told], dim=2)
-            if conditions.mask is not None:
-                seen = F.pad(conditions.mask, (x.shape[2] - conditions.mask.shape[-1], 0), value=True)
-                conditions = conditions._replace(mask=seen)
-            places = places._replace(rope=places.rope and with_still(places.rope, grid, told.shape[2], self._full))
+        x, places, conditions = self._joined(x, places, conditions, grid)
 
         recompute = (
             self._gradient_checkpointing_func if self.gradient_checkpointing and torch.is_grad_enabled() else None
         )
         words, kept = conditions.text, self._kept(x, generator)
+        noise, used, depth = self._noises(x, generator), [], conditions.depth
+        costs = [] if noise is None else [block.costs(x) for block in self._blocks()]
         for i, block in enumerate(self.blocks):
             prepared = None if conditions.prepared is None else conditions.prepared[i]
             keep = None if kept is None else kept[i]
+            if isinstance(depth, int) and i >= depth:
+                break
             args = (x, words, conditions.signals, conditions.mask, grid, places, keep, prepared)
-            x, words = block(*args) if recompute is None else recompute(block, *args)
+            if noise is not None:
+                args = (*args, noise[i], complete)
+            before = x
+            x, words, *spent = block(*args) if recompute is None else recompute(block, *args)
             if i < len(block_residuals):
                 x = x + block_residuals[i]
+            if isinstance(depth, Tensor):  # samples that have left stay as they are
+                x = torch.where((depth > i)[:, None, None, None], x, before)
+            used += spent
         x = x[:, :, : grid[1] * grid[2]]
         patches = self.final_layer(x, conditions.code, conditions.final)
         sample = unpatchify(patches.flatten(1, 2), grid, self.patch_size)
+        if used:
+            whole = total(used, costs, depth)
+            return DynamicOutput(sample=sample, used=whole) if return_dict else (sample, whole)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _joined(self, x: Tensor, places: Places, conditions: Conditions, grid: Grid) -> tuple[Tensor, Places, Conditions]:
+        """Tokens (B, T, S, D) with the in-context ones, (B, T, S + K, D): time and class, and the text, in each frame."""
+        if conditions.tokens is None:
+            return x, places, conditions
+        told = conditions.tokens.expand(x.shape[0], x.shape[1], -1, -1)
+        x = torch.cat([x, told], dim=2)
+        if conditions.mask is not None:
+            seen = F.pad(conditions.mask, (x.shape[2] - conditions.mask.shape[-1], 0), value=True)
+            conditions = conditions._replace(mask=seen)
+        rope = places.rope and with_still(places.rope, grid, told.shape[2], self._full)
+        return x, places._replace(rope=rope), conditions
 
     @property
     def _full(self) -> bool:
@@ -284,23 +335,30 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         class_labels: Tensor | None = None,
         drop_condition: Tensor | None = None,
         given_frames: Tensor | None = None,
+        known: Known | None = None,
         **micro: Tensor | None,
     ) -> list[Conditions]:
         """What `forward` takes as `conditions`, for each of `timesteps` (N,), the rest as forward's: all times in one
-        product, the text and its keys and values once. Memory: N times each block's modulation."""
+        product, the text and its keys and values once. Memory: N times each block's modulation.
+
+        known: of `know`, in place of all but given_frames; it serves any number of calls."""
         weight = self.x_embedder.proj.weight
-        text = (encoder_hidden_states, encoder_attention_mask, pooled_projections)
-        rest, told = self._told(text, class_labels, drop_condition, micro, weight.device, weight.dtype)
-        own = code = self.t_embedder(timesteps.to(weight.device), weight.dtype)[:, None, None]  # (N, 1, 1, D)
+        if known is None:
+            text = (encoder_hidden_states, encoder_attention_mask, pooled_projections)
+            known = self.know(text, class_labels, drop_condition, micro)
+        rest, told, keys_values = known
+        time = self.t_embedder(timesteps.to(weight.device), weight.dtype)
+        own = code = time[:, None, None]  # (N, 1, 1, D)
         if given_frames is not None:
             still = self.t_embedder(torch.zeros(1, device=weight.device), weight.dtype)
             code = torch.where(self._given(given_frames)[..., None], still, code)
         code, own = (c if rest is None else c + rest[:, None] for c in (code, own))  # (N, B or 1, T or 1, D)
         if self.settings.conditioning in ("in_context", "cross_attention"):
-            return [self._assembled(*both, told) for both in zip(code, own, strict=True)]
+            each = [self._assembled(*both, told) for both in zip(code, own, strict=True)]
+            return self._timed_each(each, timesteps, time)
         steps = len(timesteps)
         whole = self._assembled(code.flatten(0, 1), own.flatten(0, 1), told)
-        prepared = [block.prepare(whole.signals, whole.text) for block in self._blocks()]
+        prepared = [block.prepare(whole.signals) for block in self._blocks()]
         final = self.final_layer.prepare(whole.code)
 
         def at(step: int, made: Any) -> Any:
@@ -309,17 +367,62 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
                 return made.unflatten(0, (steps, -1))[step]
             return made and tuple(at(step, m) for m in made)
 
-        return [
+        each = [
             whole._replace(
                 code=at(step, whole.code),
                 signals=Signals(*at(step, whole.signals)),
                 prepared=tuple(
-                    Prepared(at(step, p.modulation), at(step, p.text_modulation), p.keys_values) for p in prepared
+                    Prepared(at(step, p.modulation), at(step, p.text_modulation), kv)
+                    for p, kv in zip(prepared, keys_values, strict=True)
                 ),
                 final=at(step, final),
             )
             for step in range(steps)
         ]
+        return self._timed_each(each, timesteps, time)
+
+    def _timed_each(self, each: list[Conditions], times: Tensor, time: Tensor) -> list[Conditions]:
+        """The conditions of each of `times` (N,), whose codes are `time` (N, D), with what dynamic compute goes by."""
+        c = self.settings
+        if c.dynamic_width and not self.training:
+            ahead = cut_ahead([(block.parts, block.dynamic.choose(time, None, None)) for block in self._blocks()])
+            each = [
+                made if made.prepared is None else made._replace(
+                    prepared=tuple(p._replace(parts=parts) for p, parts in zip(made.prepared, cuts, strict=True))
+                )
+                for made, cuts in zip(each, ahead, strict=True)
+            ]
+        return [self._timed(*one) for one in zip(each, times.split(1), time.split(1), strict=True)]
+
+    def _timed(self, conditions: Conditions, times: Tensor, time: Tensor) -> Conditions:
+        """Conditions of times (B or 1,), whose codes are `time`, with what dynamic compute goes by: at inference one time
+        for the batch, where it has one, so that only what is chosen runs."""
+        c = self.settings
+        if not (c.dynamic_width or c.exit_depths):
+            return conditions
+        one = not self.training and is_shared(times)
+        if c.dynamic_width:
+            signals = conditions.signals._replace(time=time[:1] if one else time)
+            conditions = conditions._replace(signals=signals)
+        if c.exit_depths:
+            depth = depths(c, times)
+            conditions = conditions._replace(depth=int(depth[0]) if one else depth)
+        return conditions
+
+    @torch.no_grad()
+    def know(
+        self,
+        text: tuple[Tensor | None, Tensor | None, Tensor | None],
+        class_labels: Tensor | None,
+        drop_condition: Tensor | None,
+        micro: dict[str, Any],
+    ) -> Known:
+        """The part of `prepare` that no time enters. text: features, mask and pooled vector."""
+        weight = self.x_embedder.proj.weight
+        rest, told = self._told(text, class_labels, drop_condition, micro, weight.device, weight.dtype)
+        reads = told.text is not None and self.settings.conditioning != "cross_attention"  # that text has the time in it
+        crosses = [block.cross_attn for block in self._blocks()]
+        return Known(rest, told, tuple(c.keys_values(told.text) if c is not None and reads else None for c in crosses))
 
     def _conditions(
         self,
@@ -332,12 +435,14 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         x: Tensor,
     ) -> Conditions:
         rest, told = self._told(text, class_labels, drop, micro, x.device, x.dtype)
-        own = code = self.t_embedder(_as_vector(timestep, x.device), x.dtype)[:, None]  # (B or 1, 1, D)
+        times = _as_vector(timestep, x.device)
+        time = self.t_embedder(times, x.dtype)  # (B or 1, D)
+        own = code = time[:, None]
         if given_frames is not None:
             still = self.t_embedder(torch.zeros(1, device=x.device), x.dtype)
             code = torch.where(self._given(given_frames)[..., None], still, code)
         code, own = (c if rest is None else c + rest[:, None] for c in (code, own))
-        return self._assembled(code, own, told)
+        return self._timed(self._assembled(code, own, told), times, time)
 
     def _given(self, given_frames: Tensor) -> Tensor:
         """(B, T) of latent frames -> (B, T) of patches: those of which every frame is given."""
@@ -399,15 +504,20 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
             tokens = torch.cat(_with_batch(tokens, text[:, None].expand(-1, tokens.shape[1], -1, -1)), dim=2)
         return Conditions(code, Signals(None), None, mask, tokens)
 
-    def _kept(self, x: Tensor, generator: torch.Generator | None) -> Tensor | None:
+    def _noises(self, x: Tensor, generator: Generators) -> list[Noise] | None:
+        """What each block's routers need in training; None where there are none, or at inference."""
+        if not (self.training and self.settings.dynamic):
+            return None
+        return noises(self.settings, x, self._blocks()[0].attn_temp is not None, generator)
+
+    def _kept(self, x: Tensor, generator: Generators) -> Tensor | None:
         """Drop path (Huang et al. 2016; as timm and PixArt have it): (depth, 3, B, 1, 1, 1), each branch's 0 or 1 / kept."""
         c = self.settings
         if not self.training or c.drop_path == 0:
             return None
         _, depth, _ = c.dimensions
         kept = 1 - torch.linspace(0, c.drop_path, depth)
-        device = x.device if generator is None else generator.device
-        drawn = torch.rand(depth, 3, x.shape[0], generator=generator, device=device).to(x.device)
+        drawn = uniform((depth, 3), x.shape[0], generator, x.device).permute(1, 2, 0)
         kept = kept.to(x.device)[:, None, None]
         return ((drawn < kept) / kept).to(x.dtype)[..., None, None, None]
 

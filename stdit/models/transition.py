@@ -1,28 +1,54 @@
 """From one stage's model to the next one's: what is carried, dropped, newly made, and why outputs stay what they were.
 
-    model, carried = carry(source, target, allow=("class_to_text",))
+    model, carried = to_video(image_model)                               # one call, an image model becomes a video model
+    model, carried = carry(source, target, allow=("class_to_text",))     # any of these, to the config `target`
     print(carried)
 
-* class_to_text: classes give way to (or are joined by) captions. The null class's code moves into the bias of the time
-  network (the re-parametrisation of PixArt-α, section 2.2) and attention to text starts at zero: the output, whatever the
-  caption, equals the old model's unconditional output. Where classes stay, so does the output for every class.
+    python -m stdit.models.transition SOURCE --to OUT --config target.yaml --allow add_temporal
+
 * add_temporal: an image model gets temporal attention, joining at zero: every frame comes out as the image model has it.
-  To `attention: full` instead: equal for one frame; of more frames, tokens see each other at once.
-* rescale_positions: position_base, position_interpolation, temporal_interpolation change; no weight does. Outputs change.
-* new_text_projection: features of another width or caption length; y_proj and the null caption are new. Outputs change.
+  `factorized`: temporal attention in each block. `alternating`: a new block over time after each image block, so that
+  the depth doubles. `full`: equal for one frame; of more, tokens see each other at once.
+* class_to_text: classes give way to (or are joined by) captions. The null class's code moves into the bias of the time
+  network and attention to text starts at zero: the output, whatever the caption, equals the old model's unconditional
+  output. Where classes stay, so does the output for every class.
+* rescale_positions: scales, tables and frames of positions change; learned tables are interpolated. Outputs change.
+* add_micro_conditions: the model is told more of the clip, from zero. Outputs do not change.
+* adaln_to_single: DiT's blocks become PixArt's (adaln, adaln_zero to adaln_single), equal at time 500 without a class.
+* new_text_projection: features of another width: y_proj and the null caption are new, outputs change. Captions of another
+  length, or another null caption: what reads the text stays.
+* add_dynamic: routers (dynamic_width, dynamic_tokens), all open: outputs do not change; or other exit_depths: they do.
+
+Depth and width do not grow otherwise.
 """
 
 from __future__ import annotations
 
+import argparse
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
-from stdit.config import ModelConfig
+from stdit.config import ConfigError, ModelConfig, Transition, apply_override, read_extended, validate
+from stdit.files import atomic_folder
+from stdit.models import growth
+from stdit.models.growth import Growth
 from stdit.models.stdit import STDiT
 
-POSITIONS = {"position_base", "position_interpolation", "temporal_interpolation"}
+# In the order in which they are made.
+CHANGES: dict[Transition, Callable[[Growth], None]] = {
+    "new_text_projection": growth.new_text_projection,
+    "class_to_text": growth.class_to_text,
+    "add_temporal": growth.add_temporal,
+    "rescale_positions": growth.rescale_positions,
+    "add_micro_conditions": growth.add_micro_conditions,
+    "add_dynamic": growth.add_dynamic,
+    "adaln_to_single": growth.adaln_to_single,
+}
 
 
 @dataclass(frozen=True)
@@ -48,99 +74,104 @@ def carry(source: STDiT, target: ModelConfig, allow: tuple[str, ...] = (), seed:
 
     ValueError: the configs differ in something that no change in `allow` covers; all such are listed, with both values.
     """
-    changes = _changes(source.settings, target, allow)
+    unknown = sorted(set(allow) - set(CHANGES))
+    if unknown:
+        raise ValueError(f"allow: there is no change {', '.join(unknown)}; there are {', '.join(CHANGES)}")
+    found = growth.changes(source.settings, target, allow)
     model = STDiT.from_settings(target, seed).to(source.device)
     if model.dtype != source.dtype:  # diffusers warns of every cast, even one to the same dtype.
         model = model.to(source.dtype)
-    old, new = source.state_dict(), model.state_dict()
-    kept = [name for name in new if name in old and old[name].shape == new[name].shape]
-    notes = []
-    if "new_text_projection" in changes:
-        kept = [name for name in kept if not name.startswith(("y_embedder.y_", "y_embedder.pooled_proj."))]
-        notes.append("new_text_projection: text reads anew; outputs for captions change")
-    merged: dict[str, Tensor] = {**new, **{name: old[name] for name in kept}}
-    if "class_to_text" in changes:
-        notes.append(_class_to_text(source, target, merged, kept))
-    if "add_temporal" in changes:
-        notes.append(_add_temporal(target, merged))
-    if "rescale_positions" in changes:
-        notes.append("rescale_positions: " + _difference(source.settings, target, sorted(POSITIONS)))
-    model.load_state_dict(merged)
+    before, fresh = source.state_dict(), model.state_dict()
+    origins = {name: growth.origin(name, growth.doubles(source.settings, target)) for name in fresh}
+    kept = {n: o for n, o in origins.items() if o is not None and o in before and before[o].shape == fresh[n].shape}
+    work = Growth(source, target, before, fresh, {**fresh, **{n: before[o] for n, o in kept.items()}}, kept)
+    for change, make in CHANGES.items():
+        if change in found:
+            make(work)
+    model.load_state_dict(work.after)
     model.train(source.training)
-    carried = Carried(
-        tuple(kept),
-        tuple(name for name in old if name not in kept),
-        tuple(name for name in new if name not in kept),
-        tuple(notes),
+    used = set(work.kept.values())
+    return model, Carried(
+        tuple(name for name in fresh if name in work.kept),
+        tuple(name for name in before if name not in used),
+        tuple(name for name in fresh if name not in work.kept),
+        tuple(work.notes),
     )
-    return model, carried
 
 
-def _changes(old: ModelConfig, new: ModelConfig, allow: tuple[str, ...]) -> set[str]:
-    """Which changes lie between two configs. ValueError for a difference that is not allowed."""
-    covered: dict[str, set[str]] = {}
-    if old.text_dim is None and new.text_dim is not None:
-        dropped = {"num_classes"} if new.num_classes is None else set()
-        covered["class_to_text"] = {"text_dim", "text_tokens", *dropped} | (
-            {"pooled_text"} if new.pooled_text else set()
-        )
-    elif old.text_dim is not None and (old.text_dim, old.text_tokens) != (new.text_dim, new.text_tokens):
-        covered["new_text_projection"] = {"text_dim", "text_tokens"} if new.text_dim is not None else set()
-    if not old.temporal and new.temporal:
-        covered["add_temporal"] = {"temporal", "attention"}
-    if any(getattr(old, key) != getattr(new, key) for key in POSITIONS):
-        covered["rescale_positions"] = POSITIONS
-    # Without text, its settings say nothing.
-    mute = {"text_tokens"} if old.text_dim is None and new.text_dim is None else set()
-    free = mute.union(*(keys for change, keys in covered.items() if change in allow))
-    sizes = {"size", "hidden_size", "depth", "num_heads"}
-    wrong = [
-        key for key in ModelConfig.model_fields if key not in sizes | free and getattr(old, key) != getattr(new, key)
-    ]
-    lines = [f"model.{_difference(old, new, [key])}{_remedy(key, covered, allow)}" for key in wrong]
-    if old.dimensions != new.dimensions:
-        lines.append(f"(hidden_size, depth, num_heads) {old.dimensions} -> {new.dimensions}")
-    if lines:
+def to_video(
+    model: STDiT,
+    attention: Literal["factorized", "alternating", "full"] = "factorized",
+    allow: tuple[str, ...] = (),
+    seed: int = 0,
+    **settings: Any,
+) -> tuple[STDiT, Carried]:
+    """The video model that an image model grows into, and what was carried, dropped, newly made. `settings`: others of
+    ModelConfig that the video model shall have, temporal_positions or mlp, say; `allow` what they need beyond add_temporal.
+
+    ValueError: it is no image model (`temporal: false`), or `settings` do not go together, or change something else.
+    """
+    old = model.settings
+    if not growth.is_image(old):
         raise ValueError(
-            "these weights are of another architecture, and no allowed change covers:\n  " + "\n  ".join(lines)
+            f"this model has temporal attention already (attention {old.attention}, temporal {old.temporal})"
         )
-    return set(covered)
-
-
-def _difference(old: ModelConfig, new: ModelConfig, keys: list[str]) -> str:
-    changed = [key for key in keys if getattr(old, key) != getattr(new, key)]
-    return ", ".join(f"{key} {getattr(old, key)} -> {getattr(new, key)}" for key in changed)
-
-
-def _remedy(key: str, covered: dict[str, set[str]], allow: tuple[str, ...]) -> str:
-    named = [change for change, keys in covered.items() if key in keys and change not in allow]
-    return f" (init.allow: [{', '.join(named)}] would)" if named else ""
-
-
-def _class_to_text(source: STDiT, target: ModelConfig, weights: dict[str, Tensor], kept: list[str]) -> str:
-    """Folds the null class into the time network's bias. Zero attention to text and pooled text are how a model starts."""
-    table = source.state_dict().get("y_embedder.embedding_table.weight")
-    if target.num_classes is not None or table is None:
-        return "class_to_text: attention to text joins at zero; outputs are unchanged"
-    name = "t_embedder.mlp.2.bias"
-    weights[name] = weights[name] + table[-1]
-    return f"class_to_text: the null class is now in {name}; outputs are the old model's unconditional ones"
-
-
-def _add_temporal(target: ModelConfig, weights: dict[str, Tensor]) -> str:
-    if target.attention == "full":
-        return "add_temporal: attention now spans frames; outputs for one frame are unchanged"
-    for name, weight in weights.items():
-        if ".attn_temp.proj." in name:
-            weight.zero_()
-    return "add_temporal: temporal attention joins at zero; outputs are the image model's, frame by frame"
+    grown = growth.doubled(old) if attention == "alternating" else old
+    target = ModelConfig(**grown.model_dump() | {"temporal": True, "attention": attention} | settings)
+    return carry(model, target, ("add_temporal", *allow), seed)
 
 
 def _folded(names: tuple[str, ...]) -> str:
-    """Names with those of all blocks counted once: `blocks.*.attn_temp.qkv.weight`."""
-    parts = (name.split(".") for name in names)
-    return ", ".join(
-        dict.fromkeys(
-            ".".join("*" if p.isdigit() and f[0] == "blocks" and i == 1 else p for i, p in enumerate(f)) for f in parts
-        )
+    """Names with those of several blocks counted once: `blocks.*.attn_temp.qkv.weight`, or `blocks.1,3,….attn.qkv.weight`."""
+    blocks: dict[str, list[int]] = {}
+    for name in names:
+        found = re.match(r"blocks\.(\d+)\.(.*)", name)
+        blocks.setdefault(found[2] if found else name, []).extend([int(found[1])] if found else [])
+    return ", ".join(f"blocks.{_numbers(numbers)}.{rest}" if numbers else rest for rest, numbers in blocks.items())
+
+
+def _numbers(blocks: list[int]) -> str:
+    """All from the first on: *. Else the numbers, of many the first two."""
+    if blocks == list(range(len(blocks))) and len(blocks) > 1:
+        return "*"
+    return ",".join(map(str, blocks if len(blocks) <= 2 else [*blocks[:2], "…"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Grows a model into another: weights carried over, the rest made anew."
     )
+    parser.add_argument("source", type=Path, help="a folder with config.json and safetensors")
+    parser.add_argument("--to", type=Path, required=True, help="the folder to write; there must be none")
+    parser.add_argument("--config", type=Path, help="a YAML file with a `model:` section; without it, the source's own")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="temporal=true, say; repeatable"
+    )
+    parser.add_argument("--allow", nargs="*", default=[], choices=get_args(Transition), help="changes to go through")
+    parser.add_argument("--seed", type=int, default=0, help="of new weights")
+    args = parser.parse_args()
+    if args.to.exists():
+        raise ConfigError(f"--to: {args.to} exists already")
+    if not (args.source / "config.json").is_file():
+        raise ConfigError(f"{args.source}: no config.json there; a folder that save_pretrained wrote is needed")
+    source = STDiT.from_pretrained(args.source)
+    model, carried = carry(source, _target(source, args.config, args.set), tuple(args.allow), args.seed)
+    with atomic_folder(args.to) as folder:
+        model.save_pretrained(folder)
+    print(f"{args.source} -> {args.to}\n{carried}")
+
+
+def _target(source: STDiT, config: Path | None, overrides: list[str]) -> ModelConfig:
+    data, name = source.settings.model_dump(mode="json"), "the source's config"
+    if config is not None:
+        read, name = read_extended(config), f"{config}: model"
+        if "model" not in read:
+            raise ConfigError(f"{config}: model: missing key")
+        data = read["model"]
+    for override in overrides:
+        data = apply_override(data, override)
+    return validate(data, ModelConfig, name)
+
+
+if __name__ == "__main__":
+    main()

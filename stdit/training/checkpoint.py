@@ -1,7 +1,8 @@
 """Checkpoints that say what they are and whether they are whole.
 
     run_dir/checkpoints/step-00000020/   DeepSpeed's shards, one or more a rank
-                                         transformer/, transformer_ema/   diffusers' folders, float32
+                                         transformer/, transformer_ema/   diffusers' folders, float32; or of a run
+                                         beside a frozen model control/, control_ema/; or lora/, lora_ema/
                                          identity.json   what this is: config, encoders, step, place in the data
                                          manifest.json   every file's size and sha256: written last, so there or not
                         latest           the newest one's name, for people
@@ -22,11 +23,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stdit import __version__
-from stdit.config import Config, ConfigError
+from stdit.config import Config, ConfigError, TrainConfig
 from stdit.files import atomic_write, fsync_folder, sha256
 
 FOLDER, MANIFEST, IDENTITY, LATEST = "checkpoints", "manifest.json", "identity.json", "latest"
-TRANSFORMER = {"model": "transformer", "ema": "transformer_ema"}
+Weights = Literal["ema", "model"]
+# What a run trains: the model, or adapters of a frozen one, or a control branch beside a frozen one.
+Trained = Literal["transformer", "lora", "control"]
+TRANSFORMER: dict[Weights, str] = {"model": "transformer", "ema": "transformer_ema"}
 # Threads that hash files; hashlib leaves the interpreter free meanwhile.
 HASHERS = 8
 
@@ -136,12 +140,15 @@ def make_identity(
     samples_seen: int,
     data_position: dict[str, int],
     world_size: int,
+    base: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """identity.json. architecture: the diffusers config. data: identities of video_encoder and text_encoder, classes, and
-    `features`, their fingerprint."""
+    `features`, their fingerprint. base: folder and fingerprint of the weights that what was trained belongs to."""
     return {
         "version": __version__,
         "architecture": architecture,
+        "trained": kind_of(config.train),
+        "base": base,
         "diffusion": config.diffusion.model_dump(mode="json"),
         **data,
         "step": step,
@@ -165,9 +172,35 @@ def identity(checkpoint: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
 
 
-def transformer_folder(run_or_checkpoint: Path, weights: Literal["ema", "model"] = "ema") -> Path:
-    """The diffusers folder with the weights of a checkpoint, or of the newest intact one of a run directory."""
-    return _checkpoint_of(run_or_checkpoint) / TRANSFORMER[weights]
+def kind_of(train: TrainConfig) -> Trained:
+    """What `train` trains."""
+    if train.lora is not None:
+        return "lora"
+    return "transformer" if train.control is None else "control"
+
+
+def trained(identity: dict[str, Any]) -> Trained:
+    """What the run of an identity.json trained."""
+    return identity.get("trained", "transformer")
+
+
+def folder_name(kind: Trained, weights: Weights) -> str:
+    """transformer, transformer_ema, lora, …: the folder of a checkpoint with what was trained."""
+    return kind if weights == "model" else f"{kind}_ema"
+
+
+def identity_beside(folder: Path) -> dict[str, Any]:
+    """The identity.json of the checkpoint that `folder`, one with weights, is in."""
+    return json.loads((folder.parent / IDENTITY).read_text())
+
+
+def trained_folder(run_or_checkpoint: Path, weights: Weights = "ema") -> Path:
+    """The folder of what was trained, of a checkpoint, or of the newest intact one of a run directory.
+
+    ConfigError: there is none. CheckpointError: it is damaged.
+    """
+    place = _checkpoint_of(run_or_checkpoint)
+    return place / folder_name(trained(json.loads((place / IDENTITY).read_text())), weights)
 
 
 def _checkpoint_of(run_or_checkpoint: Path) -> Path:

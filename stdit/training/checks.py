@@ -8,11 +8,12 @@ from typing import Any
 
 from diffusers.models.attention_dispatch import AttentionBackendName
 
-from stdit.config import Config, ConfigError, latent_shape, token_grid
-from stdit.data.features import FeatureSet
+from stdit.config import Config, ConfigError, ModelConfig, latent_shape, token_grid
+from stdit.data.features import EmptyCaption, FeatureSet
 from stdit.data.loader import Loader, Source, Synthetic
 from stdit.diffusion.schedulers import check_sampler
 from stdit.encoders.video import PixelAutoencoder, VideoEncoder
+from stdit.training.adapters import check_targets
 from stdit.training.settings import settings
 from stdit.training.track import check_trackers
 
@@ -27,6 +28,7 @@ class Data:
     classes: tuple[str, ...]
     fingerprint: str
     latents: dict[str, tuple[int, int, int]]  # latent (T, H, W) by bucket key
+    empty_caption: EmptyCaption | None = None  # where the model needs it
 
 
 def check(config: Config) -> Data:
@@ -36,6 +38,7 @@ def check(config: Config) -> Data:
     # Reads train.deepspeed, and refuses in it what does not fit.
     settings(config.train, 1, "cpu")
     _check_names(config)
+    check_targets(config)
     source, video, text, classes, fingerprint = _open(config)
     where = f"data.features {config.data.features}"
     model = config.model
@@ -43,15 +46,8 @@ def check(config: Config) -> Data:
         raise ConfigError(
             f"model.in_channels is {model.in_channels}, but {where} has latents of {video['channels']} channels ({video['class']})"
         )
-    if model.text_dim is not None:
-        if text is None:
-            raise ConfigError(f"model.text_dim is {model.text_dim}, but {where} was extracted without a text encoder")
-        if text["dim"] != model.text_dim:
-            raise ConfigError(f"model.text_dim is {model.text_dim}, but {where} has text features {text['dim']} wide")
-        if text["max_tokens"] > model.text_tokens:
-            raise ConfigError(
-                f"model.text_tokens is {model.text_tokens}, but {where} has captions of up to {text['max_tokens']} tokens"
-            )
+    _check_text(model, text, where)
+    empty = _empty_caption(config, source, where)
     if model.num_classes is not None and len(classes) > model.num_classes:
         raise ConfigError(f"model.num_classes is {model.num_classes}, but {where} has {len(classes)} classes")
     if model.num_classes is not None and not classes:
@@ -64,6 +60,7 @@ def check(config: Config) -> Data:
             raise ConfigError(
                 f"data.buckets[{i}]: {bucket.frames} frames, but model.temporal is false: an image model takes 1"
             )
+    _check_control(config, source, latents)
     if config.samples.every:
         shape = config.samples.bucket or config.data.buckets[0]
         token_grid(latent_shape(shape, tuple(video["compression"])), model.patch_size, "samples.bucket")
@@ -80,7 +77,45 @@ def check(config: Config) -> Data:
             raise ConfigError(
                 f"{key}: {where} holds no sample of split {config.data.validation_split!r} in this run's buckets"
             )
-    return Data(source, video, text, classes, fingerprint, latents)
+    return Data(source, video, text, classes, fingerprint, latents, empty)
+
+
+def _check_text(model: ModelConfig, text: dict[str, Any] | None, where: str) -> None:
+    """What the model takes of captions against what was made of them. text: identity of the encoder, or None."""
+    for key, value in (("text_dim", model.text_dim), ("pooled_dim", model.pooled_dim)):
+        if value is not None and text is None:
+            raise ConfigError(f"model.{key} is {value}, but {where} was extracted without a text encoder")
+    if text is None:
+        return
+    if model.text_dim is not None and text["dim"] != model.text_dim:
+        raise ConfigError(f"model.text_dim is {model.text_dim}, but {where} has text features {text['dim']} wide")
+    if model.text_dim is not None and text["max_tokens"] > model.text_tokens:
+        raise ConfigError(
+            f"model.text_tokens is {model.text_tokens}, but {where} has captions of up to {text['max_tokens']} tokens"
+        )
+    pooled = text.get("pooled_dim")
+    if model.pooled_dim is not None and pooled != model.pooled_dim:
+        found = f"pooled vectors {pooled} wide" if pooled else "no pooled vectors (pooled: true of a CLIP encoder)"
+        raise ConfigError(f"model.pooled_dim is {model.pooled_dim}, but {where} has {found}")
+
+
+def _empty_caption(config: Config, source: Source, where: str) -> EmptyCaption | None:
+    """The features of "", where they stand for no caption in this run. ConfigError: they were not kept."""
+    model, samples = config.model, config.samples
+    if model.text_dim is None or model.null_text != "empty":
+        return None
+    found: EmptyCaption | None = getattr(source, "empty_caption", None)
+    if found is not None:
+        return found
+    guides = samples.every is not None and samples.sampler.guidance_scale != 1
+    for key, value in (("caption_dropout", config.diffusion.caption_dropout), ("guidance_scale", int(guides))):
+        if value:
+            what = f"diffusion.{key} is {value}" if key == "caption_dropout" else f"samples.sampler.{key} is not 1"
+            raise ConfigError(
+                f"model.null_text is empty and {what}: that takes the text encoder's features of an empty caption, which "
+                f"{where} does not have; run its extraction again, which adds them"
+            )
+    return None
 
 
 def _check_names(config: Config) -> None:
@@ -99,6 +134,28 @@ def _check_names(config: Config) -> None:
             )
 
 
+def _check_control(config: Config, source: Source, latents: dict[str, tuple[int, int, int]]) -> None:
+    """Whether the data has what a control branch is to be told."""
+    control = config.train.control
+    if control is None:
+        return
+    if control.condition == "paired" and not (isinstance(source, FeatureSet) and source.has_control):
+        raise ConfigError(
+            f"train.control.condition is paired, but data.features {config.data.features} holds no conditions: "
+            "extract with control_column, or take first_frame or low_resolution"
+        )
+    for key, (_, h, w) in latents.items():
+        if control.condition == "low_resolution" and (h % control.factor or w % control.factor):
+            raise ConfigError(
+                f"train.control.factor {control.factor} does not divide bucket {key}'s latents, {h}x{w} (height x width)"
+            )
+    shape = config.samples.bucket
+    if config.samples.every and shape is not None and shape.key not in latents:
+        raise ConfigError(
+            f"samples.bucket {shape.key}: samples are drawn for the conditions of clips, which have {', '.join(latents)}"
+        )
+
+
 def _open(config: Config) -> tuple[Source, dict[str, Any], dict[str, Any] | None, tuple[str, ...], str]:
     """Source, identities, classes and fingerprint of `data.features`."""
     model = config.model
@@ -111,7 +168,7 @@ def _open(config: Config) -> tuple[Source, dict[str, Any], dict[str, Any] | None
             tuple(features.classes),
             features.index["fingerprint"],
         )
-    source = Synthetic(model.in_channels, model.num_classes, model.text_dim, model.text_tokens)
+    source = Synthetic(model.in_channels, model.num_classes, model.text_dim, model.text_tokens, model.pooled_dim)
     if model.in_channels in (1, 3):
         video = VideoEncoder(PixelAutoencoder(model.in_channels)).identity
     else:
@@ -126,6 +183,7 @@ def _open(config: Config) -> tuple[Source, dict[str, Any], dict[str, Any] | None
             "scale": ones,
         }
     text = None
-    if model.text_dim is not None:
+    if model.text_dim is not None or model.pooled_dim is not None:
         text = {"class": "synthetic", "dim": model.text_dim, "max_tokens": source.text_tokens}
+        text["pooled_dim"] = model.pooled_dim
     return source, video, text, tuple(str(n) for n in range(model.num_classes or 0)), "synthetic"

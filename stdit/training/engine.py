@@ -2,6 +2,7 @@
 
 Masters are the float32 weights that the optimizer steps: this rank's partition under ZeRO, all of them without it.
 Live weights are what the forward pass uses: the masters themselves in float32 without ZeRO, else copies of them.
+Weights that need no gradient are frozen: they have no master, no moments, and are in no checkpoint.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class Engine:
             eps=optimizer.eps,
             fused=True,
         )
-        initial = {n: p.detach().clone() for n, p in model.named_parameters()} if self.dtype != torch.float32 else {}
+        rounded = self.dtype != torch.float32
+        initial = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad} if rounded else {}
         # Its bfloat16 optimizer prints memory statistics.
         with contextlib.redirect_stdout(io.StringIO()):
             self.engine: Any = deepspeed.initialize(model=model, optimizer=cast(Any, self.adamw), config=self.made)[0]
@@ -93,6 +95,10 @@ class Engine:
     def module(self) -> Any:
         """The model, with DeepSpeed's hooks under ZeRO-3."""
         return self.engine.module
+
+    def _trained(self) -> dict[str, Tensor]:
+        """Live weights that are not frozen, by name."""
+        return {n: p for n, p in self.module.named_parameters() if p.requires_grad}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.engine(*args, **kwargs)
@@ -135,7 +141,7 @@ class Engine:
                 return [t for t in held if t.numel()]
         if (groups := getattr(self.optimizer, "fp32_groups", None)) is not None:
             return [p.data for group in groups for p in group]
-        return [p.data for p in self.module.parameters()]
+        return [p.data for p in self._trained().values()]
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -155,10 +161,10 @@ class Engine:
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
-        """The whole model's masters by name, float32 on the CPU, on rank 0 (empty on the others)."""
+        """All masters, of all ranks, by name, float32 on the CPU, on rank 0 (empty on the others)."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        named = dict(self.module.named_parameters())
+        named = self._trained()
         replicas = self._replicated_masters()
         state: dict[str, Tensor] = {}
         for name, parameter in named.items():
@@ -167,18 +173,19 @@ class Engine:
             if self.ranks.first:
                 state[name] = full.detach().float().cpu().clone()
         if self.ranks.first:
+            known = dict(self.module.named_parameters())
             for name, buffer in self.module.state_dict().items():
-                if name not in named:
+                if name not in known:
                     state[name] = buffer.detach().cpu().clone()
         return state
 
     @torch.no_grad()
     def set_weights(self, state: dict[str, Tensor]) -> None:
-        """Masters and live weights from the whole model's float32 weights by name, the same on every rank."""
+        """Masters and live weights from the float32 weights of all that is trained, by name, the same on every rank."""
         from deepspeed.utils import safe_set_full_fp32_param
 
         replicas = self._replicated_masters()
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self._trained().items():
             value = state[name].to(self.ranks.device, torch.float32)
             if replicas is not None:
                 replicas[id(parameter)].copy_(value)
@@ -191,7 +198,7 @@ class Engine:
         if self.stage:
             return None
         if self.dtype == torch.float32:
-            return {id(p): p.data for p in self.module.parameters()}
+            return {id(p): p.data for p in self._trained().values()}
         pairs = zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True)
         return {id(live): master.data for group in pairs for live, master in zip(*group, strict=True)}
 
@@ -200,13 +207,13 @@ class Engine:
     def save(self, folder: Path, tag: str) -> None:
         """Every rank's shards into folder/tag. Errors are left to end the process: a rank that went on would wait in
         DeepSpeed's barriers for one that failed."""
-        self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path, tag: str) -> None:
         """Weights and optimizer from folder/tag. ValueError: DeepSpeed found nothing there."""
         decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         with contextlib.redirect_stdout(io.StringIO()):
-            path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
+            path, _ = self.engine.load_checkpoint(str(folder), tag=tag, custom_load_fn=_load_trained)
         if path is None:
             raise ValueError(f"{folder / tag}: DeepSpeed loaded nothing from it")
         # From the universal form, ZeRO-3 gives every group the first one's weight decay, and all partitions one and the
@@ -219,3 +226,9 @@ class Engine:
 
     def close(self) -> None:
         self.engine.destroy()
+
+
+def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
+    """Live weights of a checkpoint, which has none of those that are frozen. RuntimeError: it is of another model."""
+    frozen = {name: p.data for name, p in dst.named_parameters() if not p.requires_grad}
+    dst.load_state_dict({**frozen, **src})

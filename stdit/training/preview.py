@@ -6,7 +6,7 @@ of forward passes as the others, which ZeRO-3 needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,13 @@ from torch import Tensor
 from stdit.config import Bucket, Config, latent_shape
 from stdit.data.loader import Batch, Stream, collate
 from stdit.diffusion.guidance import guided
+from stdit.diffusion.objectives import drawn_from
 from stdit.diffusion.schedulers import make_scheduler, sample
 from stdit.encoders.video import VideoEncoder, video_encoder_from_identity
+from stdit.models.control import Controlled
+from stdit.models.sampling import Sampled, micro_conditions
+from stdit.models.stdit import STDiT
+from stdit.training.adapters import parts
 from stdit.training.checks import Data
 from stdit.training.ema import EMA
 from stdit.training.engine import Engine
@@ -98,6 +103,7 @@ class Preview:
                 x0 = self.inputs.latents(batch, None)
                 noise = self.inputs.noise(x0, f"validation {bucket.key}", 0, batch.positions)
                 condition = condition_of(batch, config.model, self.ranks.device)
+                condition |= self.inputs.control(batch, x0, None)
                 for time in config.validation.times:
                     t = torch.full((len(batch),), time, device=self.ranks.device)
                     each = objective.loss(
@@ -109,28 +115,35 @@ class Preview:
         return summed / counted
 
     @torch.no_grad()
-    def grid(self, model: Callable[..., Any]) -> Image.Image | None:
+    def grid(self, model: STDiT | Controlled) -> Image.Image | None:
         """Clips drawn for captions or classes of the validation split, as one picture; on rank 0, else None."""
         config, wanted = self.config, self.config.samples
         # Conditions come from clips of any shape: what is drawn has the one that is asked for.
-        conditions = next(b for b in config.data.buckets if any(chosen(self.data, config, [b], 1).values()))
         shape = wanted.bucket or config.data.buckets[0]
+        buckets = [b for b in config.data.buckets if not config.train.control or b.key == shape.key]
+        conditions = next((b for b in buckets if any(chosen(self.data, config, [b], 1).values())), None)
+        if conditions is None:  # of a control branch: it draws clips of a condition's own shape alone
+            return None
         latent = latent_shape(shape, tuple(self.data.video_encoder["compression"]))
         ids = chosen(self.data, config, [conditions], wanted.count)[conditions.key]
         captions = [self.data.source.sample(i).caption for i in ids]
 
-        def predict(x: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
-            return model(x, t, **condition, return_dict=False)[0].float()
-
+        # Told of the clip that is drawn, not of those whose captions it has.
+        size = {k: v for k, v in micro_conditions(config.model, shape, 1.0, self.ranks.device).items() if k != "fps"}
         drawn = []
         for batch, _ in self._batches(ids, conditions, conditions.batch_size):
             start = torch.empty(len(batch), config.model.in_channels, *latent)
             x = self.inputs.noise(start, "samples", 0, batch.positions)
             scheduler = make_scheduler(wanted.sampler, config.diffusion, latent, config.model.learned_variance)
-            steered = guided(predict, wanted.sampler.guidance_scale if self._conditional else 1.0)
+            predict = Sampled(*parts(model))
+            scale = wanted.sampler.guidance_scale if self._conditional else 1.0
+            negative = self.inputs.empty(len(batch)) if scale != 1 else {}
+            velocity = drawn_from(predict, config.diffusion)
+            steered = guided(velocity, scale, negative or None, channels=wanted.sampler.guidance_channels)
             generators = [torch.Generator().manual_seed(p) for p in batch.positions]
-            condition = condition_of(batch, config.model, self.ranks.device)
-            part = sample(steered, scheduler, x, wanted.sampler.steps, condition, generators)
+            condition = condition_of(batch, config.model, self.ranks.device) | size
+            condition |= self.inputs.control(batch, self.inputs.latents(batch, None), None)
+            part = sample(steered, scheduler, x, wanted.sampler.steps, condition, generators, ahead=predict.expect)
             # All ranks' parts of these, in the order of the numbers.
             drawn.append(self.ranks.joined(part).cpu())
         if not self.ranks.first:
@@ -140,12 +153,13 @@ class Preview:
 
     @property
     def _conditional(self) -> bool:
-        return self.config.model.num_classes is not None or self.config.model.text_dim is not None
+        model = self.config.model
+        return any(value is not None for value in (model.num_classes, model.text_dim, model.pooled_dim))
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Pixels (B, 3, T, H, W) in [-1, 1]."""
         if self.data.video_encoder["kind"] == "synthetic":
-            return latents[:, :3].expand(-1, 3, -1, -1, -1) if latents.shape[1] < 3 else latents[:, :3]
+            return latents[:, :1].expand(-1, 3, -1, -1, -1) if latents.shape[1] < 3 else latents[:, :3]
         if self._decoder is None:
             self._decoder = video_encoder_from_identity(self.data.video_encoder, self.ranks.device)
         return torch.cat([self._decoder.decode(one[None]).cpu() for one in latents])

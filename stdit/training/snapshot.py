@@ -7,19 +7,17 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from stdit.config import Config, ConfigError, dump
 from stdit.files import atomic_write
+from stdit.models.control import Controlled
 from stdit.models.stdit import STDiT
-from stdit.models.transition import carry
-from stdit.training import checkpoint
+from stdit.training import adapters, checkpoint
+from stdit.training.adapters import Base
 from stdit.training.changes import check_resumable
 from stdit.training.checkpoint import FOLDER, IDENTITY, TRANSFORMER, CheckpointError, tag_of
 from stdit.training.checks import Data
@@ -45,6 +43,8 @@ class Place:
     # Ranks that wrote it.
     world_size: int = 1
     notes: tuple[str, ...] = ()
+    # The frozen weights that adapters or a control branch belong to.
+    base: Base | None = None
 
     def advance(self, samples: int, data_position: dict[str, int]) -> None:
         """One step on, which took `samples`."""
@@ -88,6 +88,7 @@ def place_of(config: Config, data: Data, world_size: int) -> Place:
         found,
         identity["world_size"],
         tuple(notes),
+        Base(**identity["base"]) if identity.get("base") else None,
     )
 
 
@@ -97,32 +98,42 @@ def begin(config: Config, ranks: Ranks) -> None:
 
 
 def init_folder(config: Config) -> Path:
-    """The diffusers folder that `init.source` means. ConfigError: there is none."""
+    """The folder with weights that `init.source` means. ConfigError: there is none."""
     assert config.init is not None
-    source = config.init.source
-    if (source / "config.json").is_file():
-        return source
     try:
-        return checkpoint.transformer_folder(source, config.init.weights)
+        return adapters.weights_of(config.init.source, config.init.weights)
     except (ConfigError, CheckpointError) as error:
         raise ConfigError(f"init.source: {error}") from error
 
 
-def make_model(config: Config, place: Place, ranks: Ranks, say: Callable[[str], None]) -> STDiT:
+def make_model(config: Config, place: Place, ranks: Ranks, say: Callable[[str], None]) -> STDiT | Controlled:
     """The model to hand to the engine: of a checkpoint its moving average, which stdit.training.ema takes up before
-    the weights themselves are loaded; of another run what carries over; else a new one."""
-    if place.checkpoint is not None:
+    the weights themselves are loaded; of another run what carries over; else a new one. What `config` freezes is frozen."""
+    beside = config.train.lora is not None or config.train.control is not None
+    if place.checkpoint is not None and not beside:
         return STDiT.from_pretrained(place.checkpoint / TRANSFORMER["ema"])
     if config.init is None:
         return STDiT.from_settings(config.model, config.seed)
     # Looked up once: it reads every byte of the checkpoint to see that it is whole.
-    folder = ranks.agree(lambda: init_folder(config))
-    try:
-        model, carried = carry(STDiT.from_pretrained(folder).float(), config.model, config.init.allow, config.seed)
-    except ValueError as error:
-        raise ConfigError(f"init.source {folder}: {error}") from error
-    say(f"weights from {folder}\n{carried}")
-    return model
+    if place.base is not None:
+        held = place.base
+        folder = ranks.agree(lambda: adapters.check_base(held))
+    else:
+        folder = ranks.agree(lambda: init_folder(config))
+        place.base = ranks.agree(lambda: adapters.base_of(folder)) if beside else None
+    model, carried = adapters.open_base(folder, config)
+    say(carried)
+    if place.checkpoint is None:
+        trained = adapters.begin(model, config)
+    else:
+        kind = checkpoint.kind_of(config.train)
+        trained = adapters.resume(model, place.checkpoint / checkpoint.folder_name(kind, "ema"), config)
+    if beside:
+        learns = {
+            wants: sum(p.numel() for p in trained.parameters() if p.requires_grad is wants) for wants in (True, False)
+        }
+        say(f"trained: {learns[True]:,} weights, beside {learns[False]:,} that stay as they are")
+    return trained
 
 
 def load(engine: Engine, place: Place, ranks: Ranks) -> None:
@@ -167,12 +178,12 @@ def _write(engine: Engine, ema: EMA, config: Config, data: Data, place: Place, r
     # A folder without manifest that a save left behind which was cut off.
     ranks.agree(lambda: shutil.rmtree(folder, ignore_errors=True))
     engine.save(folder.parent, folder.name)
-    settings = engine.module.config
-    _write_transformer(engine.weights(), settings, folder / TRANSFORMER["model"], ranks)
+    kind = checkpoint.kind_of(config.train)
+    _write_trained(engine, folder / checkpoint.folder_name(kind, "model"))
     with ema.swapped():
-        averaged = engine.weights()
-    _write_transformer(averaged, settings, folder / TRANSFORMER["ema"], ranks)
+        _write_trained(engine, folder / checkpoint.folder_name(kind, "ema"))
     if ranks.first:
+        settings = adapters.parts(engine.module)[0].config
         identity = checkpoint.make_identity(
             config,
             architecture={k: v for k, v in settings.items() if not k.startswith("_")},
@@ -186,6 +197,7 @@ def _write(engine: Engine, ema: EMA, config: Config, data: Data, place: Place, r
             samples_seen=place.samples_seen,
             data_position=place.data_position,
             world_size=ranks.size,
+            base=place.base and asdict(place.base),
         )
         atomic_write(folder / IDENTITY, json.dumps(identity, indent=1))
         checkpoint.seal(folder)
@@ -193,13 +205,11 @@ def _write(engine: Engine, ema: EMA, config: Config, data: Data, place: Place, r
     ranks.barrier()
 
 
-def _write_transformer(state: dict[str, Tensor], settings: Any, folder: Path, ranks: Ranks) -> None:
-    """A diffusers folder of the weights `state`, on rank 0."""
-    if ranks.first:
-        with torch.device("meta"):
-            shell = STDiT.from_config(dict(settings))
-        shell.load_state_dict(state, assign=True)
-        shell.save_pretrained(folder)
+def _write_trained(engine: Engine, folder: Path) -> None:
+    """What the engine trains, as its masters have it, on rank 0."""
+    state = engine.weights()
+    if engine.ranks.first:
+        adapters.write(engine.module, state, folder)
 
 
 def finish(config: Config, place: Place, ranks: Ranks) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -172,6 +173,30 @@ def test_text_is_as_long_as_the_longest_of_the_batch() -> None:
     assert batch.text[0, 2:].abs().sum() == 0
     assert batch.class_labels.tolist() == [3, 3]
     assert len(batch) == 2
+
+
+def test_pooled_vectors_and_the_clips_size_come_with_the_batch() -> None:
+    bucket = Bucket(frames=5, height=2, width=2)
+    batch = collate([replace(sample(2), pooled=torch.full((3,), float(i))) for i in range(2)], [0, 1], bucket)
+    assert batch.pooled is not None
+    assert batch.pooled.tolist() == [[0.0] * 3, [1.0] * 3]
+    assert batch.frames.tolist() == [5.0, 5.0]
+    assert batch.height.tolist() == batch.width.tolist() == [2.0, 2.0]
+    assert collate([sample(2)], [0], bucket).pooled is None
+    with pytest.raises(ValueError, match="1 of 2 samples have a pooled vector"):
+        collate([sample(2), replace(sample(2), pooled=torch.zeros(3))], [0, 1], bucket)
+
+
+def test_synthetic_clips_have_pooled_vectors_and_an_empty_caption_where_asked() -> None:
+    source = Synthetic(3, 4, 8, 20, 5)
+    (first, *_) = source.select("train", [Bucket(frames=1, height=4, width=4)])["1x4x4"]
+    pooled, empty = source.sample(first).pooled, source.empty_caption
+    assert pooled is not None
+    assert pooled.shape == (5,)
+    assert empty is not None
+    assert empty.pooled is not None
+    assert (empty.text.shape, empty.pooled.shape) == ((1, 8), (5,))
+    assert Synthetic(3, 4, None, 20).empty_caption is None
 
 
 def test_samples_that_do_not_fit_together_are_refused() -> None:

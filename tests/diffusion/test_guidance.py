@@ -83,3 +83,67 @@ def test_a_negative_condition_takes_the_place_of_the_null(length: int) -> None:
 def test_a_scale_that_means_nothing_is_refused(scale: float) -> None:
     with pytest.raises(ValueError, match=f"found {scale}"):
         guided(Linear(), scale)
+
+
+def test_the_first_channels_alone_are_guided_where_asked() -> None:
+    """DiT's and PixArt's forward_with_cfg: `eps, rest = out[:, :3], out[:, 3:]`; only eps is guided, rest is each half's own."""
+    x = torch.randn(3, 4, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    model = Linear(variance=True)
+    found = guided(model, 3.0, channels=3)(x, T, COND)
+    with_condition = model(x, T, COND)
+    without = model(x, T, {**COND, "drop_condition": torch.ones(3, dtype=torch.bool)})
+    eps = without[:, :3] + 3.0 * (with_condition[:, :3] - without[:, :3])
+    assert torch.allclose(found, torch.cat([eps, with_condition[:, 3:]], dim=1))
+    assert torch.equal(guided(model, 3.0, channels=4)(x, T, COND), guided(model, 3.0)(x, T, COND))
+    with pytest.raises(ValueError, match="guidance_channels 5 is more than the 4 latent channels"):
+        guided(model, 3.0, channels=5)(x, T, COND)
+    with pytest.raises(ValueError, match="found 0"):
+        guided(model, 3.0, channels=0)
+
+
+def test_the_doubled_conditions_are_the_same_tensors_at_every_step() -> None:
+    seen: list[Mapping[str, Tensor]] = []
+
+    def model(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        seen.append(cond)
+        return x
+
+    cond, times = dict(COND), torch.tensor([900.0, 100.0])
+    steered = guided(model, 3.0)
+    for time in times:
+        steered(X, time.expand(3), cond)
+    assert seen[0] is seen[1]
+    cond["encoder_attention_mask"] = torch.zeros(3, 2, dtype=torch.bool)
+    steered(X, times[0].expand(3), cond)
+    assert not seen[2]["encoder_attention_mask"].any()
+
+
+def test_what_samples_share_stays_shared() -> None:
+    seen: list[tuple[Tensor, Mapping[str, Tensor]]] = []
+
+    def model(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        seen.append((t, cond))
+        return x
+
+    fps, frames = torch.tensor([8.0]), torch.tensor([[True, False]]).expand(3, -1)
+    times = torch.tensor([900.0, 100.0])
+    guided(model, 3.0)(X, times[1].expand(3), {"fps": fps, "given_frames": frames, "height": torch.arange(3.0)})
+    t, cond = seen[0]
+    assert (t.shape, t.stride(), t.data_ptr()) == ((6,), (0,), times[1].data_ptr())
+    assert (cond["fps"].shape, cond["fps"].stride(0)) == ((6,), 0)
+    assert (cond["given_frames"].shape, cond["given_frames"].stride(0)) == ((6, 2), 0)
+    assert cond["height"].tolist() == [0, 1, 2, 0, 1, 2]
+    assert cond["drop_condition"].tolist() == [False] * 3 + [True] * 3
+
+
+def test_nothing_is_dropped_where_a_negative_stands_in() -> None:
+    """A model without a null condition of its own refuses to be told so."""
+    seen: list[Mapping[str, Tensor]] = []
+
+    def model(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        seen.append(cond)
+        return x
+
+    negative = {"encoder_hidden_states": torch.zeros(3, 2, 5), "encoder_attention_mask": COND["encoder_attention_mask"]}
+    guided(model, 3.0, negative)(X, T, COND)
+    assert "drop_condition" not in seen[0]

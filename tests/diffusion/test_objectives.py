@@ -10,7 +10,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
 from stdit.config import DiffusionConfig
-from stdit.diffusion.objectives import DDPM, FlowMatching, make_objective, normal_kl
+from stdit.diffusion.objectives import DDPM, FlowMatching, drawn_from, make_objective, normal_kl
 from stdit.diffusion.randomness import normal, uniform
 
 SHAPE = (2, 3, 4, 4)  # C, T, H, W
@@ -139,9 +139,20 @@ def test_divergence_of_a_distribution_from_itself_is_zero() -> None:
     assert torch.equal(normal_kl(DATA, NOISE, DATA, NOISE), torch.zeros_like(DATA))
 
 
-def test_learned_variance_without_ddpm_is_refused() -> None:
-    with pytest.raises(ValueError, match="learned_variance"):
-        make_objective(FLOW, learned_variance=True)
+def test_flow_matching_ignores_the_second_half_of_the_channels() -> None:
+    """Open-Sora 1.2 predicts 2C channels and takes the first C."""
+    flow = make_objective(FLOW, learned_variance=True)
+    loss = flow.loss(lambda x, t: torch.cat([velocity(x, t) + 0.5, 9 * x], 1), DATA, NOISE, TIMES)
+    assert torch.allclose(loss, torch.full((5,), 0.25))
+
+
+def test_open_soras_velocity_is_the_opposite() -> None:
+    config = DiffusionConfig(velocity="data_minus_noise")
+    flow = make_objective(config, learned_variance=False)
+    assert torch.equal(flow.loss(lambda x, t: -velocity(x, t), DATA, NOISE, TIMES), torch.zeros(5))
+    model = drawn_from(lambda x, t, cond: -velocity(x, t), config)
+    assert torch.equal(model(DATA, TIMES, {}), velocity(DATA, TIMES))
+    assert drawn_from(model, FLOW) is model
 
 
 @pytest.mark.parametrize("objective", [FlowMatching(FLOW), DDPM(SCHEDULES[0], True)])

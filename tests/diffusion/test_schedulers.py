@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import Tensor
 
 from stdit.config import DiffusionConfig, SamplerConfig
 from stdit.diffusion.guidance import Model
 from stdit.diffusion.randomness import normal
-from stdit.diffusion.schedulers import OBJECTIVES, make_scheduler, sample, set_steps, shifted
+from stdit.diffusion.schedulers import OBJECTIVES, Given, is_ours, make_scheduler, sample, set_steps, shifted
 from stdit.diffusion.timesteps import shift_times
 
 MEAN, STD = 1.5, 0.5
@@ -201,3 +205,63 @@ def test_more_steps_than_the_schedule_has_are_refused(name: str, most: int) -> N
     assert (times.diff() < 0).all()
     with pytest.raises(ValueError, match=rf"steps {most + 1} .* {most}"):
         make_scheduler(sampler(name, most + 1), LINEAR, LATENT)
+
+
+@pytest.mark.parametrize(("name", "config"), PAIRS, ids=NAMES)
+def test_given_frames_stand_in_every_step_and_come_back_as_they_were(name: str, config: DiffusionConfig) -> None:
+    clean = normal((1, *LATENT), 0, "data", 0, range(4))
+    given = Given(torch.tensor([[True, False]]), clean)
+    inputs: list[Tensor] = []
+
+    def model(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        inputs.append(x)
+        return exact(config)(x, t, cond)
+
+    scheduler, noise = make_scheduler(sampler(name, 7), config, LATENT), normal((1, *LATENT), 0, "noise", 0, range(4))
+    x = sample(model, scheduler, noise, 7, {}, torch.Generator().manual_seed(0), given=given)
+    assert all(torch.equal(seen[:, :, 0], clean[:, :, 0]) for seen in [*inputs, x])
+    if name != "ddpm":  # whose noise is drawn for all frames together
+        plain = sample(exact(config), make_scheduler(sampler(name, 7), config, LATENT), noise, 7, {})
+        assert torch.allclose(x[:, :, 1], plain[:, :, 1], atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "config"), PAIRS, ids=NAMES)
+def test_the_times_are_told_ahead_once(name: str, config: DiffusionConfig) -> None:
+    told: list[Tensor] = []
+    seen: list[Tensor] = []
+
+    def model(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        assert len(told) == 1
+        seen.append(t)
+        return torch.zeros_like(x)
+
+    scheduler = make_scheduler(sampler(name, 5), config, LATENT)
+    sample(model, scheduler, standard_noise(), 5, {}, torch.Generator(), ahead=told.append)
+    assert [t.data_ptr() for t in seen] == [t.data_ptr() for t in told[0]]
+    assert all(t.shape == (64,) for t in seen)
+
+
+def test_schedulers_of_others_are_neither_shifted_nor_mended() -> None:
+    for make in (
+        lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+        lambda: DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
+        lambda: UniPCMultistepScheduler(beta_schedule="squaredcos_cap_v2"),
+        lambda: DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+    ):
+        theirs, plain = make(), make()
+        assert shifted(theirs, 7.0) is theirs
+        plain.set_timesteps(20)
+        assert torch.equal(set_steps(theirs, 20), torch.as_tensor(plain.timesteps))
+        assert not is_ours(theirs)
+
+
+@pytest.mark.parametrize(("name", "config"), PAIRS, ids=NAMES)
+def test_a_scheduler_made_here_is_known_when_it_is_read_back(
+    name: str, config: DiffusionConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scheduler = make_scheduler(sampler(name), config, LATENT)
+    scheduler.save_pretrained(tmp_path)
+    read = type(scheduler).from_pretrained(tmp_path)
+    assert is_ours(read)
+    assert torch.equal(set_steps(read, 9), set_steps(scheduler, 9))
+    assert "not expected" not in caplog.text

@@ -101,7 +101,9 @@ def test_a_micro_condition_counts_only_where_it_is_configured(tiny: Tiny, x: tor
 
 
 def test_gradients_reach_every_parameter(tiny: Tiny, noise: Noise, x: torch.Tensor) -> None:
-    model = tiny(num_classes=4, text_dim=6, pooled_text=True, micro_conditions=("fps",), qk_norm="rms", cross_qk_norm="rms")
+    model = tiny(
+        num_classes=4, text_dim=6, pooled_text=True, micro_conditions=("fps",), qk_norm="rms", cross_qk_norm="rms"
+    )
     drop = torch.tensor([True, False])
     sample = model(x, 400, noise(2, 3, 6), None, torch.tensor([1, 2]), drop, torch.tensor([8.0])).sample
     sample.square().mean().backward()

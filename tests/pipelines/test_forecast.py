@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipelines.forecast import EqualSource, ManifestSource, extraction_lines, forecast, memory
 from pipelines.plan import ResolvedStage, Resources
-from stdit.config import Config, ExtractConfig, TrainConfig, validate
+from stdit.config import Config, ConfigError, ExtractConfig, TrainConfig, validate
 from stdit.data import manifest
 
 GIB = 2**30
@@ -69,6 +70,14 @@ def test_checkpointed_activations_take_less() -> None:
         forecast(stage(activation_checkpointing=on), Resources(), Source(), (1, 1, 1), 5).memory for on in (False, True)
     )
     assert checkpointed.activations < plain.activations
+
+
+def test_a_bucket_that_the_model_does_not_take_is_named() -> None:
+    wide = stage()
+    model = wide.config.model.model_copy(update={"positions": "learned", "position_grid": (4, 8), "position_frames": 4})
+    wide = replace(wide, config=wide.config.model_copy(update={"model": model}))
+    with pytest.raises(ConfigError, match=r"data.buckets 1x16x16: .*height of 8 patches.* has 4"):
+        forecast(wide, Resources(), Source(), (1, 1, 1), 5)
 
 
 def test_memory_is_rajbhandaris() -> None:

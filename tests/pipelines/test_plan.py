@@ -319,3 +319,41 @@ def test_positions_that_are_not_rescaled_are_told_too() -> None:
     _, clips, finest = plans.resolve(plans.read(path, ["overrides.model.position_base=null"]), str(path))
     assert checks.positions(clips, clips) == []
     assert "beyond those learned" in checks.positions(clips, finest)[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("{position_base: null, position_reference: 16}", "each clip's size, against model.position_reference 16"),
+        ("{positions: learned, position_grid: [4, 4], position_frames: 6}", "the centre of a table, model.position_grid [4, 4]"),
+        ("{positions: none}", None),
+    ],
+)  # fmt: skip
+def test_what_becomes_of_positions_depends_on_their_kind(change: str, said: str | None) -> None:
+    path = ROOT / "configs/plans/demo.yaml"
+    _, clips, finest = plans.resolve(plans.read(path, [f"overrides.model={change}"]), str(path))
+    told = checks.positions(clips, finest)
+    assert (said in told[0]) if said else told == []
+
+
+def test_growing_between_stages_is_tried_and_told(write) -> None:
+    """DiT's classes on images to captions on clips, blocks over time between, and told the rate."""
+    old = {"conditioning": "adaln_zero", "temporal": False, "num_classes": 4, "depth": 2}
+    new = {
+        "conditioning": "adaln_single", "temporal": True, "num_classes": None, "depth": 4, "attention": "alternating",
+        "text_dim": 6, "micro_conditions": ["fps"],
+    }  # fmt: skip
+    allow = ["class_to_text", "add_temporal", "add_micro_conditions", "adaln_to_single"]
+
+    def stages(allow: list[str]) -> list[plans.ResolvedStage]:
+        entries = {
+            "one": {"config": "STAGE", "overrides": {"model": old}},
+            "two": {"config": "STAGE", "overrides": {"model": new}, "after": "one", "allow": allow},
+        }
+        return plans.resolve(plans.read(write(stages=entries)))
+
+    told = checks.crossing(*stages(allow))
+    assert "image block i is now block 2 i" in told
+    assert "dropped: y_embedder.embedding_table.weight, blocks.*.adaLN_modulation.1.weight" in told
+    with pytest.raises(ConfigError, match=r"after one: .*\n.*conditioning .*allow: \[adaln_to_single\] would"):
+        checks.crossing(*stages(allow[:3]))

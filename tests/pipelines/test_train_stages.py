@@ -217,6 +217,14 @@ def refused(capsys, plan: Path, *sets: str) -> str:
             "model.in_channels 4, but the autoencoder's latents have 1 channels",
         ),
         ("extraction.text_encoder=null", "model.text_dim 16, but the plan's extraction has no text_encoder"),
+        (
+            "extraction.text_encoder.max_tokens=33",
+            "model.text_tokens 32, but the plan's extraction makes up to 33 tokens",
+        ),
+        (
+            "stages.two.overrides.model.pooled_dim=8",
+            "model.pooled_dim 8, but no text_encoder of the plan's extraction has pooled: true",
+        ),
         ("extraction.manifest=nowhere.jsonl", "extraction.manifest: nowhere.jsonl does not exist"),
         ("stages.one.config=nowhere.yaml", "stages.one.config: nowhere.yaml: cannot be read"),
         ("stages.one.overrides.train.stepz=1", "train.stepz: unknown key"),

@@ -105,7 +105,7 @@ def engine_steps(data: dict[str, Any], bad_rank: int) -> dict[str, Any]:
     for number, step in zip(range(1, 6), loader, strict=False):
         spoiled = ranks.rank == bad_rank and number in (4, 5)
         hook = engine.module.register_forward_hook(SPOIL[number]) if spoiled else None
-        micro = [backward(engine, inputs, batch, number) for batch in step.batches]
+        micro = [backward(engine, inputs, batch, number)[0] for batch in step.batches]
         if hook:
             hook.remove()
         norms.append(engine.step(1e-3))

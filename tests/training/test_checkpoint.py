@@ -36,8 +36,8 @@ def test_the_newest_whole_one_wins_whatever_latest_says(tmp_path: Path) -> None:
     (tmp_path / "checkpoints/latest").unlink()
     assert checkpoint.newest(tmp_path) == newer
     assert checkpoint.identity(tmp_path) == {"step": 10}
-    assert checkpoint.transformer_folder(tmp_path) == newer / "transformer_ema"
-    assert checkpoint.transformer_folder(older, "model") == older / "transformer"
+    assert checkpoint.trained_folder(tmp_path) == newer / "transformer_ema"
+    assert checkpoint.trained_folder(older, "model") == older / "transformer"
 
 
 @quick(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -83,7 +83,7 @@ def test_pruning_keeps_the_newest_and_torn_ones_go(tmp_path: Path) -> None:
 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither a checkpoint"):
-        checkpoint.transformer_folder(tmp_path)
+        checkpoint.trained_folder(tmp_path)
     torn = make(tmp_path, 1, whole=False)
     with pytest.raises(checkpoint.CheckpointError, match=r"no manifest.json"):
         checkpoint.identity(torn)

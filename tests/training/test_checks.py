@@ -7,10 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from ranked import config_of, settings
 
 from stdit.config import Bucket, ConfigError, merge
+from stdit.data.features import EmptyCaption
 from stdit.training import checks
+
+TOLD = {"class": "T5", "dim": 4096, "max_tokens": 120}
 
 
 class Features:
@@ -26,7 +30,8 @@ class Features:
             "scale": [1.0] * 4,
         }
         self.video_encoder = {**shape, **changes.get("video", {})}
-        self.text_encoder = changes.get("text", {"class": "T5", "dim": 4096, "max_tokens": 120})
+        self.text_encoder = changes.get("text", TOLD)
+        self.empty_caption = changes.get("empty")
         self.classes = changes.get("classes", ["a", "b"])
         self.index = {"fingerprint": "f"}
         self.splits = changes.get("splits", {"train": 10, "validation": 10})
@@ -52,6 +57,17 @@ def test_what_fits_passes_and_says_its_latents(monkeypatch: pytest.MonkeyPatch) 
     assert data.fingerprint == "f"
 
 
+def test_a_model_without_a_null_caption_is_given_the_empty_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = EmptyCaption(torch.zeros(1, 4096))
+    assert check(monkeypatch, {"model": {"null_text": "empty"}}, empty=empty).empty_caption is empty
+    assert check(monkeypatch, {}, empty=empty).empty_caption is None
+    # Where nothing is dropped nothing is needed.
+    never = {"model": {"null_text": "empty"}, "diffusion": {"caption_dropout": 0.0}}
+    assert check(monkeypatch, never).empty_caption is None
+    told = {**TOLD, "pooled_dim": 2048}
+    assert check(monkeypatch, {"model": {"pooled_dim": 2048}}, text=told).text_encoder == told
+
+
 @pytest.mark.parametrize(
     ("change", "features", "said"),
     [
@@ -59,6 +75,11 @@ def test_what_fits_passes_and_says_its_latents(monkeypatch: pytest.MonkeyPatch) 
         ({"model": {"text_dim": 64}}, {}, "model.text_dim is 64, but data.features somewhere has text features 4096 wide"),
         ({}, {"text": None}, "model.text_dim is 4096, but data.features somewhere was extracted without a text encoder"),
         ({"model": {"text_tokens": 77}}, {}, "model.text_tokens is 77, but .* captions of up to 120 tokens"),
+        ({"model": {"pooled_dim": 2048}}, {}, r"model.pooled_dim is 2048, but .* no pooled vectors \(pooled: true of a CLIP encoder\)"),
+        ({"model": {"pooled_dim": 2048}}, {"text": {**TOLD, "pooled_dim": 768}}, "model.pooled_dim is 2048, but .* has pooled vectors 768 wide"),
+        ({"model": {"text_dim": None, "pooled_dim": 2048}}, {"text": None}, "model.pooled_dim is 2048, but .* was extracted without a text encoder"),
+        ({"model": {"null_text": "empty"}}, {}, "null_text is empty and diffusion.caption_dropout is 0.3: .* run its extraction again"),
+        ({"model": {"null_text": "empty"}, "diffusion": {"caption_dropout": 0.0}, "samples": {"every": 1}}, {}, "null_text is empty and samples.sampler.guidance_scale is not 1"),
         ({"model": {"num_classes": 1}}, {}, "model.num_classes is 1, but .* has 2 classes"),
         ({"model": {"num_classes": 9}}, {"classes": []}, "model.num_classes is 9, but .* has no classes"),
         ({"data": {"buckets": [{"frames": 1, "height": 60, "width": 64, "batch_size": 1}]}}, {}, "height 60 is not divisible by the autoencoder's compression 8"),

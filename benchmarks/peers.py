@@ -1,0 +1,239 @@
+"""The published models of the speed table, twice: diffusers' class, and ours with the same weights, on the same inputs.
+
+B batch · L text tokens · E width of the text features. Latents are ours, (B, C, T, H, W).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from diffusers.models.transformers.latte_transformer_3d import LatteTransformer3DModel
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+from torch import Tensor, nn
+
+from stdit.modelconfig import SIZES, ModelConfig
+from stdit.models.stdit import STDiT
+
+SIDE = 32  # latent pixels: 256 of the picture, 16 x 16 patches
+TEXT_TOKENS, TEXT_DIM = 120, 4096
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One model of the table. `told`: keywords of ours beside latents and time, whose first axis is the batch."""
+
+    name: str
+    theirs: nn.Module
+    ours: STDiT
+    frames: int = 1
+    told: Callable[[int], dict[str, Tensor]] = field(default=lambda batch: {})
+
+    def latents(self, batch: int, side: int = SIDE) -> Tensor:
+        return torch.randn(batch, 4, self.frames, side, side, generator=torch.Generator().manual_seed(1))
+
+    def null(self) -> dict[str, Tensor]:
+        """What guidance compares one sample with: no class, or the features of an empty caption, one token long."""
+        told = self.told(1)
+        if "class_labels" in told:
+            return {"class_labels": torch.full((1,), 1000)}
+        told["encoder_hidden_states"] = told["encoder_hidden_states"].flip(1)
+        if "encoder_attention_mask" in told:
+            told["encoder_attention_mask"] = (torch.arange(TEXT_TOKENS) < 1).long()[None]
+        return told
+
+    def compiled(self) -> Peer:
+        """The same weights in blocks compiled one by one."""
+        theirs, ours = copy.deepcopy(self.theirs), copy.deepcopy(self.ours)
+        for block in theirs.modules():
+            if isinstance(block, BasicTransformerBlock):
+                block.compile(fullgraph=True)
+        ours.compile_repeated_blocks(dynamic=None)
+        return replace(self, theirs=theirs, ours=ours)
+
+    def run_ours(self, latents: Tensor, timestep: Tensor, told: Mapping[str, Tensor], **more: Any) -> Tensor:
+        return self.ours(latents, timestep, **told, **more, return_dict=False)[0]
+
+    def run_theirs(self, latents: Tensor, timestep: Tensor, told: Mapping[str, Tensor]) -> Tensor:
+        """As diffusers' pipelines call it: times (B,), masks as the tokenizer gives them."""
+        words: dict[str, Any] = dict(told)
+        timestep = timestep.expand(latents.shape[0])
+        if isinstance(self.theirs, PixArtTransformer2DModel):
+            words["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+        if isinstance(self.theirs, LatteTransformer3DModel):
+            return self.theirs(latents, timestep=timestep, **words, return_dict=False)[0]
+        return self.theirs(latents[:, :, 0], timestep=timestep, **words, return_dict=False)[0][:, :, None]
+
+
+def make_tiny() -> None:
+    """All sizes as narrow and shallow as they can be, to see that everything runs."""
+    SIZES.update(dict.fromkeys(SIZES, (48, 2, 4)))
+
+
+def labels(batch: int) -> dict[str, Tensor]:
+    return {"class_labels": torch.arange(batch) * 37 % 1000}
+
+
+def captions(batch: int) -> dict[str, Tensor]:
+    """Captions of 12 to 60 tokens (the first has 32), padded to 120, as a tokenizer with padding="max_length" leaves them."""
+    random = torch.Generator().manual_seed(2)
+    lengths = torch.randint(12, 61, (batch, 1), generator=random)
+    lengths[0] = 32
+    return {
+        "encoder_hidden_states": torch.randn(batch, TEXT_TOKENS, TEXT_DIM, generator=random),
+        "encoder_attention_mask": (torch.arange(TEXT_TOKENS) < lengths).long(),
+    }
+
+
+def whole_captions(batch: int) -> dict[str, Tensor]:
+    """120 tokens without a mask: diffusers' Latte takes none (its pipeline cuts a single caption, and pads others with zeros)."""
+    return {"encoder_hidden_states": captions(batch)["encoder_hidden_states"]}
+
+
+def dit(size: str) -> Peer:
+    shape = _shape(size)
+    theirs = DiTTransformer2DModel(**shape, sample_size=SIDE)
+    config = ModelConfig(
+        size=size,  # pyright: ignore[reportArgumentType]
+        temporal=False,
+        conditioning="adaln_zero",
+        num_classes=1000,
+        learned_variance=True,
+        position_base=SIDE // 2,
+        timestep_shift=1,
+        mlp_norm_eps=1e-5,
+    )
+    return Peer(f"DiT-{size}/2", *_same_weights(theirs, config), told=labels)
+
+
+def pixart(size: str) -> Peer:
+    shape = _shape(size)
+    width = SIZES[size][0]
+    theirs = PixArtTransformer2DModel(
+        **shape, sample_size=SIDE, cross_attention_dim=width, caption_channels=TEXT_DIM, interpolation_scale=1
+    )
+    config = ModelConfig(
+        size=size,  # pyright: ignore[reportArgumentType]
+        temporal=False,
+        text_dim=TEXT_DIM,
+        text_tokens=TEXT_TOKENS,
+        null_text="empty",
+        learned_variance=True,
+        position_base=SIDE // 2,
+    )
+    return Peer(f"PixArt-{size}/2", *_same_weights(theirs, config), told=captions)
+
+
+def latte(size: str, frames: int, pairs: int | None = None) -> Peer:
+    """`pairs` of a spatial and a temporal block; None: half the size's depth."""
+    width, depth, heads = SIZES[size]
+    pairs = pairs or depth // 2
+    theirs = LatteTransformer3DModel(
+        **({**_shape(size), "num_layers": pairs}),
+        sample_size=SIDE,
+        cross_attention_dim=width,
+        caption_channels=TEXT_DIM,
+        video_length=frames,
+        activation_fn="gelu-approximate",
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+    )
+    config = ModelConfig(
+        hidden_size=width,
+        depth=2 * pairs,
+        num_heads=heads,
+        attention="alternating",
+        temporal_text=False,
+        temporal_place="stream",
+        text_dim=TEXT_DIM,
+        text_tokens=TEXT_TOKENS,
+        null_text="empty",
+        learned_variance=True,
+        position_base=SIDE // 2,
+    )
+    return Peer(f"Latte-{size}/2", *_same_weights(theirs, config), frames, whole_captions)
+
+
+def _shape(size: str) -> dict[str, Any]:
+    width, depth, heads = SIZES[size]
+    return {
+        "num_attention_heads": heads,
+        "attention_head_dim": width // heads,
+        "num_layers": depth,
+        "in_channels": 4,
+        "out_channels": 8,
+        "patch_size": 2,
+        "attention_bias": True,
+        "num_embeds_ada_norm": 1000,
+    }
+
+
+def _same_weights(theirs: nn.Module, config: ModelConfig) -> tuple[nn.Module, STDiT]:
+    """Both in eval mode, with the same random weights, none of them zero."""
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if not parameter.is_meta:
+                parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.02)
+        if isinstance(theirs, DiTTransformer2DModel):  # one embedder, stored in every block
+            first, *rest = (
+                b.norm1.get_submodule("emb") for b in theirs.modules() if isinstance(b, BasicTransformerBlock)
+            )
+            for embedder in rest:
+                embedder.load_state_dict(first.state_dict())
+    ours = STDiT.from_settings(config)
+    if not next(iter(theirs.parameters())).is_meta:
+        ours.load_state_dict(carried(theirs, config.attention == "alternating"))
+    return theirs.eval(), ours.eval()
+
+
+def carried(theirs: nn.Module, alternating: bool) -> dict[str, Tensor]:
+    """diffusers' weights under our names."""
+    found = dict(theirs.state_dict())
+    made: dict[str, Tensor] = {}
+
+    def linear(to: str, *names: str) -> None:
+        for kind in ("weight", "bias"):
+            made[f"{to}.{kind}"] = torch.cat([found[f"{name}.{kind}"] for name in names])
+
+    def embedder(to: str, name: str) -> None:
+        for i in (1, 2):
+            linear(f"{to}.mlp.{2 * i - 2}", f"{name}.linear_{i}")
+
+    made["x_embedder.proj.weight"] = found["pos_embed.proj.weight"][:, :, None]
+    made["x_embedder.proj.bias"] = found["pos_embed.proj.bias"]
+    if "adaln_single.linear.weight" in found:
+        embedder("t_embedder", "adaln_single.emb.timestep_embedder")
+        linear("t_block.1", "adaln_single.linear")
+        for i in (1, 2):
+            linear(f"y_embedder.y_proj.fc{i}", f"caption_projection.linear_{i}")
+        made["final_layer.scale_shift_table"] = found["scale_shift_table"]
+        linear("final_layer.linear", "proj_out")
+    else:
+        first = "transformer_blocks.0.norm1.emb"
+        embedder("t_embedder", f"{first}.timestep_embedder")
+        made["y_embedder.embedding_table.weight"] = found[f"{first}.class_embedder.embedding_table.weight"]
+        linear("final_layer.adaLN_modulation.1", "proj_out_1")
+        linear("final_layer.linear", "proj_out_2")
+    for i in range(sum(name.endswith("attn1.to_q.weight") for name in found)):
+        kind = "temporal_transformer_blocks" if alternating and i % 2 else "transformer_blocks"
+        at, to = f"{kind}.{i // 2 if alternating else i}", f"blocks.{i}"
+        linear(f"{to}.attn.qkv", *(f"{at}.attn1.to_{n}" for n in "qkv"))
+        linear(f"{to}.attn.proj", f"{at}.attn1.to_out.0")
+        linear(f"{to}.mlp.fc1", f"{at}.ff.net.0.proj")
+        linear(f"{to}.mlp.fc2", f"{at}.ff.net.2")
+        if f"{at}.norm1.linear.weight" in found:
+            linear(f"{to}.adaLN_modulation.1", f"{at}.norm1.linear")
+        else:
+            made[f"{to}.scale_shift_table"] = found[f"{at}.scale_shift_table"]
+        if f"{at}.attn2.to_q.weight" in found:
+            linear(f"{to}.cross_attn.q_linear", f"{at}.attn2.to_q")
+            linear(f"{to}.cross_attn.kv_linear", f"{at}.attn2.to_k", f"{at}.attn2.to_v")
+            linear(f"{to}.cross_attn.proj", f"{at}.attn2.to_out.0")
+    return made

@@ -1,0 +1,86 @@
+"""The parts of a pipeline: those of a run (the transformer of a checkpoint, and the encoders and the scheduler that its
+identity names), and whether parts belong together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diffusers.models.modeling_utils import ModelMixin
+
+from stdit.config import DiffusionConfig, SamplerConfig, validate
+from stdit.diffusion.schedulers import fitting, make_scheduler
+from stdit.encoders.text import SUFFIXES, components, text_encoder_from_identity
+from stdit.encoders.video import VideoEncoder, video_encoder_from_identity
+from stdit.models.control import STDiTControl
+from stdit.models.stdit import STDiT
+from stdit.training import checkpoint
+from stdit.training.adapters import open_trained
+from stdit.training.checkpoint import Weights
+
+
+def parts_of(run: Path, weights: Weights, given: dict[str, Any]) -> dict[str, Any]:
+    """Keywords of STDiTPipeline. given: parts to use in place of the stored ones, `torch_dtype`, and `base`.
+
+    ValueError: a keyword that is none of these; an encoder that is gone or changed, latents that nothing decodes.
+    """
+    dtype = given.pop("torch_dtype", given.pop("dtype", None))
+    texts = [f"{name}{suffix}" for suffix in SUFFIXES for name in ("text_encoder", "tokenizer")]
+    parts = {name: given.pop(name) for name in ("scheduler", "vae", *texts, "text_layout") if name in given}
+    base = given.pop("base", None)
+    if given:
+        raise ValueError(f"{run}: a run takes no {', '.join(given)}")
+    # Asked for once: it reads every byte of the checkpoint to see that it is whole.
+    place = checkpoint.trained_folder(run, weights)
+    identity = json.loads((place.parent / checkpoint.IDENTITY).read_text())
+    transformer, control = open_trained(place, base and Path(base), dtype)
+    diffusion = validate(identity["diffusion"], DiffusionConfig, f"{run}: identity.json: diffusion")
+    if "vae" not in parts:
+        if identity["video_encoder"]["kind"] == "synthetic":
+            raise ValueError(f"{run} was trained on latents made on the spot, which no autoencoder decodes; give vae=…")
+        parts["vae"] = video_encoder_from_identity(identity["video_encoder"]).vae
+    # Features for a run of several stages have text, which a stage with class labels alone does not take.
+    settings = transformer.settings
+    of_text = identity["text_encoder"] if settings.text_dim or settings.pooled_dim else None
+    if of_text is not None and of_text["class"] != "synthetic" and "text_encoder" not in parts:
+        encoder = text_encoder_from_identity(of_text)
+        parts = {**components(encoder), "text_layout": encoder.layout, **parts}
+    if "scheduler" not in parts:
+        sampler = validate(identity["config"]["samples"]["sampler"], SamplerConfig, f"{run}: samples.sampler")
+        parts["scheduler"] = make_scheduler(
+            fitting(sampler, diffusion), diffusion, (1, 1, 1), transformer.settings.learned_variance
+        )
+    return {
+        "transformer": transformer,
+        "diffusion": diffusion,
+        "max_tokens": of_text["max_tokens"] if of_text else None,
+        "classes": {name: i for i, name in enumerate(identity.get("classes") or [])} or None,
+        "control": control,
+        **parts,
+    }
+
+
+def check_parts(transformer: STDiT, vae: ModelMixin, control: STDiTControl | None, encoder: Any) -> None:
+    """ValueError: parts that don't belong together, with both numbers. encoder: of text, one or several, or None."""
+    settings, channels = transformer.settings, VideoEncoder(vae).channels
+    if channels != settings.in_channels:
+        raise ValueError(
+            f"the autoencoder ({type(vae).__name__}) has {channels} latent channels, the transformer takes in_channels {settings.in_channels}"
+        )
+    if control is not None:
+        control.check_base(transformer)
+    if encoder is None:
+        return
+    if settings.text_dim != encoder.dim:
+        raise ValueError(
+            f"the text encoder's features are {encoder.dim} wide, the transformer takes text_dim {settings.text_dim}"
+        )
+    if encoder.pooled_dim and settings.pooled_dim and encoder.pooled_dim != settings.pooled_dim:
+        raise ValueError(
+            f"the text encoder's pooled vectors are {encoder.pooled_dim} wide, the transformer takes pooled_dim {settings.pooled_dim}"
+        )
+    if encoder.max_tokens > settings.text_tokens:
+        raise ValueError(
+            f"max_tokens {encoder.max_tokens} is more than the transformer's text_tokens {settings.text_tokens}"
+        )

@@ -1,0 +1,52 @@
+"""A clip's condition for a control branch: another file, named in a column of the manifest, cut as the clip is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from stdit.config import Bucket
+from stdit.data import records
+from stdit.data.child import ChildDecoder
+from stdit.data.manifest import Clip
+from stdit.data.reader import DecodeError, Facts
+
+
+def read_control(
+    decoder: ChildDecoder, clip: Clip, column: str, facts: Facts, indices: Sequence[int], bucket: Bucket
+) -> np.ndarray:
+    """Frames of the condition of `clip`, uint8 (T or 1, H, W, 3): the same `indices`, cut the same way; or an image's.
+
+    facts: the clip's. DecodeError: no file is named, or it is not there; its length or shape is not the clip's; it cannot
+    be decoded.
+    """
+    try:
+        file = clip.beside(clip.value(column))
+    except ValueError as error:
+        raise DecodeError(clip.file, f"{column}: {error}") from error
+    if not file.is_file():
+        raise DecodeError(file, f"{column}: {file.name}: no such file")
+    found = decoder.probe(file)
+    if found.frame_count not in (1, facts.frame_count):
+        raise DecodeError(
+            file,
+            f"{column}: {file.name} has {found.frame_count} frames, the clip {facts.frame_count}; give as many, or one",
+        )
+    # To within a pixel: both are cut to the bucket from their middle.
+    if abs(found.height * facts.width - found.width * facts.height) > max(found.width, facts.width):
+        size, own = f"{found.height}x{found.width}", f"{facts.height}x{facts.width}"
+        raise DecodeError(
+            file, f"{column}: {file.name} is {size} (height x width), of another shape than the clip, {own}"
+        )
+    return decoder.read(file, [0] if found.frame_count == 1 else indices, (bucket.height, bucket.width))
+
+
+def control_state(clip: Clip, column: str) -> dict[str, Any]:
+    """Path and state of the file that is the condition of `clip`; path None where none is named."""
+    try:
+        value = clip.value(column)
+        return {"path": value, **records.state(clip.beside(value))}
+    except ValueError:
+        return {"path": None, "size": -1, "mtime_ns": 0, "digest": ""}

@@ -1,0 +1,218 @@
+"""A control branch: copies of a model's first blocks that read a condition and add to the model's own, at first nothing.
+
+B batch · C' channels of the condition · (T, H, W) latent frames, height, width, then patches · S = H W · D hidden size
+
+    h = x_embedder(x_t) + positions + control_proj(control_embedder(control))       control_proj starts at zero
+    for i in the first n blocks: h = block_i(h); residual_i = joins_i(h)            joins start at zero
+
+The frozen model adds residual_i after its block i (Zhang et al. 2023, ControlNet; for transformers Chen et al. 2024,
+PixArt-δ, section 2.3). The condition is latents, as a rule of the model's own autoencoder: an image, the same for every
+frame, or a video; depth, edges, poses and the like are encoded as the pictures that they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from stdit.modelconfig import ModelConfig
+from stdit.models.blocks import TextStream
+from stdit.models.checks import check_config, check_inputs
+from stdit.models.dynamic import Generators
+from stdit.models.embeddings import Grid, PatchEmbed3D
+from stdit.models.stdit import STDiT, takes_settings
+
+# ModelMixin: a pipeline that loads the branch asks the module of its class for it, to see what kind of part it is.
+__all__ = ["Controlled", "ModelMixin", "STDiTControl", "plain"]
+
+# Keys of its config beside the model's own.
+OWN = ("control_blocks", "control_channels")
+# Parts that no base model has.
+NEW = ("control_embedder.", "control_proj.", "joins.")
+
+
+class STDiTControl(STDiT):
+    """The branch, a diffusers model of its own: `STDiTControl.of(base)` makes one that changes nothing yet.
+
+    control_blocks: how many of the base's first blocks it copies. control_channels: of the condition's latents. The
+    other settings are the base's.
+    """
+
+    @register_to_config
+    @takes_settings
+    def __init__(self, *, control_blocks: int, control_channels: int, **settings: Any) -> None:
+        super().__init__(**settings)
+        width, depth, _ = self.settings.dimensions
+        if not 0 < control_blocks <= depth:
+            raise ValueError(f"control_blocks {control_blocks}: the model has {depth} blocks; give 1 to {depth}")
+        if control_channels < 1:
+            raise ValueError(f"control_channels {control_channels}: give 1 or more")
+        self.control_channels = control_channels
+        self.blocks = self.blocks[:control_blocks]
+        last: Any = self.blocks[-1]
+        if last.context is not None:  # its text goes no further
+            last.context = TextStream(self.settings, last=True)
+        del self.final_layer
+        self.control_embedder = PatchEmbed3D(control_channels, width, self.settings.patch_size)
+        self.control_proj = nn.Linear(width, width)
+        self.joins = nn.ModuleList(nn.Linear(width, width) for _ in range(control_blocks))
+        with torch.no_grad():
+            proj = self.control_embedder.proj
+            nn.init.xavier_uniform_(proj.weight.view(proj.weight.shape[0], -1))
+            for name, parameter in self.named_parameters():
+                if name == "control_embedder.proj.bias" or name.startswith(NEW[1:]):
+                    nn.init.zeros_(parameter)
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, base: STDiT, blocks: int | None = None, channels: int | None = None, seed: int = 0) -> STDiTControl:
+        """The branch of `base` with copies of its weights, on its device and in its dtype.
+
+        blocks: None for half of the base's (at least one). channels: None for those of the base's own latents, whose
+        patch embedding then is copied for the condition too. What is new is drawn from `seed`. ValueError: too many blocks.
+        """
+        settings = plain(base.settings)
+        width, depth, _ = settings.dimensions
+        kwargs = settings.model_kwargs()
+        del kwargs["size"]
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            count = max(1, depth // 2) if blocks is None else blocks
+            control = cls(control_blocks=count, control_channels=channels or settings.in_channels, **kwargs)
+        held, state = base.state_dict(), control.state_dict()
+        for name, own in state.items():
+            if name.startswith(NEW):
+                continue
+            # The last block's text needs the first two of the base's six modulations, if it is not the base's last too.
+            cut = ".context.adaLN_modulation." in name and own.shape != held[name].shape
+            own.copy_(held[name][: 2 * width] if cut else held[name])
+        if control.control_channels == settings.in_channels:
+            for part in ("weight", "bias"):
+                state[f"control_embedder.proj.{part}"].copy_(held[f"x_embedder.proj.{part}"])
+        control = control.to(base.device)
+        return control.to(base.dtype) if control.dtype != base.dtype else control
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As diffusers'. ValueError: a config of another class, or with keys that it does not have."""
+        if isinstance(config, dict):
+            check_config(config, cls.__name__, OWN)
+        return super(STDiT, cls).from_config(config, return_unused_kwargs, **kwargs)
+
+    def check_base(self, base: STDiT) -> None:
+        """ValueError where this is the branch of a model of other settings than `base`'s; they are listed."""
+        own, other = self.settings.model_kwargs(), plain(base.settings).model_kwargs()
+        if wrong := [f"{key}: {own[key]}, the model has {other[key]}" for key in own if own[key] != other[key]]:
+            raise ValueError("this control branch is of another model:\n  " + "\n  ".join(wrong))
+
+    def check_control(self, control: Tensor, latents: Tensor) -> None:
+        """ValueError where `control` (B, C', T or 1, H, W) does not fit `latents` (B, C, T, H, W)."""
+        if control.ndim != 5:
+            raise ValueError(
+                f"control has {control.ndim} dimensions {tuple(control.shape)}; expected 5, (B, C, T, H, W)"
+            )
+        if control.shape[1] != self.control_channels:
+            raise ValueError(
+                f"control has {control.shape[1]} channels; the branch takes control_channels {self.control_channels}"
+            )
+        wanted, found = tuple(latents.shape[2:]), tuple(control.shape[2:])
+        if found != wanted and found != (1, *wanted[1:]):
+            raise ValueError(
+                f"control is {found} (frames, height, width); the latents are {wanted}: give as many frames, or one, of their size"
+            )
+        if control.shape[0] not in (1, latents.shape[0]):
+            raise ValueError(f"control has {control.shape[0]} samples; hidden_states has {latents.shape[0]}")
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float,
+        control: Tensor,
+        control_scale: float = 1.0,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        drop_condition: Tensor | None = None,
+        fps: Tensor | None = None,
+        height: Tensor | None = None,
+        width: Tensor | None = None,
+        frames: Tensor | None = None,
+        aspect_ratio: Tensor | None = None,
+        pooled_projections: Tensor | None = None,
+        given_frames: Tensor | None = None,
+        generator: Generators = None,
+    ) -> tuple[Tensor, ...]:
+        """What `STDiT.forward` takes as `block_residuals`: a tensor of tokens for each block that the branch has.
+
+        control: (B or 1, C', T or 1, H, W) latents; one frame stands for all. control_scale: of what is added. The rest
+        as `STDiT.forward`'s. ValueError: shapes that do not fit, with both numbers, before any matrix product.
+        """
+        micro = {"fps": fps, "frames": frames, "height": height, "width": width, "aspect_ratio": aspect_ratio}
+        text = (encoder_hidden_states, encoder_attention_mask, pooled_projections)
+        grid = check_inputs(
+            self.settings, hidden_states, timestep, text, class_labels, drop_condition, given_frames, micro, None
+        )
+        self.check_control(control, hidden_states)
+        tokens = self.x_embedder(hidden_states).unflatten(1, (grid[0], -1))  # (B, T, S, D)
+        x, places = self._placed(tokens, grid, (height, width))
+        x = x + self._control_tokens(control, grid).to(x.dtype)
+        conditions = self._conditions(timestep, text, class_labels, drop_condition, given_frames, micro, x)
+        x, places, conditions = self._joined(x, places, conditions, grid)
+
+        recompute: Callable[..., Any] | None = None
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            recompute = self._gradient_checkpointing_func
+        words, kept, residuals = conditions.text, self._kept(x, generator), []
+        for i, (block, join) in enumerate(zip(self.blocks, self.joins, strict=True)):
+            args = (x, words, conditions.signals, conditions.mask, grid, places, None if kept is None else kept[i])
+            x, words = block(*args) if recompute is None else recompute(block, *args)
+            residuals.append(join(x) * control_scale if control_scale != 1 else join(x))
+        return tuple(residuals)
+
+    def _control_tokens(self, control: Tensor, grid: Grid) -> Tensor:
+        """(B, C', T or 1, H, W) -> (B, T or 1, S, D)."""
+        frames, patch = control.shape[2], self.settings.patch_size[0]
+        if frames == 1:
+            control = control.expand(-1, -1, patch, -1, -1)
+        made = self.control_proj(self.control_embedder(control.to(self.control_proj.weight.dtype)))
+        return made.unflatten(1, (1 if frames == 1 else grid[0], -1))
+
+
+def plain(settings: ModelConfig) -> ModelConfig:
+    """A base's settings as its branch has them: all of its blocks run, whole."""
+    fields = ModelConfig.model_fields.items()
+    off = {name: field.get_default() for name, field in fields if name.startswith(("dynamic_", "exit_"))}
+    return settings.model_copy(update=off)
+
+
+class Controlled(nn.Module):
+    """A frozen model with its control branch, as one model that is told `control` too."""
+
+    def __init__(self, base: STDiT, control: STDiTControl) -> None:
+        super().__init__()
+        control.check_base(base)
+        self.base, self.control = base.requires_grad_(False), control
+
+    def train(self, mode: bool = True) -> Controlled:
+        """As any module's; the base, which does not learn, computes as it will in use."""
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float,
+        control: Tensor,
+        control_scale: float = 1.0,
+        return_dict: bool = True,
+        **told: Any,
+    ) -> Any:
+        """As `STDiT.forward`, with the condition and its scale as `STDiTControl.forward` takes them."""
+        residuals = self.control(hidden_states, timestep, control, control_scale, **told)
+        return self.base(hidden_states, timestep, block_residuals=residuals, return_dict=return_dict, **told)

@@ -1,0 +1,168 @@
+"""An STDiT as guidance and sampling take a model, `(x_t, t, cond) -> prediction`, with nothing computed twice.
+
+What the conditions come to (the text's projection, its keys and values, the codes of class, size, …) is computed once
+for as long as the conditions are the same tensors, and the modulations of all steps in one product.
+
+B batch · T latent frames · L text tokens · D hidden size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from stdit.config import Bucket
+from stdit.modelconfig import ModelConfig
+from stdit.models.checks import check_inputs
+from stdit.models.control import STDiTControl
+from stdit.models.stdit import Conditions, Known, STDiT
+
+# Bytes that steps prepared ahead may take: 50 steps of DiT-XL in float32 fit for six samples, of PixArt for any number.
+LIMIT = 256 * 2**20
+
+# What the model wants to know of `cond` by itself, and what of it are micro-conditions.
+TEXT = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections")
+MICRO = ("fps", "frames", "height", "width", "aspect_ratio")
+
+
+class Sampled:
+    """A model whose conditions are prepared ahead for the times that `expect` was told; at others it is simply called.
+
+    It is simply called, too, where weights are not all at hand (ZeRO-3's partitions, offloading by parts), which only
+    the model's own forward fetches. branch: a control branch, which is told `control` of the conditions and whose output
+    is added times `scale`. limit: bytes of modulations held at a time.
+    """
+
+    def __init__(self, model: STDiT, branch: STDiT | None = None, *, scale: float = 1.0, limit: int = LIMIT) -> None:
+        assert branch is None or isinstance(branch, STDiTControl)
+        self.model, self.branch, self.scale, self.limit = model, branch, scale, limit
+        self._times: Tensor | None = None
+        self._cond: dict[str, Tensor] | None = None
+        self._told: dict[str, Tensor] = {}
+        self._pixels: dict[str, Tensor] = {}
+        self._at_hand = False
+        self._control: Tensor | None = None
+        self._known: Known | None = None
+        self._ahead: dict[int, Conditions] = {}
+
+    def expect(self, times: Tensor) -> None:
+        """The times (N,) that are to come, in this order; each `t` is then a view of one of them."""
+        self._times = times
+        self._ahead = {}
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """x_t (B, C, T, H, W), t (B,), conditions by the names of the model's forward -> its prediction, of x_t's dtype."""
+        if self._cond is None or not _same(self._cond, cond):
+            self._take(x_t, t, cond)
+        x, step = x_t.to(self.model.dtype), self._step(t)
+        added = (
+            ()
+            if self.branch is None
+            else self.branch(x, t, control=self._control, control_scale=self.scale, **self._told)
+        )
+        if step is None or not self._at_hand:
+            return self.model(x, t, **self._told, block_residuals=added, return_dict=False)[0].to(x_t.dtype)
+        told = {**self._pixels, "conditions": self._conditions(step), "block_residuals": added}
+        return self.model(x, t, **told, return_dict=False)[0].to(x_t.dtype)
+
+    def _take(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> None:
+        """Holds new conditions, their text cut to its longest. ValueError: they don't fit the model."""
+        told = dict(cond)
+        self._control = None if self.branch is None else told.pop("control")
+        text = (told.get(TEXT[0]), told.get(TEXT[1]), told.get(TEXT[2]))
+        micro = {name: told.get(name) for name in MICRO}
+        labels, drop, frames = (told.get(n) for n in ("class_labels", "drop_condition", "given_frames"))
+        check_inputs(self.model.settings, x_t, t, text, labels, drop, frames, micro, None)
+        if text[0] is not None and text[1] is not None:
+            if self.model.settings.null_text == "empty" and not bool((seen := text[1].bool().any(1)).all()):
+                raise ValueError(
+                    f"encoder_attention_mask: caption {int((~seen).nonzero()[0])} has no token, and this model no null caption "
+                    'of its own (null_text: empty); give the text encoder\'s features of ""'
+                )
+            told[TEXT[0]], told[TEXT[1]] = trimmed(text[0], text[1])
+        self._cond, self._told, self._known, self._ahead = dict(cond), told, None, {}
+        self._at_hand = _at_hand(self.model, x_t.device)
+        if self.model.settings.position_reference is not None:
+            # The model computes with these two as numbers: on another device it would wait for them at every step.
+            self._pixels = {name: told[name][:1].cpu() for name in ("height", "width")}
+
+    def _step(self, t: Tensor) -> int | None:
+        """Which of the expected times t is: told by its place in memory, for which no device has to be waited for."""
+        times = self._times
+        if times is None or t.dtype != times.dtype or (t.ndim and t.shape[0] > 1 and t.stride(0) != 0):
+            return None
+        if t.untyped_storage().data_ptr() != times.untyped_storage().data_ptr():
+            return None
+        apart = int(t.storage_offset() - times.storage_offset())
+        step, rest = divmod(apart, int(times.stride(0)) or 1)
+        return step if not rest and 0 <= step < len(times) else None
+
+    @torch.no_grad()
+    def _conditions(self, step: int) -> Conditions:
+        """What the model's forward takes as `conditions` at a step; with it those of as many more as the limit allows."""
+        if step not in self._ahead:
+            assert self._times is not None
+            told = self._told
+            if self._known is None:
+                micro = {name: told.get(name) for name in MICRO}
+                text = (told.get(TEXT[0]), told.get(TEXT[1]), told.get(TEXT[2]))
+                self._known = self.model.know(text, told.get("class_labels"), told.get("drop_condition"), micro)
+            frames = told.get("given_frames")
+            if frames is not None and frames.stride(0) == 0:
+                frames = frames[:1]
+            times = self._times[step : step + self._at_once(frames)]
+            self._ahead = {}  # freed before more is made
+            made = self.model.prepare(times, known=self._known, given_frames=frames)
+            self._ahead = {step + i: conditions for i, conditions in enumerate(made)}
+        return self._ahead[step]
+
+    def _at_once(self, frames: Tensor | None) -> int:
+        """Steps whose modulations stay below the limit: some 8 D in each block for each sample (and frame) of its own."""
+        settings = self.model.settings
+        if settings.conditioning in ("in_context", "cross_attention"):
+            return 1  # nothing but tokens, of which each step has its own with the text
+        assert self._known is not None
+        rows = 1 if self._known.rest is None else self._known.rest.shape[0]
+        if frames is not None:
+            rows = max(rows, frames.shape[0]) * frames.shape[1]
+        width, depth, _ = settings.dimensions
+        streams = 2 if settings.conditioning == "joint" else 1
+        each = rows * width * (8 * depth * streams + 16) * self.model.x_embedder.proj.weight.element_size()
+        return max(1, self.limit // each)
+
+
+def _same(held: Mapping[str, Tensor], cond: Mapping[str, Tensor]) -> bool:
+    """Whether both hold the very same tensors."""
+    return held.keys() == cond.keys() and all(held[name] is value for name, value in cond.items())
+
+
+def _at_hand(model: STDiT, device: torch.device) -> bool:
+    """Whether every weight is here: none partitioned among ranks (and empty), none put aside on another device."""
+    return all(p.numel() and p.device == device for p in model.parameters())
+
+
+def trimmed(text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Text (B, L, E) and mask (B, L) up to the longest caption's last token. Waits for the device, once a prompt."""
+    seen = mask.bool().any(0).nonzero()
+    longest = int(seen[-1]) + 1 if len(seen) else 1
+    return text[:, :longest], mask[:, :longest]
+
+
+def micro_conditions(settings: ModelConfig, clip: Bucket, fps: float, device: torch.device) -> dict[str, Tensor]:
+    """What a model with micro-conditions, or with a position_reference, is told of the clip that it draws, (1,) each: one
+    for the whole batch."""
+    values = {
+        "fps": fps,
+        "frames": clip.frames,
+        "height": clip.height,
+        "width": clip.width,
+        "aspect_ratio": clip.height / clip.width,
+    }
+    wanted = {name for name in settings.micro_conditions if name != "size"}
+    if "size" in settings.micro_conditions:
+        wanted |= {"height", "width", "aspect_ratio"}
+    if settings.position_reference is not None:
+        wanted |= {"height", "width"}
+    return {name: torch.tensor([float(values[name])], device=device) for name in sorted(wanted)}

@@ -1,0 +1,236 @@
+"""Sampling with conditions prepared ahead: the same as without, for every member of the family, at less work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stdit.config import Bucket, DiffusionConfig, SamplerConfig
+from stdit.diffusion.guidance import guided
+from stdit.diffusion.schedulers import OBJECTIVES, Given, make_scheduler, sample
+from stdit.models import sampling
+from stdit.models.sampling import Sampled, micro_conditions, trimmed
+from stdit.models.stdit import STDiT
+from tests.models.test_family import MEMBERS, told
+
+Tiny = Callable[..., STDiT]
+Noise = Callable[..., Tensor]
+FLOW, DDPM = DiffusionConfig(), DiffusionConfig(objective="ddpm")
+SHAPE = (2, 3, 3, 8, 8)
+
+
+def plain(model: STDiT) -> Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]:
+    return lambda x, t, cond: model(x, t, **cond, return_dict=False)[0]
+
+
+def conditions(model: STDiT, noise: Noise, frames: bool) -> tuple[dict[str, Tensor], Given | None]:
+    """Conditions of SHAPE, with some frames given."""
+    cond = {
+        k: torch.as_tensor(v).reshape(-1) if k in ("frames", "height", "width") else v
+        for k, v in told(model.settings, 2, noise).items()
+    }
+    cond.pop("timestep")
+    if not frames or model.settings.conditioning == "cross_attention":
+        return cond, None
+    given = Given(torch.tensor([[True, False, False], [True, False, True]]), noise(*SHAPE, seed=7))
+    return cond | {"given_frames": given.frames}, given
+
+
+def negative(model: STDiT, noise: Noise) -> dict[str, Tensor] | None:
+    """What guidance needs of a model without a null caption."""
+    if model.settings.null_text != "empty":
+        return None
+    text = noise(2, 1, model.settings.text_dim, seed=5)
+    return {
+        "encoder_hidden_states": text,
+        "encoder_attention_mask": torch.ones(2, 1, dtype=torch.bool),
+        "pooled_projections": torch.zeros(2, 5),
+    }
+
+
+@torch.no_grad()
+def draw(
+    model: STDiT,
+    noise: Noise,
+    name: str = "flow_euler",
+    ahead: bool = True,
+    frames: bool = True,
+    limit: int = sampling.LIMIT,
+) -> Tensor:
+    diffusion = FLOW if "flow" in OBJECTIVES[name] and not model.settings.learned_variance else DDPM
+    sampler = SamplerConfig.model_validate({"scheduler": name, "steps": 4})
+    scheduler = make_scheduler(sampler, diffusion, SHAPE[2:], model.settings.learned_variance)  # pyright: ignore
+    cond, given = conditions(model, noise, frames)
+    prepared = Sampled(model, limit=limit)
+    steered = guided(prepared if ahead else plain(model), 3.0, negative(model, noise))
+    return sample(
+        steered, scheduler, noise(*SHAPE), 4, cond, torch.Generator().manual_seed(0), given=given,
+        ahead=prepared.expect if ahead else None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("member", MEMBERS.values(), ids=list(MEMBERS))
+def test_preparing_ahead_changes_nothing(tiny: Tiny, noise: Noise, member: dict[str, Any]) -> None:
+    model = tiny(**member)
+    name = "ddim" if model.settings.learned_variance else "flow_euler"
+    for frames in (True, False):
+        torch.testing.assert_close(
+            draw(model, noise, name, frames=frames), draw(model, noise, name, False, frames), rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+@pytest.mark.parametrize("learned", [False, True])
+def test_preparing_ahead_suits_every_scheduler(tiny: Tiny, noise: Noise, name: str, learned: bool) -> None:
+    if learned and name == "flow_euler":
+        pytest.skip("flow matching has no variance to learn")
+    model = tiny(text_dim=6, num_classes=3, learned_variance=learned)
+    torch.testing.assert_close(draw(model, noise, name), draw(model, noise, name, False), rtol=1e-4, atol=1e-4)
+
+
+def counted(model: STDiT) -> dict[str, int]:
+    """How often each module is called from now on."""
+    counts: dict[str, int] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def count(*_: Any) -> None:
+            counts[name] = counts.get(name, 0) + 1
+
+        return count
+
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(hook(name))
+    return counts
+
+
+def test_text_is_projected_once_and_steps_are_modulated_together(tiny: Tiny, noise: Noise) -> None:
+    model = tiny(text_dim=6, num_classes=3)
+    counts = counted(model)
+    draw(model, noise, frames=False)
+    assert counts[""] == 4
+    once = ("y_embedder.y_proj", "t_block", "t_embedder", "y_embedder", "y_embedder.embedding_table")
+    assert [counts[name] for name in once] == [1] * 5
+    # A block projects its text as a whole, not by the module's forward: its linear layer is called once.
+    assert [counts[f"blocks.{i}.cross_attn.kv_linear"] for i in range(2)] == [1, 1]
+    assert [counts[f"blocks.{i}.attn.qkv"] for i in range(2)] == [4, 4]
+    model = tiny(conditioning="adaln_zero", num_classes=3)
+    counts = counted(model)
+    draw(model, noise, frames=False)
+    assert [counts[f"blocks.{i}.adaLN_modulation"] for i in range(2)] == [1, 1]
+
+
+def test_what_is_held_ahead_is_bounded(tiny: Tiny, noise: Noise, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(text_dim=6, num_classes=3, conditioning="adaln_zero")
+    asked: list[int] = []
+    prepare = STDiT.prepare
+    monkeypatch.setattr(
+        STDiT, "prepare", lambda self, times, **rest: asked.append(len(times)) or prepare(self, times, **rest)
+    )
+    whole = draw(model, noise)
+    assert asked == [4]
+    asked.clear()
+    # Four samples of three frames, each of 32 x (2 x 8 + 16) float32 a step: two steps fit.
+    limit = 2 * 4 * 3 * 32 * 32 * 4
+    counts = counted(model)
+    torch.testing.assert_close(draw(model, noise, limit=limit), whole, rtol=1e-4, atol=1e-4)
+    assert asked == [2, 2]
+    asked.clear()
+    torch.testing.assert_close(draw(model, noise, limit=1), whole, rtol=1e-4, atol=1e-4)
+    assert asked == [1, 1, 1, 1]
+    # Text and classes still once for each of the two runs.
+    assert counts["y_embedder.y_proj"] == 2
+
+
+def test_samples_share_what_they_are_told_alike(tiny: Tiny, noise: Noise) -> None:
+    """One fps, one time, text only: the modulations of a guided batch of eight are one row."""
+    model = tiny(text_dim=6, micro_conditions=("fps", "size"), hidden_size=48)
+    seen: list[Any] = []
+    model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["conditions"]), with_kwargs=True)
+    cond = {"encoder_hidden_states": noise(4, 5, 6), "encoder_attention_mask": torch.ones(4, 5, dtype=torch.bool)}
+    cond |= micro_conditions(model.settings, Bucket(frames=1, height=8, width=16), 8.0, torch.device("cpu"))
+    prepared = Sampled(model)
+    scheduler = make_scheduler(SamplerConfig(), FLOW, (1, 4, 8))
+    sample(guided(prepared, 2.0), scheduler, noise(4, 3, 1, 4, 8), 3, cond, ahead=prepared.expect)
+    assert [c.signals.video.shape for c in seen] == [(1, 1, 6 * 48)] * 3
+    assert seen[0].text.shape == (8, 5, 48)
+
+
+def test_no_product_sees_padding(tiny: Tiny, noise: Noise) -> None:
+    model = tiny(text_dim=6)
+    lengths: list[int] = []
+    model.y_embedder.y_proj.register_forward_pre_hook(lambda m, args: lengths.append(args[0].shape[1]))  # pyright: ignore
+    draw(model, noise)
+    assert lengths == [4]
+    text, mask = trimmed(noise(2, 5, 6), torch.zeros(2, 5, dtype=torch.bool))
+    assert (text.shape[1], mask.shape[1]) == (1, 1)
+
+
+def test_other_conditions_are_noticed(tiny: Tiny, noise: Noise) -> None:
+    model = tiny(text_dim=6)
+    prepared, x, times = Sampled(model), noise(*SHAPE), torch.tensor([900.0, 400.0])
+    prepared.expect(times)
+    cond, _ = conditions(model, noise, False)
+    for _ in range(2):
+        for i, t in enumerate(times):
+            expected = plain(model)(x, t, cond)
+            torch.testing.assert_close(prepared(x, times[i].expand(2), cond), expected, rtol=1e-4, atol=1e-5)
+        cond["encoder_hidden_states"] = noise(2, 5, 6, seed=11)
+
+
+def test_a_time_that_was_not_announced_is_computed_all_the_same(tiny: Tiny, noise: Noise) -> None:
+    model = tiny(text_dim=6)
+    prepared, x, times = Sampled(model), noise(*SHAPE), torch.tensor([900.0, 400.0])
+    cond, _ = conditions(model, noise, False)
+    for t in (torch.tensor([900.0, 900.0]), torch.tensor([900.0, 10.0]), times, torch.tensor(123.0)):
+        expected = plain(model)(x, t, cond)
+        assert torch.equal(prepared(x, t, cond), expected)
+        prepared.expect(times)
+        assert torch.equal(prepared(x, t, cond), expected)
+
+
+@torch.no_grad()
+def test_weights_that_only_a_forward_fetches_are_left_to_it(tiny: Tiny, noise: Noise) -> None:
+    """As under ZeRO-3: between forwards a rank holds nothing of them."""
+    model = tiny(text_dim=6)
+    expected = draw(model, noise)
+    weight = model.get_parameter("blocks.0.scale_shift_table")
+    held = weight.data
+
+    def fetch(*_: Any) -> None:
+        weight.data = held
+
+    def release(*_: Any) -> None:
+        weight.data = torch.empty(0)
+
+    release()
+    model.register_forward_pre_hook(fetch)
+    model.register_forward_hook(release)
+    torch.testing.assert_close(draw(model, noise), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_computed(tiny: Tiny, noise: Noise) -> None:
+    model = tiny(text_dim=6)
+    counts = counted(model)
+    prepared = Sampled(model)
+    prepared.expect(torch.tensor([500.0]))
+    with pytest.raises(ValueError, match=r"5 wide.*text_dim 6"):
+        prepared(noise(*SHAPE), torch.tensor(500.0), {"encoder_hidden_states": noise(2, 3, 5)})
+    assert not counts
+    prepared = Sampled(tiny(text_dim=6, null_text="empty"))
+    cond = {"encoder_hidden_states": noise(2, 3, 6), "encoder_attention_mask": torch.tensor([[1, 0, 0], [0, 0, 0]])}
+    with pytest.raises(ValueError, match="caption 1 has no token.*null_text: empty"):
+        prepared(noise(*SHAPE), torch.tensor(500.0), cond)
+
+
+def test_a_model_is_told_the_clip_that_it_draws(settings: Callable[..., Any]) -> None:
+    clip, device = Bucket(frames=17, height=48, width=64), torch.device("cpu")
+    every = settings(micro_conditions=("fps", "frames", "size"), hidden_size=48)
+    found = {k: v.tolist() for k, v in micro_conditions(every, clip, 24.0, device).items()}
+    assert found == {"fps": [24.0], "frames": [17.0], "height": [48.0], "width": [64.0], "aspect_ratio": [0.75]}
+    assert set(micro_conditions(settings(position_reference=512), clip, 24.0, device)) == {"height", "width"}
+    assert micro_conditions(settings(), clip, 24.0, device) == {}
+    assert sampling.LIMIT == 256 * 2**20

@@ -1,0 +1,30 @@
+"""The model's benchmark runs from end to end, on tiny models: outputs are compared, and nothing is written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_benchmark_compares_and_prints_a_table() -> None:
+    results = ROOT / "benchmarks" / "results" / "model.md"
+    before = results.read_bytes() if results.exists() else None
+    done = subprocess.run(
+        [sys.executable, "benchmarks/model.py", "--quick"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for row in ("A/A", "forward, eager", "floor", "forward + backward", "guided steps", "training step, batch 1"):
+        assert row in done.stdout
+    for model in ("DiT-S/2", "DiT-B/2", "PixArt-B/2", "Latte-S/2"):
+        assert model in done.stdout
+    assert (results.read_bytes() if results.exists() else None) == before

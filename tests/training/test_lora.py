@@ -1,0 +1,205 @@
+"""LoRA by the one loop: adapters alone are trained, averaged and saved, and the run comes back bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pool import Pool, RankError
+from ranked import for_ranks, run, run_stopping_on_rank_1, settings
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from stdit.config import Config, ConfigError, merge, validate
+from stdit.models import lora
+from stdit.models.stdit import STDiT
+from stdit.training import adapters, checkpoint
+from stdit.training.checks import check
+
+pytestmark = pytest.mark.distributed
+
+PARTITION_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+FILE = "pytorch_lora_weights.safetensors"
+
+
+def shaken(model: STDiT, seed: int = 0) -> STDiT:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.1 * torch.randn(weight.shape, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights to adapt."""
+    folder = tmp_path_factory.mktemp("base") / "model"
+    config = validate(settings("unused"), Config, "test")
+    shaken(STDiT.from_settings(config.model)).save_pretrained(folder)
+    return folder
+
+
+def data_for(path: Path, base: Path, stage: int = 0, ranks: int = 2, adapter: dict[str, Any] | None = None, **train: Any) -> dict[str, Any]:  # fmt: skip
+    extra = {"deepspeed": PARTITION_ALL} if stage == 3 else {}
+    train = {"zero_stage": stage, "lora": {"rank": 2, **(adapter or {})}, **extra, **train}
+    data = settings(path, train=train, init={"source": str(base)})
+    data["data"]["buckets"] = for_ranks(ranks)
+    return data
+
+
+def place(run_dir: Path, step: int = 6) -> Path:
+    return run_dir / "checkpoints" / checkpoint.tag_of(step)
+
+
+def result(run_dir: Path, step: int = 6) -> dict[str, Any]:
+    """What was trained and what is said of it; safetensors writes the latter in any order."""
+    found: dict[str, Any] = {}
+    for name in ("lora", "lora_ema"):
+        file = place(run_dir, step) / name / FILE
+        found |= {f"{name}.{key}": weight.tolist() for key, weight in load_file(file).items()}
+        with safe_open(file, "pt") as held:
+            found[name] = json.loads(held.metadata()["lora_adapter_metadata"])
+    return found
+
+
+def losses(found: dict[str, Any]) -> list[float]:
+    return [line["loss"] for line in found["metrics"]]
+
+
+EVERY = [(0, "fp32"), (3, "fp32"), (2, "bf16")]
+REST = [(1, "fp32"), (2, "fp32"), (0, "bf16"), (3, "bf16")]
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"), [*EVERY, *(pytest.param(*combination, marks=pytest.mark.slow) for combination in REST)]
+)
+def test_adapters_train_at_every_stage_and_resume_bitwise(
+    pair: Pool, base: Path, stage: int, precision: str, tmp_path: Path
+) -> None:
+    whole = pair(run, data_for(tmp_path / "whole", base, stage, precision=precision))[0]
+    broken = data_for(tmp_path / "broken", base, stage, precision=precision)
+    pair(run_stopping_on_rank_1, broken, 3)
+    resumed = pair(run, broken)[0]
+    assert losses(resumed) == losses(whole)
+    assert result(tmp_path / "broken") == result(tmp_path / "whole")
+    state = load_file(place(tmp_path / "whole") / "lora_ema" / FILE)
+    assert any(weight.any() for name, weight in state.items() if "lora_B" in name)
+
+
+def test_nothing_but_adapters_is_trained_or_saved(pair: Pool, base: Path, tmp_path: Path) -> None:
+    told = pair(run, data_for(tmp_path, base, 2, optimizer={"learning_rate": 3e-3}))[0]["said"]
+    folder = place(tmp_path)
+    count = sum(weight.numel() for weight in load_file(folder / "lora" / FILE).values())
+    assert f"trained: {count:,} weights, beside" in told
+    assert not list(folder.rglob("diffusion_pytorch_model*"))
+    state = load_file(folder / "lora" / FILE)
+    assert {name.rsplit(".", 2)[1] for name in state} == {"lora_A", "lora_B"}
+    layers = {name.rsplit(".lora_", 1)[0].split(".", 2)[2] for name in state}
+    assert layers == {f"{a}.{b}" for a in ("attn", "attn_temp") for b in ("qkv", "proj")} | {
+        f"cross_attn.{b}" for b in ("q_linear", "kv_linear", "proj")
+    }
+    # No shard holds the base: all that is saved is a fraction of it.
+    whole = (base / "diffusion_pytorch_model.safetensors").stat().st_size
+    trained = sum(weight.numel() for weight in state.values()) * 4
+    assert sum(p.stat().st_size for p in folder.glob("*.pt")) < 4 * trained + 2**16 < whole + 2**17
+    said = json.loads((folder / "identity.json").read_text())
+    assert said["trained"] == "lora"
+    assert said["base"] == {"folder": str(base), "fingerprint": adapters.fingerprint(base)}
+
+
+def test_the_result_is_base_plus_adapter_here_and_in_diffusers(solo: Pool, base: Path, tmp_path: Path) -> None:
+    lively = {"rank": 2, "targets": ["attn.qkv", "mlp.fc1", "final_layer.linear"], "alpha": 4.0}
+    solo(run, data_for(tmp_path, base, 0, 1, lively, steps=3, optimizer={"learning_rate": 0.1, "warmup_steps": 0}))
+    folder = checkpoint.trained_folder(tmp_path)
+    model, control = adapters.open_trained(folder)
+    assert control is None
+    plain = STDiT.from_pretrained(base)
+    x = torch.linspace(-1, 1, 128).reshape(1, 1, 2, 8, 8)
+    told = {"timestep": 500.0, "class_labels": torch.tensor([1])}
+    before = plain(x, **told).sample
+    plain.load_lora_adapter(folder, prefix=None, use_safetensors=True)  # diffusers' own
+    # By whether weights want gradients torch chooses how it takes some products.
+    found = model.eval().requires_grad_(False)(x, **told).sample
+    assert torch.equal(found, plain.requires_grad_(False)(x, **told).sample)
+    assert not torch.allclose(found, before, atol=1e-3)
+    # By hand, and so with alpha / rank = 2.
+    state, byhand = load_file(folder / FILE), STDiT.from_pretrained(base)
+    for name, layer in byhand.named_modules():
+        if f"{name}.lora_A.weight" in state:
+            layer.weight.data += 2.0 * state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]  # type: ignore
+    torch.testing.assert_close(byhand(x, **told).sample, found, rtol=1e-4, atol=1e-5)
+    # A later run begins with both in one.
+    merged = adapters.open_whole(folder)
+    assert not lora.names(merged)
+    torch.testing.assert_close(merged.eval()(x, **told).sample, found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_another_number_of_ranks_goes_on_with_the_same_losses(
+    pair: Pool, solo: Pool, base: Path, stage: int, tmp_path: Path
+) -> None:
+    whole = pair(run, data_for(tmp_path / "whole", base, stage))[0]
+    pair(run, data_for(tmp_path / "broken", base, stage), 3)
+    resumed = solo(run, data_for(tmp_path / "broken", base, stage, 1))[0]
+    assert losses(resumed) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_dropout_and_recomputed_activations_resume_bitwise_too(pair: Pool, base: Path, tmp_path: Path) -> None:
+    extra: dict[str, Any] = {"adapter": {"dropout": 0.5}, "activation_checkpointing": True}
+    whole = pair(run, data_for(tmp_path / "whole", base, 2, **extra))[0]
+    without = pair(run, data_for(tmp_path / "plain", base, 2, adapter={"dropout": 0.5}))[0]
+    assert losses(without) == losses(whole)
+    broken = data_for(tmp_path / "broken", base, 2, **extra)
+    pair(run_stopping_on_rank_1, broken, 3)
+    assert losses(pair(run, broken)[0]) == losses(whole)
+    assert result(tmp_path / "broken") == result(tmp_path / "whole")
+    undropped = pair(run, data_for(tmp_path / "undropped", base, 2))[0]
+    assert losses(undropped) != losses(whole)
+
+
+def test_a_run_begins_from_an_adapter_as_from_a_model(solo: Pool, base: Path, tmp_path: Path) -> None:
+    solo(run, data_for(tmp_path / "lora", base, 0, 1, steps=3))
+    whole = settings(tmp_path / "next", train={"steps": 1}, init={"source": str(tmp_path / "lora")})
+    assert "lora_ema" in solo(run, whole)[0]["said"]
+    again = data_for(tmp_path / "again", tmp_path / "lora", 0, 1, steps=1)
+    solo(run, again)
+    assert json.loads((place(tmp_path / "again", 1) / "identity.json").read_text())["base"]["folder"].endswith(
+        "lora_ema"
+    )
+    adapters.open_trained(checkpoint.trained_folder(tmp_path / "again"))
+
+
+def test_another_base_is_noticed(solo: Pool, base: Path, tmp_path: Path) -> None:
+    import shutil
+
+    own = shutil.copytree(base, tmp_path / "own")
+    solo(run, data_for(tmp_path / "run", own, 0, 1, steps=2))
+    shaken(STDiT.from_pretrained(own)).save_pretrained(own)
+    with pytest.raises(RankError, match="not those that were trained on") as error:
+        solo(run, data_for(tmp_path / "run", own, 0, 1, steps=4))
+    assert error.value.kind == "ConfigError"
+    folder = checkpoint.trained_folder(tmp_path / "run")
+    with pytest.raises(ConfigError, match="not those that were trained on"):
+        adapters.open_trained(folder)
+    shutil.rmtree(own)
+    with pytest.raises(ConfigError, match=r"are gone; say where they are now, with base="):
+        adapters.open_trained(folder)
+    adapters.open_trained(folder, base)
+
+
+def test_what_cannot_be_is_refused_by_key(base: Path, tmp_path: Path) -> None:
+    def config(**changes: Any) -> Config:
+        return validate(merge(data_for(tmp_path, base, 0, 1), changes), Config, "test")
+
+    with pytest.raises(
+        ConfigError, match=r"train\.lora\.targets: no linear layer is called attn\.q; there are .*attn\.qkv"
+    ):
+        check(config(train={"lora": {"targets": ["attn.q", "mlp.fc1"]}}))
+    check(config(train={"lora": {"targets": ["mlp.fc1", "blocks.0.attn.qkv", "proj"]}}))
+    with pytest.raises(ConfigError, match=r"train\.lora needs init\.source"):
+        config(init=None)
+    with pytest.raises(ConfigError, match="train.lora and train.control"):
+        config(train={"control": {"condition": "low_resolution"}})
