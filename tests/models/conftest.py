@@ -46,3 +46,9 @@ def tiny(settings: Callable[..., ModelConfig]) -> Callable[..., STDiT]:
 def noise() -> Callable[..., torch.Tensor]:
     """Standard normal numbers of a shape, from a seed."""
     return lambda *shape, seed=0: torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    """Compiled code belongs to functions, not models, and torch keeps eight a function: begin each test without any."""
+    torch._dynamo.reset()
