@@ -174,7 +174,9 @@ class Attention(nn.Module, AttentionModuleMixin):
             y = (y.unflatten(-1, (self.num_heads, -1)) * own[:, None, :, None]).flatten(2)
         return self.proj(y)
 
-    def heads(self, x: Tensor, rope: Rope | None, plane: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(
+        self, x: Tensor, rope: Rope | None, plane: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, N, H, d), and keys and values (B, M, H, d), of x (B, N, D); M is N unless they are pooled."""
         if self.sr is None and not isinstance(self.q_norm, nn.LayerNorm):
             q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b n h d", qkv=3, h=self.num_heads).unbind(0)
@@ -190,9 +192,7 @@ class Attention(nn.Module, AttentionModuleMixin):
             q, k = rotate(q, rope), rotate(k, rope)
         return q, k, v
 
-    def _attended(
-        self, x: Tensor, rope: Rope | None, mask: Tensor | None, plane: tuple[int, int] | None
-    ) -> Tensor:
+    def _attended(self, x: Tensor, rope: Rope | None, mask: Tensor | None, plane: tuple[int, int] | None) -> Tensor:
         q, k, v = self.heads(x, rope, plane)
         if self.rel_pos_h is not None and self.rel_pos_w is not None:
             mask = self._relative(q, self.rel_pos_h, self.rel_pos_w)

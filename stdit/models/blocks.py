@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from stdit.modelconfig import ModelConfig
 from stdit.models.attention import Attention, CrossAttention
 from stdit.models.dynamic import Costs, Dynamic, Noise, Used
-from stdit.models.embeddings import Grid, Rope
+from stdit.models.embeddings import Grid
 from stdit.models.feedforward import feed_forward
 from stdit.models.partial import Chosen, Parts
+from stdit.models.places import Places
 
 # How blocks are compiled. They share one function, so the limit, per function, has to hold every kind of block there is in
 # a model, times one frame or several, one sample or several, a shared time or each its own, a mask or none. Sizes above
@@ -36,16 +37,6 @@ COMPILED: dict[str, Any] = {"fullgraph": True, "dynamic": True, "recompile_limit
 
 # Shift, scale + 1 and gate of attention, then of the MLP, each (B or 1, T or 1, 1, D); None where a block has none.
 Modulation = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-
-
-class Places(NamedTuple):
-    """Positions of one grid. `spatial` (S, D) and `temporal` (T, D), codes to add; `rope` of tokens that attend within
-    a frame (or to all), `rope_temp` of those that attend over time."""
-
-    spatial: Tensor | None
-    temporal: Tensor | None
-    rope: Rope | None
-    rope_temp: Rope | None
 
 
 class Signals(NamedTuple):

@@ -173,3 +173,12 @@ def _mean_over_tokens(text: Tensor, mask: Tensor | None) -> Tensor:
 def _is_full(mask: Tensor) -> bool:
     """Whether no token is masked, as far as that can be told without waiting for a GPU (or breaking a compiled graph)."""
     return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())
+
+
+def micro_embedders(config: ModelConfig) -> dict[str, int]:
+    """Names and widths of the networks of the micro-conditions."""
+    width, _, _ = config.dimensions
+    found = {f"{name}_embedder": width for name in config.micro_conditions if name != "size"}
+    if "size" in config.micro_conditions:
+        found |= {"csize_embedder": width // 3, "ar_embedder": width // 3}
+    return found

@@ -25,7 +25,8 @@ from stdit.models.blocks import TextStream
 from stdit.models.checks import check_config, check_inputs
 from stdit.models.dynamic import Generators
 from stdit.models.embeddings import Grid, PatchEmbed3D
-from stdit.models.stdit import STDiT, takes_settings
+from stdit.models.initial import takes_settings
+from stdit.models.stdit import STDiT
 
 # ModelMixin: a pipeline that loads the branch asks the module of its class for it, to see what kind of part it is.
 __all__ = ["Controlled", "ModelMixin", "STDiTControl", "plain"]

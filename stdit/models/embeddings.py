@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -199,3 +199,9 @@ def timestep_code(values: Tensor, size: int, shift: int = 0) -> Tensor:
     """
     angles = values.float()[:, None] * _frequencies(size // 2, shift, values.device)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def as_vector(value: Any, device: torch.device) -> Tensor:
+    """A number, (), (1,) or (B,) -> (1,) or (B,). One value expanded over a batch comes back as (1,): the batch shares it."""
+    vector = torch.as_tensor(value, device=device).reshape(-1)
+    return vector[:1] if vector.stride(0) == 0 else vector

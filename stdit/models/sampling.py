@@ -17,7 +17,8 @@ from stdit.config import Bucket
 from stdit.modelconfig import ModelConfig
 from stdit.models.checks import check_inputs
 from stdit.models.control import STDiTControl
-from stdit.models.stdit import Conditions, Known, STDiT
+from stdit.models.stdit import STDiT
+from stdit.models.telling import Conditions, Known
 
 # Bytes that steps prepared ahead may take: 50 steps of DiT-XL in float32 fit for six samples, of PixArt for any number.
 LIMIT = 256 * 2**20

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from stdit.config import ModelConfig
-from stdit.models.blocks import FinalLayer, Places, Signals, STDiTBlock, modulate
+from stdit.models.blocks import FinalLayer, Signals, STDiTBlock, modulate
 from stdit.models.feedforward import Mlp
+from stdit.models.places import Places
 
 Noise = Callable[..., torch.Tensor]
 NOWHERE = Places(None, None, None, None)
