@@ -166,7 +166,8 @@ class DynamicConfig(Frozen):
     target_steps: NonNegative = 0
     least_tokens: Share = 0.1
     least_tokens_weight: float = Field(default=1.0, ge=0)
-    # The share of samples that go through the complete model, so that it stays one (the paper: all of them, once more).
+    # The share of samples that go through the complete model, every head, channel, token and block (exit_depths or not),
+    # so that it stays one (the paper: all of them, once more).
     complete: Share = 0.0
 
 
@@ -231,6 +232,9 @@ class GenerateConfig(Frozen):
     run: Path
     weights: Literal["ema", "model"] = "ema"
     lora: tuple[LoRASource, ...] = ()
+    # Of a run of adapters or a control branch: where the weights that it belongs to lie now, if they were moved (a folder of
+    # weights, a checkpoint or a run). None: where they lay in training, or where the run's init.source says.
+    base: Path | None = None
     # Text, a prompt a line; or JSONL (stdit/prompts.py).
     prompts: Path
     out: Path
@@ -377,6 +381,11 @@ class Config(Frozen):
         if self.model.conditioning == "cross_attention" and self.diffusion.given_frames != GivenFramesConfig():
             raise ValueError(
                 "diffusion.given_frames: model.conditioning cross_attention tells all frames one time; choose another"
+            )
+        steps = self.diffusion.num_train_timesteps
+        if self.model.exit_depths and self.diffusion.objective == "ddpm" and steps != 1000:
+            raise ValueError(
+                f"model.exit_depths goes by times on 0 to 1000, but diffusion.num_train_timesteps is {steps}: make it 1000"
             )
         guided = self.samples.sampler.guidance_channels
         if guided is not None and guided > self.model.in_channels:

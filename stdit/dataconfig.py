@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from stdit.loading import ConfigError
 from stdit.modelconfig import Frozen, NonNegative, Positive, Share
@@ -38,6 +38,16 @@ class TrainBucket(Bucket):
 
     batch_size: Positive
     weight: float = Field(default=1.0, gt=0)
+
+
+Buckets = TypeVar("Buckets", bound=tuple[Bucket, ...])
+
+
+def _unique(buckets: Buckets) -> Buckets:
+    keys = [bucket.key for bucket in buckets]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ValueError(f"buckets listed twice: {', '.join(twice)}")
+    return buckets
 
 
 class Where(Frozen):
@@ -171,7 +181,7 @@ class ExtractConfig(Frozen):
     manifest: Path
     out: Path
     # Tried from large to small area, then from long to short.
-    buckets: tuple[ExtractBucket, ...] = Field(min_length=1)
+    buckets: Annotated[tuple[ExtractBucket, ...], Field(min_length=1), AfterValidator(_unique)]
     # A bucket whose area is below this share of the largest bucket that the clip covers is not tried.
     min_area_ratio: Share = 0.0
     where: tuple[Where, ...] = ()
@@ -193,33 +203,17 @@ class ExtractConfig(Frozen):
     workers: Positive = 1
     seed: NonNegative = 0
 
-    @model_validator(mode="after")
-    def _unique(self) -> ExtractConfig:
-        keys = [b.key for b in self.buckets]
-        twice = sorted({k for k in keys if keys.count(k) > 1})
-        if twice:
-            raise ValueError(f"buckets listed twice: {', '.join(twice)}")
-        return self
-
 
 class DataConfig(Frozen):
     """Which extracted features a training run reads."""
 
     # The `out` of an extraction; or `synthetic`: data made on the spot, to show that a launch works.
     features: Path | Literal["synthetic"]
-    buckets: tuple[TrainBucket, ...] = Field(min_length=1)
+    buckets: Annotated[tuple[TrainBucket, ...], Field(min_length=1), AfterValidator(_unique)]
     where: tuple[Where, ...] = ()
     train_split: str = "train"
     validation_split: str = "validation"
     workers: NonNegative = 0
-
-    @model_validator(mode="after")
-    def _unique(self) -> DataConfig:
-        keys = [b.key for b in self.buckets]
-        twice = sorted({k for k in keys if keys.count(k) > 1})
-        if twice:
-            raise ValueError(f"buckets listed twice: {', '.join(twice)}")
-        return self
 
 
 # --------------------------------------------------------------------------------- shapes of clips

@@ -60,7 +60,8 @@ class Outcome:
 
 def load(job: Job, device: str | None = None) -> STDiTPipeline:
     """The job's pipeline with its sampler, silent, on `device` (None: cuda where there is one)."""
-    pipe = STDiTPipeline.from_pretrained(job.source.path, weights=job.source.weights)
+    base = {} if job.source.base is None else {"base": job.source.base}
+    pipe = STDiTPipeline.from_pretrained(job.source.path, weights=job.source.weights, **base)
     for adapter in job.lora:
         pipe.load_lora(adapter.path, scale=adapter.scale, weights=job.source.weights)
     pipe.use(job.sampler)
@@ -278,6 +279,7 @@ def generate(
     device: str | None = None,
     seeds: int = 1,
     lora: Sequence[LoRASource] = (),
+    base: Path | str | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
@@ -287,7 +289,7 @@ def generate(
     """
     job = open_job(
         run, prompts, out, shape, sampler, weights=weights, batch_size=batch_size, fps=fps, threads=threads,
-        seeds=seeds, lora=lora, overwrite=overwrite,
+        seeds=seeds, lora=lora, base=base, overwrite=overwrite,
     )  # fmt: skip
     return finish(job, run_groups(job, device, progress))
 

@@ -290,4 +290,4 @@ class ModelConfig(Frozen):
     def model_kwargs(self) -> dict[str, Any]:
         """Arguments of the model's constructor: these settings with the size spelt out."""
         width, depth, heads = self.dimensions
-        return self.model_dump() | {"hidden_size": width, "depth": depth, "num_heads": heads, "size": None}
+        return self.model_dump(exclude={"size"}) | {"hidden_size": width, "depth": depth, "num_heads": heads}

@@ -45,6 +45,7 @@ from stdit.diffusion.objectives import drawn_from
 from stdit.diffusion.schedulers import is_flow, make_scheduler, sample, shifted
 from stdit.diffusion.timesteps import shift_for
 from stdit.encoders.encoded import Encoded
+from stdit.encoders.single import wake
 from stdit.encoders.source import folder_of
 from stdit.encoders.text import of_components
 from stdit.encoders.video import VideoEncoder
@@ -268,7 +269,7 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
             "control_image": control_image, "control_video": control_video, "control_latents": control_latents
         }  # fmt: skip
         if (branch := self._branch(control, conditions, control_scale)) is not None:
-            _wake(self.vae)
+            wake(self.vae)
             each = num_videos_per_prompt
             made = control_of(branch, encoder, self.video_processor, conditions, clip, latent, batch, each)
             cond["control"] = made.to(device)
@@ -277,7 +278,7 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
         if is_flow(scheduler):
             scheduler = shifted(scheduler, shift_for(self.diffusion, latent))
 
-        with _evaluating(self.transformer), cast(Any, self).progress_bar(total=num_inference_steps) as bar:
+        with _evaluating(self.transformer, branch), cast(Any, self).progress_bar(total=num_inference_steps) as bar:
 
             def on_step(i: int, timestep: Tensor, x: Tensor) -> Tensor:
                 bar.update()
@@ -285,7 +286,8 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
                     return x
                 return callback_on_step_end(self, i, timestep, {"latents": x}).get("latents", x)
 
-            _wake(self.transformer)
+            wake(self.transformer)
+            wake(branch)
             model = Sampled(self.transformer, branch, scale=control_scale)
             steered = guided(drawn_from(model, self.diffusion), scale, negative, guidance_channels)
             x = sample(
@@ -311,12 +313,12 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
         """The latents of `video`. ValueError: there are latents already, or it is not of the clip's size."""
         if latents is not None:
             raise ValueError("give given_latents or given_video, not both")
-        _wake(self.vae)
+        wake(self.vae)
         return encoded(encoder, self.video_processor, video, clip)
 
     def _decode(self, encoder: VideoEncoder, x: Tensor, output_type: str) -> Any:
         """Latents (B, C, t, h, w) -> frames. One video at a time: it is the decoder that takes the memory."""
-        _wake(self.vae)
+        wake(self.vae)
         pixels = torch.cat([encoder.decode(one) for one in x.split(1)])  # (B, 3, T, H, W)
         return self.video_processor.postprocess_video(pixels, output_type)
 
@@ -355,18 +357,15 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
         return self._teller().label_ids(labels)
 
 
-def _wake(module: Any) -> None:
-    """Fetches a module that enable_model_cpu_offload has put aside: the encoders put their inputs where it lies."""
-    if hasattr(module, "_hf_hook"):
-        module._hf_hook.pre_forward(module)
-
-
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def _evaluating(*modules: nn.Module | None) -> Iterator[None]:
     """Evaluation mode for a while: training may hand in the very model that it trains."""
-    training = module.training
-    module.eval()
+    given = [module for module in modules if module is not None]
+    training = [module for module in given if module.training]
+    for module in given:
+        module.eval()
     try:
         yield
     finally:
-        module.train(training)
+        for module in training:
+            module.train()

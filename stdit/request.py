@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from stdit.config import (
     Bucket,
+    Config,
     ConfigError,
     DiffusionConfig,
     GenerateConfig,
@@ -44,6 +45,9 @@ class Source:
     diffusion: DiffusionConfig
     default: SamplerConfig
     largest: Bucket | None
+    # The base of adapters or a control branch: where it lies now, and the fingerprint of its weights.
+    base: Path | None = None
+    base_fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,22 @@ def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
     )
 
 
+def _with_base(source: Source, base: Path | None) -> Source:
+    """`source` with the base that its adapters or control branch belong to; base: where that lies now, if it was moved.
+
+    ConfigError: it is gone or changed; it is given where none is needed.
+    """
+    path = source.path / checkpoint.IDENTITY
+    identity = _read(path) if path.is_file() else {}
+    if not identity.get("base"):
+        if base is not None:
+            raise ConfigError(f"base {base}: {source.path} holds a whole model, which has none")
+        return source
+    held = adapters.Base(**identity["base"])
+    found = adapters.find_base(held, validate(identity["config"], Config, f"{path}: config"), base)
+    return replace(source, base=found.resolve(), base_fingerprint=held.fingerprint)
+
+
 def _read(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. ConfigError: damaged."""
     try:
@@ -138,16 +158,18 @@ def open_job(
     threads: int = 1,
     seeds: int = 1,
     lora: Sequence[LoRASource] = (),
+    base: Path | str | None = None,
     overwrite: bool = False,
 ) -> Job:
     """Checks what is asked, and that `out` holds nothing else; writes request.json there. Loads no weights.
 
-    shape, sampler: None for the run's largest bucket and its own sampler. ValueError: no prompts; a sampler of another
-    objective; sizes that don't divide; a folder with the videos of another request (overwrite: they are removed).
+    shape, sampler: None for the run's largest bucket and its own sampler. base: where the weights lie now that its adapters
+    or control branch belong to, if they were moved. ValueError: no prompts; a sampler of another objective; sizes that don't
+    divide; a folder with the videos of another request (overwrite: they are removed).
     """
     if not prompts:
         raise ValueError("no prompts: the list is empty")
-    source = find_source(Path(run), weights)
+    source = _with_base(find_source(Path(run), weights), None if base is None else Path(base))
     sampler, shape = sampler or source.default, shape or source.largest
     if shape is None:
         raise ConfigError(f"{run}: a saved pipeline does not say what it was trained on; give frames, height and width")
@@ -178,6 +200,8 @@ def open_job(
         "batch_size": batch_size,
         "threads": job.threads,
         "lora": added or None,
+        # What it is, not where: a base that was moved draws the same.
+        "base": source.base_fingerprint and source.base_fingerprint[:16],
     }
     _claim(job, asked, overwrite)
     return job
@@ -238,5 +262,5 @@ def job_of(config: GenerateConfig) -> Job:
     return open_job(
         config.run, read_prompts(config.prompts), config.out, Bucket(**known), sampler,
         weights=config.weights, batch_size=config.batch_size, fps=config.fps, threads=config.threads,
-        seeds=config.seeds, lora=config.lora, overwrite=config.overwrite,
+        seeds=config.seeds, lora=config.lora, base=config.base, overwrite=config.overwrite,
     )  # fmt: skip

@@ -183,7 +183,6 @@ def prepare(model: Any, config: Config) -> Any:
     """`model` with what a run asks of it: recomputed activations, an attention back end, compiled blocks."""
     import torch
 
-    from stdit.models.blocks import COMPILED
     from stdit.training.adapters import parts
 
     # torch keeps this for the whole process, so it is set for every run.
@@ -195,7 +194,8 @@ def prepare(model: Any, config: Config) -> Any:
         if config.train.attention_backend:
             part.set_attention_backend(config.train.attention_backend)
         if config.train.compile:
-            part.compile_repeated_blocks(**COMPILED)
+            # ZeRO-3 fetches a block's weights by hooks, which no graph takes in: it breaks there.
+            part.compile_repeated_blocks(fullgraph=config.train.zero_stage < 3)
     return model
 
 

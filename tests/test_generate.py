@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stdit import generate as generation
-from stdit.config import Bucket, ConfigError, DiffusionConfig, SamplerConfig
+from stdit.config import Bucket, ConfigError, DiffusionConfig, GenerateConfig, SamplerConfig
 from stdit.data.decode import open_clip
-from stdit.generate import Prompt, generate, noise_seed, read_prompts, write_clip
+from stdit.generate import Prompt, generate, job_of, noise_seed, read_prompts, write_clip
+from stdit.models import lora
+from stdit.models.stdit import STDiT
 from stdit.pipeline import STDiTPipeline, STDiTPipelineOutput
 from stdit.prompts import SLUG_LENGTH, items, slug
+from stdit.training import adapters, checkpoint
 from tests.made_runs import CLASSES, TEXT, make_run, model_config
 
 SHAPE = Bucket(frames=4, height=16, width=16)
@@ -316,6 +321,52 @@ def test_a_saved_pipeline_serves_as_a_run(runs: dict[str, Path], tmp_path: Path)
     assert np.array_equal(frames_of(tmp_path / "a" / saved[0]["file"]), frames_of(tmp_path / "b" / run[0]["file"]))
     with pytest.raises(ConfigError, match="give frames, height and width"):
         make(tmp_path / "saved", tmp_path / "c", shape=None)
+
+
+def test_a_base_that_was_moved_is_named_and_draws_the_same(runs: dict[str, Path], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(checkpoint.trained_folder(runs["text"]), base)
+    run = lora_run(tmp_path / "style", base)
+    some = PROMPTS[:1]
+    before = make(run, tmp_path / "out", some)
+    asked = json.loads((tmp_path / "out" / "request.json").read_text())["asked"]
+    assert asked["base"] == adapters.fingerprint(base)[:16]
+    made = frames_of(tmp_path / "out" / before[0]["file"])
+    moved = base.rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match=r"base are gone, .*say where they are now: .*--set base="):
+        make(run, tmp_path / "out", some)
+    # The same request, wherever the base lies: nothing is refused, and what is drawn is the same.
+    (tmp_path / "out" / before[0]["file"]).unlink()
+    make(run, tmp_path / "out", some, base=moved)
+    assert np.array_equal(frames_of(tmp_path / "out" / before[0]["file"]), made)
+    (tmp_path / "prompts.txt").write_text("a seven\n")
+    told: dict[str, Any] = {"run": run, "prompts": tmp_path / "prompts.txt", "out": tmp_path / "more", "base": moved}
+    assert job_of(GenerateConfig(**told)).source.base == moved.resolve()
+    with pytest.raises(ConfigError, match="are not those that were trained on"):
+        make(run, tmp_path / "other", some, base=runs["other"])
+    with pytest.raises(ConfigError, match=f"base {moved}: .* holds a whole model, which has none"):
+        make(runs["text"], tmp_path / "other", some, base=moved)
+
+
+def lora_run(run: Path, base: Path) -> Path:
+    """A run directory with one checkpoint of adapters beside `base`."""
+    make_run(run, model_config(**TEXT), init={"source": str(base)})
+    (place,) = (run / checkpoint.FOLDER).glob("step-*")
+    identity = json.loads((place / checkpoint.IDENTITY).read_text())
+    identity["config"]["train"]["lora"] = {"rank": 2}
+    identity |= {"trained": "lora", "base": asdict(adapters.base_of(base))}
+    (place / checkpoint.IDENTITY).write_text(json.dumps(identity))
+    for weights, name in checkpoint.TRANSFORMER.items():
+        shutil.rmtree(place / name)
+        model = STDiT.from_pretrained(base)
+        lora.add(model, 2)
+        for key, weight in model.named_parameters():
+            if "lora_B" in key:
+                weight.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(key)))
+        lora.write(model, place / checkpoint.folder_name("lora", weights))
+    (place / checkpoint.MANIFEST).unlink()
+    checkpoint.seal(place)
+    return run
 
 
 def test_shape_and_sampler_are_the_runs_unless_told(runs: dict[str, Path], tmp_path: Path) -> None:

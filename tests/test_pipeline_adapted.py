@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from PIL import Image
 from torch import Tensor
 
@@ -292,6 +293,49 @@ def test_a_branch_goes_with_the_pipeline(run: Path, tmp_path: Path) -> None:
     whole.save_pretrained(tmp_path)
     assert (tmp_path / "control" / "diffusion_pytorch_model.safetensors").is_file()
     assert torch.equal(draw(opened(tmp_path), control_latents=condition), moved)
+
+
+def test_a_branch_in_training_draws_as_it_will_in_use(tmp_path: Path) -> None:
+    """With drop path in training mode two drawings would differ, by torch's global random state."""
+    pipe = opened(make_run(tmp_path / "run", model_config(drop_path=0.9, **CLASSES)))
+    control = STDiTControl.of(pipe.transformer, 2)  # drop path begins at the second block
+    assert not control.training
+    shaken(control.parameters(), 5)
+    condition = torch.linspace(-1, 1, 768).reshape(1, 3, 1, 16, 16)
+    expected = draw(pipe, control=control, control_latents=condition)
+    control.train()
+    pipe.transformer.train()
+    state = torch.get_rng_state()
+    assert torch.equal(draw(pipe, control=control, control_latents=condition), expected)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert control.training
+    assert pipe.transformer.training
+    pipe.transformer.eval()
+    pipe.control = control
+    assert torch.equal(draw(pipe, control_latents=condition), expected)
+    assert control.training
+    assert not pipe.transformer.training
+
+
+def test_a_branch_put_aside_is_fetched_and_told_once(run: Path) -> None:
+    """What enable_model_cpu_offload does on a GPU; here the hooks are seen to be called."""
+    pipe = opened(run)
+    control = STDiTControl.of(pipe.transformer)
+    called: list[str] = []
+
+    class Aside(ModelHook):
+        def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            called.append(type(module).__name__)
+            return args, kwargs
+
+    for part in (pipe.transformer, control):
+        add_hook_to_module(part, Aside())
+    labels: list[int] = []
+    embedder: Any = control.y_embedder
+    embedder.register_forward_pre_hook(lambda *_: labels.append(len(called)))
+    draw(pipe, control=control, control_latents=torch.zeros(1, 3, 1, 16, 16))
+    assert called[:2] == ["STDiT", "STDiTControl"]
+    assert labels == [2]  # before the first step's forward, and never again
 
 
 def test_what_a_branch_cannot_be_told_is_refused(run: Path) -> None:

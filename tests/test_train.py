@@ -95,6 +95,25 @@ def test_the_debug_config_shows_that_a_launch_works(tmp_path: Path) -> None:
     assert metrics(tmp_path) == lines
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [2, 3])
+def test_compiled_blocks_train_as_plain_ones_do(stage: int, tmp_path: Path) -> None:
+    losses = {}
+    for compiled in ("false", "true"):
+        settings = {
+            "run_dir": tmp_path / compiled,
+            "train.steps": 3,
+            "train.zero_stage": stage,
+            "train.compile": compiled,
+        }
+        process = launch(*DEBUG, *(f"--set={key}={value}" for key, value in settings.items()))
+        output, _ = process.communicate(timeout=570)
+        assert process.returncode == 0, output
+        losses[compiled] = [line["loss"] for line in metrics(tmp_path / compiled)]
+    assert losses["true"] == pytest.approx(losses["false"], rel=1e-4)
+
+
 @pytest.mark.distributed
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
 def test_the_end_of_the_deepspeed_command_stops_the_ranks_with_a_checkpoint(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Which frames of a training clip are given: the base of image-to-video, extension, looping and in-betweening.
 
 Given frames keep their data, are told time 0 and stay out of the loss (as Open-Sora's masks).
-B batch · T latent frames
+B batch · T latent frames, or patches of them: a model whose patches have several frames is given whole ones
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from stdit.held import Held
+
 Model = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 
 # Conditions of one row per token, of which the longer is padded (with False, or with zeros that a mask shuts out).
@@ -25,7 +27,7 @@ def guided(
 
     Both are had from one call on a batch of 2B, in which `drop_condition` (2B,) tells them apart unless `negative` does;
     at scale 1 the model itself is returned. The doubled conditions are made once, and handed on as the same tensors for
-    as long as `cond` holds the same ones, so that a model may keep what it makes of them.
+    as long as `cond` and `negative` hold the same ones, not changed in place: a model may keep what it makes of them.
 
     channels: latent channels that are guided, from the first; None: all (diffusers, Latte), 3 (of 4) is what DiT's and
     PixArt's own code does. What is not guided, and a learned variance, (B, 2C, …), is that of c.
@@ -37,13 +39,14 @@ def guided(
         raise ValueError(f"guidance_channels must be 1 or more, found {channels}")
     if scale == 1:
         return model
-    held: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+    held: tuple[Held, dict[str, Tensor]] | None = None
+    against = negative or {}
 
     def predict(x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         nonlocal held
         check_channels(channels, x_t.shape[1])
-        if held is None or not _same(held[0], cond):
-            held = (dict(cond), doubled(cond, negative, x_t.shape[0], x_t.device))
+        if held is None or not held[0].same(cond, against):
+            held = (Held(cond, against), doubled(cond, negative, x_t.shape[0], x_t.device))
         times = t if t.ndim == 0 else _twice(t, t, x_t.shape[0])
         with_condition, without = model(torch.cat([x_t, x_t]), times, held[1]).chunk(2)
         count = channels or x_t.shape[1]
@@ -90,8 +93,3 @@ def _padded(tokens: Tensor, length: int) -> Tensor:
     if tokens.shape[1] == length:
         return tokens
     return pad(tokens, (0, 0) * (tokens.ndim - 2) + (0, length - tokens.shape[1]))
-
-
-def _same(held: Mapping[str, Tensor], cond: Mapping[str, Tensor]) -> bool:
-    """Whether both hold the very same tensors."""
-    return held.keys() == cond.keys() and all(held[name] is value for name, value in cond.items())

@@ -123,7 +123,7 @@ class TextEncoder:
         Padding has mask False and features zero, or with keep_padding is a token like the others, and L is max_tokens.
         A longer caption is cut; an empty one has the tokens that stand at every caption's ends (T5: </s>).
         """
-        _wake(self.model)
+        wake(self.model)
         padding = "max_length" if self.keep_padding else "longest"
         tokens = self.tokenizer(
             captions, padding=padding, truncation=True, max_length=self.max_tokens, return_tensors="pt"
@@ -156,10 +156,10 @@ class TextEncoder:
         return self
 
 
-def _wake(model: Any) -> None:
-    """Fetches a model that a pipeline's enable_model_cpu_offload has put aside: its inputs are put where it lies."""
-    if hasattr(model, "_hf_hook"):
-        model._hf_hook.pre_forward(model)
+def wake(module: Any) -> None:
+    """Fetches a module that a pipeline's enable_model_cpu_offload has put aside: its inputs are put where it lies."""
+    if hasattr(module, "_hf_hook"):
+        module._hf_hook.pre_forward(module)
 
 
 # ------------------------------------------------------------------------------------------ loading

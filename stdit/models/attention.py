@@ -77,7 +77,7 @@ class AttentionProcessor:
         short = not torch.compiler.is_compiling() and query.shape[1] * key.shape[1] <= PLAIN_LIMIT
         if unnamed and query.device.type == "cpu" and short:
             return plain_attention(query, key, value, mask)
-        if mask is not None and active not in MASKED:
+        if mask is not None and (active not in MASKED or mask.dtype != torch.bool):
             backend = AttentionBackendName.NATIVE
         return dispatch_attention_fn(
             query, key, value, attn_mask=mask, backend=backend, parallel_config=self._parallel_config

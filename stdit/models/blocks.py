@@ -190,7 +190,7 @@ class STDiTBlock(nn.Module):
 
         if self.over_time:
             x = self._in_time(x, grid, places)
-            y = self._attend_over_time(attn, self._norm1(x, shift_msa, scale_msa), grid, places, chosen.heads)
+            y = self._attend_over_time(attn, self._norm1(x, shift_msa, scale_msa), places, chosen.heads)
         elif self.context is None:
             y = self._attend(attn, self._norm1(x, shift_msa, scale_msa), grid, places, mask, chosen.heads)
         else:
@@ -199,7 +199,7 @@ class STDiTBlock(nn.Module):
         if attn_temp is not None:
             x = self._in_time(x, grid, places)
             read = self._norm1(x, shift_msa, scale_msa) if self.config.temporal_norm else x
-            y = self._attend_over_time(attn_temp, read, grid, places, chosen.heads_temp)
+            y = self._attend_over_time(attn_temp, read, places, chosen.heads_temp)
             x = _add(x, gate_msa, y, keep_temp)
         if self.cross_attn is not None:
             queries = x if self.norm_cross is None else self.norm_cross(x)
@@ -281,7 +281,7 @@ class STDiTBlock(nn.Module):
             return x
         return x + places.temporal[:, None]
 
-    def _attend_over_time(self, attn: Attention, x: Tensor, grid: Grid, places: Places, heads: Tensor | None) -> Tensor:
+    def _attend_over_time(self, attn: Attention, x: Tensor, places: Places, heads: Tensor | None) -> Tensor:
         """(B, T, S, D) -> (B, T, S, D), within each place. Codes of time enter here and not the stream, so `proj` at zero
         hides them (unless the config puts them there)."""
         place = self.config.temporal_place

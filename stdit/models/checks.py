@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ def check_inputs(
     """
     grid = check_latents(settings, latents)
     batch = latents.shape[0]
+    if conditions is not None:
+        _check_prepared(conditions, batch, grid[0])
     if conditions is None:
         check_told(settings, batch, text, class_labels, drop)
         _check_scalars(settings, batch, {"timestep": timestep, **micro})
@@ -37,6 +39,43 @@ def check_inputs(
     elif settings.position_reference is not None:
         _check_scalars(settings.model_copy(update={"micro_conditions": ()}), batch, {"timestep": 0, **micro})
     return grid
+
+
+def _check_prepared(conditions: object, batch: int, frames: int) -> None:
+    """Conditions made ahead are for any batch, or for this one; for any number of frames, or for this one."""
+    code = getattr(conditions, "code", None)
+    if not isinstance(code, Tensor):
+        raise ValueError(f"conditions is a {type(conditions).__name__}; give one of those that STDiT.prepare returns")
+    for what, made, wanted in (("samples", code.shape[0], batch), ("frames of patches", code.shape[1], frames)):
+        if made not in (1, wanted):
+            raise ValueError(f"conditions were prepared for {made} {what}; hidden_states has {wanted}")
+    text = getattr(conditions, "text", None)
+    if text is not None and text.shape[0] not in (1, batch):
+        raise ValueError(f"conditions were prepared for {text.shape[0]} captions; hidden_states has {batch} samples")
+
+
+def check_known(
+    settings: ModelConfig,
+    text: tuple[Tensor | None, Tensor | None, Tensor | None],
+    class_labels: Tensor | None,
+    drop: Tensor | None,
+    micro: Mapping[str, Any],
+) -> None:
+    """What conditions are made of ahead, where no latents say how many samples there are."""
+    given = [value for value in (*text, class_labels, drop) if isinstance(value, Tensor) and value.ndim]
+    batch = max((value.shape[0] for value in given), default=1)
+    check_told(settings, batch, text, class_labels, drop)
+    numbers = [v.shape[0] for v in micro.values() if isinstance(v, Tensor) and v.ndim]
+    _check_scalars(settings, batch if given else max(numbers, default=1), {"timestep": 0, **micro})
+
+
+def check_residuals(residuals: Sequence[Tensor], shape: tuple[int, ...], depth: int) -> None:
+    """What a control branch adds: as many as there are blocks, at most, each of the tokens' shape (B, T, S, D)."""
+    if len(residuals) > depth:
+        raise ValueError(f"block_residuals are {len(residuals)}; the model has {depth} blocks")
+    for i, residual in enumerate(residuals):
+        if tuple(residual.shape) != shape:
+            raise ValueError(f"block_residuals[{i}] has shape {tuple(residual.shape)}; the tokens are {shape}")
 
 
 def check_latents(settings: ModelConfig, latents: Tensor, name: str = "hidden_states") -> Grid:
@@ -80,6 +119,16 @@ def check_told(
 ) -> None:
     """Text features, mask, pooled vector, labels and what is dropped, of a batch."""
     features, mask, pooled = text
+    named = {
+        "encoder_hidden_states": features,
+        "encoder_attention_mask": mask,
+        "pooled_projections": pooled,
+        "class_labels": class_labels,
+        "drop_condition": drop,
+    }
+    for name, value in named.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"{name} is a {type(value).__name__}; expected a tensor")
     _check_text(settings, batch, features, mask, drop)
     if pooled is not None and settings.pooled_dim is None:
         raise ValueError(f"pooled_projections {tuple(pooled.shape)} given to a model without them (pooled_dim None)")
@@ -92,6 +141,8 @@ def check_told(
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}; hidden_states has {batch} samples, expected ({batch},)"
             )
+    if drop is not None and drop.dtype != torch.bool:
+        raise ValueError(f"drop_condition is {drop.dtype}; expected torch.bool")
     _check_labels(settings, class_labels)
 
 
@@ -100,31 +151,40 @@ def _check_scalars(settings: ModelConfig, batch: int, values: Mapping[str, Any])
     pixels = {"height", "width"} if settings.position_reference or "size" in settings.micro_conditions else set()
     for name in sorted(wanted | pixels):
         if values.get(name) is None:
-            why = (
-                f"micro_conditions {', '.join(settings.micro_conditions)}"
-                if settings.micro_conditions
-                else f"position_reference {settings.position_reference}"
-            )
-            raise ValueError(f"{name} is missing; the model has {why}")
-    for name, value in values.items():
+            why = f"position_reference {settings.position_reference}"
+            if settings.micro_conditions:
+                why = f"micro_conditions {', '.join(settings.micro_conditions)}"
+            raise ValueError(f"{name} is missing" + ("" if name == "timestep" else f"; the model has {why}"))
+    for name in sorted((wanted | pixels | {"aspect_ratio"}) & values.keys()):
+        value = values[name]
+        if value is None:
+            continue
+        if not isinstance(value, Tensor | int | float):
+            raise ValueError(f"{name} is {value!r}; expected a number or a tensor of them")
         shape = tuple(value.shape) if isinstance(value, Tensor) else ()
-        if name in wanted | pixels | {"aspect_ratio"} and shape not in ((), (1,), (batch,)):
+        if shape not in ((), (1,), (batch,)):
             raise ValueError(
                 f"{name} has shape {shape}; hidden_states has {batch} samples, expected a number or ({batch},)"
             )
+        if name in pixels and _known(value) and not bool((torch.as_tensor(value) > 0).all()):
+            raise ValueError(f"{name} is {value}; expected pixels, more than 0")
     if settings.position_reference:
         for name in ("height", "width"):
             value = values[name]
-            one = (
-                not isinstance(value, Tensor) or value.device.type != "cpu" or bool((value == value.flatten()[0]).all())
-            )
-            if not one:
+            if isinstance(value, Tensor) and _known(value) and not bool((value == value.flatten()[0]).all()):
                 raise ValueError(
                     f"{name} differs within the batch {value.tolist()}; position_reference needs one for all"
                 )
 
 
+def _known(value: Any) -> bool:
+    """Whether a value can be looked at without waiting for a device, or breaking a compiled graph."""
+    return not isinstance(value, Tensor) or (value.device.type == "cpu" and not torch.compiler.is_compiling())
+
+
 def _check_given(settings: ModelConfig, given: Tensor, expected: tuple[int, int]) -> None:
+    if not isinstance(given, Tensor):
+        raise ValueError(f"given_frames is a {type(given).__name__}; expected a tensor {expected}")
     if tuple(given.shape) != expected:
         raise ValueError(f"given_frames has shape {tuple(given.shape)}; expected (samples, latent frames) {expected}")
     if settings.conditioning == "cross_attention":
@@ -160,6 +220,11 @@ def _check_text(
         raise ValueError(
             f"encoder_attention_mask has shape {tuple(mask.shape)}; encoder_hidden_states has {tuple(text.shape[:2])}"
         )
+    if mask is not None and none_of_its_own and _known(mask) and not bool(mask.bool().any(1).all()):
+        row = int((~mask.bool().any(1)).nonzero()[0])
+        raise ValueError(
+            f"encoder_attention_mask: caption {row} has no token, and this model has no null caption of its own (null_text: empty)"
+        )
 
 
 def _check_labels(settings: ModelConfig, labels: Tensor | None) -> None:
@@ -169,7 +234,7 @@ def _check_labels(settings: ModelConfig, labels: Tensor | None) -> None:
         raise ValueError(f"class_labels {tuple(labels.shape)} given to a model without classes (num_classes None)")
     if labels.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"class_labels is {labels.dtype}; expected torch.int64")
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _known(labels) and labels.numel():
         low, high = (int(x) for x in labels.aminmax())
         if low < -1 or high >= settings.num_classes:
             worst = low if low < -1 else high

@@ -95,7 +95,14 @@ class ConditionEmbedder(nn.Module):
         drop (B,) bool: null for all of them. Padding that no caption of the batch reaches is cut off first."""
         code = self._label_code(class_labels, drop)
         if self.y_proj is not None:
-            text, mask = _trimmed(text, mask)
+            # Of a mask on a device, trimming would wait for it: who sends a batch there trims it before.
+            if (
+                text is not None
+                and mask is not None
+                and mask.device.type == "cpu"
+                and not torch.compiler.is_compiling()
+            ):
+                text, mask = trimmed(text, mask)
             text, mask = self._with_nulls(text, mask, drop, dtype)
         if self.pooled_proj is not None:
             if self.pooled_text:
@@ -150,14 +157,10 @@ class ConditionEmbedder(nn.Module):
         return text, None if mask is None else torch.where(mask.any(1)[:, None], mask, ~later)
 
 
-def _trimmed(text: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Text and mask without the columns that are padding in every row: no matrix product sees them.
-
-    Only of masks on the CPU: elsewhere it would wait for the device, so who sends a batch to a device trims it there.
-    """
-    if text is None or mask is None or mask.device.type != "cpu" or torch.compiler.is_compiling():
-        return text, mask
-    seen = mask.any(0).nonzero()
+def trimmed(text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Text (B, L, E) and mask (B, L) without the last columns, as far as they are padding in every row: no matrix product
+    sees them. One column stays where there is no token at all. Waits for the device that the mask is on."""
+    seen = mask.bool().any(0).nonzero()
     longest = int(seen[-1]) + 1 if len(seen) else 1
     return text[:, :longest], mask[:, :longest]
 

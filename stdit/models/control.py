@@ -27,6 +27,7 @@ from stdit.models.dynamic import Generators
 from stdit.models.embeddings import Grid, PatchEmbed3D
 from stdit.models.initial import takes_settings
 from stdit.models.stdit import STDiT
+from stdit.models.telling import Conditions
 
 # ModelMixin: a pipeline that loads the branch asks the module of its class for it, to see what kind of part it is.
 __all__ = ["Controlled", "ModelMixin", "STDiTControl", "plain"]
@@ -72,7 +73,7 @@ class STDiTControl(STDiT):
     @classmethod
     @torch.no_grad()
     def of(cls, base: STDiT, blocks: int | None = None, channels: int | None = None, seed: int = 0) -> STDiTControl:
-        """The branch of `base` with copies of its weights, on its device and in its dtype.
+        """The branch of `base` with copies of its weights, on its device, in its dtype and its mode (training or not).
 
         blocks: None for half of the base's (at least one). channels: None for those of the base's own latents, whose
         patch embedding then is copied for the condition too. What is new is drawn from `seed`. ValueError: too many blocks.
@@ -80,7 +81,6 @@ class STDiTControl(STDiT):
         settings = plain(base.settings)
         width, depth, _ = settings.dimensions
         kwargs = settings.model_kwargs()
-        del kwargs["size"]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             count = max(1, depth // 2) if blocks is None else blocks
@@ -95,7 +95,7 @@ class STDiTControl(STDiT):
         if control.control_channels == settings.in_channels:
             for part in ("weight", "bias"):
                 state[f"control_embedder.proj.{part}"].copy_(held[f"x_embedder.proj.{part}"])
-        control = control.to(base.device)
+        control = control.to(base.device).train(base.training)
         return control.to(base.dtype) if control.dtype != base.dtype else control
 
     @classmethod
@@ -106,8 +106,11 @@ class STDiTControl(STDiT):
         return super(STDiT, cls).from_config(config, return_unused_kwargs, **kwargs)
 
     def check_base(self, base: STDiT) -> None:
-        """ValueError where this is the branch of a model of other settings than `base`'s; they are listed."""
-        own, other = self.settings.model_kwargs(), plain(base.settings).model_kwargs()
+        """ValueError where this is the branch of a model of other settings than `base`'s; they are listed.
+
+        Of drop_path each may have its own: it is a matter of their training."""
+        own, other = (settings.model_kwargs() for settings in (self.settings, plain(base.settings)))
+        other["drop_path"] = own["drop_path"]
         if wrong := [f"{key}: {own[key]}, the model has {other[key]}" for key in own if own[key] != other[key]]:
             raise ValueError("this control branch is of another model:\n  " + "\n  ".join(wrong))
 
@@ -146,23 +149,26 @@ class STDiTControl(STDiT):
         aspect_ratio: Tensor | None = None,
         pooled_projections: Tensor | None = None,
         given_frames: Tensor | None = None,
+        conditions: Conditions | None = None,
         generator: Generators = None,
     ) -> tuple[Tensor, ...]:
         """What `STDiT.forward` takes as `block_residuals`: a tensor of tokens for each block that the branch has.
 
         control: (B or 1, C', T or 1, H, W) latents; one frame stands for all. control_scale: of what is added. The rest
-        as `STDiT.forward`'s. ValueError: shapes that do not fit, with both numbers, before any matrix product.
+        as `STDiT.forward`'s; `conditions` are of this branch's own `prepare`. ValueError: shapes that do not fit, with
+        both numbers, before any matrix product.
         """
         micro = {"fps": fps, "frames": frames, "height": height, "width": width, "aspect_ratio": aspect_ratio}
         text = (encoder_hidden_states, encoder_attention_mask, pooled_projections)
         grid = check_inputs(
-            self.settings, hidden_states, timestep, text, class_labels, drop_condition, given_frames, micro, None
+            self.settings, hidden_states, timestep, text, class_labels, drop_condition, given_frames, micro, conditions
         )
         self.check_control(control, hidden_states)
         tokens = self.x_embedder(hidden_states).unflatten(1, (grid[0], -1))  # (B, T, S, D)
         x, places = self._placed(tokens, grid, (height, width))
         x = x + self._control_tokens(control, grid).to(x.dtype)
-        conditions = self._conditions(timestep, text, class_labels, drop_condition, given_frames, micro, x)
+        if conditions is None:
+            conditions = self._conditions(timestep, text, class_labels, drop_condition, given_frames, micro, x)
         x, places, conditions = self._joined(x, places, conditions, grid)
 
         recompute: Callable[..., Any] | None = None
@@ -170,10 +176,16 @@ class STDiTControl(STDiT):
             recompute = self._gradient_checkpointing_func
         words, kept, residuals = conditions.text, self._kept(x, generator), []
         for i, (block, join) in enumerate(zip(self.blocks, self.joins, strict=True)):
-            args = (x, words, conditions.signals, conditions.mask, grid, places, None if kept is None else kept[i])
+            prepared = None if conditions.prepared is None else conditions.prepared[i]
+            keep = None if kept is None else kept[i]
+            args = (x, words, conditions.signals, conditions.mask, grid, places, keep, prepared)
             x, words = block(*args) if recompute is None else recompute(block, *args)
             residuals.append(join(x) * control_scale if control_scale != 1 else join(x))
         return tuple(residuals)
+
+    def _final(self, code: Tensor) -> tuple[Tensor, Tensor] | None:
+        """None: a branch has no final layer."""
+        return None
 
     def _control_tokens(self, control: Tensor, grid: Grid) -> Tensor:
         """(B, C', T or 1, H, W) -> (B, T or 1, S, D)."""
@@ -185,7 +197,8 @@ class STDiTControl(STDiT):
 
 
 def plain(settings: ModelConfig) -> ModelConfig:
-    """A base's settings as its branch has them: all of its blocks run, whole."""
+    """A base's settings as its branch has them: all of its blocks run, whole. drop_path stays: the branch is trained as the
+    base's config says, its copies of the first blocks dropped as rarely as they are."""
     fields = ModelConfig.model_fields.items()
     off = {name: field.get_default() for name, field in fields if name.startswith(("dynamic_", "exit_"))}
     return settings.model_copy(update=off)

@@ -12,6 +12,8 @@ nothing filled in. docs/weights.md has the layouts, and what each of them can't 
 from __future__ import annotations
 
 import argparse
+import math
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,15 +29,17 @@ from stdit.files import atomic_folder, atomic_path
 from stdit.loading import apply_override, validate
 from stdit.models.checks import check_config
 from stdit.models.layouts import LAYOUTS, recognised
-from stdit.models.layouts.layout import Foreign, Layout, build, inexpressible, same, unpacked
-from stdit.models.layouts.positions import check_tables
-from stdit.models.layouts.reading import PICKLED, SUFFIXES, read_source
+from stdit.models.layouts.layout import Foreign, Layout, Rule, Tables, build, inexpressible, listed, same, unpacked
+from stdit.models.layouts.positions import check_tables, of_grid, table_grid
+from stdit.models.layouts.reading import HUB_FILES, PICKLED, SUFFIXES, read_config, read_source
 from stdit.models.stdit import STDiT
 
 # What --layout takes beside the names of layouts: whichever of diffusers' classes fits the model.
 ANY_HUB = "diffusers"
 OWN = "stdit"
 NULL = "y_embedder.y_embedding"
+# In our config.json: what the source said that changes no output, but is written again on the way back.
+SAID = "_published"
 
 
 class Conversion(NamedTuple):
@@ -86,14 +90,16 @@ def _load(source: Path, overrides: Mapping[str, Any], averaged: bool | None) -> 
         settings = validate({**values, **overrides}, ModelConfig, f"{where}: model")
         with torch.device("meta"):
             rules = [same(name) for name in STDiT.from_settings(settings).state_dict()]
-        layout, tables = None, {}
+        layout, tables, said = None, {}, config.get(SAID, {})
     else:
         layout = recognised(state, where)
         foreign = Foreign(state, config, overrides, where)
         found = {**layout.fixed, **layout.settings(foreign), **overrides}
         settings = validate(found, ModelConfig, f"{where}: model")
         rules, tables = layout.rules(settings), layout.tables(settings)
+        _check_structure(settings, layout, rules, where)
         check_tables(foreign, tables, settings)
+        said = _said(foreign, settings, tables)
         remarks += [
             f"{key} {getattr(settings, key)} is assumed, which the file doesn't say; --set {key}=… if it is another"
             for key in layout.guessed
@@ -105,7 +111,37 @@ def _load(source: Path, overrides: Mapping[str, Any], averaged: bool | None) -> 
         del state[NULL]
         remarks.append(f"{NULL} was left out: guidance needs the text encoder's features of an empty caption")
     model = build(state, settings, rules, tables, where)
+    if said:
+        model.register_to_config(**{SAID: said})
     return model, layout.title if layout else "stdit", tuple(remarks)
+
+
+def _check_structure(settings: ModelConfig, layout: Layout, rules: list[Rule], where: str) -> None:
+    """ValueError: the file's values, or what was set, make a model that the layout has no names or no shapes for."""
+    wrong = [f"{key} is {value}; expected a finite number" for key, value in settings if value in (math.inf, -math.inf)]
+    if wrong:
+        raise ValueError(f"{where}: " + "\n  ".join(wrong))
+    with torch.device("meta"):
+        own = set(STDiT.from_settings(settings).state_dict())
+    odd = own ^ {rule.ours for rule in rules}
+    lines = inexpressible(settings, layout, (1, 1))
+    lines = [line for line in lines if odd or line.startswith("patch_size is")]
+    if odd or lines:
+        lines = lines or [f"no place for {listed(sorted(odd))}"]
+        raise ValueError(
+            f"{where}: the weights are those of {layout.title}, which has other values:\n  " + "\n  ".join(lines)
+        )
+
+
+def _said(foreign: Foreign, settings: ModelConfig, tables: Tables) -> dict[str, Any]:
+    """What a file says that our settings do not: the grid of an oblong table; a latent size that patches do not fill."""
+    said: dict[str, Any] = {}
+    if grid := table_grid(foreign, tables):
+        said["table"] = list(grid)
+    sample, patch = foreign.config.get("sample_size"), settings.patch_size[1]
+    if isinstance(sample, int) and settings.position_base == sample // patch and sample % patch:
+        said["sample_size"] = sample
+    return said
 
 
 # ----------------------------------------------------------------------------------------- writing
@@ -116,9 +152,29 @@ def export(model: STDiT, layout: str) -> dict[str, Tensor]:
 
     ValueError: the layout has no place for something of the model's; every such config key is named with both values.
     """
-    chosen = _chosen(layout, model.settings)
-    _check_expressible(model.settings, chosen)
-    return unpacked(model, chosen.rules(model.settings), chosen.tables(model.settings))
+    chosen, c = _chosen(layout, model.settings), model.settings
+    grid = _grid(model)
+    if lines := inexpressible(c, chosen, grid):
+        raise ValueError(f"{chosen.title} has no place for what this model has:\n  " + "\n  ".join(lines))
+    return unpacked(model, chosen.rules(c), of_grid(chosen.tables(c), c, grid))
+
+
+def _grid(model: STDiT) -> tuple[int, int] | None:
+    """The grid (H, W) of the table that the model's source had, where there is no base."""
+    match dict(model.config).get(SAID):
+        case {"table": [int(height), int(width)]} if height > 0 and width > 0:
+            return height, width
+        case _:
+            return None
+
+
+def _sample_size(model: STDiT, config: dict[str, Any]) -> dict[str, Any]:
+    """diffusers' `sample_size` as the model's source had it, where it is of as many patches as ours."""
+    match dict(model.config).get(SAID):
+        case {"sample_size": int(sample)} if sample // config["patch_size"] == model.settings.position_base:
+            return {"sample_size": sample}
+        case _:
+            return {}
 
 
 def _chosen(name: str, settings: ModelConfig) -> Layout:
@@ -130,12 +186,6 @@ def _chosen(name: str, settings: ModelConfig) -> Layout:
         if layout.name == name:
             return layout
     raise ValueError(f"layout {name!r} is not known; there are {', '.join(names())}")
-
-
-def _check_expressible(settings: ModelConfig, layout: Layout) -> None:
-    lines = inexpressible(settings, layout)
-    if lines:
-        raise ValueError(f"{layout.title} has no place for what this model has:\n  " + "\n  ".join(lines))
 
 
 def names() -> list[str]:
@@ -153,7 +203,7 @@ def convert(
     """Reads weights of any known layout and writes them in another; `load_foreign` has the arguments.
 
     out: a folder for our own layout (None or "stdit") and for diffusers' ("diffusers", "diffusers-dit", …); a .pt, .pth or
-    .safetensors file for the original ones. It is whole or not there; an older one is replaced, anything else is not.
+    .safetensors file for the original ones. It is whole or not there; an older one, recognisably so, is replaced, anything else is not.
     """
     source, out = Path(source), Path(out)
     target = layout or OWN
@@ -181,29 +231,59 @@ def _check_out(source: Path, out: Path, folder: bool, target: str) -> None:
     inside = out.resolve() in (source.resolve(), *source.resolve().parents)
     if inside:
         raise ValueError(f"{out}: would replace the source {source}; name another place")
+    if out.is_symlink():
+        raise ValueError(f"{out}: is a symbolic link to {out.readlink()}; name the place itself")
+    above = next(parent for parent in out.parents if parent.exists() or parent.is_symlink())
+    if not above.is_dir():
+        raise ValueError(f"{out}: {above} is no folder")
     if not folder:
         if out.suffix not in (".safetensors", *PICKLED):
             raise ValueError(f"{out}: layout {target} is one file; give it one of {', '.join(SUFFIXES)}")
         if out.is_dir():
             raise ValueError(f"{out}: is a folder; layout {target} is one file")
+        if out.exists():
+            _check_older(out)
         return
     if out.suffix in SUFFIXES:
         raise ValueError(f"{out}: layout {target} is a folder with config.json and weights, not a file")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; layout {target} is a folder")
-    others = [p.name for p in out.iterdir() if not _is_weights(p)] if out.is_dir() else []
+    others = sorted({p.name for p in out.iterdir()} - _converted(out)) if out.is_dir() else []
     if others:
-        raise ValueError(f"{out}: holds other things than weights ({', '.join(sorted(others)[:5])}); name a new folder")
+        raise ValueError(f"{out}: holds other things than weights ({', '.join(others[:5])}); name a new folder")
 
 
-def _is_weights(path: Path) -> bool:
-    return path.is_file() and (path.name == "config.json" or path.name.startswith("diffusion_pytorch_model"))
+def _check_older(out: Path) -> None:
+    """ValueError: the file there is not one that a conversion could have written."""
+    try:
+        recognised(read_source(out)[0], str(out))
+    except ValueError as error:
+        raise ValueError(f"{out}: is there already, and no older conversion; name another file ({error})") from error
+
+
+def _converted(folder: Path) -> set[str]:
+    """Names of the files of an older conversion that is in `folder`, whole; none if there is no such one."""
+    file, index = HUB_FILES[:2]
+    held = {p.name for p in folder.iterdir() if p.is_file() and not p.is_symlink()}
+    classes = {STDiT.__name__, *(layout.hub for layout in LAYOUTS if layout.hub)}
+    try:
+        if "config.json" not in held or read_config(folder / "config.json").get("_class_name") not in classes:
+            return set()
+        if index not in held:
+            return {"config.json", file} if file in held else set()
+        shards = set((read_config(folder / index).get("weight_map") or {}).values())
+    except (ValueError, AttributeError, TypeError):
+        return set()
+    stem = file.removesuffix(".safetensors")
+    whole = shards and shards <= held and all(re.fullmatch(stem + r"-\d{5}-of-\d{5}\.safetensors", s) for s in shards)
+    return {"config.json", index, *shards} if whole else set()
 
 
 def _write(model: STDiT, state: dict[str, Tensor], layout: Layout, out: Path) -> None:
     if layout.hub and layout.config:
+        config = layout.config(model.settings)
         with torch.device("meta"):
-            theirs = getattr(diffusers, layout.hub)(**layout.config(model.settings))
+            theirs = getattr(diffusers, layout.hub)(**config | _sample_size(model, config))
         theirs.load_state_dict(state, assign=True)
         with atomic_folder(out) as made:
             theirs.save_pretrained(made)
@@ -262,7 +342,8 @@ def main() -> None:
             overrides = apply_override(overrides, text)
         print(convert(args.source, args.out, args.layout, overrides, averaged))
     except (ConfigError, ValueError, OSError) as error:
-        sys.exit(f"{parser.prog}: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

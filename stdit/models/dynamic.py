@@ -215,8 +215,13 @@ def noises(config: ModelConfig, x: Tensor, temporal: bool, generator: Generators
 
 
 def depths(config: ModelConfig, times: Tensor) -> Tensor:
-    """How many blocks run at times (B,) on 0 to 1000: (B,) int64, by `exit_depths`."""
+    """How many blocks run at times (B,) on 0 to 1000: (B,) int64, by `exit_depths`.
+
+    Integers are steps of DDPM, 0 to 999, of which k stands at t = (k + 1) / 1000 (stdit.diffusion.objectives).
+    """
     _, depth, _ = config.dimensions
+    if not times.is_floating_point():
+        times = times + 1
     found = torch.full(times.shape, depth, dtype=torch.long, device=times.device)
     for time, blocks in reversed(config.exit_depths):
         found = torch.where(times.float() >= 1000 * time, blocks, found)

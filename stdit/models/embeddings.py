@@ -30,9 +30,9 @@ class Rope(NamedTuple):
 
 
 def kept(make: Callable[..., _Table]) -> Callable[..., _Table]:
-    """`make`, remembering its last 64 results; they serve training even if first asked for in inference mode."""
+    """`make`, remembering its last 16 results; they serve training even if first asked for in inference mode."""
 
-    @lru_cache(maxsize=64)
+    @lru_cache(maxsize=16)
     def made(*settings: object) -> _Table:
         with torch.inference_mode(False), torch.no_grad():
             return make(*settings)

@@ -19,15 +19,23 @@ from torch.utils.flop_counter import register_flop_formula
 # Weights below this many numbers stay with torch's own product: there is little to win.
 SMALLEST = 2**15
 
-_AVAILABLE = (
-    torch.backends.mkldnn.is_available()
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+# The operator is not a published one: only as it is known is it used.
+SCHEMA = (
+    "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y"
 )
-_OWN = F.linear  # DeepSpeed's ZeRO-3 puts its own in its place
 
 
-def onednn_serves(x: Tensor, weight: Tensor) -> bool:
+def _available() -> bool:
+    operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    known = operator is not None and str(getattr(getattr(operator, "default", None), "_schema", "")) == SCHEMA
+    return known and torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+_AVAILABLE = _available()
+_OWN = torch._C._nn.linear  # F.linear, unless DeepSpeed's ZeRO-3 has put its own in its place
+
+
+def onednn_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether oneDNN's product is used: plain float32 tensors on a CPU, at full precision, and a weight large enough.
 
     Of the input only what a compiled graph knows ahead, so that no number of tokens makes it compile anew.
@@ -35,6 +43,8 @@ def onednn_serves(x: Tensor, weight: Tensor) -> bool:
     return (
         _AVAILABLE
         and weight.numel() >= SMALLEST
+        and x.ndim >= 2
+        and (bias is None or (bias.dtype == torch.float32 and bias.is_contiguous()))
         and x.device.type == "cpu"
         and weight.device.type == "cpu"
         and x.dtype == torch.float32
@@ -42,20 +52,27 @@ def onednn_serves(x: Tensor, weight: Tensor) -> bool:
         and F.linear is _OWN
         and _is_exact()
         and not torch.is_autocast_enabled("cpu")
-        and (torch.compiler.is_compiling() or _is_plain(x, weight))
+        and type(x) in (Tensor, nn.Parameter)  # no subclass: quantized, sharded
+        and type(weight) in (Tensor, nn.Parameter)
+        and not torch.compiler.is_exporting()  # a program that is to run without us
+        and (torch.compiler.is_compiling() or _is_plain(x))
     )
 
 
 @torch.compiler.assume_constant_result
 def _is_exact() -> bool:
-    """Whether torch multiplies float32 as it is; else it takes oneDNN itself, in bfloat16."""
-    return torch.get_float32_matmul_precision() == "highest"
+    """Whether torch multiplies float32 as it is, and oneDNN is wanted; else torch takes it itself, in bfloat16, or not."""
+    try:
+        exact = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set by the newer switches, of which it cannot speak
+        return False
+    return exact and torch.backends.mkldnn.enabled
 
 
-def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    """Whether neither is a subclass's (quantized, sharded), nor transformed by torch.func; and not empty."""
-    plain = type(x) in (Tensor, nn.Parameter) and type(weight) in (Tensor, nn.Parameter)
-    return plain and x.numel() > 0 and not torch._C._are_functorch_transforms_active()
+def _is_plain(x: Tensor) -> bool:
+    """Whether there is anything to multiply, and no derivative of torch.func or of forward mode, which it has not."""
+    transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)()
+    return x.numel() > 0 and not transformed and getattr(torch.autograd.forward_ad, "_current_level", 0) < 0
 
 
 if _AVAILABLE:
@@ -118,7 +135,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear, by oneDNN where it serves."""
-    return product(x.contiguous(), weight, bias) if onednn_serves(x, weight) else F.linear(x, weight, bias)
+    return product(x.contiguous(), weight, bias) if onednn_serves(x, weight, bias) else F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
@@ -132,11 +149,25 @@ class Linear(nn.Linear):
 def linear_gelu(layer: nn.Module, x: Tensor, approximate: str) -> Tensor:
     """gelu(layer(x)); in one pass where that is possible and nobody has hooked anything to the layer or replaced it."""
     eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    if eager and type(layer) is Linear and _is_bare(layer) and onednn_serves(x, layer.weight):
+    if (
+        eager
+        and type(layer) is Linear
+        and is_bare(layer)
+        and not _all_are_heard()
+        and onednn_serves(x, layer.weight, layer.bias)
+    ):
         operator = torch.ops.mkldnn._linear_pointwise
         return operator(x.contiguous(), layer.weight, layer.bias, "gelu", [], approximate)
     return F.gelu(layer(x), approximate=approximate)
 
 
-def _is_bare(layer: nn.Module) -> bool:
-    return not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
+def is_bare(layer: nn.Module) -> bool:
+    """Whether a layer is what its weights say: no hook on it, torch's, accelerate's or diffusers', and no other forward."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook")
+    return not (hooked or hasattr(layer, "_diffusers_hook") or "forward" in layer.__dict__)
+
+
+def _all_are_heard() -> bool:
+    """Whether somebody listens to every module, as counters and profilers do."""
+    everywhere = nn.modules.module
+    return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -132,6 +133,8 @@ def read(model: STDiT, folder: Path, name: str, scale: float = 1.0) -> None:
         raise ValueError(
             f"{folder}: adapters are merged into the weights; unmerge or remove them before adding another"
         )
+    if not math.isfinite(scale):  # before anything is loaded
+        raise ValueError(f"adapter {name}: scale {scale}; expected a finite number")
     _check_file(model, folder / LORA_WEIGHT_NAME_SAFE)
     scales, training = active(model), model.training
     trained = {id(p) for p in model.parameters() if p.requires_grad}
@@ -212,6 +215,8 @@ def stack(model: STDiT, scales: Mapping[str, float]) -> None:
     """Makes these adapters the ones that are added, each times its scale; others stay in wait. ValueError: one there is not."""
     if absent := [name for name in scales if name not in _configs(model)]:
         raise ValueError(f"no adapter {', '.join(absent)}; there are {', '.join(names(model)) or 'none'}")
+    if wrong := [f"{name} {scale}" for name, scale in scales.items() if not math.isfinite(scale)]:
+        raise ValueError(f"scales of adapters are finite numbers; found {', '.join(wrong)}")
     if merged(model):
         raise ValueError("adapters are merged into the weights; unmerge them before choosing others")
     for layer in _adapted(model).values():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stdit.models.attention import Attention
 from stdit.models.feedforward import Mlp, SwiGLU
-from stdit.models.linear import Linear
+from stdit.models.linear import Linear, is_bare
 
 # Bytes of weights that are cut down ahead of sampling in any case; of larger models as many as they have themselves.
 AHEAD = 256 * 2**20
@@ -90,10 +90,9 @@ def _linears(mlp: Mlp | SwiGLU) -> tuple[nn.Linear, nn.Linear]:
 
 def _is_plain(layer: Any) -> bool:
     """Whether calling `layer` is its weight's product and nothing else."""
-    if type(layer) not in (nn.Linear, Linear) or layer._forward_pre_hooks or layer._forward_hooks:
+    if type(layer) not in (nn.Linear, Linear) or not is_bare(layer):
         return False
-    hooked = hasattr(layer, "_hf_hook") or hasattr(layer, "_diffusers_hook")
-    return not (hooked or layer.weight.is_meta) and layer.weight.ndim == 2  # ZeRO-3 leaves (0,) between calls
+    return not layer.weight.is_meta and layer.weight.ndim == 2  # ZeRO-3 leaves (0,) between calls
 
 
 def _like(module: Any) -> Any:

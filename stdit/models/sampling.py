@@ -1,7 +1,7 @@
 """An STDiT as guidance and sampling take a model, `(x_t, t, cond) -> prediction`, with nothing computed twice.
 
 What the conditions come to (the text's projection, its keys and values, the codes of class, size, …) is computed once
-for as long as the conditions are the same tensors, and the modulations of all steps in one product.
+for as long as the conditions are the same tensors, not changed in place, and the modulations of all steps in one product.
 
 B batch · T latent frames · L text tokens · D hidden size
 """
@@ -9,13 +9,16 @@ B batch · T latent frames · L text tokens · D hidden size
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stdit.config import Bucket
+from stdit.held import Held
 from stdit.modelconfig import ModelConfig
 from stdit.models.checks import check_inputs
+from stdit.models.conditioning import trimmed
 from stdit.models.control import STDiTControl
 from stdit.models.stdit import STDiT
 from stdit.models.telling import Conditions, Known
@@ -32,21 +35,24 @@ class Sampled:
     """A model whose conditions are prepared ahead for the times that `expect` was told; at others it is simply called.
 
     It is simply called, too, where weights are not all at hand (ZeRO-3's partitions, offloading by parts), which only
-    the model's own forward fetches. branch: a control branch, which is told `control` of the conditions and whose output
-    is added times `scale`. limit: bytes of modulations held at a time.
+    the model's own forward fetches. branch: a control branch, which is told `control` of the conditions, whose output
+    is added times `scale`, and whose conditions are prepared likewise. limit: bytes of modulations held at a time, of both.
     """
 
-    def __init__(self, model: STDiT, branch: STDiT | None = None, *, scale: float = 1.0, limit: int = LIMIT) -> None:
-        assert branch is None or isinstance(branch, STDiTControl)
+    def __init__(
+        self, model: STDiT, branch: STDiTControl | None = None, *, scale: float = 1.0, limit: int = LIMIT
+    ) -> None:
         self.model, self.branch, self.scale, self.limit = model, branch, scale, limit
+        self._parts: tuple[STDiT, ...] = (model,) if branch is None else (model, branch)
         self._times: Tensor | None = None
-        self._cond: dict[str, Tensor] | None = None
+        self._held: Held | None = None
         self._told: dict[str, Tensor] = {}
         self._pixels: dict[str, Tensor] = {}
         self._at_hand = False
         self._control: Tensor | None = None
-        self._known: Known | None = None
-        self._ahead: dict[int, Conditions] = {}
+        # Of the model and of its branch, in this order.
+        self._known: tuple[Known, ...] = ()
+        self._ahead: dict[int, tuple[Conditions, ...]] = {}
 
     def expect(self, times: Tensor) -> None:
         """The times (N,) that are to come, in this order; each `t` is then a view of one of them."""
@@ -55,18 +61,16 @@ class Sampled:
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """x_t (B, C, T, H, W), t (B,), conditions by the names of the model's forward -> its prediction, of x_t's dtype."""
-        if self._cond is None or not _same(self._cond, cond):
+        if self._held is None or not self._held.same(cond):
             self._take(x_t, t, cond)
         x, step = x_t.to(self.model.dtype), self._step(t)
-        added = (
-            ()
-            if self.branch is None
-            else self.branch(x, t, control=self._control, control_scale=self.scale, **self._told)
-        )
-        if step is None or not self._at_hand:
-            return self.model(x, t, **self._told, block_residuals=added, return_dict=False)[0].to(x_t.dtype)
-        told = {**self._pixels, "conditions": self._conditions(step), "block_residuals": added}
-        return self.model(x, t, **told, return_dict=False)[0].to(x_t.dtype)
+        told: list[dict[str, Any]] = [self._told] * len(self._parts)
+        if step is not None and self._at_hand:
+            told = [{**self._pixels, "conditions": conditions} for conditions in self._conditions(step)]
+        added: tuple[Tensor, ...] = ()
+        if self.branch is not None:
+            added = self.branch(x, t, control=self._control, control_scale=self.scale, **told[1])
+        return self.model(x, t, **told[0], block_residuals=added, return_dict=False)[0].to(x_t.dtype)
 
     def _take(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> None:
         """Holds new conditions, their text cut to its longest. ValueError: they don't fit the model."""
@@ -83,8 +87,8 @@ class Sampled:
                     'of its own (null_text: empty); give the text encoder\'s features of ""'
                 )
             told[TEXT[0]], told[TEXT[1]] = trimmed(text[0], text[1])
-        self._cond, self._told, self._known, self._ahead = dict(cond), told, None, {}
-        self._at_hand = _at_hand(self.model, x_t.device)
+        self._held, self._told, self._known, self._ahead = Held(cond), told, (), {}
+        self._at_hand = all(_at_hand(part, x_t.device) for part in self._parts)
         if self.model.settings.position_reference is not None:
             # The model computes with these two as numbers: on another device it would wait for them at every step.
             self._pixels = {name: told[name][:1].cpu() for name in ("height", "width")}
@@ -101,22 +105,27 @@ class Sampled:
         return step if not rest and 0 <= step < len(times) else None
 
     @torch.no_grad()
-    def _conditions(self, step: int) -> Conditions:
-        """What the model's forward takes as `conditions` at a step; with it those of as many more as the limit allows."""
+    def _conditions(self, step: int) -> tuple[Conditions, ...]:
+        """What the forward of model and branch takes as `conditions` at a step; with it those of as many more as the limit
+        allows."""
         if step not in self._ahead:
             assert self._times is not None
             told = self._told
-            if self._known is None:
+            if not self._known:
                 micro = {name: told.get(name) for name in MICRO}
                 text = (told.get(TEXT[0]), told.get(TEXT[1]), told.get(TEXT[2]))
-                self._known = self.model.know(text, told.get("class_labels"), told.get("drop_condition"), micro)
+                labels, drop = told.get("class_labels"), told.get("drop_condition")
+                self._known = tuple(part.know(text, labels, drop, micro) for part in self._parts)
             frames = told.get("given_frames")
             if frames is not None and frames.stride(0) == 0:
                 frames = frames[:1]
             times = self._times[step : step + self._at_once(frames)]
             self._ahead = {}  # freed before more is made
-            made = self.model.prepare(times, known=self._known, given_frames=frames)
-            self._ahead = {step + i: conditions for i, conditions in enumerate(made)}
+            made = [
+                part.prepare(times, known=known, given_frames=frames)
+                for part, known in zip(self._parts, self._known, strict=True)
+            ]
+            self._ahead = {step + i: each for i, each in enumerate(zip(*made, strict=True))}
         return self._ahead[step]
 
     def _at_once(self, frames: Tensor | None) -> int:
@@ -124,31 +133,20 @@ class Sampled:
         settings = self.model.settings
         if settings.conditioning in ("in_context", "cross_attention"):
             return 1  # nothing but tokens, of which each step has its own with the text
-        assert self._known is not None
-        rows = 1 if self._known.rest is None else self._known.rest.shape[0]
+        rest = self._known[0].rest
+        rows = 1 if rest is None else rest.shape[0]
         if frames is not None:
             rows = max(rows, frames.shape[0]) * frames.shape[1]
-        width, depth, _ = settings.dimensions
+        width, _, _ = settings.dimensions
         streams = 2 if settings.conditioning == "joint" else 1
-        each = rows * width * (8 * depth * streams + 16) * self.model.x_embedder.proj.weight.element_size()
+        vectors = sum(8 * len(part.blocks) * streams + 16 for part in self._parts)
+        each = rows * width * vectors * self.model.x_embedder.proj.weight.element_size()
         return max(1, self.limit // each)
-
-
-def _same(held: Mapping[str, Tensor], cond: Mapping[str, Tensor]) -> bool:
-    """Whether both hold the very same tensors."""
-    return held.keys() == cond.keys() and all(held[name] is value for name, value in cond.items())
 
 
 def _at_hand(model: STDiT, device: torch.device) -> bool:
     """Whether every weight is here: none partitioned among ranks (and empty), none put aside on another device."""
     return all(p.numel() and p.device == device for p in model.parameters())
-
-
-def trimmed(text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Text (B, L, E) and mask (B, L) up to the longest caption's last token. Waits for the device, once a prompt."""
-    seen = mask.bool().any(0).nonzero()
-    longest = int(seen[-1]) + 1 if len(seen) else 1
-    return text[:, :longest], mask[:, :longest]
 
 
 def micro_conditions(settings: ModelConfig, clip: Bucket, fps: float, device: torch.device) -> dict[str, Tensor]:

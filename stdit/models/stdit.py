@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from stdit.modelconfig import ModelConfig
 from stdit.models.blocks import COMPILED, FinalLayer, STDiTBlock
-from stdit.models.checks import check_config, check_inputs, check_loaded
+from stdit.models.checks import check_config, check_inputs, check_loaded, check_residuals
 from stdit.models.conditioning import ConditionEmbedder, TimestepEmbedder, micro_embedders
 from stdit.models.dynamic import (
     DynamicOutput,
@@ -99,7 +99,6 @@ class STDiT(Telling, ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
     def from_settings(cls, settings: ModelConfig, seed: int = 0) -> STDiT:
         """The model that a config describes, its weights drawn from `seed`; torch's global random state is left alone."""
         kwargs = settings.model_kwargs()
-        del kwargs["size"]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return cls(**kwargs)
@@ -189,12 +188,15 @@ class STDiT(Telling, ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         if conditions is None:
             conditions = self._conditions(timestep, text, class_labels, drop_condition, given_frames, micro, x)
         x, places, conditions = self._joined(x, places, conditions, grid)
+        check_residuals(block_residuals, tuple(x.shape), len(self.blocks))
 
         recompute = (
             self._gradient_checkpointing_func if self.gradient_checkpointing and torch.is_grad_enabled() else None
         )
         words, kept = conditions.text, self._kept(x, generator)
         noise, used, depth = self._noises(x, generator), [], conditions.depth
+        if self.training and complete is not None and depth is not None:
+            depth = torch.where(complete, len(self.blocks), depth)
         costs = [] if noise is None else [block.costs(x) for block in self._blocks()]
         for i, block in enumerate(self.blocks):
             prepared = None if conditions.prepared is None else conditions.prepared[i]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -66,6 +67,9 @@ def summary(
     """
     if bytes_per_element not in DTYPES:
         raise ValueError(f"bytes_per_element {bytes_per_element}; activations take 2 (bfloat16) or 4 (float32)")
+    for name, value, least in (("text_length", text_length, 0), ("batch", batch, 1), ("grid", min(grid), 1)):
+        if value < least:
+            raise ValueError(f"{name} {value}; expected {least} or more")
     t, h, w = grid
     return _measured(model.model_dump_json(), (t, h, w), text_length, DTYPES[bytes_per_element], batch)
 
@@ -193,7 +197,21 @@ def main() -> None:
     )
     parser.add_argument("--text-length", type=int, default=0, help="tokens of a caption; 0: the null caption")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of activations")
-    args = parser.parse_args()
+    try:
+        print(_table(parser.parse_args()))
+    except (ConfigError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _table(args: argparse.Namespace) -> str:
+    """What the command prints. ValueError: the config, or an argument."""
+    for name in ("latent", "pixels", "compression"):
+        given = getattr(args, name)
+        if given and min(given) < 1:
+            raise ValueError(f"--{name} {' '.join(map(str, given))}: expected whole numbers, 1 or more")
+    if args.text_length < 0:
+        raise ValueError(f"--text-length {args.text_length}: expected 0 (the null caption) or more")
     data = read_extended(args.config)
     if "model" not in data:
         raise ConfigError(f"{args.config}: model: missing key")
@@ -204,8 +222,8 @@ def main() -> None:
         latent = latent_shape(Bucket(frames=frames, height=height, width=width), tuple(args.compression))
         said = f"--pixels {tuple(args.pixels)}, latent {latent}"
     grid = token_grid(latent, model.patch_size, said)
-    print(f"latent (T, H, W)              {' x '.join(map(str, latent)):>12}")
-    print(summary(model, grid, args.text_length, 2 if args.precision == "bf16" else 4))
+    counted = summary(model, grid, args.text_length, 2 if args.precision == "bf16" else 4)
+    return f"latent (T, H, W)              {' x '.join(map(str, latent)):>12}\n{counted}"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stdit.modelconfig import ModelConfig
 from stdit.models.blocks import FinalLayer, Prepared, Signals
+from stdit.models.checks import check_known
 from stdit.models.conditioning import ConditionEmbedder, TimestepEmbedder, Told
 from stdit.models.dynamic import depths, is_shared
 from stdit.models.embeddings import Grid, PatchEmbed3D, as_vector
@@ -95,7 +96,7 @@ class Telling(nn.Module):
         steps = len(timesteps)
         whole = self._assembled(code.flatten(0, 1), own.flatten(0, 1), told)
         prepared = [block.prepare(whole.signals) for block in self._blocks()]
-        final = self.final_layer.prepare(whole.code)
+        final = self._final(whole.code)
 
         def at(step: int, made: Any) -> Any:
             """Of what has all steps along its first axis, one's."""
@@ -116,6 +117,10 @@ class Telling(nn.Module):
             for step in range(steps)
         ]
         return self._timed_each(each, timesteps, time)
+
+    def _final(self, code: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What the final layer makes of the code (B or 1, T or 1, D); None where it reads none."""
+        return self.final_layer.prepare(code)
 
     def _timed_each(self, each: list[Conditions], times: Tensor, time: Tensor) -> list[Conditions]:
         """The conditions of each of `times` (N,), whose codes are `time` (N, D), with what dynamic compute goes by."""
@@ -155,7 +160,8 @@ class Telling(nn.Module):
         drop_condition: Tensor | None,
         micro: dict[str, Any],
     ) -> Known:
-        """The part of `prepare` that no time enters. text: features, mask and pooled vector."""
+        """The part of `prepare` that no time enters. text: features, mask and pooled vector. ValueError as forward's."""
+        check_known(self.settings, text, class_labels, drop_condition, micro)
         weight = self.x_embedder.proj.weight
         rest, told = self._told(text, class_labels, drop_condition, micro, weight.device, weight.dtype)
         reads = (

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ import torch
 from stdit.config import ConfigError, ModelConfig, Transition, apply_override, read_extended, validate
 from stdit.files import atomic_folder
 from stdit.models import growth
+from stdit.models.convert import load_foreign
 from stdit.models.growth import Growth
 from stdit.models.stdit import STDiT
 
@@ -149,16 +151,35 @@ def main() -> None:
     )
     parser.add_argument("--allow", nargs="*", default=[], choices=get_args(Transition), help="changes to go through")
     parser.add_argument("--seed", type=int, default=0, help="of new weights")
-    args = parser.parse_args()
-    if args.to.exists():
+    try:
+        print(_written(parser.parse_args()))
+    except (ConfigError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _written(args: argparse.Namespace) -> str:
+    """Writes the grown model; what the command prints. ValueError: an argument, the source, or what cannot be carried."""
+    inside = args.source.resolve() in (args.to.resolve(), *args.to.resolve().parents)
+    if inside:
+        raise ConfigError(f"--to: {args.to} is the source {args.source}, or in it; name another place")
+    if args.to.exists() or args.to.is_symlink():
         raise ConfigError(f"--to: {args.to} exists already")
+    above = next(parent for parent in args.to.parents if parent.exists() or parent.is_symlink())
+    if not above.is_dir():
+        raise ConfigError(f"--to: {args.to}: {above} is no folder")
     if not (args.source / "config.json").is_file():
         raise ConfigError(f"{args.source}: no config.json there; a folder that save_pretrained wrote is needed")
-    source = STDiT.from_pretrained(args.source)
-    model, carried = carry(source, _target(source, args.config, args.set), tuple(args.allow), args.seed)
+    # Each tensor in its own dtype, which diffusers' reader would make float32 of.
+    source = load_foreign(args.source)
+    if len({p.dtype for p in source.parameters()}) > 1:  # one for all, which loses nothing
+        torch.nn.Module.to(source, torch.float32)
+    target = _target(source, args.config, args.set)
+    model, carried = carry(source, target, tuple(args.allow), args.seed)
     with atomic_folder(args.to) as folder:
         model.save_pretrained(folder)
-    print(f"{args.source} -> {args.to}\n{carried}")
+    same = "\nnote: nothing changes: this is a copy of the source" if target == source.settings else ""
+    return f"{args.source} -> {args.to}\n{carried}{same}"
 
 
 def _target(source: STDiT, config: Path | None, overrides: list[str]) -> ModelConfig:

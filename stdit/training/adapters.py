@@ -30,7 +30,6 @@ def check_targets(config: Config) -> None:
     if config.train.lora is None:
         return
     kwargs = config.model.model_kwargs()
-    del kwargs["size"]
     with torch.device("meta"):
         model = STDiT(**kwargs)
     try:
@@ -50,6 +49,10 @@ class Base:
     fingerprint: str
 
 
+# How to say where a base lies that was moved.
+WHERE = "say where they are now: with init.source to train on, with base to draw (base=…, or --set base=…)"
+
+
 def base_of(folder: Path) -> Base:
     """The base that lies in `folder`."""
     return Base(str(folder.resolve()), fingerprint(folder))
@@ -67,12 +70,28 @@ def check_base(base: Base, found: Path | None = None) -> Path:
     """The folder of `base`, or of it as it now lies in `found`. ConfigError: gone, or not what it was."""
     folder = found or Path(base.folder)
     if not folder.is_dir():
-        raise ConfigError(f"the base weights in {folder} are gone; say where they are now, with base=…")
+        raise ConfigError(f"the base weights in {folder} are gone; {WHERE}")
     if (now := fingerprint(folder)) != base.fingerprint:
         raise ConfigError(
             f"the base weights in {folder} are not those that were trained on: fingerprint {now[:12]}…, then {base.fingerprint[:12]}…"
         )
     return folder
+
+
+def find_base(base: Base, config: Config, moved: Path | None = None) -> Path:
+    """The folder of `base`: in `moved` (as `weights_of` reads it), if given; else where it lay, or, where that is gone, what
+    `config.init.source` means now. Its fingerprint is checked. ConfigError: nowhere, or not what it was."""
+    init = config.init
+    if moved is None and (Path(base.folder).is_dir() or init is None):
+        return check_base(base)
+    source = init.source if moved is None and init is not None else moved
+    assert source is not None
+    try:
+        folder = weights_of(source, init.weights if init else "ema")
+    except (ConfigError, checkpoint.CheckpointError) as error:
+        gone = f"the base weights in {base.folder} are gone, and init.source" if moved is None else "base"
+        raise ConfigError(f"{gone} {source}: {error}; {WHERE}") from error
+    return check_base(base, folder)
 
 
 def open_base(folder: Path, config: Config) -> tuple[STDiT, str]:
@@ -150,17 +169,15 @@ def open_trained(
 ) -> tuple[STDiT, STDiTControl | None]:
     """The model of a checkpoint's `folder` (transformer_ema, lora, …): with its adapter, called `default`; with its branch.
 
-    base: where the base lies now, if not where it lay. ConfigError: it is gone or changed. ValueError: a damaged file.
+    base: where the base lies now, if neither where it lay nor where the run's init.source says. ConfigError: it is gone or
+    changed. ValueError: a damaged file.
     """
     identity = json.loads((folder.parent / checkpoint.IDENTITY).read_text())
     kind = checkpoint.trained(identity)
     if kind == "transformer":
         return STDiT.from_pretrained(folder, torch_dtype=dtype), None
     config = validate(identity["config"], Config, f"{folder.parent}: identity.json: config")
-    where = check_base(
-        Base(**identity["base"]), base and weights_of(base, config.init.weights if config.init else "ema")
-    )
-    model, _ = open_base(where, config)
+    model, _ = open_base(find_base(Base(**identity["base"]), config, base), config)
     if kind == "lora":
         lora.read(model, folder, lora.TRAINED)
         return model.to(dtype) if dtype else model, None

@@ -50,7 +50,8 @@ def check_resumable(identity: dict[str, Any], config: Config, world_size: int, f
     """Lines that say what is different, all of it harmless, since the checkpoint of `identity` was written.
 
     ConfigError names every setting whose change would make this another run, with both values: another
-    architecture, other data, another optimizer. Batch sizes and accumulation may change with the number of ranks as
+    architecture, other data, another optimizer. init.source may change where the base that it names is recorded (adapters,
+    control branches): its fingerprint is looked at when it is opened. Batch sizes and accumulation may change with the number of ranks as
     long as the global batch stays what it was; other ranks alone change the global batch, which is said.
     """
     old = validate(identity["config"], Config, "the checkpoint's config")
@@ -60,6 +61,8 @@ def check_resumable(identity: dict[str, Any], config: Config, world_size: int, f
     for key, (was, is_now) in found.items():
         harmless = any(key == h or key.startswith(f"{h}.") for h in HARMLESS)
         if before == now and (key.endswith(".batch_size") or key == "train.gradient_accumulation"):
+            harmless = True
+        if key == "init.source" and identity.get("base"):
             harmless = True
         (notes if harmless else wrong).append(f"{key}: {was!r} at the checkpoint, {is_now!r} now")
     if identity["features"] != features_fingerprint:

@@ -1,7 +1,7 @@
 """From a batch of features to what the model is given: normalised latents, noise, times and conditions.
 
 All of it is a function of the seed, the step and a sample's place in the data's stream, so that it is the same on one
-rank and on eight. B samples · C latent channels · t, h, w latent grid
+rank and on eight. The one exception is the dropout of LoRA adapters (`Inputs.seed_layers`). B samples · C latent channels · t, h, w latent grid
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ class Inputs:
         return {"control": told}
 
     def seed_layers(self, step: int, positions: tuple[int, ...]) -> None:
-        """Seeds what layers draw by themselves, from torch's own random state: dropout of adapters."""
+        """Seeds what layers draw by themselves, from torch's own random state: dropout of adapters, which peft's layers draw
+        for a micro-batch as a whole. It is the same at the same step with the same ranks, and so after a resume; with other
+        micro-batches (other ranks, batch sizes or accumulation) it is another draw."""
         lora = self.config.train.lora
         if lora is not None and lora.dropout:
             torch.manual_seed(seed_for(self.config.seed, "layers", step, positions[0]))
@@ -95,13 +97,17 @@ class Inputs:
         return self.objective.times(u, (x0.shape[2], x0.shape[3], x0.shape[4]))
 
     def given(self, x0: Tensor, step: int, positions: tuple[int, ...]) -> Tensor | None:
-        """Frames (B, T) that are given, by the config's shares; None where there are none."""
-        shares = self.config.diffusion.given_frames
-        if x0.shape[2] == 1 or shares == GivenFramesConfig():
+        """Frames (B, T) that are given, by the config's shares, whole patches of them (the model tells time 0 to those
+        alone); None where there are none."""
+        shares, patch = self.config.diffusion.given_frames, self.config.model.patch_size[0]
+        patches = x0.shape[2] // patch
+        if patches == 1 or shares == GivenFramesConfig():
             return None
-        seed, frames = self.config.seed, (x0.shape[2],)
+        seed = self.config.seed
         which, length = (uniform(seed, f"given {what}", step, positions, self.device) for what in ("pattern", "length"))
-        return given_frames(shares, which, length, normal(frames, seed, "given order", step, positions, self.device))
+        order = normal((patches,), seed, "given order", step, positions, self.device)
+        mask = given_frames(shares, which, length, order)
+        return None if mask is None else mask.repeat_interleave(patch, 1)
 
     def dropped(self, condition: dict[str, Tensor], step: int, positions: tuple[int, ...]) -> dict[str, Tensor]:
         """`condition` with some samples' conditions dropped, for classifier-free guidance: the whole of it where a

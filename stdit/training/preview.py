@@ -23,7 +23,6 @@ from stdit.encoders.video import VideoEncoder, video_encoder_from_identity
 from stdit.models.control import Controlled
 from stdit.models.sampling import Sampled, micro_conditions
 from stdit.models.stdit import STDiT
-from stdit.training.adapters import parts
 from stdit.training.checks import Data
 from stdit.training.ema import EMA
 from stdit.training.engine import Engine
@@ -135,7 +134,7 @@ class Preview:
             start = torch.empty(len(batch), config.model.in_channels, *latent)
             x = self.inputs.noise(start, "samples", 0, batch.positions)
             scheduler = make_scheduler(wanted.sampler, config.diffusion, latent, config.model.learned_variance)
-            predict = Sampled(*parts(model))
+            predict = Sampled(model.base, model.control) if isinstance(model, Controlled) else Sampled(model)
             scale = wanted.sampler.guidance_scale if self._conditional else 1.0
             negative = self.inputs.empty(len(batch)) if scale != 1 else {}
             velocity = drawn_from(predict, config.diffusion)

@@ -117,7 +117,8 @@ def make_model(config: Config, place: Place, ranks: Ranks, say: Callable[[str], 
     # Looked up once: it reads every byte of the checkpoint to see that it is whole.
     if place.base is not None:
         held = place.base
-        folder = ranks.agree(lambda: adapters.check_base(held))
+        folder = ranks.agree(lambda: adapters.find_base(held, config))
+        place.base = Base(str(folder.resolve()), held.fingerprint)  # it may have moved
     else:
         folder = ranks.agree(lambda: init_folder(config))
         place.base = ranks.agree(lambda: adapters.base_of(folder)) if beside else None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
-from stdit.models.attention import Attention, AttentionProcessor, CrossAttention, plain_attention
+from stdit.models.attention import MASKED, Attention, AttentionProcessor, CrossAttention, plain_attention
 from stdit.models.stdit import STDiT
 
 Noise = Callable[..., torch.Tensor]
@@ -97,3 +98,23 @@ def test_flash_and_sdpa_agree(tiny: Callable[..., STDiT], noise: Noise, backend:
     except (RuntimeError, ImportError) as error:
         pytest.skip(f"{backend}: {error}")
     torch.testing.assert_close(model(x, 500, text, mask).sample, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("backend", sorted(MASKED, key=str))
+def test_scores_that_are_added_to_go_to_the_kernel_that_takes_them(
+    backend: AttentionBackendName, noise: Noise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels of packed sequences take boolean masks alone; relative positions are numbers."""
+    asked: list[AttentionBackendName] = []
+
+    def dispatch(query: torch.Tensor, *_: Any, backend: AttentionBackendName, **__: Any) -> torch.Tensor:
+        asked.append(backend)
+        return query
+
+    monkeypatch.setattr("stdit.models.attention.dispatch_attention_fn", dispatch)
+    processor = AttentionProcessor()
+    processor._attention_backend = backend
+    q = noise(1, 4, 2, 8)
+    processor(q, q, q, torch.zeros(1, 2, 4, 4))
+    processor(q, q, q, torch.ones(1, 1, 1, 4, dtype=torch.bool))
+    assert asked == [AttentionBackendName.NATIVE, backend]

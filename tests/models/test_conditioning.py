@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from stdit.models.conditioning import trimmed
 from stdit.models.stdit import STDiT
 
 Tiny = Callable[..., STDiT]
@@ -32,6 +33,20 @@ def test_padding_tokens_do_not_change_the_output(
     for i, length in enumerate((2, 5)):
         alone = model(x[i : i + 1], 400, text[i : i + 1, :length]).sample
         torch.testing.assert_close(alone, padded[i : i + 1], rtol=1e-4, atol=1e-5)
+
+
+def test_only_columns_that_no_caption_reaches_are_cut_off(noise: Noise) -> None:
+    text = noise(2, 5, 6)
+    for seen, length in (
+        ([[1, 1, 0, 0, 0], [1, 0, 0, 0, 0]], 2),
+        ([[0, 0, 0, 1, 0], [1, 0, 0, 0, 0]], 4),  # padding on the left, and within
+        ([[0, 0, 0, 0, 1], [0, 0, 0, 0, 0]], 5),
+        ([[0, 0, 0, 0, 0], [0, 0, 0, 0, 0]], 1),
+    ):
+        for mask in (torch.tensor(seen), torch.tensor(seen).bool()):
+            cut, left = trimmed(text, mask)
+            assert torch.equal(cut, text[:, :length])
+            assert torch.equal(left, mask[:, :length])
 
 
 def test_a_mask_of_ones_is_no_mask(tiny: Tiny, noise: Noise, x: torch.Tensor) -> None:

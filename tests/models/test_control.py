@@ -113,6 +113,28 @@ def test_one_frame_stands_for_all_and_one_sample_too(base: STDiT, noise: Noise) 
     assert not torch.allclose(one, both(x, 300.0, image + 1, **conditions).sample, atol=1e-4)
 
 
+def test_a_branch_is_made_in_its_bases_mode(tiny: Tiny) -> None:
+    base = tiny(depth=4, num_classes=3)
+    for training in (False, True):
+        branch = STDiTControl.of(base.train(training))
+        assert all(module.training is training for module in branch.modules())
+
+
+def test_a_branch_learns_with_its_bases_drop_path_and_may_serve_one_with_another(tiny: Tiny, noise: Noise) -> None:
+    base, x = tiny(depth=4, num_classes=3, drop_path=0.9), noise(2, 3, 4, 8, 8)
+    both = Controlled(base, shaken(STDiTControl.of(base, 4))).train()
+    assert both.control.settings.drop_path == 0.9
+
+    def residuals(seed: int) -> tuple[Tensor, ...]:
+        return both.control(x, 300.0, x, generator=torch.Generator().manual_seed(seed))
+
+    assert all(torch.equal(a, b) for a, b in zip(residuals(0), residuals(0), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(residuals(0), residuals(1), strict=True))
+    both.eval()
+    assert all(torch.equal(a, b) for a, b in zip(residuals(0), residuals(1), strict=True))
+    both.control.check_base(tiny(depth=4, num_classes=3))
+
+
 def test_the_scale_is_of_what_is_added(tiny: Tiny, noise: Noise) -> None:
     base = tiny(depth=4, num_classes=3)
     both, x = Controlled(base, shaken(STDiTControl.of(base))), noise(2, 3, 4, 8, 8)

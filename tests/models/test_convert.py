@@ -37,6 +37,7 @@ ORIGINAL: dict[str, tuple[str, Callable[[], State], dict[str, Any]]] = {
     "PixArt, windows": ("pixart", lambda: published_weights.pixart_weights(windowed=(0,)), {}),
     "STDiT v1": ("opensora-v1", published_weights.v1_weights, {}),
     "STDiT v1, slow": ("opensora-v1", lambda: published_weights.v1_weights(scales=(1.0, 0.75)), {}),
+    "STDiT v1, oblong": ("opensora-v1", lambda: published_weights.v1_weights(grid=(3, 4, 6)), {}),
     "STDiT3": ("stdit3", published_weights.v3_weights, {}),
     "STDiT3, no norms": ("stdit3", lambda: published_weights.v3_weights(norm=False), {}),
     "Rineau": ("rineau", published_weights.rineau_weights, {}),
@@ -86,6 +87,23 @@ def test_diffusers_weights_come_back_bit_for_bit(tmp_path: Path, kind: str, dtyp
             config = {k: v for k, v in theirs.config.items() if v is not None and not k.startswith("_")}
             changed = {k for k, v in config.items() if back.config[k] != v}
             assert changed <= {"dual_attention_layers"}  # () is [] in JSON
+
+
+@pytest.mark.parametrize(("kind", "size"), [("diffusers-dit", 9), ("diffusers-pixart", 13), ("diffusers-sd3", 9)])
+def test_a_latent_size_that_patches_do_not_fill_comes_back(tmp_path: Path, kind: str, size: int) -> None:
+    theirs = HUB[kind](sample_size=size)
+    theirs.save_pretrained(tmp_path / "in")
+    convert(tmp_path / "in", tmp_path / "ours")
+    # What our own class reads and writes again still says so.
+    STDiT.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "again")
+    for ours in ("ours", "again"):
+        convert(tmp_path / ours, tmp_path / "out", kind)
+        back = type(theirs).from_pretrained(tmp_path / "out")
+        assert back.config["sample_size"] == size
+        assert_same(back.state_dict(), theirs.state_dict())
+    # Of another grid it says nothing.
+    convert(tmp_path / "ours", tmp_path / "out", kind, {"position_base": 8})
+    assert type(theirs).from_pretrained(tmp_path / "out").config["sample_size"] == 16
 
 
 @pytest.mark.parametrize("kind", ORIGINAL)

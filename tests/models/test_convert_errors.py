@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stdit.models.convert import convert, export, load_foreign
+from stdit.models.convert import convert, export, load_foreign, main
 from stdit.models.stdit import STDiT
 from tests.models import published_weights
 from tests.models.theirs import dit, latte, pixart, sd3
@@ -97,10 +97,52 @@ def test_a_tensor_with_other_axes_is_named(
         load_foreign(saved(make() | {name: torch.zeros(size)}, tmp_path), {} if "spatial" in name else HEADS)
 
 
-def test_a_table_of_nothing_finite_is_no_table_of_sines(tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", [HEADS, {**HEADS, "positions": "learned", "position_grid": (4, 4)}])
+def test_a_table_that_is_not_finite_is_refused(tmp_path: Path, told: dict[str, Any]) -> None:
     state = published_weights.dit_weights()
-    state["pos_embed"] *= float("nan")
-    assert load_foreign(saved(state, tmp_path), HEADS).settings.positions == "learned"
+    state["pos_embed"][0, 0, :3] = float("nan")
+    with pytest.raises(ValueError, match=r"weights\.pt: pos_embed has 3 of 512 values that are not finite"):
+        load_foreign(saved(state, tmp_path), told)
+
+
+SET: list[tuple[dict[str, Any], str]] = [
+    ({"patch_size": [2, 2, 2]}, r"patch_size is \(2, 2, 2\); DiT has square patches"),
+    ({"patch_size": [1, 2, 4]}, r"patch_size is \(1, 2, 4\); DiT has square patches"),
+    ({"mlp": "swiglu"}, "mlp is 'swiglu'; DiT has 'gelu'"),
+    ({"conditioning": "adaln_single"}, r"missing: t_block\.1\.weight"),
+    ({"temporal": True}, r"missing: blocks\.\*\.attn_temp"),
+    ({"qk_norm": "rms"}, "qk_norm|missing"),
+    ({"position_interpolation": float("inf")}, "position_interpolation"),
+]
+
+
+@pytest.mark.parametrize(("told", "said"), SET)
+def test_what_is_set_against_the_layout_is_named_with_both_values(
+    tmp_path: Path, told: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=r"weights\.pt: [\s\S]*" + said):
+        convert(saved(published_weights.dit_weights(), tmp_path), tmp_path / "out", overrides={**HEADS, **told})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("told", [{"position_grid": 4}, {"position_grid": ["a", "b"]}, {"in_channels": None}])
+def test_what_is_set_of_rineaus_is_checked(tmp_path: Path, told: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"weights\.pt: [\s\S]*{next(iter(told))}"):
+        load_foreign(saved(published_weights.rineau_weights(), tmp_path), {**HEADS, **told})
+
+
+def test_patches_that_are_not_square_are_refused(tmp_path: Path) -> None:
+    state = published_weights.dit_weights()
+    wide = {"final_layer.linear.weight": (48, 32), "final_layer.linear.bias": (48,)}
+    state |= {n: torch.zeros(s) for n, s in {**wide, "x_embedder.proj.weight": (32, 3, 2, 4)}.items()}
+    with pytest.raises(ValueError, match=r"patch_size is \(1, 2, 4\); DiT has square patches"):
+        load_foreign(saved(state, tmp_path), HEADS)
+
+
+def test_tensors_without_values_are_named(tmp_path: Path) -> None:
+    state = published_weights.dit_weights() | {"blocks.0.attn.proj.weight": torch.empty(32, 32, device="meta")}
+    with pytest.raises(ValueError, match=r"weights\.pt: .*meta device.*: blocks\.0\.attn\.proj\.weight"):
+        load_foreign(saved(state, tmp_path), HEADS)
 
 
 def test_weights_of_no_known_layout_are_refused_by_their_names(tmp_path: Path) -> None:
@@ -249,6 +291,14 @@ UNSUPPORTED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (pixart, {"caption_channels": None}, "caption_channels: None"),
     (pixart, {"activation_fn": "gelu"}, "activation_fn: 'gelu'"),
     (pixart, {"attention_type": "gated"}, "attention_type: 'gated'"),
+    (
+        pixart,
+        {"interpolation_scale": "x"},
+        "config.json of PixArtTransformer2DModel has values that are not ours:\n  interpolation_scale: 'x'",
+    ),
+    (pixart, {"interpolation_scale": float("inf")}, "interpolation_scale: inf; expected a number above 0"),
+    (pixart, {"norm_eps": float("nan")}, "norm_eps: nan"),
+    (dit, {"norm_eps": [1]}, "norm_eps: [1]"),
     (latte, {"norm_type": "layer_norm"}, "norm_type: 'layer_norm'"),
     (latte, {"attention_bias": False}, "attention_bias: False"),
     (sd3, {"dual_attention_layers": [0, 1]}, "dual_attention_layers: [0, 1]; ours is ()"),
@@ -364,3 +414,74 @@ def test_nothing_is_written_when_the_source_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="missing"):
         convert(saved(state, tmp_path), tmp_path / "out", overrides=HEADS)
     assert [p.name for p in tmp_path.iterdir()] == ["weights.pt"]
+
+
+FOREIGN: list[dict[str, str]] = [
+    {"config.json": '{"other": 1}'},
+    {"config.json": '{"_class_name": "STDiT"}'},
+    {"config.json": '{"_class_name": "UNet"}', "diffusion_pytorch_model.safetensors": "x"},
+    {"config.json": "{", "diffusion_pytorch_model.safetensors": "x"},
+    {"diffusion_pytorch_model.safetensors": "x"},
+    {
+        "config.json": '{"_class_name": "STDiT"}',
+        "diffusion_pytorch_model.safetensors": "x",
+        "diffusion_pytorch_model-precious.bin": "x",
+    },
+    {
+        "config.json": '{"_class_name": "STDiT"}',
+        "diffusion_pytorch_model.safetensors.index.json": '{"weight_map": {"a": "mine.txt"}}',
+        "mine.txt": "x",
+    },
+]
+
+
+@pytest.mark.parametrize("files", FOREIGN)
+def test_a_folder_is_replaced_only_if_a_conversion_wrote_it(tmp_path: Path, files: dict[str, str]) -> None:
+    source, out = saved(published_weights.dit_weights(), tmp_path), tmp_path / "out"
+    out.mkdir()
+    for name, content in files.items():
+        (out / name).write_text(content)
+    with pytest.raises(ValueError, match="holds other things than weights") as caught:
+        convert(source, out, overrides=HEADS)
+    assert any(name in str(caught.value) for name in files)
+    assert {p.name: p.read_text() for p in out.iterdir()} == files
+
+
+def test_a_conversion_in_pieces_is_replaced_and_a_foreign_file_is_not(tmp_path: Path) -> None:
+    source, out = saved(published_weights.dit_weights(), tmp_path), tmp_path / "out"
+    load_foreign(source, HEADS).save_pretrained(out, max_shard_size="50KB")
+    assert len(list(out.iterdir())) > 3
+    convert(source, out, overrides=HEADS)
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    torch.save({"thesis": 1}, tmp_path / "mine.pt")
+    with pytest.raises(ValueError, match=r"mine\.pt: is there already, and no older conversion"):
+        convert(out, tmp_path / "mine.pt", "dit")
+
+
+def test_links_and_places_under_files_are_refused(tmp_path: Path) -> None:
+    source = saved(published_weights.dit_weights(), tmp_path)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "dangling").symlink_to("gone")
+    for out, told in (
+        (tmp_path / "link", "link: is a symbolic link to real"),
+        (tmp_path / "dangling", "dangling: is a symbolic link to gone"),
+        (source / "out", r"out: .*weights\.pt is no folder"),
+        (source / "a" / "b", r"b: .*weights\.pt is no folder"),
+        (tmp_path / "dangling" / "out", "dangling is no folder"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            convert(source, out, overrides=HEADS)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "link", "real", "weights.pt"]
+    assert not list((tmp_path / "real").iterdir())
+
+
+def test_the_command_says_errors_in_a_line_and_exits_with_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = saved(published_weights.dit_weights(), tmp_path)
+    monkeypatch.setattr("sys.argv", ["convert", str(source), "--to", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {source}: the file does not say how many heads")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from stdit.config import ModelConfig
+from stdit.config import DiffusionConfig, ModelConfig
+from stdit.diffusion.objectives import make_objective
 from stdit.models.control import STDiTControl
 from stdit.models.dynamic import Dynamic, depths, uniform
 from stdit.models.partial import cut
@@ -308,6 +309,18 @@ def test_the_table_of_exits_is_read_from_the_noisy_end(settings: Settings) -> No
     assert depths(settings(**EXITS), times).tolist() == [1, 1, 2, 2, 4, 4]
 
 
+def test_ddpm_steps_leave_at_the_times_at_which_they_stand(settings: Settings) -> None:
+    t = torch.linspace(0, 1, 1001)
+    flow, ddpm = (
+        make_objective(DiffusionConfig(objective=objective), False).timestep(t) for objective in ("flow", "ddpm")
+    )
+    assert ddpm[500] == 499
+    config = settings(**EXITS)
+    found = depths(config, ddpm)
+    assert found[[499, 500, 799, 800, 1000]].tolist() == [4, 2, 2, 1, 1]
+    assert torch.equal(found[1:], depths(config, flow.round())[1:])
+
+
 @torch.no_grad()
 def test_blocks_beyond_the_exit_are_not_run(tiny: Tiny, noise: Noise) -> None:
     model, x = tiny(**EXITS), noise(2, 3, 2, 4, 4)
@@ -352,8 +365,49 @@ def test_residuals_of_a_control_branch_stop_at_the_exit(tiny: Tiny, noise: Noise
 
 def test_blocks_that_are_not_run_cost_nothing(tiny: Tiny, noise: Noise) -> None:
     model = tiny(**EXITS, **BOTH).train()
-    used = model(noise(3, 3, 1, 4, 4), TIMES, complete=torch.ones(3, dtype=torch.bool)).used
+    for name, parameter in model.named_parameters():
+        if ".dynamic." in name and ".tokens.0." not in name:
+            parameter.data.fill_(50.0 if name.endswith("bias") else 0.0)
+    used = model(noise(3, 3, 1, 4, 4), TIMES).used
     torch.testing.assert_close(used.compute, torch.tensor([1 / 4, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("routers", [{}, BOTH], ids=["static", "routed"])
+def test_a_complete_sample_does_not_leave_early(tiny: Tiny, noise: Noise, routers: dict, recompute: bool) -> None:
+    model, x = routed(tiny(**EXITS, **routers)).train(), noise(3, 3, 2, 4, 4)
+    whole = tiny(depth=4)
+    whole.load_state_dict({k: v for k, v in model.state_dict().items() if ".dynamic." not in k})
+    if recompute:
+        model.enable_gradient_checkpointing()
+    times, complete = torch.full((3,), 910.0), torch.tensor([True, False, True])
+    out = model(x, times, complete=complete, generator=torch.Generator().manual_seed(0))
+    full = whole(x, times).sample
+    torch.testing.assert_close(out.sample[complete], full[complete], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(out.sample[1], full[1], atol=1e-3)
+    if routers:
+        assert out.used.compute[complete].tolist() == [1, 1]
+        assert out.used.compute[1] < 1 / 4
+    # The last block, beyond the exit, learns of them.
+    last = dict(model.named_parameters())["blocks.3.attn.qkv.weight"]
+    assert torch.autograd.grad(out.sample[complete].square().mean(), last)[0].any()
+
+
+@pytest.mark.slow
+def test_a_complete_sample_stays_in_a_compiled_model(tiny: Tiny, noise: Noise) -> None:
+    model, x = routed(tiny(**EXITS, **BOTH)).train(), noise(3, 3, 2, 4, 4)
+    given = {"complete": torch.tensor([True, False, True])}
+    expected = model(x, TIMES, **given, generator=torch.Generator().manual_seed(0))
+    model.compile_repeated_blocks(fullgraph=True)
+    found = model(x, TIMES, **given, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found.sample, expected.sample, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.used.compute, expected.used.compute)
+
+
+@torch.no_grad()
+def test_nobody_is_complete_at_inference(tiny: Tiny, noise: Noise) -> None:
+    model, x = tiny(**EXITS), noise(1, 3, 1, 4, 4)
+    assert torch.equal(model(x, 900.0, complete=torch.tensor([True])).sample, model(x, 900.0).sample)
 
 
 # -------------------------------------------------------------------------------------- files, configs, others

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from stdit.models import linear as room
@@ -71,19 +72,56 @@ def test_hooks_on_a_layer_are_heard(layer: Linear, noise: Noise) -> None:
 @needs_onednn
 def test_it_serves_plain_float32_alone(noise: Noise, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = noise(2, 256), noise(192, 256)
-    assert onednn_serves(x, weight)
-    assert not onednn_serves(x, noise(SMALLEST // 256 - 1, 256))
-    assert not onednn_serves(x.bfloat16(), weight.bfloat16())
-    assert not onednn_serves(x.to("meta"), weight.to("meta"))
+    assert onednn_serves(x, weight, None)
+    assert not onednn_serves(x, noise(SMALLEST // 256 - 1, 256), None)
+    assert not onednn_serves(x.bfloat16(), weight.bfloat16(), None)
+    assert not onednn_serves(x.to("meta"), weight.to("meta"), None)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not onednn_serves(x, weight)
-    assert torch.func.vmap(lambda one: torch.tensor(onednn_serves(one, weight)))(x).tolist() == [False, False]
+        assert not onednn_serves(x, weight, None)
+    assert torch.func.vmap(lambda one: torch.tensor(onednn_serves(one, weight, None)))(x).tolist() == [False, False]
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
-    assert not onednn_serves(x, weight)
+    assert not onednn_serves(x, weight, None)
     torch.set_float32_matmul_precision(before)
+    assert not onednn_serves(x, weight, noise(2, 192)[:, 0][:1].expand(192))  # a bias with strides
+    assert not onednn_serves(x[0], weight, None)
+    assert not onednn_serves(x.as_subclass(Subclass), weight, None)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not onednn_serves(x, weight, None)
+    with forward_ad.dual_level():
+        assert not onednn_serves(forward_ad.make_dual(x, x), weight, None)
     monkeypatch.setattr(F, "linear", lambda *args: None)  # as ZeRO-3 does
-    assert not onednn_serves(x, weight)
+    assert not onednn_serves(x, weight, None)
+
+
+class Subclass(torch.Tensor):
+    """Of which the operator knows nothing."""
+
+
+def test_a_precision_that_torch_cannot_name_is_no_error(layer: Linear, noise: Noise) -> None:
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    x = noise(2, 256)
+    try:
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+def test_forward_mode_keeps_its_tangent(layer: Linear, noise: Noise) -> None:
+    x = noise(2, 256)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x))).tangent
+    torch.testing.assert_close(tangent, F.linear(x, layer.weight))
+
+
+def test_a_hook_on_all_modules_is_heard(layer: Linear, noise: Noise) -> None:
+    heard = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: heard.append(module))
+    with torch.no_grad():
+        linear_gelu(layer, noise(3, 256), "tanh")
+    handle.remove()
+    assert heard == [layer]
 
 
 @pytest.mark.parametrize("run", [lambda f, x: torch.func.vmap(f)(x), lambda f, x: torch.func.jvp(f, (x,), (x,))[1]])

@@ -87,3 +87,60 @@ def test_inputs_that_do_not_fit_are_refused_before_any_product(
     model.x_embedder.register_forward_pre_hook(lambda *_: pytest.fail("computed something first"))
     with pytest.raises(ValueError, match=re.escape(message)):
         model(torch.zeros(shape), 300, **given)
+
+
+PREPARED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"text_dim": 6}, {"encoder_hidden_states": torch.zeros(2, 5, 7)}, "7 wide; the model takes text_dim 6"),
+    (
+        {"text_dim": 6},
+        {"encoder_hidden_states": torch.zeros(2, 5, 6), "encoder_attention_mask": torch.ones(2, 4)},
+        "has shape (2, 4); encoder_hidden_states has (2, 5)",
+    ),
+    ({"text_dim": 6}, {"encoder_hidden_states": torch.zeros(2, 9, 6)}, "9 tokens; the model takes 1 to text_tokens 7"),
+    ({"num_classes": 3}, {"class_labels": torch.tensor([0, 9])}, "class label 9 is out of range"),
+    ({"micro_conditions": ("fps",)}, {}, "fps is missing"),
+]
+
+
+@pytest.mark.parametrize(("changes", "given", "message"), PREPARED, ids=[case[-1] for case in PREPARED])
+def test_what_is_prepared_ahead_is_checked_then(
+    tiny: Tiny, changes: dict[str, Any], given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tiny(**changes).prepare(torch.tensor([500.0]), **given)
+
+
+def test_conditions_of_other_samples_are_refused(tiny: Tiny, noise: Noise) -> None:
+    model = tiny(num_classes=3)
+    made = model.prepare(torch.tensor([500.0]), class_labels=torch.tensor([0, 1]))[0]
+    with pytest.raises(ValueError, match="prepared for 2 samples; hidden_states has 3"):
+        model(noise(3, 3, 1, 8, 8), 500, conditions=made)
+    frames = model.prepare(torch.tensor([500.0]), given_frames=torch.tensor([[True, False]]))[0]
+    with pytest.raises(ValueError, match="prepared for 2 frames of patches; hidden_states has 3"):
+        model(noise(1, 3, 3, 8, 8), 500, conditions=frames)
+    with pytest.raises(ValueError, match=r"conditions is a int; give one of those that STDiT\.prepare returns"):
+        model(noise(1, 3, 3, 8, 8), 500, conditions=3)
+
+
+ODD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"num_classes": 3}, {"drop_condition": torch.tensor([0, 1])}, "drop_condition is torch.int64; expected torch.bool"),
+    ({"num_classes": 3}, {"class_labels": [0, 1]}, "class_labels is a list; expected a tensor"),
+    ({"micro_conditions": ("fps",)}, {"fps": "8"}, "fps is '8'; expected a number"),
+    ({"position_reference": 64}, {"height": 0, "width": 64}, "height is 0; expected pixels, more than 0"),
+    ({}, {"given_frames": [[True], [False]]}, "given_frames is a list; expected a tensor (2, 1)"),
+    (
+        {"text_dim": 6, "null_text": "empty"},
+        {"encoder_hidden_states": torch.zeros(2, 5, 6), "encoder_attention_mask": torch.eye(2, 5) * torch.tensor([[1], [0]])},
+        "caption 1 has no token, and this model has no null caption",
+    ),
+    ({}, {"block_residuals": [torch.zeros(2, 1, 16, 31)]}, "block_residuals[0] has shape (2, 1, 16, 31); the tokens are (2, 1, 16, 32)"),
+    ({}, {"block_residuals": [torch.zeros(2, 1, 16, 32)] * 3}, "block_residuals are 3; the model has 2 blocks"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "given", "message"), ODD, ids=[case[-1] for case in ODD])
+def test_values_of_another_kind_are_refused_with_what_was_expected(
+    tiny: Tiny, changes: dict[str, Any], given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tiny(**changes)(torch.zeros(2, 3, 1, 8, 8), 300, **given)

@@ -13,8 +13,11 @@ from stdit.config import Bucket, DiffusionConfig, SamplerConfig
 from stdit.diffusion.guidance import guided
 from stdit.diffusion.schedulers import OBJECTIVES, Given, make_scheduler, sample
 from stdit.models import sampling
-from stdit.models.sampling import Sampled, micro_conditions, trimmed
+from stdit.models.conditioning import trimmed
+from stdit.models.control import STDiTControl
+from stdit.models.sampling import Sampled, micro_conditions
 from stdit.models.stdit import STDiT
+from tests.models.conftest import shaken
 from tests.models.test_family import MEMBERS, told
 
 Tiny = Callable[..., STDiT]
@@ -145,6 +148,111 @@ def test_what_is_held_ahead_is_bounded(tiny: Tiny, noise: Noise, monkeypatch: py
     assert counts["y_embedder.y_proj"] == 2
 
 
+# ------------------------------------------------------------------------------------ with a branch
+
+
+@torch.no_grad()
+def steered(
+    model: STDiT, branch: STDiTControl, noise: Noise, ahead: bool = True, limit: int = sampling.LIMIT
+) -> Tensor:
+    """Four guided steps with a control branch; without `ahead` both parts are told everything at every step."""
+
+    def told_at_every_step(x: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
+        told = dict(cond)
+        residuals = branch(x, t, told.pop("control"), 0.7, **told)
+        return model(x, t, **told, block_residuals=residuals, return_dict=False)[0]
+
+    name = "ddim" if model.settings.learned_variance else "flow_euler"
+    diffusion = DDPM if model.settings.learned_variance else FLOW
+    sampler = SamplerConfig.model_validate({"scheduler": name, "steps": 4})
+    scheduler = make_scheduler(sampler, diffusion, SHAPE[2:], model.settings.learned_variance)  # pyright: ignore
+    cond, given = conditions(model, noise, True)
+    prepared = Sampled(model, branch, scale=0.7, limit=limit)
+    predict = guided(prepared if ahead else told_at_every_step, 3.0, negative(model, noise))
+    return sample(
+        predict, scheduler, noise(*SHAPE), 4, cond | {"control": noise(2, 3, 1, 8, 8, seed=3)},
+        torch.Generator().manual_seed(0), given=given, ahead=prepared.expect if ahead else None,
+    )  # fmt: skip
+
+
+def branch_of(model: STDiT) -> STDiTControl:
+    branch = shaken(STDiTControl.of(model), 2)
+    assert isinstance(branch, STDiTControl)
+    return branch
+
+
+@pytest.mark.parametrize("member", MEMBERS.values(), ids=list(MEMBERS))
+def test_preparing_a_branch_ahead_changes_nothing(tiny: Tiny, noise: Noise, member: dict[str, Any]) -> None:
+    model = tiny(**member)
+    branch = branch_of(model)
+    expected = steered(model, branch, noise, ahead=False)
+    torch.testing.assert_close(steered(model, branch, noise), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(draw(model, noise, "ddim" if model.settings.learned_variance else "flow_euler"), expected)
+
+
+def test_a_branch_is_told_once_for_a_prompt_as_its_model_is(tiny: Tiny, noise: Noise) -> None:
+    model = tiny(text_dim=6, num_classes=3)
+    branch = branch_of(model)
+    both = (counted(model), counted(branch))
+    steered(model, branch, noise)
+    for counts in both:
+        assert counts[""] == 4
+        once = (
+            "y_embedder.y_proj",
+            "t_block",
+            "y_embedder",
+            "y_embedder.embedding_table",
+            "blocks.0.cross_attn.kv_linear",
+        )
+        assert [counts[name] for name in once] == [1] * 5
+        assert counts["blocks.0.attn.qkv"] == 4
+    model = tiny(conditioning="adaln_zero", num_classes=3)
+    branch = branch_of(model)
+    counts = counted(branch)
+    steered(model, branch, noise)
+    assert counts["blocks.0.adaLN_modulation"] == 1
+
+
+def test_what_is_held_ahead_is_bounded_for_both_together(
+    tiny: Tiny, noise: Noise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(text_dim=6, num_classes=3, conditioning="adaln_zero")
+    branch, asked = branch_of(model), []
+    prepare = STDiT.prepare
+    monkeypatch.setattr(
+        STDiT,
+        "prepare",
+        lambda self, times, **rest: asked.append((type(self), len(times))) or prepare(self, times, **rest),
+    )
+    whole = steered(model, branch, noise)
+    assert asked == [(STDiT, 4), (STDiTControl, 4)]
+    asked.clear()
+    # As the model's alone, and one block and its 16 more: where two of its steps fit, one does.
+    model_alone = 4 * 3 * 32 * (2 * 8 + 16) * 4
+    torch.testing.assert_close(steered(model, branch, noise, limit=2 * model_alone), whole, rtol=1e-4, atol=1e-4)
+    assert asked == [(STDiT, 1), (STDiTControl, 1)] * 4
+    asked.clear()
+    both = 4 * 3 * 32 * (3 * 8 + 2 * 16) * 4
+    torch.testing.assert_close(steered(model, branch, noise, limit=2 * both), whole, rtol=1e-4, atol=1e-4)
+    assert asked == [(STDiT, 2), (STDiTControl, 2)] * 2
+
+
+@torch.no_grad()
+def test_a_branch_whose_weights_only_a_forward_fetches_is_simply_called(tiny: Tiny, noise: Noise) -> None:
+    model = tiny(text_dim=6)
+    branch = branch_of(model)
+    expected = steered(model, branch, noise)
+    weight = branch.get_parameter("blocks.0.scale_shift_table")
+    held = weight.data
+    weight.data = torch.empty(0)
+    branch.register_forward_pre_hook(lambda *_: setattr(weight, "data", held))
+    branch.register_forward_hook(lambda *_: setattr(weight, "data", torch.empty(0)))
+    torch.testing.assert_close(steered(model, branch, noise), expected, rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- others
+
+
 def test_samples_share_what_they_are_told_alike(tiny: Tiny, noise: Noise) -> None:
     """One fps, one time, text only: the modulations of a guided batch of eight are one row."""
     model = tiny(text_dim=6, micro_conditions=("fps", "size"), hidden_size=48)
@@ -179,6 +287,42 @@ def test_other_conditions_are_noticed(tiny: Tiny, noise: Noise) -> None:
             expected = plain(model)(x, t, cond)
             torch.testing.assert_close(prepared(x, times[i].expand(2), cond), expected, rtol=1e-4, atol=1e-5)
         cond["encoder_hidden_states"] = noise(2, 5, 6, seed=11)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("against", [False, True])
+def test_a_condition_that_is_changed_in_place_is_noticed(tiny: Tiny, noise: Noise, scale: float, against: bool) -> None:
+    model = tiny(text_dim=6, num_classes=3)
+    times, x = torch.tensor([900.0, 400.0]), noise(*SHAPE)
+    cond, _ = conditions(model, noise, False)
+    other = {"encoder_hidden_states": noise(2, 5, 6, seed=4)} if against else None
+    prepared, last = Sampled(model), x
+    prepared.expect(times)
+    predict, text = guided(prepared, scale, other), cond["encoder_hidden_states"]
+    changes = [text, text[1:], cond["class_labels"]]  # a view's change is one of the whole
+    if other is not None and scale != 1:
+        changes.append(other["encoder_hidden_states"])
+    for changed in (None, *changes):
+        if changed is not None:
+            changed.add_(1).remainder_(3)
+        found = torch.cat([predict(x, t.expand(2), cond) for t in times])
+        expected = torch.cat([guided(plain(model), scale, other)(x, t, cond) for t in times])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(found, last)
+        last = found
+
+
+def test_tensors_that_do_not_count_their_changes_are_held_too(tiny: Tiny, noise: Noise) -> None:
+    model = tiny(text_dim=6)
+    with torch.inference_mode():
+        cond = {"encoder_hidden_states": noise(2, 5, 6)}
+        prepared, x, times = Sampled(model), noise(*SHAPE), torch.tensor([900.0, 400.0])
+        prepared.expect(times)
+        counts = counted(model)
+        _, found = (prepared(x, t.expand(2), cond) for t in times)
+        assert counts["y_embedder.y_proj"] == 1
+        torch.testing.assert_close(found, plain(model)(x, times[1], cond), rtol=1e-4, atol=1e-5)
 
 
 def test_a_time_that_was_not_announced_is_computed_all_the_same(tiny: Tiny, noise: Noise) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from stdit.config import ConfigError, ModelConfig
+from stdit.config import ModelConfig
 from stdit.models import summary as module
 from stdit.models.stdit import STDiT
 from stdit.models.summary import summary
@@ -143,6 +144,18 @@ def test_a_grid_or_a_text_that_the_model_does_not_take_is_refused(settings: Sett
         summary(settings(text_dim=6), (1, 4, 4), 9)
 
 
+def failing(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that the command says on its way out."""
+    with pytest.raises(SystemExit) as caught:
+        module.main()
+    assert caught.value.code == 2
+    printed, said = capsys.readouterr()
+    assert said.startswith("error: ")
+    assert not printed
+    assert said.count("\n") == 1
+    return said
+
+
 def run(*arguments: str) -> str:
     command = [sys.executable, "-m", "stdit.models.summary", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -171,19 +184,33 @@ def test_a_size_may_be_given_in_pixels(
     assert said[0] == said[1]
     assert "5 x 32 x 48" in said[0]
     monkeypatch.setattr(sys, "argv", ["summary", "--config", str(config), "--pixels", "1", "250", "256"])
-    with pytest.raises(ConfigError, match=r"height 250 .* 8"):
-        module.main()
+    assert re.search(r"height 250 .* 8", failing(capsys))
 
 
 def test_a_config_without_a_model_or_of_an_indivisible_size_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "model.yaml"
     config.write_text("name: x\n")
     monkeypatch.setattr(sys, "argv", ["summary", "--config", str(config)])
-    with pytest.raises(ConfigError, match=r"model\.yaml: model: missing key"):
-        module.main()
+    assert "model.yaml: model: missing key" in failing(capsys)
     config.write_text("model: {size: S}\n")
     monkeypatch.setattr(sys, "argv", ["summary", "--config", str(config), "--latent", "1", "33", "32"])
-    with pytest.raises(ConfigError, match=r"height 33 .* 2"):
-        module.main()
+    assert re.search(r"height 33 .* 2", failing(capsys))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--text-length -1", "--text-length -1: expected 0"),
+        ("--pixels 1 64 64 --compression 0 8 8", "--compression 0 8 8: expected whole numbers"),
+        ("--pixels 0 64 64", "--pixels 0 64 64: expected"),
+        ("--latent 1 -2 2", "--latent 1 -2 2: expected"),
+    ],
+)
+def test_the_command_says_errors_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: str, said: str
+) -> None:
+    (tmp_path / "model.yaml").write_text("model: {size: S}\n")
+    monkeypatch.setattr(sys, "argv", ["summary", "--config", str(tmp_path / "model.yaml"), *arguments.split()])
+    assert said in failing(capsys)

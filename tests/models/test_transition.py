@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from stdit.config import ConfigError, ModelConfig, Transition
+from stdit.config import ModelConfig, Transition
 from stdit.models import transition
 from stdit.models.stdit import STDiT
 from stdit.models.transition import carry, to_video
@@ -471,14 +473,48 @@ def test_the_command_writes_a_model_and_says_what_is_new(
     assert STDiT.from_pretrained(tmp_path / "b").settings == source.settings.model_copy(update={"temporal": True})
 
 
-def test_the_command_refuses_before_it_writes(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny(temporal=False).save_pretrained(tmp_path / "image")
-    with pytest.raises(ConfigError, match="exists already"):
-        run(monkeypatch, tmp_path / "image", "--to", tmp_path / "image")
-    with pytest.raises(ConfigError, match=r"no config\.json there"):
-        run(monkeypatch, tmp_path, "--to", tmp_path / "video")
-    with pytest.raises(ValueError, match=r"temporal False -> True \(init.allow: \[add_temporal\] would\)"):
-        run(monkeypatch, tmp_path / "image", "--to", tmp_path / "video", "--set", "temporal=true")
-    with pytest.raises(ConfigError, match="widht: unknown key"):
-        run(monkeypatch, tmp_path / "image", "--to", tmp_path / "video", "--set", "widht=1")
-    assert not (tmp_path / "video").exists()
+def test_the_command_refuses_before_it_writes(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, video = tmp_path / "image", tmp_path / "video"
+    tiny(temporal=False).save_pretrained(image)
+    (tmp_path / "taken").mkdir()
+    for arguments, said in (
+        ((image, "--to", tmp_path / "taken"), "exists already"),
+        ((image, "--to", image), "is the source"),
+        ((image, "--to", image / "sub" / "video"), "is the source .*, or in it"),
+        ((image, "--to", image / "config.json" / "x"), "is the source .*, or in it"),
+        ((tmp_path, "--to", video), "is the source .*, or in it"),
+        ((tmp_path / "nowhere", "--to", video), r"no config\.json there"),
+        (
+            (image, "--to", video, "--set", "temporal=true"),
+            r"temporal False -> True \(init.allow: \[add_temporal\] would",
+        ),
+        ((image, "--to", video, "--set", "widht=1"), "widht: unknown key"),
+        ((image, "--to", video, "--config", tmp_path / "no.yaml"), r"no\.yaml: cannot be read"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            run(monkeypatch, *arguments)
+        assert caught.value.code == 2
+        assert re.match(f"error: [\\s\\S]*{said}", capsys.readouterr().err)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["image", "taken"]
+    assert len(list(image.iterdir())) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_command_keeps_the_sources_dtype_and_says_when_nothing_changes(
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    dtype: torch.dtype,
+) -> None:
+    tiny(temporal=False).to(dtype).save_pretrained(tmp_path / "image")
+    run(monkeypatch, tmp_path / "image", "--to", tmp_path / "b", "--set", "temporal=true", "--allow", "add_temporal")
+    assert "nothing changes" not in capsys.readouterr().out
+    written = load_file(tmp_path / "b" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {dtype}
+    run(monkeypatch, tmp_path / "image", "--to", tmp_path / "copy")
+    assert "nothing changes" in capsys.readouterr().out
+    copy, source = (load_file(tmp_path / n / "diffusion_pytorch_model.safetensors") for n in ("copy", "image"))
+    assert all(torch.equal(copy[name], source[name]) for name in source)

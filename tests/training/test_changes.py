@@ -47,6 +47,15 @@ def test_changes_that_make_another_run_are_refused_with_both_values(change: dict
         changed(change)
 
 
+def test_the_source_of_a_base_may_move_and_of_a_whole_model_may_not() -> None:
+    old = {**settings("runs/x"), "init": {"source": "there"}}
+    new = config_of(merge(old, {"init": {"source": "here"}}))
+    (note,) = check_resumable({**identity(old), "base": {"folder": "/there", "fingerprint": "f"}}, new, 2, "f")
+    assert note == "init.source: 'there' at the checkpoint, 'here' now"
+    with pytest.raises(ConfigError, match=r"init.source: 'there' at the checkpoint, 'here' now"):
+        check_resumable({**identity(old), "base": None}, new, 2, "f")
+
+
 def test_all_wrong_keys_are_told_at_once() -> None:
     with pytest.raises(ConfigError) as error:
         changed({"seed": 1, "model": {"depth": 5}})

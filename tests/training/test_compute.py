@@ -77,6 +77,17 @@ def test_wrong_settings_are_refused_with_the_value(changes: dict[str, Any], said
         validate(merge(merge(settings("runs/x"), DYNAMIC), changes), Config, "test")
 
 
+def test_exits_go_by_a_thousand_steps() -> None:
+    exits = {"model": {"exit_depths": [[0.8, 1]]}, "diffusion": {"objective": "ddpm"}}
+    fine = merge(settings("runs/x"), exits)
+    validate(fine, Config, "test")
+    validate(merge(fine, {"diffusion": {"objective": "flow", "num_train_timesteps": 100}}), Config, "test")
+    with pytest.raises(
+        ConfigError, match=r"exit_depths goes by times on 0 to 1000, .*num_train_timesteps is 100: make"
+    ):
+        validate(merge(fine, {"diffusion": {"num_train_timesteps": 100}}), Config, "test")
+
+
 def test_a_target_of_its_own_is_no_config() -> None:
     with pytest.raises(ValidationError):
         DynamicConfig(target=float("nan"))

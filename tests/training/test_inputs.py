@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from ranked import config_of, settings
 
+from stdit.conditions import given
 from stdit.config import Bucket, merge
 from stdit.data.features import Sample
 from stdit.data.loader import collate
@@ -107,3 +109,23 @@ def test_given_frames_are_the_same_at_the_same_step_whatever_the_batch() -> None
     assert not torch.equal(whole, torch.as_tensor(later))
     assert inputs().given(x0, 1, tuple(range(40))) is None
     assert made.given(x0[:, :, :1], 1, tuple(range(40))) is None
+
+
+@pytest.mark.parametrize("patch", [1, 2, 3])
+@pytest.mark.parametrize("pattern", ["first", "head", "tail", "ends", "random"])
+def test_every_training_mask_is_one_that_the_pipeline_takes(patch: int, pattern: str) -> None:
+    changes = {"model": {"patch_size": [patch, 2, 2]}, "diffusion": {"given_frames": {pattern: 0.9}}}
+    config = config_of(merge(settings("runs/x"), changes))
+    made = Inputs(config, STATISTICS, make_objective(config.diffusion, False), CPU)
+    shape = (64, 2, 12, 4, 4)
+    masks = made.given(torch.zeros(shape), 1, tuple(range(64)))
+    assert masks is not None
+    assert masks.any()
+    assert not masks.all(1).any()
+    told = given(masks, torch.zeros(shape), shape, patch, CPU)
+    assert told is not None
+    assert torch.equal(told.frames, masks)
+    if pattern == "first":
+        assert masks[masks.any(1)].sum(1).eq(patch).all()
+    # One patch of frames is a clip that has none to give.
+    assert made.given(torch.zeros(64, 2, patch, 4, 4), 1, tuple(range(64))) is None

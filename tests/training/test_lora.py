@@ -184,10 +184,38 @@ def test_another_base_is_noticed(solo: Pool, base: Path, tmp_path: Path) -> None
     folder = checkpoint.trained_folder(tmp_path / "run")
     with pytest.raises(ConfigError, match="not those that were trained on"):
         adapters.open_trained(folder)
+    with pytest.raises(ConfigError, match=r"^base .*nowhere: neither a checkpoint"):
+        adapters.open_trained(folder, tmp_path / "nowhere")
     shutil.rmtree(own)
-    with pytest.raises(ConfigError, match=r"are gone; say where they are now, with base="):
+    with pytest.raises(
+        ConfigError, match=r"own are gone, and init\.source .*say where they are now: with init\.source"
+    ):
         adapters.open_trained(folder)
     adapters.open_trained(folder, base)
+
+
+def test_a_run_goes_on_bitwise_from_a_base_that_was_moved(solo: Pool, base: Path, tmp_path: Path) -> None:
+    import shutil
+
+    own, moved = shutil.copytree(base, tmp_path / "own"), tmp_path / "moved"
+    whole = solo(run, data_for(tmp_path / "whole", own, 0, 1))[0]
+    solo(run, data_for(tmp_path / "broken", own, 0, 1), 3)
+    own.rename(moved)
+    with pytest.raises(RankError, match=r"own are gone, and init\.source .*say where they are now: with init\.source"):
+        solo(run, data_for(tmp_path / "broken", own, 0, 1))
+    resumed = solo(run, data_for(tmp_path / "broken", moved, 0, 1))[0]
+    assert losses(resumed) == losses(whole)
+    assert result(tmp_path / "broken") == result(tmp_path / "whole")
+    # From now on it is known to lie there.
+    said = json.loads((place(tmp_path / "broken") / "identity.json").read_text())
+    assert said["base"] == {"folder": str(moved), "fingerprint": adapters.fingerprint(moved)}
+    adapters.open_trained(checkpoint.trained_folder(tmp_path / "broken"))
+    # Other weights there are noticed as ever.
+    shutil.copytree(base, own)
+    shaken(STDiT.from_pretrained(own)).save_pretrained(own)
+    shutil.rmtree(moved)
+    with pytest.raises(RankError, match="not those that were trained on"):
+        solo(run, data_for(tmp_path / "broken", own, 0, 1, steps=8))
 
 
 def test_what_cannot_be_is_refused_by_key(base: Path, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def _same_config(c: ModelConfig) -> dict[str, Any]:
 def _dit_settings(foreign: Foreign) -> dict[str, Any]:
     v = Values(foreign, DiTTransformer2DModel, "DiTTransformer2DModel")
     v.only(norm_type="ada_norm_zero", **ONLY)
-    found = v.sizes() | {"gelu": v.one_of("activation_fn", GELUS), "mlp_norm_eps": v["norm_eps"]}
+    found = v.sizes() | {"gelu": v.one_of("activation_fn", GELUS), "mlp_norm_eps": v.number("norm_eps")}
     if not isinstance(v["num_embeds_ada_norm"], int):
         v.wrong.append(f"num_embeds_ada_norm: {v['num_embeds_ada_norm']!r}; expected the number of classes")
     v.check()
@@ -180,7 +180,7 @@ def _captioned(v: Values, width: int, fixed: Mapping[str, Any]) -> dict[str, Any
         v.wrong.append(
             f"caption_channels: {v['caption_channels']!r}; ours is the width of the features, which are projected"
         )
-    return {"text_dim": v["caption_channels"], "norm_eps": v["norm_eps"], "text_tokens": PIXART_TOKENS}
+    return {"text_dim": v["caption_channels"], "norm_eps": v.number("norm_eps"), "text_tokens": PIXART_TOKENS}
 
 
 def _captioned_config(c: ModelConfig) -> dict[str, Any]:
@@ -209,11 +209,13 @@ def _pixart_settings(foreign: Foreign) -> dict[str, Any]:
     v = Values(foreign, PixArtTransformer2DModel, "PixArtTransformer2DModel")
     found = v.sizes()
     found |= _captioned(v, found["hidden_size"], {"norm_type": "ada_norm_single", "attention_type": "default"})
+    scale, told = v.number("interpolation_scale", max(v["sample_size"] // 64, 1)), v["use_additional_conditions"]
+    if told not in (None, True, False):
+        v.wrong.append(f"use_additional_conditions: {told!r}; expected True, False or None")
     v.check()
-    scale, told = v["interpolation_scale"], v["use_additional_conditions"]
     sized = v["sample_size"] == 128 if told is None else told
     return found | {
-        "position_interpolation": float(max(v["sample_size"] // 64, 1) if scale is None else scale),
+        "position_interpolation": scale,
         "micro_conditions": ("size",) if sized else (),
     }
 

@@ -81,6 +81,14 @@ class Values:
             "position_base": v["sample_size"] // v["patch_size"],
         }
 
+    def number(self, key: str, default: float | None = None) -> float:
+        """A value above 0. default: what None stands for, where it may be there."""
+        value = default if self.values[key] is None else self.values[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            self.wrong.append(f"{key}: {value!r}; expected a number above 0")
+            return 1.0
+        return float(value)
+
     def check(self) -> None:
         """ValueError listing what is not ours."""
         if self.wrong:

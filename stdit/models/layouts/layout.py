@@ -13,7 +13,6 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from stdit.modelconfig import ModelConfig
@@ -127,7 +126,7 @@ def image_patches(ours: str, theirs: str) -> list[Rule]:
             f"{ours}.weight",
             (f"{theirs}.weight",),
             lambda found: found[0].unsqueeze(2),
-            lambda made: [rearrange(made, "d c 1 h w -> d c h w")],
+            lambda made: [made.squeeze(2)],  # patches of several frames stay five axes, and do not fit
         ),
         same(f"{ours}.bias", f"{theirs}.bias"),
     ]
@@ -212,8 +211,9 @@ def unpacked(model: STDiT, rules: list[Rule], tables: Tables) -> State:
 # ---------------------------------------------------------------------------- from config to layout
 
 
-def inexpressible(config: ModelConfig, layout: Layout) -> list[str]:
-    """What of a config the layout cannot express, a line each: the key, with both values."""
+def inexpressible(config: ModelConfig, layout: Layout, grid: tuple[int, int] | None = None) -> list[str]:
+    """What of a config the layout cannot express, a line each: the key, with both values. grid: of the file's table of
+    positions, where it is known and the config does not say it."""
     mute, lines = _mute(config), []
     for key, field in ModelConfig.model_fields.items():
         if key in layout.free or key in mute:
@@ -222,6 +222,10 @@ def inexpressible(config: ModelConfig, layout: Layout) -> list[str]:
         expected = _spelt_out(config, key, layout.fixed.get(key, field.get_default()))
         if value != expected:
             lines.append(f"{key} is {value!r}; {layout.title} has {expected!r}")
+    if layout.hub is None and grid is None and any(t is None for t in layout.tables(config).values()):
+        lines.append(
+            f"position_base is None; {layout.title} has a table of one grid: give --set position_base=N, its patches a side"
+        )
     return lines + layout.limits(config)
 
 

@@ -43,7 +43,7 @@ def spatial_settings(foreign: Foreign, name: str = "pos_embed") -> dict[str, Any
     """
     table, told = foreign.state.get(name), foreign.overrides
     if table is not None:
-        shape(foreign, name, 3)
+        _check_finite(foreign, name)
     keys = {"positions", "position_base", "position_interpolation", "position_grid", "position_reference"}
     if keys & set(told):
         return {}
@@ -65,11 +65,19 @@ def spatial_settings(foreign: Foreign, name: str = "pos_embed") -> dict[str, Any
     return {"positions": "sincos", "position_base": base, "position_interpolation": plane.interpolation}
 
 
+def _check_finite(foreign: Foreign, name: str) -> None:
+    """ValueError for a table that has not three axes, or has values that no position could have."""
+    shape(foreign, name, 3)
+    table = foreign.state[name]
+    if wrong := table.numel() - int(table.isfinite().sum()):
+        raise ValueError(f"{foreign.where}: {name} has {wrong} of {table.numel()} values that are not finite")
+
+
 def temporal_settings(foreign: Foreign, name: str) -> dict[str, Any]:
     """`temporal_positions` and its numbers, of a table (1, F, D)."""
     table, told = foreign.state.get(name), foreign.overrides
     if table is not None:
-        shape(foreign, name, 3)
+        _check_finite(foreign, name)
     if {"temporal_positions", "temporal_interpolation", "position_frames"} & set(told):
         return {}
     if table is None:
@@ -183,6 +191,22 @@ def check_tables(foreign: Foreign, tables: Tables, settings: ModelConfig) -> Non
             raise ValueError(f"{foreign.where}: {name} is not what the config makes of it ({numbers}): it {differs}")
 
 
+def table_grid(foreign: Foreign, tables: Tables) -> tuple[int, int] | None:
+    """The grid of the file's table of positions, where the config does not say it: of an oblong one, which has no base."""
+    for name, made in tables.items():
+        if made is None and name in foreign.state and (plane := read_spatial(foreign.state[name])):
+            return plane.height, plane.width
+    return None
+
+
+def of_grid(tables: Tables, c: ModelConfig, grid: tuple[int, int] | None) -> Tables:
+    """The tables of a layout, with that of `grid` where the config does not say of which."""
+    if grid is None:
+        return tables
+    numbers = (*grid, c.dimensions[0], None, c.position_interpolation, None, CPU, torch.float32)
+    return {n: sincos_spatial(*numbers)[None].clone() if made is None else made for n, made in tables.items()}
+
+
 def spatial_table(c: ModelConfig, name: str = "pos_embed") -> Tables:
     """The table (1, S, D) that a file has of these positions; none where they were learned."""
     if c.positions != "sincos":
@@ -208,10 +232,6 @@ def table_limits(c: ModelConfig, title: str) -> list[str]:
         return [f"positions is {c.positions!r}; {title} has 'sincos', or a table of its own"]
     if c.positions == "sincos" and c.position_grid is not None:
         return [f"position_grid is {c.position_grid}, of whose sine-cosine table the centre is taken; {title} has none"]
-    if c.positions == "sincos" and c.position_base is None:
-        return [
-            f"position_base is None; {title} has a table of one grid: give --set position_base=N, its patches a side"
-        ]
     return []
 
 

@@ -47,7 +47,7 @@ def read_source(source: Path, averaged: bool | None = None) -> tuple[State, dict
     if source.is_dir() and (source / "transformer_ema").is_dir():  # which was the choice
         averaged = None
     config = file.parent / "config.json"
-    found = _read_config(config) if config.is_file() else {}
+    found = read_config(config) if config.is_file() else {}
     if file.name.endswith(".index.json"):
         return _bare(_read_shards(file)), found, str(file)
     return _bare(_unwrapped(_read_file(file), str(file), averaged)), found, str(file)
@@ -75,7 +75,8 @@ def _weights_in(folder: Path, averaged: bool | None) -> Path:
     raise ValueError(f"{folder}: {len(files)} files of weights, name one of them: {', '.join(p.name for p in files)}")
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. ValueError: it cannot be read, or is something else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -87,7 +88,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _read_shards(index: Path) -> State:
     """All tensors that an index lists, from the files beside it."""
-    places = _read_config(index).get("weight_map")
+    places = read_config(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(p, str) for p in places.values()):
         raise ValueError(f"{index}: no weight_map in it, which says which file has which tensor")
     state: State = {}
@@ -165,6 +166,8 @@ def _unwrapped(found: Any, where: str, averaged: bool | None) -> State:
     others = [f"{name} ({type(value).__name__})" for name, value in state.items() if not isinstance(value, Tensor)]
     if others:
         raise ValueError(f"{where}: among the weights are values that are no tensors: {listed(others)}")
+    if absent := [str(name) for name, tensor in state.items() if tensor.is_meta]:
+        raise ValueError(f"{where}: tensors on the meta device have a shape but no values: {listed(absent)}")
     return {str(name): tensor.detach() for name, tensor in state.items()}
 
 

@@ -36,7 +36,9 @@ def _settings(foreign: Foreign) -> dict[str, Any]:
     width, per_patch = shape(foreign, projection, 2)
     depth = count_blocks(foreign, "blocks.")
     channels = told.get("in_channels", 4)
-    side = math.isqrt(per_patch // channels) if isinstance(channels, int) and channels > 0 else 0
+    if not isinstance(channels, int) or channels < 1:
+        raise ValueError(f"{foreign.where}: in_channels {channels!r}; expected a whole number, 1 or more")
+    side = math.isqrt(per_patch // channels)
     # One number a channel is no patch: of 4 numbers, 4 channels are less likely than patches of 2.
     if side * side * channels != per_patch or (side == 1 and "in_channels" not in told):
         raise ValueError(
@@ -45,9 +47,10 @@ def _settings(foreign: Foreign) -> dict[str, Any]:
         )
     positions = shape(foreign, "first_layer.pos_embed", 3)[1]
     grid = told.get("position_grid") or (math.isqrt(positions),) * 2
-    if grid[0] * grid[1] != positions:
+    pair = isinstance(grid, list | tuple) and [type(n) for n in grid] == [int, int]
+    if not pair or grid[0] * grid[1] != positions:
         raise ValueError(
-            f"{foreign.where}: first_layer.pos_embed has {positions} positions, not those of position_grid {tuple(grid)}; "
+            f"{foreign.where}: first_layer.pos_embed has {positions} positions, not those of position_grid {grid}; "
             "give --set position_grid=[H,W], its patches"
         )
     heads = DEFAULT[2] if (width, depth) == DEFAULT[:2] and "num_heads" not in told else heads_of(foreign, width, depth)
@@ -66,14 +69,14 @@ def _settings(foreign: Foreign) -> dict[str, Any]:
 
 
 def _rules(c: ModelConfig) -> list[Rule]:
-    p = c.patch_size[1]
+    ph, pw = c.patch_size[1:]
     first = "first_layer"
     rules = [
         Rule(
             "x_embedder.proj.weight",
             (f"{first}.patchify.projection.weight",),
-            lambda found: rearrange(found[0], "d (ph pw c) -> d c 1 ph pw", ph=p, pw=p),
-            lambda made: [rearrange(made, "d c 1 ph pw -> d (ph pw c)")],
+            lambda found: rearrange(found[0], "d (ph pw c) -> d c 1 ph pw", ph=ph, pw=pw),
+            lambda made: [rearrange(made, "d c t ph pw -> d (t ph pw c)")],
         ),
         same("x_embedder.proj.bias", f"{first}.patchify.projection.bias"),
         same("pos_embed", f"{first}.pos_embed"),
