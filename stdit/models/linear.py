@@ -32,7 +32,8 @@ def _available() -> bool:
 
 
 _AVAILABLE = _available()
-_OWN = torch._C._nn.linear  # F.linear, unless DeepSpeed's ZeRO-3 has put its own in its place
+# F.linear, unless DeepSpeed's ZeRO-3 has put its own in its place.
+_OWN = torch._C._nn.linear  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def onednn_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -66,7 +67,7 @@ def _is_exact() -> bool:
         exact = torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:  # set by the newer switches, of which it cannot speak
         return False
-    return exact and torch.backends.mkldnn.enabled
+    return exact and bool(torch.backends.mkldnn.enabled)
 
 
 def _is_plain(x: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -99,13 +100,15 @@ class Subclass(torch.Tensor):
 
 
 def test_a_precision_that_torch_cannot_name_is_no_error(layer: Linear, noise: Noise) -> None:
-    before = torch.backends.mkldnn.matmul.fp32_precision
+    backend: Any = torch.backends.mkldnn
+    products = backend.matmul
+    before = products.fp32_precision
     x = noise(2, 256)
     try:
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        products.fp32_precision = "bf16"
         torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+        products.fp32_precision = before
 
 
 def test_forward_mode_keeps_its_tangent(layer: Linear, noise: Noise) -> None:
