@@ -128,7 +128,11 @@ def sampling(peer: Peer, side: int) -> Row:
 
     @torch.no_grad()
     def ours() -> Tensor:
-        conditions = peer.ours.prepare(times.timesteps, **both)  # pyright: ignore[reportArgumentType]
+        own = dict(both)
+        if "class_labels" in own:  # no class is -1 here, the row behind the last one there
+            null_class = own["class_labels"] == peer.ours.settings.num_classes
+            own["class_labels"] = own["class_labels"].masked_fill(null_class, -1)
+        conditions = peer.ours.prepare(times.timesteps, **own)  # pyright: ignore[reportArgumentType]
         return sampled(lambda i, x: peer.run_ours(x, times.timesteps[i], {}, conditions=conditions[i]))
 
     return f"{STEPS} guided steps, {side}x{side} latents", theirs, ours
