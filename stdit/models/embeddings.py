@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 
 Grid = tuple[int, int, int]
 _Table = TypeVar("_Table")
@@ -38,8 +39,9 @@ def kept(make: Callable[..., _Table]) -> Callable[..., _Table]:
             return make(*settings)
 
     @wraps(make)
-    def found(*settings: object) -> _Table:  # a compiled graph keeps its own constants
-        return make(*settings) if torch.compiler.is_compiling() else made(*settings)
+    def found(*settings: object) -> _Table:  # a compiled graph keeps its own constants; fake tensors are for once
+        passing = torch.compiler.is_compiling() or detect_fake_mode() is not None
+        return make(*settings) if passing else made(*settings)
 
     return found
 
@@ -166,8 +168,26 @@ def rope_1d(frames: int, head_dim: int, interpolation: float, device: torch.devi
     return _rope(_rope_angles(torch.arange(frames, dtype=torch.float64) / interpolation, head_dim // 2), device)
 
 
+@kept
+def rope_in_space(
+    grid: Grid, head_dim: int, base: int | None, interpolation: tuple[float, float], device: torch.device
+) -> Rope:
+    """Rotations over (h, w) of all N tokens, every frame's alike."""
+    frame = rope_3d((1, *grid[1:]), head_dim, base, interpolation, device)
+    return Rope(*(table.repeat(grid[0], 1, 1) for table in frame))
+
+
+@kept
+def rope_in_time(grid: Grid, head_dim: int, interpolation: float, device: torch.device) -> Rope:
+    """Rotations over t alone of all N tokens, every place's alike."""
+    over_time = rope_1d(grid[0], head_dim, interpolation, device)
+    return Rope(*(table.repeat_interleave(grid[1] * grid[2], 0) for table in over_time))
+
+
+@kept
 def with_still(rope: Rope, grid: Grid, count: int, full: bool) -> Rope:
-    """`rope` for frames with `count` more tokens each, after the others, which are not rotated."""
+    """`rope` for frames with `count` more tokens each, after the others, which are not rotated. Kept as long as `rope` is
+    the same object, as those above are."""
 
     def grown(table: Tensor, still: float) -> Tensor:
         frames = table.unflatten(0, (grid[0] if full else 1, -1))

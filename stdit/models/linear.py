@@ -45,7 +45,6 @@ def onednn_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         _AVAILABLE
         and weight.numel() >= SMALLEST
         and x.ndim >= 2
-        and (bias is None or (bias.dtype == torch.float32 and bias.is_contiguous()))
         and x.device.type == "cpu"
         and weight.device.type == "cpu"
         and x.dtype == torch.float32
@@ -53,27 +52,55 @@ def onednn_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and F.linear is _OWN
         and _is_exact()
         and not torch.is_autocast_enabled("cpu")
-        and type(x) in (Tensor, nn.Parameter)  # no subclass: quantized, sharded
-        and type(weight) in (Tensor, nn.Parameter)
+        and _is_own(x)
+        and _is_own(weight)
+        and (bias is None or _fits(bias, weight))
+        and not _is_transformed()
         and not torch.compiler.is_exporting()  # a program that is to run without us
-        and (torch.compiler.is_compiling() or _is_plain(x))
+        and (torch.compiler.is_compiling() or x.numel() > 0)
     )
 
 
 @torch.compiler.assume_constant_result
 def _is_exact() -> bool:
-    """Whether torch multiplies float32 as it is, and oneDNN is wanted; else torch takes it itself, in bfloat16, or not."""
+    """Whether torch multiplies float32 as it is, and oneDNN is wanted; else torch takes it itself, in bfloat16, or not.
+
+    A compiled graph keeps what was said when it was made.
+    """
     try:
         exact = torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:  # set by the newer switches, of which it cannot speak
         return False
-    return exact and bool(torch.backends.mkldnn.enabled)
+    mkldnn: Any = torch.backends.mkldnn
+    return exact and bool(mkldnn.enabled) and mkldnn.matmul.fp32_precision in ("none", "ieee")
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether there is anything to multiply, and no derivative of torch.func or of forward mode, which it has not."""
-    transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)()
-    return x.numel() > 0 and not transformed and getattr(torch.autograd.forward_ad, "_current_level", 0) < 0
+def _is_own(x: Tensor) -> bool:
+    """Whether a tensor is torch's own, not a subclass's: quantized, sharded."""
+    return type(x) in (Tensor, nn.Parameter)
+
+
+def _fits(bias: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN reads a bias right: numbers like the weight's, one a row, side by side."""
+    like = bias.dtype == weight.dtype and bias.device == weight.device and bias.shape == weight.shape[:1]
+    return like and bias.is_contiguous() and _is_own(bias)
+
+
+def _is_batch(grad: Tensor) -> bool:
+    """Whether this is many gradients in one, of `is_grads_batched`, which torch.func knows nothing of."""
+    batched = getattr(getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", None)
+    return batched is not None and not torch.compiler.is_compiling() and batched(grad)
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, for which the operator has no rules."""
+    return _functions_are_transformed() or getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
+
+
+@torch.compiler.assume_constant_result  # of which compiled code makes sure by itself; else the question is in the graph
+def _functions_are_transformed() -> bool:
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return active is None or active()
 
 
 if _AVAILABLE:
@@ -107,6 +134,11 @@ def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def _plain_product(x: Tensor, weight: Tensor, bias: None) -> Tensor:
+    """x weightᵀ by torch, which it can transform; F.linear cannot be, for many gradients at once."""
+    return x @ weight.t()
+
+
 class _Product(torch.autograd.Function):
     """x weightᵀ + bias, which oneDNN's operator has no gradient for."""
 
@@ -119,10 +151,13 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # pyright: ignore
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        grad = grad.contiguous()
-        rows = grad.flatten(0, -2)
-        to_x = product(grad, weight.t(), None) if wants_x else None
-        to_weight = product(rows.t(), x.flatten(0, -2).t(), None) if wants_weight else None
+        if _is_transformed() or not _is_own(grad) or _is_batch(grad):
+            times, rows = _plain_product, grad.reshape(-1, grad.shape[-1])
+        else:
+            grad = grad.contiguous()
+            times, rows = product, grad.flatten(0, -2)
+        to_x = times(grad, weight.t(), None) if wants_x else None
+        to_weight = times(rows.t(), x.reshape(-1, x.shape[-1]).t(), None) if wants_weight else None
         return to_x, to_weight, rows.sum(0) if wants_bias else None
 
 
@@ -148,27 +183,25 @@ class Linear(nn.Linear):
 
 
 def linear_gelu(layer: nn.Module, x: Tensor, approximate: str) -> Tensor:
-    """gelu(layer(x)); in one pass where that is possible and nobody has hooked anything to the layer or replaced it."""
-    eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    if (
-        eager
-        and type(layer) is Linear
-        and is_bare(layer)
-        and not _all_are_heard()
-        and onednn_serves(x, layer.weight, layer.bias)
-    ):
+    """gelu(layer(x)); in one pass where that is possible and nobody listens to the layer or has replaced it."""
+    alone = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _all_are_heard())
+    if alone and type(layer) is Linear and is_bare(layer) and onednn_serves(x, layer.weight, layer.bias):
         operator = torch.ops.mkldnn._linear_pointwise
         return operator(x.contiguous(), layer.weight, layer.bias, "gelu", [], approximate)
     return F.gelu(layer(x), approximate=approximate)
 
 
-def is_bare(layer: nn.Module) -> bool:
-    """Whether a layer is what its weights say: no hook on it, torch's, accelerate's or diffusers', and no other forward."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook")
-    return not (hooked or hasattr(layer, "_diffusers_hook") or "forward" in layer.__dict__)
-
-
 def _all_are_heard() -> bool:
-    """Whether somebody listens to every module, as counters and profilers do."""
-    everywhere = nn.modules.module
-    return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
+    """Whether somebody listens to every module's calls (profilers, counters of FLOPs)."""
+    modules = nn.modules.module
+    return bool(modules._global_forward_hooks or modules._global_forward_pre_hooks)
+
+
+def is_bare(layer: Any) -> bool:
+    """Whether calling `layer` is its weight's product and nothing else: of torch's class or ours, with no hook of torch,
+    accelerate or diffusers and no other forward, and its weight there (ZeRO-3 leaves (0,) between calls)."""
+    if type(layer) not in (nn.Linear, Linear):
+        return False
+    told = layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__
+    hooked = told or hasattr(layer, "_hf_hook") or hasattr(layer, "_diffusers_hook")
+    return not hooked and layer.weight.ndim == 2 and not layer.weight.is_meta

@@ -9,11 +9,12 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from stdit.models.attention import Attention
 from stdit.models.feedforward import Mlp, SwiGLU
-from stdit.models.linear import Linear, is_bare
+from stdit.models.linear import is_bare
 
 # Bytes of weights that are cut down ahead of sampling in any case; of larger models as many as they have themselves.
 AHEAD = 256 * 2**20
@@ -46,7 +47,7 @@ def cut(whole: Parts, chosen: Chosen) -> Parts | None:
     if whole.attn_temp is not None:
         layers += [whole.attn_temp.qkv, whole.attn_temp.proj]
     wrapped = any("forward" in part.__dict__ for part in whole if part is not None)
-    if wrapped or not all(map(_is_plain, layers)):
+    if wrapped or not all(map(is_bare, layers)):
         return None
     groups = chosen.groups.view(whole.attn.num_heads, -1)[:, 0]  # as many as heads; each channel has its group's
     temp = whole.attn_temp
@@ -60,18 +61,29 @@ def cut_ahead(blocks: Sequence[tuple[Parts, Chosen]]) -> list[list[Parts | None]
     `_limit` allows; equal choices share theirs. None: too many by now, they are cut when they are needed."""
     made: dict[tuple[int, bytes], Parts | None] = {}
     steps, held, limit = [], 0, _limit([whole for whole, _ in blocks])
-    times = max(0 if every.heads is None else len(every.heads) for _, every in blocks)
+    on_host = _on_host([every for _, every in blocks])
+    times = max(0 if every.heads is None else len(every.heads) for every in on_host)
     for number in range(times):
         step: list[Parts | None] = []
-        for i, (whole, every) in enumerate(blocks):
+        for i, ((whole, _), every) in enumerate(zip(blocks, on_host, strict=True)):
             chosen = Chosen(*(c if c is None else c[number : number + 1] for c in every))
-            key = i, b"".join((c > 0).cpu().numpy().tobytes() for c in chosen if c is not None)
+            key = i, b"".join(c.numpy().tobytes() for c in chosen if c is not None)
             if key not in made and held < limit:
                 made[key] = parts = cut(whole, chosen)
                 held += 0 if parts is None else _bytes(parts, whole)
             step.append(made.get(key))
         steps.append(step)
     return steps
+
+
+def _on_host(choices: Sequence[Chosen]) -> list[Chosen]:
+    """The same as bools on the host, for which the device is waited for once."""
+    some = [c > 0 for every in choices for c in every if c is not None]
+    if not some:
+        return list(choices)
+    joined = torch.cat([c.flatten(1).to(some[0].device) for c in some], dim=1).cpu()
+    parts = iter(joined.split([c[0].numel() for c in some], dim=1))
+    return [Chosen(*(c if c is None else next(parts).reshape(c.shape) for c in every)) for every in choices]
 
 
 def _limit(wholes: Sequence[Parts]) -> int:
@@ -88,13 +100,6 @@ def _linears(mlp: Mlp | SwiGLU) -> tuple[nn.Linear, nn.Linear]:
     return (mlp.w12, mlp.w3) if isinstance(mlp, SwiGLU) else (mlp.fc1, mlp.fc2)
 
 
-def _is_plain(layer: Any) -> bool:
-    """Whether calling `layer` is its weight's product and nothing else."""
-    if type(layer) not in (nn.Linear, Linear) or not is_bare(layer):
-        return False
-    return not layer.weight.is_meta and layer.weight.ndim == 2  # ZeRO-3 leaves (0,) between calls
-
-
 def _like(module: Any) -> Any:
     """A copy whose parts may be replaced without a change to `module`."""
     made = copy.copy(module)
@@ -106,6 +111,7 @@ def _cut_linear(layer: nn.Linear, kept: Tensor, groups: int, stacked: int | None
     """`layer` with `kept` of its groups, which are not trained: groups of rows, in each of `stacked` equal matrices; of
     columns where that is None. Whole groups are copied, which is five times as fast as column by column."""
     weight, bias = layer.weight, layer.bias
+    kept = kept.to(weight.device)
     if stacked is None:
         weight = weight.unflatten(1, (groups, -1)).index_select(1, kept).flatten(1)
     else:

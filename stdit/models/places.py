@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from stdit.modelconfig import ModelConfig
-from stdit.models.embeddings import Grid, Rope, as_vector, centre, rope_1d, rope_3d, sincos_spatial, sincos_temporal
+from stdit.models.embeddings import (
+    Grid,
+    Rope,
+    as_vector,
+    centre,
+    rope_1d,
+    rope_3d,
+    rope_in_space,
+    rope_in_time,
+    sincos_spatial,
+    sincos_temporal,
+)
 
 # Learned positions, (1, H W, D) and (1, F, D), where the model has them.
 Tables = tuple[Tensor | None, Tensor | None]
@@ -48,17 +59,15 @@ def placed(
     elif c.positions == "rope":
         full = all_at_once and c.time_positions == "rope"
         scales = (c.temporal_interpolation, interpolation)
-        rope = rope_3d((t if full else 1, h, w), size // heads, base, scales, x.device)
-        if all_at_once and not full:
-            rope = type(rope)(*(r.repeat(t, 1, 1) for r in rope))
+        make = rope_in_space if all_at_once and not full else rope_3d
+        rope = make((t if all_at_once else 1, h, w), size // heads, base, scales, x.device)
     if c.time_positions == "sincos":
         temporal = sincos_temporal(t, size, c.temporal_interpolation, all_at_once, x.device, x.dtype)
     elif temp_embed is not None:
         temporal = temp_embed[0, :t]
         temporal = temporal - temporal[:1] if all_at_once else temporal
     elif c.time_positions == "rope" and rope is None and all_at_once:
-        over_time = rope_1d(t, size // heads, c.temporal_interpolation, x.device)
-        rope = type(over_time)(*(r.repeat_interleave(h * w, 0) for r in over_time))
+        rope = rope_in_time(grid, size // heads, c.temporal_interpolation, x.device)
     elif c.time_positions == "rope" and not all_at_once:
         rope_temp = rope_1d(t, size // heads, c.temporal_interpolation, x.device)
     if spatial is not None:

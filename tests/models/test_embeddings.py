@@ -9,17 +9,21 @@ from diffusers.models.embeddings import get_2d_sincos_pos_embed, get_timestep_em
 from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from stdit.models.embeddings import (
     PatchConv,
     PatchEmbed3D,
     rope_1d,
     rope_3d,
+    rope_in_space,
+    rope_in_time,
     rotate,
     sincos_spatial,
     sincos_temporal,
     timestep_code,
     unpatchify,
+    with_still,
 )
 
 CPU = torch.device("cpu")
@@ -94,6 +98,32 @@ def test_tables_made_in_inference_mode_serve_training() -> None:
     q = torch.ones(1, 3, 1, 8, requires_grad=True)
     rotate(q, rope).sum().backward()
     assert q.grad is not None
+
+
+def test_fake_tables_are_not_kept() -> None:
+    with FakeTensorMode():
+        assert isinstance(rope_1d(3, 8, 9.25, CPU).cos, FakeTensor)  # a scale that no other test asks for
+    assert not isinstance(rope_1d(3, 8, 9.25, CPU).cos, FakeTensor)
+
+
+def test_tables_of_one_shape_are_made_once() -> None:
+    grid = (2, 3, 4)
+    for make in (
+        lambda: rope_in_space(grid, 12, None, (1.0, 1.0), CPU),
+        lambda: rope_in_time(grid, 12, 1.0, CPU),
+        lambda: with_still(rope_in_time(grid, 12, 1.0, CPU), grid, 5, True),
+    ):
+        assert make() is make()
+
+
+def test_rotations_in_space_and_in_time_are_those_of_both() -> None:
+    grid = (2, 3, 4)
+    space, time = rope_in_space(grid, 12, None, (1.0, 1.0), CPU), rope_in_time(grid, 12, 1.0, CPU)
+    frame, frames = rope_3d((1, 3, 4), 12, None, (1.0, 1.0), CPU), rope_1d(2, 12, 1.0, CPU)
+    for table, one in zip(space, frame, strict=True):
+        assert torch.equal(table.view(2, 12, 1, 6), one.expand(2, 12, 1, 6))
+    for table, one in zip(time, frames, strict=True):
+        assert torch.equal(table.view(2, 12, 1, 6), one[:, None].expand(2, 12, 1, 6))
 
 
 def test_the_timestep_code_is_dits() -> None:

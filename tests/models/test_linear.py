@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from stdit.models import linear as room
-from stdit.models.linear import SMALLEST, Linear, linear_gelu, onednn_serves
+from stdit.models.linear import SMALLEST, Linear, is_bare, linear_gelu, onednn_serves
 from stdit.models.stdit import STDiT
 
 Noise = Callable[..., torch.Tensor]
@@ -91,6 +91,8 @@ def test_it_serves_plain_float32_alone(noise: Noise, monkeypatch: pytest.MonkeyP
         assert not onednn_serves(x, weight, None)
     with forward_ad.dual_level():
         assert not onednn_serves(forward_ad.make_dual(x, x), weight, None)
+    assert not onednn_serves(x, weight, noise(192).double())
+    assert not onednn_serves(x, weight, noise(192).as_subclass(Subclass))
     monkeypatch.setattr(F, "linear", lambda *args: None)  # as ZeRO-3 does
     assert not onednn_serves(x, weight, None)
 
@@ -157,3 +159,58 @@ def test_a_model_by_either_library_trains_alike(
         model(noise(2, 3, 2, 4, 4), torch.tensor([3.0, 500.0]), noise(2, 4, 6)).sample.square().mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+
+
+def test_many_gradients_at_once_are_those_of_torch(layer: Linear, noise: Noise) -> None:
+    x, outgoing = noise(2, 3, 256).requires_grad_(), noise(4, 2, 3, 192, seed=1)
+    found = []
+    for run in (layer, lambda x: F.linear(x, layer.weight, layer.bias)):
+        wanted = (x, layer.weight, layer.bias)
+        found.append(torch.autograd.grad(run(x), wanted, outgoing, is_grads_batched=True))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_keep_their_tangents(layer: Linear, noise: Noise) -> None:
+    x, outgoing = noise(3, 256).requires_grad_(), noise(3, 192)
+    y = layer(x)
+    with forward_ad.dual_level():
+        (grad,) = torch.autograd.grad(y, x, forward_ad.make_dual(outgoing, outgoing.flip(0)))
+        tangent = forward_ad.unpack_dual(grad).tangent
+    torch.testing.assert_close(tangent, outgoing.flip(0) @ layer.weight)
+
+
+@pytest.mark.parametrize("run", [lambda f, x: torch.func.vmap(f)(x), lambda f, x: torch.func.jvp(f, (x,), (x,))[1]])
+def test_compiled_function_transforms_pass_through(
+    layer: Linear, noise: Noise, run: Callable[..., torch.Tensor]
+) -> None:
+    x = noise(3, 2, 256)
+    found = torch.compile(lambda x: run(layer, x), backend="eager")(x)
+    torch.testing.assert_close(found, run(lambda x: F.linear(x, layer.weight, layer.bias), x))
+
+
+@needs_onednn
+def test_compiled_graphs_have_ours_and_exported_ones_torchs(layer: Linear, noise: Noise) -> None:
+    operators: list[str] = []
+
+    def listed(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        operators.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    x = noise(3, 256)
+    with torch.no_grad():
+        torch.compile(layer, backend=listed)(x)
+        assert operators == ["stdit.linear"]
+        operators.clear()
+        torch.compile(layer, backend=listed)(x.as_subclass(Subclass))
+    assert "stdit.linear" not in operators
+    exported = torch.export.export(layer, (x,)).graph.nodes
+    assert [str(node.target) for node in exported if node.op == "call_function"] == ["aten.linear.default"]
+
+
+def test_a_bare_layer_is_its_weight_alone(layer: Linear) -> None:
+    assert is_bare(layer)
+    assert is_bare(nn.Linear(2, 2))
+    assert not is_bare(nn.Linear(2, 2, device="meta"))
+    assert not is_bare(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+    layer._hf_hook = None  # as accelerate leaves one  # pyright: ignore[reportAttributeAccessIssue,reportArgumentType]
+    assert not is_bare(layer)
