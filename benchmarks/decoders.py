@@ -21,7 +21,7 @@ from typing import Any
 import av
 import numpy as np
 
-from stdit.data.decode import open_clip
+from stdit.data.decoding import open_clip
 
 RESULTS = Path(__file__).parent / "results" / "decoders.md"
 

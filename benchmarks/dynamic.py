@@ -44,13 +44,13 @@ from stdit.config import (
 from stdit.data.digits import DigitsOptions, Shape, make_digits
 from stdit.diffusion.guidance import guided
 from stdit.diffusion.schedulers import make_scheduler, sample
-from stdit.evaluation.evaluate import evaluate
+from stdit.evaluate import evaluate
 from stdit.evaluation.held_out import held_out_prompts, write_prompts
 from stdit.generate import generate
+from stdit.inference.pipeline import STDiTPipeline
+from stdit.inference.prompts import read_prompts
 from stdit.models.sampling import Sampled
 from stdit.models.stdit import STDiT
-from stdit.pipeline import STDiTPipeline
-from stdit.prompts import read_prompts
 from stdit.train import train
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stdit.config import EMAConfig
-from stdit.models import linear
+from stdit.ops import onednn
 from stdit.training.ema import EMA
 
 RESULTS = Path(__file__).parent / "results" / "model.md"
@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("--same-products", action="store_true", help="ours by torch's own products too, as theirs")
     args = parser.parse_args()
     if args.same_products:
-        linear.SMALLEST = 2**62
+        onednn.SMALLEST = 2**62
     torch.set_num_threads(1)
     every: dict[str, tuple[Callable[[], Peer], int]] = {
         "DiT-S": (lambda: peers.dit("S"), 1),

@@ -8,17 +8,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.models.transformers.latte_transformer_3d import LatteTransformer3DModel
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from torch import Tensor, nn
 
-from stdit.modelconfig import SIZES, ModelConfig
+from stdit.config.model import SIZES
 from stdit.models.stdit import STDiT
+from stdit.weights.convert import load_foreign
 
 SIDE = 32  # latent pixels: 256 of the picture, 16 x 16 patches
 TEXT_TOKENS, TEXT_DIM = 120, 4096
@@ -98,17 +101,7 @@ def whole_captions(batch: int) -> dict[str, Tensor]:
 def dit(size: str) -> Peer:
     shape = _shape(size)
     theirs = DiTTransformer2DModel(**shape, sample_size=SIDE)
-    config = ModelConfig(
-        size=size,  # pyright: ignore[reportArgumentType]
-        temporal=False,
-        conditioning="adaln_zero",
-        num_classes=1000,
-        learned_variance=True,
-        position_base=SIDE // 2,
-        timestep_shift=1,
-        mlp_norm_eps=1e-5,
-    )
-    return Peer(f"DiT-{size}/2", *_same_weights(theirs, config), told=labels)
+    return Peer(f"DiT-{size}/2", *_same_weights(theirs), told=labels)
 
 
 def pixart(size: str) -> Peer:
@@ -117,21 +110,12 @@ def pixart(size: str) -> Peer:
     theirs = PixArtTransformer2DModel(
         **shape, sample_size=SIDE, cross_attention_dim=width, caption_channels=TEXT_DIM, interpolation_scale=1
     )
-    config = ModelConfig(
-        size=size,  # pyright: ignore[reportArgumentType]
-        temporal=False,
-        text_dim=TEXT_DIM,
-        text_tokens=TEXT_TOKENS,
-        null_text="empty",
-        learned_variance=True,
-        position_base=SIDE // 2,
-    )
-    return Peer(f"PixArt-{size}/2", *_same_weights(theirs, config), told=captions)
+    return Peer(f"PixArt-{size}/2", *_same_weights(theirs), told=captions)
 
 
 def latte(size: str, frames: int, pairs: int | None = None) -> Peer:
     """`pairs` of a spatial and a temporal block; None: half the size's depth."""
-    width, depth, heads = SIZES[size]
+    width, depth, _ = SIZES[size]
     pairs = pairs or depth // 2
     theirs = LatteTransformer3DModel(
         **({**_shape(size), "num_layers": pairs}),
@@ -144,20 +128,7 @@ def latte(size: str, frames: int, pairs: int | None = None) -> Peer:
         norm_elementwise_affine=False,
         norm_eps=1e-6,
     )
-    config = ModelConfig(
-        hidden_size=width,
-        depth=2 * pairs,
-        num_heads=heads,
-        attention="alternating",
-        temporal_text=False,
-        temporal_place="stream",
-        text_dim=TEXT_DIM,
-        text_tokens=TEXT_TOKENS,
-        null_text="empty",
-        learned_variance=True,
-        position_base=SIDE // 2,
-    )
-    return Peer(f"Latte-{size}/2", *_same_weights(theirs, config), frames, whole_captions)
+    return Peer(f"Latte-{size}/2", *_same_weights(theirs), frames, whole_captions)
 
 
 def _shape(size: str) -> dict[str, Any]:
@@ -174,66 +145,19 @@ def _shape(size: str) -> dict[str, Any]:
     }
 
 
-def _same_weights(theirs: nn.Module, config: ModelConfig) -> tuple[nn.Module, STDiT]:
-    """Both in eval mode, with the same random weights, none of them zero."""
+def _same_weights(theirs: ModelMixin) -> tuple[nn.Module, STDiT]:
+    """Both in eval mode, with the same random weights, none of them zero: ours by way of a folder, as users convert."""
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in theirs.parameters():
-            if not parameter.is_meta:
-                parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.02)
+            parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.02)
         if isinstance(theirs, DiTTransformer2DModel):  # one embedder, stored in every block
             first, *rest = (
                 b.norm1.get_submodule("emb") for b in theirs.modules() if isinstance(b, BasicTransformerBlock)
             )
             for embedder in rest:
                 embedder.load_state_dict(first.state_dict())
-    ours = STDiT.from_settings(config)
-    if not next(iter(theirs.parameters())).is_meta:
-        ours.load_state_dict(carried(theirs, config.attention == "alternating"))
-    return theirs.eval(), ours.eval()
-
-
-def carried(theirs: nn.Module, alternating: bool) -> dict[str, Tensor]:
-    """diffusers' weights under our names."""
-    found = dict(theirs.state_dict())
-    made: dict[str, Tensor] = {}
-
-    def linear(to: str, *names: str) -> None:
-        for kind in ("weight", "bias"):
-            made[f"{to}.{kind}"] = torch.cat([found[f"{name}.{kind}"] for name in names])
-
-    def embedder(to: str, name: str) -> None:
-        for i in (1, 2):
-            linear(f"{to}.mlp.{2 * i - 2}", f"{name}.linear_{i}")
-
-    made["x_embedder.proj.weight"] = found["pos_embed.proj.weight"][:, :, None]
-    made["x_embedder.proj.bias"] = found["pos_embed.proj.bias"]
-    if "adaln_single.linear.weight" in found:
-        embedder("t_embedder", "adaln_single.emb.timestep_embedder")
-        linear("t_block.1", "adaln_single.linear")
-        for i in (1, 2):
-            linear(f"y_embedder.y_proj.fc{i}", f"caption_projection.linear_{i}")
-        made["final_layer.scale_shift_table"] = found["scale_shift_table"]
-        linear("final_layer.linear", "proj_out")
-    else:
-        first = "transformer_blocks.0.norm1.emb"
-        embedder("t_embedder", f"{first}.timestep_embedder")
-        made["y_embedder.embedding_table.weight"] = found[f"{first}.class_embedder.embedding_table.weight"]
-        linear("final_layer.adaLN_modulation.1", "proj_out_1")
-        linear("final_layer.linear", "proj_out_2")
-    for i in range(sum(name.endswith("attn1.to_q.weight") for name in found)):
-        kind = "temporal_transformer_blocks" if alternating and i % 2 else "transformer_blocks"
-        at, to = f"{kind}.{i // 2 if alternating else i}", f"blocks.{i}"
-        linear(f"{to}.attn.qkv", *(f"{at}.attn1.to_{n}" for n in "qkv"))
-        linear(f"{to}.attn.proj", f"{at}.attn1.to_out.0")
-        linear(f"{to}.mlp.fc1", f"{at}.ff.net.0.proj")
-        linear(f"{to}.mlp.fc2", f"{at}.ff.net.2")
-        if f"{at}.norm1.linear.weight" in found:
-            linear(f"{to}.adaLN_modulation.1", f"{at}.norm1.linear")
-        else:
-            made[f"{to}.scale_shift_table"] = found[f"{at}.scale_shift_table"]
-        if f"{at}.attn2.to_q.weight" in found:
-            linear(f"{to}.cross_attn.q_linear", f"{at}.attn2.to_q")
-            linear(f"{to}.cross_attn.kv_linear", f"{at}.attn2.to_k", f"{at}.attn2.to_v")
-            linear(f"{to}.cross_attn.proj", f"{at}.attn2.to_out.0")
-    return made
+    with TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours = load_foreign(folder)
+    return theirs.eval(), ours

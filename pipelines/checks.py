@@ -47,14 +47,14 @@ def check_manifest(plan: Plan) -> None:
 
 
 def crossing(before: ResolvedStage, stage: ResolvedStage) -> str:
-    """What stdit.models.transition carries from one stage's model to the next one's, tried without weights or memory.
+    """What stdit.weights.transfer carries from one stage's model to the next one's, tried without weights or memory.
 
     ConfigError: the architectures differ in something that `allow` does not cover.
     """
     import torch
 
     from stdit.models.stdit import STDiT
-    from stdit.models.transition import carry
+    from stdit.weights.transfer import carry
 
     allow = stage.config.init.allow if stage.config.init else ()
     try:

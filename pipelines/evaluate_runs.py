@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.page import number, percent
+from pipelines.html import number, percent
 from stdit.config import (
     Bucket,
     ConfigError,
@@ -56,7 +56,7 @@ def evaluate_run(
     workers, threads, fps, device, overwrite, …). cache: where the trained reader is kept (default: out).
     ValueError: a run, a manifest or a folder that cannot be used.
     """
-    from stdit.evaluation.evaluate import evaluate
+    from stdit.evaluate import evaluate
     from stdit.evaluation.held_out import held_out_prompts, write_prompts
 
     drawing = drawing or Drawing()
@@ -70,7 +70,7 @@ def evaluate_run(
 
 def shape_of(run: Path, weights: Any, drawing: Drawing) -> Bucket:
     """The shape to draw: what is asked for, the rest as in the largest bucket that the run was trained on."""
-    from stdit.request import find_source
+    from stdit.inference.job import find_source
 
     largest = find_source(run, weights).largest
     known = {

@@ -100,7 +100,7 @@ def forecast(
     that is not there.
     """
     from stdit.data.loader import Loader
-    from stdit.models.summary import summary
+    from stdit.models.cost import summary
 
     config = stage.config
     loader = Loader(
@@ -155,7 +155,7 @@ def memory(parameters: int, train: TrainConfig, ranks: int, activations: int) ->
 
     # AdamW's two moments, and the float32 weights that it steps, which without ZeRO in float32 are the weights.
     master = 4 if bf16 or stage > 0 else 0
-    # bfloat16 gradients are summed up in float32 under ZeRO (stdit.training.settings).
+    # bfloat16 gradients are summed up in float32 under ZeRO (stdit.training.deepspeed_config).
     gradient = 2 if bf16 and stage == 0 else 4
     return Memory(share(2 if bf16 else 4, 3), share(gradient, 2), share(8 + master, 1), share(4, 1), activations)
 

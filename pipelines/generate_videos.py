@@ -113,7 +113,7 @@ def generate_videos(config: GenerateConfig, progress: bool = True) -> tuple[list
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0: all made; 1: some prompts failed; 2: nothing (more) could be done."""
-    from stdit.prompts import arguments, settings
+    from stdit.inference.prompts import arguments, settings
 
     options = arguments(__doc__).parse_args(argv)
     try:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.page import Pictures, page
+from pipelines.html import Pictures, page
 from stdit.files import atomic_write
 
 REPORT, PAGE, PICTURES = "report.json", "report.html", "report"
@@ -28,7 +28,7 @@ def write_report(
     """Writes out/report.json, out/report.html and pictures in out/report/; returns the paths by what they are.
 
     stages, in the order of training: `name`, `steps`, `seconds`, and where there is one `run` (the run directory),
-    `checkpoint`, `videos` (a folder of stdit.generate) and `scores` (of stdit.evaluation.evaluate). seconds: the
+    `checkpoint`, `videos` (a folder of stdit.generate) and `scores` (of stdit.evaluate). seconds: the
     whole, from start to here. data: what else the reader should know, by heading (clips kept, forecast, …).
     """
     if not stages:

@@ -20,9 +20,9 @@ from pathlib import Path
 from pipelines import checks, job, workers
 from pipelines import plan as plans
 from pipelines.record import only_one
-from pipelines.walk import PlanFailed, Walk
+from pipelines.runner import PlanFailed, Walk
 
-STOPPED = 75  # stdit.training.parallel.STOPPED, without importing torch.
+STOPPED = 75  # stdit.training.distributed.STOPPED, without importing torch.
 
 
 def run_plan(

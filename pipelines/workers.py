@@ -133,7 +133,7 @@ def train_rank(settings: Mapping[str, Any]) -> None:
     import ray.train
 
     from stdit.train import Stopped, train
-    from stdit.training.parallel import Stop
+    from stdit.training.distributed import Stop
 
     config = validate(settings["config"], Config, settings["name"])
     stop = Stop()

@@ -28,14 +28,14 @@ import torch
 from PIL import Image
 
 from stdit.config import Bucket, LoRASource, SamplerConfig
-from stdit.data.decode import open_clip
+from stdit.data.decoding import open_clip
 from stdit.data.transforms import resize_crop
 from stdit.diffusion.randomness import seed_for
 from stdit.evaluation import pictures
 from stdit.files import atomic_path, atomic_write
-from stdit.pipeline import STDiTPipeline, STDiTPipelineOutput
-from stdit.prompts import Item, Prompt, arguments, check_text, label_id, read_prompts, settings
-from stdit.request import MANIFEST, MOVING, SHEET, Job, job_of, open_job
+from stdit.inference.job import MANIFEST, MOVING, SHEET, Job, job_of, open_job
+from stdit.inference.pipeline import STDiTPipeline, STDiTPipelineOutput
+from stdit.inference.prompts import Item, Prompt, arguments, check_text, label_id, read_prompts, settings
 from stdit.training import checkpoint
 
 # Clips on the contact sheet: the first of the manifest.

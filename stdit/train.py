@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stdit.data.loader import Batch
+    from stdit.training.distributed import Ranks, Stop
     from stdit.training.engine import Engine
     from stdit.training.inputs import Inputs
-    from stdit.training.parallel import Ranks, Stop
-    from stdit.training.snapshot import Place
+    from stdit.training.resume import Place
 
 
 class Stopped(Exception):
@@ -55,30 +55,30 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
     # Late, so that `--help` and wrong configs are answered at once.
     from stdit.data.loader import Loader
     from stdit.diffusion.objectives import make_objective
-    from stdit.training import snapshot
+    from stdit.training import resume
     from stdit.training.checks import check
+    from stdit.training.distributed import world_size
     from stdit.training.ema import EMA
     from stdit.training.engine import Engine, start_ranks
     from stdit.training.inputs import Inputs
-    from stdit.training.optim import learning_rate
-    from stdit.training.parallel import world_size
-    from stdit.training.preview import Preview
-    from stdit.training.track import Tracker
+    from stdit.training.optimizer import learning_rate
+    from stdit.training.tracking import Tracker
+    from stdit.training.validation import Preview
 
     data = check(config)
-    if snapshot.finished(config, data, world_size()):
+    if resume.finished(config, data, world_size()):
         return config.run_dir
     ranks = start_ranks()
-    place = ranks.agree(lambda: snapshot.place_of(config, data, ranks.size))
-    snapshot.begin(config, ranks)
+    place = ranks.agree(lambda: resume.place_of(config, data, ranks.size))
+    resume.begin(config, ranks)
 
     with closing(Tracker(config, place.step, ranks.first)) as tracker:
         tracker.say(describe(config, place, ranks))
-        model = prepare(snapshot.make_model(config, place, ranks, tracker.say), config)
-        engine = Engine(model, config, ranks, snapshot.needs_conversion(place, config.train.zero_stage, ranks.size))
+        model = prepare(resume.make_model(config, place, ranks, tracker.say), config)
+        engine = Engine(model, config, ranks, resume.needs_conversion(place, config.train.zero_stage, ranks.size))
         ema = EMA(engine.masters, config.train.ema)
         if place.checkpoint:
-            snapshot.load(engine, place, ranks)
+            resume.load(engine, place, ranks)
 
         inputs = Inputs(
             config,
@@ -131,7 +131,7 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
 
             saved = None
             if stops or last or due(config.train.checkpoint_every, number, last):
-                saved = snapshot.save(engine, ema, config, data, place, ranks)
+                saved = resume.save(engine, ema, config, data, place, ranks)
             if report and (logged or saved):
                 report({**entry, "checkpoint": saved and str(saved)})
             if stops and not last:
@@ -140,14 +140,14 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
                 raise Stopped(str(saved))
             began = time.perf_counter()
 
-        snapshot.finish(config, place, ranks)
+        resume.finish(config, place, ranks)
         engine.close()
     return config.run_dir
 
 
 def backward(engine: Engine, inputs: Inputs, batch: Batch, step: int) -> tuple[Tensor, Tensor | float]:
     """Adds one micro-batch's gradients; its mean loss, detached, and the share of the model's compute that it took."""
-    from stdit.training.compute import compute_loss
+    from stdit.training.dynamic_loss import compute_loss
     from stdit.training.inputs import condition_of
 
     x0 = inputs.latents(batch, step)
@@ -221,7 +221,7 @@ def main() -> None:
     code = 1
     try:
         config = load(args.config, Config, args.set)
-        from stdit.training.parallel import STOPPED, Stop, leave
+        from stdit.training.distributed import STOPPED, Stop, leave
 
         try:
             train(config, stop=Stop().listen())

@@ -1,4 +1,4 @@
-"""The repository's root on sys.path, so that tests find one another's makers (`tests.made_runs`) however pytest is started."""
+"""The repository's root on sys.path, so that tests find one another's makers (`tests.support.runs`) however pytest is started."""
 
 from __future__ import annotations
 

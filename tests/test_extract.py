@@ -21,15 +21,15 @@ from safetensors.torch import load_file, save_file
 from stdit import extract
 from stdit.config import ConfigError, ExtractBucket, ExtractConfig, VideoEncoderConfig, Where, dump
 from stdit.data import extractor as room
-from stdit.data.decode import open_clip
+from stdit.data.decoding import open_clip
 from stdit.data.extraction import ExtractionError
 from stdit.data.features import FeatureSet
 from stdit.data.manifest import ManifestError
 from stdit.data.transforms import resize_crop, to_pixels
 from stdit.encoders.text import load_text_encoder
 from stdit.encoders.video import VideoEncoder
-from tests import made_clips, made_encoders
-from tests.made_clips import CAPTIONS, damaged, rows
+from tests.support import clip_folder, encoders
+from tests.support.clip_folder import CAPTIONS, damaged, rows
 
 
 def report(config: ExtractConfig) -> dict[str, Any]:
@@ -61,9 +61,9 @@ def autoencoder(folder: Path, **changes: Any) -> VideoEncoderConfig:
 def test_every_clip_is_kept_or_dropped_or_bad_with_its_reason(tmp_path: Path) -> None:
     made = rows(tmp_path, 12) + damaged(tmp_path)
     made += [{"path": "small.png", "caption": "too small"}, {"path": "wave.mp4", "caption": "unknown size"}]
-    made_clips.Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
-    made_clips.lossless(tmp_path / "wave.mp4", made_clips.smooth(7, 48, 48))
-    config = made_clips.config(
+    clip_folder.Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
+    clip_folder.lossless(tmp_path / "wave.mp4", clip_folder.smooth(7, 48, 48))
+    config = clip_folder.config(
         tmp_path, made, max_bad_share=0.3, where=(Where(column="path", one_of=tuple(r["path"] for r in made[1:])),)
     )
     features = FeatureSet(extract.run(config))
@@ -84,7 +84,7 @@ def test_every_clip_is_kept_or_dropped_or_bad_with_its_reason(tmp_path: Path) ->
 
 @pytest.mark.parametrize("stated", [True, False])
 def test_features_are_what_the_encoders_make_of_the_clip_and_its_caption(stated: bool, tmp_path: Path) -> None:
-    config = made_clips.config(tmp_path, rows(tmp_path, 7, stated))
+    config = clip_folder.config(tmp_path, rows(tmp_path, 7, stated))
     features = FeatureSet(extract.run(config))
     assert features.rows["bucket"].to_pylist() == [
         "1x16x16",
@@ -95,7 +95,7 @@ def test_features_are_what_the_encoders_make_of_the_clip_and_its_caption(stated:
         "5x16x32",
         "1x16x16",
     ]
-    text = load_text_encoder(made_clips.TEXT)
+    text = load_text_encoder(clip_folder.TEXT)
     for row in features.rows.to_pylist():
         sample = features.sample(row["id"])
         frames, height, width = map(int, row["bucket"].split("x"))
@@ -113,7 +113,7 @@ def test_features_are_what_the_encoders_make_of_the_clip_and_its_caption(stated:
 
 def test_an_autoencoders_mean_and_std_are_kept_in_its_own_precision(tmp_path: Path) -> None:
     encoder = autoencoder(tmp_path / "vae", dtype="bfloat16")
-    config = made_clips.config(tmp_path, rows(tmp_path, 3), video_encoder=encoder, text_encoder=None)
+    config = clip_folder.config(tmp_path, rows(tmp_path, 3), video_encoder=encoder, text_encoder=None)
     features = FeatureSet(extract.run(config))
     sample = features.sample(2)
     assert sample.std is not None
@@ -131,7 +131,7 @@ def test_an_autoencoders_mean_and_std_are_kept_in_its_own_precision(tmp_path: Pa
 
 
 def test_a_stride_takes_every_nth_frame_and_slows_the_clip_down(tmp_path: Path) -> None:
-    config = made_clips.config(tmp_path, rows(tmp_path, 6), frame_stride=2, window="center")
+    config = clip_folder.config(tmp_path, rows(tmp_path, 6), frame_stride=2, window="center")
     features = FeatureSet(extract.run(config))
     sample = features.sample(5)
     with open_clip(tmp_path / "5.mp4") as reader:
@@ -141,8 +141,8 @@ def test_a_stride_takes_every_nth_frame_and_slows_the_clip_down(tmp_path: Path) 
 
 
 def test_features_of_several_encoders_and_their_pooled_vectors_are_kept(tmp_path: Path) -> None:
-    settings = made_encoders.sd3(tmp_path / "sd3")
-    config = made_clips.config(tmp_path, rows(tmp_path, 5), text_encoder=settings)
+    settings = encoders.sd3(tmp_path / "sd3")
+    config = clip_folder.config(tmp_path, rows(tmp_path, 5), text_encoder=settings)
     features = FeatureSet(extract.run(config))
     encoder = load_text_encoder(settings)
     for row in features.rows.to_pylist():
@@ -162,9 +162,9 @@ def test_features_of_several_encoders_and_their_pooled_vectors_are_kept(tmp_path
 
 @pytest.mark.parametrize("several", [False, True])
 def test_the_empty_captions_features_are_kept(several: bool, tmp_path: Path) -> None:
-    settings = made_encoders.sd3(tmp_path / "sd3") if several else made_clips.TEXT
+    settings = encoders.sd3(tmp_path / "sd3") if several else clip_folder.TEXT
     made = [{**row, "caption": "a wave"} for row in rows(tmp_path, 7)]
-    features = FeatureSet(extract.run(made_clips.config(tmp_path, made, text_encoder=settings)))
+    features = FeatureSet(extract.run(clip_folder.config(tmp_path, made, text_encoder=settings)))
     own = load_text_encoder(settings).encode([""])
     empty = features.empty_caption
     assert empty is not None
@@ -177,7 +177,7 @@ def test_the_empty_captions_features_are_kept(several: bool, tmp_path: Path) -> 
 
 
 def test_features_from_before_the_empty_caption_was_kept_are_read_and_completed(tmp_path: Path) -> None:
-    config = made_clips.config(tmp_path, rows(tmp_path, 7))
+    config = clip_folder.config(tmp_path, rows(tmp_path, 7))
     out = extract.run(config)
     before = times(out / "shards")
     # As they were: neither in the shards, nor in what the records and the index say.
@@ -203,7 +203,7 @@ def test_features_from_before_the_empty_caption_was_kept_are_read_and_completed(
 
 
 def test_a_damaged_empty_caption_is_named(tmp_path: Path) -> None:
-    config = made_clips.config(tmp_path, rows(tmp_path, 2))
+    config = clip_folder.config(tmp_path, rows(tmp_path, 2))
     shard = extract.run(config) / "shards" / "00000.safetensors"
     whole = load_file(shard)
     save_file({**whole, "empty.text": whole["empty.text"] + 1}, shard)
@@ -218,7 +218,7 @@ def test_a_damaged_empty_caption_is_named(tmp_path: Path) -> None:
 
 
 def test_a_second_call_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = made_clips.config(tmp_path, rows(tmp_path, 7))
+    config = clip_folder.config(tmp_path, rows(tmp_path, 7))
     extract.run(config)
     before = times(config.out)
     monkeypatch.setattr(room.ChildDecoder, "read", None)
@@ -230,7 +230,7 @@ def test_a_second_call_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_an_interrupted_extraction_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = made_clips.config(tmp_path, rows(tmp_path, 12))
+    config = clip_folder.config(tmp_path, rows(tmp_path, 12))
     whole = content(extract.run(config.model_copy(update={"out": tmp_path / "whole"})))
     read, calls = room.ChildDecoder.read, []
 
@@ -268,7 +268,7 @@ extract.run(load(sys.argv[1], ExtractConfig))
 
 
 def test_a_killed_extraction_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    config = made_clips.config(tmp_path, rows(tmp_path, 12))
+    config = clip_folder.config(tmp_path, rows(tmp_path, 12))
     (tmp_path / "config.yaml").write_text(dump(config))
     process = subprocess.Popen([sys.executable, "-c", SLOW, str(tmp_path / "config.yaml")], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -295,20 +295,20 @@ def test_what_has_changed_at_the_source_is_extracted_again_and_nothing_else(
     made = rows(tmp_path, 9)
     if change == "appears":
         (tmp_path / "4.png").rename(tmp_path / "away.png")
-    config = made_clips.config(tmp_path, made, max_bad_share=0.2)
+    config = clip_folder.config(tmp_path, made, max_bad_share=0.2)
     extract.run(config)
     before, index = times(config.out / "shards"), json.loads((config.out / "index.json").read_text())
     for file in tmp_path.glob("*.png"):
         os.utime(file)  # of another time, but the same
     if change == "source":
-        made_clips.Image.new("RGB", (32, 32), "red").save(tmp_path / "4.png")
+        clip_folder.Image.new("RGB", (32, 32), "red").save(tmp_path / "4.png")
     elif change == "appears":
         (tmp_path / "away.png").rename(tmp_path / "4.png")
     elif change == "damage":
         (config.out / "shards" / "00001.safetensors").write_bytes(b"short")
     else:
         made[4] = {**made[4], "caption": "another"} if change == "caption" else {**made[4], "score": 7.5}
-        made_clips.write(tmp_path, made)
+        clip_folder.write(tmp_path, made)
     capsys.readouterr()
     features = FeatureSet(extract.run(config))
     said = capsys.readouterr().err
@@ -325,9 +325,9 @@ def test_what_has_changed_at_the_source_is_extracted_again_and_nothing_else(
 
 def test_a_shorter_manifest_leaves_no_old_shards(tmp_path: Path) -> None:
     made = rows(tmp_path, 9)
-    config = made_clips.config(tmp_path, made)
+    config = clip_folder.config(tmp_path, made)
     extract.run(config)
-    made_clips.write(tmp_path, made[:4])
+    clip_folder.write(tmp_path, made[:4])
     assert len(FeatureSet(extract.run(config))) == 4
     assert sorted(content(config.out)) == ["shards/00000.safetensors", "shards/00001.safetensors"]
     assert len(list((config.out / "parts").iterdir())) == 2
@@ -335,7 +335,7 @@ def test_a_shorter_manifest_leaves_no_old_shards(tmp_path: Path) -> None:
 
 def test_a_changed_config_is_refused_key_by_key_unless_told(tmp_path: Path) -> None:
     made = rows(tmp_path, 4)
-    config = made_clips.config(tmp_path, made)
+    config = clip_folder.config(tmp_path, made)
     extract.run(config)
     before = times(config.out)
     changed = config.model_copy(
@@ -351,7 +351,7 @@ def test_a_changed_config_is_refused_key_by_key_unless_told(tmp_path: Path) -> N
 
 
 def test_other_weights_at_the_same_path_are_noticed(tmp_path: Path) -> None:
-    config = made_clips.config(tmp_path, rows(tmp_path, 3), video_encoder=autoencoder(tmp_path / "vae"))
+    config = clip_folder.config(tmp_path, rows(tmp_path, 3), video_encoder=autoencoder(tmp_path / "vae"))
     extract.run(config)
     torch.manual_seed(1)
     autoencoder(tmp_path / "vae")
@@ -363,7 +363,7 @@ def test_folders_and_pipes_are_bad_clips_and_not_looked_at_again(tmp_path: Path)
     made = rows(tmp_path, 4) + [{"path": f"{name}.mp4", "caption": name} for name in ("folder", "pipe")]
     (tmp_path / "folder.mp4").mkdir()
     os.mkfifo(tmp_path / "pipe.mp4")
-    config = made_clips.config(tmp_path, made, max_bad_share=0.5)
+    config = clip_folder.config(tmp_path, made, max_bad_share=0.5)
     shard = extract.run(config) / "parts" / "00000.parquet"
     before = shard.stat().st_mtime_ns
     assert {clip["reason"] for clip in report(config)["bad_clips"]} == {"is not a file"}
@@ -375,7 +375,7 @@ def test_folders_and_pipes_are_bad_clips_and_not_looked_at_again(tmp_path: Path)
 @pytest.mark.parametrize("name", ["index.json", "samples.parquet"])
 @pytest.mark.parametrize("damage", ["{", None])
 def test_a_damaged_index_is_written_again(name: str, damage: str | None, tmp_path: Path) -> None:
-    config = made_clips.config(tmp_path, rows(tmp_path, 2))
+    config = clip_folder.config(tmp_path, rows(tmp_path, 2))
     file = extract.run(config) / name
     whole = file.read_bytes()
     file.unlink() if damage is None else file.write_text(damage)
@@ -384,7 +384,7 @@ def test_a_damaged_index_is_written_again(name: str, damage: str | None, tmp_pat
 
 
 def test_damaged_settings_are_named(tmp_path: Path) -> None:
-    config = made_clips.config(tmp_path, rows(tmp_path, 2))
+    config = clip_folder.config(tmp_path, rows(tmp_path, 2))
     (extract.run(config) / "extraction.json").write_text("{")
     with pytest.raises(ConfigError, match=r"extraction\.json: damaged"):
         extract.run(config)
@@ -402,11 +402,11 @@ def test_columns_that_cannot_be_kept_or_compared_are_named(
 ) -> None:
     made = [{**row, "s": value} for row, value in zip(rows(tmp_path, 2), values, strict=True)]
     with pytest.raises((ConfigError, ManifestError), match=message):
-        extract.plan_parts(made_clips.config(tmp_path, made, where=where))
+        extract.plan_parts(clip_folder.config(tmp_path, made, where=where))
 
 
 def test_one_part_by_hand_is_idempotent_too(tmp_path: Path) -> None:
-    config = made_clips.config(tmp_path, rows(tmp_path, 4))
+    config = clip_folder.config(tmp_path, rows(tmp_path, 4))
     plan = extract.plan_parts(config)
     shard = extract.extract(config, plan.parts[1])
     before = times(config.out)
@@ -418,7 +418,7 @@ def test_one_part_by_hand_is_idempotent_too(tmp_path: Path) -> None:
 
 
 def test_too_many_bad_clips_are_an_error_after_the_report_is_written(tmp_path: Path) -> None:
-    config = made_clips.config(tmp_path, rows(tmp_path, 8) + damaged(tmp_path), max_bad_share=0.3)
+    config = clip_folder.config(tmp_path, rows(tmp_path, 8) + damaged(tmp_path), max_bad_share=0.3)
     with pytest.raises(ExtractionError, match=r"4 of 12 clips cannot be used, more than the 3 that max_bad_share 0\.3"):
         extract.run(config)
     assert report(config)["bad"] == 4
@@ -430,7 +430,7 @@ def test_too_many_bad_clips_are_an_error_after_the_report_is_written(tmp_path: P
 
 
 def test_too_many_bad_clips_stop_the_rest(tmp_path: Path) -> None:
-    config = made_clips.config(tmp_path, damaged(tmp_path) + rows(tmp_path, 8), max_bad_share=0.1)
+    config = clip_folder.config(tmp_path, damaged(tmp_path) + rows(tmp_path, 8), max_bad_share=0.1)
     with pytest.raises(ExtractionError, match=r"3 of 12 clips \(stopped after 3\) cannot be used"):
         extract.run(config)
     assert report(config)["missing_parts"] == 3
@@ -438,7 +438,7 @@ def test_too_many_bad_clips_stop_the_rest(tmp_path: Path) -> None:
 
 def test_clips_that_fit_no_bucket_are_no_features(tmp_path: Path) -> None:
     buckets = (ExtractBucket(frames=64, height=16, width=16),)
-    config = made_clips.config(tmp_path, rows(tmp_path, 4), buckets=buckets)
+    config = clip_folder.config(tmp_path, rows(tmp_path, 4), buckets=buckets)
     with pytest.raises(ExtractionError, match=r"none of 4 clips is kept \(4 too_short\)"):
         extract.run(config)
     with pytest.raises(ConfigError, match="none of its 4 clips meets `where`"):
@@ -450,11 +450,11 @@ def test_what_cannot_work_is_refused_before_any_clip_is_opened(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(room, "ChildDecoder", None)
-    config = made_clips.config(tmp_path, rows(tmp_path, 1), video_encoder=autoencoder(tmp_path / "vae"))
+    config = clip_folder.config(tmp_path, rows(tmp_path, 1), video_encoder=autoencoder(tmp_path / "vae"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     (tmp_path / "bare.jsonl").touch()
-    made_clips.write(tmp_path / "mine", [{"path": "a.png", "caption": "", "shard": 3}])
+    clip_folder.write(tmp_path / "mine", [{"path": "a.png", "caption": "", "shard": 3}])
     changes, message = {
         "height": (
             {"buckets": (ExtractBucket(frames=1, height=17, width=16),)},
@@ -478,7 +478,7 @@ def test_what_cannot_work_is_refused_before_any_clip_is_opened(
 
 
 def test_a_clip_whose_latents_are_not_finite_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = made_clips.config(tmp_path, rows(tmp_path, 4), max_bad_share=0.5)
+    config = clip_folder.config(tmp_path, rows(tmp_path, 4), max_bad_share=0.5)
     encode = VideoEncoder.encode
 
     def overflow(self: VideoEncoder, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -493,7 +493,7 @@ def test_a_clip_whose_latents_are_not_finite_is_bad(tmp_path: Path, monkeypatch:
 
 
 def test_an_error_names_what_is_wrong_and_ends_with_a_code(tmp_path: Path) -> None:
-    config = made_clips.config(tmp_path, rows(tmp_path, 2) + damaged(tmp_path))
+    config = clip_folder.config(tmp_path, rows(tmp_path, 2) + damaged(tmp_path))
     (tmp_path / "config.yaml").write_text(dump(config))
     command = [sys.executable, "-m", "stdit.extract", "--config", str(tmp_path / "config.yaml")]
     ended = subprocess.run(command, capture_output=True, text=True)
@@ -509,7 +509,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing_half_written(tmp_path: 
         pytest.skip("no user namespaces here")
     out = tmp_path / "full"
     out.mkdir()
-    config = made_clips.config(tmp_path, rows(tmp_path, 24), out=out / "features")
+    config = clip_folder.config(tmp_path, rows(tmp_path, 24), out=out / "features")
     (tmp_path / "config.yaml").write_text(dump(config))
     run = f"{sys.executable} -m stdit.extract --config {tmp_path / 'config.yaml'}"
     script = f"mount -t tmpfs -o size=120k none {out} && {{ {run}; code=$?; find {out} -type f; exit $code; }}"

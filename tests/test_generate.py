@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 from stdit import generate as generation
 from stdit.config import Bucket, ConfigError, DiffusionConfig, GenerateConfig, SamplerConfig
-from stdit.data.decode import open_clip
+from stdit.data.decoding import open_clip
 from stdit.generate import Prompt, generate, job_of, noise_seed, read_prompts, write_clip
+from stdit.inference.pipeline import STDiTPipeline, STDiTPipelineOutput
+from stdit.inference.prompts import SLUG_LENGTH, items, slug
 from stdit.models import lora
 from stdit.models.stdit import STDiT
-from stdit.pipeline import STDiTPipeline, STDiTPipelineOutput
-from stdit.prompts import SLUG_LENGTH, items, slug
 from stdit.training import adapters, checkpoint
-from tests.made_runs import CLASSES, TEXT, make_run, model_config
+from tests.support.runs import CLASSES, TEXT, make_run, model_config
 
 SHAPE = Bucket(frames=4, height=16, width=16)
 SAMPLER = SamplerConfig(steps=2, guidance_scale=2.0)

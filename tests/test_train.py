@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from stdit.training import checkpoint
-from stdit.training.parallel import STOPPED, free_port
+from stdit.training.distributed import STOPPED, free_port
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 DEBUG = ["--config", "configs/debug.yaml"]
 BIN = Path(sys.executable).parent
 # What the tests' own environment may say of ranks and threads is not for the runs.

@@ -9,9 +9,9 @@ import numpy as np
 
 from stdit.config import Bucket
 from stdit.data import records
-from stdit.data.child import ChildDecoder
 from stdit.data.manifest import Clip
 from stdit.data.reader import DecodeError, Facts
+from stdit.data.subprocess_decoder import ChildDecoder
 
 
 def read_control(

@@ -19,12 +19,12 @@ from torch import Tensor
 from stdit.config import ExtractBucket, ExtractConfig
 from stdit.data import records
 from stdit.data.buckets import Dropped, assign
-from stdit.data.child import ChildDecoder
 from stdit.data.control import control_state, read_control
 from stdit.data.features import EMPTY_CAPTION, INDEX, digest_of, packed, shard_path, write_shard
 from stdit.data.manifest import Clip, problem
 from stdit.data.reader import DecodeError, Facts
 from stdit.data.records import Outcome, Part
+from stdit.data.subprocess_decoder import ChildDecoder
 from stdit.data.transforms import frames_available, to_pixels, window
 
 _Item = TypeVar("_Item")

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stdit.data.decode import DecodeError, open_clip
-from stdit.evaluation.features import Frames
+from stdit.data.decoding import DecodeError, open_clip
+from stdit.evaluation.classifier import Frames
 from stdit.files import fingerprint_file, sha256
 
 LISTING = "manifest.jsonl"

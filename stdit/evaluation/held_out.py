@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from stdit.config import Bucket, EvaluationConfig
-from stdit.data.decode import DecodeError, open_clip
+from stdit.data.decoding import DecodeError, open_clip
 from stdit.data.manifest import Clip, Manifest, ManifestError, read
 from stdit.data.transforms import resize_crop, window
-from stdit.evaluation.features import DIRECTIONS, Frames
+from stdit.evaluation.classifier import DIRECTIONS, Frames
 from stdit.files import atomic_write
 
 

@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from stdit.evaluation.features import Frames
+from stdit.evaluation.classifier import Frames
 
 # One dark ground, legible on light pages as on dark ones.
 GROUND, PLATE, TEXT, FAINT, RIGHT, WRONG = "#14171c", "#20242c", "#e8eaed", "#9aa0a8", "#5fd38a", "#ff7b72"

@@ -24,9 +24,9 @@ from diffusers.models.attention_dispatch import (
 from einops import rearrange
 from torch import Tensor, nn
 
-from stdit.modelconfig import QKNorm
+from stdit.config.model import QKNorm
 from stdit.models.embeddings import Rope, rotate
-from stdit.models.linear import Linear
+from stdit.ops.onednn import Linear
 
 # Back ends that take boolean masks (xformers would add them as 0 and 1); all others leave masked attention to NATIVE.
 MASKED = frozenset(

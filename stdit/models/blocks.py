@@ -22,13 +22,13 @@ from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockR
 from einops import rearrange
 from torch import Tensor, nn
 
-from stdit.modelconfig import ModelConfig
+from stdit.config.model import ModelConfig
 from stdit.models.attention import Attention, CrossAttention
 from stdit.models.dynamic import Costs, Dynamic, Noise, Used
 from stdit.models.embeddings import Grid
-from stdit.models.feedforward import feed_forward
-from stdit.models.partial import Chosen, Parts
-from stdit.models.places import Places
+from stdit.models.mlp import feed_forward
+from stdit.models.positions import Places
+from stdit.models.pruning import Chosen, Parts
 
 # How blocks are compiled. They share one function, so the limit, per function, has to hold every kind of block there is in
 # a model, times one frame or several, one sample or several, a shared time or each its own, a mask or none. Sizes above

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stdit.modelconfig import ModelConfig
+from stdit.config.model import ModelConfig
 from stdit.models.embeddings import Grid
 
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stdit.modelconfig import ModelConfig
+from stdit.config.model import ModelConfig
 from stdit.models.embeddings import timestep_code
-from stdit.models.feedforward import Mlp
+from stdit.models.mlp import Mlp
 
 
 class TimestepEmbedder(nn.Module):

@@ -20,12 +20,12 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from stdit.modelconfig import ModelConfig
+from stdit.config.model import ModelConfig
 from stdit.models.blocks import TextStream
 from stdit.models.checks import check_config, check_inputs
 from stdit.models.dynamic import Generators
 from stdit.models.embeddings import Grid, PatchEmbed3D
-from stdit.models.initial import takes_settings
+from stdit.models.init import takes_settings
 from stdit.models.stdit import STDiT
 from stdit.models.telling import Conditions
 

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from stdit.modelconfig import ModelConfig
+from stdit.config.model import ModelConfig
 from stdit.models.attention import Attention
-from stdit.models.linear import Linear
-from stdit.models.partial import Chosen, Parts, cut, for_some
+from stdit.models.pruning import Chosen, Parts, cut, for_some
+from stdit.ops.onednn import Linear
 
 # Of the Gumbel sigmoid, as published.
 TEMPERATURE = 5.0

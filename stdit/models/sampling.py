@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from stdit.config import Bucket
+from stdit.config.model import ModelConfig
 from stdit.held import Held
-from stdit.modelconfig import ModelConfig
 from stdit.models.checks import check_inputs
 from stdit.models.conditioning import trimmed
 from stdit.models.control import STDiTControl

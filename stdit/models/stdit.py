@@ -6,7 +6,7 @@ B batch · C latent channels · (T, H, W) latent frames, height, width, then pat
     for block in blocks: tokens, text = block(tokens, y_embedder(text), t_block(code))
     prediction = unpatchify(final_layer(tokens, code))
 
-Its config (stdit.modelconfig.ModelConfig) says which of the published models it is. Parameter names are those of DiT,
+Its config (stdit.config.model.ModelConfig) says which of the published models it is. Parameter names are those of DiT,
 PixArt-α and Open-Sora, whose weights have the same shapes.
 """
 
@@ -24,7 +24,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from stdit.modelconfig import ModelConfig
+from stdit.config.model import ModelConfig
 from stdit.models.blocks import COMPILED, FinalLayer, STDiTBlock
 from stdit.models.checks import check_config, check_inputs, check_loaded, check_residuals
 from stdit.models.conditioning import ConditionEmbedder, TimestepEmbedder, micro_embedders
@@ -43,8 +43,8 @@ from stdit.models.embeddings import (
     unpatchify,
     with_still,
 )
-from stdit.models.initial import initialize, takes_settings
-from stdit.models.places import Places, placed
+from stdit.models.init import initialize, takes_settings
+from stdit.models.positions import Places, placed
 from stdit.models.telling import Conditions, Telling
 
 

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stdit.modelconfig import ModelConfig
+from stdit.config.model import ModelConfig
 from stdit.models.blocks import FinalLayer, Prepared, Signals
 from stdit.models.checks import check_known
 from stdit.models.conditioning import ConditionEmbedder, TimestepEmbedder, Told
 from stdit.models.dynamic import depths, is_shared
 from stdit.models.embeddings import Grid, PatchEmbed3D, as_vector
-from stdit.models.partial import cut_ahead
+from stdit.models.pruning import cut_ahead
 
 
 class Conditions(NamedTuple):

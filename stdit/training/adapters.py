@@ -20,9 +20,9 @@ from stdit.files import sha256
 from stdit.models import lora
 from stdit.models.control import Controlled, STDiTControl
 from stdit.models.stdit import STDiT
-from stdit.models.transition import carry
 from stdit.training import checkpoint
 from stdit.training.checkpoint import Weights
+from stdit.weights.transfer import carry
 
 
 def check_targets(config: Config) -> None:

@@ -14,8 +14,8 @@ from stdit.data.loader import Loader, Source, Synthetic
 from stdit.diffusion.schedulers import check_sampler
 from stdit.encoders.video import PixelAutoencoder, VideoEncoder
 from stdit.training.adapters import check_targets
-from stdit.training.settings import settings
-from stdit.training.track import check_trackers
+from stdit.training.deepspeed_config import settings
+from stdit.training.tracking import check_trackers
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from stdit.config import Config
-from stdit.training.optim import parameter_groups
-from stdit.training.parallel import TIMEOUT, Ranks, join
-from stdit.training.settings import say_accelerator, settings
+from stdit.training.deepspeed_config import say_accelerator, settings
+from stdit.training.distributed import TIMEOUT, Ranks, join
+from stdit.training.optimizer import parameter_groups
 
 
 def start_ranks() -> Ranks:
-    """Joins this process to the others (see stdit.training.parallel.join) under the backend of what device there is."""
+    """Joins this process to the others (see stdit.training.distributed.join) under the backend of what device there is."""
     say_accelerator()
     import deepspeed
     import deepspeed.ops

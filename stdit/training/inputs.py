@@ -15,7 +15,7 @@ from torch import Tensor
 from stdit.config import Config, GivenFramesConfig, ModelConfig
 from stdit.data.features import EmptyCaption
 from stdit.data.loader import Batch
-from stdit.diffusion.given import given_frames
+from stdit.diffusion.frame_conditioning import given_frames
 from stdit.diffusion.objectives import DDPM, FlowMatching
 from stdit.diffusion.randomness import generators, normal, seed_for, uniform
 

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import yaml
 
-from stdit.training.parallel import STOPPED
+from stdit.training.distributed import STOPPED
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
 YAML = sorted(CLUSTER.rglob("*.yaml"))
 SCRIPTS = sorted((CLUSTER / "slurm").iterdir())

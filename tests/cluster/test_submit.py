@@ -9,13 +9,14 @@ import pytest
 
 from cluster import submit
 from stdit.config import ConfigError
+from tests.support.paths import ROOT
 
 PLAN = "configs/plans/tiny.yaml"
 
 
 @pytest.fixture(autouse=True)
 def _in_the_checkout(monkeypatch) -> None:
-    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    monkeypatch.chdir(ROOT)
 
 
 def given(*arguments: str):

@@ -13,7 +13,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from stdit.data import digits, manifest
-from stdit.data.decode import open_clip
+from stdit.data.decoding import open_clip
 from stdit.data.digits import DigitsOptions, Shape, draw, make_digits, write_clip
 from stdit.data.manifest import Clip
 from stdit.data.scans import CLIP_CAPTIONS, DIRECTIONS, IMAGE_CAPTIONS, WORDS, caption, read_scans

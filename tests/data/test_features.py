@@ -17,15 +17,15 @@ from stdit import extract
 from stdit.config import Bucket, ConfigError, Where
 from stdit.data import features as room
 from stdit.data.features import FeatureSet, packed, padded, write_shard
-from tests import made_clips
-from tests.made_clips import BUCKETS, rows
+from tests.support import clip_folder
+from tests.support.clip_folder import BUCKETS, rows
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Features of 12 clips in four shards."""
     home = tmp_path_factory.mktemp("clips")
-    return extract.run(made_clips.config(home, rows(home, 12)))
+    return extract.run(clip_folder.config(home, rows(home, 12)))
 
 
 @settings(deadline=None, max_examples=30)

@@ -14,9 +14,9 @@ from stdit import extract
 from stdit.config import ConfigError, ExtractConfig
 from stdit.data.features import FeatureSet, read_index
 from stdit.data.loader import collate
-from tests import made_clips
-from tests.data.clips import lossless
-from tests.made_clips import rows
+from tests.support import clip_folder
+from tests.support.clip_folder import rows
+from tests.support.videos import lossless
 
 
 def paired(folder: Path, count: int = 6) -> list[dict[str, Any]]:
@@ -24,8 +24,8 @@ def paired(folder: Path, count: int = 6) -> list[dict[str, Any]]:
     made = rows(folder, count)
     (folder / "conditions").mkdir()
     for i, row in enumerate(made):
-        frames, height, width = made_clips.SHAPES[i % len(made_clips.SHAPES)]
-        pixels = 255 - (made_clips.smooth(frames + i, height, width)[i:] + i).astype("uint8")
+        frames, height, width = clip_folder.SHAPES[i % len(clip_folder.SHAPES)]
+        pixels = 255 - (clip_folder.smooth(frames + i, height, width)[i:] + i).astype("uint8")
         row["depth"] = f"conditions/{i}.{'png' if frames == 1 or i % 2 == 0 else 'mp4'}"
         if row["depth"].endswith("png"):
             Image.fromarray(pixels[0]).save(folder / row["depth"])
@@ -35,7 +35,7 @@ def paired(folder: Path, count: int = 6) -> list[dict[str, Any]]:
 
 
 def config(folder: Path, made: list[dict[str, Any]], **changes: Any) -> ExtractConfig:
-    return made_clips.config(folder, made, text_encoder=None, control_column="depth", **changes)
+    return clip_folder.config(folder, made, text_encoder=None, control_column="depth", **changes)
 
 
 def test_a_condition_is_cut_as_its_clip_is(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_a_condition_is_cut_as_its_clip_is(tmp_path: Path) -> None:
     assert set(frames) == {(1, 1), (5, 1), (5, 5)}
     videos = [features.sample(int(i)) for i, (t, _) in zip(features.ids, frames, strict=True) if t == 5]
     same = [s for s in videos if s.mean.shape == videos[0].mean.shape]
-    batch = collate(same, range(len(same)), made_clips.BUCKETS[1])
+    batch = collate(same, range(len(same)), clip_folder.BUCKETS[1])
     assert batch.control is not None
     assert batch.control.shape[0] == len(same)
 
@@ -72,7 +72,7 @@ def test_a_condition_that_changes_is_extracted_anew(tmp_path: Path) -> None:
 
 
 def test_without_conditions_features_are_as_they_were(tmp_path: Path) -> None:
-    out = extract.run(made_clips.config(tmp_path, rows(tmp_path, 2), text_encoder=None))
+    out = extract.run(clip_folder.config(tmp_path, rows(tmp_path, 2), text_encoder=None))
     assert "control_column" not in read_index(out)["config"]
     assert not FeatureSet(out).has_control
 
@@ -81,7 +81,7 @@ def test_a_condition_that_does_not_fit_makes_a_bad_clip(tmp_path: Path) -> None:
     made = paired(tmp_path)
     made[0]["depth"] = None
     made[1]["depth"] = "conditions/gone.png"
-    lossless(tmp_path / "conditions/short.mp4", made_clips.smooth(3, 16, 16))
+    lossless(tmp_path / "conditions/short.mp4", clip_folder.smooth(3, 16, 16))
     made[2]["depth"] = "conditions/short.mp4"
     Image.new("RGB", (64, 16)).save(tmp_path / "conditions/wide.png")
     made[3]["depth"] = "conditions/wide.png"

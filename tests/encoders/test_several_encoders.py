@@ -23,7 +23,7 @@ from stdit.encoders.text import (
     of_components,
     text_encoder_from_identity,
 )
-from tests.made_encoders import CAPTIONS, LENGTH, T5, G, L, one, save_clip, sd3
+from tests.support.encoders import CAPTIONS, LENGTH, T5, G, L, one, save_clip, sd3
 
 RANDOM = {"byte_t5": {"width": 8, "depth": 1, "num_heads": 2}}
 

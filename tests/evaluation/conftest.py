@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from wandering import save_manifest
 
 from stdit.config import EvaluationConfig
+from tests.support.shapes_dataset import save_manifest
 
 
 @pytest.fixture(scope="session")

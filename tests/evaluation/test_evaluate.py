@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from wandering import SHAPES, STEPS, save_generated, wandering
 
 from stdit.config import Bucket, EvaluationConfig
 from stdit.data.manifest import ManifestError
-from stdit.evaluation.evaluate import evaluate
+from stdit.evaluate import evaluate
 from stdit.evaluation.held_out import held_out_prompts, load, select, write_prompts
+from tests.support.shapes_dataset import SHAPES, STEPS, save_generated, wandering
 
 CLIP, IMAGE = Bucket(frames=4, height=16, width=16), Bucket(frames=1, height=16, width=16)
 PROTOCOL = {"run": "runs/x", "step": 7, "weights": "ema", "sampler": "flow_euler", "steps": 20, "guidance_scale": 3.0}

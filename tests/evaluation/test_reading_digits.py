@@ -9,8 +9,8 @@ import pytest
 from stdit.config import Bucket, EvaluationConfig
 from stdit.data.digits import DigitsOptions, Shape, make_digits
 from stdit.data.manifest import read
-from stdit.evaluation.evaluate import reader_for
-from stdit.evaluation.features import direction
+from stdit.evaluate import reader_for
+from stdit.evaluation.classifier import direction
 from stdit.evaluation.held_out import class_of, direction_of, load, select
 
 SHAPES = (Shape(4, 12, 12, 8, 1), Shape(8, 16, 16, 8, 1))

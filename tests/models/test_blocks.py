@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from stdit.config import ModelConfig
 from stdit.models.blocks import FinalLayer, Signals, STDiTBlock, modulate
-from stdit.models.feedforward import Mlp
-from stdit.models.places import Places
+from stdit.models.mlp import Mlp
+from stdit.models.positions import Places
 
 Noise = Callable[..., torch.Tensor]
 NOWHERE = Places(None, None, None, None)

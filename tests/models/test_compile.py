@@ -11,8 +11,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from stdit.config import Config, load
-from stdit.models import linear
 from stdit.models.stdit import STDiT
+from stdit.ops import onednn
 from stdit.train import prepare
 
 Tiny = Callable[..., STDiT]
@@ -109,7 +109,7 @@ def test_a_whole_model_compiles_no_bucket_twice(tiny: Tiny, noise: Noise, name: 
 def test_compiled_blocks_train_to_the_same_gradients(
     tiny: Tiny, noise: Noise, recompute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "SMALLEST", 1)
+    monkeypatch.setattr(onednn, "SMALLEST", 1)
     gradients = []
     for compiled in (False, True):
         model = tiny(**MODELS["stdit"]).train()
@@ -125,7 +125,7 @@ def test_compiled_blocks_train_to_the_same_gradients(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dit", "stdit"])
 def test_inductor_gives_the_same(tiny: Tiny, noise: Noise, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "SMALLEST", 1)
+    monkeypatch.setattr(onednn, "SMALLEST", 1)
     model = tiny(**MODELS[name])
     expected = [model(**inputs(model, noise, bucket)).sample for bucket in BUCKETS[:3]]
     model.compile_repeated_blocks()

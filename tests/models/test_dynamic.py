@@ -14,9 +14,9 @@ from stdit.config import DiffusionConfig, ModelConfig
 from stdit.diffusion.objectives import make_objective
 from stdit.models.control import STDiTControl
 from stdit.models.dynamic import Dynamic, depths, uniform
-from stdit.models.partial import cut
+from stdit.models.pruning import cut
 from stdit.models.stdit import STDiT
-from stdit.models.transition import carry
+from stdit.weights.transfer import carry
 
 Tiny = Callable[..., STDiT]
 Noise = Callable[..., torch.Tensor]
@@ -191,7 +191,7 @@ def test_past_the_limit_weights_are_cut_when_they_are_needed(
 ) -> None:
     model, x = routed(tiny(dynamic_width=True)), noise(1, 3, 1, 4, 4)
     expected = model(x, 300.0, conditions=model.prepare(TIMES[:1] * 0 + 300.0)[0]).sample
-    monkeypatch.setattr("stdit.models.partial._limit", lambda wholes: 0)
+    monkeypatch.setattr("stdit.models.pruning._limit", lambda wholes: 0)
     conditions = model.prepare(torch.tensor([300.0]))[0]
     assert conditions.prepared is not None
     assert all(p.parts is None for p in conditions.prepared)

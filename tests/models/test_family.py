@@ -12,91 +12,15 @@ import torch
 
 from stdit.config import ModelConfig
 from stdit.models.stdit import STDiT
+from tests.support.models import MEMBERS, conditions_for
 
 Tiny = Callable[..., STDiT]
 Noise = Callable[..., torch.Tensor]
-
-CONDITIONINGS = ("in_context", "cross_attention", "adaln", "adaln_zero", "adaln_single", "joint")
-MEMBERS: dict[str, dict[str, Any]] = {
-    f"{conditioning}-{attention}": {
-        "conditioning": conditioning,
-        "attention": attention,
-        "text_dim": 6,
-        "num_classes": 3,
-    }
-    for conditioning in CONDITIONINGS
-    for attention in ("factorized", "alternating", "full")
-    if (conditioning, attention) != ("joint", "alternating")
-}
-MEMBERS |= {
-    "unconditional": {"conditioning": "adaln_zero", "temporal": False},
-    "classes": {"conditioning": "adaln_zero", "temporal": False, "num_classes": 3, "learned_variance": True},
-    "latte": {"conditioning": "adaln_zero", "attention": "alternating", "num_classes": 3, "temporal_place": "stream"},
-    "latte-text": {"attention": "alternating", "text_dim": 6, "temporal_place": "stream", "temporal_text": False},
-    "open-sora-1": {"text_dim": 6, "temporal_norm": False, "temporal_place": "first", "null_text": "sequence"},
-    "open-sora-1.2": {
-        "attention": "alternating",
-        "text_dim": 6,
-        "temporal_positions": "rope",
-        "qk_norm": "rms",
-        "position_reference": 32,
-        "micro_conditions": ("fps",),
-        "null_text": "sequence",
-    },
-    "pixart-1024": {"temporal": False, "text_dim": 6, "micro_conditions": ("size",), "hidden_size": 24},
-    "pixart-sigma": {"temporal": False, "text_dim": 6, "qk_norm": "layer", "kv_compress": 2, "kv_compress_blocks": (1,)},
-    "windows": {"window": 2, "window_blocks": (0,), "relative_positions": True},
-    "sd3": {
-        "conditioning": "joint",
-        "attention": "full",
-        "text_dim": 6,
-        "text_projection": "linear",
-        "pooled_dim": 5,
-        "qk_norm": "rms",
-        "position_grid": (6, 6),
-        "position_base": 4,
-        "null_text": "empty",
-    },
-    "learned": {"positions": "learned", "position_grid": (5, 6), "position_frames": 4},
-    "rope-in-context": {"conditioning": "in_context", "attention": "full", "positions": "rope", "text_dim": 6, "hidden_size": 48},
-    "rope-over-time": {"attention": "full", "temporal_positions": "rope"},
-    "swiglu": {"mlp": "swiglu"},
-    "conv2d": {"mlp": "conv2d", "conditioning": "adaln_zero"},
-    "conv3d": {"mlp": "conv3d"},
-    "rineau": {
-        "conditioning": "adaln_zero",
-        "temporal": False,
-        "mlp": "conv2d",
-        "positions": "learned",
-        "position_grid": (4, 4),
-        "timestep_width": None,
-        "timestep_shift": 1,
-        "timestep_activation": "gelu",
-        "num_classes": 3,
-        "null_class": False,
-    },
-    "everything-told": {"micro_conditions": ("fps", "frames", "height", "width"), "text_dim": 6, "pooled_text": True},
-}  # fmt: skip
 
 
 @pytest.fixture(params=MEMBERS.values(), ids=list(MEMBERS))
 def member(request: pytest.FixtureRequest) -> dict[str, Any]:
     return request.param
-
-
-def told(config: ModelConfig, batch: int, noise: Noise) -> dict[str, Any]:
-    """Conditions of every kind that `config` has: ragged captions, a null class."""
-    given: dict[str, Any] = {"timestep": torch.linspace(200.0, 800.0, batch)}
-    if config.text_dim:
-        given["encoder_hidden_states"] = noise(batch, 5, config.text_dim, seed=1)
-        given["encoder_attention_mask"] = torch.arange(5) < torch.tensor([[2], [4], [3]])[:batch]
-    if config.num_classes:
-        given["class_labels"] = torch.tensor([1, -1, 0])[:batch]
-    if config.pooled_dim:
-        given["pooled_projections"] = noise(batch, config.pooled_dim, seed=2)
-    if config.micro_conditions or config.position_reference:
-        given |= {"fps": torch.tensor([8.0, 24.0, 30.0])[:batch], "frames": 5.0, "height": 32.0, "width": 48.0}
-    return given
 
 
 def blocks_of(model: STDiT) -> list[Any]:
@@ -109,14 +33,14 @@ def row(given: dict[str, Any], i: int) -> dict[str, Any]:
 
 def test_a_new_model_predicts_zero(settings: Callable[..., ModelConfig], noise: Noise, member: dict[str, Any]) -> None:
     config = settings(**member)
-    sample = STDiT.from_settings(config)(noise(3, 3, 3, 8, 8), **told(config, 3, noise)).sample
+    sample = STDiT.from_settings(config)(noise(3, 3, 3, 8, 8), **conditions_for(config, 3, noise)).sample
     assert sample.shape == (3, 6 if config.learned_variance else 3, 3, 8, 8)
     assert not sample.any()
 
 
 def test_samples_do_not_see_each_other(tiny: Tiny, noise: Noise, member: dict[str, Any]) -> None:
     model = tiny(**member)
-    x, given = noise(3, 3, 2, 8, 8), told(model.settings, 3, noise)
+    x, given = noise(3, 3, 2, 8, 8), conditions_for(model.settings, 3, noise)
     together = model(x, **given).sample
     for i in range(3):
         torch.testing.assert_close(
@@ -128,7 +52,7 @@ def test_padding_does_not_change_the_output(tiny: Tiny, noise: Noise, member: di
     if "text_dim" not in member:
         pytest.skip("no text")
     model = tiny(**member)
-    x, given = noise(3, 3, 2, 8, 8), told(model.settings, 3, noise)
+    x, given = noise(3, 3, 2, 8, 8), conditions_for(model.settings, 3, noise)
     other = dict(given)
     hidden = ~given["encoder_attention_mask"][..., None]
     other["encoder_hidden_states"] = given["encoder_hidden_states"].masked_fill(hidden, 7.0)
@@ -142,7 +66,7 @@ def test_padding_does_not_change_the_output(tiny: Tiny, noise: Noise, member: di
 
 def test_conditions_prepared_ahead_are_the_same(tiny: Tiny, noise: Noise, member: dict[str, Any]) -> None:
     model = tiny(**member)
-    x, given = noise(3, 3, 2, 8, 8), told(model.settings, 3, noise)
+    x, given = noise(3, 3, 2, 8, 8), conditions_for(model.settings, 3, noise)
     frames = None if member.get("conditioning") == "cross_attention" else torch.eye(3, 2, dtype=torch.bool)
     times = torch.tensor([900.0, 500.0, 20.0])
     given.pop("timestep")
@@ -156,7 +80,7 @@ def test_given_frames_are_told_time_zero(tiny: Tiny, noise: Noise, member: dict[
     if member.get("conditioning") == "cross_attention":
         pytest.skip("one time for all frames")
     model = tiny(**member)
-    x, given = noise(2, 3, 3, 8, 8), told(model.settings, 2, noise)
+    x, given = noise(2, 3, 3, 8, 8), conditions_for(model.settings, 2, noise)
     plain = model(x, **given).sample
     none, some, all_ = (torch.tensor([mask, mask], dtype=torch.bool) for mask in ([0, 0, 0], [1, 0, 0], [1, 1, 1]))
     torch.testing.assert_close(model(x, given_frames=none, **given).sample, plain, rtol=1e-4, atol=1e-5)
@@ -168,7 +92,7 @@ def test_given_frames_are_told_time_zero(tiny: Tiny, noise: Noise, member: dict[
 
 def test_recomputed_activations_give_the_same_gradients(tiny: Tiny, noise: Noise, member: dict[str, Any]) -> None:
     model = tiny(**member)
-    x, given = noise(2, 3, 2, 8, 8), told(model.settings, 2, noise)
+    x, given = noise(2, 3, 2, 8, 8), conditions_for(model.settings, 2, noise)
     again = copy.deepcopy(model)
     again.enable_gradient_checkpointing()
     for m in (model, again):
@@ -184,7 +108,7 @@ def test_a_saved_model_comes_back(tiny: Tiny, noise: Noise, member: dict[str, An
     model.save_pretrained(tmp_path)
     again = STDiT.from_pretrained(tmp_path).eval()
     assert again.settings == model.settings
-    x, given = noise(1, 3, 2, 8, 8), told(model.settings, 1, noise)
+    x, given = noise(1, 3, 2, 8, 8), conditions_for(model.settings, 1, noise)
     assert torch.equal(again(x, **given).sample, model(x, **given).sample)
 
 

@@ -17,8 +17,7 @@ from stdit.models.conditioning import trimmed
 from stdit.models.control import STDiTControl
 from stdit.models.sampling import Sampled, micro_conditions
 from stdit.models.stdit import STDiT
-from tests.models.conftest import shaken
-from tests.models.test_family import MEMBERS, told
+from tests.support.models import MEMBERS, conditions_for, shaken
 
 Tiny = Callable[..., STDiT]
 Noise = Callable[..., Tensor]
@@ -34,7 +33,7 @@ def conditions(model: STDiT, noise: Noise, frames: bool) -> tuple[dict[str, Tens
     """Conditions of SHAPE, with some frames given."""
     cond = {
         k: torch.as_tensor(v).reshape(-1) if k in ("frames", "height", "width") else v
-        for k, v in told(model.settings, 2, noise).items()
+        for k, v in conditions_for(model.settings, 2, noise).items()
     }
     cond.pop("timestep")
     if not frames or model.settings.conditioning == "cross_attention":

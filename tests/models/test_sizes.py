@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from stdit.config import ModelConfig, read_extended, validate
-from stdit.models.summary import Summary, parameter_count, summary
+from stdit.models.cost import Summary, parameter_count, summary
+from tests.support.paths import ROOT
 
-MODELS = Path(__file__).resolve().parents[2] / "configs/models"
+MODELS = ROOT / "configs/models"
 
 # Peebles & Xie 2023, table 4: parameters (M) and Gflops (multiply-adds) at 256 pixels, latents of 32 x 32.
 DIT = {

@@ -14,8 +14,8 @@ from pipelines.evaluate_runs import main, names
 from stdit.config import ConfigError, DiffusionConfig, ModelConfig, SamplerConfig
 from stdit.diffusion.schedulers import make_scheduler
 from stdit.encoders.video import PixelAutoencoder
+from stdit.inference.pipeline import STDiTPipeline
 from stdit.models.stdit import STDiT
-from stdit.pipeline import STDiTPipeline
 
 CLASSES = ("bright", "dark")
 

@@ -14,8 +14,8 @@ from pipelines.workers import connect, disconnect
 from stdit import extract
 from stdit.config import TextEncoderConfig
 from stdit.data.features import FeatureSet
-from tests import made_clips
-from tests.made_clips import damaged, rows
+from tests.support import clip_folder
+from tests.support.clip_folder import damaged, rows
 
 pytestmark = pytest.mark.ray
 
@@ -29,7 +29,7 @@ def cluster() -> Iterator[None]:
 
 
 def test_two_workers_extract_what_one_process_does(tmp_path: Path) -> None:
-    config = made_clips.config(tmp_path, [*rows(tmp_path, 12), *damaged(tmp_path)], workers=2, max_bad_share=0.5)
+    config = clip_folder.config(tmp_path, [*rows(tmp_path, 12), *damaged(tmp_path)], workers=2, max_bad_share=0.5)
     many = extract_features(config)
     one = extract.run(config.model_copy(update={"out": tmp_path / "one", "workers": 1}))
     names = {str(p.relative_to(one)) for p in one.rglob("*") if p.is_file()}
@@ -46,7 +46,7 @@ def test_two_workers_extract_what_one_process_does(tmp_path: Path) -> None:
 
 
 def test_what_stops_a_worker_reaches_the_caller_without_rays_own(tmp_path: Path) -> None:
-    config = made_clips.config(tmp_path, rows(tmp_path, 4), workers=2)
+    config = clip_folder.config(tmp_path, rows(tmp_path, 4), workers=2)
     extract.begin(config)
     # A file where the folder of shards should be: no worker can write.
     (config.out / "shards").touch()
@@ -59,6 +59,6 @@ def test_what_stops_a_worker_reaches_the_caller_without_rays_own(tmp_path: Path)
 def test_an_encoder_that_no_worker_can_load_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "t5").mkdir()
     (tmp_path / "t5" / "config.json").write_text("{}")
-    config = made_clips.config(tmp_path, rows(tmp_path, 2), text_encoder=TextEncoderConfig(path=str(tmp_path / "t5")))
+    config = clip_folder.config(tmp_path, rows(tmp_path, 2), text_encoder=TextEncoderConfig(path=str(tmp_path / "t5")))
     with pytest.raises(OSError, match="^ConfigError: text_encoder.path: .*t5"):
         extract_features(config)

@@ -14,8 +14,8 @@ import pytest
 from pipelines.generate_videos import draw, generate_videos, main
 from pipelines.workers import connect, disconnect
 from stdit.config import GenerateConfig
-from stdit.data.decode import open_clip
-from tests.made_runs import TEXT, make_run, model_config
+from stdit.data.decoding import open_clip
+from tests.support.runs import TEXT, make_run, model_config
 
 pytestmark = pytest.mark.ray
 PROMPTS = ["a seven", "../../etc/passwd", "左へ", "", "bad \ud800", "word " * 300, "b"]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pipelines import changes, checks
 from pipelines import plan as plans
 from stdit.config import ConfigError
+from tests.support.paths import ROOT
 
 STAGE = {
     "run_dir": "elsewhere",
@@ -268,8 +269,6 @@ def test_joining_another_branch_is_a_change_of_after(write):
 
 
 # ------------------------------------------------------------------------------- the plans there are
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/plans").glob("*.yaml")), ids=lambda p: p.name)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.page import duration, number, percent
+from pipelines.html import duration, number, percent
 from pipelines.report import write_report
 from stdit.evaluation.pictures import Cell, animation, cell_of, loss_curves, read_metrics, sheet, smooth
 

@@ -21,8 +21,8 @@ from PIL import Image
 from pipelines import train_stages
 from pipelines.record import Record, set_aside
 from stdit.config import ConfigError
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 300
 
 
@@ -267,7 +267,7 @@ def test_two_at_once_is_refused(tmp_path: Path, capsys) -> None:
 
 def test_changes_that_are_allowed_set_results_aside_and_keep_the_rest(tmp_path: Path) -> None:
     from pipelines import plan as plans
-    from pipelines.walk import Walk
+    from pipelines.runner import Walk
 
     path = write_plan(tmp_path)
 
@@ -307,7 +307,7 @@ def test_a_run_made_by_hand_counts_for_what_it_says_it_is(tmp_path: Path, capsys
 
 def test_features_that_other_plans_may_read_are_never_set_aside(tmp_path: Path) -> None:
     from pipelines import plan as plans
-    from pipelines.walk import Walk
+    from pipelines.runner import Walk
 
     path = write_plan(tmp_path)
     elsewhere = f"extraction.out={tmp_path / 'shared'}"

@@ -14,7 +14,7 @@ from pipelines.plan import Resources
 from pipelines.progress import Clock, StepLine
 from pipelines.record import last_metrics
 from stdit.config import Config, validate
-from stdit.training.parallel import STOPPED
+from stdit.training.distributed import STOPPED
 
 
 def test_a_worker_gets_its_threads_and_its_accelerator() -> None:

@@ -10,7 +10,7 @@ import torch
 # The ranks of a pool import the tests' own modules by name.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from pool import Pool
+from tests.support.rank_pool import Pool
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from ranked import config_of, settings
 
 from stdit.config import ConfigError, merge
 from stdit.training.changes import check_resumable, flatten
+from tests.support.rank_jobs import config_of, settings
 
 
 def identity(data: dict[str, Any], world_size: int = 2) -> dict[str, Any]:

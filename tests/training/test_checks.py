@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranked import config_of, settings
 
 from stdit.config import Bucket, ConfigError, merge
 from stdit.data.features import EmptyCaption
 from stdit.training import checks
+from tests.support.rank_jobs import config_of, settings
 
 TOLD = {"class": "T5", "dim": 4096, "max_tokens": 120}
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from pool import Pool
-from ranked import config_of, for_ranks, run, run_stopping_on_rank_1, settings
 from safetensors.torch import load_file
 
 from stdit import extract
@@ -22,8 +20,10 @@ from stdit.models.stdit import STDiT
 from stdit.training import adapters, checkpoint
 from stdit.training.checks import check
 from stdit.training.inputs import Inputs, low_resolution
-from tests import made_clips
-from tests.made_clips import rows
+from tests.support import clip_folder
+from tests.support.clip_folder import rows
+from tests.support.rank_jobs import config_of, for_ranks, run, run_stopping_on_rank_1, settings
+from tests.support.rank_pool import Pool
 
 pytestmark = pytest.mark.distributed
 
@@ -154,7 +154,7 @@ def test_a_branch_learns_from_conditions_that_were_extracted(solo: Pool, tmp_pat
     made = rows(tmp_path, 6)
     for row in made:
         row["depth"] = row["path"]  # the clip itself: all that there is to know
-    features = extract.run(made_clips.config(tmp_path, made, text_encoder=None, control_column="depth"))
+    features = extract.run(clip_folder.config(tmp_path, made, text_encoder=None, control_column="depth"))
     model = {"in_channels": 3, "num_classes": 2, "text_dim": None}
     data = data_for(tmp_path / "run", tmp_path / "base", 0, 1, {"condition": "paired"}, steps=2)
     data["model"] = {**data["model"], **model}

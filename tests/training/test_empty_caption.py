@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranked import config_of, settings
 
 from stdit.config import Bucket, Config, merge
 from stdit.data.features import EmptyCaption, Sample
@@ -16,9 +15,10 @@ from stdit.diffusion.guidance import guided
 from stdit.diffusion.objectives import make_objective
 from stdit.models.stdit import STDiT
 from stdit.training.checks import check
+from stdit.training.distributed import Ranks
 from stdit.training.inputs import Inputs, condition_of
-from stdit.training.parallel import Ranks
-from stdit.training.preview import Preview
+from stdit.training.validation import Preview
+from tests.support.rank_jobs import config_of, settings
 
 CPU = torch.device("cpu")
 STATISTICS = {"shift": [0.0], "scale": [1.0]}

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from pool import Pool
-from ranked import config_of, engine_steps, for_ranks, settings
 
 from stdit.models.stdit import STDiT
+from tests.support.rank_jobs import config_of, engine_steps, for_ranks, settings
+from tests.support.rank_pool import Pool
 
 pytestmark = pytest.mark.distributed
 

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ranked import config_of, settings
 
-from stdit.conditions import given
 from stdit.config import Bucket, merge
 from stdit.data.features import Sample
 from stdit.data.loader import collate
 from stdit.diffusion.objectives import make_objective
+from stdit.inference.inputs import given
 from stdit.training.inputs import Inputs, condition_of
+from tests.support.rank_jobs import config_of, settings
 
 CPU = torch.device("cpu")
 STATISTICS = {"shift": [1.0, 2.0], "scale": [0.5, 0.25]}

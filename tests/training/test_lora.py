@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from pool import Pool, RankError
-from ranked import for_ranks, run, run_stopping_on_rank_1, settings
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -18,6 +16,8 @@ from stdit.models import lora
 from stdit.models.stdit import STDiT
 from stdit.training import adapters, checkpoint
 from stdit.training.checks import check
+from tests.support.rank_jobs import for_ranks, run, run_stopping_on_rank_1, settings
+from tests.support.rank_pool import Pool, RankError
 
 pytestmark = pytest.mark.distributed
 

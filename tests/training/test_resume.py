@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from pool import Pool, RankError
-from ranked import for_ranks, metrics, run, run_stopping_on_rank_1, settings
 
 from stdit.training import checkpoint
+from tests.support.rank_jobs import for_ranks, metrics, run, run_stopping_on_rank_1, settings
+from tests.support.rank_pool import Pool, RankError
 
 pytestmark = pytest.mark.distributed
 

@@ -1,0 +1,102 @@
+"""Every setting of stdit: frozen pydantic models, loaded from YAML. No torch.
+
+An unknown key, a wrong type, a missing file or sizes that do not divide are errors that name the
+file, the key and the numbers.
+
+    config = load("configs/debug.yaml", Config, ["train.steps=100", "run_dir=runs/x"])
+"""
+
+from __future__ import annotations
+
+from stdit.config.base import Frozen, NonNegative, Positive, Share
+from stdit.config.data import (
+    MOST_TEXT_ENCODERS,
+    Bucket,
+    ByteT5Config,
+    DataConfig,
+    ExtractBucket,
+    ExtractConfig,
+    TextEncoderConfig,
+    TrainBucket,
+    VideoEncoderConfig,
+    Where,
+    latent_shape,
+    token_grid,
+    tokens,
+)
+from stdit.config.diffusion import DiffusionConfig, GivenFramesConfig, SamplerConfig
+from stdit.config.evaluate import EvaluationConfig
+from stdit.config.generate import GenerateConfig, LoRASource
+from stdit.config.load import (
+    ConfigError,
+    apply_override,
+    dump,
+    load,
+    merge,
+    parse_yaml,
+    read_extended,
+    read_yaml,
+    validate,
+)
+from stdit.config.model import SIZES, ModelConfig
+from stdit.config.train import (
+    Config,
+    ControlConfig,
+    DynamicConfig,
+    EMAConfig,
+    InitConfig,
+    LoRAConfig,
+    OptimizerConfig,
+    SampleGridConfig,
+    TrainConfig,
+    Transition,
+    ValidationConfig,
+)
+
+__all__ = [
+    "MOST_TEXT_ENCODERS",
+    "SIZES",
+    "Bucket",
+    "ByteT5Config",
+    "Config",
+    "ConfigError",
+    "ControlConfig",
+    "DataConfig",
+    "DiffusionConfig",
+    "DynamicConfig",
+    "EMAConfig",
+    "EvaluationConfig",
+    "ExtractBucket",
+    "ExtractConfig",
+    "Frozen",
+    "GenerateConfig",
+    "GivenFramesConfig",
+    "InitConfig",
+    "LoRAConfig",
+    "LoRASource",
+    "ModelConfig",
+    "NonNegative",
+    "OptimizerConfig",
+    "Positive",
+    "SampleGridConfig",
+    "SamplerConfig",
+    "Share",
+    "TextEncoderConfig",
+    "TrainBucket",
+    "TrainConfig",
+    "Transition",
+    "ValidationConfig",
+    "VideoEncoderConfig",
+    "Where",
+    "apply_override",
+    "dump",
+    "latent_shape",
+    "load",
+    "merge",
+    "parse_yaml",
+    "read_extended",
+    "read_yaml",
+    "token_grid",
+    "tokens",
+    "validate",
+]

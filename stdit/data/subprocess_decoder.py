@@ -1,0 +1,251 @@
+"""Decoding in a child process that can be killed, with a time limit for each clip.
+
+decord can deadlock while it holds the interpreter's lock, and a damaged file can crash either
+library; neither may take the parent with it. One child serves many clips; it is replaced when it
+hangs or dies. With decoder "auto" a clip on which decord hung or crashed is tried again with PyAV.
+
+    with ChildDecoder(timeout_s=60) as decoder:
+        frames = decoder.read(path, [0, 1, 2, 3], size=(64, 64))
+
+The child runs this file (`python -m stdit.data.subprocess_decoder`). A request, on its standard input, and an answer
+are JSON after four bytes of length; an answer with a "shape" is followed by the frames' bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import select
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from stdit.data.reader import DecodeError, DecodeTimeout, Facts
+
+# decord leaks a little with each clip: a fresh child now and then keeps memory flat.
+CLIPS_PER_CHILD = 5000
+# Frames held at source size in the child, at most this many bytes, when it resizes them.
+CHUNK_BYTES = 128 << 20
+LENGTH = struct.Struct(">I")
+# How often an idle child looks whether its parent is still there.
+IDLE_S = 10.0
+
+
+class ChildDecoder:
+    """A decoder in a process of its own. Not for several threads at once: one per worker."""
+
+    def __init__(self, decoder: str = "auto", timeout_s: float = 60.0) -> None:
+        self.decoder = decoder
+        self.timeout_s = timeout_s
+        self._child: subprocess.Popen[bytes] | None = None
+        self._served = 0
+        self._owner = os.getpid()
+
+    def probe(self, path: Path | str) -> Facts:
+        """Frame count, fps, height and width of a clip. DecodeError; DecodeTimeout."""
+        answer, _ = self._ask(path, None, None)
+        return Facts(answer["frame_count"], answer["fps"], answer["height"], answer["width"])
+
+    def read(self, path: Path | str, indices: Sequence[int], size: tuple[int, int] | None = None) -> np.ndarray:
+        """Frames `indices` as uint8 (T, H, W, 3); with `size` (height, width) resized and cropped to it, never upsampled.
+
+        Raises DecodeError: cannot be decoded, too small for `size`, frames out of range; DecodeTimeout.
+        """
+        answer, payload = self._ask(path, [int(i) for i in indices], size)
+        return np.frombuffer(payload, np.uint8).reshape(answer["shape"])
+
+    def close(self) -> None:
+        """Ends the child. The next call starts another."""
+        if self._child is None:
+            return
+        child, self._child = self._child, None
+        for pipe in (child.stdin, child.stdout):
+            if pipe:
+                pipe.close()
+        if self._owner == os.getpid():
+            child.kill()
+            child.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _ask(
+        self, path: Path | str, indices: list[int] | None, size: tuple[int, int] | None
+    ) -> tuple[dict[str, Any], bytearray]:
+        request = {"path": os.path.abspath(path), "indices": indices, "size": size, "decoder": self.decoder}
+        try:
+            return self._exchange(request)
+        except DecodeError as error:
+            # Reasons given by the child come from both decoders already; a child that hung or died gave none.
+            if self.decoder != "auto" or self._child is not None:
+                raise
+            try:
+                return self._exchange({**request, "decoder": "pyav"})
+            except DecodeError as second:
+                raise type(second)(request["path"], f"{second.reason}; before that: {error.reason}") from second
+
+    def _exchange(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytearray]:
+        """One request and its answer. On DecodeTimeout and on a crash the child is gone; on other errors it lives."""
+        path = request["path"]
+        child = self._living_child()
+        self._served += 1
+        deadline = time.monotonic() + self.timeout_s
+        try:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            _send(child.stdin.fileno(), request)
+            answer = _receive_message(child.stdout.fileno(), deadline)
+            payload = _receive(child.stdout.fileno(), math.prod(answer.get("shape", [0])), deadline)
+        except TimeoutError:
+            self.close()
+            raise DecodeTimeout(path, f"decoding took more than {self.timeout_s:g} s and was stopped") from None
+        except (EOFError, BrokenPipeError):
+            code = child.wait()
+            self.close()
+            died = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            raise DecodeError(path, f"the decoding process died ({died})") from None
+        except BaseException:  # interrupted half-way: what is left in the pipe belongs to this clip
+            self.close()
+            raise
+        if "error" in answer:
+            raise DecodeError(path, answer["error"])
+        return answer, payload
+
+    def _living_child(self) -> subprocess.Popen[bytes]:
+        """The child, started anew if it is worn out, dead, or a forked parent's."""
+        worn = self._served >= CLIPS_PER_CHILD or self._owner != os.getpid()
+        if self._child is not None and (worn or self._child.poll() is not None):
+            self.close()
+        if self._child is None:
+            root = str(Path(__file__).resolve().parents[2])
+            # -P: a file in the working folder cannot shadow a library. One thread: parallelism comes from many children.
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+            self._child = subprocess.Popen(
+                [sys.executable, "-P", "-m", "stdit.data.subprocess_decoder", str(math.ceil(self.timeout_s) + 5)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                bufsize=0,
+                start_new_session=True,  # Ctrl-C is the parent's business
+            )
+            self._served, self._owner = 0, os.getpid()
+        return self._child
+
+
+def _receive(pipe: int, count: int, deadline: float) -> bytearray:
+    """Exactly `count` bytes from a file descriptor. TimeoutError; EOFError: the other end is gone."""
+    received = bytearray(count)
+    view = memoryview(received)
+    while view:
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([pipe], [], [], left)[0]:
+            raise TimeoutError
+        read = os.readv(pipe, [view[: 1 << 20]])
+        if not read:
+            raise EOFError
+        view = view[read:]
+    return received
+
+
+def _receive_message(pipe: int, deadline: float) -> dict[str, Any]:
+    (length,) = LENGTH.unpack(_receive(pipe, LENGTH.size, deadline))
+    return json.loads(_receive(pipe, length, deadline))
+
+
+def _send(pipe: int, message: dict[str, Any], payload: bytes | memoryview = b"") -> None:
+    text = json.dumps(message).encode()
+    for part in (LENGTH.pack(len(text)) + text, payload):
+        view = memoryview(part)
+        while view:
+            view = view[os.write(pipe, view) :]
+
+
+# --------------------------------------------------------------------------------- inside the child
+
+
+def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
+    from stdit.data.decoding import open_clip
+    from stdit.data.transforms import resize_crop
+
+    with open_clip(request["path"], request["decoder"]) as reader:
+        indices, size = request["indices"], request["size"]
+        if indices is None:
+            return dict(vars(reader.facts)), None
+        if size is None:
+            frames = reader.get(indices)
+        else:
+            step = max(1, CHUNK_BYTES // (reader.height * reader.width * 3))
+            chunks = [indices[i : i + step] for i in range(0, len(indices), step)]
+            frames = np.concatenate([resize_crop(reader.get(chunk), *size) for chunk in chunks])
+        return {"shape": frames.shape}, np.ascontiguousarray(frames)
+
+
+def main() -> None:
+    """Serves requests until standard input ends."""
+    limit_s = int(sys.argv[1])
+    parent = os.getppid()
+    # Libraries print to standard output; answers go out by a descriptor that they don't know.
+    out = os.dup(1)
+    os.dup2(2, 1)
+    while os.getppid() == parent:
+        if not select.select([0], [], [], IDLE_S)[0]:
+            continue
+        try:
+            request = _receive_message(0, time.monotonic() + IDLE_S)
+        except (EOFError, TimeoutError):
+            return
+        # The kernel ends this process if it hangs and the parent, gone itself, can't.
+        signal.alarm(limit_s)
+        payload: bytes | memoryview = b""
+        try:
+            answer, frames = _answer(request)
+            payload = b"" if frames is None else frames.data.cast("B")
+        except DecodeError as error:
+            answer = {"error": error.reason}
+        except Exception as error:  # the border of the process: whatever a library raises is the clip's fault
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        try:
+            _send(out, answer, payload)
+        except BrokenPipeError:
+            return
+        signal.alarm(0)
+
+
+# ----------------------------------------------------------------------------- one child per process
+
+_kept: dict[tuple[int, str, float], ChildDecoder] = {}
+
+
+def decode_in_child(
+    path: Path | str,
+    indices: Sequence[int],
+    size: tuple[int, int] | None = None,
+    decoder: str = "auto",
+    timeout_s: float = 60.0,
+) -> np.ndarray:
+    """`ChildDecoder.read` with a child that this process keeps between calls. Not for several threads at once."""
+    key = (os.getpid(), decoder, timeout_s)  # a forked process must not share its parent's pipes
+    return _kept.setdefault(key, ChildDecoder(decoder, timeout_s)).read(path, indices, size)
+
+
+if __name__ == "__main__":
+    main()

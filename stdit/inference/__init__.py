@@ -1,0 +1,1 @@
+"""STDiTPipeline and what batch generation needs around it."""

@@ -1,0 +1,266 @@
+"""What generation is asked to do, as one thing that is checked, remembered in the folder and sent to workers.
+
+A `Job` holds where the pipeline comes from and every video to make. `open_job` writes what was asked into OUT/request.json
+and refuses a folder in which something else was asked; no weights are loaded here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from stdit.config import (
+    Bucket,
+    Config,
+    ConfigError,
+    DiffusionConfig,
+    GenerateConfig,
+    LoRASource,
+    SamplerConfig,
+    latent_shape,
+    token_grid,
+    validate,
+)
+from stdit.diffusion.guidance import check_channels
+from stdit.diffusion.schedulers import check_sampler, fitting
+from stdit.files import atomic_write, fingerprint_file
+from stdit.inference.prompts import Item, Prompt, items, read_prompts
+from stdit.training import adapters, checkpoint
+
+MANIFEST, REQUEST, SHEET, MOVING = "manifest.jsonl", "request.json", "contact_sheet.png", "contact_sheet.gif"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the pipeline comes from. `facts` goes into every row; `fingerprint` tells whether it is still the same."""
+
+    path: Path
+    weights: Literal["ema", "model"]
+    facts: dict[str, Any]
+    fingerprint: str
+    diffusion: DiffusionConfig
+    default: SamplerConfig
+    largest: Bucket | None
+    # The base of adapters or a control branch: where it lies now, and the fingerprint of its weights.
+    base: Path | None = None
+    base_fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker must know, and nothing that can't be sent to one."""
+
+    source: Source
+    out: Path
+    items: tuple[Item, ...]
+    shape: Bucket
+    sampler: SamplerConfig
+    batch_size: int
+    fps: float
+    threads: int
+    lora: tuple[LoRASource, ...] = ()
+
+    def group(self, number: int) -> tuple[Item, ...]:
+        """The items that share a batch."""
+        return self.items[number * self.batch_size : (number + 1) * self.batch_size]
+
+    def is_made(self, item: Item) -> bool:
+        file = self.out / item.file
+        return file.is_file() and file.stat().st_size > 0
+
+    def missing(self) -> list[int]:
+        """Numbers of the groups in which something is not made yet."""
+        count = -(-len(self.items) // self.batch_size)
+        return [n for n in range(count) if not all(self.is_made(item) for item in self.group(n))]
+
+
+def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
+    """The newest whole checkpoint of a run directory, or the checkpoint or saved pipeline that `run` is.
+
+    ConfigError: none of these. CheckpointError: one whose files are damaged.
+    """
+    if (run / "model_index.json").is_file():
+        index = _read(run / "model_index.json")
+        if "diffusion" not in index:
+            raise ConfigError(f"{run} holds a {index.get('_class_name')}, not an STDiTPipeline")
+        diffusion = validate(index["diffusion"], DiffusionConfig, f"{run}/model_index.json: diffusion")
+        default = fitting(SamplerConfig(), diffusion)
+        facts = {"run": str(run), "checkpoint": None, "step": None, "weights": None}
+        return Source(run.resolve(), weights, facts, _fingerprint(run / "transformer"), diffusion, default, None)
+    transformer = checkpoint.trained_folder(run, weights)
+    place = transformer.parent
+    identity = json.loads((place / checkpoint.IDENTITY).read_text())
+    diffusion = validate(identity["diffusion"], DiffusionConfig, f"{place}/{checkpoint.IDENTITY}: diffusion")
+    facts = {"run": str(run), "checkpoint": place.name, "step": identity["step"], "weights": weights}
+    sampler = validate(identity["config"]["samples"]["sampler"], SamplerConfig, f"{place}: samples.sampler")
+    buckets = [Bucket(**{k: b[k] for k in Bucket.model_fields}) for b in identity["config"]["data"]["buckets"]]
+    largest = max(buckets, key=lambda b: (b.height * b.width, b.frames))
+    return Source(
+        place.resolve(),
+        weights,
+        {**facts, "samples_seen": identity["samples_seen"]},
+        _fingerprint(transformer),
+        diffusion,
+        fitting(sampler, diffusion),
+        largest,
+    )
+
+
+def _with_base(source: Source, base: Path | None) -> Source:
+    """`source` with the base that its adapters or control branch belong to; base: where that lies now, if it was moved.
+
+    ConfigError: it is gone or changed; it is given where none is needed.
+    """
+    path = source.path / checkpoint.IDENTITY
+    identity = _read(path) if path.is_file() else {}
+    if not identity.get("base"):
+        if base is not None:
+            raise ConfigError(f"base {base}: {source.path} holds a whole model, which has none")
+        return source
+    held = adapters.Base(**identity["base"])
+    found = adapters.find_base(held, validate(identity["config"], Config, f"{path}: config"), base)
+    return replace(source, base=found.resolve(), base_fingerprint=held.fingerprint)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. ConfigError: damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: damaged ({error})") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: expected an object, found {type(found).__name__}")
+    return found
+
+
+def _fingerprint(folder: Path) -> str:
+    """Hex SHA-256 over a diffusers folder's settings and weights."""
+    files = sorted(p for p in folder.glob("*") if p.suffix in (".json", ".safetensors"))
+    if not files:
+        raise ConfigError(f"{folder}: holds no weights")
+    return hashlib.sha256("".join(f"{p.name} {fingerprint_file(p)}\n" for p in files).encode()).hexdigest()
+
+
+def open_job(
+    run: Path | str,
+    prompts: Sequence[Prompt],
+    out: Path | str,
+    shape: Bucket | None = None,
+    sampler: SamplerConfig | None = None,
+    *,
+    weights: Literal["ema", "model"] = "ema",
+    batch_size: int = 8,
+    fps: float = 8.0,
+    threads: int = 1,
+    seeds: int = 1,
+    lora: Sequence[LoRASource] = (),
+    base: Path | str | None = None,
+    overwrite: bool = False,
+) -> Job:
+    """Checks what is asked, and that `out` holds nothing else; writes request.json there. Loads no weights.
+
+    shape, sampler: None for the run's largest bucket and its own sampler. base: where the weights lie now that its adapters
+    or control branch belong to, if they were moved. ValueError: no prompts; a sampler of another objective; sizes that don't
+    divide; a folder with the videos of another request (overwrite: they are removed).
+    """
+    if not prompts:
+        raise ValueError("no prompts: the list is empty")
+    source = _with_base(find_source(Path(run), weights), None if base is None else Path(base))
+    sampler, shape = sampler or source.default, shape or source.largest
+    if shape is None:
+        raise ConfigError(f"{run}: a saved pipeline does not say what it was trained on; give frames, height and width")
+    check_sampler(sampler, source.diffusion)
+    _check_shape(source, shape, sampler)
+    suffix = ".png" if shape.frames == 1 else ".mp4"
+    job = Job(
+        source,
+        Path(out).absolute(),
+        tuple(items(prompts, seeds, suffix)),
+        shape,
+        sampler,
+        batch_size,
+        float(fps),
+        int(threads),
+        tuple(lora),
+    )
+    # Of each adapter what its weights are: the same path may hold others tomorrow.
+    added = [[adapters.fingerprint(adapters.lora_folder(one.path, weights))[:16], one.scale] for one in lora]
+    asked = {
+        "checkpoint": f"{source.facts['checkpoint'] or 'saved pipeline'} {source.fingerprint[:16]}",
+        "prompts": hashlib.sha256(json.dumps([p.row() for p in prompts]).encode()).hexdigest(),
+        "shape": shape.key,
+        **sampler.model_dump(),
+        "weights": weights,
+        "seeds": seeds,
+        "fps": job.fps,
+        "batch_size": batch_size,
+        "threads": job.threads,
+        "lora": added or None,
+        # What it is, not where: a base that was moved draws the same.
+        "base": source.base_fingerprint and source.base_fingerprint[:16],
+    }
+    _claim(job, asked, overwrite)
+    return job
+
+
+def _check_shape(source: Source, shape: Bucket, sampler: SamplerConfig) -> None:
+    """Where the autoencoder or the patches don't divide the shape, or more channels are to be guided than there are:
+    ConfigError or ValueError, as far as can be told without weights."""
+    path = source.path / checkpoint.IDENTITY
+    if path.is_file():
+        identity = json.loads(path.read_text())
+        t, h, w = identity["video_encoder"]["compression"]
+        token_grid(latent_shape(shape, (t, h, w)), tuple(identity["architecture"]["patch_size"]), f"shape {shape.key}")
+        check_channels(sampler.guidance_channels, identity["architecture"]["in_channels"])
+
+
+def _claim(job: Job, asked: dict[str, Any], overwrite: bool) -> None:
+    """Writes request.json. ValueError: `out` holds videos of another request, or files of unknown origin."""
+    path = job.out / REQUEST
+    files = [item.file for item in job.items]
+    if path.is_file():
+        old = _read(path)
+        if not {"asked", "files"} <= set(old):
+            raise ConfigError(f"{path}: not the request of a generation; give another folder")
+        changed = [k for k in asked if old["asked"].get(k) != asked[k]]
+        if not changed:
+            return
+        if not overwrite:
+            told = "; ".join(f"{k}: {old['asked'].get(k)} then, {asked[k]} now" for k in changed)
+            raise ValueError(f"{job.out} holds videos of another request ({told}); give another folder, or --overwrite")
+        for name in {*old["files"], MANIFEST, SHEET, MOVING}:
+            (job.out / Path(name).name).unlink(missing_ok=True)
+        path.unlink()
+    strangers = [name for name in files if (job.out / name).exists()]
+    if strangers and not overwrite:
+        raise ValueError(
+            f"{job.out} holds {len(strangers)} files such as {strangers[0]}, and no {REQUEST} that says how they were made; "
+            "give another folder, or --overwrite"
+        )
+    for name in strangers:
+        (job.out / name).unlink()
+    atomic_write(path, json.dumps({"asked": asked, "files": files}, indent=1))
+
+
+def job_of(config: GenerateConfig) -> Job:
+    """The job that the settings describe; what they leave open is the run's. Errors as `open_job`'s."""
+    source = find_source(config.run, config.weights)
+    names = ("scheduler", "steps", "guidance_scale", "guidance_channels")
+    given = {name: getattr(config, name) for name in names}
+    sampler = source.default.model_copy(update={k: v for k, v in given.items() if v is not None})
+    sizes = {"frames": config.frames, "height": config.height, "width": config.width}
+    known = source.largest.model_dump() if source.largest else {}
+    known |= {k: v for k, v in sizes.items() if v is not None}
+    if absent := [k for k in sizes if k not in known]:
+        raise ConfigError(
+            f"{config.run}: a saved pipeline does not say what it was trained on; give {', '.join(absent)}"
+        )
+    return open_job(
+        config.run, read_prompts(config.prompts), config.out, Bucket(**known), sampler,
+        weights=config.weights, batch_size=config.batch_size, fps=config.fps, threads=config.threads,
+        seeds=config.seeds, lora=config.lora, base=config.base, overwrite=config.overwrite,
+    )  # fmt: skip

@@ -1,0 +1,371 @@
+"""STDiTPipeline: a diffusers DiffusionPipeline from captions or class labels to videos and images.
+
+    pipe = STDiTPipeline.from_pretrained("runs/demo/clips")
+    pipe(["a seven moving left"], num_frames=8, height=16, width=16, guidance_scale=3.0).frames
+
+diffusers' own `DiffusionPipeline.from_pretrained` does not know this class: call it on STDiTPipeline.
+
+B videos · C latent channels · (t, h, w) latent frames, height, width · (T, H, W) the same in pixels · L text tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils.outputs import BaseOutput
+from diffusers.video_processor import VideoProcessor
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stdit.config import Bucket, DiffusionConfig, SamplerConfig, token_grid, validate
+from stdit.diffusion.guidance import check_channels, guided
+from stdit.diffusion.objectives import drawn_from
+from stdit.diffusion.schedulers import is_flow, make_scheduler, sample, shifted
+from stdit.diffusion.timesteps import shift_for
+from stdit.encoders.encoded import Encoded
+from stdit.encoders.single import wake
+from stdit.encoders.source import folder_of
+from stdit.encoders.text import of_components
+from stdit.encoders.video import VideoEncoder
+from stdit.inference.components import check_parts, parts_of
+from stdit.inference.inputs import (
+    Asked,
+    Frames,
+    Labels,
+    Teller,
+    check_counts,
+    check_output,
+    checked_fps,
+    checked_scale,
+    encoded,
+    given,
+    initial_noise,
+)
+from stdit.inference.lora import LoRA, control_of
+from stdit.inference.prompts import check_text
+from stdit.models.control import STDiTControl
+from stdit.models.sampling import Sampled, micro_conditions
+from stdit.models.stdit import STDiT
+from stdit.training import checkpoint
+
+Weights = Literal["ema", "model"]
+
+
+@dataclass
+class STDiTPipelineOutput(BaseOutput):
+    """`frames`: a list of lists of PIL images ("pil"), an array (B, T, H, W, 3) in 0 to 1 ("np"), a tensor (B, T, 3, H, W)
+    in 0 to 1 ("pt"), or normalised latents (B, C, t, h, w) ("latent")."""
+
+    frames: Any
+
+
+class STDiTPipeline(LoRA, DiffusionPipeline):
+    """A transformer with all that it takes to draw from it. `text_encoder` and `tokenizer`: None for runs without text.
+
+    diffusion: the DiffusionConfig (or its JSON) that the transformer was trained with; None: the defaults of the objective
+        that the scheduler draws from.
+    max_tokens: at which captions were cut in training; None: the transformer's `text_tokens`.
+    classes: names of the classes and their labels; None: classes have numbers only.
+    text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3, text_layout: more text encoders, and how the features of all
+        are concatenated (the `layout` of stdit.encoders.text); None: there is one.
+    control: a control branch of the transformer, which is then told a condition too.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->vae"
+    _optional_components = [  # noqa: RUF012 (diffusers' own declaration)
+        "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3", "control"
+    ]  # fmt: skip
+
+    transformer: STDiT
+    scheduler: Any
+    vae: ModelMixin
+    text_encoder: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase | None
+    control: STDiTControl | None
+
+    def __init__(
+        self,
+        transformer: STDiT,
+        scheduler: Any,
+        vae: ModelMixin,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        diffusion: dict | DiffusionConfig | None = None,
+        max_tokens: int | None = None,
+        classes: dict | None = None,
+        control: STDiTControl | None = None,
+        text_encoder_2: PreTrainedModel | None = None,
+        tokenizer_2: PreTrainedTokenizerBase | None = None,
+        text_encoder_3: PreTrainedModel | None = None,
+        tokenizer_3: PreTrainedTokenizerBase | None = None,
+        text_layout: dict | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2, text_encoder_3=text_encoder_3, tokenizer_3=tokenizer_3,
+            control=control,
+        )  # fmt: skip
+        if isinstance(diffusion, dict):
+            diffusion = validate(diffusion, DiffusionConfig, "STDiTPipeline: diffusion")
+        self.diffusion = diffusion or DiffusionConfig(objective="flow" if is_flow(scheduler) else "ddpm")
+        self.max_tokens = max_tokens or transformer.settings.text_tokens
+        self.classes: dict[str, int] = dict(classes or {})
+        self.text_layout = text_layout
+        self.register_to_config(
+            diffusion=self.diffusion.model_dump(mode="json"),
+            max_tokens=max_tokens,
+            classes=classes,
+            text_layout=text_layout,
+        )
+        self.video_processor = VideoProcessor(do_resize=False)
+        check_parts(transformer, vae, control, self.prompt_encoder)
+
+    # ---------------------------------------------------------------------------------- loading
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *, weights: Weights = "ema", **kwargs: Any
+    ) -> STDiTPipeline:
+        """The pipeline of a run directory, of one of its checkpoints, or of a folder or hub id that `save_pretrained` made.
+
+        weights: of a run, the averaged ones or those trained last. A run that trained adapters or a control branch comes
+        with the base that they belong to; `base=…` says where that lies now, if it was moved. Other keywords are diffusers' (`torch_dtype`;
+        `vae=…` and other parts, to use in place of the stored ones). Modules come in evaluation mode.
+        ValueError: neither of these; weights of another architecture; an encoder that is gone or changed.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not (folder / "model_index.json").is_file() and folder.exists():
+            if (folder / checkpoint.IDENTITY).is_file() or (folder / checkpoint.FOLDER).is_dir():
+                pipe = cls(**parts_of(folder, weights, kwargs))
+            else:
+                raise ValueError(
+                    f"{folder}: no pipeline here (looked for model_index.json), no run (checkpoints/) and no checkpoint (identity.json)"
+                )
+        else:
+            folder_of(str(pretrained_model_name_or_path), "STDiTPipeline")
+            saved = cast(dict[str, Any], cls.load_config(str(pretrained_model_name_or_path))).get("_class_name")
+            if saved != cls.__name__:
+                raise ValueError(f"{pretrained_model_name_or_path} holds a {saved}, not a {cls.__name__}")
+            pipe = super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module):
+                part.eval()
+        return pipe
+
+    def use(self, sampler: SamplerConfig) -> None:
+        """Takes the scheduler that `sampler` names. ValueError: one of another objective, or too many steps."""
+        self.scheduler = make_scheduler(sampler, self.diffusion, (1, 1, 1), self.transformer.settings.learned_variance)
+
+    # --------------------------------------------------------------------------------- sampling
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        num_frames: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 4.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        *,
+        class_labels: Labels | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        guidance_channels: int | None = None,
+        fps: float | None = None,
+        num_videos_per_prompt: int = 1,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        given_frames: Frames | None = None,
+        given_latents: Tensor | None = None,
+        given_video: Any = None,
+        control: STDiTControl | None = None,
+        control_image: Any = None,
+        control_video: Any = None,
+        control_latents: Tensor | None = None,
+        control_scale: float = 1.0,
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> STDiTPipelineOutput | tuple[Any]:
+        """Draws a video (`num_frames` 1: an image) for each prompt or class label.
+
+        Args:
+            prompt: captions, for runs with text; cut to `max_tokens`. None: the null caption.
+            num_frames, height, width: in pixels; the autoencoder and the patches must divide them.
+            guidance_scale: 1 is the conditional model alone; more costs twice as much.
+            guidance_channels: latent channels that are guided, from the first. None: all, as diffusers and Latte have it;
+                3 (of 4) is what DiT's and PixArt's own code does.
+            generator: on the CPU; a list has one for each video, which then does not depend on the others.
+            class_labels: numbers or names, for runs with classes; -1 or None is the null class.
+            negative_prompt: stands in the null caption's place in guidance; one, or one for each prompt. A model without a
+                null caption of its own (null_text: empty) has "" there.
+            fps: told to models that were trained with it; None: 8, and of images 0.
+            latents: the noise to begin from, (B, C, t, h, w), in place of the generator's.
+            prompt_embeds, prompt_attention_mask: features (B, L, D) and mask (B, L) in place of prompts;
+                pooled_prompt_embeds (B, P) for models with a pooled vector. negative_…: likewise, of one row or B.
+            given_frames: latent frames that are not drawn but given, as numbers or bool (B or 1, t): the first for
+                image-to-video, the first few for extension, first and last ([0, -1]) for a loop, any for in-betweening.
+                None: as many of the first as are given.
+            given_latents, given_video: what stands in them: normalised latents (B or 1, C, frames, h, w), or an image or
+                video for the autoencoder in any form that diffusers knows, 0 to 1; the whole clip, or those frames alone.
+            control: a control branch in place of the pipeline's own.
+            control_image, control_video, control_latents: its condition, one of the three: an image for all frames; a
+                video of the clip's length; normalised latents (…, C', t or 1, h, w). One for all prompts, or one for each.
+            control_scale: of what the branch adds; at 0 it is not asked, and needs no condition.
+            callback_on_step_end: called as (pipe, step, timestep, {"latents": x_t}) after each step; returns the same
+                dict, perhaps with other latents. They are all that it can have (…_tensor_inputs).
+
+        Returns:
+            STDiTPipelineOutput, or (frames,) without return_dict.
+
+        Raises:
+            ValueError: an argument that this model or another argument does not allow, with both numbers.
+        """
+        if height is None or width is None:
+            raise ValueError(f"give height and width in pixels; found height {height}, width {width}")
+        check_counts(num_frames=num_frames, height=height, width=width, num_inference_steps=num_inference_steps)
+        check_output(output_type, callback_on_step_end_tensor_inputs)
+        self._check_scheduler()
+        settings, device = self.transformer.settings, self._execution_device
+        check_channels(guidance_channels, settings.in_channels)
+        scale = checked_scale(guidance_scale)
+        clip = Bucket(frames=num_frames, height=height, width=width)
+        encoder = VideoEncoder(self.vae)
+        latent = encoder.check(clip)
+        token_grid(latent, settings.patch_size, f"a clip of {clip.key}")
+
+        asked = Asked(
+            prompt, class_labels, negative_prompt, prompt_embeds, prompt_attention_mask, pooled_prompt_embeds,
+            negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds, num_videos_per_prompt,
+        )  # fmt: skip
+        teller = self._teller()
+        cond, batch = teller.condition(asked)
+        if not cond:
+            scale = 1.0  # an unconditional model has nothing to be guided to
+        negative = None if scale == 1 else teller.negative(asked, cond, batch)
+        cond |= micro_conditions(settings, clip, checked_fps(fps, num_frames), device)
+        shape = (batch, encoder.channels, *latent)
+        if given_video is not None:
+            given_latents = self._encode(encoder, given_video, given_latents, clip)
+        kept = given(given_frames, given_latents, shape, settings.patch_size[0], device)
+        if kept is not None:
+            cond["given_frames"] = kept.frames.expand(batch, -1)
+        conditions = {
+            "control_image": control_image, "control_video": control_video, "control_latents": control_latents
+        }  # fmt: skip
+        if (branch := self._branch(control, conditions, control_scale)) is not None:
+            wake(self.vae)
+            each = num_videos_per_prompt
+            made = control_of(branch, encoder, self.video_processor, conditions, clip, latent, batch, each)
+            cond["control"] = made.to(device)
+        noise = initial_noise(shape, generator, latents, device)
+        scheduler = self.scheduler
+        if is_flow(scheduler):
+            scheduler = shifted(scheduler, shift_for(self.diffusion, latent))
+
+        with _evaluating(self.transformer, branch), cast(Any, self).progress_bar(total=num_inference_steps) as bar:
+
+            def on_step(i: int, timestep: Tensor, x: Tensor) -> Tensor:
+                bar.update()
+                if callback_on_step_end is None:
+                    return x
+                return callback_on_step_end(self, i, timestep, {"latents": x}).get("latents", x)
+
+            wake(self.transformer)
+            wake(branch)
+            model = Sampled(self.transformer, branch, scale=control_scale)
+            steered = guided(drawn_from(model, self.diffusion), scale, negative, guidance_channels)
+            x = sample(
+                steered, scheduler, noise, num_inference_steps, cond, generator, on_step, given=kept, ahead=model.expect
+            )
+        frames = x if output_type == "latent" else self._decode(encoder, x, output_type)
+        self.maybe_free_model_hooks()
+        return STDiTPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    def _branch(self, control: STDiTControl | None, conditions: Mapping[str, Any], scale: float) -> STDiTControl | None:
+        """The control branch that is asked, if any is. ValueError: conditions without a branch; one of another model."""
+        branch = self.control if control is None else control
+        if branch is None and any(value is not None for value in conditions.values()):
+            raise ValueError("this pipeline has no control branch; give control=…")
+        if branch is None or scale == 0:
+            return None
+        branch.check_base(self.transformer)
+        if branch.dtype != self.transformer.dtype:
+            raise ValueError(f"the control branch is {branch.dtype}, the transformer {self.transformer.dtype}")
+        return branch
+
+    def _encode(self, encoder: VideoEncoder, video: Any, latents: Tensor | None, clip: Bucket) -> Tensor:
+        """The latents of `video`. ValueError: there are latents already, or it is not of the clip's size."""
+        if latents is not None:
+            raise ValueError("give given_latents or given_video, not both")
+        wake(self.vae)
+        return encoded(encoder, self.video_processor, video, clip)
+
+    def _decode(self, encoder: VideoEncoder, x: Tensor, output_type: str) -> Any:
+        """Latents (B, C, t, h, w) -> frames. One video at a time: it is the decoder that takes the memory."""
+        wake(self.vae)
+        pixels = torch.cat([encoder.decode(one) for one in x.split(1)])  # (B, 3, T, H, W)
+        return self.video_processor.postprocess_video(pixels, output_type)
+
+    def _check_scheduler(self) -> None:
+        wanted, kind = self.diffusion.objective, "flow" if is_flow(self.scheduler) else "ddpm"
+        if kind != wanted:
+            raise ValueError(
+                f"scheduler {type(self.scheduler).__name__} draws from objective {kind}; the transformer was trained with objective {wanted}"
+            )
+
+    # ------------------------------------------------------------------------------- conditions
+
+    def _teller(self) -> Teller:
+        encode = None if self.text_encoder is None else self.encode_prompt
+        return Teller(self.transformer.settings, encode, self.classes, self._execution_device)
+
+    @property
+    def prompt_encoder(self) -> Any:
+        """The text encoder, or encoders as one (stdit.encoders.text); None where there is none."""
+        return of_components(self.components, self.text_layout, self.max_tokens)
+
+    def encode_prompt(self, prompt: str | Sequence[str]) -> Encoded:
+        """(features (B, L, D) float32, mask (B, L)), and `.pooled`. ValueError: not text, no text encoder, no prompts at all."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        encoder = self.prompt_encoder
+        if encoder is None:
+            raise ValueError("this pipeline has no text_encoder; give prompt_embeds and prompt_attention_mask")
+        if not prompts:
+            raise ValueError("prompt is an empty list")
+        for i, text in enumerate(prompts):
+            check_text(text, f"prompt {i}")
+        return encoder.encode(prompts)
+
+    def label_ids(self, labels: Labels) -> Tensor:
+        """Class labels as numbers, (B,) int64. ValueError: a name or number that is no class, with those there are."""
+        return self._teller().label_ids(labels)
+
+
+@contextmanager
+def _evaluating(*modules: nn.Module | None) -> Iterator[None]:
+    """Evaluation mode for a while: training may hand in the very model that it trains."""
+    given = [module for module in modules if module is not None]
+    training = [module for module in given if module.training]
+    for module in given:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.train()

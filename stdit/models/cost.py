@@ -1,0 +1,230 @@
+"""What a model costs: parameters, tokens, multiply-adds, activation memory, for a given grid of patches.
+
+    python -m stdit.models.cost --config configs/models/XL.yaml --latent 16 32 32 --text-length 120
+    python -m stdit.models.cost --config configs/models/pixart-XL-2.yaml --pixels 1 512 512 --compression 1 8 8
+
+Measured on the model itself, run without memory (on torch's meta device), not computed from formulas: what a config adds
+is counted because it runs. Multiply-adds are half of the FLOPs of matrix products, attention and convolutions, which is
+what the DiT paper calls flops; a training step costs 3 forwards (one, and two backward).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from stdit.config import Bucket, ConfigError, ModelConfig, latent_shape, read_extended, token_grid, validate
+from stdit.models.attention import Attention, CrossAttention
+from stdit.models.stdit import STDiT
+
+META = torch.device("meta")
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of one sample. Activations: what backward keeps, in bytes, with attention that keeps no matrix of scores."""
+
+    parameters: int
+    tokens: int
+    forward_macs: int
+    training_flops: int
+    activation_bytes: int
+    activation_bytes_checkpointed: int
+
+    def __str__(self) -> str:
+        return "\n".join(
+            (
+                f"parameters                    {self.parameters / 1e6:12.2f} M",
+                f"tokens                        {self.tokens:12d}",
+                f"forward multiply-adds         {self.forward_macs / 1e9:12.2f} G",
+                f"training FLOPs a sample       {self.training_flops / 1e9:12.2f} G",
+                f"activations a sample          {self.activation_bytes / 2**20:12.2f} MiB",
+                f"  with checkpointing          {self.activation_bytes_checkpointed / 2**20:12.2f} MiB",
+            )
+        )
+
+
+def summary(
+    model: ModelConfig, grid: tuple[int, int, int], text_length: int = 0, bytes_per_element: int = 4, batch: int = 2
+) -> Summary:
+    """What `model` costs on a grid (T, H, W) of patches (`stdit.config.token_grid`) with captions of `text_length` tokens
+    (0: the null caption), in float32 (bytes_per_element 4) or bfloat16 (2).
+
+    batch: samples that are measured together, each at a time of its own; the result is one's share. A sample alone
+    keeps less: its norm and modulation are one operation. Of dynamic models everything that can run is counted.
+    ValueError: a grid, a text or a number of bytes that the model does not take.
+    """
+    if bytes_per_element not in DTYPES:
+        raise ValueError(f"bytes_per_element {bytes_per_element}; activations take 2 (bfloat16) or 4 (float32)")
+    for name, value, least in (("text_length", text_length, 0), ("batch", batch, 1), ("grid", min(grid), 1)):
+        if value < least:
+            raise ValueError(f"{name} {value}; expected {least} or more")
+    t, h, w = grid
+    return _measured(model.model_dump_json(), (t, h, w), text_length, DTYPES[bytes_per_element], batch)
+
+
+@lru_cache(maxsize=256)
+def _measured(settings: str, grid: tuple[int, int, int], text_length: int, dtype: torch.dtype, batch: int) -> Summary:
+    model = ModelConfig.model_validate_json(settings)
+    built = _made(model.model_copy(update={"exit_depths": ()})).train()
+    torch.nn.Module.to(built, dtype)  # diffusers' own warns
+    for module in built.modules():
+        if isinstance(module, (Attention, CrossAttention)):
+            module.processor = _fused
+    saved = _Saved(built)
+    keeping = torch.autograd.graph.saved_tensors_hooks(saved.save, lambda x: x)
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter, keeping:
+        built(**_inputs(model, grid, text_length, batch, dtype))
+    macs = counter.get_total_flops() // 2 // batch
+    plain, checkpointed = saved.totals()
+    return Summary(
+        parameters=sum(p.numel() for p in built.parameters()),
+        tokens=math.prod(grid),
+        forward_macs=macs,
+        training_flops=6 * macs,
+        activation_bytes=plain // batch,
+        activation_bytes_checkpointed=checkpointed // batch,
+    )
+
+
+def parameter_count(model: ModelConfig) -> int:
+    """Counted on the model itself, made without memory."""
+    return sum(p.numel() for p in _made(model).parameters())
+
+
+def _made(model: ModelConfig) -> STDiT:
+    with META:
+        return STDiT.from_settings(model)
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention as a fused kernel does it: (B, N, H, d) and twice (B, M, H, d) -> (B, N, H, d), and a number a query kept."""
+    heads_first = (x.transpose(1, 2) for x in (query, key, value))
+    bias = None if mask is None or mask.dtype == torch.bool else mask
+    y, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(*heads_first, bias, True)
+    return y.transpose(1, 2)
+
+
+class _Saved:
+    """Notes what is saved for backward, each storage once, without the parameters, and in which block."""
+
+    def __init__(self, model: STDiT) -> None:
+        self.block: int | None = None
+        self.alive: list[Any] = []  # a storage that was freed would lend its address to another
+        self.owned = {self._address(p) for p in model.parameters()}
+        # Bytes by address: everything; of each block; what blocks are given.
+        self.everything: dict[int, int] = {}
+        self.inside: list[dict[int, int]] = []
+        self.outside: dict[int, int] = {}
+        self.given: list[dict[int, int]] = []
+        for block in model.blocks:
+            block.register_forward_pre_hook(self._enter)
+            block.register_forward_hook(self._leave)
+
+    def save(self, tensor: Tensor) -> Tensor:
+        address, size = self._note(tensor)
+        if address not in self.owned:
+            self.everything[address] = size
+            (self.outside if self.block is None else self.inside[self.block])[address] = size
+        return tensor
+
+    def totals(self) -> tuple[int, int]:
+        """Bytes kept; and with checkpointing: what every block is given, and all of the block that keeps the most."""
+        given = self.outside | {a: s for inputs in self.given for a, s in inputs.items() if a not in self.owned}
+        own = [sum(s for a, s in block.items() if a not in given) for block in self.inside]
+        return sum(self.everything.values()), sum(given.values()) + max(own)
+
+    @staticmethod
+    def _address(tensor: Tensor) -> int:
+        return tensor.untyped_storage()._cdata
+
+    def _note(self, tensor: Tensor) -> tuple[int, int]:
+        self.alive.append(tensor)
+        return self._address(tensor), tensor.untyped_storage().nbytes()
+
+    def _enter(self, block: Any, args: tuple[Any, ...]) -> None:
+        self.block = len(self.inside)
+        self.inside.append({})
+        self.given.append(dict(self._note(x) for x in tree_leaves(args) if isinstance(x, Tensor)))
+
+    def _leave(self, block: Any, args: tuple[Any, ...], output: Any) -> None:
+        self.block = None
+
+
+def _inputs(
+    model: ModelConfig, grid: tuple[int, int, int], text_length: int, batch: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Of every kind that the model is told."""
+    size = [n * p for n, p in zip(grid, model.patch_size, strict=True)]
+    given: dict[str, Any] = {
+        "hidden_states": torch.empty(batch, model.in_channels, *size, device=META, dtype=dtype),
+        "timestep": torch.empty(batch, device=META),
+        **dict.fromkeys(model.micro_conditions, 24.0),
+        # Only their numbers would matter; 8 pixels a latent.
+        "height": 8.0 * size[1],
+        "width": 8.0 * size[2],
+    }
+    if model.text_dim is not None and (text_length or model.null_text == "empty"):
+        given["encoder_hidden_states"] = torch.empty(
+            batch, max(1, text_length), model.text_dim, device=META, dtype=dtype
+        )
+    if model.pooled_dim is not None:
+        given["pooled_projections"] = torch.empty(batch, model.pooled_dim, device=META, dtype=dtype)
+    if model.num_classes is not None:
+        given["class_labels"] = torch.zeros(batch, device=META, dtype=torch.int64)
+    return {key: value for key, value in given.items() if key != "size"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Parameters, multiply-adds and memory of a model.")
+    parser.add_argument("--config", type=Path, required=True, help="a YAML file with a `model:` section")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--latent", type=int, nargs=3, metavar=("T", "H", "W"), default=(1, 32, 32), help="latent size")
+    size.add_argument("--pixels", type=int, nargs=3, metavar=("FRAMES", "HEIGHT", "WIDTH"), help="size of the clip")
+    parser.add_argument(
+        "--compression", type=int, nargs=3, metavar=("T", "H", "W"), default=(1, 8, 8), help="pixels per latent"
+    )
+    parser.add_argument("--text-length", type=int, default=0, help="tokens of a caption; 0: the null caption")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of activations")
+    try:
+        print(_table(parser.parse_args()))
+    except (ConfigError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _table(args: argparse.Namespace) -> str:
+    """What the command prints. ValueError: the config, or an argument."""
+    for name in ("latent", "pixels", "compression"):
+        given = getattr(args, name)
+        if given and min(given) < 1:
+            raise ValueError(f"--{name} {' '.join(map(str, given))}: expected whole numbers, 1 or more")
+    if args.text_length < 0:
+        raise ValueError(f"--text-length {args.text_length}: expected 0 (the null caption) or more")
+    data = read_extended(args.config)
+    if "model" not in data:
+        raise ConfigError(f"{args.config}: model: missing key")
+    model = validate(data["model"], ModelConfig, f"{args.config}: model")
+    latent, said = tuple(args.latent), f"--latent {tuple(args.latent)}"
+    if args.pixels:
+        frames, height, width = args.pixels
+        latent = latent_shape(Bucket(frames=frames, height=height, width=width), tuple(args.compression))
+        said = f"--pixels {tuple(args.pixels)}, latent {latent}"
+    grid = token_grid(latent, model.patch_size, said)
+    counted = summary(model, grid, args.text_length, 2 if args.precision == "bf16" else 4)
+    return f"latent (T, H, W)              {' x '.join(map(str, latent)):>12}\n{counted}"
+
+
+if __name__ == "__main__":
+    main()

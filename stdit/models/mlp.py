@@ -1,0 +1,86 @@
+"""The block's second half: what each token computes on its own, or with its neighbours.
+
+B batch · (T, H, W) grid of patches · S = H W · D hidden size · F inner size
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from stdit.config.model import ModelConfig
+from stdit.models.embeddings import Grid
+from stdit.ops.onednn import Linear, linear_gelu
+
+
+class Mlp(nn.Module):
+    """fc2(gelu(fc1(x))), with the names that published weights have."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, gelu: Literal["tanh", "erf"]) -> None:
+        super().__init__()
+        self.gelu = "none" if gelu == "erf" else gelu
+        self.fc1 = Linear(inputs, hidden)
+        self.fc2 = Linear(hidden, outputs)
+
+    def forward(self, x: Tensor, grid: Grid | None = None, groups: Tensor | None = None) -> Tensor:
+        """groups: 1 for inner channels that run, 0 for those that do not; (…, inner size)."""
+        if groups is not None:
+            return self.fc2(F.gelu(self.fc1(x) * groups, approximate=self.gelu))
+        return self.fc2(linear_gelu(self.fc1, x, self.gelu))
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(a) b) with [a; b] = w12(x) (Shazeer 2020, equation 6)."""
+
+    def __init__(self, hidden_size: int, inner: int) -> None:
+        super().__init__()
+        self.w12 = Linear(hidden_size, 2 * inner)
+        self.w3 = Linear(inner, hidden_size)
+
+    def forward(self, x: Tensor, grid: Grid | None = None, groups: Tensor | None = None) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        if groups is not None:
+            value = value * groups
+        return self.w3(F.silu(gate) * value)
+
+
+class ConvMlp(Mlp):
+    """fc2(depthwise_conv(gelu(fc1(x)))) on the grid (Li et al. 2021, LocalViT, as J. Rineau's DiT has it).
+
+    `over_time`: a 3 x 3 x 3 convolution, else 3 x 3 within each frame. Frames beyond the clip's ends repeat its first
+    and last one, so that a clip of one repeated frame comes out as the frame itself.
+    """
+
+    def __init__(self, hidden_size: int, hidden: int, gelu: Literal["tanh", "erf"], over_time: bool) -> None:
+        super().__init__(hidden_size, hidden, hidden_size, gelu)
+        conv = nn.Conv3d if over_time else nn.Conv2d
+        self.depthwise_conv = conv(hidden, hidden, 3, padding=0 if over_time else 1, groups=hidden)
+
+    def forward(self, x: Tensor, grid: Grid | None = None, groups: Tensor | None = None) -> Tensor:
+        """x (B, T, S, D) -> (B, T, S, D)."""
+        assert grid is not None
+        assert groups is None
+        t, h, w = grid
+        y = linear_gelu(self.fc1, x, self.gelu)
+        if isinstance(self.depthwise_conv, nn.Conv3d):
+            y = rearrange(y, "b t (h w) f -> b f t h w", h=h, w=w)
+            y = torch.cat([y[:, :, :1], y, y[:, :, -1:]], dim=2)
+            y = rearrange(self.depthwise_conv(F.pad(y, (1, 1, 1, 1))), "b f t h w -> b t (h w) f")
+        else:
+            y = rearrange(y, "b t (h w) f -> (b t) f h w", h=h, w=w)
+            y = rearrange(self.depthwise_conv(y), "(b t) f h w -> b t (h w) f", t=t)
+        return self.fc2(y)
+
+
+def feed_forward(config: ModelConfig) -> Mlp | SwiGLU:
+    """The feed-forward part that `config` asks for."""
+    (width, _, _), inner = config.dimensions, config.mlp_width
+    if config.mlp == "swiglu":
+        return SwiGLU(width, inner)
+    if config.mlp == "gelu":
+        return Mlp(width, inner, width, config.gelu)
+    return ConvMlp(width, inner, config.gelu, config.mlp == "conv3d")

@@ -1,0 +1,1 @@
+"""CPU kernels applied to a model by one call."""

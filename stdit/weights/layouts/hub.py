@@ -1,0 +1,311 @@
+"""Weights as diffusers' classes have them: DiTTransformer2DModel, PixArtTransformer2DModel, LatteTransformer3DModel.
+
+Their config.json (stdit.weights.layouts.hubconfig) says what tensors do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from diffusers.models.transformers.latte_transformer_3d import LatteTransformer3DModel
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+
+from stdit.config.model import ModelConfig
+from stdit.weights.layouts.hubconfig import GELUS, ONLY, Values
+from stdit.weights.layouts.layout import Foreign, Layout, Rule, copied, image_patches, linear, same, stacked
+from stdit.weights.layouts.original import CLASSES, DIMENSIONS, TEXT
+
+# Longest captions that pipelines of these classes give.
+PIXART_TOKENS = 300
+
+
+# ------------------------------------------------------------------------------------------- rules
+
+
+def mlp(ours: str, theirs: str) -> list[Rule]:
+    return linear(f"{ours}.fc1", f"{theirs}.net.0.proj") + linear(f"{ours}.fc2", f"{theirs}.net.2")
+
+
+def self_attention(ours: str, theirs: str) -> list[Rule]:
+    return stacked(f"{ours}.qkv", (f"{theirs}.to_q", f"{theirs}.to_k", f"{theirs}.to_v")) + linear(
+        f"{ours}.proj", f"{theirs}.to_out.0"
+    )
+
+
+def single_block(c: ModelConfig, index: int, theirs: str) -> list[Rule]:
+    """A block of PixArt's or Latte's class."""
+    ours = f"blocks.{index}"
+    rules = [same(f"{ours}.scale_shift_table", f"{theirs}.scale_shift_table")]
+    rules += self_attention(f"{ours}.attn", f"{theirs}.attn1") + mlp(f"{ours}.mlp", f"{theirs}.ff")
+    if c.block_text[index]:
+        rules += linear(f"{ours}.cross_attn.q_linear", f"{theirs}.attn2.to_q")
+        rules += stacked(f"{ours}.cross_attn.kv_linear", (f"{theirs}.attn2.to_k", f"{theirs}.attn2.to_v"))
+        rules += linear(f"{ours}.cross_attn.proj", f"{theirs}.attn2.to_out.0")
+    return rules
+
+
+def single_ends(c: ModelConfig) -> list[Rule]:
+    """What PixArt's and Latte's classes have beside blocks."""
+    embedders = {"t_embedder": "timestep_embedder"}
+    if "size" in c.micro_conditions:
+        embedders |= {"csize_embedder": "resolution_embedder", "ar_embedder": "aspect_ratio_embedder"}
+    rules = image_patches("x_embedder.proj", "pos_embed.proj")
+    for ours, theirs in embedders.items():
+        rules += linear(f"{ours}.mlp.0", f"adaln_single.emb.{theirs}.linear_1")
+        rules += linear(f"{ours}.mlp.2", f"adaln_single.emb.{theirs}.linear_2")
+    rules += linear("t_block.1", "adaln_single.linear")
+    rules += linear("y_embedder.y_proj.fc1", "caption_projection.linear_1")
+    rules += linear("y_embedder.y_proj.fc2", "caption_projection.linear_2")
+    return [
+        *rules,
+        *linear("final_layer.linear", "proj_out"),
+        same("final_layer.scale_shift_table", "scale_shift_table"),
+    ]
+
+
+# ------------------------------------------------------------------------------- ours to config.json
+
+
+def limits(c: ModelConfig, title: str) -> list[str]:
+    """What diffusers' classes have in common."""
+    lines = []
+    if c.patch_size[0] != 1 or c.patch_size[1] != c.patch_size[2]:
+        lines.append(f"patch_size is {c.patch_size}; {title} has square patches of one frame, (1, p, p)")
+    if c.positions == "sincos" and c.position_base is None:
+        lines.append(
+            f"position_base is None; {title} rescales positions to a grid: give --set position_base=N, its patches a side"
+        )
+    if c.text_dim is not None and c.null_text != "empty":
+        lines.append(
+            f"null_text is {c.null_text!r}; {title} has no null caption, but takes the encoder's features of an empty one: "
+            "--set null_text=empty leaves the learned one out"
+        )
+    return lines
+
+
+def written(c: ModelConfig) -> dict[str, Any]:
+    """What all classes name alike."""
+    width, depth, heads = c.dimensions
+    return {
+        "num_attention_heads": heads,
+        "attention_head_dim": width // heads,
+        "in_channels": c.in_channels,
+        "out_channels": c.in_channels * (2 if c.learned_variance else 1),
+        "num_layers": depth,
+        "sample_size": (c.position_base or 0) * c.patch_size[1],
+        "patch_size": c.patch_size[1],
+    }
+
+
+def _same_config(c: ModelConfig) -> dict[str, Any]:
+    gelu = next(theirs for theirs, ours in GELUS.items() if ours == c.gelu)
+    return written(c) | {
+        "dropout": 0.0,
+        "attention_bias": True,
+        "activation_fn": gelu,
+        "norm_elementwise_affine": False,
+    }
+
+
+# --------------------------------------------------------------------------------------------- DiT
+
+
+def _dit_settings(foreign: Foreign) -> dict[str, Any]:
+    v = Values(foreign, DiTTransformer2DModel, "DiTTransformer2DModel")
+    v.only(norm_type="ada_norm_zero", **ONLY)
+    found = v.sizes() | {"gelu": v.one_of("activation_fn", GELUS), "mlp_norm_eps": v.number("norm_eps")}
+    if not isinstance(v["num_embeds_ada_norm"], int):
+        v.wrong.append(f"num_embeds_ada_norm: {v['num_embeds_ada_norm']!r}; expected the number of classes")
+    v.check()
+    return found | {"num_classes": v["num_embeds_ada_norm"]}
+
+
+def _dit_rules(c: ModelConfig) -> list[Rule]:
+    depth = c.dimensions[1]
+    embedders = [f"transformer_blocks.{i}.norm1.emb" for i in range(depth)]
+    table = "class_embedder.embedding_table"
+    rules = image_patches("x_embedder.proj", "pos_embed.proj")
+    rules += copied("t_embedder.mlp.0", [f"{e}.timestep_embedder.linear_1" for e in embedders])
+    rules += copied("t_embedder.mlp.2", [f"{e}.timestep_embedder.linear_2" for e in embedders])
+    weight, _ = copied("y_embedder.embedding_table", [f"{e}.{table}" for e in embedders])
+    rules += [
+        weight,
+        *linear("final_layer.adaLN_modulation.1", "proj_out_1"),
+        *linear("final_layer.linear", "proj_out_2"),
+    ]
+    for i in range(depth):
+        ours, theirs = f"blocks.{i}", f"transformer_blocks.{i}"
+        rules += linear(f"{ours}.adaLN_modulation.1", f"{theirs}.norm1.linear")
+        rules += self_attention(f"{ours}.attn", f"{theirs}.attn1") + mlp(f"{ours}.mlp", f"{theirs}.ff")
+    return rules
+
+
+def _dit_limits(c: ModelConfig) -> list[str]:
+    lines = limits(c, "diffusers' DiT")
+    if c.num_classes is None:
+        lines.append("num_classes is None; diffusers' DiT has classes")
+    if c.timestep_shift == 0:
+        lines.append(
+            "(diffusers' DiT codes the time at frequencies over 127, DiT's own code over 128; diffusers' published weights "
+            "are DiT's all the same. --set timestep_shift=1 mlp_norm_eps=1e-5 reads the weights so, and the output changes a little)"
+        )
+    return lines
+
+
+HUB_DIT = Layout(
+    name="diffusers-dit",
+    title="diffusers' DiT",
+    fixed={"conditioning": "adaln_zero", "temporal": False, "timestep_shift": 1},
+    free=(DIMENSIONS - {"mlp_ratio"}) | (CLASSES - {"null_class"}) | {"position_base", "gelu", "mlp_norm_eps"},
+    settings=_dit_settings,
+    rules=_dit_rules,
+    limits=_dit_limits,
+    hub="DiTTransformer2DModel",
+    config=lambda c: (
+        _same_config(c)
+        | {"num_embeds_ada_norm": c.num_classes, "norm_type": "ada_norm_zero", "norm_eps": c.mlp_norm_eps or c.norm_eps}
+    ),
+)
+
+
+# ------------------------------------------------------------------------------------ PixArt, Latte
+
+
+def _captioned(v: Values, width: int, fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a class with captions, which are projected by a network with GELU's tanh form."""
+    v.only(**ONLY, **fixed, activation_fn="gelu-approximate", cross_attention_dim=width)
+    if not isinstance(v["caption_channels"], int):
+        v.wrong.append(
+            f"caption_channels: {v['caption_channels']!r}; ours is the width of the features, which are projected"
+        )
+    return {"text_dim": v["caption_channels"], "norm_eps": v.number("norm_eps"), "text_tokens": PIXART_TOKENS}
+
+
+def _captioned_config(c: ModelConfig) -> dict[str, Any]:
+    return _same_config(c) | {
+        "cross_attention_dim": c.dimensions[0],
+        "caption_channels": c.text_dim,
+        "norm_type": "ada_norm_single",
+        "norm_eps": c.norm_eps,
+        "num_embeds_ada_norm": 1000,
+    }
+
+
+def _text_limits(c: ModelConfig, title: str) -> list[str]:
+    return limits(c, title) + ([f"text_dim is None; {title} has captions"] if c.text_dim is None else [])
+
+
+def _standard_scale(c: ModelConfig) -> bool:
+    return c.position_interpolation == max((c.position_base or 0) * c.patch_size[1] // 64, 1)
+
+
+def _plain(number: float) -> int | float:
+    return int(number) if number == int(number) else number
+
+
+def _pixart_settings(foreign: Foreign) -> dict[str, Any]:
+    v = Values(foreign, PixArtTransformer2DModel, "PixArtTransformer2DModel")
+    found = v.sizes()
+    found |= _captioned(v, found["hidden_size"], {"norm_type": "ada_norm_single", "attention_type": "default"})
+    scale, told = v.number("interpolation_scale", max(v["sample_size"] // 64, 1)), v["use_additional_conditions"]
+    if told not in (None, True, False):
+        v.wrong.append(f"use_additional_conditions: {told!r}; expected True, False or None")
+    v.check()
+    sized = v["sample_size"] == 128 if told is None else told
+    return found | {
+        "position_interpolation": scale,
+        "micro_conditions": ("size",) if sized else (),
+    }
+
+
+def _pixart_rules(c: ModelConfig) -> list[Rule]:
+    blocks = [rule for i in range(c.dimensions[1]) for rule in single_block(c, i, f"transformer_blocks.{i}")]
+    return single_ends(c) + blocks
+
+
+def _pixart_limits(c: ModelConfig) -> list[str]:
+    lines = _text_limits(c, "diffusers' PixArt")
+    if c.micro_conditions not in ((), ("size",)):
+        lines.append(f"micro_conditions is {c.micro_conditions}; diffusers' PixArt has () or ('size',)")
+    return lines
+
+
+HUB_PIXART = Layout(
+    name="diffusers-pixart",
+    title="diffusers' PixArt",
+    fixed={"conditioning": "adaln_single", "temporal": False, "null_text": "empty"},
+    free=(DIMENSIONS - {"mlp_ratio"})
+    | TEXT
+    | {"position_base", "position_interpolation", "micro_conditions", "norm_eps", "null_text"},
+    settings=_pixart_settings,
+    rules=_pixart_rules,
+    limits=_pixart_limits,
+    hub="PixArtTransformer2DModel",
+    config=lambda c: (
+        _captioned_config(c)
+        | {
+            "interpolation_scale": None if _standard_scale(c) else _plain(c.position_interpolation),
+            "use_additional_conditions": "size" in c.micro_conditions,
+            "attention_type": "default",
+        }
+    ),
+)
+
+
+def _latte_settings(foreign: Foreign) -> dict[str, Any]:
+    v = Values(foreign, LatteTransformer3DModel, "LatteTransformer3DModel")
+    found = v.sizes()
+    found |= _captioned(v, found["hidden_size"], {"norm_type": "ada_norm_single"})
+    if not isinstance(v["video_length"], int) or v["video_length"] < 1:
+        v.wrong.append(f"video_length: {v['video_length']!r}; expected the number of frames")
+    v.check()
+    return found | {
+        "depth": 2 * v["num_layers"],
+        "position_interpolation": float(max(v["sample_size"] // 64, 1)),
+        "position_frames": v["video_length"],
+    }
+
+
+def _latte_rules(c: ModelConfig) -> list[Rule]:
+    rules = single_ends(c)
+    for i in range(c.dimensions[1]):
+        kind = "temporal_transformer_blocks" if i % 2 else "transformer_blocks"
+        rules += single_block(c, i, f"{kind}.{i // 2}")
+    return rules
+
+
+def _latte_limits(c: ModelConfig) -> list[str]:
+    lines = _text_limits(c, "diffusers' Latte")
+    if c.position_base is not None:
+        sample = c.position_base * c.patch_size[1]
+        if c.position_interpolation != max(sample // 64, 1):
+            lines.append(
+                f"position_interpolation is {c.position_interpolation}; diffusers' Latte has {max(sample // 64, 1)} "
+                f"with position_base {c.position_base} and patches of {c.patch_size[1]}"
+            )
+    if c.position_frames is None:
+        lines.append("position_frames is None; diffusers' Latte is made for one length: give --set position_frames=N")
+    return lines
+
+
+HUB_LATTE = Layout(
+    name="diffusers-latte",
+    title="diffusers' Latte",
+    fixed={
+        "conditioning": "adaln_single",
+        "attention": "alternating",
+        "temporal_text": False,
+        "temporal_place": "stream",
+        "null_text": "empty",
+    },
+    free=(DIMENSIONS - {"mlp_ratio"})
+    | TEXT
+    | {"position_base", "position_interpolation", "position_frames", "norm_eps", "null_text"},
+    settings=_latte_settings,
+    rules=_latte_rules,
+    limits=_latte_limits,
+    hub="LatteTransformer3DModel",
+    config=lambda c: _captioned_config(c) | {"num_layers": c.dimensions[1] // 2, "video_length": c.position_frames},
+)

@@ -1,0 +1,51 @@
+"""Parts cut ahead of sampling are those that are cut at each time, and the device is waited for once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from stdit.models.pruning import Chosen, Parts, cut, cut_ahead
+from stdit.models.stdit import STDiT
+
+Blocks = list[tuple[Parts, Chosen]]
+
+
+@pytest.fixture
+def blocks(tiny: Callable[..., STDiT], noise: Callable[..., torch.Tensor]) -> Blocks:
+    """Two blocks, and what of them is chosen at five times."""
+    torch.manual_seed(0)
+    model = tiny(text_dim=6, dynamic_width=True)
+    time = 9 * noise(5, 32)
+    return [(block.parts, block.dynamic.choose(time, None, None)) for block in model._blocks()]
+
+
+@torch.no_grad()
+def test_parts_cut_ahead_are_those_cut_when_needed(blocks: Blocks) -> None:
+    ahead = cut_ahead(blocks)
+    assert len(ahead) == 5
+    for number, step in enumerate(ahead):
+        for (whole, every), parts in zip(blocks, step, strict=True):
+            now = cut(whole, Chosen(*(c if c is None else c[number : number + 1] for c in every)))
+            assert parts is not None
+            assert now is not None
+            for one, other in zip(parts, now, strict=True):
+                assert (one is None) == (other is None)
+                if one is not None and other is not None:
+                    torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_all_choices_come_to_the_host_at_once(blocks: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[torch.Size] = []
+    fetch = torch.Tensor.cpu
+
+    def counted(self: torch.Tensor) -> torch.Tensor:
+        fetched.append(self.shape)
+        return fetch(self)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", counted)
+    cut_ahead(blocks)
+    assert [shape[0] for shape in fetched] == [5]

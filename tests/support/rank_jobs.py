@@ -1,0 +1,146 @@
+"""What the ranks of a pool run: module-level, so that they find it by name."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stdit.config import Config, merge, validate
+
+
+def settings(run_dir: Path | str, **changes: Any) -> dict[str, Any]:
+    """A tiny run: two layers, class labels and text, 8 samples a step; `changes` are merged over its sections."""
+    base: dict[str, Any] = {
+        "run_dir": str(run_dir),
+        "model": {"hidden_size": 32, "depth": 2, "num_heads": 2, "in_channels": 1, "num_classes": 4, "text_dim": 8, "text_tokens": 12},
+        "diffusion": {"label_dropout": 0.3, "caption_dropout": 0.3},
+        "data": {"features": "synthetic", "buckets": [{"frames": 2, "height": 8, "width": 8, "batch_size": 4}, {"frames": 1, "height": 8, "width": 8, "batch_size": 8}]},
+        "train": {"steps": 6, "tensorboard": False, "ema": {"decay": 0.9}, "optimizer": {"learning_rate": 3e-3, "warmup_steps": 3, "weight_decay": 0.01}},
+    }  # fmt: skip
+    return merge(base, changes)
+
+
+def for_ranks(size: int) -> list[dict[str, Any]]:
+    """Buckets of the same global batches on `size` ranks: 8 clips, 16 images."""
+    return [
+        {"frames": 2, "height": 8, "width": 8, "batch_size": 8 // size},
+        {"frames": 1, "height": 8, "width": 8, "batch_size": 16 // size},
+    ]
+
+
+def config_of(data: dict[str, Any]) -> Config:
+    return validate(data, Config, "test")
+
+
+def run(data: dict[str, Any], stop_after: int | None = None) -> dict[str, Any]:
+    """Trains; what rank 0 wrote to metrics.jsonl, what was reported, and what was said on stderr.
+
+    stop_after: asks this rank alone to stop after that step (2 or more).
+    """
+    from stdit.train import Stopped, train
+    from stdit.training.distributed import Stop
+
+    stop, reports, said = Stop(), [], io.StringIO()
+
+    def report(entry: dict[str, Any]) -> None:
+        reports.append(entry)
+        # Looked at when the next step ends.
+        if stop_after is not None and entry["step"] == stop_after - 1:
+            stop.request("a test asked")
+
+    stopped = False
+    with contextlib.redirect_stderr(said):
+        try:
+            train(config_of(data), report, stop)
+        except Stopped:
+            stopped = True
+    return {"metrics": metrics(data["run_dir"]), "reports": reports, "stopped": stopped, "said": said.getvalue()}
+
+
+def run_stopping_on_rank_1(data: dict[str, Any], step: int) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    first = dist.get_rank() == 0 if dist.is_initialized() else True
+    return run(data, None if first else step)
+
+
+def metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    path = Path(run_dir) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def engine_steps(data: dict[str, Any], bad_rank: int) -> dict[str, Any]:
+    """Five steps of an Engine by hand; on rank `bad_rank` the gradients of step 4 are NaN behind a finite loss, and the
+    loss of step 5 is. Losses, norms, weights, their average (also by the formula, from the weights after each step),
+    and what the live model makes of both."""
+    from stdit.data.loader import Loader
+    from stdit.diffusion.objectives import make_objective
+    from stdit.models.stdit import STDiT
+    from stdit.train import backward
+    from stdit.training.checks import check
+    from stdit.training.ema import EMA, decay_at
+    from stdit.training.engine import Engine, start_ranks
+    from stdit.training.inputs import Inputs
+
+    config = config_of(data)
+    checked = check(config)
+    ranks = start_ranks()
+    model = STDiT.from_settings(config.model, config.seed)
+    initial = {k: v.clone() for k, v in model.named_parameters()}
+    engine = Engine(model, config, ranks)
+    ema = EMA(engine.masters, config.train.ema)
+    inputs = Inputs(config, checked.video_encoder, make_objective(config.diffusion, False), ranks.device)
+    loader = Loader(
+        checked.source, config.data, config.seed, ranks.rank, ranks.size, config.train.gradient_accumulation
+    )
+    weights = engine.weights()
+    start_error = max(((weights[k] - initial[k]).abs().max().item() for k in weights if k in initial), default=0.0)
+    average = {k: v.clone() for k, v in weights.items()}
+    losses, norms, unchanged = [], [], []
+    for number, step in zip(range(1, 6), loader, strict=False):
+        spoiled = ranks.rank == bad_rank and number in (4, 5)
+        hook = engine.module.register_forward_hook(SPOIL[number]) if spoiled else None
+        micro = [backward(engine, inputs, batch, number)[0] for batch in step.batches]
+        if hook:
+            hook.remove()
+        norms.append(engine.step(1e-3))
+        losses.append(ranks.total(float(sum(micro)) / len(micro) / ranks.size)[0])
+        now = engine.weights()
+        unchanged.append(all(torch.equal(now[k], weights[k]) for k in now))
+        weights = now
+        ema.update(number)
+        decay = decay_at(config.train.ema, number)
+        average = {k: decay * average[k] + (1 - decay) * weights[k] for k in average}
+    with ema.swapped(engine.publish):
+        averaged, made_by_average = engine.weights(), _made(engine)
+    after, made = engine.weights(), _made(engine)
+    engine.close()
+    return {
+        "losses": losses, "norms": norms, "unchanged": unchanged, "start_error": start_error, "weights": weights,
+        "after": after, "average": average, "averaged": averaged, "made": made, "made_by_average": made_by_average,
+        "live": str(next(iter(engine.module.parameters())).dtype),
+    }  # fmt: skip
+
+
+def _nan_gradient(module: Any, inputs: Any, output: Any) -> None:
+    if torch.is_grad_enabled():
+        output[0].register_hook(lambda gradient: gradient * torch.nan)
+
+
+def _nan_output(module: Any, inputs: Any, output: Any) -> Any:
+    return (output[0] * torch.nan,)
+
+
+SPOIL = {4: _nan_gradient, 5: _nan_output}
+
+
+def _made(engine: Any) -> torch.Tensor:
+    """What the live weights make of fixed latents."""
+    x = torch.linspace(-1, 1, 128).reshape(1, 1, 2, 8, 8)
+    with torch.no_grad():
+        return engine.module(x, torch.tensor([500.0]), class_labels=torch.tensor([1]), return_dict=False)[0].float()

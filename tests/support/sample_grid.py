@@ -1,0 +1,40 @@
+"""What ranks run to draw a sample grid: module-level, so that they find it by name."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+
+def grid(data: dict[str, Any]) -> tuple[np.ndarray | None, list[dict[str, Any]]]:
+    """The sample grid of an engine whose weights are all drawn (rank 0's; None elsewhere), and the micro-conditions of
+    each preparation of conditions ahead."""
+    from stdit.diffusion.objectives import make_objective
+    from stdit.models.stdit import STDiT
+    from stdit.training.checks import check
+    from stdit.training.engine import Engine, start_ranks
+    from stdit.training.inputs import Inputs
+    from stdit.training.validation import Preview
+    from tests.support.rank_jobs import config_of
+
+    config = config_of(data)
+    checked = check(config)
+    ranks = start_ranks()
+    engine = Engine(STDiT.from_settings(config.model, config.seed), config, ranks)
+    generator = torch.Generator().manual_seed(0)
+    drawn = STDiT.from_settings(config.model).state_dict()
+    engine.set_weights({k: torch.randn(v.shape, generator=generator) * 0.2 for k, v in drawn.items()})
+    objective = make_objective(config.diffusion, config.model.learned_variance)
+    preview = Preview(config, checked, Inputs(config, checked.video_encoder, objective, ranks.device), ranks)
+    engine.module.eval()
+    told, know = [], STDiT.know
+    cast(Any, STDiT).know = lambda self, *args: told.append(args[3]) or know(self, *args)
+    try:
+        picture = preview.grid(engine.module)
+    finally:
+        STDiT.know = know
+    engine.close()
+    values = [{k: v.tolist() for k, v in each.items() if v is not None} for each in told]
+    return None if picture is None else np.asarray(picture), values

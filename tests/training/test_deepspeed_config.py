@@ -1,0 +1,97 @@
+"""The raw DeepSpeed JSON: merged, and looked at before DeepSpeed ignores what it does not know."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stdit.config import ConfigError, TrainConfig
+from stdit.training.deepspeed_config import ALLOWED, DECIDED, REFUSED, settings
+from tests.support.paths import ROOT
+
+
+def made(raw: Any = None, **train: Any) -> dict[str, Any]:
+    return settings(TrainConfig(steps=1, deepspeed=raw, **train), 1000, "cpu")
+
+
+def test_raw_settings_are_merged_key_by_key() -> None:
+    merged = made({"zero_optimization": {"reduce_bucket_size": 7}, "wall_clock_breakdown": True}, zero_stage=3)
+    assert merged["zero_optimization"]["reduce_bucket_size"] == 7
+    assert merged["zero_optimization"]["stage"] == 3
+    assert merged["wall_clock_breakdown"] is True
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ({"zero_optimizaton": {}}, "zero_optimizaton: unknown to DeepSpeed; did you mean zero_optimization?"),
+        ({"gradient_cliping": 1}, "gradient_cliping: unknown to DeepSpeed; did you mean gradient_clipping?"),
+        (
+            {"gradient_clipping": 0.3},
+            r"gradient_clipping: set by this trainer \(train.optimizer.gradient_clip\), which makes it 1.0; found 0.3",
+        ),
+        ({"optimizer": {"type": "Adam"}}, r"optimizer: set by this trainer \(train.optimizer\)"),
+        ({"fp16": {"enabled": True}}, r"fp16: set by this trainer \(train.precision\)"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage: 3, but train.zero_stage is 2"),
+        (
+            {"zero_optimization": {"ofload_param": {}}},
+            "zero_optimization.ofload_param: unknown to DeepSpeed; did you mean offload_param?",
+        ),
+        ({"zero_optimization": 2}, "zero_optimization: expected an object, found 2"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "nvme"),
+        ({"zero_optimization": {"compute_grad_norm": False}}, "compute_grad_norm: false"),
+        ({"pipeline": {}}, "pipeline: this part of DeepSpeed is not supported"),
+    ],
+)
+def test_what_deepspeed_would_ignore_or_contradict_is_refused(raw: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        made(raw)
+
+
+def test_values_auto_are_left_to_the_trainer() -> None:
+    raw = {
+        "train_batch_size": "auto",
+        "fp16": {"enabled": "auto"},
+        "optimizer": {"params": {"lr": "auto"}},
+        "zero_optimization": {"reduce_bucket_size": "auto"},
+    }
+    assert made(raw) == made()
+
+
+def test_settings_equal_to_the_trainers_own_are_accepted() -> None:
+    assert made({"gradient_clipping": 1.0, "gradient_accumulation_steps": 1}) == made()
+
+
+def test_a_file_is_named_in_what_is_said_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"wall_clock_breakdown": true}')
+    assert made(path)["wall_clock_breakdown"] is True
+    for content, said in (
+        ("{", "not valid JSON"),
+        ("[]", "expected an object at the top, found list"),
+        ('{"aio": {}, "aio": {}}', "key 'aio' is given twice"),
+        ('{"wal_clock_breakdown": true}', "unknown to DeepSpeed"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ConfigError, match=f"{re.escape(str(path))}: .*{said}"):
+            made(path)
+    with pytest.raises(ConfigError, match="gone.json: cannot be read"):
+        made(tmp_path / "gone.json")
+
+
+def test_every_key_on_our_lists_is_one_that_deepspeed_reads() -> None:
+    import deepspeed
+
+    source = "\n".join(p.read_text() for p in Path(deepspeed.__file__).parent.rglob("*.py"))
+    for key in sorted(ALLOWED | set(DECIDED) | REFUSED):
+        assert re.search(rf"""["']{key}["']|^\s+{key}:""", source, re.MULTILINE), key
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/ds").glob("*.json")), ids=lambda p: p.name)
+def test_every_example_override_is_accepted(path: Path) -> None:
+    stage = json.loads(path.read_text()).get("zero_optimization", {}).get("stage", 2)
+    made(path, zero_stage=stage)

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from stdit.training.distributed import Ranks, Stop, complete_environment, parent_of
+from tests.support.rank_pool import Pool, RankError
+
+
+def test_alone_there_is_nothing_to_agree_on() -> None:
+    ranks = Ranks(0, 1, 0, torch.device("cpu"))
+    assert ranks.first
+    assert ranks.total(1.5, 2.0) == [1.5, 2.0]
+    assert ranks.agree(lambda: "x") == "x"
+    assert torch.equal(ranks.joined(torch.ones(2)), torch.ones(2))
+
+
+def meet(fail: bool) -> list[object]:
+    from stdit.training.engine import start_ranks
+
+    ranks = start_ranks()
+
+    def look_up() -> int:
+        if fail:
+            raise ValueError("rank 0 found nothing")
+        return 10 + ranks.rank
+
+    part = torch.full((2, 1), float(ranks.rank))
+    return [ranks.total(1.0, float(ranks.rank)), ranks.agree(look_up), ranks.joined(part).flatten().tolist()]
+
+
+@pytest.mark.distributed
+def test_ranks_agree_also_on_what_rank_0_failed_at(pair: Pool) -> None:
+    assert pair(meet, False) == [[[2.0, 1.0], 10, [0.0, 0.0, 1.0, 1.0]]] * 2
+    with pytest.raises(RankError, match="rank 0 found nothing") as error:
+        pair(meet, True)
+    assert error.value.kind == "ValueError"
+    # And are in step afterwards.
+    assert pair(meet, False)[1][1] == 10
+
+
+def test_a_request_keeps_its_first_reason() -> None:
+    stop = Stop()
+    assert not stop
+    stop.request("one")
+    stop.request("two")
+    assert stop
+    assert stop.reason == "one"
+
+
+WATCHER = """
+import os, sys, time
+from stdit.training.distributed import Stop
+stop = Stop().listen()
+print(os.getpid(), flush=True)
+for _ in range(200):
+    if stop:
+        break
+    time.sleep(0.05)
+open(sys.argv[1], "w").write(stop.reason)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="death of a parent is told by Linux alone")
+@pytest.mark.parametrize("launched", [True, False])
+def test_the_launchers_death_is_noticed_and_a_shells_is_not(launched: bool, tmp_path: object) -> None:
+    said = f"{tmp_path}/said"
+    environment = {k: v for k, v in os.environ.items() if k != "LOCAL_RANK"} | ({"LOCAL_RANK": "0"} if launched else {})
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {WATCHER!r}, {said!r}])"
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    assert parent_of(child) == parent.pid
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 20
+    while launched and not os.path.exists(said) and time.monotonic() < until:
+        time.sleep(0.05)
+    if launched:
+        with open(said) as file:
+            assert file.read() in ("SIGTERM", "the process that started this one is gone")
+    else:
+        time.sleep(1.5)
+        assert not os.path.exists(said)
+        os.kill(child, 9)
+
+
+def test_plain_python_gets_what_a_launcher_would_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        # Set first, so that monkeypatch takes away what complete_environment leaves.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    complete_environment()
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ("0", "1", "0")
+    assert int(os.environ["MASTER_PORT"]) > 0
+    monkeypatch.delenv("MASTER_PORT")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="WORLD_SIZE is 4 but MASTER_PORT is not set"):
+        complete_environment()

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stdit.config import ModelConfig, OptimizerConfig
+from stdit.models.stdit import STDiT
+from stdit.training.optimizer import learning_rate, parameter_groups
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    warmup=st.integers(0, 20),
+    steps=st.integers(1, 60),
+    decay=st.sampled_from(["constant", "linear", "cosine"]),
+    final=st.floats(0, 1),
+)
+def test_the_rate_rises_to_its_peak_and_falls_to_its_end(warmup: int, steps: int, decay: str, final: float) -> None:
+    config = OptimizerConfig.model_validate(
+        {"learning_rate": 2.0, "warmup_steps": warmup, "decay": decay, "final_ratio": final}
+    )
+    rates = [learning_rate(config, step, steps) for step in range(1, steps + 1)]
+    rising, falling = rates[: max(0, warmup - 1)], rates[max(0, warmup - 1) :]
+    assert rising == sorted(rising)
+    assert falling == sorted(falling, reverse=True)
+    assert all(0 <= rate <= 2.0 for rate in rates)
+    if steps > warmup and decay != "constant":
+        assert rates[-1] == pytest.approx(2.0 * final)
+    if 1 <= warmup <= steps:
+        assert rates[warmup - 1] == pytest.approx(2.0)
+        assert rates[0] == pytest.approx(2.0 / warmup)
+
+
+def test_the_rate_is_a_function_of_the_step_alone() -> None:
+    config = OptimizerConfig(decay="cosine", warmup_steps=3)
+    assert [learning_rate(config, s, 9) for s in (9, 2, 5)] == [learning_rate(config, s, 9) for s in (9, 2, 5)]
+
+
+def test_weight_decay_pulls_on_matrices_alone() -> None:
+    model = STDiT.from_settings(ModelConfig(hidden_size=32, depth=1, num_heads=2, num_classes=3, text_dim=8))
+    decayed, spared = parameter_groups(model, OptimizerConfig(weight_decay=0.1))
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert {id(p) for group in (decayed, spared) for p in group["params"]} == set(names)
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+    assert all(names[id(p)].endswith("weight") and p.ndim > 1 for p in decayed["params"])
+    spared_names = [names[id(p)] for p in spared["params"]]
+    assert any("scale_shift_table" in n for n in spared_names)
+    assert any("embedding_table" in n for n in spared_names)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+
+
+def test_without_weight_decay_there_is_one_group() -> None:
+    model = STDiT.from_settings(ModelConfig(hidden_size=32, depth=1, num_heads=2))
+    (group,) = parameter_groups(model, OptimizerConfig())
+    assert len(group["params"]) == len(list(model.parameters()))

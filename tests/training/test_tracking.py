@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from stdit.config import ConfigError
+from stdit.training.tracking import METRICS, Tracker, check_trackers, keep_until
+from tests.support.rank_jobs import config_of, metrics, settings
+
+
+def test_lines_after_a_step_and_torn_ones_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / METRICS
+    path.write_text('{"step": 1}\n{"step": 2}\n\n[]\n{"step": 3}\n{"st')
+    keep_until(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    keep_until(tmp_path / "absent", 2)
+
+
+def test_a_tracker_writes_valid_json_pictures_and_tensorboard(tmp_path: Path) -> None:
+    config = config_of(settings(tmp_path, train={"tensorboard": True}))
+    tracker = Tracker(config, 0, True)
+    tracker.log({"step": 1, "loss": math.nan, "bucket": "1x8x8"})
+    tracker.log({"step": 2, "loss": 0.5})
+    tracker.picture("samples", Image.new("RGB", (4, 4)), 2)
+    tracker.advance(loss="0.5")
+    tracker.close()
+    assert metrics(tmp_path) == [{"step": 1, "loss": None, "bucket": "1x8x8"}, {"step": 2, "loss": 0.5}]
+    assert Image.open(tmp_path / "samples/step-00000002.png").size == (4, 4)
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    # Another one, later, goes on in the same file.
+    again = Tracker(config, 1, True)
+    again.log({"step": 2, "loss": 0.25})
+    again.close()
+    assert [json.loads(line)["loss"] for line in (tmp_path / METRICS).read_text().splitlines()] == [None, 0.25]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    tracker = Tracker(config_of(settings(tmp_path)), 0, False)
+    tracker.log({"step": 1})
+    tracker.picture("samples", None, 1)
+    tracker.advance()
+    tracker.say("x")
+    tracker.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wandb_that_is_not_installed_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"train.wandb_project: 'p', but wandb is not installed"):
+        check_trackers(config_of(settings(tmp_path, train={"wandb_project": "p"})))

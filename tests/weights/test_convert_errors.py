@@ -1,0 +1,487 @@
+"""What conversion refuses: unknown names, wrong shapes, values that are not ours, files that are not weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stdit.models.stdit import STDiT
+from stdit.weights.convert import convert, export, load_foreign, main
+from tests.support import published_weights
+from tests.support.diffusers_models import dit, latte, pixart, sd3
+
+Tiny = Callable[..., STDiT]
+HEADS = {"num_heads": 4}
+
+
+def saved(state: dict[str, Any], folder: Path) -> Path:
+    path = folder / "weights.pt"
+    torch.save(state, path)
+    return path
+
+
+# ------------------------------------------------------------------------------------ names, shapes
+
+
+def test_names_that_are_missing_unknown_or_misshapen_are_all_listed(tmp_path: Path) -> None:
+    state = published_weights.dit_weights(depth=3)
+    for i in range(3):
+        del state[f"blocks.{i}.attn.proj.bias"]
+    del state["t_embedder.mlp.2.bias"]
+    state["blocks.1.attn.extra"] = torch.zeros(3)
+    state["blocks.0.mlp.fc2.bias"] = torch.zeros(7)
+    state["final_layer.linear.bias"] = torch.zeros(24, dtype=torch.int64)
+    with pytest.raises(ValueError, match="weights.pt: the weights are not of this layout") as caught:
+        load_foreign(saved(state, tmp_path), HEADS)
+    told = str(caught.value)
+    assert "missing: t_embedder.mlp.2.bias, blocks.*.attn.proj.bias (3)" in told
+    assert "unknown: blocks.1.attn.extra" in told
+    assert "blocks.0.mlp.fc2.bias (7,), expected (32,)" in told
+    assert "not plain floating-point numbers: final_layer.linear.bias torch.int64" in told
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["x_embedder.proj.weight", "final_layer.linear.weight", "blocks.0.mlp.fc1.weight", "t_embedder.mlp.0.weight"],
+)
+def test_a_missing_tensor_is_named_whichever_it_is(tmp_path: Path, name: str) -> None:
+    state = published_weights.dit_weights()
+    del state[name]
+    with pytest.raises(ValueError, match=f"missing: {name}"):
+        load_foreign(saved(state, tmp_path), HEADS)
+
+
+def test_a_block_that_is_missing_altogether_is_named(tmp_path: Path) -> None:
+    state = {n: t for n, t in published_weights.dit_weights(depth=3).items() if not n.startswith("blocks.1.")}
+    with pytest.raises(ValueError, match=r"numbered up to 2, and some are not there\s+missing: blocks\.1$"):
+        load_foreign(saved(state, tmp_path), HEADS)
+
+
+def test_a_number_of_blocks_that_no_file_has_is_not_built(tmp_path: Path) -> None:
+    state = published_weights.dit_weights() | {"blocks.999999999.attn.qkv.bias": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"missing: blocks\.2, blocks\.3"):
+        load_foreign(saved(state, tmp_path), HEADS)
+
+
+MALFORMED: list[tuple[Callable[[], dict[str, Tensor]], str, tuple[int, ...]]] = [
+    (published_weights.dit_weights, "x_embedder.proj.weight", (3,)),
+    (published_weights.dit_weights, "pos_embed", ()),
+    (published_weights.dit_weights, "pos_embed", (1, 0, 32)),
+    (published_weights.dit_weights, "y_embedder.embedding_table.weight", ()),
+    (published_weights.dit_weights, "final_layer.linear.weight", (24,)),
+    (published_weights.latte_weights, "temp_embed", (4, 32)),
+    (lambda: published_weights.pixart_weights(pooled=(1,)), "blocks.1.attn.sr.weight", (3,)),
+    (lambda: published_weights.pixart_weights(windowed=(1,)), "blocks.1.attn.rel_pos_h", ()),
+    (published_weights.pixart_weights, "y_embedder.y_proj.fc1.weight", (10,)),
+    (published_weights.pixart_weights, "y_embedder.y_embedding", ()),
+    (published_weights.rineau_weights, "first_layer.patchify.projection.weight", (16,)),
+    (published_weights.rineau_weights, "first_layer.pos_embed", (16, 32)),
+    (published_weights.v3_weights, "spatial_blocks.0.mlp.fc1.weight", ()),
+]
+
+
+@pytest.mark.parametrize(("make", "name", "size"), MALFORMED)
+def test_a_tensor_with_other_axes_is_named(
+    tmp_path: Path, make: Callable[[], dict[str, Tensor]], name: str, size: tuple[int, ...]
+) -> None:
+    with pytest.raises(ValueError, match=name.replace(".", r"\.") + " has the wrong shape"):
+        load_foreign(saved(make() | {name: torch.zeros(size)}, tmp_path), {} if "spatial" in name else HEADS)
+
+
+@pytest.mark.parametrize("told", [HEADS, {**HEADS, "positions": "learned", "position_grid": (4, 4)}])
+def test_a_table_that_is_not_finite_is_refused(tmp_path: Path, told: dict[str, Any]) -> None:
+    state = published_weights.dit_weights()
+    state["pos_embed"][0, 0, :3] = float("nan")
+    with pytest.raises(ValueError, match=r"weights\.pt: pos_embed has 3 of 512 values that are not finite"):
+        load_foreign(saved(state, tmp_path), told)
+
+
+SET: list[tuple[dict[str, Any], str]] = [
+    ({"patch_size": [2, 2, 2]}, r"patch_size is \(2, 2, 2\); DiT has square patches"),
+    ({"patch_size": [1, 2, 4]}, r"patch_size is \(1, 2, 4\); DiT has square patches"),
+    ({"mlp": "swiglu"}, "mlp is 'swiglu'; DiT has 'gelu'"),
+    ({"conditioning": "adaln_single"}, r"missing: t_block\.1\.weight"),
+    ({"temporal": True}, r"missing: blocks\.\*\.attn_temp"),
+    ({"qk_norm": "rms"}, "qk_norm|missing"),
+    ({"position_interpolation": float("inf")}, "position_interpolation"),
+]
+
+
+@pytest.mark.parametrize(("told", "said"), SET)
+def test_what_is_set_against_the_layout_is_named_with_both_values(
+    tmp_path: Path, told: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=r"weights\.pt: [\s\S]*" + said):
+        convert(saved(published_weights.dit_weights(), tmp_path), tmp_path / "out", overrides={**HEADS, **told})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("told", [{"position_grid": 4}, {"position_grid": ["a", "b"]}, {"in_channels": None}])
+def test_what_is_set_of_rineaus_is_checked(tmp_path: Path, told: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"weights\.pt: [\s\S]*{next(iter(told))}"):
+        load_foreign(saved(published_weights.rineau_weights(), tmp_path), {**HEADS, **told})
+
+
+def test_patches_that_are_not_square_are_refused(tmp_path: Path) -> None:
+    state = published_weights.dit_weights()
+    wide = {"final_layer.linear.weight": (48, 32), "final_layer.linear.bias": (48,)}
+    state |= {n: torch.zeros(s) for n, s in {**wide, "x_embedder.proj.weight": (32, 3, 2, 4)}.items()}
+    with pytest.raises(ValueError, match=r"patch_size is \(1, 2, 4\); DiT has square patches"):
+        load_foreign(saved(state, tmp_path), HEADS)
+
+
+def test_tensors_without_values_are_named(tmp_path: Path) -> None:
+    state = published_weights.dit_weights() | {"blocks.0.attn.proj.weight": torch.empty(32, 32, device="meta")}
+    with pytest.raises(ValueError, match=r"weights\.pt: .*meta device.*: blocks\.0\.attn\.proj\.weight"):
+        load_foreign(saved(state, tmp_path), HEADS)
+
+
+def test_weights_of_no_known_layout_are_refused_by_their_names(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no known layout .*down_blocks\.0\.weight"):
+        load_foreign(saved({"down_blocks.0.weight": torch.zeros(2)}, tmp_path))
+
+
+def test_outputs_that_are_neither_noise_nor_noise_and_variance_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="16 outputs a patch; with 12 inputs it has 12, or 24"):
+        load_foreign(saved(published_weights.dit_weights(outputs=4), tmp_path), HEADS)
+
+
+def test_copies_in_dits_blocks_have_to_agree(tmp_path: Path) -> None:
+    theirs = dit()
+    with torch.no_grad():
+        theirs.transformer_blocks[1].norm1.emb.timestep_embedder.linear_1.weight[0, 0] += 1e-3
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"differs from its copies: transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.weight"
+    ):
+        load_foreign(tmp_path)
+
+
+def test_channels_of_rineaus_patches_are_assumed_aloud_or_asked_for(tmp_path: Path) -> None:
+    done = convert(saved(published_weights.rineau_weights(), tmp_path), tmp_path / "ours", overrides=HEADS)
+    assert "in_channels 4 is assumed" in str(done)
+    for channels in (1, 3):
+        path = saved(published_weights.rineau_weights(channels=channels), tmp_path)
+        with pytest.raises(ValueError, match="--set in_channels="):
+            load_foreign(path, HEADS)
+        assert load_foreign(path, {**HEADS, "in_channels": channels}).settings.patch_size == (1, 2, 2)
+
+
+def test_overrides_are_checked(tmp_path: Path) -> None:
+    path = saved(published_weights.dit_weights(), tmp_path)
+    with pytest.raises(ValueError, match="heads_: unknown key"):
+        load_foreign(path, {**HEADS, "heads_": 3})
+    with pytest.raises(ValueError, match="hidden_size 32 is not divisible by num_heads 5"):
+        load_foreign(path, {"num_heads": 5})
+    with pytest.raises(ValueError, match="unknown: y_embedder.embedding_table.weight"):
+        load_foreign(path, {**HEADS, "num_classes": None})
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+class Harmful:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path: Path, old: bool) -> None:
+    state = {**published_weights.dit_weights(), "payload": Harmful(f"touch {tmp_path}/ran")}
+    path = tmp_path / "harmful.pt"
+    torch.save(state, path, _use_new_zipfile_serialization=not old)
+    with pytest.raises(ValueError, match=r"harmful.pt: refused: .*system"):
+        load_foreign(path, HEADS)
+    path.write_bytes(pickle.dumps(state["payload"]))
+    with pytest.raises(ValueError, match="harmful.pt: "):
+        load_foreign(path, HEADS)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".safetensors"])
+def test_damaged_files_are_named(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"file{suffix}"
+    state = published_weights.dit_weights()
+    (save_file if suffix == ".safetensors" else torch.save)(state, path)
+    whole = path.read_bytes()
+    for content in (
+        b"",
+        b"hello, these are no weights\n",
+        whole[: len(whole) // 2],
+        whole[:-100],
+        whole[:10],
+        os.urandom(4096),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"file{suffix}"):
+            load_foreign(path, HEADS)
+
+
+def test_things_that_are_no_weights_are_refused(tmp_path: Path) -> None:
+    for name, content in (
+        ("list", [torch.zeros(2)]),
+        ("empty", {}),
+        ("numbers", {"a.b": 3}),
+        ("deep", {"x": {"a.b": torch.zeros(2)}}),
+    ):
+        path = tmp_path / f"{name}.pt"
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=f"{name}.pt: "):
+            load_foreign(path)
+    torch.save({**published_weights.dit_weights(), "step": 3}, tmp_path / "step.pt")
+    with pytest.raises(ValueError, match=r"values that are no tensors: step \(int\)"):
+        load_foreign(tmp_path / "step.pt", HEADS)
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match="not a file of weights by its name"):
+        load_foreign(tmp_path / "notes.txt")
+    with pytest.raises(ValueError, match="no such file or folder"):
+        load_foreign(tmp_path / "nowhere")
+
+
+def test_folders_without_one_choice_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no weights in this folder"):
+        load_foreign(tmp_path)
+    for name in ("a.pt", "b.safetensors"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match="2 files of weights, name one of them: a.pt, b.safetensors"):
+        load_foreign(tmp_path)
+
+
+def test_an_index_names_only_files_beside_it(tmp_path: Path) -> None:
+    theirs = pixart()
+    theirs.save_pretrained(tmp_path / "in", max_shard_size="100KB")
+    index = tmp_path / "in" / "diffusion_pytorch_model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    first = next(iter(listed["weight_map"]))
+    for place in ("../elsewhere.safetensors", "missing.safetensors"):
+        index.write_text(json.dumps({**listed, "weight_map": {**listed["weight_map"], first: place}}))
+        with pytest.raises(ValueError, match=r"is not a file beside it"):
+            load_foreign(tmp_path / "in")
+    index.write_text(
+        json.dumps({**listed, "weight_map": {**listed["weight_map"], "ghost": listed["weight_map"][first]}})
+    )
+    with pytest.raises(ValueError, match="not in the files that it lists: ghost"):
+        load_foreign(tmp_path / "in")
+
+
+# -------------------------------------------------------------------------------- diffusers' values
+
+UNSUPPORTED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
+    (dit, {"norm_type": "ada_norm"}, "norm_type: 'ada_norm'"),
+    (dit, {"activation_fn": "geglu"}, "activation_fn: 'geglu'"),
+    (dit, {"attention_bias": False}, "attention_bias: False; ours is True"),
+    (dit, {"norm_elementwise_affine": True}, "norm_elementwise_affine: True"),
+    (dit, {"out_channels": 5}, "out_channels: 5"),
+    (dit, {"dropout": 0.1}, "dropout: 0.1"),
+    (dit, {"new_switch": 1}, "new_switch: 1, a key that DiTTransformer2DModel does not have"),
+    (dit, {"patch_size": None}, "patch_size: None"),
+    (pixart, {"cross_attention_dim": 64}, "cross_attention_dim: 64; ours is 48"),
+    (pixart, {"caption_channels": None}, "caption_channels: None"),
+    (pixart, {"activation_fn": "gelu"}, "activation_fn: 'gelu'"),
+    (pixart, {"attention_type": "gated"}, "attention_type: 'gated'"),
+    (
+        pixart,
+        {"interpolation_scale": "x"},
+        "config.json of PixArtTransformer2DModel has values that are not ours:\n  interpolation_scale: 'x'",
+    ),
+    (pixart, {"interpolation_scale": float("inf")}, "interpolation_scale: inf; expected a number above 0"),
+    (pixart, {"norm_eps": float("nan")}, "norm_eps: nan"),
+    (dit, {"norm_eps": [1]}, "norm_eps: [1]"),
+    (latte, {"norm_type": "layer_norm"}, "norm_type: 'layer_norm'"),
+    (latte, {"attention_bias": False}, "attention_bias: False"),
+    (sd3, {"dual_attention_layers": [0, 1]}, "dual_attention_layers: [0, 1]; ours is ()"),
+    (sd3, {"qk_norm": "layer_norm"}, "qk_norm: 'layer_norm'"),
+    (sd3, {"caption_projection_dim": 16}, "caption_projection_dim: 16"),
+    (sd3, {"pos_embed_max_size": None}, "pos_embed_max_size: None"),
+]
+
+
+@pytest.mark.parametrize(("make", "changes", "told"), UNSUPPORTED)
+def test_values_of_diffusers_that_are_not_ours_are_named(
+    tmp_path: Path, make: Callable[..., Any], changes: dict[str, Any], told: str
+) -> None:
+    make().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ValueError, match="values that are not ours") as caught:
+        load_foreign(tmp_path)
+    assert told in str(caught.value)
+
+
+def test_diffusers_tensors_need_the_config_of_their_class(tmp_path: Path) -> None:
+    dit().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "_class_name": "PixArtTransformer2DModel"}))
+    with pytest.raises(ValueError, match="those of DiTTransformer2DModel; config.json says PixArtTransformer2DModel"):
+        load_foreign(tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match="no config.json of that class beside them"):
+        load_foreign(tmp_path)
+
+
+# ----------------------------------------------------------------------------- what cannot be said
+
+PLAIN_DIT = {"temporal": False, "conditioning": "adaln_zero", "num_classes": 3, "position_base": 4}
+PLAIN_PIXART = {"temporal": False, "text_dim": 10, "position_base": 4, "null_text": "sequence"}
+INEXPRESSIBLE: list[tuple[str, dict[str, Any], str]] = [
+    ("dit", {**PLAIN_DIT, "text_dim": 10}, "text_dim is 10; DiT has None"),
+    ("dit", {**PLAIN_DIT, "gelu": "erf"}, "gelu is 'erf'; DiT has 'tanh'"),
+    ("dit", {**PLAIN_DIT, "temporal": True}, "temporal is True; DiT has False"),
+    ("dit", {**PLAIN_DIT, "conditioning": "adaln_single"}, "conditioning is 'adaln_single'; DiT has 'adaln_zero'"),
+    ("dit", {**PLAIN_DIT, "position_base": None}, "position_base is None"),
+    ("dit", {**PLAIN_DIT, "positions": "rope"}, "positions is 'rope'"),
+    ("dit", {**PLAIN_DIT, "mlp": "swiglu"}, "mlp is 'swiglu'; DiT has 'gelu'"),
+    ("dit", {**PLAIN_DIT, "patch_size": (1, 2, 4)}, "patch_size is (1, 2, 4)"),
+    ("dit", {**PLAIN_DIT, "timestep_shift": 1}, "timestep_shift is 1; DiT has 0"),
+    ("pixart", {**PLAIN_PIXART, "temporal": True}, "temporal is True; PixArt has False"),
+    ("pixart", {**PLAIN_PIXART, "null_text": "token"}, "null_text is 'token'; PixArt has 'sequence'"),
+    ("pixart", {**PLAIN_PIXART, "micro_conditions": ("fps",)}, "micro_conditions is ('fps',)"),
+    ("pixart", {**PLAIN_PIXART, "cross_qk_norm": "rms"}, "cross_qk_norm is 'rms'; PixArt has None"),
+    ("diffusers-pixart", {**PLAIN_PIXART, "qk_norm": "layer"}, "qk_norm is 'layer'; diffusers' PixArt has None"),
+    ("diffusers-pixart", PLAIN_PIXART, "--set null_text=empty"),
+    ("diffusers-pixart", {**PLAIN_PIXART, "kv_compress": 2}, "kv_compress is 2"),
+    ("diffusers-pixart", {**PLAIN_PIXART, "mlp_ratio": 2.0}, "mlp_ratio is 2.0; diffusers' PixArt has 4.0"),
+    ("diffusers-latte", {**PLAIN_PIXART, "attention": "alternating", "temporal": True}, "temporal_text is True"),
+    ("diffusers", {**PLAIN_DIT, "positions": "learned", "position_grid": (4, 4)}, "positions is 'learned'"),
+    ("opensora-v1", {**PLAIN_PIXART, "temporal": True}, "temporal_norm is True; Open-Sora STDiT v1 has False"),
+    ("stdit3", PLAIN_PIXART, "attention is 'factorized'; Open-Sora STDiT3 has 'alternating'"),
+    ("rineau", PLAIN_DIT, "positions is 'sincos'; J. Rineau's DiT has 'learned'"),
+    ("diffusers-sd3", PLAIN_PIXART, "conditioning is 'adaln_single'; diffusers' SD3 has 'joint'"),
+]
+
+
+@pytest.mark.parametrize(("layout", "changes", "told"), INEXPRESSIBLE)
+def test_what_a_layout_cannot_say_is_named_with_both_values(
+    tiny: Tiny, layout: str, changes: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ValueError, match="has no place for what this model has") as caught:
+        export(tiny(**changes), layout)
+    assert told in str(caught.value)
+
+
+def test_the_null_caption_is_left_out_when_asked(tmp_path: Path, tiny: Tiny) -> None:
+    tiny(**PLAIN_PIXART).save_pretrained(tmp_path / "ours")
+    done = convert(tmp_path / "ours", tmp_path / "theirs", "diffusers", {"null_text": "empty"})
+    assert "y_embedder.y_embedding was left out" in str(done)
+
+
+# --------------------------------------------------------------------------------------------- out
+
+
+def test_out_is_never_something_else_than_weights(tmp_path: Path, tiny: Tiny) -> None:
+    tiny(**PLAIN_DIT).save_pretrained(tmp_path / "ours")
+    ours = tmp_path / "ours"
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("x")
+    state: dict[str, Tensor] = published_weights.dit_weights()
+    source = saved(state, tmp_path)
+    for out, layout, told in (
+        (tmp_path / "home", None, "holds other things than weights .thesis.tex."),
+        (tmp_path, None, "would replace the source"),
+        (source, None, "would replace the source"),
+        (tmp_path / "x.pt", None, "is a folder with config.json and weights, not a file"),
+        (tmp_path / "x", "dit", "is one file"),
+        (tmp_path / "home" / "thesis.tex", None, "is a file"),
+        (tmp_path / "y", "dat", "layout 'dat' is not known; there are stdit, diffusers, dit"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            convert(source, out, layout, HEADS)
+    with pytest.raises(ValueError, match="stdit's own layout already"):
+        convert(ours, tmp_path / "copy")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "ours", "weights.pt"]
+    # A conversion that was made before is replaced.
+    for _ in range(2):
+        convert(source, tmp_path / "again", overrides=HEADS)
+        convert(ours, tmp_path / "again.pt", "dit")
+
+
+def test_nothing_is_written_when_the_source_is_refused(tmp_path: Path) -> None:
+    state = published_weights.dit_weights()
+    del state["t_embedder.mlp.2.bias"]
+    with pytest.raises(ValueError, match="missing"):
+        convert(saved(state, tmp_path), tmp_path / "out", overrides=HEADS)
+    assert [p.name for p in tmp_path.iterdir()] == ["weights.pt"]
+
+
+FOREIGN: list[dict[str, str]] = [
+    {"config.json": '{"other": 1}'},
+    {"config.json": '{"_class_name": "STDiT"}'},
+    {"config.json": '{"_class_name": "UNet"}', "diffusion_pytorch_model.safetensors": "x"},
+    {"config.json": "{", "diffusion_pytorch_model.safetensors": "x"},
+    {"diffusion_pytorch_model.safetensors": "x"},
+    {
+        "config.json": '{"_class_name": "STDiT"}',
+        "diffusion_pytorch_model.safetensors": "x",
+        "diffusion_pytorch_model-precious.bin": "x",
+    },
+    {
+        "config.json": '{"_class_name": "STDiT"}',
+        "diffusion_pytorch_model.safetensors.index.json": '{"weight_map": {"a": "mine.txt"}}',
+        "mine.txt": "x",
+    },
+]
+
+
+@pytest.mark.parametrize("files", FOREIGN)
+def test_a_folder_is_replaced_only_if_a_conversion_wrote_it(tmp_path: Path, files: dict[str, str]) -> None:
+    source, out = saved(published_weights.dit_weights(), tmp_path), tmp_path / "out"
+    out.mkdir()
+    for name, content in files.items():
+        (out / name).write_text(content)
+    with pytest.raises(ValueError, match="holds other things than weights") as caught:
+        convert(source, out, overrides=HEADS)
+    assert any(name in str(caught.value) for name in files)
+    assert {p.name: p.read_text() for p in out.iterdir()} == files
+
+
+def test_a_conversion_in_pieces_is_replaced_and_a_foreign_file_is_not(tmp_path: Path) -> None:
+    source, out = saved(published_weights.dit_weights(), tmp_path), tmp_path / "out"
+    load_foreign(source, HEADS).save_pretrained(out, max_shard_size="50KB")
+    assert len(list(out.iterdir())) > 3
+    convert(source, out, overrides=HEADS)
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    torch.save({"thesis": 1}, tmp_path / "mine.pt")
+    with pytest.raises(ValueError, match=r"mine\.pt: is there already, and no older conversion"):
+        convert(out, tmp_path / "mine.pt", "dit")
+
+
+def test_links_and_places_under_files_are_refused(tmp_path: Path) -> None:
+    source = saved(published_weights.dit_weights(), tmp_path)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "dangling").symlink_to("gone")
+    for out, told in (
+        (tmp_path / "link", "link: is a symbolic link to real"),
+        (tmp_path / "dangling", "dangling: is a symbolic link to gone"),
+        (source / "out", r"out: .*weights\.pt is no folder"),
+        (source / "a" / "b", r"b: .*weights\.pt is no folder"),
+        (tmp_path / "dangling" / "out", "dangling is no folder"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            convert(source, out, overrides=HEADS)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "link", "real", "weights.pt"]
+    assert not list((tmp_path / "real").iterdir())
+
+
+def test_the_command_says_errors_in_a_line_and_exits_with_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = saved(published_weights.dit_weights(), tmp_path)
+    monkeypatch.setattr("sys.argv", ["convert", str(source), "--to", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {source}: the file does not say how many heads")
