@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def fsync_folder(path: Path) -> None:
@@ -74,6 +77,22 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_folder(path.parent)
+
+
+def open_regular(path: Path | str) -> BinaryIO:
+    """Opens a regular file for reading. OSError: it isn't one; a FIFO or a device could block or never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return Path(path).open("rb")
+
+
+def read_text(path: Path | str, limit: int) -> str:
+    """The UTF-8 text of a regular file of at most `limit` bytes. OSError: larger, or not readable; UnicodeDecodeError."""
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"more than the {limit:,} bytes allowed", str(path))
+    return content.decode("utf-8")
 
 
 def sha256(path: Path | str) -> str:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-Positive = Annotated[int, Field(gt=0)]
+# Sizes and counts fit 32 bits.
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
 NonNegative = Annotated[int, Field(ge=0)]
+# Beyond these a number in a config is a slip of the hand; seeds have 63 bits.
+MAX_INT, MAX_FLOAT = 2**63 - 1, 1e12
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Frozen(BaseModel):
-    """Base of every section: immutable, unknown keys refused, no silent conversion of types."""
+    """Base of every section: immutable, unknown keys refused, no silent conversion of types, no infinity or NaN."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _bounded(cls, value: Any) -> Any:
+        values = value if isinstance(value, tuple) else (value,)
+        for number in values:
+            limit = MAX_FLOAT if isinstance(number, float) else MAX_INT
+            if isinstance(number, int | float) and abs(number) > limit:
+                raise ValueError(f"{number:g} is beyond ±{limit:g}")
+        return value

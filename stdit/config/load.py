@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from stdit.files import read_text
+
 _Section = TypeVar("_Section", bound=BaseModel)
 
 
@@ -21,54 +23,105 @@ class ConfigError(ValueError):
     """A config that cannot be used; the message names file, key and value."""
 
 
+# Limits on one YAML document: the largest config here has 100 lines and is 6 deep.
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 40
+MAX_DIGITS = 64
+
+_CORE_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")}
+
+
 class _Loader(yaml.SafeLoader):
-    """safe_load with three mends: 1e-4 is a float, a key given twice is an error, aliases are refused."""
+    """YAML 1.2's core schema: null, true and false, decimal numbers, strings, lists, and maps with string keys.
+
+    No dates, `yes`/`no`, octal or base-60 numbers, merge keys, aliases or other tags; a key stands once; limited depth.
+    """
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own declaration)
+    depth = 0
+
+    def error(self, node: yaml.Node | yaml.Event, message: str) -> ConfigError:
+        return ConfigError(f"{self.name}:{node.start_mark.line + 1}: {message}")
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if self.check_event(yaml.AliasEvent):
+            raise self.error(event, "YAML aliases (*name) are not used here; write the value out or use extends")
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise self.error(event, f"nested more than {MAX_DEPTH} deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if node is not None and node.tag not in _CORE_TAGS:
+            raise self.error(
+                node,
+                f"tag {node.tag.replace('tag:yaml.org,2002:', '!!')} is not one of null, bool, int, float, str, list, map",
+            )
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        seen: set[str] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key is None or key_node.tag != "tag:yaml.org,2002:str":
+                raise self.error(key_node, f"a key must be a string, found {shorten(str(key_node.value))}")
             if key in seen:
-                raise ConfigError(f"{self.name}:{key_node.start_mark.line + 1}: key {key!r} is given twice")
+                raise self.error(key_node, f"key {shorten(key)!r} is given twice")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise ConfigError(
-                f"{self.name}:{mark.line + 1}: YAML aliases (*name) are not used here; write the value out or use extends"
-            )
-        return super().compose_node(parent, index)
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        kind, text = node.tag.rpartition(":")[2], str(node.value)
+        if len(text) > MAX_DIGITS:
+            raise self.error(node, f"a number of {len(text)} characters; at most {MAX_DIGITS}")
+        try:
+            return int(text) if kind == "int" else float(text.replace(".inf", "inf").replace(".nan", "nan").lower())
+        except ValueError:
+            raise self.error(node, f"{text!r} is not a number ({kind})") from None
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+def _resolve(kind: str, pattern: str, first: str) -> None:
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"^(?:{pattern})$"), list(first))
+
+
+_resolve("null", r"~|null|Null|NULL|", "~nN")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^$"), [""])  # pyright: ignore[reportArgumentType]
+_resolve("bool", r"true|True|TRUE|false|False|FALSE", "tTfF")
+_resolve("int", r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789")
+_resolve("float", r"[-+]?(?:\d[\d_]*)?\.\d[\d_]*(?:[eE][-+]?\d+)?", "-+.0123456789")
+_resolve("float", r"[-+]?\d[\d_]*(?:\.(?:[eE][-+]?\d+)?|[eE][-+]?\d+)", "-+0123456789")
+_resolve("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+.")
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
+
+
+def shorten(text: str, limit: int = 80) -> str:
+    """`text` on one line and cut to `limit` characters, for messages."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * limit]).split())
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"
 
 
 def read_yaml(path: Path | str) -> Any:
     """The YAML document in `path`. ConfigError: file missing or not valid YAML."""
-    path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from error
+        text = read_text(path, MAX_BYTES)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{shorten(str(path), 300)}: cannot be read ({shorten(str(error), 300)})") from error
     return parse_yaml(text, str(path))
 
 
 def parse_yaml(text: str, name: str) -> Any:
     """The YAML document `text`; `name` stands in messages for its file."""
-    loader = _Loader(text)
-    loader.name = name
+    loader = None
     try:
+        loader = _Loader(text)
+        loader.name = name
         return loader.get_single_data()
     except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: not valid YAML ({error})") from error
+        raise ConfigError(f"{name}: not valid YAML ({shorten(str(error), 300)})") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +173,7 @@ def validate(data: dict[str, Any], schema: type[_Section], name: str) -> _Sectio
             if e["type"] == "extra_forbidden":
                 lines.append(f"{name}: {where}: unknown key")
             else:
-                found = "" if e["type"] in ("missing", "value_error") else f", found {e['input']!r}"
+                found = "" if e["type"] in ("missing", "value_error") else f", found {shorten(repr(e['input']), 200)}"
                 lines.append(f"{name}: {where}: {e['msg'].removeprefix('Value error, ')}{found}")
         raise ConfigError("\n".join(lines)) from None
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
+import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from stdit import config as c
 from stdit.config import data as dataconfig
@@ -103,7 +105,18 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("a: [1", "not valid YAML"),
         ("- 1", "expected a mapping"),
         ("extends: base.yaml", "must be a list"),
-        ("!!python/object/apply:os.system [ls]", "not valid YAML"),
+        ("a: !!python/object/apply:os.system [ls]", "tag .*os.system is not one of"),
+        ("a: !!binary aGk=", "tag !!binary is not one of"),
+        ("a: !!set {x}", "tag !!set is not one of"),
+        ("a: !!timestamp 2024-01-01", "tag !!timestamp is not one of"),
+        ("1: x", "a key must be a string, found 1"),
+        ("2024-01-01T00:00:00Z: x\n? [a]\n: 1", "a key must be a string"),
+        ("? {a: 1}\n: 1", "a key must be a string"),
+        ("a: \x00", "not valid YAML"),
+        ("a: \x1b[31m", "not valid YAML"),
+        ("a: " + "9" * 5000, "a number of 5000 characters; at most 64"),
+        ("[" * 500 + "]" * 500, "nested more than 40 deep"),
+        ("a: " + "x" * (1 << 20), "more than the 1,048,576 bytes allowed"),
     ],
 )
 def test_yaml_that_could_mislead_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -111,6 +124,49 @@ def test_yaml_that_could_mislead_is_refused(tmp_path: Path, text: str, message: 
     with pytest.raises(c.ConfigError, match=message) as error:
         c.load(path, c.Config)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2024-01-01", "2024-01-01"),
+        ("yes", "yes"),
+        ("010", "010"),
+        ("1:30", "1:30"),
+        ("0x10", "0x10"),
+        ("1_000", 1000),
+        ("-.5", -0.5),
+        ("1.", 1.0),
+        ("~", None),
+        ("", None),
+        ("True", True),
+    ],
+)
+def test_plain_scalars_are_those_of_the_core_schema(text: str, value: Any) -> None:
+    assert c.parse_yaml(f"a: {text}", "f") == {"a": value}
+
+
+def test_a_merge_key_is_an_unknown_key(minimal: Path) -> None:
+    minimal.write_text(MINIMAL + "<<: {seed: 1}\n")
+    with pytest.raises(c.ConfigError, match="<<: unknown key"):
+        c.load(minimal, c.Config)
+
+
+@pytest.mark.timeout(20)
+def test_only_regular_files_are_read_as_configs(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.yaml")
+    for path in (tmp_path / "fifo.yaml", Path("/dev/zero"), tmp_path):
+        with pytest.raises(c.ConfigError, match="not a regular file"):
+            c.load(path, c.Config)
+
+
+def test_every_error_is_one_printable_line(tmp_path: Path) -> None:
+    for i, text in enumerate(["a: [1", "a: b: c", "a: \x00", "? [a]\n: 1", "x: '" + "\\u001b" * 999 + "'\nx: 1"]):
+        path = write(tmp_path, **{f"bad{i}": text})
+        with pytest.raises(c.ConfigError) as error:
+            c.load(path, c.Config)
+        assert str(error.value).isprintable()
+        assert len(str(error.value)) < 1000
 
 
 def test_extends_merges_mappings_and_replaces_lists(tmp_path: Path) -> None:
@@ -154,6 +210,16 @@ def schemas() -> list[type[BaseModel]]:
     return sorted({v for v in found if isinstance(v, type) and issubclass(v, c.Frozen)}, key=lambda v: v.__name__)
 
 
+@pytest.mark.parametrize("schema", schemas(), ids=lambda s: s.__name__)
+def test_no_number_may_be_infinite_or_nan_or_beyond_64_bits(schema: type[BaseModel]) -> None:
+    for name in schema.model_fields:
+        for value in (float("inf"), float("-inf"), float("nan"), 10**30):
+            with pytest.raises(ValidationError) as error:
+                schema.model_validate({name: value}, strict=True)
+            assert any(e["loc"][:1] == (name,) for e in error.value.errors()), f"{schema.__name__}.{name} = {value}"
+
+
+@cache
 def attributes_read() -> set[str]:
     """Every attribute or keyword name that the program reads, over all rooms."""
     read: set[str] = set()
