@@ -33,10 +33,10 @@ def _check_text(stage: ResolvedStage, encoder: TextEncoderConfig | None) -> None
         raise ConfigError(
             f"{stage.source}: model.pooled_dim {model.pooled_dim}, but no text_encoder of the plan's extraction has pooled: true"
         )
-    if model.text_dim is not None and encoder.longest > model.text_tokens:
+    if model.text_dim is not None and encoder.longest > model.max_text_tokens:
         raise ConfigError(
-            f"{stage.source}: model.text_tokens {model.text_tokens}, but the plan's extraction makes up to {encoder.longest} "
-            "tokens of a caption (text_encoder.max_tokens)"
+            f"{stage.source}: model.max_text_tokens {model.max_text_tokens}, but the plan's extraction makes up to {encoder.longest} "
+            "tokens of a caption (text_encoder.max_text_tokens)"
         )
 
 
@@ -116,7 +116,7 @@ def forecast_lines(plan: Plan, stages: Sequence[ResolvedStage]) -> list[str]:
         lines = source.lines()
         for stage in stages:
             # Nothing has been read yet: captions count at their longest.
-            text = stage.config.model.text_tokens
+            text = stage.config.model.max_text_tokens
             lines += str(forecast(stage, plan.resources, source, compression(plan), text)).splitlines()
     by_name = {stage.name: stage for stage in stages}
     for stage in stages:

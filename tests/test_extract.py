@@ -149,7 +149,7 @@ def test_features_of_several_encoders_and_their_pooled_vectors_are_kept(tmp_path
         sample, own = features.sample(row["id"]), encoder.encode([row["caption"]])
         assert sample.text is not None
         assert sample.pooled is not None
-        assert len(sample.text) == row["text_length"] == encoder.max_tokens
+        assert len(sample.text) == row["text_length"] == encoder.max_text_tokens
         torch.testing.assert_close(sample.text, own.features[0], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(sample.pooled, own.pooled[0], atol=1e-5, rtol=1e-4)
     assert features.text_encoder == json.loads(json.dumps(encoder.identity))

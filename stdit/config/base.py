@@ -15,9 +15,11 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Frozen(BaseModel):
-    """Base of every section: immutable, unknown keys refused, no silent conversion of types, no infinity or NaN."""
+    """Base of every section: immutable; unknown keys, infinity and NaN are errors. A string below a field describes it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @field_validator("*", mode="after")
     @classmethod

@@ -108,23 +108,23 @@ class TextEncoderConfig(Frozen):
 
         tokens:
           - channels:
-              - {path: …, subfolder: text_encoder, tokenizer_subfolder: tokenizer, max_tokens: 77, layer: -2, pooled: true, keep_padding: true}
+              - {path: …, subfolder: text_encoder, tokenizer_subfolder: tokenizer, max_text_tokens: 77, layer: -2, pooled: true, keep_padding: true}
               - {path: …, subfolder: text_encoder_2, tokenizer_subfolder: tokenizer_2, …}
-          - {path: …, subfolder: text_encoder_3, tokenizer_subfolder: tokenizer_3, max_tokens: 256, keep_padding: true}
+          - {path: …, subfolder: text_encoder_3, tokenizer_subfolder: tokenizer_3, max_text_tokens: 256, keep_padding: true}
     """
 
     path: str | None = None
     subfolder: str | None = None
     tokenizer_subfolder: str | None = None
     byte_t5: ByteT5Config | None = None
-    max_tokens: Positive = 120
+    max_text_tokens: Positive = 120
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     # Which hidden states are the features: -2 are those that the last layer is given (SD3, SDXL), without the final norm.
     # None: the model's own output.
     layer: Annotated[int, Field(le=-1)] | None = None
     # CLIP: whether its vector of the whole caption comes with the features. Those of several encoders are concatenated.
     pooled: bool = False
-    # Whether captions are filled up to max_tokens with padding that is seen like any other token (Stable Diffusion).
+    # Whether captions are filled up to max_text_tokens with padding that is seen like any other token (Stable Diffusion).
     keep_padding: bool = False
 
     # Of unequal width, the narrower are filled with zeros.
@@ -151,7 +151,7 @@ class TextEncoderConfig(Frozen):
         for other in others:
             if first is not None and other.longest != first.longest:
                 raise ValueError(
-                    f"channels of {first.longest} and {other.longest} tokens (max_tokens); side by side they must be as many"
+                    f"channels of {first.longest} and {other.longest} tokens (max_text_tokens); side by side they must be as many"
                 )
         if len(self.each) > MOST_TEXT_ENCODERS:
             raise ValueError(f"{len(self.each)} encoders; a pipeline holds at most {MOST_TEXT_ENCODERS}")
@@ -172,7 +172,7 @@ class TextEncoderConfig(Frozen):
         """Tokens of the longest caption's features."""
         if self.tokens:
             return sum(part.longest for part in self.tokens)
-        return self.channels[0].longest if self.channels else self.max_tokens
+        return self.channels[0].longest if self.channels else self.max_text_tokens
 
 
 class ExtractConfig(Frozen):

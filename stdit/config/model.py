@@ -1,6 +1,6 @@
-"""The schema of a model: one set of values for DiT, PixArt, Latte, Open-Sora, MM-DiT and what lies between them.
+"""Model config: one schema for DiT, PixArt, Latte, Open-Sora, MM-DiT and mixtures of them.
 
-stdit.config passes these names on; import them from there. Written as it is into the `config.json` of the weights.
+Written unchanged into the `config.json` beside the weights.
 """
 
 from __future__ import annotations
@@ -26,101 +26,122 @@ SIZES: dict[str, tuple[int, int, int]] = {
 
 
 class ModelConfig(Frozen):
-    """The space-time transformer."""
+    """Architecture of the spatial-temporal diffusion transformer (STDiT)."""
 
     size: Literal["S", "B", "L", "XL"] | None = None
+    """Named size from the DiT paper: sets hidden_size, depth and num_heads where they are left out."""
     hidden_size: Positive | None = None
-    # Blocks; of `alternating` attention, spatial and temporal ones together.
+    """Width of the tokens, D."""
     depth: Positive | None = None
+    """Number of blocks; with `alternating` attention, spatial and temporal blocks together."""
     num_heads: Positive | None = None
+    """Attention heads; must divide hidden_size."""
     in_channels: Positive = 4
+    """Channels of the latents."""
     patch_size: tuple[Positive, Positive, Positive] = (1, 2, 2)
+    """Latent frames, rows and columns per patch (t, h, w)."""
     learned_variance: bool = False
+    """Predict the variance too (2 * in_channels outputs), as DiT and PixArt do under DDPM."""
 
-    # How blocks are told the time and the class: the four of DiT (in_context, cross_attention, adaln, adaln_zero),
-    # PixArt's adaln_single, or MM-DiT's joint attention over video and text, each with weights of its own.
     conditioning: Literal["in_context", "cross_attention", "adaln", "adaln_zero", "adaln_single", "joint"] = (
         "adaln_single"
     )
+    """How timestep and class enter the blocks: the four variants of DiT (`in_context`, `cross_attention`, `adaln`,
+    `adaln_zero`), PixArt's `adaln_single`, or MM-DiT's `joint` attention over video and text tokens."""
 
-    # factorized: each block attends within a frame, then over time (Open-Sora's pairs). alternating: even blocks within
-    # a frame, odd ones over time (Latte, STDiT3). full: over all tokens.
     attention: Literal["factorized", "alternating", "full"] = "factorized"
-    # False: no temporal attention (an image model); only `factorized` can leave it out.
+    """`factorized`: spatial then temporal attention in each block (Open-Sora 1.0). `alternating`: spatial in even blocks,
+    temporal in odd ones (Latte, STDiT3). `full`: over all tokens of the clip."""
     temporal: bool = True
-    # factorized: whether temporal attention reads the modulated tokens, or the stream itself (Open-Sora 1.0).
+    """False: no temporal attention (an image model); only with `factorized`."""
     temporal_norm: bool = True
-    # alternating: whether blocks over time attend to the text too (STDiT3 does, Latte does not).
+    """`factorized`: temporal attention reads normed and modulated tokens; False: the residual stream (Open-Sora 1.0)."""
     temporal_text: bool = True
-    # Attention within a frame is confined to windows of so many patches a side, in these blocks (None: in all).
-    window: Positive | None = None
+    """`alternating`: temporal blocks have cross-attention to the text too (STDiT3 yes, Latte no)."""
+    window_size: Positive | None = None
+    """Windowed spatial attention: patches per side of a window. None: attention over the full frame."""
     window_blocks: tuple[NonNegative, ...] | None = None
-    # Learned positions relative to the query, in those windows.
+    """Indices of the blocks with windowed attention. None: all."""
     relative_positions: bool = False
-    # Keys and values of attention within a frame are pooled over squares of so many patches a side (PixArt-Σ).
+    """Learned relative position bias within attention windows (ViTDet, PixArt-α)."""
     kv_compress: Annotated[int, Field(ge=2)] | None = None
+    """Key/value token compression of spatial attention: patches per side that one key stands for (PixArt-Σ)."""
     kv_compress_blocks: tuple[NonNegative, ...] | None = None
-    # Queries and keys of self-attention, and of attention to text: RMS norm per head, or LayerNorm over the full width (Σ).
+    """Indices of the blocks with key/value compression. None: all."""
     qk_norm: QKNorm | None = None
+    """Normalisation of queries and keys in self-attention: `rms` per head, or `layer` (LayerNorm over the full width)."""
     cross_qk_norm: QKNorm | None = None
-    # Stochastic depth: the last block's share of dropped branches, rising from 0 at the first (training alone).
+    """The same in cross-attention."""
     drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Stochastic depth: drop rate of the last block's residual branches, rising linearly from 0 at the first."""
 
-    # Where a token stands within its frame, and in time (None: as within the frame). rope in both places is 3D.
     positions: Positions = "sincos"
+    """Spatial position embedding. `rope` for both spatial and temporal positions is 3D RoPE."""
     temporal_positions: Positions | None = None
-    # Where sine-cosine or learned codes of time are added: to what every temporal attention reads; to what the first one
-    # reads (Open-Sora 1.0); to the stream, before the first one (Latte).
-    temporal_place: Literal["attention", "first", "stream"] = "attention"
-    # Grid (in patches a side) whose coordinate range every other grid is rescaled to; None: not rescaled.
+    """Temporal position embedding. None: the same kind as `positions`."""
+    temporal_position_injection: Literal["attention", "first_attention", "residual"] = "attention"
+    """Where sincos or learned temporal positions are added: to the input of every temporal attention (`attention`), of
+    the first one only (`first_attention`, Open-Sora 1.0), or to the residual stream before the first one (`residual`,
+    Latte)."""
     position_base: Positive | None = None
+    """Patches per side of the grid whose coordinate range all grids are rescaled to. None: no rescaling."""
     position_interpolation: float = Field(default=1.0, gt=0)
-    # Side, in pixels, at which coordinates are a square grid's own: base and interpolation follow from the clip's
-    # `height` and `width` (Open-Sora 1.1 and later). None: they are the two above.
+    """Spatial coordinates are divided by this (PixArt: resolution / 512)."""
     position_reference: Positive | None = None
-    # (H, W) patches of the table that grids take the centre of: the learned one's size, or SD3's pos_embed_max_size.
+    """Resolution, in pixels, at which coordinates are unscaled: base and interpolation follow from each clip's height
+    and width (Open-Sora 1.1 and later)."""
     position_grid: tuple[Positive, Positive] | None = None
-    # Frames (in patches) of the learned table of time.
+    """(H, W) patches of the spatial position table; smaller grids use its centre crop (SD3's pos_embed_max_size)."""
     position_frames: Positive | None = None
+    """Length, in patches, of the learned temporal position table."""
     temporal_interpolation: float = Field(default=1.0, gt=0)
+    """Temporal coordinates are divided by this."""
 
     num_classes: Positive | None = None
-    # Whether the table of classes has a row for no class; without it, no class adds nothing.
+    """Class labels. None: no class conditioning."""
     null_class: bool = True
+    """The class table has a row for the null class; False: the null class adds nothing."""
     text_dim: Positive | None = None
-    # Longest caption, in tokens, that the model is given.
-    text_tokens: Positive = 120
+    """Width of the text encoder's features. None: no text conditioning."""
+    max_text_tokens: Positive = 120
+    """Longest caption, in tokens."""
     text_projection: Literal["mlp", "linear"] = "mlp"
-    # What stands for no caption: one learned token; a learned sequence under the caption's own mask (PixArt, Open-Sora);
-    # or nothing of the model's own, but the text encoder's features of "" (diffusers, SD3).
+    """Projection of text features to hidden_size."""
     null_text: Literal["token", "sequence", "empty"] = "token"
-    # The mean of the text's features, or a vector of this width that comes with them, is added to the code of time.
+    """Null caption: one learned token; a learned `sequence` under the caption's mask (PixArt, Open-Sora); or `empty`, the
+    text encoder's features of "" (diffusers, SD3)."""
     pooled_text: bool = False
+    """Add the mean of the text features to the timestep embedding."""
     pooled_dim: Positive | None = None
-    # Also told, through networks of their own: `size` is PixArt-α 1024's height, width and aspect ratio.
+    """Width of a pooled text vector (CLIP's) that is added to the timestep embedding. None: there is none."""
     micro_conditions: tuple[MicroCondition, ...] = ()
+    """Micro-conditions, embedded and added to the timestep embedding; `size` is PixArt-α 1024's height, width and aspect
+    ratio."""
 
-    # conv2d, conv3d: GELU with a depth-wise convolution after it, within a frame or over time too (LocalViT).
     mlp: Literal["gelu", "swiglu", "conv2d", "conv3d"] = "gelu"
+    """Feed-forward network; conv2d and conv3d add a depth-wise convolution within frames or over time (LocalViT)."""
     mlp_ratio: float = Field(default=4.0, gt=0)
+    """Inner width of the MLP over hidden_size (SwiGLU: 2/3 of it, at equal parameters)."""
     gelu: Literal["tanh", "erf"] = "tanh"
+    """GELU by its tanh approximation, or exact."""
     norm_eps: float = Field(default=1e-6, gt=0)
-    # Of the norm before the MLP; None: norm_eps.
+    """Epsilon of the LayerNorms."""
     mlp_norm_eps: Annotated[float, Field(gt=0)] | None = None
+    """Epsilon of the LayerNorm before the MLP. None: norm_eps."""
 
-    # Dynamic compute (stdit/models/dynamic.py; Zhao et al. 2025, DyDiT): heads and groups of the MLP's inner channels, as
-    # many as there are heads, are chosen by the time; tokens that go through the MLP by themselves.
     dynamic_width: bool = False
+    """Timestep-dependent width: routers choose attention heads and channel groups of the MLP (DyDiT)."""
     dynamic_tokens: bool = False
-    # Early exit: (time, blocks) pairs; at that time (0 data, 1 noise) and above only the first so many blocks run. The
-    # noisiest comes first.
+    """Token skipping: routers choose the tokens that go through the MLP (DyDiT)."""
     exit_depths: tuple[tuple[Annotated[float, Field(gt=0, lt=1)], Positive], ...] = ()
+    """Early exit: (t, blocks) pairs, noisiest first; from t (0 data, 1 noise) upwards only the first `blocks` blocks run."""
 
-    # Sines and cosines that a time is coded in (None: the hidden size), at frequencies 10000^(-i / (half - shift)):
-    # shift 0 is DiT's and PixArt's, 1 is that of diffusers' DiT.
     timestep_width: Positive | None = 256
-    timestep_shift: Literal[0, 1] = 0
+    """Channels of the sinusoidal timestep embedding. None: hidden_size."""
+    timestep_freq_shift: Literal[0, 1] = 0
+    """Frequencies are 10000^(-i / (half - shift)): 0 in DiT and PixArt, 1 in diffusers' DiT."""
     timestep_activation: Literal["silu", "gelu"] = "silu"
+    """Activation of the timestep embedder's MLP."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -163,11 +184,11 @@ class ModelConfig(Frozen):
             raise ValueError(
                 f"depth {depth} is odd; alternating attention needs as many temporal blocks as spatial ones"
             )
-        within = {"window": self.window, "kv_compress": self.kv_compress}
+        within = {"window_size": self.window_size, "kv_compress": self.kv_compress}
         for name, value in within.items():
-            blocks = getattr(self, f"{name}_blocks")
+            blocks = getattr(self, f"{name.removesuffix('_size')}_blocks")
             if value is None and blocks is not None:
-                raise ValueError(f"{name}_blocks without {name}")
+                raise ValueError(f"{name.removesuffix('_size')}_blocks without {name}")
             if value is not None and self.attention == "full":
                 raise ValueError(f"{name} {value} belongs to attention within frames; attention is full")
             if value is not None and self.conditioning in ("joint", "in_context"):
@@ -176,15 +197,17 @@ class ModelConfig(Frozen):
                 raise ValueError(f"{name} {value} does not go with positions: rope")
             wrong = [i for i in blocks or () if i >= depth]
             if wrong:
-                raise ValueError(f"{name}_blocks names block {wrong[0]}; depth is {depth}")
-        if self.window and self.kv_compress:
+                raise ValueError(f"{name.removesuffix('_size')}_blocks names block {wrong[0]}; depth is {depth}")
+        if self.window_size and self.kv_compress:
             both = set(range(depth) if self.window_blocks is None else self.window_blocks) & set(
                 range(depth) if self.kv_compress_blocks is None else self.kv_compress_blocks
             )
             if both:
-                raise ValueError(f"block {min(both)} has both window {self.window} and kv_compress {self.kv_compress}")
-        if self.relative_positions and self.window is None:
-            raise ValueError("relative_positions needs window")
+                raise ValueError(
+                    f"block {min(both)} has both window_size {self.window_size} and kv_compress {self.kv_compress}"
+                )
+        if self.relative_positions and self.window_size is None:
+            raise ValueError("relative_positions needs window_size")
 
     def _check_positions(self) -> None:
         if self.positions == "learned" and self.position_grid is None:

@@ -235,7 +235,7 @@ class Loader:
 class Synthetic:
     """Clips made on the spot, to show that a launch works: waves whose direction and speed are the class's.
 
-    channels: of the latents, which stand for themselves. classes, text_dim, text_tokens, pooled_dim: None where the
+    channels: of the latents, which stand for themselves. classes, text_dim, max_text_tokens, pooled_dim: None where the
     model takes none. 256 training and 32 validation clips a bucket.
     """
 
@@ -246,11 +246,11 @@ class Synthetic:
         channels: int,
         classes: int | None,
         text_dim: int | None,
-        text_tokens: int,
+        max_text_tokens: int,
         pooled_dim: int | None = None,
     ) -> None:
         self.channels, self.classes, self.text_dim, self.pooled_dim = channels, classes, text_dim, pooled_dim
-        self.text_tokens = min(text_tokens, 12)
+        self.max_text_tokens = min(max_text_tokens, 12)
         self._buckets: list[Bucket] = []
 
     def select(
@@ -289,7 +289,7 @@ class Synthetic:
         wave = torch.sin(2 * math.pi * (2 * math.cos(angle) * x + 2 * math.sin(angle) * y + t) + phase)  # (C, T, H, W)
         # The class's own words, as many as its number says.
         words = torch.Generator().manual_seed(10_000 + kind)
-        text = torch.randn(1 + kind % self.text_tokens, self.text_dim, generator=words) if self.text_dim else None
+        text = torch.randn(1 + kind % self.max_text_tokens, self.text_dim, generator=words) if self.text_dim else None
         pooled = torch.randn(self.pooled_dim, generator=words) if self.pooled_dim else None
         return Sample(
             id=int(id),

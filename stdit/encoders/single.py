@@ -46,7 +46,7 @@ class TextEncoder:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        max_tokens: int,
+        max_text_tokens: int,
         source: dict[str, Any] | None = None,
         *,
         layer: int | None = None,
@@ -64,9 +64,9 @@ class TextEncoder:
                 f"the tokenizer ({type(tokenizer).__name__}) has {len(tokenizer)} tokens, "
                 f"the text encoder ({name}) embeds {config.vocab_size}: they don't belong together"
             )
-        if isinstance(model, CLIP) and max_tokens > config.max_position_embeddings:
+        if isinstance(model, CLIP) and max_text_tokens > config.max_position_embeddings:
             raise ValueError(
-                f"max_tokens is {max_tokens}, {name} has positions for {config.max_position_embeddings} tokens"
+                f"max_text_tokens is {max_text_tokens}, {name} has positions for {config.max_position_embeddings} tokens"
             )
         if layer is not None and not -1 - config.num_hidden_layers <= layer <= -1:
             raise ValueError(f"layer is {layer}, {name} has {config.num_hidden_layers} layers")
@@ -77,7 +77,7 @@ class TextEncoder:
             raise ValueError(f"width is {width}, the features of {name} are {own} wide")
         self.model = cast(PreTrainedModel, model.eval().requires_grad_(False))
         self.tokenizer = tokenizer
-        self.max_tokens, self.layer, self.keep_padding = max_tokens, layer, keep_padding
+        self.max_text_tokens, self.layer, self.keep_padding = max_text_tokens, layer, keep_padding
         self.dim = width or own
         self.pooled_dim: int | None = None
         if pooled:
@@ -92,7 +92,7 @@ class TextEncoder:
             **(source or {}),
             "dtype": str(model.dtype).removeprefix("torch."),
             "dim": self.dim,
-            "max_tokens": max_tokens,
+            "max_text_tokens": max_text_tokens,
             "layer": layer,
             "keep_padding": keep_padding,
             "pooled_dim": self.pooled_dim,
@@ -113,20 +113,20 @@ class TextEncoder:
         """What `encoder_of` takes, besides model and tokenizer, to make this encoder."""
         given = {"layer": self.layer, "keep_padding": self.keep_padding, "width": self.identity["width"]}
         said = {key: value for key, value in given.items() if value}
-        return {"max_tokens": self.max_tokens, **said, **({"pooled": True} if self.pooled_dim else {})}
+        return {"max_text_tokens": self.max_text_tokens, **said, **({"pooled": True} if self.pooled_dim else {})}
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> Encoded:
         """(features (B, L, D) float32, mask (B, L) bool), and `.pooled`: L is the longest of `captions` in tokens, at
-        most max_tokens.
+        most max_text_tokens.
 
-        Padding has mask False and features zero, or with keep_padding is a token like the others, and L is max_tokens.
+        Padding has mask False and features zero, or with keep_padding is a token like the others, and L is max_text_tokens.
         A longer caption is cut; an empty one has the tokens that stand at every caption's ends (T5: </s>).
         """
         wake(self.model)
         padding = "max_length" if self.keep_padding else "longest"
         tokens = self.tokenizer(
-            captions, padding=padding, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+            captions, padding=padding, truncation=True, max_length=self.max_text_tokens, return_tensors="pt"
         )
         ids, mask = tokens["input_ids"].to(self.model.device), tokens["attention_mask"].to(self.model.device)
         if self.keep_padding:
@@ -144,12 +144,12 @@ class TextEncoder:
         return Encoded(features, mask.bool(), None if pooled is None else pooled.float())
 
     def token_counts(self, captions: list[str]) -> list[int]:
-        """Tokens of each caption before it is cut to max_tokens."""
+        """Tokens of each caption before it is cut to max_text_tokens."""
         return [len(ids) for ids in self.tokenizer(captions, truncation=False, verbose=False)["input_ids"]]
 
     def cuts(self, captions: list[str]) -> list[tuple[int, int] | None]:
-        """(tokens, max_tokens) of each caption that is cut, None for the others."""
-        return [(n, self.max_tokens) if n > self.max_tokens else None for n in self.token_counts(captions)]
+        """(tokens, max_text_tokens) of each caption that is cut, None for the others."""
+        return [(n, self.max_text_tokens) if n > self.max_text_tokens else None for n in self.token_counts(captions)]
 
     def to(self, device: torch.device | str) -> TextEncoder:
         cast(torch.nn.Module, self.model).to(device)
@@ -192,7 +192,7 @@ def load_one(config: TextEncoderConfig, device: torch.device | str = "cpu", revi
         return TextEncoder(
             model,
             tokenizer,
-            config.max_tokens,
+            config.max_text_tokens,
             source,
             layer=config.layer,
             pooled=config.pooled,
@@ -270,7 +270,7 @@ def one_from_identity(
         subfolder=identity["subfolder"],
         tokenizer_subfolder=identity["tokenizer_subfolder"],
         byte_t5=ByteT5Config(**random) if random else None,
-        max_tokens=identity["max_tokens"],
+        max_text_tokens=identity["max_text_tokens"],
         dtype=identity["dtype"],
         # Identities from before these were, have them at their defaults.
         layer=identity.get("layer"),

@@ -47,11 +47,11 @@ class TextEncoders:
     """
 
     def __init__(self, way: Way, parts: Sequence[TextEncoder | TextEncoders], width: int | None = None) -> None:
-        lengths = [part.max_tokens for part in parts]
+        lengths = [part.max_text_tokens for part in parts]
         if way == "channels" and len(set(lengths)) > 1:
             raise ValueError(
                 f"text_encoder.channels: {lengths[0]} and {next(n for n in lengths if n != lengths[0])} tokens "
-                "(max_tokens); side by side they must be as many"
+                "(max_text_tokens); side by side they must be as many"
             )
         widths = [part.dim for part in parts]
         own = max(widths) if way == "tokens" else sum(widths)
@@ -59,7 +59,7 @@ class TextEncoders:
             raise ValueError(f"text_encoder.width is {width}, the features of its {way} are {own} wide")
         self.way, self.parts = way, tuple(parts)
         self.dim = width or own
-        self.max_tokens = sum(lengths) if way == "tokens" else lengths[0]
+        self.max_text_tokens = sum(lengths) if way == "tokens" else lengths[0]
         pooled = sum(part.pooled_dim or 0 for part in parts)
         self.pooled_dim = pooled or None
         identities = [part.identity for part in parts]
@@ -69,7 +69,7 @@ class TextEncoders:
             "fingerprint": hashlib.sha256(json.dumps([i["fingerprint"] for i in identities]).encode()).hexdigest(),
             "dtype": str(self.dtype).removeprefix("torch."),
             "dim": self.dim,
-            "max_tokens": self.max_tokens,
+            "max_text_tokens": self.max_text_tokens,
             "pooled_dim": self.pooled_dim,
             "width": width,
         }
@@ -100,7 +100,7 @@ class TextEncoders:
         return Encoded(widened(made.features, self.dim), made.mask, made.pooled)
 
     def cuts(self, captions: list[str]) -> list[tuple[int, int] | None]:
-        """(tokens, max_tokens) of each caption that an encoder cuts (of the first that does), None for the others."""
+        """(tokens, max_text_tokens) of each caption that an encoder cuts (of the first that does), None for the others."""
         found = zip(*(part.cuts(captions) for part in self.parts), strict=True)
         return [next((cut for cut in cuts if cut is not None), None) for cuts in found]
 
@@ -156,7 +156,12 @@ def decisive(config: TextEncoderConfig) -> dict[str, Any]:
         if parts := getattr(config, way):
             return {way: [decisive(part) for part in parts], **own}
     later = {key: value for key in _LATER if (value := getattr(config, key))}
-    return {"fingerprint": fingerprint(config), "dtype": config.dtype, "max_tokens": config.max_tokens, **later}
+    return {
+        "fingerprint": fingerprint(config),
+        "dtype": config.dtype,
+        "max_text_tokens": config.max_text_tokens,
+        **later,
+    }
 
 
 def decisive_of(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,7 +172,7 @@ def decisive_of(identity: Mapping[str, Any]) -> dict[str, Any]:
             return {way: [decisive_of(part) for part in identity[way]], **own}
     said = {**identity, "pooled": bool(identity.get("pooled_dim"))}
     later = {key: said[key] for key in _LATER if said.get(key)}
-    return {**{key: identity[key] for key in ("fingerprint", "dtype", "max_tokens")}, **later}
+    return {**{key: identity[key] for key in ("fingerprint", "dtype", "max_text_tokens")}, **later}
 
 
 # ---------------------------------------------------------------------------------- from a pipeline's
@@ -181,9 +186,9 @@ def components(encoder: Any) -> dict[str, Any]:
     return found
 
 
-def of_components(found: Mapping[str, Any], layout: Mapping[str, Any] | None, max_tokens: int) -> Any:
+def of_components(found: Mapping[str, Any], layout: Mapping[str, Any] | None, max_text_tokens: int) -> Any:
     """The encoder, or encoders, of a pipeline's components (`components`); None where it has none. layout: None for one
-    encoder whose captions are cut at `max_tokens`.
+    encoder whose captions are cut at `max_text_tokens`.
 
     ValueError: an encoder without its tokenizer, not as many as the layout names, what does not fit together.
     """
@@ -199,7 +204,7 @@ def of_components(found: Mapping[str, Any], layout: Mapping[str, Any] | None, ma
         return None
     if layout is None and len(models) > 1:
         raise ValueError(f"{len(models)} text encoders: text_layout says how their features are concatenated")
-    return encoder_of(layout or {"max_tokens": max_tokens}, models, tokenizers)
+    return encoder_of(layout or {"max_text_tokens": max_text_tokens}, models, tokenizers)
 
 
 def encoder_of(

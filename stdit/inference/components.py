@@ -54,7 +54,7 @@ def parts_of(run: Path, weights: Weights, given: dict[str, Any]) -> dict[str, An
     return {
         "transformer": transformer,
         "diffusion": diffusion,
-        "max_tokens": of_text["max_tokens"] if of_text else None,
+        "max_text_tokens": of_text["max_text_tokens"] if of_text else None,
         "classes": {name: i for i, name in enumerate(identity.get("classes") or [])} or None,
         "control": control,
         **parts,
@@ -80,7 +80,7 @@ def check_parts(transformer: STDiT, vae: ModelMixin, control: STDiTControl | Non
         raise ValueError(
             f"the text encoder's pooled vectors are {encoder.pooled_dim} wide, the transformer takes pooled_dim {settings.pooled_dim}"
         )
-    if encoder.max_tokens > settings.text_tokens:
+    if encoder.max_text_tokens > settings.max_text_tokens:
         raise ValueError(
-            f"max_tokens {encoder.max_tokens} is more than the transformer's text_tokens {settings.text_tokens}"
+            f"max_text_tokens {encoder.max_text_tokens} is more than the transformer's max_text_tokens {settings.max_text_tokens}"
         )

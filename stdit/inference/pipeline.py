@@ -71,7 +71,7 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
 
     diffusion: the DiffusionConfig (or its JSON) that the transformer was trained with; None: the defaults of the objective
         that the scheduler draws from.
-    max_tokens: at which captions were cut in training; None: the transformer's `text_tokens`.
+    max_text_tokens: at which captions were cut in training; None: the transformer's `max_text_tokens`.
     classes: names of the classes and their labels; None: classes have numbers only.
     text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3, text_layout: more text encoders, and how the features of all
         are concatenated (the `layout` of stdit.encoders.text); None: there is one.
@@ -98,7 +98,7 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         diffusion: dict | DiffusionConfig | None = None,
-        max_tokens: int | None = None,
+        max_text_tokens: int | None = None,
         classes: dict | None = None,
         control: STDiTControl | None = None,
         text_encoder_2: PreTrainedModel | None = None,
@@ -116,12 +116,12 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
         if isinstance(diffusion, dict):
             diffusion = validate(diffusion, DiffusionConfig, "STDiTPipeline: diffusion")
         self.diffusion = diffusion or DiffusionConfig(objective="flow" if is_flow(scheduler) else "ddpm")
-        self.max_tokens = max_tokens or transformer.settings.text_tokens
+        self.max_text_tokens = max_text_tokens or transformer.settings.max_text_tokens
         self.classes: dict[str, int] = dict(classes or {})
         self.text_layout = text_layout
         self.register_to_config(
             diffusion=self.diffusion.model_dump(mode="json"),
-            max_tokens=max_tokens,
+            max_text_tokens=max_text_tokens,
             classes=classes,
             text_layout=text_layout,
         )
@@ -205,7 +205,7 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
         """Draws a video (`num_frames` 1: an image) for each prompt or class label.
 
         Args:
-            prompt: captions, for runs with text; cut to `max_tokens`. None: the null caption.
+            prompt: captions, for runs with text; cut to `max_text_tokens`. None: the null caption.
             num_frames, height, width: in pixels; the autoencoder and the patches must divide them.
             guidance_scale: 1 is the conditional model alone; more costs twice as much.
             guidance_channels: latent channels that are guided, from the first. None: all, as diffusers and Latte have it;
@@ -338,7 +338,7 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
     @property
     def prompt_encoder(self) -> Any:
         """The text encoder, or encoders as one (stdit.encoders.text); None where there is none."""
-        return of_components(self.components, self.text_layout, self.max_tokens)
+        return of_components(self.components, self.text_layout, self.max_text_tokens)
 
     def encode_prompt(self, prompt: str | Sequence[str]) -> Encoded:
         """(features (B, L, D) float32, mask (B, L)), and `.pooled`. ValueError: not text, no text encoder, no prompts at all."""

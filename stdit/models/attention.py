@@ -110,7 +110,7 @@ def split_heads(x: Tensor, norm: nn.Module | None, num_heads: int) -> Tensor:
 class Attention(nn.Module, AttentionModuleMixin):
     """Self-attention. Weights as published: `qkv` (rows [q; k; v]), `proj`, `q_norm`, `k_norm`.
 
-    window: attention is confined to squares of so many patches a side; `relative`: with learned positions relative to
+    window_size: attention is confined to squares of so many patches a side; `relative`: with learned positions relative to
     the query, by row and by column (`rel_pos_h`, `rel_pos_w`; Li et al. 2022, ViTDet, whose arithmetic this is).
     kv_compress: keys and values are pooled over such squares by a depth-wise convolution (`sr`) and normalised (`norm`;
     Chen et al. 2024, PixArt-Σ, section 2.3).
@@ -126,20 +126,20 @@ class Attention(nn.Module, AttentionModuleMixin):
         hidden_size: int,
         num_heads: int,
         qk_norm: QKNorm | None = None,
-        window: int | None = None,
+        window_size: int | None = None,
         relative: bool = False,
         kv_compress: int | None = None,
     ) -> None:
         super().__init__()
-        self.num_heads, self.window = num_heads, window
+        self.num_heads, self.window_size = num_heads, window_size
         self.qkv = Linear(hidden_size, 3 * hidden_size)
         self.q_norm = _head_norm(qk_norm, hidden_size, num_heads)
         self.k_norm = _head_norm(qk_norm, hidden_size, num_heads)
         self.proj = Linear(hidden_size, hidden_size)
         self.rel_pos_h = self.rel_pos_w = None
-        if window and relative:
-            self.rel_pos_h = nn.Parameter(torch.zeros(2 * window - 1, hidden_size // num_heads))
-            self.rel_pos_w = nn.Parameter(torch.zeros(2 * window - 1, hidden_size // num_heads))
+        if window_size and relative:
+            self.rel_pos_h = nn.Parameter(torch.zeros(2 * window_size - 1, hidden_size // num_heads))
+            self.rel_pos_w = nn.Parameter(torch.zeros(2 * window_size - 1, hidden_size // num_heads))
         self.sr = self.norm = None
         if kv_compress:
             self.sr = nn.Conv2d(hidden_size, hidden_size, kv_compress, stride=kv_compress, groups=hidden_size)
@@ -160,9 +160,9 @@ class Attention(nn.Module, AttentionModuleMixin):
         Returns (B, N, D). Windows and pooling need `plane`.
         """
         x = hidden_states
-        if self.window is not None:
+        if self.window_size is not None:
             assert plane is not None
-            w, (rows, columns) = self.window, (plane[0] // self.window, plane[1] // self.window)
+            w, (rows, columns) = self.window_size, (plane[0] // self.window_size, plane[1] // self.window_size)
             x = rearrange(x, "b (i h j w) d -> (b i j) (h w) d", i=rows, j=columns, h=w, w=w)
             y = rearrange(
                 self._attended(x, rope, mask, None), "(b i j) (h w) d -> b (i h j w) d", i=rows, j=columns, h=w, w=w
@@ -208,10 +208,10 @@ class Attention(nn.Module, AttentionModuleMixin):
 
     def _relative(self, q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
         """What is added to a window's scores, (B, H, N, N): each query against the codes of its distance to each key."""
-        assert self.window is not None
-        at = torch.arange(self.window, device=q.device)
-        apart = at[:, None] - at + self.window - 1  # (query, key)
-        square = q.unflatten(1, (self.window, self.window))
+        assert self.window_size is not None
+        at = torch.arange(self.window_size, device=q.device)
+        apart = at[:, None] - at + self.window_size - 1  # (query, key)
+        square = q.unflatten(1, (self.window_size, self.window_size))
         rows = torch.einsum("bijnd,ikd->bnijk", square, rel_pos_h[apart])
         columns = torch.einsum("bijnd,jkd->bnijk", square, rel_pos_w[apart])
         return rearrange(rows[..., None] + columns[..., None, :], "b n i j k l -> b n (i j) (k l)")

@@ -145,7 +145,7 @@ class STDiTBlock(nn.Module):
             self.context = TextStream(config, last=index == depth - 1)
 
         within = not self.over_time and not self.full
-        window = config.window if within and _holds(config.window_blocks, index) else None
+        window = config.window_size if within and _holds(config.window_blocks, index) else None
         compress = config.kv_compress if within and _holds(config.kv_compress_blocks, index) else None
         self.attn = Attention(width, heads, config.qk_norm, window, config.relative_positions, compress)
         self.attn_temp = None
@@ -277,15 +277,22 @@ class STDiTBlock(nn.Module):
 
     def _in_time(self, x: Tensor, grid: Grid, places: Places) -> Tensor:
         """(B, T, S, D) with codes of time added to the stream itself, where the config wants that and there is time."""
-        if self.config.temporal_place != "stream" or not self.first_in_time or places.temporal is None or grid[0] == 1:
+        if (
+            self.config.temporal_position_injection != "residual"
+            or not self.first_in_time
+            or places.temporal is None
+            or grid[0] == 1
+        ):
             return x
         return x + places.temporal[:, None]
 
     def _attend_over_time(self, attn: Attention, x: Tensor, places: Places, heads: Tensor | None) -> Tensor:
         """(B, T, S, D) -> (B, T, S, D), within each place. Codes of time enter here and not the stream, so `proj` at zero
         hides them (unless the config puts them there)."""
-        place = self.config.temporal_place
-        if places.temporal is not None and (place == "attention" or (place == "first" and self.first_in_time)):
+        place = self.config.temporal_position_injection
+        if places.temporal is not None and (
+            place == "attention" or (place == "first_attention" and self.first_in_time)
+        ):
             x = x + places.temporal[:, None]
         s = x.shape[2]
         y = attn(rearrange(x, "b t s d -> (b s) t d"), places.rope_temp, None, None, heads)

@@ -104,7 +104,7 @@ def _check_grid(settings: ModelConfig, grid: Grid, name: str) -> None:
         raise ValueError(
             f"{name}: {t} frames of patches; the learned table of positions (position_frames) has {settings.position_frames}"
         )
-    for what, side in (("window", settings.window), ("kv_compress", settings.kv_compress)):
+    for what, side in (("window_size", settings.window_size), ("kv_compress", settings.kv_compress)):
         for axis, size in (("height", h), ("width", w)):
             if side is not None and size % side:
                 raise ValueError(f"{name}: {axis} of {size} patches is not divisible by {what} {side}")
@@ -212,9 +212,9 @@ def _check_text(
         )
     if text.shape[2] != settings.text_dim:
         raise ValueError(f"encoder_hidden_states is {text.shape[2]} wide; the model takes text_dim {settings.text_dim}")
-    if not 0 < text.shape[1] <= settings.text_tokens:
+    if not 0 < text.shape[1] <= settings.max_text_tokens:
         raise ValueError(
-            f"encoder_hidden_states has {text.shape[1]} tokens; the model takes 1 to text_tokens {settings.text_tokens}"
+            f"encoder_hidden_states has {text.shape[1]} tokens; the model takes 1 to max_text_tokens {settings.max_text_tokens}"
         )
     if mask is not None and mask.shape != text.shape[:2]:
         raise ValueError(

@@ -52,7 +52,7 @@ class ConditionEmbedder(nn.Module):
     """Class labels and captions, and their nulls for classifier-free guidance (Ho & Salimans 2022).
 
     * `embedding_table` (classes + 1, D): the last row is the null class.
-    * `y_embedding` (text_tokens, E): what stands for no caption. null_text "token": its first row, one token, whatever
+    * `y_embedding` (max_text_tokens, E): what stands for no caption. null_text "token": its first row, one token, whatever
       the length of the caption it stands in for (the other rows are there for weights that have them). "sequence": its
       first L rows, under the mask of the caption of L tokens that they stand in for. "empty": there is none.
     * `y_proj`: text features to width D. `pooled_proj`: their mean over tokens, or a vector that comes with them, into
@@ -71,7 +71,9 @@ class ConditionEmbedder(nn.Module):
         self.y_proj = None
         if config.text_dim is not None:
             if config.null_text != "empty":
-                self.y_embedding = nn.Parameter(torch.randn(config.text_tokens, config.text_dim) / config.text_dim**0.5)
+                self.y_embedding = nn.Parameter(
+                    torch.randn(config.max_text_tokens, config.text_dim) / config.text_dim**0.5
+                )
             self.y_proj = (
                 Mlp(config.text_dim, width, width, config.gelu)
                 if config.text_projection == "mlp"

@@ -145,8 +145,8 @@ class Dynamic(nn.Module):
         """Multiply-adds of `attn`, of attn_temp (if the block has one) and of the MLP for T frames of S tokens."""
         width, _, _ = self.config.dimensions
         seen = t * s if self.config.attention == "full" else t if over_time else s
-        if attn.window is not None:
-            seen = attn.window**2
+        if attn.window_size is not None:
+            seen = attn.window_size**2
         if attn.sr is not None and self.config.kv_compress:
             seen = s / self.config.kv_compress**2
         n, products = t * s, 3 if self.config.mlp == "swiglu" else 2

@@ -80,7 +80,9 @@ class STDiT(Telling, ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
             self.pos_embed = nn.Parameter(torch.zeros(1, c.position_grid[0] * c.position_grid[1], width))
         if c.has_time and c.time_positions == "learned" and c.position_frames is not None:
             self.temp_embed = nn.Parameter(torch.zeros(1, c.position_frames, width))
-        self.t_embedder = TimestepEmbedder(width, c.timestep_width or width, c.timestep_shift, c.timestep_activation)
+        self.t_embedder = TimestepEmbedder(
+            width, c.timestep_width or width, c.timestep_freq_shift, c.timestep_activation
+        )
         self.t_block = None
         if c.conditioning == "adaln_single":
             self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))

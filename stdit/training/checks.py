@@ -89,9 +89,9 @@ def _check_text(model: ModelConfig, text: dict[str, Any] | None, where: str) -> 
         return
     if model.text_dim is not None and text["dim"] != model.text_dim:
         raise ConfigError(f"model.text_dim is {model.text_dim}, but {where} has text features {text['dim']} wide")
-    if model.text_dim is not None and text["max_tokens"] > model.text_tokens:
+    if model.text_dim is not None and text["max_text_tokens"] > model.max_text_tokens:
         raise ConfigError(
-            f"model.text_tokens is {model.text_tokens}, but {where} has captions of up to {text['max_tokens']} tokens"
+            f"model.max_text_tokens is {model.max_text_tokens}, but {where} has captions of up to {text['max_text_tokens']} tokens"
         )
     pooled = text.get("pooled_dim")
     if model.pooled_dim is not None and pooled != model.pooled_dim:
@@ -168,7 +168,7 @@ def _open(config: Config) -> tuple[Source, dict[str, Any], dict[str, Any] | None
             tuple(features.classes),
             features.index["fingerprint"],
         )
-    source = Synthetic(model.in_channels, model.num_classes, model.text_dim, model.text_tokens, model.pooled_dim)
+    source = Synthetic(model.in_channels, model.num_classes, model.text_dim, model.max_text_tokens, model.pooled_dim)
     if model.in_channels in (1, 3):
         video = VideoEncoder(PixelAutoencoder(model.in_channels)).identity
     else:
@@ -184,6 +184,6 @@ def _open(config: Config) -> tuple[Source, dict[str, Any], dict[str, Any] | None
         }
     text = None
     if model.text_dim is not None or model.pooled_dim is not None:
-        text = {"class": "synthetic", "dim": model.text_dim, "max_tokens": source.text_tokens}
+        text = {"class": "synthetic", "dim": model.text_dim, "max_text_tokens": source.max_text_tokens}
         text["pooled_dim"] = model.pooled_dim
     return source, video, text, tuple(str(n) for n in range(model.num_classes or 0)), "synthetic"

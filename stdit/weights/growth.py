@@ -26,8 +26,14 @@ POSITIONS = {
     "temporal_interpolation",
 }
 # Settings that say nothing in a model that sees one frame at a time, or reads no text.
-_TIME = {"temporal_positions", "temporal_norm", "temporal_place", "position_frames", "temporal_interpolation"}
-_TEXT = {"text_tokens", "text_projection", "null_text"}
+_TIME = {
+    "temporal_positions",
+    "temporal_norm",
+    "temporal_position_injection",
+    "position_frames",
+    "temporal_interpolation",
+}
+_TEXT = {"max_text_tokens", "text_projection", "null_text"}
 # Settings that name blocks: a block's number doubles where temporal blocks come between.
 _BLOCKS = ("window_blocks", "kv_compress_blocks")
 # The time at which modulation by a network of each block's and by one for all agree (PixArt-α, section 2.3).
@@ -164,7 +170,7 @@ def new_text_projection(growth: Growth) -> None:
     for name in [n for n in growth.kept if n.startswith(("y_embedder.y_", "y_embedder.pooled_proj.")) and anew]:
         del growth.kept[name]
         growth.after[name] = growth.fresh[name]
-    null, rows = "y_embedder.y_embedding", min(old.text_tokens, new.text_tokens)
+    null, rows = "y_embedder.y_embedding", min(old.max_text_tokens, new.max_text_tokens)
     said = "text reads anew; outputs for captions change"
     if not anew:
         said = "outputs for captions are unchanged"
@@ -208,7 +214,7 @@ def add_temporal(growth: Growth) -> None:
             if source is not None:
                 after[name] = F.pad(growth.before[source][:, :, None], (0, 0, 0, 0, 1, 1))
                 growth.kept[name] = source
-    if "temp_embed" in after and (new.temporal_place == "stream" or new.attention == "full"):
+    if "temp_embed" in after and (new.temporal_position_injection == "residual" or new.attention == "full"):
         _zero(after, "^temp_embed$")  # nothing hides it
     if new.attention == "full":
         growth.notes.append(
@@ -226,12 +232,12 @@ def add_temporal(growth: Growth) -> None:
         else:
             _zero(after, r"^blocks\.\d*[13579]\.(attn\.proj|cross_attn\.proj|mlp\.fc2|mlp\.w3)\.")
             said += "at zero"
-    coded = new.temporal_place == "stream" and new.time_positions == "sincos"
+    coded = new.temporal_position_injection == "residual" and new.time_positions == "sincos"
     growth.notes.append(
         f"add_temporal: {said}; outputs are the image model's, frame by frame"
         if not coded
         else f"add_temporal: {said}; outputs for one frame are unchanged, those for more are not: "
-        "temporal_place stream adds sine-cosine codes of time to what all blocks read"
+        "temporal_position_injection residual adds sincos temporal positions to the input of all blocks"
     )
 
 

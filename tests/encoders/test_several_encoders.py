@@ -56,7 +56,7 @@ def test_sd3s_recipe_gives_sd3s_features(folder: Path) -> None:
     empty = encoder.encode([""] * 4)
     assert torch.equal(empty.features, none)
     assert torch.equal(empty.pooled, none_pooled)
-    assert (encoder.dim, encoder.max_tokens, encoder.pooled_dim) == (T5, LENGTH + 30, L + G + 8)
+    assert (encoder.dim, encoder.max_text_tokens, encoder.pooled_dim) == (T5, LENGTH + 30, L + G + 8)
 
 
 def test_sdxls_recipe_gives_sdxls_features(folder: Path, tmp_path: Path) -> None:
@@ -91,7 +91,9 @@ def test_clip_alone_gives_its_own_features_and_vector(folder: Path, tmp_path: Pa
 
 def test_tokens_of_a_caption_stand_without_gaps_whatever_its_batch() -> None:
     encoder = load_text_encoder(
-        config(tokens=[{**RANDOM, "max_tokens": 12}, {"byte_t5": {"width": 12, "num_heads": 2}, "max_tokens": 9}])
+        config(
+            tokens=[{**RANDOM, "max_text_tokens": 12}, {"byte_t5": {"width": 12, "num_heads": 2}, "max_text_tokens": 9}]
+        )
     )
     made = encoder.encode(CAPTIONS)
     assert made.mask.sum(1).tolist() == [12 + 9, 1 + 1, 4 + 4, 12 + 9]
@@ -126,8 +128,8 @@ def test_side_by_side_different_numbers_of_tokens_are_refused(folder: Path) -> N
     clip, t5 = one(folder, ""), one(folder, "_3")
     with pytest.raises(ValueError, match=r"caption 'two' has 5 and 4 tokens; .*keep_padding"):
         load_text_encoder(config(channels=[clip, t5])).encode(["two"])
-    with pytest.raises(ConfigError, match=r"channels of 20 and 9 tokens \(max_tokens\)"):
-        config(channels=[clip, {**t5, "max_tokens": 9}])
+    with pytest.raises(ConfigError, match=r"channels of 20 and 9 tokens \(max_text_tokens\)"):
+        config(channels=[clip, {**t5, "max_text_tokens": 9}])
 
 
 def test_identity_and_components_rebuild_the_encoders(folder: Path) -> None:
@@ -159,7 +161,11 @@ def test_an_identity_from_before_these_settings_is_understood() -> None:
     encoder = load_text_encoder(config(**RANDOM))
     old = {k: v for k, v in encoder.identity.items() if k not in ("layer", "keep_padding", "pooled_dim", "width")}
     assert torch.equal(text_encoder_from_identity(old).encode(["a"])[0], encoder.encode(["a"])[0])
-    assert decisive_of(old) == {k: old[k] for k in ("fingerprint", "dtype", "max_tokens")} == decisive(config(**RANDOM))
+    assert (
+        decisive_of(old)
+        == {k: old[k] for k in ("fingerprint", "dtype", "max_text_tokens")}
+        == decisive(config(**RANDOM))
+    )
 
 
 # ------------------------------------------------------------------------------------- bad input
@@ -171,7 +177,7 @@ def test_an_identity_from_before_these_settings_is_understood() -> None:
         ({}, "give exactly one of .*; found none"),
         ({"path": "a", "tokens": [RANDOM, RANDOM]}, "found path and tokens"),
         ({"tokens": [RANDOM]}, "tokens"),
-        ({"tokens": [RANDOM, RANDOM], "max_tokens": 9}, "max_tokens belongs to each of the tokens"),
+        ({"tokens": [RANDOM, RANDOM], "max_text_tokens": 9}, "max_text_tokens belongs to each of the tokens"),
         ({"tokens": [RANDOM] * 4}, "4 encoders; a pipeline holds at most 3"),
         ({"tokens": [RANDOM, {"byte_t5": {}, "layer": 1}]}, r"tokens\.1\.layer: .*found 1"),
         ({"tokens": [RANDOM, {"path": "x", "kind": "clip"}]}, r"tokens\.1\.kind: unknown key"),
@@ -185,7 +191,7 @@ def test_a_recipe_that_makes_no_sense_is_refused(settings: dict[str, Any], messa
 @pytest.mark.parametrize(
     ("suffix", "settings", "message"),
     [
-        ("", {"max_tokens": 77}, "max_tokens is 77, CLIPTextModelWithProjection has positions for 20"),
+        ("", {"max_text_tokens": 77}, "max_text_tokens is 77, CLIPTextModelWithProjection has positions for 20"),
         ("", {"layer": -5}, "layer is -5, CLIPTextModelWithProjection has 3 layers"),
         ("_3", {"pooled": True}, "pooled: T5EncoderModel makes no vector of the whole caption"),
         ("_2", {"width": 8}, "width is 8, the features of CLIPTextModelWithProjection are 24 wide"),
@@ -215,8 +221,10 @@ def test_a_random_encoder_may_be_one_of_several() -> None:
     encoder = load_text_encoder(
         TextEncoderConfig(
             channels=(
-                TextEncoderConfig(byte_t5=ByteT5Config(width=8, num_heads=2), max_tokens=9),
-                TextEncoderConfig(byte_t5=ByteT5Config(width=8, num_heads=2, seed=1), max_tokens=9, dtype="bfloat16"),
+                TextEncoderConfig(byte_t5=ByteT5Config(width=8, num_heads=2), max_text_tokens=9),
+                TextEncoderConfig(
+                    byte_t5=ByteT5Config(width=8, num_heads=2, seed=1), max_text_tokens=9, dtype="bfloat16"
+                ),
             ),
             width=20,
         )

@@ -32,7 +32,7 @@ TINY = {
     "decoder_start_token_id": 0,
 }
 CAPTIONS = ["the digit seven moves left", "", "ein süßer Käfer läuft nach links – 左へ", "x" * 500]
-RANDOM = TextEncoderConfig(byte_t5=ByteT5Config(width=16, num_heads=2), max_tokens=40)
+RANDOM = TextEncoderConfig(byte_t5=ByteT5Config(width=16, num_heads=2), max_text_tokens=40)
 
 
 def saved(folder: Path, model: type = T5EncoderModel, config: type = T5Config) -> TextEncoderConfig:
@@ -41,7 +41,7 @@ def saved(folder: Path, model: type = T5EncoderModel, config: type = T5Config) -
         torch.manual_seed(0)
         model(config(**TINY)).save_pretrained(folder)
     ByT5Tokenizer().save_pretrained(folder / "tokenizer")
-    return TextEncoderConfig(path=str(folder), tokenizer_subfolder="tokenizer", max_tokens=40)
+    return TextEncoderConfig(path=str(folder), tokenizer_subfolder="tokenizer", max_text_tokens=40)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,9 @@ def test_the_random_encoder_follows_from_its_config_alone() -> None:
     again = text_encoder_from_identity(json.loads(json.dumps(first.identity)))
     assert again.identity == first.identity
     assert torch.equal(again.encode(CAPTIONS)[0], first.encode(CAPTIONS)[0])
-    other = load_text_encoder(TextEncoderConfig(byte_t5=ByteT5Config(width=16, num_heads=2, seed=1), max_tokens=40))
+    other = load_text_encoder(
+        TextEncoderConfig(byte_t5=ByteT5Config(width=16, num_heads=2, seed=1), max_text_tokens=40)
+    )
     assert other.identity["fingerprint"] != first.identity["fingerprint"]
     assert torch.equal(torch.get_rng_state(), state)
 

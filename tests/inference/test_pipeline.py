@@ -264,7 +264,11 @@ def test_a_saved_pipeline_draws_the_very_same(name: str, pipes: dict[str, STDiTP
     pipe.save_pretrained(tmp_path / "saved")
     loaded = STDiTPipeline.from_pretrained(tmp_path / "saved")
     assert np.array_equal(draw(pipe, **asked, generator=generators(0)), draw(loaded, **asked, generator=generators(0)))
-    assert (loaded.diffusion, loaded.max_tokens, loaded.classes) == (pipe.diffusion, pipe.max_tokens, pipe.classes)
+    assert (loaded.diffusion, loaded.max_text_tokens, loaded.classes) == (
+        pipe.diffusion,
+        pipe.max_text_tokens,
+        pipe.classes,
+    )
     assert not any(part.training for part in loaded.components.values() if isinstance(part, torch.nn.Module))
 
 
@@ -403,8 +407,8 @@ def test_parts_that_do_not_belong_together_are_refused(pipes: dict[str, STDiTPip
         STDiTPipeline(classes.transformer, classes.scheduler, classes.vae, text.text_encoder, text.tokenizer)
     with pytest.raises(ValueError, match="both or neither"):
         STDiTPipeline(text.transformer, text.scheduler, text.vae, text.text_encoder)
-    with pytest.raises(ValueError, match=r"max_tokens 99 .* text_tokens 24"):
-        STDiTPipeline(text.transformer, text.scheduler, text.vae, text.text_encoder, text.tokenizer, max_tokens=99)
+    with pytest.raises(ValueError, match=r"max_text_tokens 99 .* max_text_tokens 24"):
+        STDiTPipeline(text.transformer, text.scheduler, text.vae, text.text_encoder, text.tokenizer, max_text_tokens=99)
     with pytest.raises(ConfigError, match="diffusion: sift: unknown key"):
         STDiTPipeline(classes.transformer, classes.scheduler, classes.vae, diffusion={"sift": 3.0})
 

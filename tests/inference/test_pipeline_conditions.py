@@ -49,7 +49,7 @@ def pipeline(encoder: bool = True, diffusion: DiffusionConfig | None = None, **s
     scheduler = make_scheduler(SamplerConfig(scheduler=name), diffusion, (1, 1, 1))
     parts: dict[str, Any] = {}
     if encoder and transformer.settings.text_dim:
-        text = load_text_encoder(TextEncoderConfig(byte_t5=ByteT5Config(width=32, depth=1), max_tokens=24))
+        text = load_text_encoder(TextEncoderConfig(byte_t5=ByteT5Config(width=32, depth=1), max_text_tokens=24))
         parts = {"text_encoder": text.model, "tokenizer": text.tokenizer}
     pipe = STDiTPipeline(transformer, scheduler, PixelAutoencoder(3), diffusion=diffusion, **parts)
     pipe.set_progress_bar_config(disable=True)
@@ -121,7 +121,7 @@ def test_an_encoders_own_pooled_vectors_are_told_unless_others_are_given() -> No
             torch.zeros(len(captions), 1, 4), torch.ones(len(captions), 1).bool(), lengths[:, None].expand(-1, 5)
         )
 
-    settings = model_config(text_dim=4, text_tokens=8, null_text="empty", pooled_dim=5)
+    settings = model_config(text_dim=4, max_text_tokens=8, null_text="empty", pooled_dim=5)
     teller = Teller(settings, encode, {}, torch.device("cpu"))
     asked = Asked(prompt=["a", "bbb"], each=2)
     cond, batch = teller.condition(asked)
@@ -135,7 +135,7 @@ def test_an_encoders_own_pooled_vectors_are_told_unless_others_are_given() -> No
     own = Asked(prompt=["a", "bbb"], pooled_prompt_embeds=torch.full((2, 5), 7.0))
     assert teller.condition(own)[0]["pooled_projections"].eq(7).all()
     # A model without them is told none.
-    plain = Teller(model_config(text_dim=4, text_tokens=8), encode, {}, torch.device("cpu"))
+    plain = Teller(model_config(text_dim=4, max_text_tokens=8), encode, {}, torch.device("cpu"))
     assert "pooled_projections" not in plain.condition(asked)[0]
 
 

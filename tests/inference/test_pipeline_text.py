@@ -35,7 +35,7 @@ from tests.support.runs import lively, make_run, model_config
 SIZE: dict[str, Any] = {"num_frames": 2, "height": 8, "width": 8, "num_inference_steps": 2, "output_type": "np"}
 POOLED = L + G + 8
 SD3: dict[str, Any] = {
-    "conditioning": "joint", "attention": "full", "null_text": "empty", "text_dim": T5, "text_tokens": LENGTH + 30,
+    "conditioning": "joint", "attention": "full", "null_text": "empty", "text_dim": T5, "max_text_tokens": LENGTH + 30,
     "pooled_dim": POOLED,
 }  # fmt: skip
 
@@ -183,8 +183,10 @@ def test_encoders_that_do_not_fit_the_model_are_refused(pipe: STDiTPipeline) -> 
         built(pooled_dim=9)
     with pytest.raises(ValueError, match=f"features are {T5} wide, the transformer takes text_dim 16"):
         built(text_dim=16)
-    with pytest.raises(ValueError, match=f"max_tokens {LENGTH + 30} is more than the transformer's text_tokens 9"):
-        built(text_tokens=9)
+    with pytest.raises(
+        ValueError, match=f"max_text_tokens {LENGTH + 30} is more than the transformer's max_text_tokens 9"
+    ):
+        built(max_text_tokens=9)
     parts = {k: v for k, v in pipe.components.items() if k != "transformer"}
     with pytest.raises(ValueError, match="3 text encoders: text_layout says how"):
         STDiTPipeline(pipe.transformer, **parts)

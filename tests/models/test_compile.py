@@ -24,7 +24,12 @@ KINDS = [pair for pair in product(CONDITIONING, ATTENTION) if pair != ("joint", 
 MODELS: dict[str, dict[str, Any]] = {
     "dit": {"conditioning": "adaln_zero", "num_classes": 3, "temporal": False},
     "pixart": {"text_dim": 6, "null_text": "sequence", "temporal": False},
-    "latte": {"text_dim": 6, "attention": "alternating", "temporal_text": False, "temporal_place": "stream"},
+    "latte": {
+        "text_dim": 6,
+        "attention": "alternating",
+        "temporal_text": False,
+        "temporal_position_injection": "residual",
+    },
     "stdit": {"text_dim": 6},
     "stdit3": {"text_dim": 6, "attention": "alternating", "temporal_positions": "rope", "qk_norm": "rms"},
     "mmdit": {"text_dim": 6, "conditioning": "joint", "attention": "full", "text_projection": "linear"},

@@ -26,7 +26,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     "cross-attention": {"num_classes": 3, "conditioning": "cross_attention", "attention": "alternating"},
     "unconditional, adaln": {"conditioning": "adaln_zero", "positions": "rope"},
     "learned positions": {"positions": "learned", "position_grid": (4, 4), "position_frames": 4},
-    "window": {"window": 2, "window_blocks": (0, 3), "relative_positions": True, "mlp": "swiglu"},
+    "window_size": {"window_size": 2, "window_blocks": (0, 3), "relative_positions": True, "mlp": "swiglu"},
     "image": {"temporal": False, "num_classes": 3},
     "patches of two frames": {"patch_size": (2, 2, 2), "text_dim": 8, "pooled_text": True},
 }

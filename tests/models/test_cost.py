@@ -27,7 +27,7 @@ KINDS: list[dict[str, Any]] = [
     {"attention": "factorized", "temporal": False, "num_classes": 3, "learned_variance": True},
     {"attention": "alternating", "conditioning": "adaln_zero", "num_classes": 3, "mlp": "conv3d"},
     {"attention": "alternating", "text_dim": 24, "position_reference": 64, "mlp": "swiglu", "null_text": "sequence"},
-    {"attention": "factorized", "window": 2, "window_blocks": (0,), "kv_compress": 2, "kv_compress_blocks": (1,)},
+    {"attention": "factorized", "window_size": 2, "window_blocks": (0,), "kv_compress": 2, "kv_compress_blocks": (1,)},
     {"attention": "factorized", "mlp": "conv2d", "conditioning": "adaln", "qk_norm": "layer"},
     {"attention": "factorized", "conditioning": "in_context", "num_classes": 3, "text_dim": 24},
     {"attention": "full", "conditioning": "cross_attention", "num_classes": 3, "text_dim": 24},
@@ -64,7 +64,7 @@ def test_multiply_adds_are_those_that_run(settings: Settings, kind: dict[str, An
 
 def test_attention_is_counted_by_its_two_products(settings: Settings) -> None:
     """2 N² D of each block's multiply-adds, as the DiT paper counts; to the text, 2 N L D."""
-    model = settings(attention="full", text_dim=24, text_tokens=300)
+    model = settings(attention="full", text_dim=24, max_text_tokens=300)
     width, depth, _ = model.dimensions
 
     def rest(n: int, length: int) -> int:
@@ -78,7 +78,7 @@ def test_attention_is_counted_by_its_two_products(settings: Settings) -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_activations_are_those_that_backward_keeps(settings: Settings, kind: dict[str, Any]) -> None:
-    model = settings(hidden_size=96, depth=6, text_tokens=20, **kind)
+    model = settings(hidden_size=96, depth=6, max_text_tokens=20, **kind)
     built = STDiT.from_settings(model.model_copy(update={"exit_depths": ()})).train()
     built.set_attention_backend("native")  # the fused kernel: no matrix of scores is kept
     owned = {p.untyped_storage().data_ptr() for p in built.parameters()}
@@ -140,7 +140,7 @@ def test_the_largest_size_is_measured_in_two_seconds() -> None:
 def test_a_grid_or_a_text_that_the_model_does_not_take_is_refused(settings: Settings) -> None:
     with pytest.raises(ValueError, match=r"17 patches.*position_grid.* 16"):
         summary(settings(positions="learned", position_grid=(16, 16), position_frames=4), (1, 17, 4))
-    with pytest.raises(ValueError, match="9 tokens; the model takes 1 to text_tokens 7"):
+    with pytest.raises(ValueError, match="9 tokens; the model takes 1 to max_text_tokens 7"):
         summary(settings(text_dim=6), (1, 4, 4), 9)
 
 

@@ -27,7 +27,7 @@ TIMES = torch.tensor([910.0, 480.0, 120.0])
 KINDS = [
     {"conditioning": "adaln_single", "text_dim": 6},
     {"conditioning": "adaln_single", "attention": "alternating", "text_dim": 6, "cross_qk_norm": "layer"},
-    {"conditioning": "adaln_single", "window": 2, "relative_positions": True, "positions": "learned", "position_grid": (4, 4), "position_frames": 2},
+    {"conditioning": "adaln_single", "window_size": 2, "relative_positions": True, "positions": "learned", "position_grid": (4, 4), "position_frames": 2},
     {"conditioning": "adaln_zero", "num_classes": 4, "qk_norm": "rms"},
     {"conditioning": "adaln_zero", "attention": "full", "positions": "rope", "mlp": "swiglu", "mlp_ratio": 6.0},
     {"conditioning": "adaln", "temporal": False},

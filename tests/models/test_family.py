@@ -113,7 +113,7 @@ def test_a_saved_model_comes_back(tiny: Tiny, noise: Noise, member: dict[str, An
 
 
 def test_windows_do_not_see_each_other(tiny: Tiny, noise: Noise) -> None:
-    model = tiny(depth=1, temporal=False, window=2, relative_positions=True)
+    model = tiny(depth=1, temporal=False, window_size=2, relative_positions=True)
     x = noise(1, 3, 1, 8, 8)
     y = x.clone()
     y[..., 0, 0] += 1.0
@@ -124,7 +124,7 @@ def test_windows_do_not_see_each_other(tiny: Tiny, noise: Noise) -> None:
 
 
 def test_relative_positions_at_zero_change_nothing(tiny: Tiny, noise: Noise) -> None:
-    model, plain = (tiny(window=2, relative_positions=relative) for relative in (True, False))
+    model, plain = (tiny(window_size=2, relative_positions=relative) for relative in (True, False))
     with torch.no_grad():
         for block in blocks_of(model):
             block.attn.rel_pos_h.zero_()
@@ -136,7 +136,7 @@ def test_relative_positions_at_zero_change_nothing(tiny: Tiny, noise: Noise) -> 
 
 def test_relative_positions_are_vitdets(tiny: Tiny, noise: Noise) -> None:
     """Scores gain q · rel_pos_h[row - key row] and the same by columns, of queries that are not scaled."""
-    attn = blocks_of(tiny(depth=1, temporal=False, window=3, relative_positions=True))[0].attn
+    attn = blocks_of(tiny(depth=1, temporal=False, window_size=3, relative_positions=True))[0].attn
     q = noise(2, 9, 4, 8)
     found = attn._relative(q, attn.rel_pos_h, attn.rel_pos_w)
     for i in range(9):

@@ -72,7 +72,12 @@ LATTE: dict[str, Any] = TEXTUAL | {
 }
 OURS: dict[str, ModelConfig] = {
     "dit": ModelConfig(
-        size="XL", temporal=False, conditioning="adaln_zero", num_classes=1000, learned_variance=True, timestep_shift=1
+        size="XL",
+        temporal=False,
+        conditioning="adaln_zero",
+        num_classes=1000,
+        learned_variance=True,
+        timestep_freq_shift=1,
     ),
     "pixart": ModelConfig(size="XL", temporal=False, text_dim=TEXT, null_text="empty", learned_variance=True),
     "latte": ModelConfig(
@@ -81,7 +86,7 @@ OURS: dict[str, ModelConfig] = {
         num_heads=HEADS,
         attention="alternating",
         temporal_text=False,
-        temporal_place="stream",
+        temporal_position_injection="residual",
         text_dim=TEXT,
         null_text="empty",
         learned_variance=True,

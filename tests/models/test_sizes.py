@@ -74,7 +74,7 @@ def test_conditionings_cost_what_the_dit_paper_says(conditioning: Any, gmacs: fl
 )
 def test_other_members_have_their_published_sizes(name: str, parameters: float) -> None:
     model = read(name)
-    null = model.text_tokens * (model.text_dim or 0) if model.null_text != "empty" else 0
+    null = model.max_text_tokens * (model.text_dim or 0) if model.null_text != "empty" else 0
     assert (parameter_count(model) - null) / 1e6 == pytest.approx(parameters, abs=0.1)
 
 
@@ -82,7 +82,7 @@ def test_other_members_have_their_published_sizes(name: str, parameters: float) 
 def test_every_model_in_configs_is_counted(path: Path) -> None:
     model = read(path.stem)
     frames = 2 if model.has_time else 1
-    counted = at(model, 256, frames, min(20, model.text_tokens) if model.text_dim else 0)
+    counted = at(model, 256, frames, min(20, model.max_text_tokens) if model.text_dim else 0)
     assert 0 < counted.activation_bytes_checkpointed < counted.activation_bytes
     assert counted.tokens * model.patch_size[1] ** 2 == frames * 1024
 

@@ -61,7 +61,7 @@ def stage(**model: Any) -> dict[str, Any]:
 def write_plan(folder: Path) -> Path:
     """Two stages, classes and then captions, on two workers."""
     (folder / "one.yaml").write_text(yaml.safe_dump(stage(num_classes=2)))
-    (folder / "two.yaml").write_text(yaml.safe_dump(stage(text_dim=16, text_tokens=32)))
+    (folder / "two.yaml").write_text(yaml.safe_dump(stage(text_dim=16, max_text_tokens=32)))
     plan = {
         "name": "small",
         "run_dir": str(folder / "run"),
@@ -69,7 +69,7 @@ def write_plan(folder: Path) -> Path:
             "manifest": str(clips(folder / "clips")),
             "buckets": [{"frames": 1, "height": 8, "width": 8}],
             "video_encoder": {"kind": "pixels", "channels": 1},
-            "text_encoder": {"byte_t5": {"width": 16, "depth": 1, "num_heads": 2}, "max_tokens": 32},
+            "text_encoder": {"byte_t5": {"width": 16, "depth": 1, "num_heads": 2}, "max_text_tokens": 32},
         },
         "resources": {"workers": 2, "deadline_s": 240},
         "stages": {
@@ -218,8 +218,8 @@ def refused(capsys, plan: Path, *sets: str) -> str:
         ),
         ("extraction.text_encoder=null", "model.text_dim 16, but the plan's extraction has no text_encoder"),
         (
-            "extraction.text_encoder.max_tokens=33",
-            "model.text_tokens 32, but the plan's extraction makes up to 33 tokens",
+            "extraction.text_encoder.max_text_tokens=33",
+            "model.max_text_tokens 32, but the plan's extraction makes up to 33 tokens",
         ),
         (
             "stages.two.overrides.model.pooled_dim=8",

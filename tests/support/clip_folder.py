@@ -11,7 +11,7 @@ from stdit.config import ByteT5Config, ExtractBucket, ExtractConfig, TextEncoder
 from stdit.data import manifest
 from tests.support.videos import lossless, smooth
 
-TEXT = TextEncoderConfig(byte_t5=ByteT5Config(width=16, depth=1, num_heads=2), max_tokens=24)
+TEXT = TextEncoderConfig(byte_t5=ByteT5Config(width=16, depth=1, num_heads=2), max_text_tokens=24)
 BUCKETS = (
     ExtractBucket(frames=1, height=16, width=16),
     ExtractBucket(frames=5, height=16, width=16),

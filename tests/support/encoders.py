@@ -57,7 +57,7 @@ def save_t5(folder: Path) -> None:
 def one(folder: Path, suffix: str, **settings: Any) -> dict[str, Any]:
     """What a config says of an encoder in a pipeline's folder."""
     place = {"path": str(folder), "subfolder": f"text_encoder{suffix}", "tokenizer_subfolder": f"tokenizer{suffix}"}
-    return {**place, "max_tokens": LENGTH, **settings}
+    return {**place, "max_text_tokens": LENGTH, **settings}
 
 
 def sd3(folder: Path, tokens: int = 30) -> TextEncoderConfig:
@@ -69,6 +69,6 @@ def sd3(folder: Path, tokens: int = 30) -> TextEncoderConfig:
     clip = {"layer": -2, "pooled": True, "keep_padding": True}
     parts = [
         {"channels": [one(folder, "", **clip), one(folder, "_2", **clip)]},
-        one(folder, "_3", max_tokens=tokens, keep_padding=True),
+        one(folder, "_3", max_text_tokens=tokens, keep_padding=True),
     ]
     return TextEncoderConfig.model_validate({"tokens": parts})

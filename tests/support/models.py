@@ -17,7 +17,7 @@ TINY: dict[str, Any] = {
     "num_heads": 4,
     "in_channels": 3,
     "patch_size": (1, 2, 2),
-    "text_tokens": 7,
+    "max_text_tokens": 7,
 }
 
 
@@ -64,9 +64,9 @@ MEMBERS: dict[str, dict[str, Any]] = {
 MEMBERS |= {
     "unconditional": {"conditioning": "adaln_zero", "temporal": False},
     "classes": {"conditioning": "adaln_zero", "temporal": False, "num_classes": 3, "learned_variance": True},
-    "latte": {"conditioning": "adaln_zero", "attention": "alternating", "num_classes": 3, "temporal_place": "stream"},
-    "latte-text": {"attention": "alternating", "text_dim": 6, "temporal_place": "stream", "temporal_text": False},
-    "open-sora-1": {"text_dim": 6, "temporal_norm": False, "temporal_place": "first", "null_text": "sequence"},
+    "latte": {"conditioning": "adaln_zero", "attention": "alternating", "num_classes": 3, "temporal_position_injection": "residual"},
+    "latte-text": {"attention": "alternating", "text_dim": 6, "temporal_position_injection": "residual", "temporal_text": False},
+    "open-sora-1": {"text_dim": 6, "temporal_norm": False, "temporal_position_injection": "first_attention", "null_text": "sequence"},
     "open-sora-1.2": {
         "attention": "alternating",
         "text_dim": 6,
@@ -78,7 +78,7 @@ MEMBERS |= {
     },
     "pixart-1024": {"temporal": False, "text_dim": 6, "micro_conditions": ("size",), "hidden_size": 24},
     "pixart-sigma": {"temporal": False, "text_dim": 6, "qk_norm": "layer", "kv_compress": 2, "kv_compress_blocks": (1,)},
-    "windows": {"window": 2, "window_blocks": (0,), "relative_positions": True},
+    "windows": {"window_size": 2, "window_blocks": (0,), "relative_positions": True},
     "sd3": {
         "conditioning": "joint",
         "attention": "full",
@@ -103,7 +103,7 @@ MEMBERS |= {
         "positions": "learned",
         "position_grid": (4, 4),
         "timestep_width": None,
-        "timestep_shift": 1,
+        "timestep_freq_shift": 1,
         "timestep_activation": "gelu",
         "num_classes": 3,
         "null_class": False,

@@ -17,7 +17,7 @@ def settings(run_dir: Path | str, **changes: Any) -> dict[str, Any]:
     """A tiny run: two layers, class labels and text, 8 samples a step; `changes` are merged over its sections."""
     base: dict[str, Any] = {
         "run_dir": str(run_dir),
-        "model": {"hidden_size": 32, "depth": 2, "num_heads": 2, "in_channels": 1, "num_classes": 4, "text_dim": 8, "text_tokens": 12},
+        "model": {"hidden_size": 32, "depth": 2, "num_heads": 2, "in_channels": 1, "num_classes": 4, "text_dim": 8, "max_text_tokens": 12},
         "diffusion": {"label_dropout": 0.3, "caption_dropout": 0.3},
         "data": {"features": "synthetic", "buckets": [{"frames": 2, "height": 8, "width": 8, "batch_size": 4}, {"frames": 1, "height": 8, "width": 8, "batch_size": 8}]},
         "train": {"steps": 6, "tensorboard": False, "ema": {"decay": 0.9}, "optimizer": {"learning_rate": 3e-3, "warmup_steps": 3, "weight_decay": 0.01}},

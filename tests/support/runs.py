@@ -23,7 +23,7 @@ from stdit.encoders.video import PixelAutoencoder, VideoEncoder
 from stdit.models.stdit import STDiT
 from stdit.training import checkpoint
 
-TEXT = {"text_dim": 32, "text_tokens": 24}
+TEXT = {"text_dim": 32, "max_text_tokens": 24}
 CLASSES = {"num_classes": 3}
 NAMES = ["zero", "one", "a/b"]
 
@@ -70,7 +70,7 @@ def make_run(
     transformer = STDiT.from_settings(model)
     for weights, name in checkpoint.TRANSFORMER.items():
         lively(transformer, step + (weights == "ema")).save_pretrained(folder / name)
-    text = text or TextEncoderConfig(byte_t5=ByteT5Config(width=32, depth=1), max_tokens=24)
+    text = text or TextEncoderConfig(byte_t5=ByteT5Config(width=32, depth=1), max_text_tokens=24)
     data = {
         "video_encoder": VideoEncoder(PixelAutoencoder(3)).identity,
         "text_encoder": load_text_encoder(text).identity,

@@ -14,7 +14,7 @@ from stdit.data.features import EmptyCaption
 from stdit.training import checks
 from tests.support.rank_jobs import config_of, settings
 
-TOLD = {"class": "T5", "dim": 4096, "max_tokens": 120}
+TOLD = {"class": "T5", "dim": 4096, "max_text_tokens": 120}
 
 
 class Features:
@@ -41,7 +41,7 @@ class Features:
 
 
 BASE = {
-    "model": {"in_channels": 4, "num_classes": None, "text_dim": 4096, "text_tokens": 120},
+    "model": {"in_channels": 4, "num_classes": None, "text_dim": 4096, "max_text_tokens": 120},
     "data": {"features": "somewhere", "buckets": [{"frames": 1, "height": 64, "width": 64, "batch_size": 1}]},
 }
 
@@ -74,7 +74,7 @@ def test_a_model_without_a_null_caption_is_given_the_empty_one(monkeypatch: pyte
         ({"model": {"in_channels": 3}}, {}, r"model.in_channels is 3, but data.features somewhere has latents of 4 channels \(AutoencoderKL\)"),
         ({"model": {"text_dim": 64}}, {}, "model.text_dim is 64, but data.features somewhere has text features 4096 wide"),
         ({}, {"text": None}, "model.text_dim is 4096, but data.features somewhere was extracted without a text encoder"),
-        ({"model": {"text_tokens": 77}}, {}, "model.text_tokens is 77, but .* captions of up to 120 tokens"),
+        ({"model": {"max_text_tokens": 77}}, {}, "model.max_text_tokens is 77, but .* captions of up to 120 tokens"),
         ({"model": {"pooled_dim": 2048}}, {}, r"model.pooled_dim is 2048, but .* no pooled vectors \(pooled: true of a CLIP encoder\)"),
         ({"model": {"pooled_dim": 2048}}, {"text": {**TOLD, "pooled_dim": 768}}, "model.pooled_dim is 2048, but .* has pooled vectors 768 wide"),
         ({"model": {"text_dim": None, "pooled_dim": 2048}}, {"text": None}, "model.pooled_dim is 2048, but .* was extracted without a text encoder"),

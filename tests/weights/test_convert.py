@@ -139,9 +139,9 @@ def test_diffusers_own_pipeline_class_reads_what_was_written(tmp_path: Path, tin
 def test_dit_in_diffusers_frequencies_has_to_be_asked_for(tmp_path: Path) -> None:
     torch.save(published_weights.dit_weights(), tmp_path / "dit.pt")
     convert(tmp_path / "dit.pt", tmp_path / "ours", overrides={"num_heads": 4})
-    with pytest.raises(ValueError, match=r"timestep_shift is 0; diffusers' DiT has 1"):
+    with pytest.raises(ValueError, match=r"timestep_freq_shift is 0; diffusers' DiT has 1"):
         convert(tmp_path / "ours", tmp_path / "theirs", "diffusers-dit")
-    told = {"timestep_shift": 1, "mlp_norm_eps": 1e-5}
+    told = {"timestep_freq_shift": 1, "mlp_norm_eps": 1e-5}
     convert(tmp_path / "ours", tmp_path / "theirs", "diffusers-dit", told)
     found: Any = AutoModel.from_pretrained(str(tmp_path / "theirs"))
     assert found.config["norm_eps"] == 1e-5

@@ -345,7 +345,7 @@ INEXPRESSIBLE: list[tuple[str, dict[str, Any], str]] = [
     ("dit", {**PLAIN_DIT, "positions": "rope"}, "positions is 'rope'"),
     ("dit", {**PLAIN_DIT, "mlp": "swiglu"}, "mlp is 'swiglu'; DiT has 'gelu'"),
     ("dit", {**PLAIN_DIT, "patch_size": (1, 2, 4)}, "patch_size is (1, 2, 4)"),
-    ("dit", {**PLAIN_DIT, "timestep_shift": 1}, "timestep_shift is 1; DiT has 0"),
+    ("dit", {**PLAIN_DIT, "timestep_freq_shift": 1}, "timestep_freq_shift is 1; DiT has 0"),
     ("pixart", {**PLAIN_PIXART, "temporal": True}, "temporal is True; PixArt has False"),
     ("pixart", {**PLAIN_PIXART, "null_text": "token"}, "null_text is 'token'; PixArt has 'sequence'"),
     ("pixart", {**PLAIN_PIXART, "micro_conditions": ("fps",)}, "micro_conditions is ('fps',)"),

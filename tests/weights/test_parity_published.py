@@ -40,7 +40,7 @@ def test_dit_equals_the_published_arithmetic(
     tmp_path: Path, noise: Noise, below: float, shift: int, batch: int
 ) -> None:
     state = published_weights.dit_weights()
-    told = {"timestep_shift": shift} if shift else {}
+    told = {"timestep_freq_shift": shift} if shift else {}
     model = loaded(state, tmp_path, num_heads=4, **told)
     x, t, y = noise(batch, 3, 8, 8), torch.tensor([3, 981, 500])[:batch], torch.tensor([0, 4, 5])[:batch]
     found = against(

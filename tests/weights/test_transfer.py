@@ -31,7 +31,7 @@ IMAGES: dict[str, dict[str, Any]] = {
     "dit-text": {"conditioning": "adaln_zero", "text_dim": 6},
     "pixart": {"text_dim": 6, "null_text": "sequence", "hidden_size": 48, "micro_conditions": ("size",)},
     "sigma": {"text_dim": 6, "qk_norm": "layer", "kv_compress": 2, "kv_compress_blocks": (1,)},
-    "windows": {"window": 2, "window_blocks": (0,), "relative_positions": True},
+    "windows": {"window_size": 2, "window_blocks": (0,), "relative_positions": True},
     "rope": {"positions": "rope", "hidden_size": 48, "qk_norm": "rms"},
     "learned": {"positions": "learned", "position_grid": (5, 6), "mlp": "swiglu"},
     "rineau": {"conditioning": "adaln_zero", "positions": "learned", "position_grid": (4, 4), "mlp": "conv2d"},
@@ -59,7 +59,7 @@ FULL = [
 ]
 OVER_TIME: list[dict[str, Any]] = [
     {"temporal_positions": "sincos"},
-    {"temporal_positions": "sincos", "temporal_place": "first", "temporal_norm": False},
+    {"temporal_positions": "sincos", "temporal_position_injection": "first_attention", "temporal_norm": False},
     {"temporal_positions": "rope", "temporal_interpolation": 2.0},
     {"temporal_positions": "learned", "position_frames": 4},
 ]
@@ -151,7 +151,7 @@ def test_an_image_model_becomes_full_3d_unchanged_at_one_frame(
 
 
 def test_blocks_over_time_come_between(tiny: Tiny) -> None:
-    source = tiny(temporal=False, window=2, window_blocks=(1,), exit_depths=((0.5, 1),))
+    source = tiny(temporal=False, window_size=2, window_blocks=(1,), exit_depths=((0.5, 1),))
     model, carried = to_video(source, "alternating")
     assert model.settings.dimensions == (32, 4, 4)
     assert model.settings.window_blocks == (2,)
@@ -171,11 +171,11 @@ def test_codes_in_the_stream_join_at_zero_or_are_said_to_change_outputs(tiny: Ti
     x = noise(2, 3, 1, 8, 8)
     expected = source(x, TIMES).sample
     model, carried = to_video(
-        source, "alternating", temporal_place="stream", temporal_positions="learned", position_frames=3
+        source, "alternating", temporal_position_injection="residual", temporal_positions="learned", position_frames=3
     )
     close(model(x.expand(-1, -1, 3, -1, -1), TIMES).sample, expected.expand(-1, -1, 3, -1, -1))
     assert "frame by frame" in str(carried)
-    model, carried = to_video(source, "alternating", temporal_place="stream")
+    model, carried = to_video(source, "alternating", temporal_position_injection="residual")
     close(model(x, TIMES).sample, expected)
     assert not torch.allclose(model(x.expand(-1, -1, 3, -1, -1), TIMES).sample, expected)
     assert "those for more are not" in str(carried)
@@ -340,7 +340,7 @@ def test_routers_join_open(tiny: Tiny, settings: Settings, noise: Noise) -> None
 
 def test_another_text_encoder_brings_a_new_projection(tiny: Tiny, settings: Settings) -> None:
     source = tiny(text_dim=6, pooled_text=True)
-    model, carried = carry(source, settings(text_dim=8, text_tokens=9, pooled_text=True), ("new_text_projection",))
+    model, carried = carry(source, settings(text_dim=8, max_text_tokens=9, pooled_text=True), ("new_text_projection",))
     assert {name.split(".")[1] for name in carried.new} == {"y_embedding", "y_proj", "pooled_proj"}
     assert torch.equal(
         model.get_parameter("blocks.0.cross_attn.kv_linear.weight"),
@@ -354,7 +354,9 @@ def test_captions_of_another_length_are_read_as_before(
 ) -> None:
     source = tiny(text_dim=6, null_text=null)
     kind = "sequence" if null == "empty" else null
-    model, carried = carry(source, settings(text_dim=6, text_tokens=tokens, null_text=kind), ("new_text_projection",))
+    model, carried = carry(
+        source, settings(text_dim=6, max_text_tokens=tokens, null_text=kind), ("new_text_projection",)
+    )
     x, text = noise(2, 3, 2, 4, 4), noise(2, 5, 6)
     assert torch.equal(model(x, TIMES, text).sample, source(x, TIMES, text).sample)
     if null == "token":
@@ -458,7 +460,7 @@ def test_the_command_writes_a_model_and_says_what_is_new(
     source = tiny(temporal=False, num_classes=4)
     source.save_pretrained(tmp_path / "image")
     (tmp_path / "video.yaml").write_text(
-        "model: {hidden_size: 32, depth: 2, num_heads: 4, in_channels: 3, text_dim: 6, text_tokens: 7}\n"
+        "model: {hidden_size: 32, depth: 2, num_heads: 4, in_channels: 3, text_dim: 6, max_text_tokens: 7}\n"
     )
     allow = ["--allow", "add_temporal", "class_to_text"]
     run(monkeypatch, tmp_path / "image", "--to", tmp_path / "video", "--config", tmp_path / "video.yaml", *allow)

@@ -146,10 +146,10 @@ def _dit_limits(c: ModelConfig) -> list[str]:
     lines = limits(c, "diffusers' DiT")
     if c.num_classes is None:
         lines.append("num_classes is None; diffusers' DiT has classes")
-    if c.timestep_shift == 0:
+    if c.timestep_freq_shift == 0:
         lines.append(
             "(diffusers' DiT codes the time at frequencies over 127, DiT's own code over 128; diffusers' published weights "
-            "are DiT's all the same. --set timestep_shift=1 mlp_norm_eps=1e-5 reads the weights so, and the output changes a little)"
+            "are DiT's all the same. --set timestep_freq_shift=1 mlp_norm_eps=1e-5 reads the weights so, and the output changes a little)"
         )
     return lines
 
@@ -157,7 +157,7 @@ def _dit_limits(c: ModelConfig) -> list[str]:
 HUB_DIT = Layout(
     name="diffusers-dit",
     title="diffusers' DiT",
-    fixed={"conditioning": "adaln_zero", "temporal": False, "timestep_shift": 1},
+    fixed={"conditioning": "adaln_zero", "temporal": False, "timestep_freq_shift": 1},
     free=(DIMENSIONS - {"mlp_ratio"}) | (CLASSES - {"null_class"}) | {"position_base", "gelu", "mlp_norm_eps"},
     settings=_dit_settings,
     rules=_dit_rules,
@@ -180,7 +180,7 @@ def _captioned(v: Values, width: int, fixed: Mapping[str, Any]) -> dict[str, Any
         v.wrong.append(
             f"caption_channels: {v['caption_channels']!r}; ours is the width of the features, which are projected"
         )
-    return {"text_dim": v["caption_channels"], "norm_eps": v.number("norm_eps"), "text_tokens": PIXART_TOKENS}
+    return {"text_dim": v["caption_channels"], "norm_eps": v.number("norm_eps"), "max_text_tokens": PIXART_TOKENS}
 
 
 def _captioned_config(c: ModelConfig) -> dict[str, Any]:
@@ -297,7 +297,7 @@ HUB_LATTE = Layout(
         "conditioning": "adaln_single",
         "attention": "alternating",
         "temporal_text": False,
-        "temporal_place": "stream",
+        "temporal_position_injection": "residual",
         "null_text": "empty",
     },
     free=(DIMENSIONS - {"mlp_ratio"})

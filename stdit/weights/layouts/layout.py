@@ -239,18 +239,18 @@ def _mute(c: ModelConfig) -> set[str]:
     """Keys that say nothing in this config, or nothing of how the weights are used."""
     mute = {"size", "drop_path"}
     if c.text_dim is None:
-        mute |= {"text_tokens", "text_projection", "null_text", "cross_qk_norm"}
+        mute |= {"max_text_tokens", "text_projection", "null_text", "cross_qk_norm"}
     elif c.null_text == "empty":
-        mute |= {"text_tokens"}
+        mute |= {"max_text_tokens"}
     if c.num_classes is None:
         mute |= {"null_class"}
     if not c.has_time:
-        mute |= {"temporal_positions", "temporal_place", "temporal_interpolation", "position_frames"}
+        mute |= {"temporal_positions", "temporal_position_injection", "temporal_interpolation", "position_frames"}
     if c.attention != "factorized" or not c.temporal:
         mute |= {"temporal_norm"}
     if c.attention != "alternating" or c.text_dim is None:
         mute |= {"temporal_text"}
-    if c.window is None:
+    if c.window_size is None:
         mute |= {"window_blocks", "relative_positions"}
     if c.kv_compress is None:
         mute |= {"kv_compress_blocks"}

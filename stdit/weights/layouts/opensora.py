@@ -56,7 +56,7 @@ V1 = Layout(
         "conditioning": "adaln_single",
         "attention": "factorized",
         "temporal_norm": False,
-        "temporal_place": "first",
+        "temporal_position_injection": "first_attention",
         "null_text": "sequence",
     },
     free=DIMENSIONS | PLACES | TIMES | TEXT,

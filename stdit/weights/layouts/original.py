@@ -35,7 +35,7 @@ DIMENSIONS = frozenset(
 PLACES = frozenset({"positions", "position_base", "position_interpolation", "position_grid"})
 TIMES = frozenset({"temporal_positions", "temporal_interpolation", "position_frames"})
 CLASSES = frozenset({"num_classes", "null_class"})
-TEXT = frozenset({"text_dim", "text_tokens"})
+TEXT = frozenset({"text_dim", "max_text_tokens"})
 
 
 # --------------------------------------------------------------------------- settings, from tensors
@@ -110,7 +110,7 @@ def text_of(foreign: Foreign) -> dict[str, Any]:
     """Width and length of captions, of PixArt's embedder."""
     found: dict[str, Any] = {"text_dim": shape(foreign, "y_embedder.y_proj.fc1.weight", 2)[1]}
     if "y_embedder.y_embedding" in foreign.state:
-        found["text_tokens"] = shape(foreign, "y_embedder.y_embedding", 2)[0]
+        found["max_text_tokens"] = shape(foreign, "y_embedder.y_embedding", 2)[0]
     return found
 
 
@@ -151,7 +151,7 @@ def block(c: ModelConfig, index: int, theirs: str | None = None) -> list[Rule]:
         lone += ["attn.q_norm.weight", "attn.k_norm.weight"]
     if _in(c.kv_compress, c.kv_compress_blocks, index):
         names += ["attn.sr", "attn.norm"]
-    if c.relative_positions and _in(c.window, c.window_blocks, index):
+    if c.relative_positions and _in(c.window_size, c.window_blocks, index):
         lone += ["attn.rel_pos_h", "attn.rel_pos_w"]
     rules = [rule for name in names for rule in linear(f"{ours}.{name}", theirs and f"{theirs}.{name}")]
     return rules + [same(f"{ours}.{name}", theirs and f"{theirs}.{name}") for name in lone]
@@ -210,7 +210,7 @@ def _latte_tables(c: ModelConfig) -> Tables:
 LATTE = Layout(
     name="latte",
     title="Latte (class-conditional)",
-    fixed={"conditioning": "adaln_zero", "attention": "alternating", "temporal_place": "stream"},
+    fixed={"conditioning": "adaln_zero", "attention": "alternating", "temporal_position_injection": "residual"},
     free=DIMENSIONS | PLACES | TIMES | CLASSES,
     settings=_latte_settings,
     rules=_rules,
@@ -236,7 +236,7 @@ def _pixart_settings(foreign: Foreign) -> dict[str, Any]:
         found |= {"kv_compress": side, "kv_compress_blocks": None if len(pooled) == depth else tuple(pooled)}
     if relative:
         side = (shape(foreign, head[0], 2)[0] + 1) // 2
-        found |= {"window": side, "window_blocks": None if len(relative) == depth else tuple(relative)}
+        found |= {"window_size": side, "window_blocks": None if len(relative) == depth else tuple(relative)}
         found["relative_positions"] = True
     return found
 
@@ -264,7 +264,7 @@ PIXART = Layout(
         "qk_norm",
         "kv_compress",
         "kv_compress_blocks",
-        "window",
+        "window_size",
         "window_blocks",
         "relative_positions",
     },

@@ -114,7 +114,7 @@ RINEAU = Layout(
         "temporal": False,
         "positions": "learned",
         "timestep_width": None,
-        "timestep_shift": 1,
+        "timestep_freq_shift": 1,
         "timestep_activation": "gelu",
         "null_class": False,
     },

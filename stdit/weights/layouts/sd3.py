@@ -37,7 +37,7 @@ def _settings(foreign: Foreign) -> dict[str, Any]:
     return found | {
         "text_dim": v["joint_attention_dim"],
         "pooled_dim": v["pooled_projection_dim"],
-        "text_tokens": TOKENS,
+        "max_text_tokens": TOKENS,
         "position_grid": (side, side),
         "qk_norm": norm,
     }
