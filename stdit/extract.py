@@ -21,6 +21,7 @@ from stdit.config import ExtractConfig, load
 if TYPE_CHECKING:
     from stdit.data.extraction import Plan
     from stdit.data.extractor import Extractor
+    from stdit.data.features import FeatureFacts
     from stdit.data.records import Outcome, Part
 
 
@@ -48,6 +49,24 @@ def _decisive(video: dict[str, Any], text: dict[str, Any] | None) -> dict[str, A
         "video_encoder": {key: value for key, value in video.items() if key not in UNCHECKED},
         "text_encoder": text,
     }
+
+
+def expected_facts(config: ExtractConfig) -> FeatureFacts:
+    """What `FeatureSet.facts()` will say of the features of `config`, before anything is extracted: from the manifest and the
+    encoders' settings. fps is what the manifest states: None where it states no frame rate.
+
+    Raises ManifestError; ConfigError: an encoder that is not there, sizes that its compression does not divide.
+    """
+    from stdit.data import manifest
+    from stdit.data.features import feature_facts
+    from stdit.encoders.text import feature_sizes
+    from stdit.encoders.video import load_video_encoder
+
+    clips = manifest.read(config.manifest)
+    video = load_video_encoder(config.video_encoder).identity
+    text = feature_sizes(config.text_encoder) if config.text_encoder else None
+    rates = [clip.fps / config.frame_stride for clip in clips if clip.fps and clip.frames != 1]
+    return feature_facts(video, text, config.buckets, len(clips.classes), rates)
 
 
 def extractor(config: ExtractConfig, device: str | None = None) -> Extractor:

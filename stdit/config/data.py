@@ -6,6 +6,7 @@ stdit.config passes these names on; import them from there.
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -25,6 +26,14 @@ class Bucket(Frozen):
     @property
     def key(self) -> str:
         return f"{self.frames}x{self.height}x{self.width}"
+
+    @staticmethod
+    def parse(key: str) -> Bucket:
+        """The bucket of a key, FRAMESxHEIGHTxWIDTH. ValueError: another form."""
+        if not re.fullmatch(r"[1-9]\d{0,6}x[1-9]\d{0,6}x[1-9]\d{0,6}", key, re.ASCII):
+            raise ValueError(f"bucket {key!r}: expected FRAMESxHEIGHTxWIDTH, such as 16x256x256")
+        frames, height, width = map(int, key.split("x"))
+        return Bucket(frames=frames, height=height, width=width)
 
 
 class ExtractBucket(Bucket):

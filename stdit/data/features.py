@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stdit.config import Bucket, ConfigError, Where
+from stdit.config import Bucket, ConfigError, Where, latent_shape
 from stdit.data.manifest import satisfies
 from stdit.files import atomic_path
 
@@ -99,6 +100,52 @@ class EmptyCaption:
     pooled: Tensor | None = None  # (P,)
 
 
+@dataclass(frozen=True)
+class FeatureFacts:
+    """What a training config can take from its features instead of stating it. None: the features have no such thing.
+
+    Named as the config's keys where there is one: `in_channels`, `text_dim`, `max_text_tokens`, `pooled_dim`, `num_classes`.
+    """
+
+    in_channels: int  # channels of the latents
+    text_dim: int | None  # width of a caption token's features
+    max_text_tokens: int | None  # tokens of the longest caption that the text encoder keeps
+    pooled_dim: int | None  # width of the pooled caption vector
+    num_classes: int | None
+    latents: Mapping[str, tuple[int, int, int]]  # latent (T, H, W) by bucket key, in the extraction's order
+    fps: float | None  # most common frame rate of clips of more than one frame, after `frame_stride`
+
+    @property
+    def smallest_latent(self) -> tuple[int, int, int]:
+        """Latent (T, H, W) of the bucket with the fewest latents: the usual base of a resolution-dependent flow shift."""
+        return min(self.latents.values(), key=lambda shape: (math.prod(shape), shape))
+
+
+def feature_facts(
+    video: Mapping[str, Any],
+    text: Mapping[str, Any] | None,
+    buckets: Iterable[Bucket],
+    classes: int = 0,
+    frame_rates: Iterable[float] = (),
+) -> FeatureFacts:
+    """Facts from the encoders' identities. frame_rates: of the clips; 0 for stills, which are not counted.
+
+    ConfigError: a bucket that the autoencoder's compression does not divide.
+    """
+    t, h, w = video["compression"]
+    rates = Counter(round(float(rate), 3) for rate in frame_rates if rate > 0)
+    return FeatureFacts(
+        in_channels=video["channels"],
+        text_dim=text["dim"] if text else None,
+        max_text_tokens=text["max_tokens"] if text else None,
+        pooled_dim=text.get("pooled_dim") if text else None,
+        num_classes=classes or None,
+        latents={bucket.key: latent_shape(bucket, (t, h, w)) for bucket in buckets},
+        # Of equally common rates the lower one.
+        fps=min(rates, key=lambda rate: (-rates[rate], rate)) if rates else None,
+    )
+
+
 class FeatureSet:
     """The features in a folder. Cheap to open, to pickle (by its path) and to fork; safe for several threads.
 
@@ -142,6 +189,13 @@ class FeatureSet:
     def has_pooled(self) -> bool:
         """Whether every caption has a pooled vector."""
         return bool((self.text_encoder or {}).get("pooled_dim"))
+
+    def facts(self) -> FeatureFacts:
+        """What a training config can take from these features: channels, text width and length, classes, latent shapes, fps."""
+        buckets = [Bucket.parse(key) for key in self.index["buckets"]]
+        return feature_facts(
+            self.video_encoder, self.text_encoder, buckets, len(self.classes), self._columns["fps"].tolist()
+        )
 
     @property
     def empty_caption(self) -> EmptyCaption | None:

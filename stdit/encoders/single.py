@@ -221,6 +221,26 @@ def fingerprint(config: TextEncoderConfig, revision: str | None = None) -> str:
     return fingerprint_folder(*dict.fromkeys((subfolder_of(folder, config.subfolder, KEY), tokenizer)))
 
 
+def feature_sizes(config: TextEncoderConfig) -> dict[str, int | None]:
+    """`dim`, `max_tokens` and `pooled_dim` of the encoder's identity, from its config.json alone. ConfigError: not there."""
+    if config.byte_t5:
+        return {"dim": config.width or config.byte_t5.width, "max_tokens": config.max_tokens, "pooled_dim": None}
+    assert config.path is not None
+    try:
+        settings: Any = AutoConfig.from_pretrained(
+            config.path, subfolder=config.subfolder or "", trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{KEY}: {config.path}: its config.json cannot be read ({error})") from error
+    text = getattr(settings, "text_config", settings)  # a full CLIP has another config for its images
+    pooled = text.projection_dim if _class_of(settings) is CLIPTextModelWithProjection else text.hidden_size
+    return {
+        "dim": config.width or int(text.hidden_size),
+        "max_tokens": config.max_tokens,
+        "pooled_dim": int(pooled) if config.pooled else None,
+    }
+
+
 def _load(
     config: TextEncoderConfig, dtype: torch.dtype, revision: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stdit.config import MOST_TEXT_ENCODERS, ConfigError, TextEncoderConfig
+from stdit.encoders import single
 from stdit.encoders.byte_t5 import random_byte_t5
 from stdit.encoders.encoded import Encoded, along_channels, along_tokens, widened
 from stdit.encoders.single import TextEncoder, fingerprint, load_one, one_from_identity
@@ -28,6 +29,7 @@ __all__ = [
     "decisive",
     "decisive_of",
     "encoder_of",
+    "feature_sizes",
     "load_text_encoder",
     "of_components",
     "random_byte_t5",
@@ -141,6 +143,22 @@ def text_encoder_from_identity(
             parts = [text_encoder_from_identity(part, device) for part in identity[way]]
             return TextEncoders(way, parts, identity["width"])
     return one_from_identity(identity, device, path)
+
+
+def feature_sizes(config: TextEncoderConfig) -> dict[str, int | None]:
+    """`dim`, `max_tokens` and `pooled_dim` of the identity that the encoder of `config` will have, without loading weights.
+
+    ConfigError: an encoder that is not there.
+    """
+    if not config.parts:
+        return single.feature_sizes(config)
+    parts = [feature_sizes(part) for part in config.parts]
+    widths = [part["dim"] or 0 for part in parts]
+    return {
+        "dim": config.width or (max(widths) if config.tokens else sum(widths)),
+        "max_tokens": config.longest,
+        "pooled_dim": sum(part["pooled_dim"] or 0 for part in parts) or None,
+    }
 
 
 # ------------------------------------------------------------------------------ what decides features

@@ -17,7 +17,7 @@ from stdit import extract
 from stdit.config import Bucket, ConfigError, Where
 from stdit.data import features as room
 from stdit.data.features import FeatureSet, packed, padded, write_shard
-from tests.support import clip_folder
+from tests.support import clip_folder, encoders
 from tests.support.clip_folder import BUCKETS, rows
 
 
@@ -157,3 +157,26 @@ def test_a_damaged_shard_is_named(fault: str, folder: Path, tmp_path: Path) -> N
     assert features.sample(0).id == 0
     with pytest.raises(ConfigError, match=r"00001\.safetensors: (damaged or gone|sample 4 cannot be read)"):
         features.sample(4)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_facts_are_what_a_training_config_can_leave_out_and_are_known_before_extraction(
+    several: bool, tmp_path: Path
+) -> None:
+    text = encoders.sd3(tmp_path / "sd3") if several else clip_folder.TEXT
+    config = clip_folder.config(tmp_path, rows(tmp_path, 8), text_encoder=text, frame_stride=1)
+    expected = extract.expected_facts(config)
+    found = FeatureSet(extract.run(config)).facts()
+    assert found == expected
+    assert (found.in_channels, found.num_classes, found.fps) == (3, 2, 24.0)
+    assert found.latents == {"1x16x16": (1, 16, 16), "5x16x16": (5, 16, 16), "5x16x32": (5, 16, 32)}
+    assert found.smallest_latent == (1, 16, 16)
+    widths = (48, 50, 48) if several else (16, clip_folder.TEXT.longest, None)
+    assert (found.text_dim, found.max_text_tokens, found.pooled_dim) == widths
+
+
+def test_facts_of_features_without_text_classes_or_moving_clips(tmp_path: Path) -> None:
+    made = [{k: v for k, v in row.items() if k != "class"} for row in rows(tmp_path, 2)]
+    found = FeatureSet(extract.run(clip_folder.config(tmp_path, made, text_encoder=None))).facts()
+    assert (found.text_dim, found.max_text_tokens, found.pooled_dim) == (None, None, None)
+    assert (found.num_classes, found.fps) == (None, None)
