@@ -80,7 +80,8 @@ def stage_scores(stage: Stage) -> dict[str, Any]:
 def _draw(folder: Path, stages: Sequence[Stage]) -> Pictures:
     """Draws all pictures into `folder`; a stage without videos has none of its own."""
     from stdit.evaluation.generated import read_generated
-    from stdit.evaluation.pictures import animation, cell_of, loss_curves, sheet
+    from stdit.evaluation.pictures import cell_of, loss_curves
+    from stdit.media import contact_sheet, moving_sheet, write_gif, write_png
 
     runs = [(stage["name"], Path(stage["run"]) / "metrics.jsonl") for stage in stages if stage.get("run")]
     pictures = Pictures(folder / "loss.png", folder / "loss-dark.png", {}, {})
@@ -95,6 +96,6 @@ def _draw(folder: Path, stages: Sequence[Stage]) -> Pictures:
         cells = [cell_of(clip.frames, verdicts.get(clip.file, {"prompt": clip.prompt})) for clip in clips]
         pictures.sheets[name] = folder / f"{name}.png"
         pictures.animations[name] = folder / f"{name}.gif"
-        atomic_write(pictures.sheets[name], sheet(cells))
-        atomic_write(pictures.animations[name], animation(cells, float(clips[0].row.get("fps") or 8)))
+        write_png(pictures.sheets[name], contact_sheet(cells))
+        write_gif(pictures.animations[name], moving_sheet(cells), float(clips[0].row.get("fps") or 8))
     return pictures

@@ -18,30 +18,25 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-import av
 import numpy as np
 import torch
-from PIL import Image
 
 from stdit.config import Bucket, LoRASource, SamplerConfig
 from stdit.data.decoding import open_clip
 from stdit.data.transforms import resize_crop
 from stdit.diffusion.randomness import seed_for
-from stdit.evaluation import pictures
 from stdit.files import atomic_path, atomic_write
 from stdit.inference.job import MANIFEST, MOVING, SHEET, Job, job_of, open_job
 from stdit.inference.pipeline import STDiTPipeline, STDiTPipelineOutput
 from stdit.inference.prompts import Item, Prompt, arguments, check_text, label_id, read_prompts, settings
+from stdit.media import Cell, contact_sheet, moving_sheet, write_clip, write_gif, write_png
 from stdit.training import checkpoint
 
 # Clips on the contact sheet: the first of the manifest.
 SHEET_CLIPS = 24
-# Up to this many pixels a frame a clip is stored without loss; larger ones at a quality where none is seen.
-LOSSLESS_PIXELS = 256 * 256
 
 __all__ = ["Job", "Prompt", "draw_group", "finish", "generate", "job_of", "load", "open_job", "read_prompts"]
 
@@ -117,7 +112,8 @@ def _draw(pipe: STDiTPipeline, job: Job, some: Sequence[Item]) -> list[Outcome]:
         if not np.isfinite(video).all():
             failures.append(Outcome(item.file, "the model's output is not finite (NaN or infinity)"))
         elif not job.is_made(item):
-            write_clip(job.out / item.file, (video * 255).round().astype(np.uint8), job.fps)
+            with atomic_path(job.out / item.file) as part:
+                write_clip(part, (video * 255).round().astype(np.uint8), job.fps)
     return failures
 
 
@@ -193,28 +189,6 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def write_clip(path: Path, frames: np.ndarray, fps: float) -> None:
-    """uint8 (T, H, W, 3) as a PNG (one frame) or an MP4 of the same size, whole or not at all.
-
-    Small clips are stored without loss (H.264 on RGB): what is read back is what the model drew.
-    """
-    with atomic_path(path) as temporary:
-        if len(frames) == 1:
-            Image.fromarray(frames[0]).save(temporary)
-            return
-        height, width = frames.shape[1:3]
-        lossless = height * width <= LOSSLESS_PIXELS or height % 2 or width % 2
-        with av.open(str(temporary), "w") as container:
-            codec, quality = ("libx264rgb", {"qp": "0"}) if lossless else ("libx264", {"crf": "12"})
-            stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=quality)
-            stream.height, stream.width = height, width
-            stream.pix_fmt = "rgb24" if lossless else "yuv420p"
-            stream.codec_context.thread_count = 1
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-            container.mux(stream.encode())
-
-
 # ------------------------------------------------------------------------------------------- results
 
 
@@ -245,12 +219,12 @@ def _contact_sheet(job: Job, rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         with open_clip(job.out / row["file"], "pyav") as reader:
             caption = row["prompt"] or ("" if row["class"] is None else f"class {row['class']}")
-            cells.append(pictures.Cell(reader.get(range(reader.frame_count)), caption))
+            cells.append(Cell(reader.get(range(reader.frame_count)), caption))
     if not cells:
         return
-    atomic_write(job.out / SHEET, pictures.sheet(cells))
+    write_png(job.out / SHEET, contact_sheet(cells))
     if job.shape.frames > 1:
-        atomic_write(job.out / MOVING, pictures.animation(cells, job.fps))
+        write_gif(job.out / MOVING, moving_sheet(cells), job.fps)
 
 
 def report(rows: Sequence[dict[str, Any]], outcomes: Sequence[Outcome], out: Path) -> int:

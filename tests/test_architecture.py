@@ -19,6 +19,7 @@ LEVELS = {
     "stdit": 0,
     "stdit.config": 0,
     "stdit.files": 0,
+    "stdit.media": 0.5,
     "stdit.models": 1,
     "stdit.ops": 0.5,
     "stdit.diffusion": 1,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from stdit import generate as generation
 from stdit.config import Bucket, ConfigError, DiffusionConfig, GenerateConfig, SamplerConfig
 from stdit.data.decoding import open_clip
-from stdit.generate import Prompt, generate, job_of, noise_seed, read_prompts, write_clip
+from stdit.generate import Prompt, generate, job_of, noise_seed, read_prompts
 from stdit.inference.pipeline import STDiTPipeline, STDiTPipelineOutput
 from stdit.inference.prompts import SLUG_LENGTH, items, slug
 from stdit.models import lora
@@ -109,19 +109,6 @@ def test_one_frame_is_a_png(runs: dict[str, Path], tmp_path: Path) -> None:
     assert all(row["file"].endswith(".png") for row in rows)
     assert frames_of(tmp_path / rows[0]["file"]).shape == (1, 8, 24, 3)
     assert not (tmp_path / "contact_sheet.gif").exists()
-
-
-@pytest.mark.parametrize("size", [(16, 16), (15, 17), (1, 3), (256, 256), (250, 301), (320, 512)])
-def test_a_clip_is_stored_as_it_is_and_never_rescaled(size: tuple[int, int], tmp_path: Path) -> None:
-    frames = np.random.default_rng(0).integers(0, 256, (3, *size, 3), dtype=np.uint8)
-    if size == (320, 512):  # Stored with loss: noise would be an unfair test.
-        frames = (
-            np.repeat(np.linspace(0, 255, 512).astype(np.uint8)[None, None, :, None], 3, 0).repeat(320, 1).repeat(3, 3)
-        )
-    write_clip(tmp_path / "a.mp4", frames, 8)
-    difference = abs(frames_of(tmp_path / "a.mp4").astype(int) - frames)
-    assert difference.max() <= (4 if size == (320, 512) else 0)
-    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
 
 
 @settings(max_examples=100, deadline=None)

@@ -22,13 +22,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import av
 import numpy as np
 from PIL import Image
 
 from stdit.data import manifest
 from stdit.data.scans import DIRECTIONS, Scan, caption, read_scans
 from stdit.files import atomic_write
+from stdit.media import write_clip
 
 # Raised when the same options would give other files.
 FORMAT = 1
@@ -213,22 +213,6 @@ def draw(pixels: np.ndarray, shape: Shape, start: tuple[int, int], step: tuple[f
         top, left = start[0] + round(step[0] * at), start[1] + round(step[1] * at)
         frame[top : top + shape.digit, left : left + shape.digit] = digit
     return frames
-
-
-def write_clip(path: Path, frames: np.ndarray, fps: int) -> None:
-    """uint8 (T, H, W) grey -> PNG (one frame) or MP4. Lossless: H.264 on RGB, no chroma subsampling, quantiser 0."""
-    if len(frames) == 1:
-        Image.fromarray(frames[0]).save(path)
-        return
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(
-            "libx264rgb", rate=fps, options={"qp": "0", "preset": "ultrafast", "threads": "1"}
-        )
-        stream.height, stream.width = frames.shape[1:]
-        stream.pix_fmt = "rgb24"
-        for frame in np.repeat(frames[..., None], 3, axis=-1):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
 
 
 def _file(out: Path, shape: Shape, scan: int, copy: int) -> Path:

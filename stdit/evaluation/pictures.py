@@ -8,32 +8,15 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import get_data_path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
 
 from stdit.evaluation.classifier import Frames
-
-# One dark ground, legible on light pages as on dark ones.
-GROUND, PLATE, TEXT, FAINT, RIGHT, WRONG = "#14171c", "#20242c", "#e8eaed", "#9aa0a8", "#5fd38a", "#ff7b72"
-GAP = 10
-CAPTION_LINES = 3
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A clip, uint8 (T, H, W, 3), the caption it was made for, and a verdict; right: green or red, None: neither."""
-
-    frames: Frames
-    caption: str
-    verdict: str = ""
-    right: bool | None = None
+from stdit.media import GROUND, Cell
 
 
 def cell_of(frames: Frames, row: Mapping[str, Any]) -> Cell:
@@ -47,113 +30,6 @@ def cell_of(frames: Frames, row: Mapping[str, Any]) -> Cell:
     return Cell(
         frames, str(row.get("prompt") or ""), "read: " + " · ".join(seen) if seen else "", all(right) if right else None
     )
-
-
-def sheet(cells: Sequence[Cell], columns: int = 4, side: int = 72, strip: int = 4) -> bytes:
-    """PNG: each clip as a strip of at most `strip` frames from first to last, enlarged to about `side` pixels."""
-    return _png(_draw(cells, [_strip(cell.frames, side, strip) for cell in cells], columns))
-
-
-def animation(cells: Sequence[Cell], fps: float, columns: int = 6, side: int = 128) -> bytes:
-    """GIF: all clips running side by side, the last frame held for half a second; shorter clips wait on their last."""
-    length = max(len(cell.frames) for cell in cells)
-    pages = [
-        _draw(cells, [_enlarge(cell.frames[min(t, len(cell.frames) - 1)], side) for cell in cells], columns)
-        for t in range(length)
-    ]
-    # One palette for all: colours would flicker otherwise.
-    palette = pages[length // 2].quantize(128)
-    pages = [page.quantize(palette=palette, dither=Image.Dither.NONE) for page in pages]
-    each = max(20, round(1000 / fps)) if fps > 0 else 500
-    durations = [each] * (length - 1) + [each + 500]
-    out = io.BytesIO()
-    pages[0].save(out, "GIF", save_all=True, append_images=pages[1:], duration=durations, loop=0, disposal=1)
-    return out.getvalue()
-
-
-def _draw(cells: Sequence[Cell], pictures: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Plates in rows, each a picture with its caption and verdict below; all plates are of one size."""
-    if not cells:
-        raise ValueError("a sheet needs at least one clip, found 0")
-    font, small = _font(12), _font(11)
-    width = max(max(p.width for p in pictures), 110) + 2 * GAP
-    tall = max(p.height for p in pictures)
-    wrapped = [_wrap(cell.caption, font, width - 2 * GAP) for cell in cells]
-    text_height = 16 * max(len(lines) for lines in wrapped)
-    verdict_height = 17 if any(cell.verdict for cell in cells) else 0
-    height = tall + text_height + verdict_height + 2 * GAP + 6
-    columns = min(columns, len(cells))
-    rows = -(-len(cells) // columns)
-    page = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + GAP) + GAP), GROUND)
-    draw = ImageDraw.Draw(page)
-    for i, (cell, picture, lines) in enumerate(zip(cells, pictures, wrapped, strict=True)):
-        x, y = GAP + i % columns * (width + GAP), GAP + i // columns * (height + GAP)
-        draw.rounded_rectangle((x, y, x + width - 1, y + height - 1), 6, PLATE)
-        page.paste(picture, (x + (width - picture.width) // 2, y + GAP))
-        for k, line in enumerate(lines):
-            draw.text((x + GAP, y + tall + GAP + 6 + 16 * k), line, TEXT, font)
-        colour = FAINT if cell.right is None else RIGHT if cell.right else WRONG
-        verdict = _wrap(cell.verdict, small, width - 2 * GAP)[:1]
-        draw.text((x + GAP, y + height - GAP - 14), verdict[0] if verdict else "", colour, small)
-    return page
-
-
-def _enlarge(frame: np.ndarray, side: int) -> Image.Image:
-    """Nearest neighbour by a whole factor, so that every pixel stays a square; what is larger than `side` is shrunk."""
-    image = Image.fromarray(frame)
-    longest = max(image.size)
-    if longest > side:
-        scale = side / longest
-        return image.resize(
-            (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BOX
-        )
-    factor = max(1, round(side / longest))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-
-
-def _strip(frames: Frames, side: int, count: int) -> Image.Image:
-    """At most `count` frames, the first and the last among them, beside each other."""
-    chosen = np.unique(np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int))
-    images = [_enlarge(frames[i], side) for i in chosen]
-    strip = Image.new("RGB", (sum(i.width for i in images) + 2 * (len(images) - 1), images[0].height), PLATE)
-    x = 0
-    for image in images:
-        strip.paste(image, (x, 0))
-        x += image.width + 2
-    return strip
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which matplotlib brings along: captions may be in Greek, Cyrillic or Arabic."""
-    return ImageFont.truetype(Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """`text` in at most CAPTION_LINES lines of `width` pixels, an ellipsis where it is cut; long words are broken."""
-    lines: list[str] = []
-    line = ""
-    for word in text[:400].split():
-        while font.getlength(word) > width:  # No blank to break at: break where it fits.
-            fits = max(n for n in range(1, len(word) + 1) if n == 1 or font.getlength(word[:n]) <= width)
-            lines, line, word = [*lines, *([line] if line else [])], word[:fits], word[fits:]
-        longer = f"{line} {word}".strip()
-        if font.getlength(longer) <= width:
-            line = longer
-        else:
-            lines, line = [*lines, line], word
-    lines = [*lines, line] if line else lines
-    if len(lines) <= CAPTION_LINES:
-        return lines
-    last = lines[CAPTION_LINES - 1]
-    while last and font.getlength(last + "…") > width:
-        last = last[:-1]
-    return [*lines[: CAPTION_LINES - 1], last + "…"]
-
-
-def _png(image: Image.Image) -> bytes:
-    out = io.BytesIO()
-    image.save(out, "PNG", optimize=True)
-    return out.getvalue()
 
 
 # ------------------------------------------------------------------------------------ loss curves

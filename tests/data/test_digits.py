@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 from stdit.data import digits, manifest
 from stdit.data.decoding import open_clip
-from stdit.data.digits import DigitsOptions, Shape, draw, make_digits, write_clip
+from stdit.data.digits import DigitsOptions, Shape, draw, make_digits
 from stdit.data.manifest import Clip
 from stdit.data.scans import CLIP_CAPTIONS, DIRECTIONS, IMAGE_CAPTIONS, WORDS, caption, read_scans
 
@@ -57,17 +57,6 @@ def test_the_manifest_holds_for_every_file(clips: list[Clip]) -> None:
                 assert reader.fps == (clip.fps or 0)
                 assert (reader.get(range(reader.frame_count)) == frames).all()
             assert (clip.extra["direction"] is None) == (clip.frames == 1) == clip.key.endswith(".png")
-
-
-@pytest.mark.parametrize("size", [(8, 8), (12, 12), (16, 16), (24, 24), (17, 31)])
-@pytest.mark.parametrize("count", [1, 2, 9])
-def test_small_clips_survive_encoding(tmp_path: Path, size: tuple[int, int], count: int) -> None:
-    frames = np.random.default_rng(0).integers(0, 256, (count, *size), np.uint8)
-    path = tmp_path / ("a.png" if count == 1 else "a.mp4")
-    write_clip(path, frames, fps=8)
-    for decoder in ("auto", "pyav"):
-        with open_clip(path, decoder) as reader:
-            assert (reader.get(range(count)) == frames[..., None]).all()
 
 
 def test_no_scan_stands_in_both_splits(clips: list[Clip]) -> None:

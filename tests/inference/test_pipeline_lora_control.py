@@ -27,9 +27,10 @@ from stdit.config import (
     TrainBucket,
     TrainConfig,
 )
-from stdit.generate import generate, write_clip
+from stdit.generate import generate
 from stdit.inference.pipeline import STDiTPipeline
 from stdit.inference.prompts import Prompt
+from stdit.media import write_clip
 from stdit.models import lora
 from stdit.models.control import STDiTControl
 from stdit.models.stdit import STDiT

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipelines.html import duration, number, percent
 from pipelines.report import write_report
-from stdit.evaluation.pictures import Cell, animation, cell_of, loss_curves, read_metrics, sheet, smooth
+from stdit.evaluation.pictures import cell_of, loss_curves, read_metrics, smooth
 
 
 def clip_of(frames: int = 4, side: int = 8) -> np.ndarray:
@@ -153,22 +153,6 @@ def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
 
 def opened(picture: bytes) -> Image.Image:
     return Image.open(io.BytesIO(picture))
-
-
-def test_an_animation_has_a_page_for_each_frame_of_the_longest_clip() -> None:
-    gif = opened(animation([Cell(clip_of(4), "a"), Cell(clip_of(2), "b")], fps=8))
-    assert getattr(gif, "n_frames", 1) == 4
-
-
-def test_pixels_are_enlarged_by_whole_factors() -> None:
-    page = np.asarray(opened(sheet([Cell(clip_of(1), "")], side=72)).convert("L"))
-    assert (page == 255).sum() == 81  # One bright pixel, nine times as wide and as high.
-
-
-def test_a_large_clip_is_shrunk_and_a_long_caption_cut() -> None:
-    large = np.zeros((2, 300, 500, 3), np.uint8)
-    words, letters = Cell(large, "very " * 200), Cell(large, "ы" * 500)
-    assert opened(sheet([words, letters])).width < 700
 
 
 def test_a_verdict_names_what_was_seen_and_marks_what_is_wrong() -> None:
