@@ -18,7 +18,7 @@ ROOMS = ("stdit", "pipelines", "cluster")
 LEVELS = {
     "stdit": 0,
     "stdit.config": 0,
-    "stdit.files": 0,
+    "stdit.files": -1,
     "stdit.media": 0.5,
     "stdit.models": 1,
     "stdit.ops": 0.5,
@@ -108,7 +108,7 @@ def test_a_confined_library_stays_in_its_room(file: Path) -> None:
 def test_pipelines_import_only_settings_at_the_top(file: Path) -> None:
     for name, top in imports(file):
         if top and name.split(".")[0] == "stdit":
-            assert LEVELS[room(name)] == 0, (
+            assert LEVELS[room(name)] <= 0, (
                 f"{file.name} imports {name} at the top; heavy modules are imported inside tasks"
             )
 
