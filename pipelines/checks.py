@@ -42,7 +42,7 @@ def _check_text(stage: ResolvedStage, encoder: TextEncoderConfig | None) -> None
 
 def check_manifest(plan: Plan) -> None:
     """ConfigError where there is no manifest, and nothing to make one."""
-    if plan.prepare is None and not plan.extract.manifest.is_file():
+    if plan.prepare is None and not plan.extract.manifest.exists():
         raise ConfigError(f"extraction.manifest: {plan.extract.manifest} does not exist")
 
 
@@ -83,13 +83,14 @@ def positions(before: ResolvedStage, stage: ResolvedStage) -> list[str]:
 
 def stage_lines(plan: Plan, stages: Sequence[ResolvedStage]) -> list[str]:
     """Forecast of every stage, from the extracted features. ConfigError where a stage does not fit them."""
-    from pipelines.forecast import extraction_lines, forecast, read_report
+    from pipelines.forecast import forecast
+    from stdit.data.extraction import read_report, report_lines
     from stdit.data.features import FeatureSet
     from stdit.training.checks import check
 
     features = FeatureSet(plan.extract.out)
     t, h, w = features.video_encoder["compression"]
-    lines = extraction_lines(read_report(plan.extract.out))
+    lines = report_lines(read_report(plan.extract.out))
     for stage in stages:
         try:
             # Without `init`: the stage it comes from may not be trained yet; `crossing` has looked at their architectures.
@@ -112,7 +113,7 @@ def forecast_lines(plan: Plan, stages: Sequence[ResolvedStage]) -> list[str]:
     if (plan.extract.out / "index.json").is_file():
         lines = stage_lines(plan, stages)
     else:
-        source = ManifestSource(plan.extract) if plan.extract.manifest.is_file() else EqualSource(plan.extract.manifest)
+        source = ManifestSource(plan.extract) if plan.extract.manifest.exists() else EqualSource(plan.extract.manifest)
         lines = source.lines()
         for stage in stages:
             # Nothing has been read yet: captions count at their longest.

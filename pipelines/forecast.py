@@ -5,8 +5,7 @@ Counts come from the extraction's report and index; before there is one, from th
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,45 +162,41 @@ def memory(parameters: int, train: TrainConfig, ranks: int, activations: int) ->
 # ----------------------------------------------------------------------------------------- clips
 
 
-def extraction_lines(report: Mapping[str, Any]) -> list[str]:
-    """What became of the manifest's clips, from an extraction's report.json."""
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped_by_reason"].items())
-    lines = [
-        f"clips: {report['clips']:,} = {report['kept']:,} kept + {report['dropped']:,} dropped"
-        + (f" ({reasons})" if reasons else "")
-        + f" + {report['bad']:,} that can't be used"
-    ]
-    for key, splits in report["kept_by_bucket"].items():
-        lines.append(f"  {key:<12} " + (", ".join(f"{count:,} {split}" for split, count in splits.items()) or "none"))
-    lines += [f"  {clip['path']}: {clip['reason']}" for clip in report["bad_clips"][:5]]
-    if len(report["bad_clips"]) > 5:
-        lines.append(f"  … and {len(report['bad_clips']) - 5} more, all in report.json")
-    return lines
-
-
 class ManifestSource:
-    """Clips by bucket as extraction would sort them, from what the manifest says of their sizes. Nothing is opened:
-    clips whose size is not stated count as `unknown`, and damaged ones are not noticed."""
+    """Clips by bucket as extraction would sort them, by the sizes in the manifest, or in the file where it states none.
+
+    `failures`: files that were opened and cannot be used, with the reason. Damage to other files is not noticed.
+    """
 
     def __init__(self, config: ExtractConfig) -> None:
         from stdit.data import manifest
         from stdit.data.buckets import assign, tally
+        from stdit.data.probe import probe_clips
         from stdit.data.transforms import frames_available
 
         self._manifest = manifest.read(config.manifest)
         manifest.check_where(self._manifest, config.where)
         self._clips: list[tuple[Any, str]] = []
-        outcomes, self.unknown, self._filtered = [], 0, 0
-        for clip in self._manifest:
-            if not manifest.matches(clip, config.where):
-                self._filtered += 1
+        outcomes: list[Any] = []
+        kept = [clip for clip in self._manifest if manifest.matches(clip, config.where)]
+        self._filtered = len(self._manifest) - len(kept)
+        unstated = [clip for clip in kept if None in (clip.frames, clip.height, clip.width)]
+        probed = probe_clips(unstated, config.decoder, config.decode_timeout_s) if unstated else []
+        by_key = dict(zip((clip.key for clip in unstated), probed, strict=True))
+        self.failures = {key: found for key, found in by_key.items() if isinstance(found, str)}
+        for clip in kept:
+            found = by_key.get(clip.key)
+            if isinstance(found, str):
                 continue
-            if clip.frames is None or clip.height is None or clip.width is None:
-                self.unknown += 1
-                continue
-            frames = frames_available(clip.frames, config.frame_stride)
+            frame_count, height, width = (
+                (clip.frames, clip.height, clip.width) if found is None else (found.frame_count, found.height, found.width)
+            )
+            assert frame_count is not None
+            assert height is not None
+            assert width is not None
+            frames = frames_available(frame_count, config.frame_stride)
             outcome = assign(
-                frames, clip.height, clip.width, config.buckets,
+                frames, height, width, config.buckets,
                 key=clip.key, min_area_ratio=config.min_area_ratio, seed=config.seed,
             )  # fmt: skip
             outcomes.append(outcome)
@@ -210,15 +205,16 @@ class ManifestSource:
         self._tally = tally(outcomes, config.buckets)
 
     def lines(self) -> list[str]:
-        """As extraction_lines; what only decoding tells is said to be unknown."""
+        """As stdit.data.extraction.report_lines, as far as headers and manifest tell."""
         dropped = {**({"where": self._filtered} if self._filtered else {}), **self._tally["dropped"]}
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count)
         lines = [
             f"clips: {len(self._manifest):,} in the manifest, not extracted yet: {len(self._clips):,} would be kept, "
             f"{sum(dropped.values()):,} dropped" + (f" ({reasons})" if reasons else "")
-            + (f", {self.unknown:,} of a size that the manifest does not state" if self.unknown else "")
+            + (f", {len(self.failures):,} can't be used" if self.failures else "")
         ]  # fmt: skip
-        return lines + [f"  {key:<12} {count:,}" for key, count in self._tally["kept"].items()]
+        lines += [f"  {key:<12} {count:,}" for key, count in self._tally["kept"].items()]
+        return lines + [f"  {path}: {reason}" for path, reason in list(self.failures.items())[:5]]
 
     def select(
         self, split: str | None, buckets: Sequence[Bucket], where: Sequence[Where] = ()
@@ -260,13 +256,6 @@ class EqualSource:
 
     def sample(self, id: int) -> Any:
         raise NotImplementedError("nothing is known of the clips")
-
-
-def read_report(out: Path) -> dict[str, Any]:
-    """An extraction's report.json."""
-    from stdit.data.features import REPORT
-
-    return json.loads((out / REPORT).read_text(encoding="utf-8"))
 
 
 # ----------------------------------------------------------------------------------------- words

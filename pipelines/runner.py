@@ -16,7 +16,6 @@ from pipelines.plan import Plan, ResolvedStage
 from pipelines.progress import Clock, StepLine
 from pipelines.record import Record, set_aside
 from stdit.config import Config, ConfigError, load
-from stdit.files import sha256
 
 
 class PlanFailed(RuntimeError):
@@ -42,8 +41,9 @@ class Walk:
 
     def parts(self) -> dict[str, changes.Piece]:
         """What everything is to be made of, as far as it is known now."""
-        manifest = self.extract.manifest
-        return changes.describe(self.plan, self.stages, sha256(manifest) if manifest.is_file() else None)
+        from stdit.data.manifest import fingerprint
+
+        return changes.describe(self.plan, self.stages, fingerprint(self.extract.manifest))
 
     def settle_changes(self) -> None:
         """Compares the plan with what was made from it. ConfigError unless changes are allowed: then what they make

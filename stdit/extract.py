@@ -117,7 +117,7 @@ def follow(plan: Plan, todo: Sequence[Part], outcomes: Iterable[Outcome]) -> Pat
     """Shows progress while parts come in, and ends the extraction, early if too many clips are bad. Errors as `finish`."""
     from tqdm import tqdm
 
-    from stdit.data.extraction import finish
+    from stdit.data.extraction import finish, read_report, report_lines
 
     bad = 0
     with tqdm(total=sum(len(part.clips) for part in todo), desc="extract", unit="clip", disable=not todo) as bar:
@@ -128,7 +128,10 @@ def follow(plan: Plan, todo: Sequence[Part], outcomes: Iterable[Outcome]) -> Pat
                 bar.set_postfix(bad=bad)
             if bad > plan.bad_allowed:
                 break
-    return finish(plan)
+    out = finish(plan)
+    if todo:
+        print("\n".join(report_lines(read_report(out))), file=sys.stderr)
+    return out
 
 
 def run(config: ExtractConfig, overwrite: bool = False) -> Path:

@@ -50,6 +50,8 @@ class Plan:
     classes: tuple[str, ...]
     # Clips of the manifest that `where` leaves out.
     filtered: int
+    # Paths of clips without a caption: their text features are those of the empty caption.
+    uncaptioned: tuple[str, ...]
     # SHA-256 of the manifest.
     manifest: str
     # What decides the features, besides clips and captions.
@@ -92,7 +94,14 @@ def divide(config: ExtractConfig, encoders: Mapping[str, Any]) -> Plan:
         Part(number, tuple(i for i, _ in chunk), tuple(clip for _, clip in chunk), columns, bound)
         for number, chunk in enumerate(chunks)
     )
-    return Plan(config, parts, tuple(manifest.classes), len(manifest) - len(kept), manifest.fingerprint, settings)
+    uncaptioned = tuple(clip.key for _, clip in kept if not clip.captioned)
+    if config.text_encoder and len(uncaptioned) == len(kept):
+        raise ConfigError(
+            f"text_encoder: none of the {len(kept)} clips of {config.manifest} has a caption; give captions, or leave "
+            "text_encoder out to train without text"
+        )
+    classes = tuple(manifest.classes)
+    return Plan(config, parts, classes, len(manifest) - len(kept), uncaptioned, manifest.fingerprint, settings)
 
 
 def claim(plan: Plan, overwrite: bool = False) -> None:
@@ -163,7 +172,8 @@ def finish(plan: Plan) -> Path:
     out = plan.config.out
     tally, told = _sum(plan)
     report = tally.report([b.key for b in plan.config.buckets], plan.filtered, plan.config.max_bad_share)
-    _write_json(out / REPORT, {**report, "missing_parts": len(plan.parts) - len(told)})
+    uncaptioned = {"uncaptioned": len(plan.uncaptioned), "uncaptioned_clips": list(plan.uncaptioned)}
+    _write_json(out / REPORT, {**report, **uncaptioned, "missing_parts": len(plan.parts) - len(told)})
     if len(tally.bad) > plan.bad_allowed:
         (out / INDEX).unlink(missing_ok=True)
         shown = "\n".join(f"  {clip['path']}: {clip['reason']}" for clip in tally.bad[:5])
@@ -190,6 +200,33 @@ def finish(plan: Plan) -> Path:
         _tidy(plan)
         _write_json(out / INDEX, index)
     return out
+
+
+def read_report(out: Path) -> dict[str, Any]:
+    """An extraction's report.json."""
+    return json.loads((out / REPORT).read_text(encoding="utf-8"))
+
+
+def report_lines(report: Mapping[str, Any], shown: int = 5) -> list[str]:
+    """What became of the manifest's clips and captions, from report.json. shown: bad clips that are named."""
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped_by_reason"].items())
+    lines = [
+        f"clips: {report['clips']:,} = {report['kept']:,} kept + {report['dropped']:,} dropped"
+        + (f" ({reasons})" if reasons else "")
+        + f" + {report['bad']:,} that can't be used"
+    ]
+    for key, splits in report["kept_by_bucket"].items():
+        lines.append(f"  {key:<12} " + (", ".join(f"{count:,} {split}" for split, count in splits.items()) or "none"))
+    lines += [f"  {clip['path']}: {clip['reason']}" for clip in report["bad_clips"][:shown]]
+    if len(report["bad_clips"]) > shown:
+        lines.append(f"  … and {len(report['bad_clips']) - shown} more, all in {REPORT}")
+    if report["captions_cut"]:
+        lines.append(f"captions: {report['captions_cut']:,} of {report['kept']:,} cut at text_encoder.max_text_tokens")
+    if report.get("uncaptioned"):
+        names = report["uncaptioned_clips"]
+        more = f", … ({REPORT} has all)" if len(names) > shown else ""
+        lines.append(f"captions: {len(names):,} clips have none: {', '.join(names[:shown])}{more}")
+    return lines
 
 
 def _is_whole(out: Path, index: Mapping[str, Any]) -> bool:

@@ -137,7 +137,7 @@ def feature_facts(
     return FeatureFacts(
         in_channels=video["channels"],
         text_dim=text["dim"] if text else None,
-        max_text_tokens=text["max_tokens"] if text else None,
+        max_text_tokens=text["max_text_tokens"] if text else None,
         pooled_dim=text.get("pooled_dim") if text else None,
         num_classes=classes or None,
         latents={bucket.key: latent_shape(bucket, (t, h, w)) for bucket in buckets},

@@ -1,6 +1,8 @@
-"""The manifest: which clips there are and what is known of them. JSONL, CSV or Parquet (docs/data.md).
+"""The manifest: the list of clips with their captions and metadata (docs/data.md).
 
-    manifest = read("clips/manifest.jsonl")
+A JSONL, CSV or Parquet file; or a folder of clips, with the caption of NAME.mp4 in NAME.txt beside it.
+
+    manifest = read("clips/manifest.jsonl")    # or read("clips/")
     kept = [clip for clip in manifest if matches(clip, config.where)]
 
 A row that cannot be understood is an error that names file, line and column, before any work is
@@ -9,6 +11,7 @@ done. A file that is missing or cannot be decoded is a `problem` of one clip and
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import posixpath
@@ -21,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from stdit.config import Where
-from stdit.data.rows import READERS, ManifestError
+from stdit.data.rows import READERS, ManifestError, Row, folder_rows, scan_folder
 from stdit.files import atomic_write, sha256
 
 Scalar = str | int | float | bool | None
@@ -34,7 +37,7 @@ CLASS_DIGITS = 4000
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One row. `key`, the path as the manifest spells it (normalised), is the clip's identity; `file` is where it lies.
+    """One row. `key`, the path as the manifest spells it (normalised), is the clip's identity; `file` is its full path.
 
     `fps`, `frames`, `height` (px), `width` (px) are None where the manifest leaves them to be read
     from the file. `row` counts lines of the file (rows, for Parquet), from 1.
@@ -49,6 +52,8 @@ class Clip:
     frames: int | None = None
     height: int | None = None
     width: int | None = None
+    # Whether the manifest has a caption of this clip; an empty one is one, null or a missing NAME.txt is none.
+    captioned: bool = True
     row: int = 0
     extra: Mapping[str, Scalar] = field(default_factory=dict)
 
@@ -66,11 +71,13 @@ class Clip:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A whole manifest; `fingerprint` is the SHA-256 of its file."""
+    """All clips of a manifest. `fingerprint`: SHA-256 of its file; of a folder, of paths and captions."""
 
     path: Path
     clips: tuple[Clip, ...]
     fingerprint: str
+    # Of a folder: files that are neither clips nor their captions.
+    other_files: int = 0
 
     def __iter__(self) -> Iterator[Clip]:
         return iter(self.clips)
@@ -86,6 +93,11 @@ class Manifest:
         return sorted(names, key=int) if numbers else sorted(names)
 
     @property
+    def uncaptioned(self) -> list[str]:
+        """Paths of the clips without a caption, which count as clips with an empty one."""
+        return [clip.key for clip in self.clips if not clip.captioned]
+
+    @property
     def splits(self) -> dict[str, int]:
         """How many clips each split has."""
         return dict(sorted(Counter(clip.split for clip in self.clips).items()))
@@ -97,24 +109,37 @@ class Manifest:
 
 
 def read(path: Path | str) -> Manifest:
-    """Reads and checks a manifest (.jsonl, .csv or .parquet).
+    """Reads and checks a manifest: a .jsonl, .csv or .parquet file, or a folder of clips.
 
     Raises ManifestError: missing, unreadable or empty file; rows that are no objects; missing,
-    mistyped or contradictory values; paths that leave the manifest's folder; a clip listed twice.
-    Up to 20 errors are listed at once.
+    mistyped or contradictory values; paths that leave the manifest's folder; a clip listed twice;
+    a folder without clips, or with captions that are not UTF-8. Up to 20 errors are listed at once.
     """
     path = Path(path)
+    if path.is_dir():
+        found = scan_folder(path)
+        clips = _checked(path, path, folder_rows(path, found))
+        listed = [[clip.key, clip.caption if clip.captioned else None] for clip in clips]
+        digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+        return Manifest(path, clips, digest, found.other_files)
     if path.suffix.lower() not in READERS:
-        raise ManifestError(f"{path}: a manifest is one of {', '.join(READERS)}; found suffix {path.suffix!r}")
+        raise ManifestError(
+            f"{path}: a manifest is a folder of clips or one of {', '.join(READERS)}; found suffix {path.suffix!r}"
+        )
     if not path.is_file():
         raise ManifestError(f"{path}: {'is not a file' if path.exists() else 'no such manifest'}")
+    return Manifest(path, _checked(path, path.parent, READERS[path.suffix.lower()](path)), sha256(path))
+
+
+def _checked(path: Path, folder: Path, rows: Iterable[Row]) -> tuple[Clip, ...]:
+    """The clips of `rows`, with files below `folder`. ManifestError: rows that are wrong, up to 20 of them; no rows."""
     clips: list[Clip] = []
     errors: list[str] = []
-    for row, found in READERS[path.suffix.lower()](path):
+    for row, found in rows:
         if isinstance(found, str):
             errors.append(f"{path}:{row}: {found}")
             continue
-        clip, complaints = _clip(row, found, path.parent)
+        clip, complaints = _clip(row, found, folder)
         errors.extend(f"{path}:{row}: {complaint}" for complaint in complaints)
         if clip is not None:
             clips.append(clip)
@@ -124,7 +149,16 @@ def read(path: Path | str) -> Manifest:
         raise ManifestError("\n".join(errors[:ERRORS_SHOWN] + ([f"… and {hidden} more errors"] if hidden > 0 else [])))
     if not clips:
         raise ManifestError(f"{path}: the manifest is empty: 0 clips")
-    return Manifest(path, tuple(clips), sha256(path))
+    return tuple(clips)
+
+
+def fingerprint(path: Path | str) -> str | None:
+    """`read(path).fingerprint`; of a file without reading its rows. None where there is no manifest. ManifestError: a folder
+    that cannot be used."""
+    path = Path(path)
+    if path.is_file():
+        return sha256(path)
+    return read(path).fingerprint if path.is_dir() else None
 
 
 def write(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -209,7 +243,10 @@ def _clip(row: int, found: dict[str, Any], folder: Path) -> tuple[Clip | None, l
     extra = {name: take(name, _free) for name in found if name not in KNOWN}
     if errors:
         return None, errors
-    return Clip(key, folder / key, caption, class_name, split, fps, **values, row=row, extra=extra), []
+    captioned = found["caption"] is not None
+    return Clip(
+        key, folder / key, caption, class_name, split, fps, **values, captioned=captioned, row=row, extra=extra
+    ), []
 
 
 def _path(value: Any) -> str:

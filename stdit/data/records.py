@@ -183,6 +183,7 @@ class Tally:
     kept: dict[str, Counter[str]] = field(default_factory=dict)
     # reason -> clips
     dropped: Counter[str] = field(default_factory=Counter)
+    dropped_clips: list[dict[str, str]] = field(default_factory=list)
     bad: list[dict[str, str]] = field(default_factory=list)
     captions_cut: int = 0
     tokens: int = 0
@@ -193,13 +194,16 @@ class Tally:
         """Counts one record."""
         self.clips += len(rows)
         self.sources = hashlib.sha256(json.dumps([self.sources, rows["digest"].to_pylist()]).encode()).hexdigest()
-        for row in rows.select(["status", "reason", "bucket", "split", "path", "cut", "text_length"]).to_pylist():
+        for row in rows.select(
+            ["status", "reason", "detail", "bucket", "split", "path", "cut", "text_length"]
+        ).to_pylist():
             if row["status"] == "kept":
                 self.kept.setdefault(row["bucket"], Counter())[row["split"]] += 1
                 self.captions_cut += row["cut"]
                 self.tokens += row["text_length"]
             elif row["status"] == "dropped":
                 self.dropped[row["reason"]] += 1
+                self.dropped_clips.append({key: row[key] for key in ("path", "reason", "detail")})
             else:
                 self.bad.append({"path": row["path"], "reason": row["reason"] or "unknown"})
 
@@ -216,6 +220,7 @@ class Tally:
             "kept_by_bucket": {key: dict(sorted(self.kept.get(key, Counter()).items())) for key in buckets},
             "dropped": sum(reasons.values()),
             "dropped_by_reason": reasons,
+            "dropped_clips": self.dropped_clips,
             "bad": len(self.bad),
             "bad_share": len(self.bad) / max(1, self.clips),
             "max_bad_share": max_bad_share,

@@ -1,4 +1,7 @@
-"""The rows of a JSONL, CSV or Parquet file, each with its number, or with what is wrong with it."""
+"""Rows of a manifest: of a JSONL, CSV or Parquet file, or of a folder of clips with captions beside them.
+
+Each reader yields (row number, the row or what is wrong with it).
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import csv
 import io
 import json
 import math
+import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +119,93 @@ def parquet_rows(path: Path) -> Iterator[Row]:
     for number, row in enumerate(table.to_pylist(), 1):
         yield number, {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
 
+
+# --------------------------------------------------------------------------------------- folders of clips
+
+# Videos that a folder is searched for; images are stdit.data.decoding.IMAGE_SUFFIXES.
+VIDEO_SUFFIXES = {
+    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".wmv", ".flv", ".ogv",
+    ".3gp", ".y4m",
+}  # fmt: skip
+CAPTION_SUFFIX = ".txt"
+# Clips below this folder are of the split of its name; all others are of split train.
+VALIDATION_FOLDER = "validation"
+# A longer caption file is no caption.
+MAX_CAPTION_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class ClipFolder:
+    """Files below a folder, as paths relative to it, each list sorted: clips, captions by clip, and how many other files."""
+
+    clips: tuple[str, ...]
+    captions: Mapping[str, str]
+    other_files: int
+
+
+def scan_folder(folder: Path) -> ClipFolder:
+    """Walks `folder`, without following linked folders. Hidden files and folders are not looked at.
+
+    Raises ManifestError: a manifest lies in it (which of the two is meant?); it holds no clip; a subfolder cannot be read.
+    """
+    from stdit.data.decoding import IMAGE_SUFFIXES
+
+    def unreadable(error: OSError) -> None:
+        raise ManifestError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    clips, texts, others = [], [], 0
+    for place, folders, names in os.walk(folder, onerror=unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(place, name).relative_to(folder)
+            if path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES and not name.startswith("."):
+                clips.append(path.as_posix())
+            elif path.suffix.lower() == CAPTION_SUFFIX and not name.startswith("."):
+                texts.append(path.as_posix())
+            elif path.suffix.lower() in READERS and path.stem == "manifest" and place == str(folder):
+                raise ManifestError(
+                    f"{folder}: holds {name}; give {folder / name}, or move it out of the folder of clips"
+                )
+            else:
+                others += 1
+    if not clips:
+        found = f"{len(texts)} {CAPTION_SUFFIX} files and {others} others" if texts or others else "it is empty"
+        kinds = " ".join(sorted(VIDEO_SUFFIXES | IMAGE_SUFFIXES))
+        raise ManifestError(f"{folder}: no clip in this folder ({found}); clips end in {kinds}")
+    by_stem = {path.rpartition(".")[0]: path for path in sorted(texts)}
+    captions = {clip: by_stem[stem] for clip in sorted(clips) if (stem := clip.rpartition(".")[0]) in by_stem}
+    return ClipFolder(tuple(sorted(clips)), captions, others + len(texts) - len(set(captions.values())))
+
+
+def folder_rows(folder: Path, found: ClipFolder) -> Iterator[Row]:
+    """A row a clip: its path, and as caption the text of NAME.txt beside NAME.mp4 (UTF-8); null where there is none."""
+    owners: dict[str, str] = {}
+    for number, clip in enumerate(found.clips, 1):
+        text = found.captions.get(clip)
+        split = {"split": VALIDATION_FOLDER} if clip.startswith(f"{VALIDATION_FOLDER}/") else {}
+        if text is None:
+            yield number, {"path": clip, "caption": None, **split}
+        elif (owner := owners.setdefault(text, clip)) != clip:
+            yield number, f"{owner} and {clip} share the caption file {text}; give clips in one folder different names"
+        else:
+            try:
+                yield number, {"path": clip, "caption": _read_caption(folder / text), **split}
+            except ManifestError as error:
+                yield number, str(error)
+
+
+def _read_caption(path: Path) -> str:
+    try:
+        if not path.is_file():
+            raise ManifestError(f"{path.name}: is not a file")
+        if (size := path.stat().st_size) > MAX_CAPTION_BYTES:
+            raise ManifestError(f"{path.name}: {size:,} bytes are no caption (at most {MAX_CAPTION_BYTES:,})")
+        return _text(path)
+    except OSError as error:
+        raise ManifestError(f"{path.name}: cannot be read ({error.strerror})") from error
+
+
+# ---------------------------------------------------------------------------------------- readers by suffix
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": jsonl_rows,

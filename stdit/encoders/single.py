@@ -222,9 +222,13 @@ def fingerprint(config: TextEncoderConfig, revision: str | None = None) -> str:
 
 
 def feature_sizes(config: TextEncoderConfig) -> dict[str, int | None]:
-    """`dim`, `max_tokens` and `pooled_dim` of the encoder's identity, from its config.json alone. ConfigError: not there."""
+    """`dim`, `max_text_tokens` and `pooled_dim` of the encoder's identity, from its config.json alone. ConfigError: not there."""
     if config.byte_t5:
-        return {"dim": config.width or config.byte_t5.width, "max_tokens": config.max_tokens, "pooled_dim": None}
+        return {
+            "dim": config.width or config.byte_t5.width,
+            "max_text_tokens": config.max_text_tokens,
+            "pooled_dim": None,
+        }
     assert config.path is not None
     try:
         settings: Any = AutoConfig.from_pretrained(
@@ -236,7 +240,7 @@ def feature_sizes(config: TextEncoderConfig) -> dict[str, int | None]:
     pooled = text.projection_dim if _class_of(settings) is CLIPTextModelWithProjection else text.hidden_size
     return {
         "dim": config.width or int(text.hidden_size),
-        "max_tokens": config.max_tokens,
+        "max_text_tokens": config.max_text_tokens,
         "pooled_dim": int(pooled) if config.pooled else None,
     }
 

@@ -146,7 +146,7 @@ def text_encoder_from_identity(
 
 
 def feature_sizes(config: TextEncoderConfig) -> dict[str, int | None]:
-    """`dim`, `max_tokens` and `pooled_dim` of the identity that the encoder of `config` will have, without loading weights.
+    """`dim`, `max_text_tokens` and `pooled_dim` of the identity that the encoder of `config` will have, without loading weights.
 
     ConfigError: an encoder that is not there.
     """
@@ -156,7 +156,7 @@ def feature_sizes(config: TextEncoderConfig) -> dict[str, int | None]:
     widths = [part["dim"] or 0 for part in parts]
     return {
         "dim": config.width or (max(widths) if config.tokens else sum(widths)),
-        "max_tokens": config.longest,
+        "max_text_tokens": config.longest,
         "pooled_dim": sum(part["pooled_dim"] or 0 for part in parts) or None,
     }
 

@@ -100,7 +100,7 @@ def test_a_manifest_that_is_not_there_or_of_no_known_kind_is_an_error(tmp_path: 
     (tmp_path / "m.txt").write_text("x")
     assert "suffix '.txt'" in error_of(tmp_path / "m.txt")
     (tmp_path / "d.csv").mkdir()
-    assert "is not a file" in error_of(tmp_path / "d.csv")
+    assert "no clip in this folder" in error_of(tmp_path / "d.csv")
 
 
 @pytest.mark.parametrize(

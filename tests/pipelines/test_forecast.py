@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from pipelines.forecast import EqualSource, ManifestSource, extraction_lines, forecast, memory
+from pipelines.forecast import EqualSource, ManifestSource, forecast, memory
 from pipelines.plan import ResolvedStage, Resources
 from stdit.config import Config, ConfigError, ExtractConfig, TrainConfig, validate
 from stdit.data import manifest
+from stdit.data.extraction import report_lines
 
 GIB = 2**30
 
@@ -131,7 +133,23 @@ def test_the_manifest_alone_says_what_would_be_kept(tmp_path: Path) -> None:
     first = source.lines()[0]
     assert "6 in the manifest" in first
     assert "3 would be kept, 2 dropped (1 where, 1 too_small)" in first
-    assert "1 of a size that the manifest does not state" in first
+    assert "1 can't be used" in first
+    assert source.lines()[-1].strip() == "5.png: no such file"
+
+
+def test_clips_whose_size_the_manifest_does_not_state_are_opened(tmp_path: Path) -> None:
+    rows = [{"path": f"{i}.png", "caption": "x"} for i in range(2)]
+    for i in range(2):
+        Image.new("RGB", (16, 16 - 8 * i)).save(tmp_path / f"{i}.png")
+    manifest.write(tmp_path / "manifest.jsonl", rows)
+    config = ExtractConfig.model_validate({
+        "manifest": tmp_path / "manifest.jsonl",
+        "out": tmp_path / "out",
+        "buckets": [{"frames": 1, "height": 16, "width": 16}],
+    })  # fmt: skip
+    source = ManifestSource(config)
+    assert len(source.select("train", config.buckets)["1x16x16"]) == 1
+    assert "1 would be kept, 1 dropped (1 too_small)" in source.lines()[0]
     assert not (tmp_path / "out").exists()
 
 
@@ -140,13 +158,18 @@ def test_every_clip_of_a_report_is_told() -> None:
         "clips": 12, "kept": 4, "kept_by_bucket": {"1x8x8": {"train": 3, "validation": 1}, "4x8x8": {}},
         "dropped": 1, "dropped_by_reason": {"too_short": 1}, "bad": 7,
         "bad_clips": [{"path": f"{i}.mp4", "reason": "no frames"} for i in range(7)],
+        "captions_cut": 0, "uncaptioned": 0, "uncaptioned_clips": [],
     }  # fmt: skip
-    lines = extraction_lines(report)
+    lines = report_lines(report)
     assert lines[0] == "clips: 12 = 4 kept + 1 dropped (1 too_short) + 7 that can't be used"
     assert "3 train, 1 validation" in lines[1]
     assert lines[2].endswith("none")
     assert "0.mp4: no frames" in lines[3]
     assert lines[-1].strip() == "… and 2 more, all in report.json"
+    captions = report_lines({**report, "captions_cut": 3, "uncaptioned": 1, "uncaptioned_clips": ["a.mp4"]})
+    assert captions[:-2] == lines
+    assert "3 of 4 cut" in captions[-2]
+    assert captions[-1].endswith("1 clips have none: a.mp4")
 
 
 def test_without_a_manifest_a_step_can_still_be_told() -> None:
