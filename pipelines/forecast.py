@@ -189,7 +189,9 @@ class ManifestSource:
             if isinstance(found, str):
                 continue
             frame_count, height, width = (
-                (clip.frames, clip.height, clip.width) if found is None else (found.frame_count, found.height, found.width)
+                (clip.frames, clip.height, clip.width)
+                if found is None
+                else (found.frame_count, found.height, found.width)
             )
             assert frame_count is not None
             assert height is not None

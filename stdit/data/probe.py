@@ -239,6 +239,7 @@ def _size(area: int, aspect: float, unit: tuple[int, int], clips: Sequence[Probe
     candidates = [size for size in candidates if covering(size) >= enough] or candidates
     if not candidates:
         return None
+
     def worth(size: tuple[int, int]) -> tuple[float, tuple[int, int]]:
         # Pixels, less the share that cropping from `aspect` loses.
         lost = abs(math.log(size[1] / size[0] / aspect))
