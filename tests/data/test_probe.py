@@ -14,7 +14,7 @@ from stdit.data.probe import ProbedClip, probe, propose_buckets
 from tests.support import clip_folder
 from tests.support.videos import lossless, smooth
 
-WAN = {"compression": (4, 8, 8), "patch_size": (1, 2, 2)}
+WAN = ((4, 8, 8), (1, 2, 2))  # compression, patch_size
 
 
 def clip(name: str, frames: int, height: int, width: int) -> ProbedClip:
@@ -44,21 +44,21 @@ def test_every_file_is_probed_or_named_with_its_reason(tmp_path: Path) -> None:
 
 def test_buckets_have_the_clips_aspects_and_lengths() -> None:
     clips = many(50, 120, 1080, 1920) + many(30, 60, 1920, 1080) + many(20, 1, 1024, 1024)
-    found = propose_buckets(clips, **WAN, max_pixels=480 * 832, max_frames=81)
+    found = propose_buckets(clips, *WAN, max_pixels=480 * 832, max_frames=81)
     assert found.clips_by_bucket == {"57x832x480": 30, "57x480x832": 50, "1x624x624": 20}
     assert sum(found.clips_by_bucket.values()) == 100
     assert not found.dropped
 
 
 def test_images_alone_give_image_buckets_and_videos_alone_no_still() -> None:
-    images = propose_buckets(many(5, 1, 600, 600), **WAN)
+    images = propose_buckets(many(5, 1, 600, 600), *WAN)
     assert [bucket.key for bucket in images.buckets] == ["1x256x256"]
-    videos = propose_buckets(many(5, 30, 600, 600), **WAN)
+    videos = propose_buckets(many(5, 30, 600, 600), *WAN)
     assert [bucket.key for bucket in videos.buckets] == ["29x256x256"]
 
 
 def test_outliers_do_not_decide_the_resolution_and_are_reported() -> None:
-    found = propose_buckets([*many(99, 30, 512, 512), clip("tiny.mp4", 30, 32, 32)], **WAN)
+    found = propose_buckets([*many(99, 30, 512, 512), clip("tiny.mp4", 30, 32, 32)], *WAN)
     assert [bucket.key for bucket in found.buckets] == ["29x256x256"]
     assert list(found.dropped) == ["tiny.mp4"]
     assert "1 clips fit no bucket, such as tiny.mp4 (32x32 px covers none of 256x256)" in found.lines()
