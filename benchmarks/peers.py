@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from stdit.config.model import SIZES
 from stdit.models.stdit import STDiT
-from stdit.weights.convert import load_foreign
+from stdit.weights.convert import load_published
 
 SIDE = 32  # latent pixels: 256 of the picture, 16 x 16 patches
 TEXT_TOKENS, TEXT_DIM = 120, 4096
@@ -159,5 +159,5 @@ def _same_weights(theirs: ModelMixin) -> tuple[nn.Module, STDiT]:
                 embedder.load_state_dict(first.state_dict())
     with TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        ours = load_foreign(folder)
+        ours = load_published(folder)
     return theirs.eval(), ours

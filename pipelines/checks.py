@@ -47,22 +47,22 @@ def check_manifest(plan: Plan) -> None:
 
 
 def crossing(before: ResolvedStage, stage: ResolvedStage) -> str:
-    """What stdit.weights.transfer carries from one stage's model to the next one's, tried without weights or memory.
+    """The report of stdit.weights.transfer from one stage to the next, computed on the meta device.
 
     ConfigError: the architectures differ in something that `allow` does not cover.
     """
     import torch
 
     from stdit.models.stdit import STDiT
-    from stdit.weights.transfer import carry
+    from stdit.weights.transfer import transfer_weights
 
     allow = stage.config.init.allow if stage.config.init else ()
     try:
         with torch.device("meta"):
-            _, carried = carry(STDiT.from_settings(before.config.model), stage.config.model, allow)
+            _, report = transfer_weights(STDiT.from_settings(before.config.model), stage.config.model, allow)
     except ValueError as error:
         raise ConfigError(f"{stage.source}: after {before.name}: {error}") from error
-    return "\n".join([str(carried), *positions(before, stage)])
+    return "\n".join([str(report), *positions(before, stage)])
 
 
 def positions(before: ResolvedStage, stage: ResolvedStage) -> list[str]:

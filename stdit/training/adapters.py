@@ -22,7 +22,7 @@ from stdit.models.control import Controlled, STDiTControl
 from stdit.models.stdit import STDiT
 from stdit.training import checkpoint
 from stdit.training.checkpoint import Weights
-from stdit.weights.transfer import carry
+from stdit.weights.transfer import transfer_weights
 
 
 def check_targets(config: Config) -> None:
@@ -95,14 +95,14 @@ def find_base(base: Base, config: Config, moved: Path | None = None) -> Path:
 
 
 def open_base(folder: Path, config: Config) -> tuple[STDiT, str]:
-    """The model of `config` with the weights of `folder`, and what was carried over. ConfigError: they do not fit it."""
+    """The model of `config` with the weights of `folder`, and the transfer report. ConfigError: they do not fit it."""
     try:
-        model, carried = carry(
+        model, report = transfer_weights(
             open_whole(folder).float(), config.model, config.init.allow if config.init else (), config.seed
         )
     except ValueError as error:
         raise ConfigError(f"init.source {folder}: {error}") from error
-    return model, f"weights from {folder}\n{carried}"
+    return model, f"weights from {folder}\n{report}"
 
 
 def open_whole(folder: Path) -> STDiT:

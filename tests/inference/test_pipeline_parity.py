@@ -27,7 +27,7 @@ from stdit.config import ByteT5Config
 from stdit.encoders.text import random_byte_t5
 from stdit.inference.pipeline import STDiTPipeline, STDiTPipelineOutput
 from stdit.models.stdit import STDiT
-from stdit.weights.convert import load_foreign
+from stdit.weights.convert import load_published
 
 LINEAR: dict[str, Any] = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 SCHEDULERS: dict[str, Callable[[], Any]] = {
@@ -73,7 +73,7 @@ def dit(folder: Path) -> tuple[DiTTransformer2DModel, STDiT]:
         if ".norm1.emb." in name:
             value.copy_(state[f"transformer_blocks.0.norm1.emb.{name.split('.emb.')[1]}"])
     theirs.save_pretrained(folder)
-    return theirs, load_foreign(folder).eval()
+    return theirs, load_published(folder).eval()
 
 
 def pixart(folder: Path, sample_size: int) -> tuple[PixArtTransformer2DModel, STDiT]:
@@ -86,7 +86,7 @@ def pixart(folder: Path, sample_size: int) -> tuple[PixArtTransformer2DModel, ST
         1,
     )  # fmt: skip
     theirs.save_pretrained(folder)
-    return theirs, load_foreign(folder).eval()
+    return theirs, load_published(folder).eval()
 
 
 def image(output: Any) -> np.ndarray:

@@ -26,7 +26,7 @@ from stdit.generate import _notes
 from stdit.inference.pipeline import STDiTPipeline
 from stdit.inference.prompts import Item, Prompt
 from stdit.models.stdit import STDiT
-from stdit.weights.convert import load_foreign
+from stdit.weights.convert import load_published
 from tests.support import clip_folder, encoders
 from tests.support.encoders import CAPTIONS, LENGTH, T5, G, L
 from tests.support.paths import ROOT
@@ -143,7 +143,7 @@ def test_a_converted_sd3_draws_what_sd3s_own_pipeline_draws(negative: str | None
         transformer=theirs, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, **held
     )
     ours = STDiTPipeline(
-        load_foreign(tmp_path),
+        load_published(tmp_path),
         FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae,
         diffusion=DiffusionConfig(shift=3.0),

@@ -16,7 +16,7 @@ from stdit.models.control import STDiTControl
 from stdit.models.dynamic import Dynamic, depths, uniform
 from stdit.models.pruning import cut
 from stdit.models.stdit import STDiT
-from stdit.weights.transfer import carry
+from stdit.weights.transfer import transfer_weights
 
 Tiny = Callable[..., STDiT]
 Noise = Callable[..., torch.Tensor]
@@ -425,7 +425,7 @@ def test_a_dynamic_model_comes_back_from_its_files(tiny: Tiny, noise: Noise, tmp
 @torch.no_grad()
 def test_captions_may_come_to_a_dynamic_class_model(tiny: Tiny, settings: Settings, noise: Noise) -> None:
     source, x = routed(tiny(**BOTH, num_classes=4)), noise(2, 3, 1, 4, 4)
-    model, _ = carry(source, settings(**BOTH, text_dim=6), ("class_to_text",))
+    model, _ = transfer_weights(source, settings(**BOTH, text_dim=6), ("class_to_text",))
     for t in (910.0, 480.0, 120.0):
         expected = source(x, t).sample
         torch.testing.assert_close(model(x, t, noise(2, 5, 6)).sample, expected, rtol=1e-4, atol=1e-5)

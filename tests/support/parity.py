@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stdit.models.stdit import STDiT
-from stdit.weights.convert import load_foreign
-from stdit.weights.layouts import recognised
+from stdit.weights.convert import load_published
+from stdit.weights.layouts import detect_layout
 from stdit.weights.layouts.layout import Layout
 
 State = dict[str, Tensor]
@@ -38,7 +38,7 @@ def loaded(state: State, folder: Path, **overrides: object) -> STDiT:
     """Our model of a state dict, by way of a file."""
     path = folder / "weights.safetensors"
     save_file(state, path)
-    return load_foreign(path, overrides)
+    return load_published(path, overrides)
 
 
 def differences(
@@ -81,7 +81,7 @@ def learning(state: State) -> State:
 
 
 def layout_of(state: Mapping[str, Tensor]) -> Layout:
-    return recognised(state, "test")
+    return detect_layout(state, "test")
 
 
 def ragged(lengths: list[int], longest: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Weights in and out: every layout is told by its names, and comes back bit for bit."""
+"""Weights in and out: every layout is detected from its keys, and round-trips bit-exactly."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stdit.models.stdit import STDiT
-from stdit.weights.convert import convert, export, load_foreign, main
-from stdit.weights.layouts import LAYOUTS, recognised
+from stdit.weights.convert import convert, export, load_published, main
+from stdit.weights.layouts import LAYOUTS, detect_layout
 from tests.support import published_weights
 from tests.support.diffusers_models import dit, latte, pixart, sd3
 
 State = dict[str, Tensor]
 Tiny = Callable[..., STDiT]
 HUB = {"diffusers-dit": dit, "diffusers-pixart": pixart, "diffusers-latte": latte, "diffusers-sd3": sd3}
-# Layout, random weights, and what the file cannot say.
+# Layout, random weights, and what the file does not determine.
 ORIGINAL: dict[str, tuple[str, Callable[[], State], dict[str, Any]]] = {
     "DiT": ("dit", published_weights.dit_weights, {}),
     "DiT, no learned variance": ("dit", lambda: published_weights.dit_weights(outputs=3), {}),
@@ -53,7 +53,7 @@ def assert_same(found: State, expected: State) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ORIGINAL)
-def test_original_weights_come_back_bit_for_bit(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+def test_original_weights_round_trip_bit_exactly(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     layout, make, _ = ORIGINAL[kind]
     state = {name: tensor.to(dtype) for name, tensor in make().items()}
     torch.save(state, tmp_path / "in.pth")
@@ -70,7 +70,7 @@ def test_original_weights_come_back_bit_for_bit(tmp_path: Path, kind: str, dtype
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", HUB)
-def test_diffusers_weights_come_back_bit_for_bit(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+def test_diffusers_weights_round_trip_bit_exactly(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     options: list[dict[str, Any]] = [{}]
     if kind == "diffusers-sd3":
         options.append({"qk_norm": "rms_norm"})
@@ -107,12 +107,12 @@ def test_a_latent_size_that_patches_do_not_fill_comes_back(tmp_path: Path, kind:
 
 
 @pytest.mark.parametrize("kind", ORIGINAL)
-def test_the_layout_is_told_by_names_alone(kind: str) -> None:
+def test_the_layout_is_detected_from_keys_alone(kind: str) -> None:
     layout, make, _ = ORIGINAL[kind]
     state = make()
-    assert recognised(state, "here").name == layout
+    assert detect_layout(state, "here").name == layout
     # One name less, and the missing one is what the error is about.
-    assert recognised(list(state)[1:], "here").name == layout
+    assert detect_layout(list(state)[1:], "here").name == layout
 
 
 def test_our_folder_loads_as_any_diffusers_model(tmp_path: Path) -> None:
@@ -120,8 +120,8 @@ def test_our_folder_loads_as_any_diffusers_model(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "in")
     convert(tmp_path / "in", tmp_path / "ours")
     model = STDiT.from_pretrained(tmp_path / "ours")
-    assert model.settings == load_foreign(tmp_path / "in").settings
-    assert_same(dict(model.state_dict()), dict(load_foreign(tmp_path / "in").state_dict()))
+    assert model.settings == load_published(tmp_path / "in").settings
+    assert_same(dict(model.state_dict()), dict(load_published(tmp_path / "in").state_dict()))
 
 
 def test_diffusers_own_pipeline_class_reads_what_was_written(tmp_path: Path, tiny: Tiny, noise: Any) -> None:
@@ -136,13 +136,13 @@ def test_diffusers_own_pipeline_class_reads_what_was_written(tmp_path: Path, tin
     assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
-def test_dit_in_diffusers_frequencies_has_to_be_asked_for(tmp_path: Path) -> None:
+def test_dit_with_diffusers_frequencies_needs_an_override(tmp_path: Path) -> None:
     torch.save(published_weights.dit_weights(), tmp_path / "dit.pt")
     convert(tmp_path / "dit.pt", tmp_path / "ours", overrides={"num_heads": 4})
     with pytest.raises(ValueError, match=r"timestep_freq_shift is 0; diffusers' DiT has 1"):
         convert(tmp_path / "ours", tmp_path / "theirs", "diffusers-dit")
-    told = {"timestep_freq_shift": 1, "mlp_norm_eps": 1e-5}
-    convert(tmp_path / "ours", tmp_path / "theirs", "diffusers-dit", told)
+    overrides = {"timestep_freq_shift": 1, "mlp_norm_eps": 1e-5}
+    convert(tmp_path / "ours", tmp_path / "theirs", "diffusers-dit", overrides)
     found: Any = AutoModel.from_pretrained(str(tmp_path / "theirs"))
     assert found.config["norm_eps"] == 1e-5
     assert found.config["num_embeds_ada_norm"] == 5
@@ -187,14 +187,14 @@ def test_checkpoints_are_unwrapped(tmp_path: Path, kind: str, suffix: str) -> No
     torch.save(wrapped(kind, state), tmp_path / f"file{suffix}")
     averaged = kind in ("DiT's training", "PixArt's training", "averaged only")
     bias = state["t_embedder.mlp.0.bias"]
-    found = load_foreign(tmp_path / f"file{suffix}", {"num_heads": 4}).state_dict()["t_embedder.mlp.0.bias"]
+    found = load_published(tmp_path / f"file{suffix}", {"num_heads": 4}).state_dict()["t_embedder.mlp.0.bias"]
     assert torch.equal(found, bias + 1 if averaged else bias)
     if kind.endswith("training"):
-        trained = load_foreign(tmp_path / f"file{suffix}", {"num_heads": 4}, averaged=False)
+        trained = load_published(tmp_path / f"file{suffix}", {"num_heads": 4}, ema=False)
         assert torch.equal(trained.state_dict()["t_embedder.mlp.0.bias"], bias)
     if kind == "averaged only":
         with pytest.raises(ValueError, match="no weights"):
-            load_foreign(tmp_path / f"file{suffix}", {"num_heads": 4}, averaged=False)
+            load_published(tmp_path / f"file{suffix}", {"num_heads": 4}, ema=False)
 
 
 def test_sharded_folders_pipelines_and_lone_files_are_found(tmp_path: Path) -> None:
@@ -206,11 +206,11 @@ def test_sharded_folders_pipelines_and_lone_files_are_found(tmp_path: Path) -> N
     (tmp_path / "lone").mkdir()
     save_file(published_weights.v3_weights(), tmp_path / "lone" / "model.safetensors")
     (tmp_path / "lone" / "config.json").write_text(json.dumps({"model_type": "STDiT3", "input_sq_size": 256}))
-    whole = dict(load_foreign(tmp_path / "pipeline").state_dict())
-    assert_same(dict(load_foreign(tmp_path / "pickled").state_dict()), whole)
+    whole = dict(load_published(tmp_path / "pipeline").state_dict())
+    assert_same(dict(load_published(tmp_path / "pickled").state_dict()), whole)
     file = tmp_path / "pickled" / "diffusion_pytorch_model.bin"
-    assert_same(dict(load_foreign(file).state_dict()), whole)
-    assert load_foreign(tmp_path / "lone").settings.position_reference == 256
+    assert_same(dict(load_published(file).state_dict()), whole)
+    assert load_published(tmp_path / "lone").settings.position_reference == 256
 
 
 @pytest.mark.parametrize("kind", HUB)
@@ -219,10 +219,10 @@ def test_diffusers_tensors_alone_need_only_the_grid(tmp_path: Path, kind: str) -
     theirs = HUB[kind]()
     theirs.save_pretrained(tmp_path / "folder")
     torch.save({"ema": theirs.state_dict()}, tmp_path / "t2v.pt")
-    told = {"num_heads": 4, "position_base": 4}
+    overrides = {"num_heads": 4, "position_base": 4}
     with pytest.raises(ValueError, match=r"--set position_base="):
-        load_foreign(tmp_path / "t2v.pt", {"num_heads": 4})
-    alone, whole = load_foreign(tmp_path / "t2v.pt", told), load_foreign(tmp_path / "folder")
+        load_published(tmp_path / "t2v.pt", {"num_heads": 4})
+    alone, whole = load_published(tmp_path / "t2v.pt", overrides), load_published(tmp_path / "folder")
     ignored = {"position_frames": None}
     assert alone.settings.model_copy(update=ignored) == whole.settings.model_copy(update=ignored)
     assert_same(dict(alone.state_dict()), dict(whole.state_dict()))
@@ -239,39 +239,56 @@ OLDER = {
 @pytest.mark.parametrize("kind", OLDER)
 def test_older_folders_of_diffusers_are_read(tmp_path: Path, kind: str) -> None:
     HUB[kind]().save_pretrained(tmp_path)
-    settings = load_foreign(tmp_path).settings
+    settings = load_published(tmp_path).settings
     new, absent = OLDER[kind]
     config = json.loads((tmp_path / "config.json").read_text())
     config |= {"num_vector_embeds": None, "only_cross_attention": False, "double_self_attention": False}
     config |= {"use_linear_projection": False, "upcast_attention": False, **new}
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in absent}))
-    assert load_foreign(tmp_path).settings == settings
+    assert load_published(tmp_path).settings == settings
 
 
-def test_of_a_checkpoint_of_ours_the_averaged_weights_are_taken(tmp_path: Path, tiny: Tiny) -> None:
+def test_the_ema_weights_of_our_checkpoints_are_the_default(tmp_path: Path, tiny: Tiny) -> None:
     model = tiny(temporal=False, conditioning="adaln_zero", num_classes=3, position_base=4)
     model.save_pretrained(tmp_path / "step-00000007" / "transformer")
     with torch.no_grad():
         model.get_parameter("t_embedder.mlp.0.bias").add_(1)
     model.save_pretrained(tmp_path / "step-00000007" / "transformer_ema")
     bias = model.state_dict()["t_embedder.mlp.0.bias"]
-    for averaged, expected in ((None, bias), (True, bias), (False, bias - 1)):
-        convert(tmp_path / "step-00000007", tmp_path / "dit.pt", "dit", averaged=averaged)
+    for ema, expected in ((None, bias), (True, bias), (False, bias - 1)):
+        convert(tmp_path / "step-00000007", tmp_path / "dit.pt", "dit", ema=ema)
         found = torch.load(tmp_path / "dit.pt", weights_only=True)["t_embedder.mlp.0.bias"]
         assert torch.allclose(found, expected, atol=1e-6)
 
 
-# -------------------------------------------------------------------------- what a file does not say
+def test_a_run_directory_is_its_newest_complete_checkpoint(tmp_path: Path, tiny: Tiny) -> None:
+    model = tiny(num_classes=3)
+    for step in (1, 2, 3):
+        checkpoint = tmp_path / "checkpoints" / f"step-{step:08d}"
+        with torch.no_grad():
+            model.get_parameter("t_embedder.mlp.0.bias").fill_(step)
+        model.save_pretrained(checkpoint / "transformer")
+        if step < 3:  # the third was interrupted: its manifest is written last
+            (checkpoint / "manifest.json").write_text("{}")
+    assert load_published(tmp_path).state_dict()["t_embedder.mlp.0.bias"].unique().tolist() == [2]
+    convert(tmp_path, tmp_path / "converted")
+    assert STDiT.from_pretrained(tmp_path / "converted").settings == model.settings
+    (tmp_path / "lora-run" / "lora").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"lora-run: a checkpoint of lora training has no full model"):
+        load_published(tmp_path / "lora-run")
 
 
-def test_heads_are_those_of_the_published_size_or_asked_for(tmp_path: Path) -> None:
+# -------------------------------------------------------------------------- what a file does not determine
+
+
+def test_heads_are_those_of_the_published_size_or_an_override(tmp_path: Path) -> None:
     torch.save(published_weights.dit_weights(width=384, depth=12, grid=2), tmp_path / "s.pt")
-    assert load_foreign(tmp_path / "s.pt").settings.num_heads == 6
+    assert load_published(tmp_path / "s.pt").settings.num_heads == 6
     torch.save(published_weights.dit_weights(), tmp_path / "tiny.pt")
     with pytest.raises(ValueError, match=r"hidden size 32 with 2 blocks.*--set num_heads="):
-        load_foreign(tmp_path / "tiny.pt")
+        load_published(tmp_path / "tiny.pt")
     torch.save(published_weights.v3_weights(heads=2), tmp_path / "v3.pt")
-    assert load_foreign(tmp_path / "v3.pt").settings.num_heads == 2
+    assert load_published(tmp_path / "v3.pt").settings.num_heads == 2
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 2.0, 4.0, 1.5, 0.3])
@@ -279,7 +296,7 @@ def test_heads_are_those_of_the_published_size_or_asked_for(tmp_path: Path) -> N
 def test_scales_are_read_off_the_table(tmp_path: Path, scale: float, dtype: torch.dtype) -> None:
     state = {n: t.to(dtype) for n, t in published_weights.pixart_weights(grid=16, scale=scale).items()}
     torch.save(state, tmp_path / "x.pth")
-    c = load_foreign(tmp_path / "x.pth", {"num_heads": 4}).settings
+    c = load_published(tmp_path / "x.pth", {"num_heads": 4}).settings
     assert (c.positions, c.position_base, c.position_interpolation) == ("sincos", 16, scale)
 
 
@@ -287,7 +304,7 @@ def test_tables_made_with_less_precision_are_still_tables(tmp_path: Path) -> Non
     state = published_weights.pixart_weights(grid=16)
     state["pos_embed"] = state["pos_embed"].half().float()
     torch.save(state, tmp_path / "x.pth")
-    assert load_foreign(tmp_path / "x.pth", {"num_heads": 4}).settings.positions == "sincos"
+    assert load_published(tmp_path / "x.pth", {"num_heads": 4}).settings.positions == "sincos"
 
 
 def test_a_table_that_is_no_sine_and_cosine_is_kept_as_learned(tmp_path: Path) -> None:
@@ -301,14 +318,14 @@ def test_a_table_that_is_no_sine_and_cosine_is_kept_as_learned(tmp_path: Path) -
     assert_same(torch.load(tmp_path / "back.pt", weights_only=True), state)
 
 
-def test_positions_that_the_file_does_not_have_are_asked_for(tmp_path: Path) -> None:
+def test_a_file_without_positions_needs_overrides(tmp_path: Path) -> None:
     state = published_weights.pixart_weights(grid=16)
     del state["pos_embed"]
     torch.save({"state_dict": state}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"no pos_embed.*--set position_base=… position_interpolation=…"):
-        load_foreign(tmp_path / "x.pth", {"num_heads": 4})
-    told = {"num_heads": 4, "position_base": 16, "position_interpolation": 2}
-    model = load_foreign(tmp_path / "x.pth", told)
+        load_published(tmp_path / "x.pth", {"num_heads": 4})
+    overrides = {"num_heads": 4, "position_base": 16, "position_interpolation": 2}
+    model = load_published(tmp_path / "x.pth", overrides)
     found = export(model, "pixart")
     assert torch.equal(found.pop("pos_embed"), published_weights.plane_code(48, 16, 16, 16, 2.0))
     assert_same(found, state)
@@ -317,26 +334,24 @@ def test_positions_that_the_file_does_not_have_are_asked_for(tmp_path: Path) -> 
 def test_positions_other_than_the_files_are_refused(tmp_path: Path) -> None:
     torch.save(published_weights.pixart_weights(grid=16), tmp_path / "x.pth")
     with pytest.raises(
-        ValueError, match="pos_embed is not what the config makes of it .position_base 16, position_interpolation 4.0"
+        ValueError,
+        match="pos_embed is not the table that the config determines .position_base 16, position_interpolation 4.0",
     ):
-        load_foreign(tmp_path / "x.pth", {"num_heads": 4, "position_base": 16, "position_interpolation": 4})
+        load_published(tmp_path / "x.pth", {"num_heads": 4, "position_base": 16, "position_interpolation": 4})
 
 
 # ------------------------------------------------------------------------------------- command line
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
-    main()
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
 
 
-def test_the_command_converts_there_and_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_converts_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"state_dict": published_weights.pixart_weights()}, tmp_path / "in.pth")
-    run(monkeypatch, tmp_path / "in.pth", "--to", tmp_path / "ours", "--set", "num_heads=4")
+    run(tmp_path / "in.pth", "--to", tmp_path / "ours", "--set", "num_heads=4")
     assert "PixArt -> stdit" in capsys.readouterr().out
-    run(monkeypatch, tmp_path / "ours", "--to", tmp_path / "out.pth", "--layout", "pixart")
+    run(tmp_path / "ours", "--to", tmp_path / "out.pth", "--layout", "pixart")
     found = torch.load(tmp_path / "out.pth", weights_only=True)
     assert_same(found["state_dict"], published_weights.pixart_weights())
 

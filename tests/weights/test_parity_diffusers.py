@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stdit.models.stdit import STDiT
-from stdit.weights.convert import load_foreign
+from stdit.weights.convert import load_published
 from tests.support.diffusers_models import dit, latte, pixart, sd3
 from tests.support.parity import Differences, differences, layout_of, ragged
 
@@ -19,14 +19,14 @@ LIMIT = 1e-5
 Noise = Callable[..., Tensor]
 
 
-def against(theirs: Any, folder: Path, x: Tensor, call: Callable[[Tensor], Any], **told: Any) -> Differences:
+def against(theirs: Any, folder: Path, x: Tensor, call: Callable[[Tensor], Any], **inputs: Any) -> Differences:
     """Their class and ours, by way of its folder. Images are clips of one frame."""
     theirs.save_pretrained(folder)
-    model: STDiT = load_foreign(folder)
+    model: STDiT = load_published(folder)
     image = x.ndim == 4
 
     def ours(clip: Tensor) -> Tensor:
-        out = model(clip[:, :, None] if image else clip, **told, return_dict=False)[0]
+        out = model(clip[:, :, None] if image else clip, **inputs, return_dict=False)[0]
         return out[:, :, 0] if image else out
 
     weights = dict(theirs.named_parameters())
@@ -38,8 +38,8 @@ def against(theirs: Any, folder: Path, x: Tensor, call: Callable[[Tensor], Any],
 def test_dit_equals_diffusers(tmp_path: Path, noise: Noise, side: int, changes: dict[str, Any]) -> None:
     model = dit(**changes)
     x, t, y = noise(3, 3, side, side), torch.tensor([3, 981, 500]), torch.tensor([0, 4, 5])
-    told = {"timestep": t, "class_labels": torch.where(y == 5, -1, y)}
-    found = against(model, tmp_path, x, lambda z: model(z, timestep=t, class_labels=y), **told)
+    inputs = {"timestep": t, "class_labels": torch.where(y == 5, -1, y)}
+    found = against(model, tmp_path, x, lambda z: model(z, timestep=t, class_labels=y), **inputs)
     assert found.below(LIMIT), found
 
 
@@ -53,17 +53,17 @@ def test_pixart_equals_diffusers(
     x, words, t = noise(3, 3, *shape), noise(3, 7, 10, seed=1), torch.tensor([3, 981, 500])
     mask = ragged([7, 2, 5], 7)
     more: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
-    told: dict[str, Any] = {"timestep": t, "encoder_hidden_states": words, "encoder_attention_mask": mask}
+    inputs: dict[str, Any] = {"timestep": t, "encoder_hidden_states": words, "encoder_attention_mask": mask}
     if sized:
         more["resolution"] = torch.tensor([[512.0, 640.0], [256.0, 1024.0], [333.0, 77.0]])
         more["aspect_ratio"] = torch.tensor([[0.8], [0.25], [4.3]])
-        told |= {"height": more["resolution"][:, 0], "width": more["resolution"][:, 1]}
-        told["aspect_ratio"] = more["aspect_ratio"][:, 0]
+        inputs |= {"height": more["resolution"][:, 0], "width": more["resolution"][:, 1]}
+        inputs["aspect_ratio"] = more["aspect_ratio"][:, 0]
 
     def call(z: Tensor) -> Any:
         return model(z, words, timestep=t, added_cond_kwargs=more, encoder_attention_mask=mask.float())
 
-    found = against(model, tmp_path, x, call, **told)
+    found = against(model, tmp_path, x, call, **inputs)
     assert found.below(LIMIT), found
 
 
@@ -82,9 +82,9 @@ def test_latte_equals_diffusers(tmp_path: Path, noise: Noise, frames: int, shape
     x, words, t = noise(3, 3, frames, *shape), noise(3, 7, 10, seed=1), torch.tensor([3, 981, 500])
     mask = ragged([7, 2, 5], 7)
     bias = (-10000.0 * (~mask).float())[:, None].repeat_interleave(frames, 0)
-    told = {"timestep": t, "encoder_hidden_states": words, "encoder_attention_mask": mask}
+    inputs = {"timestep": t, "encoder_hidden_states": words, "encoder_attention_mask": mask}
     call = lambda z: model(z, t, words, bias)  # noqa: E731
-    found = against(model, tmp_path, x, call, **told)
+    found = against(model, tmp_path, x, call, **inputs)
     assert found.below(LIMIT), found
 
 
@@ -94,8 +94,8 @@ def test_sd3_equals_diffusers(tmp_path: Path, noise: Noise, norm: str | None, sh
     model = sd3(qk_norm=norm)
     x, words, pooled = noise(3, 3, *shape), noise(3, 7, 10, seed=1), noise(3, 12, seed=2)
     t = torch.tensor([3.5, 981.0, 500.0])
-    told = {"timestep": t, "encoder_hidden_states": words, "pooled_projections": pooled}
-    found = against(model, tmp_path, x, lambda z: model(z, words, pooled, t), **told)
+    inputs = {"timestep": t, "encoder_hidden_states": words, "pooled_projections": pooled}
+    found = against(model, tmp_path, x, lambda z: model(z, words, pooled, t), **inputs)
     assert found.below(LIMIT), found
 
 
@@ -105,14 +105,14 @@ def test_conditions_made_ahead_equal_diffusers(tmp_path: Path, noise: Noise, kin
     shape = (3, 3, 3, 8, 8) if kind == "latte" else (3, 3, 8, 8)
     x, times = noise(*shape), torch.tensor([981, 500])
     theirs = {"dit": dit, "pixart": pixart, "latte": latte, "sd3": sd3}[kind]()
-    told: dict[str, Any] = {"class_labels": y} if kind == "dit" else {"encoder_hidden_states": words}
-    told |= {"pooled_projections": pooled} if kind == "sd3" else {}
+    inputs: dict[str, Any] = {"class_labels": y} if kind == "dit" else {"encoder_hidden_states": words}
+    inputs |= {"pooled_projections": pooled} if kind == "sd3" else {}
     more = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}} if kind == "pixart" else {}
     theirs.save_pretrained(tmp_path)
-    model = load_foreign(tmp_path)
+    model = load_published(tmp_path)
     clip = x if kind == "latte" else x[:, :, None]
     with torch.no_grad():
-        for t, conditions in zip(times, model.prepare(times, **told), strict=True):
+        for t, conditions in zip(times, model.prepare(times, **inputs), strict=True):
             ours = model(clip, t, conditions=conditions).sample
-            expected = theirs(x, timestep=t.repeat(3), **told, **more).sample.view_as(ours)
+            expected = theirs(x, timestep=t.repeat(3), **inputs, **more).sample.view_as(ours)
             assert (ours - expected).abs().max() <= LIMIT * expected.abs().max()

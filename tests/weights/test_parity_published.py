@@ -19,13 +19,13 @@ LIMIT = 1e-5
 Noise = Callable[..., Tensor]
 
 
-def against(state: published_models.State, model: STDiT, x: Tensor, theirs: Any, **told: Any) -> Differences:
-    """`theirs(state, x)` against `model(x, **told)`; images are clips of one frame."""
+def against(state: published_models.State, model: STDiT, x: Tensor, theirs: Any, **inputs: Any) -> Differences:
+    """`theirs(state, x)` against `model(x, **inputs)`; images are clips of one frame."""
     weights = learning(state)
     image = x.ndim == 4
 
     def ours(clip: Tensor) -> Tensor:
-        out = model(clip[:, :, None] if image else clip, **told, return_dict=False)[0]
+        out = model(clip[:, :, None] if image else clip, **inputs, return_dict=False)[0]
         return out[:, :, 0] if image else out
 
     return differences(ours, lambda clip: theirs(weights, clip), x, model, layout_of(state), weights)
@@ -40,8 +40,8 @@ def test_dit_equals_the_published_arithmetic(
     tmp_path: Path, noise: Noise, below: float, shift: int, batch: int
 ) -> None:
     state = published_weights.dit_weights()
-    told = {"timestep_freq_shift": shift} if shift else {}
-    model = loaded(state, tmp_path, num_heads=4, **told)
+    overrides = {"timestep_freq_shift": shift} if shift else {}
+    model = loaded(state, tmp_path, num_heads=4, **overrides)
     x, t, y = noise(batch, 3, 8, 8), torch.tensor([3, 981, 500])[:batch], torch.tensor([0, 4, 5])[:batch]
     found = against(
         state,
@@ -105,13 +105,15 @@ def test_pixart_equals_the_published_arithmetic(
     state = published_weights.pixart_weights(**options)
     model = loaded(state, tmp_path, num_heads=4)
     x, y, t, lengths = noise(3, 3, *shape), noise(3, 7, 10, seed=1), torch.tensor([3, 981, 500]), [7, 2, 5]
-    told: dict[str, Any] = {"timestep": t, "encoder_hidden_states": y, "encoder_attention_mask": ragged(lengths, 7)}
+    inputs: dict[str, Any] = {"timestep": t, "encoder_hidden_states": y, "encoder_attention_mask": ragged(lengths, 7)}
     sizes = None
     if options.get("sized"):
         sizes = (torch.tensor([[512.0, 640.0], [256.0, 1024.0], [333.0, 77.0]]), torch.tensor([[0.8], [0.25], [4.3]]))
-        told |= {"height": sizes[0][:, 0], "width": sizes[0][:, 1], "aspect_ratio": sizes[1][:, 0]}
+        inputs |= {"height": sizes[0][:, 0], "width": sizes[0][:, 1], "aspect_ratio": sizes[1][:, 0]}
     scale = options.get("scale", 2.0)
-    found = against(state, model, x, lambda s, z: published_models.pixart(s, z, t, y, lengths, 4, scale, sizes), **told)
+    found = against(
+        state, model, x, lambda s, z: published_models.pixart(s, z, t, y, lengths, 4, scale, sizes), **inputs
+    )
     assert found.below(LIMIT), found
 
 
@@ -125,13 +127,13 @@ def test_a_dropped_caption_is_the_null_sequence_under_its_own_mask(tmp_path: Pat
         words = torch.where(drop[:, None, None], s["y_embedder.y_embedding"], y)
         return published_models.pixart(s, z, t, words, lengths)
 
-    told = {
+    inputs = {
         "timestep": t,
         "encoder_hidden_states": y,
         "encoder_attention_mask": ragged(lengths, 7),
         "drop_condition": drop,
     }
-    found = against(state, model, x, theirs, **told)
+    found = against(state, model, x, theirs, **inputs)
     assert found.below(LIMIT), found
 
 
@@ -150,8 +152,8 @@ def test_stdit_v1_equals_the_published_arithmetic(
         torch.tensor([3, 981, 500]),
         [7, 2, 5],
     )
-    told = {"timestep": t, "encoder_hidden_states": y, "encoder_attention_mask": ragged(lengths, 7)}
-    found = against(state, model, x, lambda s, z: published_models.v1(s, z, t, y, lengths), **told)
+    inputs = {"timestep": t, "encoder_hidden_states": y, "encoder_attention_mask": ragged(lengths, 7)}
+    found = against(state, model, x, lambda s, z: published_models.v1(s, z, t, y, lengths), **inputs)
     assert found.below(LIMIT), found
 
 
@@ -164,14 +166,14 @@ def test_stdit_v1_gates_given_frames_by_their_own_time(tmp_path: Path, noise: No
     model = loaded(state, tmp_path, num_heads=4)
     x, y, t, lengths = noise(2, 3, 3, 8, 8), noise(2, 7, 10, seed=1), torch.tensor([981, 500]), [7, 2]
     given = torch.tensor([[True, False, False], [False, True, False]])
-    told = {
+    inputs = {
         "timestep": t,
         "encoder_hidden_states": y,
         "encoder_attention_mask": ragged(lengths, 7),
         "given_frames": given,
     }
     with torch.no_grad():
-        ours = model(x, **told).sample
+        ours = model(x, **inputs).sample
         theirs = published_models.v1(state, x, t, y, lengths, mask=~given)
     assert (ours - theirs).abs().max() <= LIMIT * theirs.abs().max()
 
@@ -186,10 +188,10 @@ def test_stdit3_equals_the_published_arithmetic(
     x, y, t, lengths = noise(3, 3, 5, *shape), noise(3, 7, 10, seed=1), torch.tensor([3, 981, 500]), [7, 2, 5]
     fps = torch.tensor([24.0, 8.0, 120.0])
     mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 1, 1, 0]]).bool() if masked else None
-    told = {"timestep": t, "encoder_hidden_states": y, "encoder_attention_mask": ragged(lengths, 7), "fps": fps}
-    told |= {"height": torch.full((3,), float(pixels[0])), "width": torch.full((3,), float(pixels[1]))}
-    told |= {} if mask is None else {"given_frames": ~mask}
-    found = against(state, model, x, lambda s, z: published_models.v3(s, z, t, y, lengths, fps, pixels, mask), **told)
+    inputs = {"timestep": t, "encoder_hidden_states": y, "encoder_attention_mask": ragged(lengths, 7), "fps": fps}
+    inputs |= {"height": torch.full((3,), float(pixels[0])), "width": torch.full((3,), float(pixels[1]))}
+    inputs |= {} if mask is None else {"given_frames": ~mask}
+    found = against(state, model, x, lambda s, z: published_models.v3(s, z, t, y, lengths, fps, pixels, mask), **inputs)
     assert found.below(LIMIT), found
 
 

@@ -1,44 +1,47 @@
-"""Layouts that published weights lie in: what each is recognised by, and how it maps to ours (stdit.weights.convert)."""
+"""Layouts of published weights: how each is detected, and how it maps to ours (stdit.weights.convert)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from stdit.weights.layouts.hub import HUB_DIT, HUB_LATTE, HUB_PIXART
-from stdit.weights.layouts.layout import Layout, listed
+from stdit.weights.layouts.diffusers import DIFFUSERS_DIT, DIFFUSERS_LATTE, DIFFUSERS_PIXART
+from stdit.weights.layouts.layout import Layout, format_names
 from stdit.weights.layouts.opensora import V1, V3
 from stdit.weights.layouts.original import DIT, LATTE, PIXART
 from stdit.weights.layouts.rineau import RINEAU
-from stdit.weights.layouts.sd3 import HUB_SD3
+from stdit.weights.layouts.sd3 import DIFFUSERS_SD3
 
-LAYOUTS: tuple[Layout, ...] = (DIT, PIXART, LATTE, V1, V3, RINEAU, HUB_DIT, HUB_PIXART, HUB_LATTE, HUB_SD3)
+LAYOUTS: tuple[Layout, ...] = (
+    *(DIT, PIXART, LATTE, V1, V3, RINEAU),
+    *(DIFFUSERS_DIT, DIFFUSERS_PIXART, DIFFUSERS_LATTE, DIFFUSERS_SD3),
+)
 
 
-def recognised(names: Iterable[str], where: str) -> Layout:
-    """The layout of tensors of these names. ValueError: none is known that has such names."""
-    found = list(names)
+def detect_layout(keys: Iterable[str], where: str) -> Layout:
+    """The layout of a state dict with these keys. ValueError: no known layout has them."""
+    names = list(keys)
 
-    def first(prefix: str) -> bool:
-        return any(name.startswith(prefix) for name in found)
+    def prefix(text: str) -> bool:
+        return any(name.startswith(text) for name in names)
 
     def part(text: str) -> bool:
-        return any(text in name for name in found)
+        return any(text in name for name in names)
 
-    # The first that holds: what only this layout has comes before what it shares with the next.
-    marks = (
-        (first("first_layer."), RINEAU),
-        (first("spatial_blocks.") or (first("temporal_blocks.") and first("rope.")), V3),
-        (first("temporal_transformer_blocks."), HUB_LATTE),
-        (first("transformer_blocks.") and (part(".norm1_context.") or first("time_text_embed.")), HUB_SD3),
-        (first("transformer_blocks.") and first("adaln_single."), HUB_PIXART),
-        (first("transformer_blocks.") and part(".norm1.emb."), HUB_DIT),
-        (first("blocks.") and part(".attn_temp."), V1),
-        (first("blocks.") and part(".adaLN_modulation.") and first("temp_embed"), LATTE),
-        (first("blocks.") and (first("t_block.") or part(".cross_attn.")), PIXART),
-        (first("blocks.") and part(".adaLN_modulation."), DIT),
+    # The first match wins: keys unique to a layout come before those that it shares with the next.
+    tests = (
+        (prefix("first_layer."), RINEAU),
+        (prefix("spatial_blocks.") or (prefix("temporal_blocks.") and prefix("rope.")), V3),
+        (prefix("temporal_transformer_blocks."), DIFFUSERS_LATTE),
+        (prefix("transformer_blocks.") and (part(".norm1_context.") or prefix("time_text_embed.")), DIFFUSERS_SD3),
+        (prefix("transformer_blocks.") and prefix("adaln_single."), DIFFUSERS_PIXART),
+        (prefix("transformer_blocks.") and part(".norm1.emb."), DIFFUSERS_DIT),
+        (prefix("blocks.") and part(".attn_temp."), V1),
+        (prefix("blocks.") and part(".adaLN_modulation.") and prefix("temp_embed"), LATTE),
+        (prefix("blocks.") and (prefix("t_block.") or part(".cross_attn.")), PIXART),
+        (prefix("blocks.") and part(".adaLN_modulation."), DIT),
     )
-    for holds, layout in marks:
-        if holds:
+    for matches, layout in tests:
+        if matches:
             return layout
     known = ", ".join(layout.name for layout in LAYOUTS)
-    raise ValueError(f"{where}: no known layout ({known}) has such names: {listed(found) or 'none at all'}")
+    raise ValueError(f"{where}: no known layout ({known}) has these keys: {format_names(names) or '(none)'}")

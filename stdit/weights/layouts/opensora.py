@@ -1,4 +1,4 @@
-"""Weights as Open-Sora has them: STDiT v1, and STDiT3 (v1.1's successor, v1.2)."""
+"""Layouts of Open-Sora: STDiT v1 (1.0) and STDiT3 (1.2)."""
 
 from __future__ import annotations
 
@@ -7,37 +7,40 @@ from typing import Any
 import torch
 
 from stdit.config.model import ModelConfig
-from stdit.weights.layouts.layout import Foreign, Layout, Rule, Tables, count_blocks, linear
+from stdit.weights.layouts.layout import Layout, Rule, SourceWeights, Tables, count_blocks, linear
 from stdit.weights.layouts.original import (
     DIMENSIONS,
-    PLACES,
+    SPATIAL,
+    TEMPORAL,
     TEXT,
-    TIMES,
     block,
-    body,
-    dimensions,
-    text_of,
+    embedders_and_final_layer,
+    infer_dimensions,
+    infer_text,
 )
-from stdit.weights.layouts.positions import (
-    frames_limits,
-    spatial_settings,
+from stdit.weights.layouts.position_tables import (
+    infer_spatial_positions,
+    infer_temporal_positions,
+    spatial_limits,
     spatial_table,
-    table_limits,
-    temporal_settings,
+    temporal_limits,
     temporal_table,
 )
 
 # ---------------------------------------------------------------------------------------------- v1
 
 
-def _v1_settings(foreign: Foreign) -> dict[str, Any]:
-    found = dimensions(foreign, count_blocks(foreign, "blocks."), "blocks.0") | text_of(foreign)
-    return found | spatial_settings(foreign) | temporal_settings(foreign, "pos_embed_temporal")
+def _infer_v1(source: SourceWeights) -> dict[str, Any]:
+    found = infer_dimensions(source, count_blocks(source, "blocks."), "blocks.0") | infer_text(source)
+    return found | infer_spatial_positions(source) | infer_temporal_positions(source, "pos_embed_temporal")
 
 
 def _v1_rules(c: ModelConfig) -> list[Rule]:
     blocks = [rule for i in range(c.dimensions[1]) for rule in block(c, i)]
-    learned = [r._replace(theirs=("pos_embed_temporal",)) if r.ours == "temp_embed" else r for r in body(c)]
+    learned = [
+        r._replace(theirs=("pos_embed_temporal",)) if r.ours == "temp_embed" else r
+        for r in embedders_and_final_layer(c)
+    ]
     return linear("x_embedder.proj") + learned + blocks
 
 
@@ -59,29 +62,29 @@ V1 = Layout(
         "temporal_position_injection": "first_attention",
         "null_text": "sequence",
     },
-    free=DIMENSIONS | PLACES | TIMES | TEXT,
-    settings=_v1_settings,
+    free=DIMENSIONS | SPATIAL | TEMPORAL | TEXT,
+    infer=_infer_v1,
     rules=_v1_rules,
     tables=_v1_tables,
-    limits=lambda c: table_limits(c, "STDiT v1") + frames_limits(c, "STDiT v1") + _text_limits(c, "STDiT v1"),
+    limits=lambda c: spatial_limits(c, "STDiT v1") + temporal_limits(c, "STDiT v1") + _text_limits(c, "STDiT v1"),
 )
 
 
 # -------------------------------------------------------------------------------------------- v1.2
 
 
-def _v3_settings(foreign: Foreign) -> dict[str, Any]:
-    pairs = count_blocks(foreign, "spatial_blocks.")
+def _infer_v3(source: SourceWeights) -> dict[str, Any]:
+    pairs = count_blocks(source, "spatial_blocks.")
     norm = "spatial_blocks.0.attn.q_norm.weight"
-    found = dimensions(foreign, pairs, "spatial_blocks.0", (norm,)) | text_of(foreign)
-    found |= {"depth": 2 * pairs, "qk_norm": "rms" if norm in foreign.state else None}
-    if isinstance(foreign.config.get("input_sq_size"), int):
-        found["position_reference"] = foreign.config["input_sq_size"]
+    found = infer_dimensions(source, pairs, "spatial_blocks.0", (norm,)) | infer_text(source)
+    found |= {"depth": 2 * pairs, "qk_norm": "rms" if norm in source.state else None}
+    if isinstance(source.config.get("input_sq_size"), int):
+        found["position_reference"] = source.config["input_sq_size"]
     return found
 
 
 def _v3_rules(c: ModelConfig) -> list[Rule]:
-    rules = linear("x_embedder.proj") + body(c)
+    rules = linear("x_embedder.proj") + embedders_and_final_layer(c)
     for i in range(c.dimensions[1]):
         kind = "temporal" if i % 2 else "spatial"
         rules += block(c, i, f"{kind}_blocks.{i // 2}")
@@ -89,7 +92,7 @@ def _v3_rules(c: ModelConfig) -> list[Rule]:
 
 
 def _v3_tables(c: ModelConfig) -> Tables:
-    """The frequencies of the rotation over time, as rotary_embedding_torch makes them."""
+    """The RoPE frequencies, as rotary_embedding_torch computes them."""
     width, _, heads = c.dimensions
     head = width // heads
     return {"rope.freqs": 1.0 / (10000 ** (torch.arange(0, head, 2)[: head // 2].float() / head))}
@@ -114,7 +117,7 @@ V3 = Layout(
         "null_text": "sequence",
     },
     free=DIMENSIONS | TEXT | {"qk_norm", "position_reference"},
-    settings=_v3_settings,
+    infer=_infer_v3,
     rules=_v3_rules,
     tables=_v3_tables,
     limits=_v3_limits,

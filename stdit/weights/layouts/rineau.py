@@ -1,6 +1,6 @@
-"""Weights as J. Rineau's DiT has them: learned positions, a depth-wise convolution in the MLP, no class for no class.
+"""Layout of J. Rineau's DiT: learned positions, a depthwise convolution in the MLP, no null class.
 
-His code of time is [sin, cos] where ours is [cos, sin]: the columns of the layer after it are turned by half.
+Its timestep embedding is [sin, cos], ours is [cos, sin]: the column halves of the next layer are swapped.
 """
 
 from __future__ import annotations
@@ -11,60 +11,74 @@ from typing import Any
 from einops import rearrange
 
 from stdit.config.model import ModelConfig
-from stdit.weights.layouts.layout import Foreign, Layout, Rule, count_blocks, linear, need, same, shape, swapped
+from stdit.weights.layouts.layout import (
+    Layout,
+    Rule,
+    SourceWeights,
+    count_blocks,
+    halves_swapped,
+    linear,
+    require_tensors,
+    same,
+    tensor_shape,
+)
 from stdit.weights.layouts.original import (
     CLASSES,
     DIMENSIONS,
-    classes_of,
-    heads_of,
-    learned_variance,
-    ratio_of,
+    infer_classes,
+    infer_learned_variance,
+    infer_mlp_ratio,
+    infer_num_heads,
 )
 
-# Width, blocks and heads that the class has unless told otherwise.
+# Default width, depth and heads of the published class.
 DEFAULT = (512, 8, 8)
 
 
-def _settings(foreign: Foreign) -> dict[str, Any]:
+def _infer(source: SourceWeights) -> dict[str, Any]:
     projection, final, fc1 = (
         "first_layer.patchify.projection.weight",
         "final_layer.linear.weight",
         "blocks.0.mlp.c_fc.weight",
     )
-    need(foreign, projection, final, fc1, "first_layer.pos_embed")
-    state, told = foreign.state, foreign.overrides
-    width, per_patch = shape(foreign, projection, 2)
-    depth = count_blocks(foreign, "blocks.")
-    channels = told.get("in_channels", 4)
+    require_tensors(source, projection, final, fc1, "first_layer.pos_embed")
+    state, overrides = source.state, source.overrides
+    width, per_patch = tensor_shape(source, projection, 2)
+    depth = count_blocks(source, "blocks.")
+    channels = overrides.get("in_channels", 4)
     if not isinstance(channels, int) or channels < 1:
-        raise ValueError(f"{foreign.where}: in_channels {channels!r}; expected a whole number, 1 or more")
+        raise ValueError(f"{source.where}: in_channels {channels!r}; expected an integer, 1 or more")
     side = math.isqrt(per_patch // channels)
-    # One number a channel is no patch: of 4 numbers, 4 channels are less likely than patches of 2.
-    if side * side * channels != per_patch or (side == 1 and "in_channels" not in told):
+    # 1x1 patches are unlikely: 4 values are rather 1 channel of 2x2 patches than 4 channels of 1x1.
+    if side * side * channels != per_patch or (side == 1 and "in_channels" not in overrides):
         raise ValueError(
-            f"{foreign.where}: {projection} takes {per_patch} numbers a patch, which are no patches of {channels} channels; "
-            "give --set in_channels=…"
+            f"{source.where}: {projection} takes {per_patch} values a patch, which is no square patch of {channels} "
+            "channels; give --set in_channels=…"
         )
-    positions = shape(foreign, "first_layer.pos_embed", 3)[1]
-    grid = told.get("position_grid") or (math.isqrt(positions),) * 2
+    positions = tensor_shape(source, "first_layer.pos_embed", 3)[1]
+    grid = overrides.get("position_grid") or (math.isqrt(positions),) * 2
     pair = isinstance(grid, list | tuple) and [type(n) for n in grid] == [int, int]
     if not pair or grid[0] * grid[1] != positions:
         raise ValueError(
-            f"{foreign.where}: first_layer.pos_embed has {positions} positions, not those of position_grid {grid}; "
-            "give --set position_grid=[H,W], its patches"
+            f"{source.where}: first_layer.pos_embed has {positions} positions, not those of position_grid {grid}; "
+            "give --set position_grid=[H,W], in patches"
         )
-    heads = DEFAULT[2] if (width, depth) == DEFAULT[:2] and "num_heads" not in told else heads_of(foreign, width, depth)
+    heads = (
+        DEFAULT[2]
+        if (width, depth) == DEFAULT[:2] and "num_heads" not in overrides
+        else infer_num_heads(source, width, depth)
+    )
     return {
         "hidden_size": width,
         "depth": depth,
         "num_heads": heads,
         "in_channels": channels,
         "patch_size": (1, side, side),
-        "learned_variance": learned_variance(foreign, shape(foreign, final, 2)[0], per_patch),
-        "mlp_ratio": ratio_of(shape(foreign, fc1, 2)[0], width),
+        "learned_variance": infer_learned_variance(source, tensor_shape(source, final, 2)[0], per_patch),
+        "mlp_ratio": infer_mlp_ratio(tensor_shape(source, fc1, 2)[0], width),
         "position_grid": tuple(grid),
         "mlp": "conv2d" if any(".depthwise_conv." in name for name in state) else "gelu",
-        **classes_of(foreign, "first_layer.y_embedder.weight", null_class=False),
+        **infer_classes(source, "first_layer.y_embedder.weight", null_class=False),
     }
 
 
@@ -75,12 +89,12 @@ def _rules(c: ModelConfig) -> list[Rule]:
         Rule(
             "x_embedder.proj.weight",
             (f"{first}.patchify.projection.weight",),
-            lambda found: rearrange(found[0], "d (ph pw c) -> d c 1 ph pw", ph=ph, pw=pw),
-            lambda made: [rearrange(made, "d c t ph pw -> d (t ph pw c)")],
+            lambda tensors: rearrange(tensors[0], "d (ph pw c) -> d c 1 ph pw", ph=ph, pw=pw),
+            lambda tensor: [rearrange(tensor, "d c t ph pw -> d (t ph pw c)")],
         ),
         same("x_embedder.proj.bias", f"{first}.patchify.projection.bias"),
         same("pos_embed", f"{first}.pos_embed"),
-        swapped("t_embedder.mlp.0.weight", f"{first}.t_embedder.1.weight", axis=1),
+        halves_swapped("t_embedder.mlp.0.weight", f"{first}.t_embedder.1.weight", axis=1),
         same("t_embedder.mlp.0.bias", f"{first}.t_embedder.1.bias"),
         *linear("t_embedder.mlp.2", f"{first}.t_embedder.3"),
         *linear("final_layer.linear"),
@@ -119,8 +133,8 @@ RINEAU = Layout(
         "null_class": False,
     },
     free=DIMENSIONS | (CLASSES - {"null_class"}) | {"position_grid", "mlp"},
-    settings=_settings,
+    infer=_infer,
     rules=_rules,
     limits=_limits,
-    guessed=("in_channels",),
+    assumed=("in_channels",),
 )

@@ -1,6 +1,6 @@
-"""Weights as diffusers' SD3Transformer2DModel has them: MM-DiT (Stable Diffusion 3), without second attention (3.5 medium).
+"""Layout of diffusers' SD3Transformer2DModel: MM-DiT (Stable Diffusion 3), without 3.5 medium's dual attention.
 
-Its last norms, of the video and of the last block's text, have (scale, shift) where ours have (shift, scale).
+Its final norms (output, and the last block's text) predict (scale, shift); ours predict (shift, scale).
 """
 
 from __future__ import annotations
@@ -10,29 +10,40 @@ from typing import Any
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
 from stdit.config.model import ModelConfig
-from stdit.weights.layouts.hub import limits, mlp, self_attention, written
-from stdit.weights.layouts.hubconfig import Values
-from stdit.weights.layouts.layout import Foreign, Layout, Rule, image_patches, linear, same, stacked, swapped
+from stdit.weights.layouts.diffusers import common_config, limits, mlp, self_attention
+from stdit.weights.layouts.diffusers_config import DiffusersConfig
+from stdit.weights.layouts.layout import (
+    Layout,
+    Rule,
+    SourceWeights,
+    concatenated,
+    halves_swapped,
+    image_patches,
+    linear,
+    same,
+)
 from stdit.weights.layouts.original import DIMENSIONS, TEXT
-from stdit.weights.layouts.positions import spatial_table
+from stdit.weights.layouts.position_tables import spatial_table
 
 # CLIP's 77 tokens, and T5's, at most 512.
 TOKENS = 589
 TITLE = "diffusers' SD3"
 
 
-def _settings(foreign: Foreign) -> dict[str, Any]:
-    v = Values(foreign, SD3Transformer2DModel, "SD3Transformer2DModel")
+def _infer(source: SourceWeights) -> dict[str, Any]:
+    v = DiffusersConfig(source, SD3Transformer2DModel, "SD3Transformer2DModel")
     found = v.sizes()
-    v.only(caption_projection_dim=found["hidden_size"])
+    v.require(caption_projection_dim=found["hidden_size"])
     if v["dual_attention_layers"]:
-        v.wrong.append(f"dual_attention_layers: {v['dual_attention_layers']!r}; ours is ()")
+        v.errors.append(f"dual_attention_layers: {v['dual_attention_layers']!r}; supported: ()")
     norm = None
     if v["qk_norm"] is not None:
         norm = v.one_of("qk_norm", {"rms_norm": "rms"})
     side = v["pos_embed_max_size"]
     if not isinstance(side, int) or side < 1:
-        v.wrong.append(f"pos_embed_max_size: {side!r}; ours is the side of a table, which grids take the centre of")
+        v.errors.append(
+            f"pos_embed_max_size: {side!r}; expected the side of the position table, of which grids take the centre"
+        )
     v.check()
     return found | {
         "text_dim": v["joint_attention_dim"],
@@ -43,8 +54,8 @@ def _settings(foreign: Foreign) -> dict[str, Any]:
     }
 
 
-def _turned(ours: str, theirs: str) -> list[Rule]:
-    return [swapped(f"{ours}.{part}", f"{theirs}.{part}") for part in ("weight", "bias")]
+def _swapped(ours: str, theirs: str) -> list[Rule]:
+    return [halves_swapped(f"{ours}.{part}", f"{theirs}.{part}") for part in ("weight", "bias")]
 
 
 def _rules(c: ModelConfig) -> list[Rule]:
@@ -56,16 +67,16 @@ def _rules(c: ModelConfig) -> list[Rule]:
     rules += linear("y_embedder.pooled_proj.0", f"{embedder}.text_embedder.linear_1")
     rules += linear("y_embedder.pooled_proj.2", f"{embedder}.text_embedder.linear_2")
     rules += linear("y_embedder.y_proj", "context_embedder") + linear("final_layer.linear", "proj_out")
-    rules += _turned("final_layer.adaLN_modulation.1", "norm_out.linear")
+    rules += _swapped("final_layer.adaLN_modulation.1", "norm_out.linear")
     for i in range(depth):
         ours, theirs, last = f"blocks.{i}", f"transformer_blocks.{i}", i == depth - 1
         text = f"{ours}.context"
         rules += linear(f"{ours}.adaLN_modulation.1", f"{theirs}.norm1.linear")
         rules += self_attention(f"{ours}.attn", f"{theirs}.attn") + mlp(f"{ours}.mlp", f"{theirs}.ff")
-        turn = _turned if last else linear
-        rules += turn(f"{text}.adaLN_modulation.1", f"{theirs}.norm1_context.linear")
+        rule = _swapped if last else linear
+        rules += rule(f"{text}.adaLN_modulation.1", f"{theirs}.norm1_context.linear")
         added = (f"{theirs}.attn.add_q_proj", f"{theirs}.attn.add_k_proj", f"{theirs}.attn.add_v_proj")
-        rules += stacked(f"{text}.attn.qkv", added)
+        rules += concatenated(f"{text}.attn.qkv", added)
         if not last:
             rules += linear(f"{text}.attn.proj", f"{theirs}.attn.to_add_out") + mlp(
                 f"{text}.mlp", f"{theirs}.ff_context"
@@ -79,16 +90,16 @@ def _rules(c: ModelConfig) -> list[Rule]:
 def _limits(c: ModelConfig) -> list[str]:
     lines = limits(c, TITLE)
     if c.position_grid is None or c.position_grid[0] != c.position_grid[1]:
-        lines.append(f"position_grid is {c.position_grid}; {TITLE} has the centre of a square table")
+        lines.append(f"position_grid is {c.position_grid}; {TITLE} takes the centre of a square table")
     if c.pooled_dim is None:
-        lines.append(f"pooled_dim is None; {TITLE} has a vector that comes with the text")
+        lines.append(f"pooled_dim is None; {TITLE} has pooled text features")
     if c.qk_norm == "layer":
         lines.append(f"qk_norm is 'layer'; {TITLE} has 'rms' or None")
     return lines
 
 
 def _config(c: ModelConfig) -> dict[str, Any]:
-    return written(c) | {
+    return common_config(c) | {
         "joint_attention_dim": c.text_dim,
         "caption_projection_dim": c.dimensions[0],
         "pooled_projection_dim": c.pooled_dim,
@@ -98,17 +109,17 @@ def _config(c: ModelConfig) -> dict[str, Any]:
     }
 
 
-HUB_SD3 = Layout(
+DIFFUSERS_SD3 = Layout(
     name="diffusers-sd3",
     title=TITLE,
     fixed={"conditioning": "joint", "attention": "full", "text_projection": "linear", "null_text": "empty"},
     free=(DIMENSIONS - {"mlp_ratio"})
     | TEXT
     | {"position_base", "position_grid", "pooled_dim", "qk_norm", "temporal", "temporal_positions", "null_text"},
-    settings=_settings,
+    infer=_infer,
     rules=_rules,
     tables=lambda c: spatial_table(c, "pos_embed.pos_embed"),
     limits=_limits,
-    hub="SD3Transformer2DModel",
-    config=_config,
+    diffusers_class="SD3Transformer2DModel",
+    diffusers_config=_config,
 )

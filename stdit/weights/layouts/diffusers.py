@@ -1,6 +1,6 @@
-"""Weights as diffusers' classes have them: DiTTransformer2DModel, PixArtTransformer2DModel, LatteTransformer3DModel.
+"""Layouts of diffusers' DiTTransformer2DModel, PixArtTransformer2DModel and LatteTransformer3DModel.
 
-Their config.json (stdit.weights.layouts.hubconfig) says what tensors do not.
+What tensors do not determine comes from config.json (stdit.weights.layouts.diffusers_config).
 """
 
 from __future__ import annotations
@@ -13,11 +13,20 @@ from diffusers.models.transformers.latte_transformer_3d import LatteTransformer3
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 
 from stdit.config.model import ModelConfig
-from stdit.weights.layouts.hubconfig import GELUS, ONLY, Values
-from stdit.weights.layouts.layout import Foreign, Layout, Rule, copied, image_patches, linear, same, stacked
+from stdit.weights.layouts.diffusers_config import GELUS, ONLY, DiffusersConfig
+from stdit.weights.layouts.layout import (
+    Layout,
+    Rule,
+    SourceWeights,
+    concatenated,
+    image_patches,
+    linear,
+    replicated,
+    same,
+)
 from stdit.weights.layouts.original import CLASSES, DIMENSIONS, TEXT
 
-# Longest captions that pipelines of these classes give.
+# Caption length of the diffusers pipelines of these classes.
 PIXART_TOKENS = 300
 
 
@@ -29,25 +38,25 @@ def mlp(ours: str, theirs: str) -> list[Rule]:
 
 
 def self_attention(ours: str, theirs: str) -> list[Rule]:
-    return stacked(f"{ours}.qkv", (f"{theirs}.to_q", f"{theirs}.to_k", f"{theirs}.to_v")) + linear(
+    return concatenated(f"{ours}.qkv", (f"{theirs}.to_q", f"{theirs}.to_k", f"{theirs}.to_v")) + linear(
         f"{ours}.proj", f"{theirs}.to_out.0"
     )
 
 
 def single_block(c: ModelConfig, index: int, theirs: str) -> list[Rule]:
-    """A block of PixArt's or Latte's class."""
+    """A block with adaln_single (PixArt, Latte)."""
     ours = f"blocks.{index}"
     rules = [same(f"{ours}.scale_shift_table", f"{theirs}.scale_shift_table")]
     rules += self_attention(f"{ours}.attn", f"{theirs}.attn1") + mlp(f"{ours}.mlp", f"{theirs}.ff")
     if c.block_text[index]:
         rules += linear(f"{ours}.cross_attn.q_linear", f"{theirs}.attn2.to_q")
-        rules += stacked(f"{ours}.cross_attn.kv_linear", (f"{theirs}.attn2.to_k", f"{theirs}.attn2.to_v"))
+        rules += concatenated(f"{ours}.cross_attn.kv_linear", (f"{theirs}.attn2.to_k", f"{theirs}.attn2.to_v"))
         rules += linear(f"{ours}.cross_attn.proj", f"{theirs}.attn2.to_out.0")
     return rules
 
 
-def single_ends(c: ModelConfig) -> list[Rule]:
-    """What PixArt's and Latte's classes have beside blocks."""
+def single_embedders(c: ModelConfig) -> list[Rule]:
+    """Embedders and final layer of PixArt and Latte."""
     embedders = {"t_embedder": "timestep_embedder"}
     if "size" in c.micro_conditions:
         embedders |= {"csize_embedder": "resolution_embedder", "ar_embedder": "aspect_ratio_embedder"}
@@ -65,28 +74,28 @@ def single_ends(c: ModelConfig) -> list[Rule]:
     ]
 
 
-# ------------------------------------------------------------------------------- ours to config.json
+# -------------------------------------------------------------------------------- config.json
 
 
 def limits(c: ModelConfig, title: str) -> list[str]:
-    """What diffusers' classes have in common."""
+    """Limits that all diffusers classes share."""
     lines = []
     if c.patch_size[0] != 1 or c.patch_size[1] != c.patch_size[2]:
         lines.append(f"patch_size is {c.patch_size}; {title} has square patches of one frame, (1, p, p)")
     if c.positions == "sincos" and c.position_base is None:
         lines.append(
-            f"position_base is None; {title} rescales positions to a grid: give --set position_base=N, its patches a side"
+            f"position_base is None; {title} rescales positions to a base grid: give --set position_base=N, its side in patches"
         )
     if c.text_dim is not None and c.null_text != "empty":
         lines.append(
-            f"null_text is {c.null_text!r}; {title} has no null caption, but takes the encoder's features of an empty one: "
-            "--set null_text=empty leaves the learned one out"
+            f"null_text is {c.null_text!r}; {title} has no learned null caption, but encodes an empty one: "
+            "--set null_text=empty drops the learned one"
         )
     return lines
 
 
-def written(c: ModelConfig) -> dict[str, Any]:
-    """What all classes name alike."""
+def common_config(c: ModelConfig) -> dict[str, Any]:
+    """config.json keys that all classes share."""
     width, depth, heads = c.dimensions
     return {
         "num_attention_heads": heads,
@@ -99,9 +108,10 @@ def written(c: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _same_config(c: ModelConfig) -> dict[str, Any]:
+def _transformer_config(c: ModelConfig) -> dict[str, Any]:
+    """Keys that DiT, PixArt and Latte share."""
     gelu = next(theirs for theirs, ours in GELUS.items() if ours == c.gelu)
-    return written(c) | {
+    return common_config(c) | {
         "dropout": 0.0,
         "attention_bias": True,
         "activation_fn": gelu,
@@ -112,12 +122,12 @@ def _same_config(c: ModelConfig) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------- DiT
 
 
-def _dit_settings(foreign: Foreign) -> dict[str, Any]:
-    v = Values(foreign, DiTTransformer2DModel, "DiTTransformer2DModel")
-    v.only(norm_type="ada_norm_zero", **ONLY)
+def _infer_dit(source: SourceWeights) -> dict[str, Any]:
+    v = DiffusersConfig(source, DiTTransformer2DModel, "DiTTransformer2DModel")
+    v.require(norm_type="ada_norm_zero", **ONLY)
     found = v.sizes() | {"gelu": v.one_of("activation_fn", GELUS), "mlp_norm_eps": v.number("norm_eps")}
     if not isinstance(v["num_embeds_ada_norm"], int):
-        v.wrong.append(f"num_embeds_ada_norm: {v['num_embeds_ada_norm']!r}; expected the number of classes")
+        v.errors.append(f"num_embeds_ada_norm: {v['num_embeds_ada_norm']!r}; expected the number of classes")
     v.check()
     return found | {"num_classes": v["num_embeds_ada_norm"]}
 
@@ -127,9 +137,9 @@ def _dit_rules(c: ModelConfig) -> list[Rule]:
     embedders = [f"transformer_blocks.{i}.norm1.emb" for i in range(depth)]
     table = "class_embedder.embedding_table"
     rules = image_patches("x_embedder.proj", "pos_embed.proj")
-    rules += copied("t_embedder.mlp.0", [f"{e}.timestep_embedder.linear_1" for e in embedders])
-    rules += copied("t_embedder.mlp.2", [f"{e}.timestep_embedder.linear_2" for e in embedders])
-    weight, _ = copied("y_embedder.embedding_table", [f"{e}.{table}" for e in embedders])
+    rules += replicated("t_embedder.mlp.0", [f"{e}.timestep_embedder.linear_1" for e in embedders])
+    rules += replicated("t_embedder.mlp.2", [f"{e}.timestep_embedder.linear_2" for e in embedders])
+    weight, _ = replicated("y_embedder.embedding_table", [f"{e}.{table}" for e in embedders])
     rules += [
         weight,
         *linear("final_layer.adaLN_modulation.1", "proj_out_1"),
@@ -148,23 +158,23 @@ def _dit_limits(c: ModelConfig) -> list[str]:
         lines.append("num_classes is None; diffusers' DiT has classes")
     if c.timestep_freq_shift == 0:
         lines.append(
-            "(diffusers' DiT codes the time at frequencies over 127, DiT's own code over 128; diffusers' published weights "
-            "are DiT's all the same. --set timestep_freq_shift=1 mlp_norm_eps=1e-5 reads the weights so, and the output changes a little)"
+            "(diffusers' DiT divides the exponents of timestep frequencies by 127, the original DiT by 128, and diffusers "
+            "publishes DiT's weights unchanged. --set timestep_freq_shift=1 mlp_norm_eps=1e-5 does the same; outputs change slightly)"
         )
     return lines
 
 
-HUB_DIT = Layout(
+DIFFUSERS_DIT = Layout(
     name="diffusers-dit",
     title="diffusers' DiT",
     fixed={"conditioning": "adaln_zero", "temporal": False, "timestep_freq_shift": 1},
     free=(DIMENSIONS - {"mlp_ratio"}) | (CLASSES - {"null_class"}) | {"position_base", "gelu", "mlp_norm_eps"},
-    settings=_dit_settings,
+    infer=_infer_dit,
     rules=_dit_rules,
     limits=_dit_limits,
-    hub="DiTTransformer2DModel",
-    config=lambda c: (
-        _same_config(c)
+    diffusers_class="DiTTransformer2DModel",
+    diffusers_config=lambda c: (
+        _transformer_config(c)
         | {"num_embeds_ada_norm": c.num_classes, "norm_type": "ada_norm_zero", "norm_eps": c.mlp_norm_eps or c.norm_eps}
     ),
 )
@@ -173,18 +183,18 @@ HUB_DIT = Layout(
 # ------------------------------------------------------------------------------------ PixArt, Latte
 
 
-def _captioned(v: Values, width: int, fixed: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a class with captions, which are projected by a network with GELU's tanh form."""
-    v.only(**ONLY, **fixed, activation_fn="gelu-approximate", cross_attention_dim=width)
+def _captioned(v: DiffusersConfig, width: int, fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a class with a caption projection (an MLP with tanh GELU)."""
+    v.require(**ONLY, **fixed, activation_fn="gelu-approximate", cross_attention_dim=width)
     if not isinstance(v["caption_channels"], int):
-        v.wrong.append(
-            f"caption_channels: {v['caption_channels']!r}; ours is the width of the features, which are projected"
+        v.errors.append(
+            f"caption_channels: {v['caption_channels']!r}; expected the width of text features, which are projected"
         )
     return {"text_dim": v["caption_channels"], "norm_eps": v.number("norm_eps"), "max_text_tokens": PIXART_TOKENS}
 
 
 def _captioned_config(c: ModelConfig) -> dict[str, Any]:
-    return _same_config(c) | {
+    return _transformer_config(c) | {
         "cross_attention_dim": c.dimensions[0],
         "caption_channels": c.text_dim,
         "norm_type": "ada_norm_single",
@@ -205,15 +215,15 @@ def _plain(number: float) -> int | float:
     return int(number) if number == int(number) else number
 
 
-def _pixart_settings(foreign: Foreign) -> dict[str, Any]:
-    v = Values(foreign, PixArtTransformer2DModel, "PixArtTransformer2DModel")
+def _infer_pixart(source: SourceWeights) -> dict[str, Any]:
+    v = DiffusersConfig(source, PixArtTransformer2DModel, "PixArtTransformer2DModel")
     found = v.sizes()
     found |= _captioned(v, found["hidden_size"], {"norm_type": "ada_norm_single", "attention_type": "default"})
-    scale, told = v.number("interpolation_scale", max(v["sample_size"] // 64, 1)), v["use_additional_conditions"]
-    if told not in (None, True, False):
-        v.wrong.append(f"use_additional_conditions: {told!r}; expected True, False or None")
+    scale, additional = v.number("interpolation_scale", max(v["sample_size"] // 64, 1)), v["use_additional_conditions"]
+    if additional not in (None, True, False):
+        v.errors.append(f"use_additional_conditions: {additional!r}; expected True, False or None")
     v.check()
-    sized = v["sample_size"] == 128 if told is None else told
+    sized = v["sample_size"] == 128 if additional is None else additional
     return found | {
         "position_interpolation": scale,
         "micro_conditions": ("size",) if sized else (),
@@ -222,7 +232,7 @@ def _pixart_settings(foreign: Foreign) -> dict[str, Any]:
 
 def _pixart_rules(c: ModelConfig) -> list[Rule]:
     blocks = [rule for i in range(c.dimensions[1]) for rule in single_block(c, i, f"transformer_blocks.{i}")]
-    return single_ends(c) + blocks
+    return single_embedders(c) + blocks
 
 
 def _pixart_limits(c: ModelConfig) -> list[str]:
@@ -232,18 +242,18 @@ def _pixart_limits(c: ModelConfig) -> list[str]:
     return lines
 
 
-HUB_PIXART = Layout(
+DIFFUSERS_PIXART = Layout(
     name="diffusers-pixart",
     title="diffusers' PixArt",
     fixed={"conditioning": "adaln_single", "temporal": False, "null_text": "empty"},
     free=(DIMENSIONS - {"mlp_ratio"})
     | TEXT
     | {"position_base", "position_interpolation", "micro_conditions", "norm_eps", "null_text"},
-    settings=_pixart_settings,
+    infer=_infer_pixart,
     rules=_pixart_rules,
     limits=_pixart_limits,
-    hub="PixArtTransformer2DModel",
-    config=lambda c: (
+    diffusers_class="PixArtTransformer2DModel",
+    diffusers_config=lambda c: (
         _captioned_config(c)
         | {
             "interpolation_scale": None if _standard_scale(c) else _plain(c.position_interpolation),
@@ -254,12 +264,12 @@ HUB_PIXART = Layout(
 )
 
 
-def _latte_settings(foreign: Foreign) -> dict[str, Any]:
-    v = Values(foreign, LatteTransformer3DModel, "LatteTransformer3DModel")
+def _infer_latte(source: SourceWeights) -> dict[str, Any]:
+    v = DiffusersConfig(source, LatteTransformer3DModel, "LatteTransformer3DModel")
     found = v.sizes()
     found |= _captioned(v, found["hidden_size"], {"norm_type": "ada_norm_single"})
     if not isinstance(v["video_length"], int) or v["video_length"] < 1:
-        v.wrong.append(f"video_length: {v['video_length']!r}; expected the number of frames")
+        v.errors.append(f"video_length: {v['video_length']!r}; expected the number of frames")
     v.check()
     return found | {
         "depth": 2 * v["num_layers"],
@@ -269,7 +279,7 @@ def _latte_settings(foreign: Foreign) -> dict[str, Any]:
 
 
 def _latte_rules(c: ModelConfig) -> list[Rule]:
-    rules = single_ends(c)
+    rules = single_embedders(c)
     for i in range(c.dimensions[1]):
         kind = "temporal_transformer_blocks" if i % 2 else "transformer_blocks"
         rules += single_block(c, i, f"{kind}.{i // 2}")
@@ -286,11 +296,13 @@ def _latte_limits(c: ModelConfig) -> list[str]:
                 f"with position_base {c.position_base} and patches of {c.patch_size[1]}"
             )
     if c.position_frames is None:
-        lines.append("position_frames is None; diffusers' Latte is made for one length: give --set position_frames=N")
+        lines.append(
+            "position_frames is None; diffusers' Latte has a fixed number of frames: give --set position_frames=N"
+        )
     return lines
 
 
-HUB_LATTE = Layout(
+DIFFUSERS_LATTE = Layout(
     name="diffusers-latte",
     title="diffusers' Latte",
     fixed={
@@ -303,9 +315,11 @@ HUB_LATTE = Layout(
     free=(DIMENSIONS - {"mlp_ratio"})
     | TEXT
     | {"position_base", "position_interpolation", "position_frames", "norm_eps", "null_text"},
-    settings=_latte_settings,
+    infer=_infer_latte,
     rules=_latte_rules,
     limits=_latte_limits,
-    hub="LatteTransformer3DModel",
-    config=lambda c: _captioned_config(c) | {"num_layers": c.dimensions[1] // 2, "video_length": c.position_frames},
+    diffusers_class="LatteTransformer3DModel",
+    diffusers_config=lambda c: (
+        _captioned_config(c) | {"num_layers": c.dimensions[1] // 2, "video_length": c.position_frames}
+    ),
 )

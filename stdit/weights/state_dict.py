@@ -1,0 +1,207 @@
+"""Reads state dicts from files and folders of any origin.
+
+Pickled files (.pt, .pth, .bin, .ckpt) are read with weights_only: a pickle with code is refused, and the code does not
+run. Training checkpoints are unwrapped, and the prefixes of training wrappers are removed from names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stdit.weights.layouts.layout import State, format_names
+
+PICKLED = (".pt", ".pth", ".bin", ".ckpt")
+SUFFIXES = (".safetensors", *PICKLED)
+# The files of a diffusers folder, in order of preference.
+DIFFUSERS_FILES = tuple(
+    f"diffusion_pytorch_model.{kind}" for kind in ("safetensors", "safetensors.index.json", "bin", "bin.index.json")
+)
+# Folders of a pipeline or a checkpoint of ours.
+TRANSFORMER, EMA_TRANSFORMER = "transformer", "transformer_ema"
+# Keys of training checkpoints that hold the EMA weights, and the model's.
+EMA_KEYS = ("ema", "state_dict_ema", "ema_state_dict", "model_ema", "ema_model")
+MODEL_KEYS = ("state_dict", "model", "module", "model_state_dict", "net")
+# Prefixes and infixes that training wrappers add to names.
+PREFIXES = ("module.", "model.", "net.", "ema_model.", "diffusion_model.", "transformer.")
+INFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def read_state_dict(source: Path, ema: bool | None = None) -> tuple[State, dict[str, Any], str]:
+    """The state dict of a file or folder, the config.json beside it ({} if none), and the path of the file that was read.
+
+    Args:
+        source: a file, a diffusers folder, a pipeline, a checkpoint of ours or a run directory.
+        ema: of a checkpoint with both, the EMA weights (True), the model's (False), or EMA where present (None).
+
+    Raises:
+        ValueError: missing, damaged or unsafe file, or no weights in it.
+    """
+    if not source.exists():
+        raise ValueError(f"{source}: no such file or folder")
+    file = _find_weights(source, ema) if source.is_dir() else source
+    if file.parent not in (source, source.parent) and (file.parent.parent / EMA_TRANSFORMER).is_dir():
+        ema = None  # the folder was the choice
+    config_path = file.parent / "config.json"
+    config = read_config(config_path) if config_path.is_file() else {}
+    if file.name.endswith(".index.json"):
+        return _strip_wrappers(_read_shards(file)), config, str(file)
+    return _strip_wrappers(_unwrap(_read_file(file), str(file), ema)), config, str(file)
+
+
+def _find_weights(folder: Path, ema: bool | None) -> Path:
+    """The weights file, or the index of a sharded one, of a folder: diffusers', a pipeline's, our checkpoint's or run's, or
+    one with a single file."""
+    for name in DIFFUSERS_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    for name in (TRANSFORMER,) if ema is False else (EMA_TRANSFORMER, TRANSFORMER):
+        if (folder / name).is_dir():
+            return _find_weights(folder / name, ema)
+    if checkpoints := sorted(
+        folder.glob("checkpoints/step-*/manifest.json")
+    ):  # written last, so the checkpoint is complete
+        return _find_weights(checkpoints[-1].parent, ema)
+    for name in ("lora", "control"):
+        if (folder / name).is_dir():
+            raise ValueError(
+                f"{folder}: a checkpoint of {name} training has no full model; its base is in identity.json"
+            )
+    indices = sorted(folder.glob("*.index.json"))
+    if len(indices) == 1:
+        return indices[0]
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in SUFFIXES)
+    if len(files) == 1:
+        return files[0]
+    if not files:
+        raise ValueError(
+            f"{folder}: no weights in this folder ({', '.join(DIFFUSERS_FILES)}, transformer/, or one {', '.join(SUFFIXES)} file)"
+        )
+    raise ValueError(f"{folder}: {len(files)} weight files; give one of them: {', '.join(p.name for p in files)}")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. ValueError: unreadable, or not an object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected an object, found {type(found).__name__}")
+    return found
+
+
+def _read_shards(index: Path) -> State:
+    """All tensors of an index, from the shards beside it."""
+    weight_map = read_config(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(p, str) for p in weight_map.values()):
+        raise ValueError(f"{index}: no weight_map from tensors to files")
+    state: State = {}
+    for name in sorted(set(weight_map.values())):
+        shard = index.parent / name
+        if Path(name).name != name or not shard.is_file():
+            raise ValueError(f"{index}: {name}, which it lists, is not a file in the same folder")
+        state |= _unwrap(_read_file(shard), str(shard), None)
+    missing, extra = [n for n in weight_map if n not in state], [n for n in state if n not in weight_map]
+    if missing or extra:
+        raise ValueError(
+            f"{index}: not in the files that it lists: {format_names(missing)}; not in the index: {format_names(extra)}"
+        )
+    return state
+
+
+def _read_file(path: Path) -> Any:
+    """A file's content: a state dict, or a checkpoint that holds one."""
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not a valid safetensors file ({error})") from error
+    if path.suffix not in PICKLED:
+        raise ValueError(f"{path}: not a weight file by its suffix ({', '.join(SUFFIXES)})")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: the file is empty")
+    try:
+        # DiT's training script stores its argparse.Namespace in the checkpoint.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        if "Weights only load failed" not in reason:
+            raise ValueError(f"{path}: not a valid weight file ({reason})") from error
+        detail = next(
+            (line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "invalid load key" in line), reason
+        )
+        raise ValueError(
+            f"{path}: refused: damaged, or contains more than tensors, such as code that unpickling would run ({detail}). "
+            "If you trust it, load it where it was written, save its state dict alone, and convert that"
+        ) from error
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        TypeError,
+        AssertionError,
+    ) as error:
+        raise ValueError(
+            f"{path}: not a valid weight file ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        ) from error
+
+
+def _unwrap(content: Any, where: str, ema: bool | None) -> State:
+    """The state dict of a checkpoint. ValueError: there is none, or it has values that are not tensors."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where}: expected a state dict, found {type(content).__name__}")
+    choices = [
+        (any(key in EMA_KEYS for key in path), path, state)
+        for path, state in _state_dicts(content, ())
+        if ema is None or ema == any(key in EMA_KEYS for key in path)
+    ]
+    if not choices:
+        keys = {None: (*EMA_KEYS, *MODEL_KEYS), True: EMA_KEYS, False: MODEL_KEYS}[ema]
+        raise ValueError(
+            f"{where}: no weights at the top level or under {', '.join(keys)}; keys: {format_names(map(str, content))}"
+        )
+    _, path, state = max(choices, key=lambda choice: choice[0])  # the first EMA one, or the first
+    where = where + "".join(f"[{key!r}]" for key in path)
+    if others := [f"{name} ({type(value).__name__})" for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise ValueError(f"{where}: the state dict has values that are not tensors: {format_names(others)}")
+    if meta := [str(name) for name, tensor in state.items() if tensor.is_meta]:
+        raise ValueError(f"{where}: tensors on the meta device have no values: {format_names(meta)}")
+    return {str(name): tensor.detach() for name, tensor in state.items()}
+
+
+def _state_dicts(
+    content: Mapping[Any, Any], path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
+    """The state dicts in a checkpoint, each with the keys that lead to it."""
+    if any(isinstance(value, Tensor) and "." in str(name) for name, value in content.items()):
+        yield path, content
+        return
+    for key in (*EMA_KEYS, *MODEL_KEYS):
+        if isinstance(content.get(key), Mapping):
+            yield from _state_dicts(content[key], (*path, key))
+
+
+def _strip_wrappers(state: State) -> State:
+    """Removes the prefixes and infixes of training wrappers from names, unless names would collide."""
+    stripped = {re.sub("|".join(map(re.escape, INFIXES)), "", name): tensor for name, tensor in state.items()}
+    prefix: str | None = ""
+    while prefix is not None and stripped:
+        stripped = {name.removeprefix(prefix): tensor for name, tensor in stripped.items()}
+        prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in stripped)), None)
+    return stripped if len(stripped) == len(state) else state
