@@ -492,9 +492,9 @@ def test_the_command_refuses_before_it_writes(tiny: Tiny, tmp_path: Path, capsys
     for arguments, message in (
         ((image, "--to", tmp_path / "taken"), "exists already"),
         ((image, "--to", image), "is the source"),
-        ((image, "--to", image / "sub" / "video"), "is the source .*, or in it"),
-        ((image, "--to", image / "config.json" / "x"), "is the source .*, or in it"),
-        ((tmp_path, "--to", video), "is the source .*, or in it"),
+        ((image, "--to", image / "sub" / "video"), "is the source .*, or inside it"),
+        ((image, "--to", image / "config.json" / "x"), "is the source .*, or inside it"),
+        ((tmp_path, "--to", video), "is the source .*, or inside it"),
         ((tmp_path / "nowhere", "--to", video), r"no such file or folder"),
         (
             (image, "--to", video, "--set", "temporal=true"),
