@@ -21,7 +21,7 @@ LEVELS = {
     "stdit.files": -1,
     "stdit.media": 0.5,
     "stdit.models": 1,
-    "stdit.ops": 0.5,
+    "stdit.ops": 1,
     "stdit.diffusion": 1,
     "stdit.encoders": 1,
     "stdit.data": 1,

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from stdit.config.model import QKNorm
 from stdit.models.embeddings import Rope, rotate
-from stdit.ops.onednn import Linear
 
 # Back ends that take boolean masks (xformers would add them as 0 and 1); all others leave masked attention to NATIVE.
 MASKED = frozenset(
@@ -132,10 +131,10 @@ class Attention(nn.Module, AttentionModuleMixin):
     ) -> None:
         super().__init__()
         self.num_heads, self.window_size = num_heads, window_size
-        self.qkv = Linear(hidden_size, 3 * hidden_size)
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.q_norm = _head_norm(qk_norm, hidden_size, num_heads)
         self.k_norm = _head_norm(qk_norm, hidden_size, num_heads)
-        self.proj = Linear(hidden_size, hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
         self.rel_pos_h = self.rel_pos_w = None
         if window_size and relative:
             self.rel_pos_h = nn.Parameter(torch.zeros(2 * window_size - 1, hidden_size // num_heads))
@@ -231,11 +230,11 @@ class CrossAttention(nn.Module, AttentionModuleMixin):
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: QKNorm | None = None) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q_linear = Linear(hidden_size, hidden_size)
-        self.kv_linear = Linear(hidden_size, 2 * hidden_size)
+        self.q_linear = nn.Linear(hidden_size, hidden_size)
+        self.kv_linear = nn.Linear(hidden_size, 2 * hidden_size)
         self.q_norm = _head_norm(qk_norm, hidden_size, num_heads)
         self.k_norm = _head_norm(qk_norm, hidden_size, num_heads)
-        self.proj = Linear(hidden_size, hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
         self.processor: Any = AttentionProcessor()
 
     def keys_values(self, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from stdit.config.model import ModelConfig
 from stdit.models.attention import Attention
 from stdit.models.pruning import Chosen, Parts, cut, for_some
-from stdit.ops.onednn import Linear
 
 # Of the Gumbel sigmoid, as published.
 TEMPERATURE = 5.0
@@ -77,7 +76,7 @@ class Dynamic(nn.Module):
             self.groups = nn.Linear(width, heads - 1)
         if config.dynamic_tokens:
             inner = max(1, width // 16)
-            self.tokens = nn.Sequential(Linear(width, inner), nn.ReLU(), nn.Linear(inner, 1))
+            self.tokens = nn.Sequential(nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, 1))
 
     @torch.no_grad()
     def open(self) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from stdit.config.model import ModelConfig
 from stdit.models.embeddings import Grid
-from stdit.ops.onednn import Linear, linear_gelu
 
 
 class Mlp(nn.Module):
@@ -23,14 +22,14 @@ class Mlp(nn.Module):
     def __init__(self, inputs: int, hidden: int, outputs: int, gelu: Literal["tanh", "erf"]) -> None:
         super().__init__()
         self.gelu = "none" if gelu == "erf" else gelu
-        self.fc1 = Linear(inputs, hidden)
-        self.fc2 = Linear(hidden, outputs)
+        self.fc1 = nn.Linear(inputs, hidden)
+        self.fc2 = nn.Linear(hidden, outputs)
 
     def forward(self, x: Tensor, grid: Grid | None = None, groups: Tensor | None = None) -> Tensor:
         """groups: 1 for inner channels that run, 0 for those that do not; (…, inner size)."""
         if groups is not None:
             return self.fc2(F.gelu(self.fc1(x) * groups, approximate=self.gelu))
-        return self.fc2(linear_gelu(self.fc1, x, self.gelu))
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
 
 
 class SwiGLU(nn.Module):
@@ -38,8 +37,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size: int, inner: int) -> None:
         super().__init__()
-        self.w12 = Linear(hidden_size, 2 * inner)
-        self.w3 = Linear(inner, hidden_size)
+        self.w12 = nn.Linear(hidden_size, 2 * inner)
+        self.w3 = nn.Linear(inner, hidden_size)
 
     def forward(self, x: Tensor, grid: Grid | None = None, groups: Tensor | None = None) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)
@@ -65,7 +64,7 @@ class ConvMlp(Mlp):
         assert grid is not None
         assert groups is None
         t, h, w = grid
-        y = linear_gelu(self.fc1, x, self.gelu)
+        y = F.gelu(self.fc1(x), approximate=self.gelu)
         if isinstance(self.depthwise_conv, nn.Conv3d):
             y = rearrange(y, "b t (h w) f -> b f t h w", h=h, w=w)
             y = torch.cat([y[:, :, :1], y, y[:, :, -1:]], dim=2)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 
 from stdit.models.attention import Attention
 from stdit.models.mlp import Mlp, SwiGLU
-from stdit.ops.onednn import is_bare
 
 # Bytes of weights that are cut down ahead of sampling in any case; of larger models as many as they have themselves.
 AHEAD = 256 * 2**20
@@ -100,10 +100,25 @@ def _linears(mlp: Mlp | SwiGLU) -> tuple[nn.Linear, nn.Linear]:
     return (mlp.w12, mlp.w3) if isinstance(mlp, SwiGLU) else (mlp.fc1, mlp.fc2)
 
 
+def is_bare(layer: nn.Module) -> bool:
+    """Whether calling `layer` is its weight's product and nothing else: an nn.Linear without hooks of torch, accelerate
+    or diffusers, whose forward is torch's or one marked `is_linear` (stdit.ops.onednn), and whose weight is there
+    (ZeRO-3 leaves (0,) between calls)."""
+    if type(layer) is not nn.Linear:
+        return False
+    own = layer.__dict__.get("forward")
+    replaced = own is not None and not getattr(own, "is_linear", False)
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    hooked = hooked or hasattr(layer, "_hf_hook") or hasattr(layer, "_diffusers_hook")
+    return not (replaced or hooked) and layer.weight.ndim == 2 and not layer.weight.is_meta
+
+
 def _like(module: Any) -> Any:
-    """A copy whose parts may be replaced without a change to `module`."""
+    """A shallow copy whose submodules may be replaced without a change to `module`."""
     made = copy.copy(module)
     made.__dict__["_modules"] = dict(module._modules)
+    if "forward" in module.__dict__:  # is bound to `module`
+        made.forward = MethodType(module.forward.__func__, made)
     return made
 
 

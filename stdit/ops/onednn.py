@@ -1,14 +1,21 @@
-"""Linear layers of the tokens, by the faster of the two libraries that torch brings for a CPU.
+"""float32 products of linear layers by oneDNN instead of torch's default (MKL), on CPUs.
 
-torch gives every float32 product to MKL, which on processors that are not Intel's uses half their vector width; oneDNN,
-which torch has too and keeps for bfloat16 and convolutions, uses all of it. One thread of an EPYC (Zen 5): 118 against
-265 GFLOP/s at 256 x 384 x 1536, forward and backward alike. Results differ in the last digits, as between two machines.
+    names = apply(model)     # layers stay nn.Linear, state_dict and all; apply again after adding layers
+    remove(model)            # plain again
+
+torch multiplies float32 with MKL, which uses half of the vector width of processors other than Intel's; oneDNN, which
+torch ships for bfloat16 and convolutions, uses all of it. One thread of an EPYC (Zen 5): 118 against 265 GFLOP/s at
+256 x 384 x 1536, forward and backward alike. Results differ in the last digits, as between two machines.
+
+A layer's `forward` is replaced on the instance, as accelerate does it. Copies (copy.deepcopy) are applied too; pickles
+are plain. Calls that oneDNN cannot serve (other devices and types, autocast, torch.func, exports, ZeRO-3) go to F.linear.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -16,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-# Weights below this many numbers stay with torch's own product: there is little to win.
-SMALLEST = 2**15
+# Smaller weights keep torch's product: there is little to gain.
+MIN_WEIGHT = 2**15
 
-# The operator is not a published one: only as it is known is it used.
+# The operator is private to torch: it is used only while its signature is the one expected here.
 SCHEMA = (
     "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y"
 )
@@ -43,7 +50,7 @@ def onednn_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """
     return (
         _AVAILABLE
-        and weight.numel() >= SMALLEST
+        and weight.numel() >= MIN_WEIGHT
         and x.ndim >= 2
         and x.device.type == "cpu"
         and weight.device.type == "cpu"
@@ -174,34 +181,42 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product(x.contiguous(), weight, bias) if onednn_serves(x, weight, bias) else F.linear(x, weight, bias)
 
 
-class Linear(nn.Linear):
-    """nn.Linear, with products by oneDNN where `onednn_serves`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., K) -> (..., N)."""
-        return linear(input, self.weight, self.bias)
+def forward(layer: nn.Linear, input: Tensor) -> Tensor:
+    """nn.Linear.forward by oneDNN. Named so that a pickled layer, which stores its method by name, loads as a plain one."""
+    return linear(input, layer.weight, layer.bias)
 
 
-def linear_gelu(layer: nn.Module, x: Tensor, approximate: str) -> Tensor:
-    """gelu(layer(x)); in one pass where that is possible and nobody listens to the layer or has replaced it."""
-    alone = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _all_are_heard())
-    if alone and type(layer) is Linear and is_bare(layer) and onednn_serves(x, layer.weight, layer.bias):
-        operator = torch.ops.mkldnn._linear_pointwise
-        return operator(x.contiguous(), layer.weight, layer.bias, "gelu", [], approximate)
-    return F.gelu(layer(x), approximate=approximate)
+# For code that has to know that a layer's forward is still its weights' product (stdit.models.pruning).
+forward.is_linear = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def _all_are_heard() -> bool:
-    """Whether somebody listens to every module's calls (profilers, counters of FLOPs)."""
-    modules = nn.modules.module
-    return bool(modules._global_forward_hooks or modules._global_forward_pre_hooks)
+def apply(model: nn.Module) -> list[str]:
+    """Lets oneDNN compute the products of `model`'s nn.Linear layers; names of those where it does, [] without oneDNN.
+
+    Left alone: small layers, subclasses of nn.Linear, and layers whose forward something else has replaced.
+    """
+    if not _AVAILABLE:
+        return []
+    names = []
+    for name, layer in model.named_modules():
+        if type(layer) is not nn.Linear or layer.in_features * layer.out_features < MIN_WEIGHT:
+            continue
+        if not is_applied(layer):
+            own = layer.__dict__.get("forward")
+            if own is not None and getattr(own, "__func__", None) is not nn.Linear.forward:  # the latter: unpickled
+                continue
+            layer.forward = MethodType(forward, layer)
+        names.append(name)
+    return names
 
 
-def is_bare(layer: Any) -> bool:
-    """Whether calling `layer` is its weight's product and nothing else: of torch's class or ours, with no hook of torch,
-    accelerate or diffusers and no other forward, and its weight there (ZeRO-3 leaves (0,) between calls)."""
-    if type(layer) not in (nn.Linear, Linear):
-        return False
-    told = layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__
-    hooked = told or hasattr(layer, "_hf_hook") or hasattr(layer, "_diffusers_hook")
-    return not hooked and layer.weight.ndim == 2 and not layer.weight.is_meta
+def remove(model: nn.Module) -> None:
+    """Undoes `apply`."""
+    for layer in model.modules():
+        if is_applied(layer):
+            del layer.__dict__["forward"]
+
+
+def is_applied(layer: nn.Module) -> bool:
+    """Whether `layer` itself computes by oneDNN where it can."""
+    return getattr(layer.__dict__.get("forward"), "__func__", None) is forward

@@ -39,11 +39,15 @@ MODELS: dict[str, dict[str, Any]] = {
 BUCKETS = [(2, 1, 8, 8, 5), (2, 4, 8, 8, 7), (3, 4, 8, 12, 7), (2, 8, 12, 8, 3), (1, 1, 12, 8, 6), (2, 2, 16, 8, 4)]
 
 
+def nothing_is_compiled() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
 @pytest.fixture(autouse=True)
 def nothing_compiled() -> Iterator[None]:
     """Compiled code belongs to the function, not to the model: begin and end without any."""
-    torch._dynamo.reset()
-    counters.clear()
+    nothing_is_compiled()
     yield
     torch._dynamo.reset()
 
@@ -99,6 +103,27 @@ def test_buckets_that_were_seen_compile_nothing(tiny: Tiny, noise: Noise, name: 
     assert graphs() == seen
 
 
+@pytest.mark.parametrize("name", ["dit", "stdit3"])
+def test_onednn_adds_no_graph_and_compiles_no_bucket_twice(
+    tiny: Tiny, noise: Noise, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "MIN_WEIGHT", 1)
+    counts = []
+    for by_onednn in (False, True):
+        nothing_is_compiled()
+        model = tiny(**MODELS[name], depth=4)
+        model.compile_repeated_blocks(backend="eager")
+        if by_onednn:
+            assert bool(onednn.apply(model)) == onednn._AVAILABLE
+        for bucket in BUCKETS[:4]:
+            model(**inputs(model, noise, bucket))
+        counts.append(graphs())
+    assert counts[0] == counts[1]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for bucket in BUCKETS[3::-1]:
+            model(**inputs(model, noise, bucket))
+
+
 @pytest.mark.parametrize("name", ["dit", "pixart", "stdit"])
 def test_a_whole_model_compiles_no_bucket_twice(tiny: Tiny, noise: Noise, name: str) -> None:
     model = tiny(**MODELS[name])
@@ -114,10 +139,11 @@ def test_a_whole_model_compiles_no_bucket_twice(tiny: Tiny, noise: Noise, name: 
 def test_compiled_blocks_train_to_the_same_gradients(
     tiny: Tiny, noise: Noise, recompute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onednn, "SMALLEST", 1)
+    monkeypatch.setattr(onednn, "MIN_WEIGHT", 1)
     gradients = []
     for compiled in (False, True):
         model = tiny(**MODELS["stdit"]).train()
+        onednn.apply(model)
         if recompute:
             model.enable_gradient_checkpointing()
         if compiled:
@@ -130,8 +156,9 @@ def test_compiled_blocks_train_to_the_same_gradients(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dit", "stdit"])
 def test_inductor_gives_the_same(tiny: Tiny, noise: Noise, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "SMALLEST", 1)
+    monkeypatch.setattr(onednn, "MIN_WEIGHT", 1)
     model = tiny(**MODELS[name])
+    onednn.apply(model)
     expected = [model(**inputs(model, noise, bucket)).sample for bucket in BUCKETS[:3]]
     model.compile_repeated_blocks()
     with torch.no_grad():

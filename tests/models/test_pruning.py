@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
-from stdit.models.pruning import Chosen, Parts, cut, cut_ahead
+from stdit.models.pruning import Chosen, Parts, _cut_linear, cut, cut_ahead, is_bare
 from stdit.models.stdit import STDiT
+from stdit.ops import onednn
 
 Blocks = list[tuple[Parts, Chosen]]
 
@@ -49,3 +51,25 @@ def test_all_choices_come_to_the_host_at_once(blocks: Blocks, monkeypatch: pytes
     monkeypatch.setattr(torch.Tensor, "cpu", counted)
     cut_ahead(blocks)
     assert [shape[0] for shape in fetched] == [5]
+
+
+def test_a_bare_layer_is_its_weight_alone() -> None:
+    layer = nn.Linear(256, 192)
+    onednn.apply(layer)
+    assert is_bare(layer)
+    assert is_bare(nn.Linear(2, 2))
+    assert not is_bare(nn.Linear(2, 2, device="meta"))
+    assert not is_bare(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+    replaced = nn.Linear(2, 2)
+    replaced.forward = lambda input: input
+    assert not is_bare(replaced)
+    layer._hf_hook = None  # as accelerate leaves one  # pyright: ignore[reportAttributeAccessIssue,reportArgumentType]
+    assert not is_bare(layer)
+
+
+def test_pruned_layers_by_onednn_compute_with_their_own_weights(noise: Callable[..., torch.Tensor]) -> None:
+    layer = nn.Linear(256, 256)
+    onednn.apply(layer)
+    pruned = _cut_linear(layer, torch.tensor([1, 3]), 4, stacked=1)
+    x = noise(3, 256)
+    torch.testing.assert_close(pruned(x), layer(x).unflatten(1, (4, 64))[:, [1, 3]].flatten(1), rtol=1e-4, atol=1e-5)

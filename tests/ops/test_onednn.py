@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,28 +16,25 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from stdit.models.stdit import STDiT
-from stdit.ops import onednn as room
-from stdit.ops.onednn import SMALLEST, Linear, is_bare, linear_gelu, onednn_serves
+from stdit.ops import onednn
+from stdit.ops.onednn import MIN_WEIGHT, apply, is_applied, onednn_serves, remove
 
 Noise = Callable[..., torch.Tensor]
-needs_onednn = pytest.mark.skipif(not room._AVAILABLE, reason="this CPU's products are torch's own")
+needs_onednn = pytest.mark.skipif(not onednn._AVAILABLE, reason="this CPU's products are torch's own")
 
 
 @pytest.fixture
-def layer() -> Linear:
+def layer() -> nn.Linear:
     torch.manual_seed(0)
-    return Linear(256, 192)
-
-
-def test_it_is_a_linear_layer(layer: Linear) -> None:
-    assert isinstance(layer, nn.Linear)
-    assert list(layer.state_dict()) == list(nn.Linear(256, 192).state_dict())
+    layer = nn.Linear(256, 192)
+    apply(layer)
+    return layer
 
 
 @pytest.mark.parametrize("shape", [(7, 256), (1, 256), (0, 256), (2, 3, 5, 256)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_values_and_gradients_are_those_of_torch(
-    layer: Linear, noise: Noise, shape: tuple[int, ...], transposed: bool
+    layer: nn.Linear, noise: Noise, shape: tuple[int, ...], transposed: bool
 ) -> None:
     x = noise(*reversed(shape)).permute(*reversed(range(len(shape)))) if transposed else noise(*shape)
     outgoing = noise(192).expand(*shape[:-1], 192)  # not contiguous
@@ -46,7 +46,7 @@ def test_values_and_gradients_are_those_of_torch(
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
 
 
-def test_second_derivatives_are_those_of_torch(layer: Linear, noise: Noise) -> None:
+def test_second_derivatives_are_those_of_torch(layer: nn.Linear, noise: Noise) -> None:
     found = []
     for run in (layer, lambda x: F.linear(x, layer.weight, layer.bias)):
         x = noise(5, 256).requires_grad_()
@@ -55,26 +55,11 @@ def test_second_derivatives_are_those_of_torch(layer: Linear, noise: Noise) -> N
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("approximate", ["tanh", "none"])
-def test_gelu_in_one_pass_is_gelu(layer: Linear, noise: Noise, approximate: str) -> None:
-    x = noise(3, 5, 256)
-    expected = F.gelu(F.linear(x, layer.weight, layer.bias), approximate=approximate)
-    with torch.no_grad():
-        torch.testing.assert_close(linear_gelu(layer, x, approximate), expected.detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(linear_gelu(layer, x, approximate), expected)
-
-
-def test_hooks_on_a_layer_are_heard(layer: Linear, noise: Noise) -> None:
-    layer.register_forward_hook(lambda *args: torch.zeros(3, 192))
-    with torch.no_grad():
-        assert not linear_gelu(layer, noise(3, 256), "tanh").any()
-
-
 @needs_onednn
 def test_it_serves_plain_float32_alone(noise: Noise, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = noise(2, 256), noise(192, 256)
     assert onednn_serves(x, weight, None)
-    assert not onednn_serves(x, noise(SMALLEST // 256 - 1, 256), None)
+    assert not onednn_serves(x, noise(MIN_WEIGHT // 256 - 1, 256), None)
     assert not onednn_serves(x.bfloat16(), weight.bfloat16(), None)
     assert not onednn_serves(x.to("meta"), weight.to("meta"), None)
     with torch.autocast("cpu", torch.bfloat16):
@@ -101,7 +86,7 @@ class Subclass(torch.Tensor):
     """Of which the operator knows nothing."""
 
 
-def test_a_precision_that_torch_cannot_name_is_no_error(layer: Linear, noise: Noise) -> None:
+def test_a_precision_that_torch_cannot_name_is_no_error(layer: nn.Linear, noise: Noise) -> None:
     backend: Any = torch.backends.mkldnn
     products = backend.matmul
     before = products.fp32_precision
@@ -113,34 +98,25 @@ def test_a_precision_that_torch_cannot_name_is_no_error(layer: Linear, noise: No
         products.fp32_precision = before
 
 
-def test_forward_mode_keeps_its_tangent(layer: Linear, noise: Noise) -> None:
+def test_forward_mode_keeps_its_tangent(layer: nn.Linear, noise: Noise) -> None:
     x = noise(2, 256)
     with forward_ad.dual_level():
         tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x))).tangent
     torch.testing.assert_close(tangent, F.linear(x, layer.weight))
 
 
-def test_a_hook_on_all_modules_is_heard(layer: Linear, noise: Noise) -> None:
-    heard = []
-    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: heard.append(module))
-    with torch.no_grad():
-        linear_gelu(layer, noise(3, 256), "tanh")
-    handle.remove()
-    assert heard == [layer]
-
-
 @pytest.mark.parametrize("run", [lambda f, x: torch.func.vmap(f)(x), lambda f, x: torch.func.jvp(f, (x,), (x,))[1]])
-def test_function_transforms_pass_through(layer: Linear, noise: Noise, run: Callable[..., torch.Tensor]) -> None:
+def test_function_transforms_pass_through(layer: nn.Linear, noise: Noise, run: Callable[..., torch.Tensor]) -> None:
     x = noise(3, 2, 256)
     torch.testing.assert_close(run(layer, x), run(lambda x: F.linear(x, layer.weight, layer.bias), x))
 
 
-def test_autocast_gives_bfloat16(layer: Linear, noise: Noise) -> None:
+def test_autocast_gives_bfloat16(layer: nn.Linear, noise: Noise) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(noise(2, 256)).dtype == torch.bfloat16
 
 
-def test_its_work_is_counted(layer: Linear, noise: Noise) -> None:
+def test_its_work_is_counted(layer: nn.Linear, noise: Noise) -> None:
     with FlopCounterMode(display=False) as counter:
         layer(noise(4, 3, 256))
     assert counter.get_total_flops() == 2 * 12 * 256 * 192
@@ -151,9 +127,11 @@ def test_a_model_by_either_library_trains_alike(
     tiny: Callable[..., STDiT], noise: Noise, recompute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gradients = []
-    for smallest in (10**9, 1):
-        monkeypatch.setattr(room, "SMALLEST", smallest)
+    monkeypatch.setattr(onednn, "MIN_WEIGHT", 1)
+    for by_onednn in (False, True):
         model = tiny(text_dim=6).train()
+        if by_onednn:
+            assert not onednn._AVAILABLE or apply(model)
         if recompute:
             model.enable_gradient_checkpointing()
         model(noise(2, 3, 2, 4, 4), torch.tensor([3.0, 500.0]), noise(2, 4, 6)).sample.square().mean().backward()
@@ -161,7 +139,7 @@ def test_a_model_by_either_library_trains_alike(
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
 
 
-def test_many_gradients_at_once_are_those_of_torch(layer: Linear, noise: Noise) -> None:
+def test_many_gradients_at_once_are_those_of_torch(layer: nn.Linear, noise: Noise) -> None:
     x, outgoing = noise(2, 3, 256).requires_grad_(), noise(4, 2, 3, 192, seed=1)
     found = []
     for run in (layer, lambda x: F.linear(x, layer.weight, layer.bias)):
@@ -170,7 +148,7 @@ def test_many_gradients_at_once_are_those_of_torch(layer: Linear, noise: Noise) 
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_keep_their_tangents(layer: Linear, noise: Noise) -> None:
+def test_gradients_keep_their_tangents(layer: nn.Linear, noise: Noise) -> None:
     x, outgoing = noise(3, 256).requires_grad_(), noise(3, 192)
     y = layer(x)
     with forward_ad.dual_level():
@@ -181,7 +159,7 @@ def test_gradients_keep_their_tangents(layer: Linear, noise: Noise) -> None:
 
 @pytest.mark.parametrize("run", [lambda f, x: torch.func.vmap(f)(x), lambda f, x: torch.func.jvp(f, (x,), (x,))[1]])
 def test_compiled_function_transforms_pass_through(
-    layer: Linear, noise: Noise, run: Callable[..., torch.Tensor]
+    layer: nn.Linear, noise: Noise, run: Callable[..., torch.Tensor]
 ) -> None:
     x = noise(3, 2, 256)
     found = torch.compile(lambda x: run(layer, x), backend="eager")(x)
@@ -189,7 +167,7 @@ def test_compiled_function_transforms_pass_through(
 
 
 @needs_onednn
-def test_compiled_graphs_have_ours_and_exported_ones_torchs(layer: Linear, noise: Noise) -> None:
+def test_compiled_graphs_have_ours_and_exported_ones_torchs(layer: nn.Linear, noise: Noise) -> None:
     operators: list[str] = []
 
     def listed(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
@@ -207,10 +185,76 @@ def test_compiled_graphs_have_ours_and_exported_ones_torchs(layer: Linear, noise
     assert [str(node.target) for node in exported if node.op == "call_function"] == ["aten.linear.default"]
 
 
-def test_a_bare_layer_is_its_weight_alone(layer: Linear) -> None:
-    assert is_bare(layer)
-    assert is_bare(nn.Linear(2, 2))
-    assert not is_bare(nn.Linear(2, 2, device="meta"))
-    assert not is_bare(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
-    layer._hf_hook = None  # as accelerate leaves one  # pyright: ignore[reportAttributeAccessIssue,reportArgumentType]
-    assert not is_bare(layer)
+class Marked(nn.Linear):
+    """A layer of somebody else's."""
+
+
+@needs_onednn
+def test_layers_stay_plain_and_keep_names_and_types() -> None:
+    model = nn.Sequential(nn.Linear(256, 192), nn.Linear(4, 4), Marked(256, 192), nn.LayerNorm(4))
+    types, keys = [type(m) for m in model], list(model.state_dict())
+    assert apply(model) == ["0"]
+    assert [is_applied(m) for m in model] == [True, False, False, False]
+    assert apply(model) == ["0"]  # again changes nothing
+    assert [type(m) for m in model] == types
+    assert list(model.state_dict()) == keys
+    remove(model)
+    assert not any("forward" in m.__dict__ for m in model)
+
+
+@needs_onednn
+def test_a_replaced_forward_is_left_alone() -> None:
+    layer = nn.Linear(256, 192)
+    layer.forward = lambda input: input  # as accelerate's hooks do
+    assert apply(layer) == []
+    remove(layer)
+    assert "forward" in layer.__dict__
+
+
+@needs_onednn
+def test_copies_compute_with_their_own_weights_and_pickles_are_plain(layer: nn.Linear, noise: Noise) -> None:
+    x = noise(3, 256)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        with torch.no_grad():
+            other.weight.zero_()
+            other.bias.zero_()
+        assert not other(x).any()
+        assert layer(x).any()
+    assert is_applied(copy.deepcopy(layer))
+    loaded = pickle.loads(pickle.dumps(layer))
+    assert not is_applied(loaded)
+    assert apply(loaded) == [""]
+    assert is_applied(loaded)
+
+
+def test_saved_and_loaded_it_is_the_same_model(
+    tiny: Callable[..., STDiT], noise: Noise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "MIN_WEIGHT", 1)
+    model = tiny(text_dim=6).eval()
+    apply(model)
+    model.save_pretrained(tmp_path)
+    loaded = STDiT.from_pretrained(tmp_path).eval()
+    assert not any(is_applied(m) for m in loaded.modules())
+    args = noise(2, 3, 2, 4, 4), torch.tensor([3.0, 500.0]), noise(2, 4, 6)
+    torch.testing.assert_close(loaded(*args).sample, model(*args).sample, rtol=1e-4, atol=1e-5)
+
+
+def test_other_types_go_to_torch(layer: nn.Linear, noise: Noise) -> None:
+    x = noise(3, 256)
+    layer.to(torch.bfloat16)
+    torch.testing.assert_close(layer(x.bfloat16()), F.linear(x.bfloat16(), layer.weight, layer.bias))
+    layer.to("meta")
+    assert layer(x.to("meta")).is_meta
+
+
+@needs_onednn
+def test_quantisation_by_exact_type_finds_every_layer(tiny: Callable[..., STDiT], monkeypatch: Any) -> None:
+    monkeypatch.setattr(onednn, "MIN_WEIGHT", 1)
+    model = tiny(text_dim=6).eval()
+    linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    assert apply(model) == linears
+    assert all(type(model.get_submodule(name)) is nn.Linear for name in linears)
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    found = {f"{type(module).__module__}.{type(module).__name__}" for name in linears for module in [quantized.get_submodule(name)]}
+    assert found == {"torch.ao.nn.quantized.dynamic.modules.linear.Linear"}
