@@ -256,5 +256,9 @@ def test_quantisation_by_exact_type_finds_every_layer(tiny: Callable[..., STDiT]
     assert apply(model) == linears
     assert all(type(model.get_submodule(name)) is nn.Linear for name in linears)
     quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-    found = {f"{type(module).__module__}.{type(module).__name__}" for name in linears for module in [quantized.get_submodule(name)]}
+    found = {
+        f"{type(module).__module__}.{type(module).__name__}"
+        for name in linears
+        for module in [quantized.get_submodule(name)]
+    }
     assert found == {"torch.ao.nn.quantized.dynamic.modules.linear.Linear"}
