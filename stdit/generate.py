@@ -251,7 +251,7 @@ def generate(
     fps: float = 8.0,
     threads: int = 1,
     device: str | None = None,
-    seeds: int = 1,
+    videos_per_prompt: int = 1,
     lora: Sequence[LoRASource] = (),
     base: Path | str | None = None,
     overwrite: bool = False,
@@ -263,7 +263,7 @@ def generate(
     """
     job = open_job(
         run, prompts, out, shape, sampler, weights=weights, batch_size=batch_size, fps=fps, threads=threads,
-        seeds=seeds, lora=lora, base=base, overwrite=overwrite,
+        videos_per_prompt=videos_per_prompt, lora=lora, base=base, overwrite=overwrite,
     )  # fmt: skip
     return finish(job, run_groups(job, device, progress))
 

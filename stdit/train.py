@@ -158,7 +158,7 @@ def backward(engine: Engine, inputs: Inputs, batch: Batch, step: int) -> tuple[T
     inputs.seed_layers(step, batch.positions)
     given = inputs.given(x0, step, batch.positions)
     if given is not None:
-        condition["given_frames"] = given
+        condition["conditioning_frames"] = given
     used = []
 
     def predict(x: Tensor, s: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def frames_of(path: Path) -> np.ndarray:
 
 def test_every_prompt_and_seed_has_a_file_a_row_and_a_place_on_the_sheet(runs: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    rows = make(runs["text"], out, seeds=2, fps=12.5)
+    rows = make(runs["text"], out, videos_per_prompt=2, fps=12.5)
     assert rows == [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
     assert [(r["index"], r["seed"]) for r in rows] == [(i, s) for i in range(5) for s in (0, 1)]
     files = {r["file"] for r in rows}
@@ -84,7 +84,7 @@ def test_every_prompt_and_seed_has_a_file_a_row_and_a_place_on_the_sheet(runs: d
 
 
 def test_a_file_holds_the_very_pixels_that_the_pipeline_draws(runs: dict[str, Path], tmp_path: Path) -> None:
-    rows = make(runs["text"], tmp_path, seeds=1)
+    rows = make(runs["text"], tmp_path, videos_per_prompt=1)
     pipe = STDiTPipeline.from_pretrained(runs["text"])
     made = items(PROMPTS, 1, ".mp4")
     output = pipe(
@@ -158,7 +158,7 @@ def test_an_empty_file_does_not_count_as_made(runs: dict[str, Path], tmp_path: P
     ("change", "told"),
     [
         ({"sampler": SamplerConfig(steps=3, guidance_scale=2.0)}, "steps: 2 then, 3 now"),
-        ({"seeds": 2}, "seeds: 1 then, 2 now"),
+        ({"videos_per_prompt": 2}, "videos_per_prompt: 1 then, 2 now"),
         ({"shape": Bucket(frames=2, height=16, width=16)}, "shape: 4x16x16 then, 2x16x16 now"),
         ({"prompts": PROMPTS[:4]}, "prompts: "),
         ({"weights": "model"}, "weights: ema then, model now"),

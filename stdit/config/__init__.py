@@ -24,7 +24,7 @@ from stdit.config.data import (
     token_grid,
     tokens,
 )
-from stdit.config.diffusion import DiffusionConfig, GivenFramesConfig, SamplerConfig
+from stdit.config.diffusion import DiffusionConfig, FrameConditioningConfig, SamplerConfig
 from stdit.config.evaluate import EvaluationConfig
 from stdit.config.generate import GenerateConfig, LoRASource
 from stdit.config.load import (
@@ -68,9 +68,9 @@ __all__ = [
     "EvaluationConfig",
     "ExtractBucket",
     "ExtractConfig",
+    "FrameConditioningConfig",
     "Frozen",
     "GenerateConfig",
-    "GivenFramesConfig",
     "InitConfig",
     "LoRAConfig",
     "LoRASource",

@@ -9,55 +9,71 @@ from pydantic import Field, model_validator
 from stdit.config.base import Frozen, Positive, Share
 
 
-class GivenFramesConfig(Frozen):
-    """Shares of the training clips of which some frames are given: kept as they are, told time 0, out of the loss.
+class FrameConditioningConfig(Frozen):
+    """Shares of the training clips with conditioning frames, which stay clean, have timestep 0 and are out of the loss.
 
-    first: the first one (image-to-video). head, tail: some at the beginning or the end (extension). ends: the first and
-    the last (looping, in-betweening). random: any. Images give none.
+    The shares sum to at most 1; what is left of 1 trains without conditioning frames, as do images.
     """
 
     first: Share = 0.0
+    """The first frame (image-to-video)."""
     head: Share = 0.0
+    """Some frames at the beginning (forward extension)."""
     tail: Share = 0.0
+    """Some frames at the end (backward extension)."""
     ends: Share = 0.0
+    """The first and the last frame (interpolation, looping)."""
     random: Share = 0.0
+    """Any frames (in-betweening)."""
 
     @model_validator(mode="after")
-    def _sum(self) -> GivenFramesConfig:
+    def _sum(self) -> FrameConditioningConfig:
         total = self.first + self.head + self.tail + self.ends + self.random
         if total > 1 + 1e-9:
-            raise ValueError(f"the shares of given_frames sum to {total:g}, which is more than 1")
+            raise ValueError(f"the shares of frame_conditioning sum to {total:g}, which is more than 1")
         return self
 
 
 class DiffusionConfig(Frozen):
-    """What the model is asked to predict, at which times. t = 0 is data, t = 1 is noise."""
+    """Training objective and timestep distribution. t = 0 is data, t = 1 is noise."""
 
     objective: Literal["flow", "ddpm"] = "flow"
-    # flow matching (Esser et al. 2024); what is predicted: Open-Sora 1.2 has the opposite sign
+    """flow: rectified flow / flow matching (Esser et al. 2024). ddpm: noise prediction on a discrete schedule, with the
+    variance learned where `model.learned_variance` says so (Nichol & Dhariwal 2021)."""
     velocity: Literal["noise_minus_data", "data_minus_noise"] = "noise_minus_data"
+    """Sign of the velocity that a flow model predicts: diffusers, SD3 and Open-Sora 2; Open-Sora 1.2 has the opposite."""
     time_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
+    """Distribution of training timesteps (flow)."""
     logit_mean: float = 0.0
+    """Mean of the logit-normal distribution; above 0 favours noisier timesteps."""
     logit_std: float = Field(default=1.0, gt=0)
-    shift: float = Field(default=1.0, gt=0)
-    # Latent (frames, height, width) at which the shift is `shift`; larger latents are shifted
-    # further, by sqrt(area ratio) * sqrt(frames ratio). None: the same shift everywhere.
+    """Standard deviation of the logit-normal distribution."""
+    flow_shift: float = Field(default=1.0, gt=0)
+    """Timestep shift of training and sampling, t' = s t / (1 + (s - 1) t); above 1 spends more steps on noisy timesteps."""
     shift_base: tuple[Positive, Positive, Positive] | None = None
-    # DDPM
+    """Latent (frames, height, width) at which the shift is `flow_shift`; a larger latent is shifted further, by
+    sqrt(area ratio) * sqrt(frames ratio). null: the same shift at every size."""
     noise_schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"
+    """Beta schedule (ddpm), by diffusers' names."""
     num_train_timesteps: Positive = 1000
-    # Both: the share of samples whose condition is dropped, for classifier-free guidance.
+    """Length of the noise schedule (ddpm)."""
     label_dropout: Share = 0.1
+    """Share of samples whose class label becomes the null class, for classifier-free guidance."""
     caption_dropout: Share = 0.1
-    given_frames: GivenFramesConfig = GivenFramesConfig()
+    """Share of samples whose caption becomes the null caption (and label the null class), for classifier-free guidance."""
+    frame_conditioning: FrameConditioningConfig = FrameConditioningConfig()
+    """Training on clips with conditioning frames: image-to-video, extension, in-betweening."""
 
 
 class SamplerConfig(Frozen):
-    """How videos are drawn from a model; diffusers' schedulers do the steps."""
+    """How videos are sampled; diffusers' schedulers take the steps."""
 
-    # flow_euler is flow matching's; ddim and ddpm (ancestral) are DDPM's; dpm_solver and unipc draw from both.
     scheduler: Literal["flow_euler", "ddim", "ddpm", "dpm_solver", "unipc"] = "flow_euler"
+    """flow_euler samples flow models; ddim and ddpm (ancestral) DDPM models; dpm_solver and unipc both."""
     steps: Positive = 50
+    """Number of sampling steps."""
     guidance_scale: float = Field(default=4.0, ge=0)
-    # Latent channels that are guided, from the first. None: all (diffusers, Latte); 3 of 4 is DiT's and PixArt's own way.
+    """Classifier-free guidance scale; 1 is no guidance, at half the cost."""
     guidance_channels: Positive | None = None
+    """Number of latent channels that are guided, from the first. null: all (diffusers, Latte); 3 of 4 is what DiT's and
+    PixArt's own code does."""

@@ -11,43 +11,56 @@ from stdit.config.base import Frozen, Positive
 
 
 class LoRASource(Frozen):
-    """An adapter: the folder of its safetensors, or the run that trained it. Several are added up."""
+    """A LoRA adapter; several are added up."""
 
     path: Path
+    """Folder of its safetensors, or the run (or checkpoint) that trained it."""
     scale: float = 1.0
+    """Factor on what the adapter adds."""
 
 
 class GenerateConfig(Frozen):
-    """Videos for a file of prompts (`python -m pipelines.generate_videos --run … --prompts … --out …`)."""
+    """Videos for a file of prompts (`python -m stdit.generate --run … --prompts … --out …`)."""
 
-    # A run directory, one of its checkpoints, or a folder that STDiTPipeline.save_pretrained wrote.
     run: Path
+    """A run directory, one of its checkpoints, or a folder that STDiTPipeline.save_pretrained wrote."""
     weights: Literal["ema", "model"] = "ema"
+    """Weights of a run: the exponential moving average, or those of the last step."""
     lora: tuple[LoRASource, ...] = ()
-    # Of a run of adapters or a control branch: where the weights that it belongs to lie now, if they were moved (a folder of
-    # weights, a checkpoint or a run). None: where they lay in training, or where the run's init.source says.
+    """LoRA adapters to load."""
     base: Path | None = None
-    # Text, a prompt a line; or JSONL (stdit/inference/prompts.py).
+    """Base weights of a LoRA or control run, if they were moved (a folder of weights, a checkpoint or a run). null: where
+    they were in training."""
     prompts: Path
+    """Text, one prompt per line; or JSONL with prompt, class, seed, name (stdit/inference/prompts.py)."""
     out: Path
-    # Pixels; None: of the largest bucket that the run was trained on.
+    """Folder for the videos, the manifest and the contact sheet."""
     frames: Positive | None = None
+    """Number of frames; 1 makes images. null: of the largest video bucket that the run was trained on, or of the largest
+    image bucket where it has none."""
     height: Positive | None = None
+    """Height in pixels. null: as `frames`."""
     width: Positive | None = None
-    # None: as the run's own samples were drawn (its samples.sampler).
+    """Width in pixels. null: as `frames`."""
     scheduler: Literal["flow_euler", "ddim", "ddpm", "dpm_solver", "unipc"] | None = None
+    """null: the run's `samples.sampler`, as for the next three."""
     steps: Positive | None = None
+    """Number of sampling steps."""
     guidance_scale: float | None = Field(default=None, ge=0)
+    """Classifier-free guidance scale; 1 is no guidance."""
     guidance_channels: Positive | None = None
-    # Videos for each prompt, each from a seed of its own.
-    seeds: Positive = 1
+    """Number of latent channels that are guided, from the first."""
+    videos_per_prompt: Positive = 1
+    """Videos for each prompt, from consecutive seeds."""
     fps: float = Field(default=8.0, gt=0, le=1000)
-    # Videos drawn at a time. Groups are cut from the file of prompts, so the same settings give the same videos.
+    """Frames per second: of the files, and the condition of models with an fps micro-condition."""
     batch_size: Positive = 8
+    """Videos sampled at a time. Batches are cut from the file of prompts, so the same settings give the same videos."""
     workers: Positive = 1
-    # CPU threads of each worker.
+    """Pipelines that sample in parallel (under Ray)."""
     threads: Positive = 1
-    # None: cuda where there is one.
+    """CPU threads of each worker."""
     device: Literal["cpu", "cuda"] | None = None
-    # Removes what another request left in `out`, which is else an error.
+    """null: cuda where there is one."""
     overwrite: bool = False
+    """Removes videos that other settings left in `out`, which is an error otherwise."""

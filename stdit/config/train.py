@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from stdit.config.base import Frozen, NonNegative, Positive, Share
 from stdit.config.data import Bucket, DataConfig
-from stdit.config.diffusion import DiffusionConfig, GivenFramesConfig, SamplerConfig
+from stdit.config.diffusion import DiffusionConfig, FrameConditioningConfig, SamplerConfig
 from stdit.config.model import ModelConfig
 
 
@@ -203,9 +203,12 @@ class Config(Frozen):
             raise ValueError(
                 f"samples.sampler.scheduler {sampler} draws from objective ddpm; this run's diffusion.objective is flow"
             )
-        if self.model.conditioning == "cross_attention" and self.diffusion.given_frames != GivenFramesConfig():
+        if (
+            self.model.conditioning == "cross_attention"
+            and self.diffusion.frame_conditioning != FrameConditioningConfig()
+        ):
             raise ValueError(
-                "diffusion.given_frames: model.conditioning cross_attention tells all frames one time; choose another"
+                "diffusion.frame_conditioning: model.conditioning cross_attention tells all frames one time; choose another"
             )
         steps = self.diffusion.num_train_timesteps
         if self.model.exit_depths and self.diffusion.objective == "ddpm" and steps != 1000:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stdit.config import GivenFramesConfig
+from stdit.config import FrameConditioningConfig
 
 PATTERNS = ("first", "head", "tail", "ends", "random")
 
 
-def given_frames(config: GivenFramesConfig, which: Tensor, length: Tensor, order: Tensor) -> Tensor | None:
+def sample_frame_mask(config: FrameConditioningConfig, which: Tensor, length: Tensor, order: Tensor) -> Tensor | None:
     """(B, T) bool, True where a frame is given; None where the config gives none, and for images, which have but one.
 
     which, length (B,), uniform in [0, 1): the pattern, and how many frames, of 1 to T - 1. order (B, T): any distinct

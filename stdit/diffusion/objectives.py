@@ -160,7 +160,7 @@ class DDPM:
         return torch.where(step == 0, _mean(decoder, given), _mean(divergence, given)) / math.log(2)
 
 
-def drawn_from(model: Model, config: DiffusionConfig) -> Model:
+def with_scheduler_sign(model: Model, config: DiffusionConfig) -> Model:
     """`model` with the sign that diffusers' schedulers draw from, noise - x0."""
     if config.objective == "ddpm" or config.velocity == "noise_minus_data":
         return model

@@ -65,7 +65,7 @@ def check_sampler(sampler: SamplerConfig, diffusion: DiffusionConfig) -> None:
         )
 
 
-def fitting(sampler: SamplerConfig, diffusion: DiffusionConfig) -> SamplerConfig:
+def compatible_scheduler(sampler: SamplerConfig, diffusion: DiffusionConfig) -> SamplerConfig:
     """`sampler`, with the usual scheduler of the objective in place of one that cannot draw from it."""
     if diffusion.objective in OBJECTIVES[sampler.scheduler]:
         return sampler
@@ -163,7 +163,7 @@ def _begin_with_signal(scheduler: Any) -> None:
         scheduler.sigmas[0].clamp_(max=((1 - total[last]) / total[last]).sqrt().item())
 
 
-class Given(NamedTuple):
+class FrameCondition(NamedTuple):
     """Frames that are not drawn: frames (B or 1, T) bool, True where they are; latents (B or 1, C, T, H, W), of which only
     those frames are looked at."""
 
@@ -184,7 +184,7 @@ def sample(
     generator: torch.Generator | list[torch.Generator] | None = None,
     on_step: Callable[[int, Tensor, Tensor], Tensor] | None = None,
     *,
-    given: Given | None = None,
+    given: FrameCondition | None = None,
     ahead: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Draws from `model`, which predicts what the scheduler's objective does, beginning at noise `x` (B, C, T, H, W).

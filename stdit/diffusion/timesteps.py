@@ -15,16 +15,16 @@ TIMESTEPS = 1000
 
 
 def shift_for(config: DiffusionConfig, latent: tuple[int, int, int]) -> float:
-    """The shift r of a latent (T, H, W): `shift` times sqrt(area ratio) times sqrt(frames ratio) to `shift_base`.
+    """The shift r of a latent (T, H, W): `flow_shift` times sqrt(area ratio) times sqrt(frames ratio) to `shift_base`.
 
     A larger latent repeats more of its content, so that the same noise hides less of it and more time must be spent
     near t = 1 (Esser et al. 2024, section 5.3.2; with frames as in Open-Sora 1.2). Smaller latents are shifted less.
     """
     if config.shift_base is None:
-        return config.shift
+        return config.flow_shift
     frames, height, width = latent
     base_frames, base_height, base_width = config.shift_base
-    return config.shift * math.sqrt(height * width / (base_height * base_width)) * math.sqrt(frames / base_frames)
+    return config.flow_shift * math.sqrt(height * width / (base_height * base_width)) * math.sqrt(frames / base_frames)
 
 
 def shift_times(t: Tensor, r: float) -> Tensor:

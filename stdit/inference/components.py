@@ -10,7 +10,7 @@ from typing import Any
 from diffusers.models.modeling_utils import ModelMixin
 
 from stdit.config import DiffusionConfig, SamplerConfig, validate
-from stdit.diffusion.schedulers import fitting, make_scheduler
+from stdit.diffusion.schedulers import compatible_scheduler, make_scheduler
 from stdit.encoders.text import SUFFIXES, components, text_encoder_from_identity
 from stdit.encoders.video import VideoEncoder, video_encoder_from_identity
 from stdit.models.control import STDiTControl
@@ -49,7 +49,7 @@ def parts_of(run: Path, weights: Weights, given: dict[str, Any]) -> dict[str, An
     if "scheduler" not in parts:
         sampler = validate(identity["config"]["samples"]["sampler"], SamplerConfig, f"{run}: samples.sampler")
         parts["scheduler"] = make_scheduler(
-            fitting(sampler, diffusion), diffusion, (1, 1, 1), transformer.settings.learned_variance
+            compatible_scheduler(sampler, diffusion), diffusion, (1, 1, 1), transformer.settings.learned_variance
         )
     return {
         "transformer": transformer,

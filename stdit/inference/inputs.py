@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from stdit.config import Bucket, ModelConfig
-from stdit.diffusion.schedulers import Given
+from stdit.diffusion.schedulers import FrameCondition
 from stdit.encoders.encoded import Encoded
 from stdit.encoders.video import VideoEncoder
 from stdit.inference.prompts import label_id
@@ -185,7 +185,9 @@ def check_output(output_type: str, callback_inputs: Sequence[str]) -> None:
     if output_type not in ("pil", "np", "pt", "latent"):
         raise ValueError(f"output_type {output_type!r}: expected pil, np, pt or latent")
     if set(callback_inputs) - {"latents"}:
-        raise ValueError(f"callbacks are given latents alone, asked for {list(callback_inputs)}")
+        raise ValueError(
+            f"callback_on_step_end_tensor_inputs: only latents can be passed on, found {list(callback_inputs)}"
+        )
 
 
 def checked_scale(scale: float) -> float:
@@ -219,7 +221,7 @@ def initial_noise(shape: tuple[int, ...], generator: Any, latents: Tensor | None
 
 
 def encoded(
-    encoder: VideoEncoder, processor: VideoProcessor, video: Any, clip: Bucket, name: str = "given_video"
+    encoder: VideoEncoder, processor: VideoProcessor, video: Any, clip: Bucket, name: str = "conditioning_video"
 ) -> Tensor:
     """An image or video in any form that diffusers knows -> normalised latents (B, C, t, h, w). ValueError: of another size."""
     if isinstance(video, Image.Image):
@@ -235,7 +237,7 @@ def encoded(
 
 def given(
     frames: Frames | None, latents: Tensor | None, shape: tuple[int, ...], patch: int, device: torch.device
-) -> Given | None:
+) -> FrameCondition | None:
     """The frames that are not drawn, of latents of `shape` (B, C, T, h, w); patch: latent frames of one patch.
 
     frames: (B or 1, T) or (T,) bool, or latent frame numbers (-1 is the last); None: as many of the first as `latents`
@@ -245,32 +247,34 @@ def given(
     if latents is None:
         if frames is None:
             return None
-        raise ValueError("given_frames needs given_latents or given_video, what stands in those frames")
+        raise ValueError(
+            "conditioning_frames needs conditioning_latents or conditioning_video, what stands in those frames"
+        )
     batch, channels, length, *plane = shape
     expected = f"(1 or {batch}, {channels}, frames, {', '.join(map(str, plane))})"
     fits = latents.ndim == 5 and latents.shape[0] in (1, batch) and latents.shape[1] == channels
     if not fits or list(latents.shape[3:]) != plane or not 0 < latents.shape[2] <= length:
         raise ValueError(
-            f"given latents have shape {tuple(latents.shape)}; expected {expected}, of 1 to {length} frames"
+            f"conditioning_latents have shape {tuple(latents.shape)}; expected {expected}, of 1 to {length} frames"
         )
     numbers, mask = _given_numbers(frames, latents.shape[2], batch, length)
     if (part := mask.unflatten(1, (-1, patch))).any(2).ne(part.all(2)).any():
         raise ValueError(
-            f"given_frames {numbers[0]}: {patch} latent frames share a patch, which is given whole or not at all"
+            f"conditioning_frames {numbers[0]}: {patch} latent frames share a patch, which is given whole or not at all"
         )
     whole = latents.to(device, torch.float32)
     if latents.shape[2] != length:
         count = latents.shape[2]
         if wrong := next((row for row in numbers if len(row) != count), None):
             raise ValueError(
-                f"given latents have {count} frames, given_frames names {len(wrong)}; give as many, or the whole clip of {length}"
+                f"conditioning_latents have {count} frames, conditioning_frames names {len(wrong)}; give as many, or the whole clip of {length}"
             )
         rows = max(len(numbers), len(whole))
         spread = torch.zeros(rows, channels, length, *plane, device=device)
         for i in range(rows):
             spread[i][:, numbers[i % len(numbers)]] = whole[i % len(whole)]
         whole = spread
-    return Given(mask.to(device), whole)
+    return FrameCondition(mask.to(device), whole)
 
 
 def _given_numbers(frames: Frames | None, count: int, batch: int, length: int) -> tuple[list[list[int]], Tensor]:
@@ -279,16 +283,18 @@ def _given_numbers(frames: Frames | None, count: int, batch: int, length: int) -
         mask = frames[None] if frames.ndim == 1 else frames
         if frames.dtype != torch.bool or mask.ndim != 2 or mask.shape[1] != length or len(mask) not in (1, batch):
             raise ValueError(
-                f"given_frames is {frames.dtype} of shape {tuple(frames.shape)}; expected bool of (1 or {batch}, {length}), "
+                f"conditioning_frames is {frames.dtype} of shape {tuple(frames.shape)}; expected bool of (1 or {batch}, {length}), "
                 f"{length} latent frames"
             )
         return [row.nonzero().flatten().tolist() for row in mask.cpu()], mask
     named = list(range(count)) if frames is None else [int(number) for number in frames]
     if wrong := [number for number in named if not -length <= number < length]:
-        raise ValueError(f"given_frames names latent frame {wrong[0]}; this clip has {length}, 0 to {length - 1}")
+        raise ValueError(
+            f"conditioning_frames names latent frame {wrong[0]}; this clip has {length}, 0 to {length - 1}"
+        )
     numbers = [number % length for number in named]
     if len(set(numbers)) < len(numbers):
-        raise ValueError(f"given_frames {named} names a frame twice")
+        raise ValueError(f"conditioning_frames {named} names a frame twice")
     mask = torch.zeros(1, length, dtype=torch.bool)
     mask[0, numbers] = True
     return [numbers], mask

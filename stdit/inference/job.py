@@ -26,7 +26,7 @@ from stdit.config import (
     validate,
 )
 from stdit.diffusion.guidance import check_channels
-from stdit.diffusion.schedulers import check_sampler, fitting
+from stdit.diffusion.schedulers import check_sampler, compatible_scheduler
 from stdit.files import atomic_write, fingerprint_file
 from stdit.inference.prompts import Item, Prompt, items, read_prompts
 from stdit.training import adapters, checkpoint
@@ -88,7 +88,7 @@ def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
         if "diffusion" not in index:
             raise ConfigError(f"{run} holds a {index.get('_class_name')}, not an STDiTPipeline")
         diffusion = validate(index["diffusion"], DiffusionConfig, f"{run}/model_index.json: diffusion")
-        default = fitting(SamplerConfig(), diffusion)
+        default = compatible_scheduler(SamplerConfig(), diffusion)
         facts = {"run": str(run), "checkpoint": None, "step": None, "weights": None}
         return Source(run.resolve(), weights, facts, _fingerprint(run / "transformer"), diffusion, default, None)
     transformer = checkpoint.trained_folder(run, weights)
@@ -105,7 +105,7 @@ def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
         {**facts, "samples_seen": identity["samples_seen"]},
         _fingerprint(transformer),
         diffusion,
-        fitting(sampler, diffusion),
+        compatible_scheduler(sampler, diffusion),
         largest,
     )
 
@@ -156,7 +156,7 @@ def open_job(
     batch_size: int = 8,
     fps: float = 8.0,
     threads: int = 1,
-    seeds: int = 1,
+    videos_per_prompt: int = 1,
     lora: Sequence[LoRASource] = (),
     base: Path | str | None = None,
     overwrite: bool = False,
@@ -179,7 +179,7 @@ def open_job(
     job = Job(
         source,
         Path(out).absolute(),
-        tuple(items(prompts, seeds, suffix)),
+        tuple(items(prompts, videos_per_prompt, suffix)),
         shape,
         sampler,
         batch_size,
@@ -195,7 +195,7 @@ def open_job(
         "shape": shape.key,
         **sampler.model_dump(),
         "weights": weights,
-        "seeds": seeds,
+        "videos_per_prompt": videos_per_prompt,
         "fps": job.fps,
         "batch_size": batch_size,
         "threads": job.threads,
@@ -262,5 +262,5 @@ def job_of(config: GenerateConfig) -> Job:
     return open_job(
         config.run, read_prompts(config.prompts), config.out, Bucket(**known), sampler,
         weights=config.weights, batch_size=config.batch_size, fps=config.fps, threads=config.threads,
-        seeds=config.seeds, lora=config.lora, base=config.base, overwrite=config.overwrite,
+        videos_per_prompt=config.videos_per_prompt, lora=config.lora, base=config.base, overwrite=config.overwrite,
     )  # fmt: skip

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stdit.config import Bucket, DiffusionConfig, SamplerConfig, token_grid, validate
 from stdit.diffusion.guidance import check_channels, guided
-from stdit.diffusion.objectives import drawn_from
+from stdit.diffusion.objectives import with_scheduler_sign
 from stdit.diffusion.schedulers import is_flow, make_scheduler, sample, shifted
 from stdit.diffusion.timesteps import shift_for
 from stdit.encoders.encoded import Encoded
@@ -189,9 +189,9 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
         negative_prompt_embeds: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
         negative_pooled_prompt_embeds: Tensor | None = None,
-        given_frames: Frames | None = None,
-        given_latents: Tensor | None = None,
-        given_video: Any = None,
+        conditioning_frames: Frames | None = None,
+        conditioning_latents: Tensor | None = None,
+        conditioning_video: Any = None,
         control: STDiTControl | None = None,
         control_image: Any = None,
         control_video: Any = None,
@@ -218,10 +218,10 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
             latents: the noise to begin from, (B, C, t, h, w), in place of the generator's.
             prompt_embeds, prompt_attention_mask: features (B, L, D) and mask (B, L) in place of prompts;
                 pooled_prompt_embeds (B, P) for models with a pooled vector. negative_…: likewise, of one row or B.
-            given_frames: latent frames that are not drawn but given, as numbers or bool (B or 1, t): the first for
+            conditioning_frames: latent frames that are not drawn but given, as numbers or bool (B or 1, t): the first for
                 image-to-video, the first few for extension, first and last ([0, -1]) for a loop, any for in-betweening.
                 None: as many of the first as are given.
-            given_latents, given_video: what stands in them: normalised latents (B or 1, C, frames, h, w), or an image or
+            conditioning_latents, conditioning_video: what stands in them: normalised latents (B or 1, C, frames, h, w), or an image or
                 video for the autoencoder in any form that diffusers knows, 0 to 1; the whole clip, or those frames alone.
             control: a control branch in place of the pipeline's own.
             control_image, control_video, control_latents: its condition, one of the three: an image for all frames; a
@@ -260,11 +260,11 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
         negative = None if scale == 1 else teller.negative(asked, cond, batch)
         cond |= micro_conditions(settings, clip, checked_fps(fps, num_frames), device)
         shape = (batch, encoder.channels, *latent)
-        if given_video is not None:
-            given_latents = self._encode(encoder, given_video, given_latents, clip)
-        kept = given(given_frames, given_latents, shape, settings.patch_size[0], device)
+        if conditioning_video is not None:
+            conditioning_latents = self._encode(encoder, conditioning_video, conditioning_latents, clip)
+        kept = given(conditioning_frames, conditioning_latents, shape, settings.patch_size[0], device)
         if kept is not None:
-            cond["given_frames"] = kept.frames.expand(batch, -1)
+            cond["conditioning_frames"] = kept.frames.expand(batch, -1)
         conditions = {
             "control_image": control_image, "control_video": control_video, "control_latents": control_latents
         }  # fmt: skip
@@ -289,7 +289,7 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
             wake(self.transformer)
             wake(branch)
             model = Sampled(self.transformer, branch, scale=control_scale)
-            steered = guided(drawn_from(model, self.diffusion), scale, negative, guidance_channels)
+            steered = guided(with_scheduler_sign(model, self.diffusion), scale, negative, guidance_channels)
             x = sample(
                 steered, scheduler, noise, num_inference_steps, cond, generator, on_step, given=kept, ahead=model.expect
             )
@@ -312,7 +312,7 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
     def _encode(self, encoder: VideoEncoder, video: Any, latents: Tensor | None, clip: Bucket) -> Tensor:
         """The latents of `video`. ValueError: there are latents already, or it is not of the clip's size."""
         if latents is not None:
-            raise ValueError("give given_latents or given_video, not both")
+            raise ValueError("give conditioning_latents or conditioning_video, not both")
         wake(self.vae)
         return encoded(encoder, self.video_processor, video, clip)
 

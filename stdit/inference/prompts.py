@@ -100,15 +100,15 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", plain)[:SLUG_LENGTH].strip("-") or "prompt"
 
 
-def items(prompts: Sequence[Prompt], seeds: int, suffix: str) -> list[Item]:
-    """All videos to make, in the order of the prompts: `seeds` of each, from its own seed upwards.
+def items(prompts: Sequence[Prompt], videos_per_prompt: int, suffix: str) -> list[Item]:
+    """All videos to make, in the order of the prompts: `videos_per_prompt` of each, from its own seed upwards.
 
     A name begins with the prompt's index, so that no two are the same whatever the prompts are.
     """
     return [
         Item(i, p, p.seed + k, f"{i:05d}-{slug(p.name or p.text or f'class {p.class_label}')}-seed{p.seed + k}{suffix}")
         for i, p in enumerate(prompts)
-        for k in range(seeds)
+        for k in range(videos_per_prompt)
     ]
 
 
@@ -156,7 +156,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
         ("scheduler", str, "flow_euler, ddim, ddpm, dpm_solver or unipc (default: the run's)"),
         ("steps", int, "sampling steps (default: the run's)"),
         ("guidance", float, "guidance scale, 1 for none (default: the run's)"),
-        ("seeds", int, "videos for each prompt (default: 1)"),
+        ("videos-per-prompt", int, "videos for each prompt (default: 1)"),
         ("fps", float, "frames a second of the files (default: 8)"),
         ("batch-size", int, "videos drawn at a time (default: 8)"),
         ("workers", int, "pipelines at work at a time, under Ray (default: 1)"),

@@ -19,7 +19,7 @@ def check_inputs(
     text: tuple[Tensor | None, Tensor | None, Tensor | None],
     class_labels: Tensor | None,
     drop: Tensor | None,
-    given_frames: Tensor | None,
+    conditioning_frames: Tensor | None,
     micro: Mapping[str, Any],
     conditions: object | None,
 ) -> Grid:
@@ -34,8 +34,8 @@ def check_inputs(
     if conditions is None:
         check_told(settings, batch, text, class_labels, drop)
         _check_scalars(settings, batch, {"timestep": timestep, **micro})
-        if given_frames is not None:
-            _check_given(settings, given_frames, (batch, latents.shape[2]))
+        if conditioning_frames is not None:
+            _check_given(settings, conditioning_frames, (batch, latents.shape[2]))
     elif settings.position_reference is not None:
         _check_scalars(settings.model_copy(update={"micro_conditions": ()}), batch, {"timestep": 0, **micro})
     return grid
@@ -184,11 +184,13 @@ def _known(value: Any) -> bool:
 
 def _check_given(settings: ModelConfig, given: Tensor, expected: tuple[int, int]) -> None:
     if not isinstance(given, Tensor):
-        raise ValueError(f"given_frames is a {type(given).__name__}; expected a tensor {expected}")
+        raise ValueError(f"conditioning_frames is a {type(given).__name__}; expected a tensor {expected}")
     if tuple(given.shape) != expected:
-        raise ValueError(f"given_frames has shape {tuple(given.shape)}; expected (samples, latent frames) {expected}")
+        raise ValueError(
+            f"conditioning_frames has shape {tuple(given.shape)}; expected (samples, latent frames) {expected}"
+        )
     if settings.conditioning == "cross_attention":
-        raise ValueError("given_frames: conditioning cross_attention tells all frames one time")
+        raise ValueError("conditioning_frames: conditioning cross_attention tells all frames one time")
 
 
 def _check_text(

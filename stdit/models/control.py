@@ -148,7 +148,7 @@ class STDiTControl(STDiT):
         frames: Tensor | None = None,
         aspect_ratio: Tensor | None = None,
         pooled_projections: Tensor | None = None,
-        given_frames: Tensor | None = None,
+        conditioning_frames: Tensor | None = None,
         conditions: Conditions | None = None,
         generator: Generators = None,
     ) -> tuple[Tensor, ...]:
@@ -161,14 +161,22 @@ class STDiTControl(STDiT):
         micro = {"fps": fps, "frames": frames, "height": height, "width": width, "aspect_ratio": aspect_ratio}
         text = (encoder_hidden_states, encoder_attention_mask, pooled_projections)
         grid = check_inputs(
-            self.settings, hidden_states, timestep, text, class_labels, drop_condition, given_frames, micro, conditions
+            self.settings,
+            hidden_states,
+            timestep,
+            text,
+            class_labels,
+            drop_condition,
+            conditioning_frames,
+            micro,
+            conditions,
         )
         self.check_control(control, hidden_states)
         tokens = self.x_embedder(hidden_states).unflatten(1, (grid[0], -1))  # (B, T, S, D)
         x, places = self._placed(tokens, grid, (height, width))
         x = x + self._control_tokens(control, grid).to(x.dtype)
         if conditions is None:
-            conditions = self._conditions(timestep, text, class_labels, drop_condition, given_frames, micro, x)
+            conditions = self._conditions(timestep, text, class_labels, drop_condition, conditioning_frames, micro, x)
         x, places, conditions = self._joined(x, places, conditions, grid)
 
         recompute: Callable[..., Any] | None = None

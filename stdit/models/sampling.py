@@ -78,7 +78,7 @@ class Sampled:
         self._control = None if self.branch is None else told.pop("control")
         text = (told.get(TEXT[0]), told.get(TEXT[1]), told.get(TEXT[2]))
         micro = {name: told.get(name) for name in MICRO}
-        labels, drop, frames = (told.get(n) for n in ("class_labels", "drop_condition", "given_frames"))
+        labels, drop, frames = (told.get(n) for n in ("class_labels", "drop_condition", "conditioning_frames"))
         check_inputs(self.model.settings, x_t, t, text, labels, drop, frames, micro, None)
         if text[0] is not None and text[1] is not None:
             if self.model.settings.null_text == "empty" and not bool((seen := text[1].bool().any(1)).all()):
@@ -116,13 +116,13 @@ class Sampled:
                 text = (told.get(TEXT[0]), told.get(TEXT[1]), told.get(TEXT[2]))
                 labels, drop = told.get("class_labels"), told.get("drop_condition")
                 self._known = tuple(part.know(text, labels, drop, micro) for part in self._parts)
-            frames = told.get("given_frames")
+            frames = told.get("conditioning_frames")
             if frames is not None and frames.stride(0) == 0:
                 frames = frames[:1]
             times = self._times[step : step + self._at_once(frames)]
             self._ahead = {}  # freed before more is made
             made = [
-                part.prepare(times, known=known, given_frames=frames)
+                part.prepare(times, known=known, conditioning_frames=frames)
                 for part, known in zip(self._parts, self._known, strict=True)
             ]
             self._ahead = {step + i: each for i, each in enumerate(zip(*made, strict=True))}

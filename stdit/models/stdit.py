@@ -146,7 +146,7 @@ class STDiT(Telling, ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         frames: Tensor | None = None,
         aspect_ratio: Tensor | None = None,
         pooled_projections: Tensor | None = None,
-        given_frames: Tensor | None = None,
+        conditioning_frames: Tensor | None = None,
         block_residuals: Sequence[Tensor] = (),
         conditions: Conditions | None = None,
         generator: Generators = None,
@@ -167,7 +167,7 @@ class STDiT(Telling, ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
                 and width), else not looked at; height and width, in pixels, also where there is a position_reference.
             aspect_ratio: (B,) or (1,), told with `size`; None: height / width.
             pooled_projections: (B, pooled_dim), the vector that comes with the text; None is zeros.
-            given_frames: (B, T) bool, True for latent frames that are given, not drawn: they are told time 0.
+            conditioning_frames: (B, T) bool, True for latent frames that are given, not drawn: they are told time 0.
             block_residuals: added to the tokens after the first blocks, (B, T, S, D) each (a control branch's).
             conditions: of `prepare`, in place of the time and all that follows it.
             generator: of the drop path's and the routers' choices in training, one, or one for each sample; None: torch's.
@@ -183,12 +183,20 @@ class STDiT(Telling, ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         micro = {"fps": fps, "frames": frames, "height": height, "width": width, "aspect_ratio": aspect_ratio}
         text = (encoder_hidden_states, encoder_attention_mask, pooled_projections)
         grid = check_inputs(
-            self.settings, hidden_states, timestep, text, class_labels, drop_condition, given_frames, micro, conditions
+            self.settings,
+            hidden_states,
+            timestep,
+            text,
+            class_labels,
+            drop_condition,
+            conditioning_frames,
+            micro,
+            conditions,
         )
         tokens = self.x_embedder(hidden_states)  # (B, T S, D)
         x, places = self._placed(tokens.unflatten(1, (grid[0], -1)), grid, (height, width))
         if conditions is None:
-            conditions = self._conditions(timestep, text, class_labels, drop_condition, given_frames, micro, x)
+            conditions = self._conditions(timestep, text, class_labels, drop_condition, conditioning_frames, micro, x)
         x, places, conditions = self._joined(x, places, conditions, grid)
         check_residuals(block_residuals, tuple(x.shape), len(self.blocks))
 

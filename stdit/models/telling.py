@@ -71,14 +71,14 @@ class Telling(nn.Module):
         pooled_projections: Tensor | None = None,
         class_labels: Tensor | None = None,
         drop_condition: Tensor | None = None,
-        given_frames: Tensor | None = None,
+        conditioning_frames: Tensor | None = None,
         known: Known | None = None,
         **micro: Tensor | None,
     ) -> list[Conditions]:
         """What `forward` takes as `conditions`, for each of `timesteps` (N,), the rest as forward's: all times in one
         product, the text and its keys and values once. Memory: N times each block's modulation.
 
-        known: of `know`, in place of all but given_frames; it serves any number of calls."""
+        known: of `know`, in place of all but conditioning_frames; it serves any number of calls."""
         weight = self.x_embedder.proj.weight
         if known is None:
             text = (encoder_hidden_states, encoder_attention_mask, pooled_projections)
@@ -86,9 +86,9 @@ class Telling(nn.Module):
         rest, told, keys_values = known
         time = self.t_embedder(timesteps.to(weight.device), weight.dtype)
         own = code = time[:, None, None]  # (N, 1, 1, D)
-        if given_frames is not None:
+        if conditioning_frames is not None:
             still = self.t_embedder(torch.zeros(1, device=weight.device), weight.dtype)
-            code = torch.where(self._given(given_frames)[..., None], still, code)
+            code = torch.where(self._given(conditioning_frames)[..., None], still, code)
         code, own = (c if rest is None else c + rest[:, None] for c in (code, own))  # (N, B or 1, T or 1, D)
         if self.settings.conditioning in ("in_context", "cross_attention"):
             each = [self._assembled(*both, told) for both in zip(code, own, strict=True)]
@@ -176,7 +176,7 @@ class Telling(nn.Module):
         text: tuple[Tensor | None, Tensor | None, Tensor | None],
         class_labels: Tensor | None,
         drop: Tensor | None,
-        given_frames: Tensor | None,
+        conditioning_frames: Tensor | None,
         micro: dict[str, Any],
         x: Tensor,
     ) -> Conditions:
@@ -184,15 +184,15 @@ class Telling(nn.Module):
         times = as_vector(timestep, x.device)
         time = self.t_embedder(times, x.dtype)  # (B or 1, D)
         own = code = time[:, None]
-        if given_frames is not None:
+        if conditioning_frames is not None:
             still = self.t_embedder(torch.zeros(1, device=x.device), x.dtype)
-            code = torch.where(self._given(given_frames)[..., None], still, code)
+            code = torch.where(self._given(conditioning_frames)[..., None], still, code)
         code, own = (c if rest is None else c + rest[:, None] for c in (code, own))
         return self._timed(self._assembled(code, own, told), times, time)
 
-    def _given(self, given_frames: Tensor) -> Tensor:
+    def _given(self, conditioning_frames: Tensor) -> Tensor:
         """(B, T) of latent frames -> (B, T) of patches: those of which every frame is given."""
-        return given_frames.bool().unflatten(1, (-1, self.patch_size[0])).all(2)
+        return conditioning_frames.bool().unflatten(1, (-1, self.patch_size[0])).all(2)
 
     def _told(
         self,

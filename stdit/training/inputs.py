@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stdit.config import Config, GivenFramesConfig, ModelConfig
+from stdit.config import Config, FrameConditioningConfig, ModelConfig
 from stdit.data.features import EmptyCaption
 from stdit.data.loader import Batch
-from stdit.diffusion.frame_conditioning import given_frames
+from stdit.diffusion.frame_conditioning import sample_frame_mask
 from stdit.diffusion.objectives import DDPM, FlowMatching
 from stdit.diffusion.randomness import generators, normal, seed_for, uniform
 
@@ -99,14 +99,14 @@ class Inputs:
     def given(self, x0: Tensor, step: int, positions: tuple[int, ...]) -> Tensor | None:
         """Frames (B, T) that are given, by the config's shares, whole patches of them (the model tells time 0 to those
         alone); None where there are none."""
-        shares, patch = self.config.diffusion.given_frames, self.config.model.patch_size[0]
+        shares, patch = self.config.diffusion.frame_conditioning, self.config.model.patch_size[0]
         patches = x0.shape[2] // patch
-        if patches == 1 or shares == GivenFramesConfig():
+        if patches == 1 or shares == FrameConditioningConfig():
             return None
         seed = self.config.seed
         which, length = (uniform(seed, f"given {what}", step, positions, self.device) for what in ("pattern", "length"))
         order = normal((patches,), seed, "given order", step, positions, self.device)
-        mask = given_frames(shares, which, length, order)
+        mask = sample_frame_mask(shares, which, length, order)
         return None if mask is None else mask.repeat_interleave(patch, 1)
 
     def dropped(self, condition: dict[str, Tensor], step: int, positions: tuple[int, ...]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from stdit.config import Bucket, Config, latent_shape
 from stdit.data.loader import Batch, Stream, collate
 from stdit.diffusion.guidance import guided
-from stdit.diffusion.objectives import drawn_from
+from stdit.diffusion.objectives import with_scheduler_sign
 from stdit.diffusion.schedulers import make_scheduler, sample
 from stdit.encoders.video import VideoEncoder, video_encoder_from_identity
 from stdit.models.control import Controlled
@@ -137,7 +137,7 @@ class Preview:
             predict = Sampled(model.base, model.control) if isinstance(model, Controlled) else Sampled(model)
             scale = wanted.sampler.guidance_scale if self._conditional else 1.0
             negative = self.inputs.empty(len(batch)) if scale != 1 else {}
-            velocity = drawn_from(predict, config.diffusion)
+            velocity = with_scheduler_sign(predict, config.diffusion)
             steered = guided(velocity, scale, negative or None, channels=wanted.sampler.guidance_channels)
             generators = [torch.Generator().manual_seed(p) for p in batch.positions]
             condition = condition_of(batch, config.model, self.ranks.device) | size

@@ -7,8 +7,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from stdit.config import DiffusionConfig, GivenFramesConfig
-from stdit.diffusion.frame_conditioning import PATTERNS, given_frames
+from stdit.config import DiffusionConfig, FrameConditioningConfig
+from stdit.diffusion.frame_conditioning import PATTERNS, sample_frame_mask
 from stdit.diffusion.objectives import make_objective
 from stdit.diffusion.randomness import normal, uniform
 
@@ -17,7 +17,9 @@ MANY = 4000
 
 def masks(frames: int = 5, /, **shares: float) -> Tensor | None:
     which, length = (uniform(0, purpose, 0, range(MANY)) for purpose in ("which", "length"))
-    return given_frames(GivenFramesConfig(**shares), which, length, normal((frames,), 0, "order", 0, range(MANY)))
+    return sample_frame_mask(
+        FrameConditioningConfig(**shares), which, length, normal((frames,), 0, "order", 0, range(MANY))
+    )
 
 
 def found(frames: int = 5, /, **shares: float) -> set[tuple[int, ...]]:
@@ -50,7 +52,7 @@ def test_images_and_configs_without_shares_give_nothing() -> None:
 
 def test_shares_beyond_one_are_refused() -> None:
     with pytest.raises(ValidationError, match=r"sum to 1\.2, which is more than 1"):
-        GivenFramesConfig(first=0.6, head=0.6)
+        FrameConditioningConfig(first=0.6, head=0.6)
 
 
 @pytest.mark.parametrize("learned", [False, True])

@@ -127,11 +127,11 @@ def test_what_samples_share_stays_shared() -> None:
 
     fps, frames = torch.tensor([8.0]), torch.tensor([[True, False]]).expand(3, -1)
     times = torch.tensor([900.0, 100.0])
-    guided(model, 3.0)(X, times[1].expand(3), {"fps": fps, "given_frames": frames, "height": torch.arange(3.0)})
+    guided(model, 3.0)(X, times[1].expand(3), {"fps": fps, "conditioning_frames": frames, "height": torch.arange(3.0)})
     t, cond = seen[0]
     assert (t.shape, t.stride(), t.data_ptr()) == ((6,), (0,), times[1].data_ptr())
     assert (cond["fps"].shape, cond["fps"].stride(0)) == ((6,), 0)
-    assert (cond["given_frames"].shape, cond["given_frames"].stride(0)) == ((6, 2), 0)
+    assert (cond["conditioning_frames"].shape, cond["conditioning_frames"].stride(0)) == ((6, 2), 0)
     assert cond["height"].tolist() == [0, 1, 2, 0, 1, 2]
     assert cond["drop_condition"].tolist() == [False] * 3 + [True] * 3
 

@@ -10,7 +10,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
 from stdit.config import DiffusionConfig
-from stdit.diffusion.objectives import DDPM, FlowMatching, drawn_from, make_objective, normal_kl
+from stdit.diffusion.objectives import DDPM, FlowMatching, make_objective, normal_kl, with_scheduler_sign
 from stdit.diffusion.randomness import normal, uniform
 
 SHAPE = (2, 3, 4, 4)  # C, T, H, W
@@ -150,9 +150,9 @@ def test_open_soras_velocity_is_the_opposite() -> None:
     config = DiffusionConfig(velocity="data_minus_noise")
     flow = make_objective(config, learned_variance=False)
     assert torch.equal(flow.loss(lambda x, t: -velocity(x, t), DATA, NOISE, TIMES), torch.zeros(5))
-    model = drawn_from(lambda x, t, cond: -velocity(x, t), config)
+    model = with_scheduler_sign(lambda x, t, cond: -velocity(x, t), config)
     assert torch.equal(model(DATA, TIMES, {}), velocity(DATA, TIMES))
-    assert drawn_from(model, FLOW) is model
+    assert with_scheduler_sign(model, FLOW) is model
 
 
 @pytest.mark.parametrize("objective", [FlowMatching(FLOW), DDPM(SCHEDULES[0], True)])

@@ -17,18 +17,18 @@ from torch import Tensor
 from stdit.config import DiffusionConfig, SamplerConfig
 from stdit.diffusion.guidance import Model
 from stdit.diffusion.randomness import normal
-from stdit.diffusion.schedulers import OBJECTIVES, Given, is_ours, make_scheduler, sample, set_steps, shifted
+from stdit.diffusion.schedulers import OBJECTIVES, FrameCondition, is_ours, make_scheduler, sample, set_steps, shifted
 from stdit.diffusion.timesteps import shift_times
 
 MEAN, STD = 1.5, 0.5
 LATENT = (2, 8, 8)
-FLOW = DiffusionConfig(objective="flow", shift=1.5, shift_base=(1, 8, 8))
+FLOW = DiffusionConfig(objective="flow", flow_shift=1.5, shift_base=(1, 8, 8))
 LINEAR = DiffusionConfig(objective="ddpm")
 COSINE = DiffusionConfig(objective="ddpm", noise_schedule="squaredcos_cap_v2")
 PAIRS = [
     (name, config) for name, of in OBJECTIVES.items() for config in (FLOW, LINEAR, COSINE) if config.objective in of
 ]
-NAMES = [f"{name}-{c.objective}-{c.noise_schedule if c.objective == 'ddpm' else c.shift}" for name, c in PAIRS]
+NAMES = [f"{name}-{c.objective}-{c.noise_schedule if c.objective == 'ddpm' else c.flow_shift}" for name, c in PAIRS]
 
 
 def sampler(name: str, steps: int = 50) -> SamplerConfig:
@@ -128,7 +128,7 @@ def test_the_model_is_told_the_very_time_of_its_input(name: str) -> None:
 
 def test_many_steps_under_a_great_shift_are_all_taken() -> None:
     """Rounded timesteps repeat here; a scheduler that looks its step up by them starts at the second."""
-    config = DiffusionConfig(shift=12.0)
+    config = DiffusionConfig(flow_shift=12.0)
     for name in ("dpm_solver", "unipc"):
         scheduler = make_scheduler(sampler(name, 100), config, LATENT)
         x = sample(exact(config), scheduler, standard_noise(), 100, {})
@@ -186,7 +186,7 @@ def test_a_generator_per_sample_makes_noise_independent_of_the_batch() -> None:
 
 def test_a_scheduler_can_be_shifted_anew() -> None:
     for name in ("flow_euler", "dpm_solver", "unipc"):
-        scheduler = make_scheduler(sampler(name), DiffusionConfig(shift=5.0), LATENT)
+        scheduler = make_scheduler(sampler(name), DiffusionConfig(flow_shift=5.0), LATENT)
         expected = set_steps(make_scheduler(sampler(name), FLOW, LATENT), 10)
         assert torch.allclose(set_steps(shifted(scheduler, 1.5 * 2**0.5), 10), expected)
 
@@ -210,7 +210,7 @@ def test_more_steps_than_the_schedule_has_are_refused(name: str, most: int) -> N
 @pytest.mark.parametrize(("name", "config"), PAIRS, ids=NAMES)
 def test_given_frames_stand_in_every_step_and_come_back_as_they_were(name: str, config: DiffusionConfig) -> None:
     clean = normal((1, *LATENT), 0, "data", 0, range(4))
-    given = Given(torch.tensor([[True, False]]), clean)
+    given = FrameCondition(torch.tensor([[True, False]]), clean)
     inputs: list[Tensor] = []
 
     def model(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:

@@ -31,7 +31,7 @@ def test_shift_one_changes_nothing() -> None:
 
 
 def test_the_shift_grows_with_the_square_root_of_area_and_of_frames() -> None:
-    config = DiffusionConfig(shift=2.0, shift_base=(1, 16, 16))
+    config = DiffusionConfig(flow_shift=2.0, shift_base=(1, 16, 16))
     assert shift_for(config, (1, 16, 16)) == 2.0
     assert shift_for(config, (1, 32, 32)) == pytest.approx(4.0)
     assert shift_for(config, (4, 16, 16)) == pytest.approx(4.0)
@@ -40,7 +40,7 @@ def test_the_shift_grows_with_the_square_root_of_area_and_of_frames() -> None:
 
 
 def test_without_a_base_every_latent_has_the_same_shift() -> None:
-    assert shift_for(DiffusionConfig(shift=3.0), (17, 60, 104)) == 3.0
+    assert shift_for(DiffusionConfig(flow_shift=3.0), (17, 60, 104)) == 3.0
 
 
 def test_the_shift_is_that_of_open_sora() -> None:
@@ -59,7 +59,7 @@ def test_logit_normal_times_have_a_logistic_of_a_normal_distribution() -> None:
 
 @pytest.mark.parametrize("sampling", ["logit_normal", "uniform"])
 def test_times_rise_with_u_and_stay_between_data_and_noise(sampling: str) -> None:
-    config = DiffusionConfig.model_validate({"time_sampling": sampling, "shift": 3.0})
+    config = DiffusionConfig.model_validate({"time_sampling": sampling, "flow_shift": 3.0})
     t = sample_times(config, torch.cat([GRID, torch.tensor([1 - 2**-24])]), (1, 8, 8))
     assert t.isfinite().all()
     assert (t.diff() >= 0).all()
@@ -68,7 +68,7 @@ def test_times_rise_with_u_and_stay_between_data_and_noise(sampling: str) -> Non
 
 
 def test_training_times_are_shifted_as_sampling_is() -> None:
-    shifting = DiffusionConfig(shift=1.5, shift_base=(1, 16, 16))
+    shifting = DiffusionConfig(flow_shift=1.5, shift_base=(1, 16, 16))
     latent = (4, 32, 32)
     plain = sample_times(DiffusionConfig(), GRID, latent)
     assert torch.allclose(sample_times(shifting, GRID, latent), shift_times(plain, 6.0))

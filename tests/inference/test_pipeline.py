@@ -31,7 +31,7 @@ from stdit.training.checkpoint import CheckpointError
 from tests.support.runs import CLASSES, TEXT, lively, make_run, model_config
 
 SIZE: dict[str, Any] = {"num_frames": 4, "height": 16, "width": 8, "num_inference_steps": 3}
-SHIFTED = DiffusionConfig(shift=2.0, shift_base=(1, 8, 8))
+SHIFTED = DiffusionConfig(flow_shift=2.0, shift_base=(1, 8, 8))
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 

@@ -194,19 +194,23 @@ def test_given_frames_come_back_to_the_last_bit_and_others_depend_on_them() -> N
     asked: dict[str, Any] = {"prompt": ["a", "b"], "class_labels": [1, 2]}
     whole = torch.randn(2, 3, 4, 16, 8, generator=generator(9))
     for frames in ([0], [0, 1, 2], [0, -1], [1, 3]):
-        drawn = draw(pipe, **asked, given_frames=frames, given_latents=whole)
+        drawn = draw(pipe, **asked, conditioning_frames=frames, conditioning_latents=whole)
         assert torch.equal(drawn[:, :, frames], whole[:, :, frames])
-        other = draw(pipe, **asked, given_frames=frames, given_latents=whole + 1)
+        other = draw(pipe, **asked, conditioning_frames=frames, conditioning_latents=whole + 1)
         rest = [f for f in range(4) if f not in [n % 4 for n in frames]]
         assert not torch.allclose(drawn[:, :, rest], other[:, :, rest], atol=1e-3)
         # Those frames alone, in the order in which they are named, and as a mask.
         mask = torch.zeros(2, 4, dtype=torch.bool)
         mask[:, frames] = True
-        assert torch.equal(drawn, draw(pipe, **asked, given_frames=frames, given_latents=whole[:, :, frames]))
-        assert torch.allclose(drawn, draw(pipe, **asked, given_frames=mask, given_latents=whole), atol=1e-4)
+        assert torch.equal(
+            drawn, draw(pipe, **asked, conditioning_frames=frames, conditioning_latents=whole[:, :, frames])
+        )
+        assert torch.allclose(
+            drawn, draw(pipe, **asked, conditioning_frames=mask, conditioning_latents=whole), atol=1e-4
+        )
     assert torch.equal(
-        draw(pipe, **asked, given_latents=whole[:, :, :2]),
-        draw(pipe, **asked, given_frames=[0, 1], given_latents=whole),
+        draw(pipe, **asked, conditioning_latents=whole[:, :, :2]),
+        draw(pipe, **asked, conditioning_frames=[0, 1], conditioning_latents=whole),
     )
 
 
@@ -214,9 +218,13 @@ def test_each_video_may_have_frames_of_its_own() -> None:
     pipe = pipeline(**WORDS)
     whole = torch.randn(2, 3, 4, 16, 8, generator=generator(9))
     mask = torch.tensor([[True, False, False, True], [False, True, True, False]])
-    drawn = draw(pipe, ["a", "b"], given_frames=mask, given_latents=whole, generator=[generator(0), generator(1)])
+    drawn = draw(
+        pipe, ["a", "b"], conditioning_frames=mask, conditioning_latents=whole, generator=[generator(0), generator(1)]
+    )
     assert all(torch.equal(drawn[i][:, mask[i]], whole[i][:, mask[i]]) for i in range(2))
-    second = draw(pipe, "b", given_frames=[2, 1], given_latents=whole[1:, :, [2, 1]], generator=generator(1))
+    second = draw(
+        pipe, "b", conditioning_frames=[2, 1], conditioning_latents=whole[1:, :, [2, 1]], generator=generator(1)
+    )
     assert torch.allclose(drawn[1:], second, atol=1e-4)
 
 
@@ -228,7 +236,7 @@ def test_the_model_is_told_which_frames_are_given_at_every_step() -> None:
     whole = torch.randn(1, 3, 4, 16, 8, generator=generator(9))
     steps: list[torch.Tensor] = []
     draw(
-        pipe, ["a", "b"], given_frames=[0], given_latents=whole,
+        pipe, ["a", "b"], conditioning_frames=[0], conditioning_latents=whole,
         callback_on_step_end=lambda p, i, t, kept: steps.append(kept["latents"]) or kept,
     )  # fmt: skip
     for x in [*inputs, *steps]:
@@ -240,16 +248,16 @@ def test_the_model_is_told_which_frames_are_given_at_every_step() -> None:
 def test_a_picture_is_brought_to_life() -> None:
     pipe = pipeline(**WORDS)
     pixels = np.random.default_rng(0).integers(0, 256, (16, 8, 3), dtype=np.uint8)
-    frames = draw(pipe, "a", given_video=Image.fromarray(pixels), output_type="np")
+    frames = draw(pipe, "a", conditioning_video=Image.fromarray(pixels), output_type="np")
     assert np.array_equal((frames[0, 0] * 255).round().astype(np.uint8), pixels)
     # In whatever form, what the pipeline itself returns included.
     tensor = torch.from_numpy(pixels).permute(2, 0, 1) / 255
     for video in (tensor, tensor[None], tensor[None, None], frames[:, :1], frames[0, :1], [Image.fromarray(pixels)]):
-        assert np.allclose(draw(pipe, "a", given_video=video, output_type="np"), frames, atol=1e-4)
-    longer = draw(pipe, "a", given_frames=[0, 1], given_video=frames, output_type="np", num_frames=4)
+        assert np.allclose(draw(pipe, "a", conditioning_video=video, output_type="np"), frames, atol=1e-4)
+    longer = draw(pipe, "a", conditioning_frames=[0, 1], conditioning_video=frames, output_type="np", num_frames=4)
     assert np.allclose(longer[:, :2], frames[:, :2], atol=1e-6)
-    with pytest.raises(ValueError, match="given_video is 8x16 .* the clip 16x8"):
-        draw(pipe, "a", given_video=Image.fromarray(pixels.transpose(1, 0, 2)))
+    with pytest.raises(ValueError, match="conditioning_video is 8x16 .* the clip 16x8"):
+        draw(pipe, "a", conditioning_video=Image.fromarray(pixels.transpose(1, 0, 2)))
 
 
 def test_a_video_autoencoder_takes_a_picture_as_the_first_latent_frame() -> None:
@@ -262,21 +270,21 @@ def test_a_video_autoencoder_takes_a_picture_as_the_first_latent_frame() -> None
     pipe.set_progress_bar_config(disable=True)
     picture = torch.rand(1, 1, 3, 16, 32, generator=generator(2))
     size: dict[str, Any] = {"num_frames": 9, "width": 32}
-    first, again = (draw(pipe, **size, given_video=picture, generator=generator(s)) for s in (0, 1))
+    first, again = (draw(pipe, **size, conditioning_video=picture, generator=generator(s)) for s in (0, 1))
     assert first.shape == (1, 4, 3, 2, 4)
     assert torch.equal(first[:, :, 0], again[:, :, 0])
     assert not torch.equal(first[:, :, 1:], again[:, :, 1:])
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"given_frames": [0]}, "given_frames needs given_latents or given_video"),
-    ({"given_latents": torch.zeros(1, 3, 5, 16, 8)}, r"\(1, 3, 5, 16, 8\).*of 1 to 4 frames"),
-    ({"given_latents": torch.zeros(1, 3, 1, 8, 8)}, r"\(1, 3, 1, 8, 8\); expected \(1 or 1, 3, frames, 16, 8\)"),
-    ({"given_latents": torch.zeros(1, 3, 1, 16, 8), "given_frames": [4]}, "latent frame 4; this clip has 4"),
-    ({"given_latents": torch.zeros(1, 3, 2, 16, 8), "given_frames": [1]}, "have 2 frames, given_frames names 1"),
-    ({"given_latents": torch.zeros(1, 3, 2, 16, 8), "given_frames": [1, -3]}, "names a frame twice"),
-    ({"given_latents": torch.zeros(1, 3, 4, 16, 8), "given_frames": torch.ones(3, dtype=torch.bool)}, r"\(3,\).*\(1 or 1, 4\)"),
-    ({"given_latents": torch.zeros(1, 3, 4, 16, 8), "given_video": torch.zeros(1, 1, 3, 16, 8)}, "not both"),
+    ({"conditioning_frames": [0]}, "conditioning_frames needs conditioning_latents or conditioning_video"),
+    ({"conditioning_latents": torch.zeros(1, 3, 5, 16, 8)}, r"\(1, 3, 5, 16, 8\).*of 1 to 4 frames"),
+    ({"conditioning_latents": torch.zeros(1, 3, 1, 8, 8)}, r"\(1, 3, 1, 8, 8\); expected \(1 or 1, 3, frames, 16, 8\)"),
+    ({"conditioning_latents": torch.zeros(1, 3, 1, 16, 8), "conditioning_frames": [4]}, "latent frame 4; this clip has 4"),
+    ({"conditioning_latents": torch.zeros(1, 3, 2, 16, 8), "conditioning_frames": [1]}, "have 2 frames, conditioning_frames names 1"),
+    ({"conditioning_latents": torch.zeros(1, 3, 2, 16, 8), "conditioning_frames": [1, -3]}, "names a frame twice"),
+    ({"conditioning_latents": torch.zeros(1, 3, 4, 16, 8), "conditioning_frames": torch.ones(3, dtype=torch.bool)}, r"\(3,\).*\(1 or 1, 4\)"),
+    ({"conditioning_latents": torch.zeros(1, 3, 4, 16, 8), "conditioning_video": torch.zeros(1, 1, 3, 16, 8)}, "not both"),
     ({"negative_prompt": "a", "negative_prompt_embeds": torch.zeros(1, 1, 32)}, "not both"),
     ({"negative_prompt_attention_mask": torch.ones(1, 1)}, "needs negative_prompt_embeds"),
     ({"negative_prompt_embeds": torch.zeros(3, 1, 32)}, "of 3 rows for 1 prompts"),
@@ -298,8 +306,10 @@ def test_what_does_not_fit_is_refused(asked: dict[str, Any], message: str) -> No
 def test_frames_of_one_patch_are_given_together() -> None:
     pipe = pipeline(patch_size=(2, 2, 2))
     with pytest.raises(ValueError, match="2 latent frames share a patch"):
-        draw(pipe, given_frames=[0, 3], given_latents=torch.zeros(1, 3, 2, 16, 8))
-    assert draw(pipe, given_frames=[0, 1], given_latents=torch.zeros(1, 3, 2, 16, 8))[:, :, :2].eq(0).all()
+        draw(pipe, conditioning_frames=[0, 3], conditioning_latents=torch.zeros(1, 3, 2, 16, 8))
+    assert (
+        draw(pipe, conditioning_frames=[0, 1], conditioning_latents=torch.zeros(1, 3, 2, 16, 8))[:, :, :2].eq(0).all()
+    )
 
 
 # --------------------------------------------------------------------------- whose scheduler it is
@@ -313,7 +323,7 @@ def times_of(pipe: STDiTPipeline) -> list[float]:
 
 
 def test_a_published_scheduler_steps_as_it_is() -> None:
-    pipe = pipeline(diffusion=DiffusionConfig(shift=5.0))
+    pipe = pipeline(diffusion=DiffusionConfig(flow_shift=5.0))
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
     theirs.set_timesteps(3)
@@ -326,7 +336,7 @@ def test_a_published_scheduler_steps_as_it_is() -> None:
 
 
 def test_a_scheduler_of_ours_stays_ours_through_saving_and_changing(tmp_path: Path) -> None:
-    pipe = pipeline(diffusion=DiffusionConfig(shift=5.0))
+    pipe = pipeline(diffusion=DiffusionConfig(flow_shift=5.0))
     pipe.save_pretrained(tmp_path)
     loaded = STDiTPipeline.from_pretrained(tmp_path)
     assert is_ours(loaded.scheduler)

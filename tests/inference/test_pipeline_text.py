@@ -146,7 +146,7 @@ def test_a_converted_sd3_draws_what_sd3s_own_pipeline_draws(negative: str | None
         load_published(tmp_path),
         FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae,
-        diffusion=DiffusionConfig(shift=3.0),
+        diffusion=DiffusionConfig(flow_shift=3.0),
         text_layout=encoder.layout,
         **held,
     )

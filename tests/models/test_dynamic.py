@@ -118,11 +118,11 @@ def test_what_is_cut_and_gathered_equals_what_is_masked(
 def test_given_frames_do_not_change_what_the_clips_time_chooses(tiny: Tiny, noise: Noise) -> None:
     model = routed(tiny(**BOTH))
     x, frames = noise(2, 3, 3, 4, 4), torch.tensor([[True, False, False], [False, False, True]])
-    out = model(x, 700.0, given_frames=frames).sample
-    ahead = model(x, 700.0, conditions=model.prepare(torch.tensor([700.0]), given_frames=frames)[0]).sample
+    out = model(x, 700.0, conditioning_frames=frames).sample
+    ahead = model(x, 700.0, conditions=model.prepare(torch.tensor([700.0]), conditioning_frames=frames)[0]).sample
     torch.testing.assert_close(ahead, out, rtol=1e-4, atol=1e-5)
     for i in range(2):
-        one = model(x[i : i + 1], 700.0, given_frames=frames[i : i + 1]).sample
+        one = model(x[i : i + 1], 700.0, conditioning_frames=frames[i : i + 1]).sample
         torch.testing.assert_close(one[0], out[i], rtol=1e-4, atol=1e-5)
 
 

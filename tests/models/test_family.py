@@ -71,8 +71,8 @@ def test_conditions_prepared_ahead_are_the_same(tiny: Tiny, noise: Noise, member
     times = torch.tensor([900.0, 500.0, 20.0])
     given.pop("timestep")
     pixels = {k: given[k] for k in ("height", "width") if k in given}
-    for t, conditions in zip(times, model.prepare(times, given_frames=frames, **given), strict=True):
-        plain = model(x, t, given_frames=frames, **given).sample
+    for t, conditions in zip(times, model.prepare(times, conditioning_frames=frames, **given), strict=True):
+        plain = model(x, t, conditioning_frames=frames, **given).sample
         torch.testing.assert_close(model(x, t, conditions=conditions, **pixels).sample, plain, rtol=1e-4, atol=1e-5)
 
 
@@ -83,11 +83,11 @@ def test_given_frames_are_told_time_zero(tiny: Tiny, noise: Noise, member: dict[
     x, given = noise(2, 3, 3, 8, 8), conditions_for(model.settings, 2, noise)
     plain = model(x, **given).sample
     none, some, all_ = (torch.tensor([mask, mask], dtype=torch.bool) for mask in ([0, 0, 0], [1, 0, 0], [1, 1, 1]))
-    torch.testing.assert_close(model(x, given_frames=none, **given).sample, plain, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(model(x, given_frames=some, **given).sample, plain, atol=1e-4)
+    torch.testing.assert_close(model(x, conditioning_frames=none, **given).sample, plain, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(model(x, conditioning_frames=some, **given).sample, plain, atol=1e-4)
     if member.get("conditioning") != "joint":  # there the text keeps the time of what is drawn
         at_zero = model(x, **{**given, "timestep": torch.zeros(2)}).sample
-        torch.testing.assert_close(model(x, given_frames=all_, **given).sample, at_zero, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(x, conditioning_frames=all_, **given).sample, at_zero, rtol=1e-4, atol=1e-5)
 
 
 def test_recomputed_activations_give_the_same_gradients(tiny: Tiny, noise: Noise, member: dict[str, Any]) -> None:

@@ -74,8 +74,8 @@ INPUTS: list[tuple[dict[str, Any], tuple[int, ...], dict[str, Any], str]] = [
     ({"position_reference": 64}, (2, 3, 1, 8, 8), {}, "height is missing; the model has position_reference 64"),
     ({"position_reference": 64}, (2, 3, 1, 8, 8), {"height": torch.tensor([64.0, 32.0]), "width": 64.0}, "height differs within the batch [64.0, 32.0]"),
     ({"micro_conditions": ("size",), "hidden_size": 24}, (2, 3, 1, 8, 8), {"height": torch.zeros(3), "width": 8.0}, "height has shape (3,)"),
-    ({}, (2, 3, 2, 8, 8), {"given_frames": torch.zeros(2, 3, dtype=torch.bool)}, "given_frames has shape (2, 3); expected (samples, latent frames) (2, 2)"),
-    ({"conditioning": "cross_attention"}, (2, 3, 2, 8, 8), {"given_frames": torch.zeros(2, 2, dtype=torch.bool)}, "tells all frames one time"),
+    ({}, (2, 3, 2, 8, 8), {"conditioning_frames": torch.zeros(2, 3, dtype=torch.bool)}, "conditioning_frames has shape (2, 3); expected (samples, latent frames) (2, 2)"),
+    ({"conditioning": "cross_attention"}, (2, 3, 2, 8, 8), {"conditioning_frames": torch.zeros(2, 2, dtype=torch.bool)}, "tells all frames one time"),
 ]  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def test_conditions_of_other_samples_are_refused(tiny: Tiny, noise: Noise) -> No
     made = model.prepare(torch.tensor([500.0]), class_labels=torch.tensor([0, 1]))[0]
     with pytest.raises(ValueError, match="prepared for 2 samples; hidden_states has 3"):
         model(noise(3, 3, 1, 8, 8), 500, conditions=made)
-    frames = model.prepare(torch.tensor([500.0]), given_frames=torch.tensor([[True, False]]))[0]
+    frames = model.prepare(torch.tensor([500.0]), conditioning_frames=torch.tensor([[True, False]]))[0]
     with pytest.raises(ValueError, match="prepared for 2 frames of patches; hidden_states has 3"):
         model(noise(1, 3, 3, 8, 8), 500, conditions=frames)
     with pytest.raises(ValueError, match=r"conditions is a int; give one of those that STDiT\.prepare returns"):
@@ -131,7 +131,7 @@ ODD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"num_classes": 3}, {"class_labels": [0, 1]}, "class_labels is a list; expected a tensor"),
     ({"micro_conditions": ("fps",)}, {"fps": "8"}, "fps is '8'; expected a number"),
     ({"position_reference": 64}, {"height": 0, "width": 64}, "height is 0; expected pixels, more than 0"),
-    ({}, {"given_frames": [[True], [False]]}, "given_frames is a list; expected a tensor (2, 1)"),
+    ({}, {"conditioning_frames": [[True], [False]]}, "conditioning_frames is a list; expected a tensor (2, 1)"),
     (
         {"text_dim": 6, "null_text": "empty"},
         {"encoder_hidden_states": torch.zeros(2, 5, 6), "encoder_attention_mask": torch.eye(2, 5) * torch.tensor([[1], [0]])},

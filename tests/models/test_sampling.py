@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stdit.config import Bucket, DiffusionConfig, SamplerConfig
 from stdit.diffusion.guidance import guided
-from stdit.diffusion.schedulers import OBJECTIVES, Given, make_scheduler, sample
+from stdit.diffusion.schedulers import OBJECTIVES, FrameCondition, make_scheduler, sample
 from stdit.models import sampling
 from stdit.models.conditioning import trimmed
 from stdit.models.control import STDiTControl
@@ -29,7 +29,7 @@ def plain(model: STDiT) -> Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]
     return lambda x, t, cond: model(x, t, **cond, return_dict=False)[0]
 
 
-def conditions(model: STDiT, noise: Noise, frames: bool) -> tuple[dict[str, Tensor], Given | None]:
+def conditions(model: STDiT, noise: Noise, frames: bool) -> tuple[dict[str, Tensor], FrameCondition | None]:
     """Conditions of SHAPE, with some frames given."""
     cond = {
         k: torch.as_tensor(v).reshape(-1) if k in ("frames", "height", "width") else v
@@ -38,8 +38,8 @@ def conditions(model: STDiT, noise: Noise, frames: bool) -> tuple[dict[str, Tens
     cond.pop("timestep")
     if not frames or model.settings.conditioning == "cross_attention":
         return cond, None
-    given = Given(torch.tensor([[True, False, False], [True, False, True]]), noise(*SHAPE, seed=7))
-    return cond | {"given_frames": given.frames}, given
+    given = FrameCondition(torch.tensor([[True, False, False], [True, False, True]]), noise(*SHAPE, seed=7))
+    return cond | {"conditioning_frames": given.frames}, given
 
 
 def negative(model: STDiT, noise: Noise) -> dict[str, Tensor] | None:

@@ -37,7 +37,7 @@ def test_harmless_changes_are_noted(change: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 1}, {"model": {"qk_norm": "rms"}}, {"diffusion": {"shift": 2.0}}, {"train": {"ema": {"decay": 0.5}}}, {"train": {"precision": "bf16"}}],
+    [{"seed": 1}, {"model": {"qk_norm": "rms"}}, {"diffusion": {"flow_shift": 2.0}}, {"train": {"ema": {"decay": 0.5}}}, {"train": {"precision": "bf16"}}],
     ids=str,
 )  # fmt: skip
 def test_changes_that_make_another_run_are_refused_with_both_values(change: dict[str, Any]) -> None:

@@ -96,7 +96,7 @@ def test_the_model_is_given_what_it_takes_and_no_more() -> None:
 
 
 def test_given_frames_are_the_same_at_the_same_step_whatever_the_batch() -> None:
-    config = config_of(merge(settings("runs/x"), {"diffusion": {"given_frames": {"first": 0.4, "random": 0.4}}}))
+    config = config_of(merge(settings("runs/x"), {"diffusion": {"frame_conditioning": {"first": 0.4, "random": 0.4}}}))
     made = Inputs(config, STATISTICS, make_objective(config.diffusion, False), CPU)
     x0 = torch.zeros(40, 2, 4, 4, 4)
     whole, again, later = (made.given(x0, step, tuple(range(40))) for step in (1, 1, 2))
@@ -114,7 +114,7 @@ def test_given_frames_are_the_same_at_the_same_step_whatever_the_batch() -> None
 @pytest.mark.parametrize("patch", [1, 2, 3])
 @pytest.mark.parametrize("pattern", ["first", "head", "tail", "ends", "random"])
 def test_every_training_mask_is_one_that_the_pipeline_takes(patch: int, pattern: str) -> None:
-    changes = {"model": {"patch_size": [patch, 2, 2]}, "diffusion": {"given_frames": {pattern: 0.9}}}
+    changes = {"model": {"patch_size": [patch, 2, 2]}, "diffusion": {"frame_conditioning": {pattern: 0.9}}}
     config = config_of(merge(settings("runs/x"), changes))
     made = Inputs(config, STATISTICS, make_objective(config.diffusion, False), CPU)
     shape = (64, 2, 12, 4, 4)

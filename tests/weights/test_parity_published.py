@@ -170,7 +170,7 @@ def test_stdit_v1_gates_given_frames_by_their_own_time(tmp_path: Path, noise: No
         "timestep": t,
         "encoder_hidden_states": y,
         "encoder_attention_mask": ragged(lengths, 7),
-        "given_frames": given,
+        "conditioning_frames": given,
     }
     with torch.no_grad():
         ours = model(x, **inputs).sample
@@ -190,7 +190,7 @@ def test_stdit3_equals_the_published_arithmetic(
     mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 1, 1, 0]]).bool() if masked else None
     inputs = {"timestep": t, "encoder_hidden_states": y, "encoder_attention_mask": ragged(lengths, 7), "fps": fps}
     inputs |= {"height": torch.full((3,), float(pixels[0])), "width": torch.full((3,), float(pixels[1]))}
-    inputs |= {} if mask is None else {"given_frames": ~mask}
+    inputs |= {} if mask is None else {"conditioning_frames": ~mask}
     found = against(state, model, x, lambda s, z: published_models.v3(s, z, t, y, lengths, fps, pixels, mask), **inputs)
     assert found.below(LIMIT), found
 
