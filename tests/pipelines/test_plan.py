@@ -352,7 +352,7 @@ def test_growing_between_stages_is_tried_and_told(write) -> None:
         return plans.resolve(plans.read(write(stages=entries)))
 
     told = checks.crossing(*stages(allow))
-    assert "image block i is now block 2 i" in told
+    assert "image block i is now block 2i" in told
     assert "dropped: y_embedder.embedding_table.weight, blocks.*.adaLN_modulation.1.weight" in told
-    with pytest.raises(ConfigError, match=r"after one: .*\n.*conditioning .*allow: \[adaln_to_single\] would"):
+    with pytest.raises(ConfigError, match=r"after one: .*\n.*conditioning .*needs init.allow: \[adaln_to_single\]"):
         checks.crossing(*stages(allow[:3]))

@@ -209,7 +209,7 @@ def refused(capsys, plan: Path, *sets: str) -> str:
     [
         ("stages.one.after=two", "cycle: one comes after two comes after one"),
         ("stages.two.after=none", "stages.two.after: no stage is called 'none'; there are: one, two"),
-        ("stages.two.allow=[]", "model.num_classes 2 -> None (init.allow: [class_to_text] would)"),
+        ("stages.two.allow=[]", "model.num_classes 2 -> None (needs init.allow: [class_to_text])"),
         ("stages.two.overrides.model.hidden_size=32", "(hidden_size, depth, num_heads) (16, 1, 2) -> (32, 1, 2)"),
         ("stages.one.overrides.model.patch_size=[1, 3, 3]", "latent height 8 is not divisible by model.patch_size 3"),
         (
@@ -247,7 +247,7 @@ def test_a_forecast_starts_nothing_and_counts_every_clip(tmp_path: Path, capsys)
     assert f"stage one: {STEPS} steps, 2 ranks, {8 * STEPS:,} samples" in told
     assert f"16 clips; 4 tokens; {STEPS} steps of 8" in told
     assert "8 clips (8 left out: not score at least 0.5)" in told
-    assert "stage two from one:\n  carried: " in told
+    assert "stage two from one:\n  loaded: " in told
     assert not (tmp_path / "run").exists()
 
 

@@ -245,7 +245,7 @@ def test_a_new_run_begins_from_another_one(solo: Pool, small: dict[str, Any], tm
     changed["model"] = {**small["model"], "position_base": 4}
     told = solo(run, changed)[0]
     assert "weights from" in told["said"]
-    assert "carried" in told["said"]
+    assert "loaded" in told["said"]
     assert [m["step"] for m in told["metrics"]] == [1, 2, 3, 4]
     refused = {**changed, "run_dir": str(tmp_path / "other"), "init": {"source": small["run_dir"]}}
     with pytest.raises(RankError, match="init.source") as error:
