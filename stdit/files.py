@@ -1,16 +1,18 @@
-"""Files that are whole or not there: atomic writes and fingerprints. Standard library only."""
+"""Files: atomic writes, hashes and fingerprints, JSON lines. Standard library only."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def fsync_folder(path: Path) -> None:
@@ -123,3 +125,59 @@ def fingerprint_file(path: Path | str) -> str:
                 file.seek(block * (size - _BLOCK_BYTES) // (_BLOCKS - 1))
                 digest.update(file.read(_BLOCK_BYTES))
     return digest.hexdigest()
+
+
+def fingerprint_files(files: Iterable[Path], digest: Callable[[Path], str] = fingerprint_file) -> str:
+    """Hex SHA-256 over the names (without folders) and digests of `files`, in their order.
+
+    Independent of folder and times, so that it holds on another machine. digest: `sha256` where every byte must count.
+    OSError: a file cannot be read.
+    """
+    listing = "".join(f"{path.name}\0{digest(path)}\n" for path in files)
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------ JSON lines
+
+
+def parse_jsonl(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """(line number from 1, its object or what is wrong with it) for every line that is not blank.
+
+    Strict: a repeated key, NaN and infinity, or a value that is no object are errors.
+    """
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, object_pairs_hook=_unique_keys, parse_constant=_no_nan)
+        except json.JSONDecodeError as error:
+            yield number, f"not valid JSON ({error.msg} at column {error.colno})"
+        except (ValueError, RecursionError) as error:
+            yield number, f"not a usable row ({error})"
+        else:
+            yield number, row if isinstance(row, dict) else f"expected an object, found {type(row).__name__}"
+
+
+def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
+    """The objects of a JSONL file. ValueError: it cannot be read; the first line that holds no object, with its number."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+    rows = []
+    for number, row in parse_jsonl(text):
+        if isinstance(row, str):
+            raise ValueError(f"{path}:{number}: {row}")
+        rows.append(row)
+    return rows
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    if repeated:
+        raise ValueError(f"key {repeated[0]!r} is given twice")
+    return dict(pairs)
+
+
+def _no_nan(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stdit.files import atomic_folder, atomic_path, atomic_write, sha256
+from stdit.files import atomic_folder, atomic_path, atomic_write, fingerprint_files, read_jsonl, sha256
 
 
 def names(folder: Path) -> list[str]:
@@ -47,3 +47,37 @@ def test_a_folder_replaces_the_old_one(tmp_path: Path) -> None:
 def test_sha256_is_the_standard_one(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_fingerprint_of_files_is_of_names_and_content_in_order(tmp_path: Path) -> None:
+    for place in ("one", "two"):
+        (tmp_path / place).mkdir()
+        for name in ("a", "b"):
+            (tmp_path / place / name).write_text(name)
+    one, two = ([tmp_path / place / name for name in ("a", "b")] for place in ("one", "two"))
+    first = fingerprint_files(one)
+    assert first == fingerprint_files(two)
+    assert len({first, fingerprint_files(one[::-1]), fingerprint_files(one, sha256), fingerprint_files(one[:1])}) == 4
+    two[1].write_text("c")
+    assert fingerprint_files(two) != first
+    two[1].rename(two[1].with_name("c"))
+    with pytest.raises(OSError, match="No such file"):
+        fingerprint_files(two)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"a": 1, "a": 2}', "2: not a usable row .key 'a' is given twice"),
+        ('{"a": NaN}', "2: not a usable row .NaN is not a JSON number"),
+        ("[1]", "2: expected an object, found list"),
+        ("{", "2: not valid JSON"),
+    ],
+)
+def test_a_line_that_holds_no_object_is_named(line: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n')
+    assert read_jsonl(path) == [{"a": 1}]
+    path.write_text(f'{{"a": 1}}\n{line}\n')
+    with pytest.raises(ValueError, match=rf"a\.jsonl:{message}"):
+        read_jsonl(path)

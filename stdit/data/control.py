@@ -9,17 +9,17 @@ import numpy as np
 
 from stdit.config import Bucket
 from stdit.data import records
+from stdit.data.decoding import ClipInfo, DecodeError
 from stdit.data.manifest import Clip
-from stdit.data.reader import DecodeError, Facts
-from stdit.data.subprocess_decoder import ChildDecoder
+from stdit.data.subprocess_decoder import SubprocessDecoder
 
 
 def read_control(
-    decoder: ChildDecoder, clip: Clip, column: str, facts: Facts, indices: Sequence[int], bucket: Bucket
+    decoder: SubprocessDecoder, clip: Clip, column: str, info: ClipInfo, indices: Sequence[int], bucket: Bucket
 ) -> np.ndarray:
     """Frames of the condition of `clip`, uint8 (T or 1, H, W, 3): the same `indices`, cut the same way; or an image's.
 
-    facts: the clip's. DecodeError: no file is named, or it is not there; its length or shape is not the clip's; it cannot
+    info: the clip's. DecodeError: no file is named, or it is not there; its length or shape is not the clip's; it cannot
     be decoded.
     """
     try:
@@ -29,14 +29,14 @@ def read_control(
     if not file.is_file():
         raise DecodeError(file, f"{column}: {file.name}: no such file")
     found = decoder.probe(file)
-    if found.frame_count not in (1, facts.frame_count):
+    if found.frame_count not in (1, info.frame_count):
         raise DecodeError(
             file,
-            f"{column}: {file.name} has {found.frame_count} frames, the clip {facts.frame_count}; give as many, or one",
+            f"{column}: {file.name} has {found.frame_count} frames, the clip {info.frame_count}; give as many, or one",
         )
     # To within a pixel: both are cut to the bucket from their middle.
-    if abs(found.height * facts.width - found.width * facts.height) > max(found.width, facts.width):
-        size, own = f"{found.height}x{found.width}", f"{facts.height}x{facts.width}"
+    if abs(found.height * info.width - found.width * info.height) > max(found.width, info.width):
+        size, own = f"{found.height}x{found.width}", f"{info.height}x{info.width}"
         raise DecodeError(
             file, f"{column}: {file.name} is {size} (height x width), of another shape than the clip, {own}"
         )

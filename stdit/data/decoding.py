@@ -1,4 +1,4 @@
-"""Opening a clip: one protocol (reader.py) over decord, PyAV (pyav.py) and, for images, Pillow.
+"""Decoding clips: one interface over decord, PyAV and, for images, Pillow.
 
     with open_clip("a.mp4") as reader:
         frames = reader.get([0, 4, 8])  # uint8 (3, H, W, 3)
@@ -7,22 +7,27 @@ Frames are what a player shows: upright (rotation in the container's matrix or i
 RGB, 8 bits, transparency over white. Pixels are taken as square, interlaced frames as they are.
 A still image is a clip of one frame at 0 fps; an animated GIF, PNG or WebP is a clip.
 
-These run in the calling process; `stdit.data.subprocess_decoder` runs them where they can be killed.
+Readers run in the calling process; `stdit.data.subprocess_decoder` runs them where they can be killed.
 """
 
 from __future__ import annotations
 
+import bisect
 import importlib.util
 import os
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
+import av
 import numpy as np
+from av.error import FFmpegError
+from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
-
-from stdit.data.pyav import PyAVReader, closed_gops
-from stdit.data.reader import DecodeError, Facts, Reader
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
 # Formats whose readers run nothing and follow no references (EPS, for one, starts an interpreter).
@@ -33,9 +38,86 @@ PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image
 MATROSKA = b"\x1aE\xdf\xa3"
 MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 DECORD_INSTALLED = importlib.util.find_spec("decord") is not None
+# Frames that one call may hold, in bytes: more is a mistake (or an attack), not a training clip.
+MAX_BYTES = 4 << 30
 
 
-def open_clip(path: Path | str, decoder: str = "auto") -> Reader:
+class DecodeError(ValueError):
+    """A clip that cannot be decoded. `reason` does not repeat the path."""
+
+    def __init__(self, path: Path | str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = str(path)
+        self.reason = reason
+
+
+class DecodeTimeout(DecodeError):
+    """Decoding took longer than its limit and was stopped."""
+
+
+@dataclass(frozen=True)
+class ClipInfo:
+    """What is known of a clip without its frames. `fps` is 0 for a still image; sizes in px, as shown."""
+
+    frame_count: int
+    fps: float
+    height: int
+    width: int
+
+
+class ClipReader:
+    """What every decoder offers: `info` and `get`. A context manager."""
+
+    def __init__(self, path: Path, info: ClipInfo) -> None:
+        self.path = path
+        self.info = info
+
+    @property
+    def frame_count(self) -> int:
+        return self.info.frame_count
+
+    @property
+    def fps(self) -> float:
+        return self.info.fps
+
+    @property
+    def height(self) -> int:
+        return self.info.height
+
+    @property
+    def width(self) -> int:
+        return self.info.width
+
+    def get(self, indices: Sequence[int]) -> np.ndarray:
+        """Frames `indices`, in the order asked, repeats allowed: uint8 (T, H, W, 3). DecodeError: damaged, or out of range."""
+        outside = [i for i in indices if not 0 <= i < self.frame_count]
+        if outside:
+            raise DecodeError(self.path, f"frame {outside[0]} was asked for, the clip has {self.frame_count}")
+        size = len(indices) * self.height * self.width * 3
+        if size > MAX_BYTES:
+            raise DecodeError(self.path, f"{len(indices)} frames are {size:,} bytes, more than {MAX_BYTES:,}")
+        frames = self._get(indices) if len(indices) else np.empty((0, self.height, self.width, 3), np.uint8)
+        if frames.shape[1:3] != (self.height, self.width):
+            found = f"{frames.shape[1]}x{frames.shape[2]}"
+            raise DecodeError(self.path, f"frames change size from {self.height}x{self.width} to {found}")
+        return frames
+
+    def _get(self, indices: Sequence[int]) -> np.ndarray:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Lets go of the file."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_clip(path: Path | str, decoder: str = "auto") -> ClipReader:
     """A reader of the image or video `path`.
 
     decoder: "decord", "pyav", or "auto": decord, and PyAV for what decord cannot read (AV1, or widths
@@ -77,7 +159,7 @@ def _look(path: Path) -> None:
 # ------------------------------------------------------------------------------------------ images
 
 
-class ImageReader(Reader):
+class ImageReader(ClipReader):
     """Pillow: still images, and animated GIF, PNG and WebP."""
 
     def __init__(self, path: Path) -> None:
@@ -93,7 +175,7 @@ class ImageReader(Reader):
         except PILLOW_ERRORS as error:
             raise DecodeError(path, f"not a readable image ({error})") from error
         width, height = self._image.size if upright else self._image.size[::-1]
-        super().__init__(path, Facts(frames, fps, height, width))
+        super().__init__(path, ClipInfo(frames, fps, height, width))
 
     def _get(self, indices: Sequence[int]) -> np.ndarray:
         try:
@@ -119,10 +201,155 @@ class ImageReader(Reader):
         self._image.close()
 
 
-# ------------------------------------------------------------------------------------------ videos
+# ------------------------------------------------------------------------------------------ PyAV
 
 
-class DecordReader(Reader):
+class PyAVReader(ClipReader):
+    """PyAV, on its own ffmpeg. Packets are listed once (not decoded): their times give every frame its index."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._open()
+            count = self._list_packets()
+            self._open()
+            frame = next(self._decoder)
+            first = self._upright(frame)
+            rate = self._stream.average_rate or self._stream.guessed_rate or Fraction(0)
+        except StopIteration:
+            raise DecodeError(path, "holds no frame that can be decoded") from None
+        except (FFmpegError, ValueError) as error:
+            raise error if isinstance(error, DecodeError) else DecodeError(path, f"PyAV: {error}") from error
+        at = self._index.get(-1 if frame.pts is None else frame.pts, 0) if self._index else 0
+        self._next, self._run_start = at + 1, 0
+        self._last = (at, first)
+        super().__init__(path, ClipInfo(count, float(rate), *first.shape[:2]))
+
+    def _open(self) -> None:
+        if hasattr(self, "_container"):
+            self._container.close()
+        self._container = av.open(str(self.path), options={"protocol_whitelist": "file"})
+        video = [s for s in self._container.streams.video if not s.disposition & s.disposition.attached_pic]
+        if not video:
+            raise DecodeError(self.path, "holds no video")
+        self._stream = video[0]
+        if self._stream.codec_context is None:
+            raise DecodeError(self.path, "its codec is unknown")
+        self._stream.codec_context.thread_count = 1
+        self._stream.codec_context.options = {"err_detect": "explode"}
+        self._reformatter = VideoReformatter()
+        self._decoder = self._container.decode(self._stream)
+
+    def _list_packets(self) -> int:
+        """Lists times and key frames; returns the number of frames."""
+        # Of each packet its time and kind alone: the data of a long video would fill the memory.
+        packets = [(p.pts, p.is_keyframe, p.is_discard) for p in self._container.demux(self._stream) if p.size]
+        if "mp4" in self._container.format.name and len(packets) < self._stream.frames:
+            raise DecodeError(self.path, f"is truncated: {len(packets)} of {self._stream.frames} frames are there")
+        shown = [(pts, key) for pts, key, discard in packets if not discard]
+        self._times = sorted({pts for pts, _ in shown if pts is not None})
+        # Without a distinct time for each packet (raw streams), frames are counted from the beginning.
+        distinct = len(self._times) == len(shown)
+        self._index = {time: i for i, time in enumerate(self._times)} if distinct else None
+        self._keys = sorted(self._index[pts] for pts, key in shown if key and pts is not None) if self._index else []
+        return len(shown)
+
+    def _get(self, indices: Sequence[int]) -> np.ndarray:
+        found: dict[int, np.ndarray] = {}
+        try:
+            for index in sorted(set(indices)):
+                found[index] = self._frame(index)
+            return np.stack([found[index] for index in indices])
+        except (FFmpegError, ValueError) as error:
+            raise error if isinstance(error, DecodeError) else DecodeError(self.path, f"PyAV: {error}") from error
+
+    def _frame(self, index: int) -> np.ndarray:
+        if self._last[0] == index:
+            return self._last[1]
+        key = self._keys[max(bisect.bisect_right(self._keys, index) - 1, 0)] if self._keys else 0
+        if index < self._next or key > self._next:
+            self._jump(key)
+        try:
+            found = self._reach(index)
+        except (FFmpegError, DecodeError):
+            if self._run_start == 0:
+                raise
+            found = None
+        # After a seek: an open GOP lacks the frames before it, and some containers seek past what was asked for.
+        if found is None and self._run_start > 0:
+            self._jump(0)
+            found = self._reach(index)
+        if found is None:
+            raise DecodeError(self.path, f"frame {index} of {self.frame_count} cannot be decoded")
+        self._last = (index, self._upright(found))
+        return self._last[1]
+
+    def _jump(self, key: int) -> None:
+        if key == 0 or self._index is None:
+            self._open()
+            key = 0
+        else:
+            self._container.seek(self._times[key], stream=self._stream)
+            self._decoder = self._container.decode(self._stream)
+        self._next = self._run_start = key
+
+    def _reach(self, index: int) -> av.VideoFrame | None:
+        """Decodes forward to frame `index`; None if it is behind, or never comes."""
+        for frame in self._decoder:
+            if frame.is_corrupt:
+                raise DecodeError(self.path, f"frame {self._next} of {self.frame_count} is damaged")
+            at = self._next if self._index is None else self._index.get(-1 if frame.pts is None else frame.pts)
+            if at is None:  # a frame that the container says is not to be shown
+                continue
+            self._next = at + 1
+            if at >= index:
+                return frame if at == index else None
+        return None
+
+    def _upright(self, frame: av.VideoFrame) -> np.ndarray:
+        """RGB (H, W, 3). One thread: swscale's thread pool costs 20 ms a frame however small the frame."""
+        rgb = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        return np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90) % 4))
+
+    def close(self) -> None:
+        self._container.close()
+
+
+def closed_gops(path: Path) -> bool:
+    """Whether decoding can begin at every key frame: no frame after one is shown before it, and in H.264 each is an IDR."""
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            h264 = stream.codec_context.name == "h264"
+            key = None
+            for packet in container.demux(stream):
+                if packet.pts is None or not packet.size:
+                    continue
+                if packet.is_keyframe:
+                    key = packet.pts
+                    if h264 and not _has_idr(bytes(packet)):
+                        return False
+                elif key is not None and packet.pts < key:
+                    return False
+            return key is not None
+    except (FFmpegError, IndexError):
+        return False
+
+
+def _has_idr(packet: bytes) -> bool:
+    """Whether one picture, NAL units each after four bytes of length (ISO 14496-15), holds an IDR slice."""
+    at = 0
+    while at + 4 < len(packet):
+        if packet[at + 4] & 0x1F == 5:
+            return True
+        at += 4 + int.from_bytes(packet[at : at + 4])
+    return False
+
+
+# ------------------------------------------------------------------------------------------ decord
+
+
+class DecordReader(ClipReader):
     """decord 0.6, on its own ffmpeg 4.1: fast at random access; can hang on damaged files (dmlc/decord#373).
 
     Two kinds of file in which it gives other frames than those asked for, without a word, are refused:
@@ -141,7 +368,7 @@ class DecordReader(Reader):
             # fault_tol: a frame that decord patched up is an error, not a frame.
             self._video = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-6)  # pyright: ignore
             height, width = self._video.get_batch([0]).shape[1:3]
-            super().__init__(path, Facts(len(self._video), float(self._video.get_avg_fps()), height, width))
+            super().__init__(path, ClipInfo(len(self._video), float(self._video.get_avg_fps()), height, width))
         except self._errors as error:
             raise DecodeError(path, f"decord: {_first_line(error)}") from error
         self._seekable: bool | None = None
@@ -161,18 +388,18 @@ class DecordReader(Reader):
         del self._video
 
 
-class AutoReader(Reader):
+class AutoReader(ClipReader):
     """decord until it fails, then PyAV, from the frame at which decord failed."""
 
     def __init__(self, path: Path) -> None:
         try:
-            self._reader: Reader = DecordReader(path)
+            self._reader: ClipReader = DecordReader(path)
         except DecodeError as error:
             self._reader = self._pyav(path, error)
-        super().__init__(path, self._reader.facts)
+        super().__init__(path, self._reader.info)
 
     @staticmethod
-    def _pyav(path: Path, error: DecodeError) -> Reader:
+    def _pyav(path: Path, error: DecodeError) -> ClipReader:
         try:
             return PyAVReader(path)
         except DecodeError as second:

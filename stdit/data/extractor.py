@@ -20,11 +20,11 @@ from stdit.config import ExtractBucket, ExtractConfig
 from stdit.data import records
 from stdit.data.buckets import Dropped, assign
 from stdit.data.control import control_state, read_control
+from stdit.data.decoding import ClipInfo, DecodeError
 from stdit.data.features import EMPTY_CAPTION, INDEX, digest_of, packed, shard_path, write_shard
 from stdit.data.manifest import Clip, problem
-from stdit.data.reader import DecodeError, Facts
 from stdit.data.records import Outcome, Part
-from stdit.data.subprocess_decoder import ChildDecoder
+from stdit.data.subprocess_decoder import SubprocessDecoder
 from stdit.data.transforms import frames_available, to_pixels, window
 
 _Item = TypeVar("_Item")
@@ -95,7 +95,7 @@ class Extractor:
         self.video = video
         self.text = text
         self.settings = settings
-        self.decoder = ChildDecoder(config.decoder, config.decode_timeout_s)
+        self.decoder = SubprocessDecoder(config.decoder, config.decode_timeout_s)
 
     def __enter__(self) -> Self:
         return self
@@ -144,20 +144,20 @@ class Extractor:
                 yield _Clip({**row, "status": "bad", "reason": reason})
                 continue
             try:
-                facts = _stated(clip) or self.decoder.probe(clip.file)
-                size = {"frames": facts.frame_count, "height": facts.height, "width": facts.width}
-                row |= {**size, "fps": facts.fps / config.frame_stride}
+                info = _stated(clip) or self.decoder.probe(clip.file)
+                size = {"frames": info.frame_count, "height": info.height, "width": info.width}
+                row |= {**size, "fps": info.fps / config.frame_stride}
                 bucket = assign(
-                    frames_available(facts.frame_count, config.frame_stride), facts.height, facts.width, config.buckets,
+                    frames_available(info.frame_count, config.frame_stride), info.height, info.width, config.buckets,
                     key=clip.key, min_area_ratio=config.min_area_ratio, seed=config.seed,
                 )  # fmt: skip
                 if isinstance(bucket, Dropped):
                     yield _Clip({**row, "status": "dropped", "reason": bucket.reason, "detail": bucket.detail})
                     continue
-                indices = window(facts.frame_count, bucket.frames, config.frame_stride, config.window)
+                indices = window(info.frame_count, bucket.frames, config.frame_stride, config.window)
                 frames, control = self.decoder.read(clip.file, indices, (bucket.height, bucket.width)), None
                 if column := config.control_column:
-                    read = read_control(self.decoder, clip, column, facts, indices, bucket)
+                    read = read_control(self.decoder, clip, column, info, indices, bucket)
                     control = torch.from_numpy(to_pixels(read))
             except DecodeError as error:
                 yield _Clip({**row, "status": "bad", "reason": error.reason})
@@ -243,12 +243,12 @@ def _row(shard: int, number: int, clip: Clip) -> dict[str, Any]:
     return {**clip.extra, **own, **said, **size, "reason": None, "detail": None, **records.state(clip.file)}
 
 
-def _stated(clip: Clip) -> Facts | None:
+def _stated(clip: Clip) -> ClipInfo | None:
     """What the manifest says, if it says all; then the file is opened once and not twice."""
     fps = 0.0 if clip.frames == 1 else clip.fps
     if clip.frames is None or fps is None or clip.height is None or clip.width is None:
         return None
-    return Facts(clip.frames, fps, clip.height, clip.width)
+    return ClipInfo(clip.frames, fps, clip.height, clip.width)
 
 
 def ahead(items: Iterable[_Item], count: int) -> Iterator[_Item]:

@@ -128,7 +128,7 @@ def feature_facts(
     classes: int = 0,
     frame_rates: Iterable[float] = (),
 ) -> FeatureFacts:
-    """Facts from the encoders' identities. frame_rates: of the clips; 0 for stills, which are not counted.
+    """ClipInfo from the encoders' identities. frame_rates: of the clips; 0 for stills, which are not counted.
 
     ConfigError: a bucket that the autoencoder's compression does not divide.
     """

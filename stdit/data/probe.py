@@ -19,9 +19,9 @@ from pathlib import Path
 
 from stdit.config import ConfigError, ExtractBucket
 from stdit.data.buckets import assign
+from stdit.data.decoding import ClipInfo, DecodeError
 from stdit.data.manifest import Clip, problem, read
-from stdit.data.reader import DecodeError, Facts
-from stdit.data.subprocess_decoder import ChildDecoder
+from stdit.data.subprocess_decoder import SubprocessDecoder
 from stdit.data.transforms import frames_available
 
 # Width to height, as cameras and screens have them.
@@ -88,7 +88,7 @@ def probe_clips(
     timeout_s: float = 20.0,
     workers: int | None = None,
     progress: bool = True,
-) -> list[Facts | str]:
+) -> list[ClipInfo | str]:
     """Frames, frame rate and size of each clip from its file, or why it cannot be used; in order.
 
     timeout_s: for each file. workers: child processes that read; None: one per core, at most 8. progress: a bar on stderr.
@@ -97,13 +97,13 @@ def probe_clips(
 
     workers = max(1, min(workers or min(8, len(os.sched_getaffinity(0))), len(clips)))
     own = threading.local()
-    decoders: list[ChildDecoder] = []
+    decoders: list[SubprocessDecoder] = []
 
     def start() -> None:
-        own.decoder = ChildDecoder(decoder, timeout_s)
+        own.decoder = SubprocessDecoder(decoder, timeout_s)
         decoders.append(own.decoder)
 
-    def look(clip: Clip) -> Facts | str:
+    def look(clip: Clip) -> ClipInfo | str:
         try:
             return problem(clip) or own.decoder.probe(clip.file)
         except DecodeError as error:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import os
 import re
@@ -16,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from stdit.files import parse_jsonl
 
 # Columns of a CSV that are text whatever their cells look like, and those that are numbers.
 TEXT = ("path", "caption", "class", "split")
@@ -39,29 +40,8 @@ def _text(path: Path) -> str:
         raise ManifestError(f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}: {error.reason})") from None
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-    if twice:
-        raise ValueError(f"key {twice[0]!r} is given twice")
-    return dict(pairs)
-
-
-def _no_nan(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")
-
-
 def jsonl_rows(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line, object_pairs_hook=_unique_keys, parse_constant=_no_nan)
-        except json.JSONDecodeError as error:
-            yield number, f"not valid JSON ({error.msg} at column {error.colno})"
-        except (ValueError, RecursionError) as error:
-            yield number, f"not a usable row ({error})"
-        else:
-            yield number, row if isinstance(row, dict) else f"expected an object, found {type(row).__name__}"
+    yield from parse_jsonl(_text(path))
 
 
 def csv_rows(path: Path) -> Iterator[Row]:

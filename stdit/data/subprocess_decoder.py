@@ -4,7 +4,7 @@ decord can deadlock while it holds the interpreter's lock, and a damaged file ca
 library; neither may take the parent with it. One child serves many clips; it is replaced when it
 hangs or dies. With decoder "auto" a clip on which decord hung or crashed is tried again with PyAV.
 
-    with ChildDecoder(timeout_s=60) as decoder:
+    with SubprocessDecoder(timeout_s=60) as decoder:
         frames = decoder.read(path, [0, 1, 2, 3], size=(64, 64))
 
 The child runs this file (`python -m stdit.data.subprocess_decoder`). A request, on its standard input, and an answer
@@ -29,7 +29,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from stdit.data.reader import DecodeError, DecodeTimeout, Facts
+from stdit.data.decoding import ClipInfo, DecodeError, DecodeTimeout
 
 # decord leaks a little with each clip: a fresh child now and then keeps memory flat.
 CLIPS_PER_CHILD = 5000
@@ -40,7 +40,7 @@ LENGTH = struct.Struct(">I")
 IDLE_S = 10.0
 
 
-class ChildDecoder:
+class SubprocessDecoder:
     """A decoder in a process of its own. Not for several threads at once: one per worker."""
 
     def __init__(self, decoder: str = "auto", timeout_s: float = 60.0) -> None:
@@ -50,10 +50,10 @@ class ChildDecoder:
         self._served = 0
         self._owner = os.getpid()
 
-    def probe(self, path: Path | str) -> Facts:
+    def probe(self, path: Path | str) -> ClipInfo:
         """Frame count, fps, height and width of a clip. DecodeError; DecodeTimeout."""
         answer, _ = self._ask(path, None, None)
-        return Facts(answer["frame_count"], answer["fps"], answer["height"], answer["width"])
+        return ClipInfo(answer["frame_count"], answer["fps"], answer["height"], answer["width"])
 
     def read(self, path: Path | str, indices: Sequence[int], size: tuple[int, int] | None = None) -> np.ndarray:
         """Frames `indices` as uint8 (T, H, W, 3); with `size` (height, width) resized and cropped to it, never upsampled.
@@ -189,7 +189,7 @@ def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]
     with open_clip(request["path"], request["decoder"]) as reader:
         indices, size = request["indices"], request["size"]
         if indices is None:
-            return dict(vars(reader.facts)), None
+            return dict(vars(reader.info)), None
         if size is None:
             frames = reader.get(indices)
         else:
@@ -232,19 +232,19 @@ def main() -> None:
 
 # ----------------------------------------------------------------------------- one child per process
 
-_kept: dict[tuple[int, str, float], ChildDecoder] = {}
+_kept: dict[tuple[int, str, float], SubprocessDecoder] = {}
 
 
-def decode_in_child(
+def decode_in_subprocess(
     path: Path | str,
     indices: Sequence[int],
     size: tuple[int, int] | None = None,
     decoder: str = "auto",
     timeout_s: float = 60.0,
 ) -> np.ndarray:
-    """`ChildDecoder.read` with a child that this process keeps between calls. Not for several threads at once."""
+    """`SubprocessDecoder.read` with a child that this process keeps between calls. Not for several threads at once."""
     key = (os.getpid(), decoder, timeout_s)  # a forked process must not share its parent's pipes
-    return _kept.setdefault(key, ChildDecoder(decoder, timeout_s)).read(path, indices, size)
+    return _kept.setdefault(key, SubprocessDecoder(decoder, timeout_s)).read(path, indices, size)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@ sampled, so that 19 GB of T5-XXL cost milliseconds and not a minute.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 from typing import Any
 
 from stdit.config import ConfigError
-from stdit.files import fingerprint_file
+from stdit.files import fingerprint_files
 
 # What decides an encoder: settings, weights, vocabulary. Not its README.
 SUFFIXES = {".json", ".safetensors", ".bin", ".model", ".txt"}
@@ -24,12 +23,12 @@ _COMMIT = re.compile(r"/snapshots/([0-9a-f]{40})/")
 
 
 def fingerprint_folder(*folders: Path) -> str:
-    """Hex SHA-256 over names and fingerprints of the settings, weights and vocabularies directly in `folders`."""
-    digest = hashlib.sha256()
-    for folder in folders:
-        for path in sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file()):
-            digest.update(f"{path.name}\0{fingerprint_file(path)}\n".encode())
-    return digest.hexdigest()
+    """Fingerprint of the settings, weights and vocabularies directly in `folders`."""
+    return fingerprint_files(
+        path
+        for folder in folders
+        for path in sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file())
+    )
 
 
 def folder_of(path: str, key: str) -> Path | None:

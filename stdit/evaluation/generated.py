@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 
 from stdit.data.decoding import DecodeError, open_clip
 from stdit.evaluation.classifier import Frames
-from stdit.files import fingerprint_file, sha256
+from stdit.files import fingerprint_file, fingerprint_files, read_jsonl
 
 LISTING = "manifest.jsonl"
 
@@ -83,11 +81,8 @@ def protocol_of(clips: Sequence[Generated]) -> dict[str, Any]:
 def fingerprint_of(videos: Path) -> str:
     """Hex SHA-256 over the listing of a folder and the files that it names. ValueError: no listing."""
     listing = _listing(videos)
-    digest = hashlib.sha256(sha256(listing).encode())
-    for row in read_jsonl(listing):
-        file = videos / str(row.get("file"))
-        digest.update(fingerprint_file(file).encode() if file.is_file() else b"-")
-    return digest.hexdigest()
+    files = [videos / str(row.get("file")) for row in read_jsonl(listing)]
+    return fingerprint_files([listing, *files], lambda path: fingerprint_file(path) if path.is_file() else "-")
 
 
 def _listing(videos: Path) -> Path:
@@ -103,23 +98,3 @@ def _decode(path: Path) -> Frames:
             return reader.get(range(reader.frame_count))
     except DecodeError as error:
         raise ValueError(f"{error}; remove the file and run the same command to make it again") from error
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSONL file. ValueError: file and line that hold none."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not valid JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: expected an object, found {type(row).__name__}")
-        rows.append(row)
-    return rows

@@ -27,7 +27,7 @@ from stdit.config import (
 )
 from stdit.diffusion.guidance import check_channels
 from stdit.diffusion.schedulers import check_sampler, compatible_scheduler
-from stdit.files import atomic_write, fingerprint_file
+from stdit.files import atomic_write, fingerprint_files
 from stdit.inference.prompts import Item, Prompt, items, read_prompts
 from stdit.training import adapters, checkpoint
 
@@ -142,7 +142,7 @@ def _fingerprint(folder: Path) -> str:
     files = sorted(p for p in folder.glob("*") if p.suffix in (".json", ".safetensors"))
     if not files:
         raise ConfigError(f"{folder}: holds no weights")
-    return hashlib.sha256("".join(f"{p.name} {fingerprint_file(p)}\n" for p in files).encode()).hexdigest()
+    return fingerprint_files(files)
 
 
 def open_job(

@@ -7,7 +7,6 @@ Other keys are carried through into the manifest of what was made.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stdit.config import GenerateConfig, apply_override, validate
+from stdit.files import parse_jsonl
 
 # Longest stem of a file name: with its directory entry's other parts well below the 255 bytes that file systems allow.
 SLUG_LENGTH = 60
@@ -60,24 +60,19 @@ def read_prompts(path: Path | str) -> list[Prompt]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
+    if not text.strip():
         raise ValueError(f"{path}: holds no prompt (0 lines that are not empty)")
     if path.suffix.lower() != ".jsonl":
-        return [Prompt(line) for _, line in numbered]
-    return [_parsed(line, f"{path}:{number}") for number, line in numbered]
+        return [Prompt(line.strip()) for line in text.split("\n") if line.strip()]
+    return [_parsed(row, f"{path}:{number}") for number, row in parse_jsonl(text)]
 
 
-def _parsed(line: str, where: str) -> Prompt:
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected an object, found {type(row).__name__}")
+def _parsed(row: dict[str, Any] | str, where: str) -> Prompt:
+    if isinstance(row, str):
+        raise ValueError(f"{where}: {row}")
     kinds = {"prompt": (str,), "class": (str, int), "seed": (int,), "name": (str,)}
     for key, kind in kinds.items():
         value = row.get(key)

@@ -6,7 +6,6 @@ of its weights. `open_trained` puts both together again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stdit.config import Config, ConfigError, validate
-from stdit.files import sha256
+from stdit.files import fingerprint_files, sha256
 from stdit.models import lora
 from stdit.models.control import Controlled, STDiTControl
 from stdit.models.stdit import STDiT
@@ -63,7 +62,7 @@ def fingerprint(folder: Path) -> str:
     files = sorted(p for p in folder.glob("*") if p.suffix == ".safetensors" or p.name == "config.json")
     if not any(p.suffix == ".safetensors" for p in files):
         raise ConfigError(f"{folder}: holds no weights (*.safetensors)")
-    return hashlib.sha256("".join(f"{p.name} {sha256(p)}\n" for p in files).encode()).hexdigest()
+    return fingerprint_files(files, sha256)
 
 
 def check_base(base: Base, found: Path | None = None) -> Path:

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stdit.data.decoding import DECORD_INSTALLED, AutoReader, open_clip
-from stdit.data.pyav import PyAVReader
-from stdit.data.reader import DecodeError
+from stdit.data.decoding import DECORD_INSTALLED, AutoReader, DecodeError, PyAVReader, open_clip
 from tests.support.videos import encode, lossless, smooth
 
 DECODERS = ["auto", "pyav"] + (["decord"] if DECORD_INSTALLED else [])

@@ -14,9 +14,19 @@ from sklearn.datasets import load_digits
 
 from stdit.data import digits, manifest
 from stdit.data.decoding import open_clip
-from stdit.data.digits import DigitsOptions, Shape, draw, make_digits
+from stdit.data.digits import (
+    CLIP_CAPTIONS,
+    DIRECTIONS,
+    IMAGE_CAPTIONS,
+    WORDS,
+    DigitsOptions,
+    Shape,
+    caption,
+    draw,
+    make_digits,
+    read_scans,
+)
 from stdit.data.manifest import Clip
-from stdit.data.scans import CLIP_CAPTIONS, DIRECTIONS, IMAGE_CAPTIONS, WORDS, caption, read_scans
 
 OPTIONS = DigitsOptions(
     shapes=(Shape(1, 12, 12, 8, 2), Shape(3, 12, 14, 8, 1), Shape(4, 20, 20, 11, 1)), speed=1.5, scans=300

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stdit.data.reader import DecodeError, DecodeTimeout, Facts
-from stdit.data.subprocess_decoder import ChildDecoder, decode_in_child
+from stdit.data.decoding import ClipInfo, DecodeError, DecodeTimeout
+from stdit.data.subprocess_decoder import SubprocessDecoder, decode_in_subprocess
 from stdit.data.transforms import resize_crop
 from tests.support.videos import lossless
 
@@ -29,7 +29,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def decoder():
-    with ChildDecoder() as decoder:
+    with SubprocessDecoder() as decoder:
         yield decoder
 
 
@@ -38,8 +38,8 @@ def fake_decord(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> Non
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
-def test_frames_are_the_readers(decoder: ChildDecoder, clip: Path) -> None:
-    assert decoder.probe(clip) == Facts(9, 24.0, 64, 80)
+def test_frames_are_the_readers(decoder: SubprocessDecoder, clip: Path) -> None:
+    assert decoder.probe(clip) == ClipInfo(9, 24.0, 64, 80)
     assert (decoder.read(clip, [8, 0, 3]) == FRAMES[[8, 0, 3]]).all()
     assert (decoder.read(clip, range(2), size=(32, 32)) == resize_crop(FRAMES[:2], 32, 32)).all()
 
@@ -54,7 +54,7 @@ def test_frames_are_resized_in_pieces_that_fit_memory(clip: Path, monkeypatch: p
     assert (frames == resize_crop(FRAMES, 32, 40)).all()
 
 
-def test_one_child_serves_good_clips_after_bad_ones(decoder: ChildDecoder, clip: Path, tmp_path: Path) -> None:
+def test_one_child_serves_good_clips_after_bad_ones(decoder: SubprocessDecoder, clip: Path, tmp_path: Path) -> None:
     decoder.read(clip, [0])
     child = decoder._child
     (tmp_path / "text.mp4").write_text("hello " * 100)
@@ -78,14 +78,14 @@ def test_pyav_reads_what_decord_hangs_or_crashes_on(
     clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
     fake_decord(tmp_path, monkeypatch, code)
-    with ChildDecoder("auto", timeout_s=2) as decoder:
+    with SubprocessDecoder("auto", timeout_s=2) as decoder:
         assert (decoder.read(clip, [1, 2]) == FRAMES[1:3]).all()
 
 
 def test_a_hang_is_stopped_in_time(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_decord(tmp_path, monkeypatch, HANG)
     began = time.monotonic()
-    with ChildDecoder("decord", timeout_s=1) as decoder:
+    with SubprocessDecoder("decord", timeout_s=1) as decoder:
         with pytest.raises(DecodeTimeout, match=r"took more than 1 s and was stopped"):
             decoder.read(clip, [0])
         assert decoder._child is None
@@ -94,14 +94,14 @@ def test_a_hang_is_stopped_in_time(clip: Path, tmp_path: Path, monkeypatch: pyte
 
 def test_a_crash_is_a_reason(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_decord(tmp_path, monkeypatch, CRASH)
-    with ChildDecoder("decord", timeout_s=20) as decoder:
+    with SubprocessDecoder("decord", timeout_s=20) as decoder:
         for _ in range(2):
             with pytest.raises(DecodeError, match=r"the decoding process died \(signal SIGSEGV\)"):
                 decoder.read(clip, [0])
 
 
 def test_a_child_killed_between_clips_is_replaced(clip: Path) -> None:
-    with ChildDecoder("pyav") as decoder:
+    with SubprocessDecoder("pyav") as decoder:
         decoder.read(clip, [0])
         assert decoder._child is not None
         os.kill(decoder._child.pid, signal.SIGKILL)
@@ -112,7 +112,7 @@ def test_a_child_killed_between_clips_is_replaced(clip: Path) -> None:
 def test_a_worn_out_child_is_replaced(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stdit.data.subprocess_decoder.CLIPS_PER_CHILD", 2)
     pids = []
-    with ChildDecoder("pyav") as decoder:
+    with SubprocessDecoder("pyav") as decoder:
         for _ in range(4):
             decoder.read(clip, [0])
             assert decoder._child is not None
@@ -125,18 +125,18 @@ def test_a_file_in_the_working_folder_shadows_nothing(
 ) -> None:
     (tmp_path / "json.py").write_text("raise SystemExit(3)")
     monkeypatch.chdir(tmp_path)
-    with ChildDecoder("pyav") as decoder:
+    with SubprocessDecoder("pyav") as decoder:
         assert decoder.probe(clip).frame_count == 9
 
 
-def _read_in_fork(path: Path, decoder: ChildDecoder, queue: "multiprocessing.Queue[bool]") -> None:
+def _read_in_fork(path: Path, decoder: SubprocessDecoder, queue: "multiprocessing.Queue[bool]") -> None:
     queue.put(bool((decoder.read(path, [2]) == FRAMES[[2]]).all()))
 
 
 def test_a_forked_worker_gets_a_child_of_its_own(clip: Path) -> None:
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    with ChildDecoder("pyav") as decoder:
+    with SubprocessDecoder("pyav") as decoder:
         decoder.read(clip, [0])
         fork = context.Process(target=_read_in_fork, args=(clip, decoder, queue))
         fork.start()
@@ -148,8 +148,8 @@ def test_a_forked_worker_gets_a_child_of_its_own(clip: Path) -> None:
 def test_the_child_ends_with_its_parent(clip: Path) -> None:
     code = f"""
 import os, signal
-from stdit.data.subprocess_decoder import ChildDecoder
-decoder = ChildDecoder("pyav")
+from stdit.data.subprocess_decoder import SubprocessDecoder
+decoder = SubprocessDecoder("pyav")
 decoder.read({str(clip)!r}, [0])
 print(decoder._child.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -165,5 +165,5 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_decode_in_child_keeps_one_child(clip: Path) -> None:
-    assert (decode_in_child(clip, [3], decoder="pyav") == FRAMES[[3]]).all()
-    assert decode_in_child(clip, [3, 4], size=(16, 20), decoder="pyav").shape == (2, 16, 20, 3)
+    assert (decode_in_subprocess(clip, [3], decoder="pyav") == FRAMES[[3]]).all()
+    assert decode_in_subprocess(clip, [3, 4], size=(16, 20), decoder="pyav").shape == (2, 16, 20, 3)
