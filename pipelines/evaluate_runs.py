@@ -173,8 +173,8 @@ _FLAGS: tuple[tuple[str, Any, str], ...] = (
 )
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(prog: str = "pipelines.evaluate_runs") -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", type=Path, required=True, help="run directories, checkpoints or pipelines")
     parser.add_argument("--manifest", type=Path, required=True, help="the data's manifest")
     parser.add_argument("--out", type=Path, required=True, help="folder for videos and scores")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pipelines.workers import connect, disconnect
-from stdit.config import ExtractConfig, load, validate
+from stdit.config import ExtractConfig, load_config, validate
 
 if TYPE_CHECKING:
     from stdit.data.records import Outcome, Part
@@ -97,12 +97,12 @@ def _outcomes(config: ExtractConfig, todo: Sequence[Part]) -> Iterator[Outcome]:
         yield pickle.loads(row["outcome"])
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     from stdit.extract import arguments
 
-    given = arguments("python -m pipelines.extract_features").parse_args()
+    given = arguments("python -m pipelines.extract_features").parse_args(argv)
     try:
-        out = extract_features(load(given.config, ExtractConfig, given.set), given.overwrite)
+        out = extract_features(load_config(given.config, ExtractConfig, given.set), given.overwrite)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(out)

@@ -15,7 +15,7 @@ from pipelines import changes, checks, workers
 from pipelines.plan import Plan, ResolvedStage
 from pipelines.progress import Clock, StepLine
 from pipelines.record import Record, set_aside
-from stdit.config import Config, ConfigError, load
+from stdit.config import Config, ConfigError, load_config
 
 
 class PlanFailed(RuntimeError):
@@ -35,7 +35,7 @@ class Walk:
         ) in stages:  # Runs that were made by hand, with stdit/train.py: what they are made of, they say themselves.
             file, part = stage.config.run_dir / "config.yaml", f"stages.{stage.name}"
             if part not in self.record.parts and file.is_file():
-                self.record.parts[part] = changes.describe_stage(load(file, Config), plan.resources, stage.after)
+                self.record.parts[part] = changes.describe_stage(load_config(file, Config), plan.resources, stage.after)
 
     # ------------------------------------------------------------------------------- before anything
 

@@ -54,9 +54,9 @@ def run_plan(
                 workers.disconnect()
 
 
-def arguments() -> argparse.ArgumentParser:
+def arguments(prog: str = "pipelines.train_stages") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="pipelines.train_stages", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--plan", type=Path, required=True, help="a file of configs/plans/")
     parser.add_argument(

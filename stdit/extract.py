@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stdit.config import ExtractConfig, load
+from stdit.config import ExtractConfig, load_config
 
 # Imported late, so that --help answers at once.
 if TYPE_CHECKING:
@@ -159,10 +159,10 @@ def arguments(program: str) -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    given = arguments("python -m stdit.extract").parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    given = arguments("python -m stdit.extract").parse_args(argv)
     try:
-        out = run(load(given.config, ExtractConfig, given.set), given.overwrite)
+        out = run(load_config(given.config, ExtractConfig, given.set), given.overwrite)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(out)

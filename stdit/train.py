@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ if __name__ == "__main__":
     # A script's own folder stands first, where stdit/data would be `data`; the repository stands there instead.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from stdit.config import Config, ConfigError, load
+from stdit.config import Config, ConfigError, load_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -208,19 +208,26 @@ def describe(config: Config, place: Place, ranks: Ranks) -> str:
     return "\n".join(lines + [f"changed since: {note}" for note in place.notes])
 
 
-def main() -> None:
+def arguments(prog: str = "stdit/train.py") -> argparse.ArgumentParser:
+    """The command line of one rank."""
     parser = argparse.ArgumentParser(
-        description="Train a space-time diffusion transformer.", epilog="Run the same command again to resume."
+        prog,
+        description="Train a spatial-temporal diffusion transformer.",
+        epilog="Run the same command again to resume.",
     )
-    parser.add_argument("--config", required=True, help="YAML file (stdit.config.Config)")
+    parser.add_argument("--config", required=True, help="YAML file (docs/config.md: train)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="a.b=c", help="override one setting; may be given several times"
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it.
-    args = parser.parse_args()
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments().parse_args(argv)
     code = 1
     try:
-        config = load(args.config, Config, args.set)
+        config = load_config(args.config, Config, args.set)
         from stdit.training.distributed import STOPPED, Stop, leave
 
         try:

@@ -20,6 +20,7 @@ LEVELS = {
     "stdit.config": 0,
     "stdit.files": -1,
     "stdit.media": 0.5,
+    "stdit.arguments": 0.5,
     "stdit.models": 1,
     "stdit.ops": 1,
     "stdit.diffusion": 1,
@@ -35,7 +36,7 @@ LEVELS = {
     "stdit.extract": 4,
     "stdit.generate": 4,
     "stdit.evaluate": 4,
-    "stdit.cli": 4,
+    "stdit.cli": 4.5,
     "pipelines": 5,
     "cluster": 6,
 }
@@ -81,7 +82,10 @@ def imports(file: Path) -> Iterator[tuple[str, bool]]:
                 yield node.module, id(node) in top
 
 
-@pytest.mark.parametrize("file", files(), ids=lambda f: str(f.relative_to(ROOT)))
+# stdit/__init__.py names the public objects of every level and imports none of them (tests/test_cli.py).
+@pytest.mark.parametrize(
+    "file", [f for f in files() if f != ROOT / "stdit" / "__init__.py"], ids=lambda f: str(f.relative_to(ROOT))
+)
 def test_a_file_imports_only_from_below(file: Path) -> None:
     own = room(module_of(file))
     for name, _ in imports(file):

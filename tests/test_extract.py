@@ -256,14 +256,14 @@ def test_an_interrupted_extraction_goes_on_where_it_stopped(tmp_path: Path, monk
 SLOW = """
 import sys, time
 from stdit import extract
-from stdit.config import ExtractConfig, load
+from stdit.config import ExtractConfig, load_config
 from stdit.data import records
 whole = records.write_record
 def slow(*args):
     whole(*args)
     time.sleep(0.3)
 records.write_record = slow
-extract.run(load(sys.argv[1], ExtractConfig))
+extract.run(load_config(sys.argv[1], ExtractConfig))
 """
 
 

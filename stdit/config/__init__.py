@@ -3,7 +3,7 @@
 An unknown key, a wrong type, a missing file or sizes that do not divide are errors that name the
 file, the key and the numbers.
 
-    config = load("configs/debug.yaml", Config, ["train.steps=100", "run_dir=runs/x"])
+    config = load_config("configs/debug.yaml", Config, ["train.steps=100", "run_dir=runs/x"])
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from stdit.config.load import (
     ConfigError,
     apply_override,
     dump,
-    load,
+    load_config,
     merge,
     parse_yaml,
     read_extended,
@@ -91,7 +91,7 @@ __all__ = [
     "apply_override",
     "dump",
     "latent_shape",
-    "load",
+    "load_config",
     "merge",
     "parse_yaml",
     "read_extended",

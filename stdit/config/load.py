@@ -178,7 +178,7 @@ def validate(data: dict[str, Any], schema: type[_Section], name: str) -> _Sectio
         raise ConfigError("\n".join(lines)) from None
 
 
-def load(path: Path | str, schema: type[_Section], overrides: Sequence[str] = ()) -> _Section:
+def load_config(path: Path | str, schema: type[_Section], overrides: Sequence[str] = ()) -> _Section:
     """The YAML file `path` (with what it extends) as a `schema`, after `--set` overrides.
 
     Raises ConfigError naming the file, the key and the value.
@@ -190,5 +190,5 @@ def load(path: Path | str, schema: type[_Section], overrides: Sequence[str] = ()
 
 
 def dump(config: BaseModel) -> str:
-    """The resolved config as YAML that `load` reads back to an equal one."""
+    """The resolved config as YAML that `load_config` reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -13,9 +13,9 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from stdit import arguments
 from stdit.config import Bucket, ConfigError, ModelConfig, latent_shape, read_extended, token_grid, validate
 from stdit.models.attention import Attention, CrossAttention
 from stdit.models.stdit import STDiT
@@ -186,19 +187,10 @@ def _inputs(
     return {key: value for key, value in given.items() if key != "size"}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Parameters, multiply-adds and memory of a model.")
-    parser.add_argument("--config", type=Path, required=True, help="a YAML file with a `model:` section")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--latent", type=int, nargs=3, metavar=("T", "H", "W"), default=(1, 32, 32), help="latent size")
-    size.add_argument("--pixels", type=int, nargs=3, metavar=("FRAMES", "HEIGHT", "WIDTH"), help="size of the clip")
-    parser.add_argument(
-        "--compression", type=int, nargs=3, metavar=("T", "H", "W"), default=(1, 8, 8), help="pixels per latent"
-    )
-    parser.add_argument("--text-length", type=int, default=0, help="tokens of a caption; 0: the null caption")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of activations")
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments.summary().parse_args(argv)
     try:
-        print(_table(parser.parse_args()))
+        print(_table(args))
     except (ConfigError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -11,11 +11,10 @@ docs/weights.md lists the layouts, and what their files do not determine.
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stdit import arguments
 from stdit.config import ConfigError, ModelConfig
 from stdit.config.load import apply_override, validate
 from stdit.files import atomic_folder, atomic_path
@@ -308,40 +308,8 @@ def _write(model: STDiT, state: dict[str, Tensor], layout: Layout, out: Path) ->
 # ----------------------------------------------------------------------------------- command line
 
 
-def main(argv: list[str] | None = None) -> int:
-    layouts = "; ".join(f"{layout.name} ({layout.title})" for layout in LAYOUTS)
-    parser = argparse.ArgumentParser(
-        description="Converts weights between layouts, bit-exactly. SOURCE's layout is detected from its keys.",
-        epilog=f"layouts: {layouts}. More in docs/weights.md.",
-    )
-    parser.add_argument(
-        "source",
-        metavar="SOURCE",
-        type=Path,
-        help="a .safetensors, .pt, .pth, .bin or .ckpt file; a diffusers folder; a pipeline; a checkpoint or run directory",
-    )
-    parser.add_argument("--to", dest="out", metavar="OUT", type=Path, required=True, help="the folder or file to write")
-    parser.add_argument(
-        "--layout",
-        choices=layout_names(),
-        default=OURS,
-        help="the layout of OUT: a folder for stdit (default) and diffusers', one file for the others",
-    )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        metavar="KEY=VALUE",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="a key of the model config that SOURCE does not determine, or that replaces its own, such as num_heads=16",
-    )
-    parser.add_argument(
-        "--weights",
-        choices=("ema", "model"),
-        help="which weights of a checkpoint that has both (default: ema)",
-    )
-    args = parser.parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    args = arguments.convert().parse_args(argv)
     ema = None if args.weights is None else args.weights == "ema"
     try:
         overrides: dict[str, Any] = {}

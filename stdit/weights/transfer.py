@@ -24,19 +24,19 @@ Depth and width do not change otherwise.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from stdit import arguments
 from stdit.config import ConfigError, ModelConfig, Transition, apply_override, read_extended, validate
 from stdit.files import atomic_folder
 from stdit.models.stdit import STDiT
@@ -362,28 +362,8 @@ def _format_indices(blocks: list[int]) -> str:
 # ----------------------------------------------------------------------------------- command line
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description="Transfers weights to another architecture: loads what matches and initialises the rest.",
-    )
-    parser.add_argument(
-        "source", metavar="SOURCE", type=Path, help="weights of any layout, a checkpoint or a run directory"
-    )
-    parser.add_argument("--to", dest="out", metavar="OUT", type=Path, required=True, help="the new folder to write")
-    parser.add_argument(
-        "--config", type=Path, help="YAML file with the target's `model:` section (default: the source's)"
-    )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a key of `model:`, such as temporal=true; repeatable",
-    )
-    parser.add_argument("--allow", nargs="*", default=[], choices=get_args(Transition), help="changes that may be made")
-    parser.add_argument("--seed", type=int, default=0, help="seed of newly initialised weights")
-    args = parser.parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    args = arguments.transfer().parse_args(argv)
     try:
         print(transfer_file(args.source, args.out, args.config, args.overrides, tuple(args.allow), args.seed))
     except (ConfigError, ValueError, OSError) as error:

@@ -40,15 +40,15 @@ def write(folder: Path, **files: str) -> Path:
 
 
 def test_a_dumped_config_loads_as_an_equal_one(minimal: Path) -> None:
-    config = c.load(minimal, c.Config, ["train.steps=7"])
+    config = c.load_config(minimal, c.Config, ["train.steps=7"])
     again = minimal.with_name("again.yaml")
     again.write_text(c.dump(config))
-    assert c.load(again, c.Config) == config
+    assert c.load_config(again, c.Config) == config
     assert config.train.steps == 7
 
 
 def test_an_exponent_without_a_dot_is_a_number(minimal: Path) -> None:
-    assert c.load(minimal, c.Config).train.optimizer.learning_rate == 1e-4
+    assert c.load_config(minimal, c.Config).train.optimizer.learning_rate == 1e-4
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
@@ -79,7 +79,7 @@ def test_every_float_that_python_prints_is_read_back(value: float) -> None:
 def test_a_wrong_value_is_refused_with_file_key_and_value(minimal: Path, override: str, key: str, found: str) -> None:
     with pytest.raises(c.ConfigError) as error:
         # `size` and explicit sizes together are legal, so the size is taken away first where they are tested.
-        c.load(minimal, c.Config, [*(["model.size=null"] if override.startswith("model={") else []), override])
+        c.load_config(minimal, c.Config, [*(["model.size=null"] if override.startswith("model={") else []), override])
     assert str(minimal) in str(error.value)
     assert key in str(error.value)
     assert found in str(error.value)
@@ -87,14 +87,14 @@ def test_a_wrong_value_is_refused_with_file_key_and_value(minimal: Path, overrid
 
 def test_every_error_is_listed_not_only_the_first(minimal: Path) -> None:
     with pytest.raises(c.ConfigError) as error:
-        c.load(minimal, c.Config, ["train.steps=0", "nonsense=1"])
+        c.load_config(minimal, c.Config, ["train.steps=0", "nonsense=1"])
     assert "train.steps" in str(error.value)
     assert "nonsense" in str(error.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(c.ConfigError, match="absent.yaml"):
-        c.load(tmp_path / "absent.yaml", c.Config)
+        c.load_config(tmp_path / "absent.yaml", c.Config)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_yaml_that_could_mislead_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path, bad=text)
     with pytest.raises(c.ConfigError, match=message) as error:
-        c.load(path, c.Config)
+        c.load_config(path, c.Config)
     assert str(path) in str(error.value)
 
 

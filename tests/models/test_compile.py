@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from stdit.config import Config, load
+from stdit.config import Config, load_config
 from stdit.models.stdit import STDiT
 from stdit.ops import onednn
 from stdit.train import prepare
@@ -169,7 +169,7 @@ def test_inductor_gives_the_same(tiny: Tiny, noise: Noise, name: str, monkeypatc
 
 @pytest.mark.slow
 def test_what_train_compile_asks_for_trains(noise: Noise) -> None:
-    config = load("configs/debug.yaml", Config, ["train.compile=true", "train.activation_checkpointing=true"])
+    config = load_config("configs/debug.yaml", Config, ["train.compile=true", "train.activation_checkpointing=true"])
     model = prepare(STDiT.from_settings(config.model), config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     told = {"class_labels": torch.arange(4)} if config.model.num_classes else {}
