@@ -149,7 +149,7 @@ def test_plain_scalars_are_those_of_the_core_schema(text: str, value: Any) -> No
 def test_a_merge_key_is_an_unknown_key(minimal: Path) -> None:
     minimal.write_text(MINIMAL + "<<: {seed: 1}\n")
     with pytest.raises(c.ConfigError, match="<<: unknown key"):
-        c.load(minimal, c.Config)
+        c.load_config(minimal, c.Config)
 
 
 @pytest.mark.timeout(20)
@@ -157,14 +157,14 @@ def test_only_regular_files_are_read_as_configs(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.yaml")
     for path in (tmp_path / "fifo.yaml", Path("/dev/zero"), tmp_path):
         with pytest.raises(c.ConfigError, match="not a regular file"):
-            c.load(path, c.Config)
+            c.load_config(path, c.Config)
 
 
 def test_every_error_is_one_printable_line(tmp_path: Path) -> None:
     for i, text in enumerate(["a: [1", "a: b: c", "a: \x00", "? [a]\n: 1", "x: '" + "\\u001b" * 999 + "'\nx: 1"]):
         path = write(tmp_path, **{f"bad{i}": text})
         with pytest.raises(c.ConfigError) as error:
-            c.load(path, c.Config)
+            c.load_config(path, c.Config)
         assert str(error.value).isprintable()
         assert len(str(error.value)) < 1000
 
