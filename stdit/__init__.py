@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from stdit.config import ModelConfig as ModelConfig
     from stdit.config import load_config as load_config
     from stdit.inference.pipeline import STDiTPipeline as STDiTPipeline
+    from stdit.media import save_video as save_video
     from stdit.models.stdit import STDiT as STDiT
 
 __version__ = "0.1.0"
@@ -26,9 +27,10 @@ _MODULES = {
     "STDiT": "stdit.models.stdit",
     "STDiTPipeline": "stdit.inference.pipeline",
     "load_config": "stdit.config",
+    "save_video": "stdit.media",
 }
 
-__all__ = ["Config", "ConfigError", "ModelConfig", "STDiT", "STDiTPipeline", "__version__", "load_config"]
+__all__ = ["Config", "ConfigError", "ModelConfig", "STDiT", "STDiTPipeline", "__version__", "load_config", "save_video"]
 
 
 def __getattr__(name: str) -> Any:
