@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import platform
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from stdit import extract
+from stdit import extract, metrics_log
 from stdit.config import (
     Bucket,
     Config,
@@ -119,8 +118,8 @@ def train_one(out: Path, name: str, steps: int, changes: dict[str, Any], source:
 
 def last(run: Path, key: str) -> float | None:
     """The last value of `key` in a run's metrics."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return next((line[key] for line in reversed(lines) if line.get(key) is not None), None)
+    entries = metrics_log.read(run / metrics_log.FILE)
+    return next((entry[key] for entry in reversed(entries) if entry.get(key) is not None), None)
 
 
 def accuracy(run: Path, manifest: Path, count: int) -> tuple[float, float]:

@@ -9,35 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pipelines.plan import Plan, ResolvedStage, Resources
 from stdit.config import Config
-
-# Settings that say where, how fast and how visibly a part is made, not what comes out of it.
-_NOT_IDENTITY = (
-    "name", "run_dir", "data.features", "data.workers", "validation", "samples",
-    "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.tensorboard", "train.wandb_project",
-    "train.max_bad_steps", "train.activation_checkpointing", "train.attention_backend", "train.compile",
-    "manifest", "out", "workers", "decode_timeout_s", "max_bad_share", "batch_size",
-)  # fmt: skip
+from stdit.config.diff import (
+    EXTRACTION_RUNTIME_KEYS,
+    TRAINING_RUNTIME_KEYS,
+    Change,
+    changes,
+    flatten,
+    global_batch_sizes,
+    matches,
+)
 
 Piece = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Change:
-    """One setting of one part that is not what it was. `key` is dotted; None stands for absent."""
-
-    part: str
-    key: str
-    old: Any
-    new: Any
-
-    def __str__(self) -> str:
-        return f"{self.part}.{self.key}: {json.dumps(self.old)} -> {json.dumps(self.new)}"
 
 
 def describe(plan: Plan, stages: Sequence[ResolvedStage], manifest_sha256: str | None = None) -> dict[str, Piece]:
@@ -47,8 +34,8 @@ def describe(plan: Plan, stages: Sequence[ResolvedStage], manifest_sha256: str |
     """
     pieces: dict[str, Piece] = {}
     if plan.prepare is not None:
-        pieces["prepare"] = _flat(plan.prepare.model_dump(mode="json"))
-    pieces["extraction"] = _flat(plan.extract.model_dump(mode="json"))
+        pieces["prepare"] = _flat(plan.prepare.model_dump(mode="json"), ("out", "manifest"))
+    pieces["extraction"] = _flat(plan.extract.model_dump(mode="json"), EXTRACTION_RUNTIME_KEYS)
     if manifest_sha256 is not None:
         pieces["extraction"]["manifest_sha256"] = manifest_sha256
     for stage in stages:
@@ -60,13 +47,17 @@ def describe_stage(config: Config, resources: Resources, after: str | None) -> P
     """One stage. Micro-batches, workers and accumulation stand in it as the samples of a step, which is what is learned
     from: half the batch on twice the workers is no change."""
     data = config.model_dump(mode="json")
-    each = resources.workers * data["train"].pop("gradient_accumulation")
-    sizes = {b.key: each * b.batch_size for b in config.data.buckets}
+    sizes = global_batch_sizes(config, resources.workers)
+    del data["train"]["gradient_accumulation"]
     for bucket in data["data"]["buckets"]:
         del bucket["batch_size"]
     if after is not None and data["init"]:
         del data["init"]["source"]  # `after` says it, wherever run_dir is.
-    return {**_flat(data), **{f"samples_per_step.{key}": size for key, size in sizes.items()}, "after": after}
+    return {
+        **_flat(data, TRAINING_RUNTIME_KEYS),
+        **{f"samples_per_step.{key}": size for key, size in sizes.items()},
+        "after": after,
+    }
 
 
 def parents(pieces: Mapping[str, Piece], part: str) -> list[str]:
@@ -85,24 +76,22 @@ def fingerprint(pieces: Mapping[str, Piece], part: str) -> str:
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
-def differences(recorded: Mapping[str, Piece], current: Mapping[str, Piece]) -> list[Change]:
-    """Every setting that differs, of parts that stand in both: a part that is new has nothing to invalidate, one
-    that has gone is left where it lies. A manifest not there yet (sha256 unknown) is no change."""
-    found: list[Change] = []
+def differences(recorded: Mapping[str, Piece], current: Mapping[str, Piece]) -> dict[str, list[Change]]:
+    """Changed settings by part, of parts that are in both: a new part has nothing to invalidate, a removed one is left
+    alone. A manifest that does not exist yet (sha256 unknown) is no change."""
+    found: dict[str, list[Change]] = {}
     for part in [p for p in current if p in recorded]:
         old, new = recorded[part], current[part]
-        for key in [*old, *(k for k in new if k not in old)]:
-            if old.get(key) == new.get(key) or (key == "manifest_sha256" and (key not in old or key not in new)):
-                continue
-            found.append(Change(part, key, old.get(key), new.get(key)))
+        part_changes = [c for c in changes(old, new) if c.key != "manifest_sha256" or (c.key in old and c.key in new)]
+        if part_changes:
+            found[part] = part_changes
     return found
 
 
-def invalidated(changes: Sequence[Change], current: Mapping[str, Piece]) -> dict[str, str]:
-    """Parts whose results no longer hold, with why: changed themselves, or made from one that is."""
+def invalidated(changed: Collection[str], current: Mapping[str, Piece]) -> dict[str, str]:
+    """Parts whose results no longer hold, with the reason: `changed` themselves, or made from one that is."""
     reasons: dict[str, str] = {}
-    changed = {change.part for change in changes}
-    for part in current:  # Parents stand before their children: describe() keeps the order of training.
+    for part in current:  # Parents come before their children: describe() keeps the order of training.
         if part in changed:
             reasons[part] = "changed"
             continue
@@ -112,17 +101,6 @@ def invalidated(changes: Sequence[Change], current: Mapping[str, Piece]) -> dict
     return reasons
 
 
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys, without those that are no part of what comes out. Lists are values."""
-    return dict(_leaves(data, prefix))
-
-
-def _leaves(data: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in data.items():
-        dotted = f"{prefix}{key}"
-        if dotted in _NOT_IDENTITY:
-            continue
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{dotted}.")
-        else:
-            yield dotted, value
+def _flat(data: Mapping[str, Any], exclude: Sequence[str]) -> Piece:
+    """Dotted keys and values, without those of `exclude`."""
+    return {key: value for key, value in flatten(data).items() if not matches(key, exclude)}

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TextIO
 
-from pipelines.record import last_metrics
+from stdit import metrics_log
 from stdit.config import Config
 
 
@@ -29,7 +29,8 @@ class StepLine:
         self.terminal = clock.out.isatty()
         self._every_s = 1.0 if self.terminal else 10.0
         # What a run that is gone on with has logged before says nothing of this call's speed.
-        before = last_metrics(config.run_dir)
+        self._path = config.run_dir / metrics_log.FILE
+        before = metrics_log.read_last(self._path)
         self._told, self._step, self._first = time.monotonic(), int(before["step"]) if before else 0, (0.0, -1)
         self._shown = False
 
@@ -38,7 +39,7 @@ class StepLine:
         now = time.monotonic()
         if now - self._told < self._every_s:
             return
-        entry = last_metrics(self.config.run_dir)
+        entry = metrics_log.read_last(self._path)
         if entry is None or entry["step"] == self._step:
             return
         self._told, self._step = now, int(entry["step"])

@@ -9,11 +9,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pipelines.changes import Piece
 from stdit.config import ConfigError
@@ -102,22 +101,3 @@ def only_one(run_dir: Path) -> Iterator[None]:
         lock.write(f"process {os.getpid()} on {os.uname().nodename}")
         lock.flush()
         yield
-
-
-def last_metrics(run_dir: Path) -> Mapping[str, Any] | None:
-    """The newest line of a run's metrics.jsonl that has a loss, from its last 64 KB; None where there is none."""
-    path = run_dir / "metrics.jsonl"
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 65536))
-            lines = file.read().splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        try:
-            entry = json.loads(line)
-        except ValueError:  # Cut off at either end.
-            continue
-        if isinstance(entry, dict) and "loss" in entry:
-            return entry
-    return None

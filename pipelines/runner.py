@@ -55,7 +55,7 @@ class Walk:
         if not void:
             return
         lines = [f"the plan has changed since results were made in {self.plan.run_dir}:"]
-        lines += [f"  {change}" for change in found]
+        lines += [f"  {part}.{change}" for part, some in found.items() for change in some]
         lines += ["which makes void:", *(f"  {part} ({why})" for part, why in void.items())]
         if not self.allow_changes:
             lines.append(

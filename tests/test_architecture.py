@@ -19,6 +19,7 @@ LEVELS = {
     "stdit": 0,
     "stdit.config": 0,
     "stdit.files": -1,
+    "stdit.metrics_log": 0,
     "stdit.media": 0.5,
     "stdit.arguments": 0.5,
     "stdit.models": 1,

@@ -157,12 +157,12 @@ def test_an_empty_file_does_not_count_as_made(runs: dict[str, Path], tmp_path: P
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"sampler": SamplerConfig(steps=3, guidance_scale=2.0)}, "steps: 2 then, 3 now"),
-        ({"videos_per_prompt": 2}, "videos_per_prompt: 1 then, 2 now"),
-        ({"shape": Bucket(frames=2, height=16, width=16)}, "shape: 4x16x16 then, 2x16x16 now"),
+        ({"sampler": SamplerConfig(steps=3, guidance_scale=2.0)}, "steps: 2 -> 3"),
+        ({"videos_per_prompt": 2}, "videos_per_prompt: 1 -> 2"),
+        ({"shape": Bucket(frames=2, height=16, width=16)}, "shape: 4x16x16 -> 2x16x16"),
         ({"prompts": PROMPTS[:4]}, "prompts: "),
-        ({"weights": "model"}, "weights: ema then, model now"),
-        ({"run": "other"}, "checkpoint: step-00000020 .* then, step-00000030 .* now"),
+        ({"weights": "model"}, "weights: ema -> model"),
+        ({"run": "other"}, "checkpoint: step-00000020 .* -> step-00000030 .*"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

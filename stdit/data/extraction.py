@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from stdit.config import ConfigError, ExtractConfig
+from stdit.config.diff import EXTRACTION_RUNTIME_KEYS, changes
 from stdit.data import records
 from stdit.data.features import FORMAT, INDEX, REPORT, SAMPLES, samples_schema, shard_path
 from stdit.data.manifest import check_where, matches, read
@@ -29,10 +30,6 @@ from stdit.data.records import Part, Tally
 from stdit.files import atomic_path, atomic_write
 
 SETTINGS = "extraction.json"
-# What may change between two runs into the same folder without changing the features. Encoders: their identities count.
-FREE = {
-    "manifest", "out", "batch_size", "decode_timeout_s", "max_bad_share", "workers", "video_encoder", "text_encoder"
-}  # fmt: skip
 # Threads that look whether sources have changed: waiting for the disk, not computing.
 LOOKERS = 16
 
@@ -79,8 +76,12 @@ def divide(config: ExtractConfig, encoders: Mapping[str, Any]) -> Plan:
     kept = [(number, clip) for number, clip in enumerate(manifest) if matches(clip, config.where)]
     if not kept:
         raise ConfigError(f"{config.manifest}: none of its {len(manifest)} clips meets `where`")
+    # `encoders` identifies them by their weights, not by where these lie.
+    excluded = {*EXTRACTION_RUNTIME_KEYS, "video_encoder", "text_encoder"}
     # As it comes back from the file: tuples as lists.
-    settings = json.loads(json.dumps({"format": FORMAT, **config.model_dump(mode="json", exclude=FREE), **encoders}))
+    settings = json.loads(
+        json.dumps({"format": FORMAT, **config.model_dump(mode="json", exclude=excluded), **encoders})
+    )
     if config.control_column is None:
         del settings["control_column"]  # as features had it before there was one
     elif config.control_column not in manifest.columns:
@@ -113,14 +114,13 @@ def claim(plan: Plan, overwrite: bool = False) -> None:
     file = out / SETTINGS
     if file.is_file():
         try:
-            then, now = _flat(json.loads(file.read_text(encoding="utf-8"))), _flat(plan.settings)
+            changed = changes(json.loads(file.read_text(encoding="utf-8")), plan.settings)
         except ValueError as error:
             raise ConfigError(f"{file}: damaged ({error}); remove {out} and extract again") from error
-        changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
         if not changed:
             return
         if not overwrite:
-            lines = "\n".join(f"  {key}: {then.get(key)} then, {now.get(key)} now" for key in changed)
+            lines = "\n".join(f"  {change}" for change in changed)
             raise ConfigError(
                 f"{out} holds features of another config:\n{lines}\nChoose another out, or discard them with --overwrite"
             )
@@ -130,13 +130,6 @@ def claim(plan: Plan, overwrite: bool = False) -> None:
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out: {out} exists and holds no extraction; features go into a folder of their own")
     atomic_write(file, json.dumps(plan.settings, indent=2) + "\n")
-
-
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    if not isinstance(value, dict):
-        return {key: value}
-    return {k: v for name, item in value.items() for k, v in _flat(item, f"{key}.{name}" if key else name).items()}
 
 
 def unfinished(plan: Plan) -> tuple[list[Part], str]:

@@ -6,7 +6,6 @@ Nothing here opens a window or keeps global state of matplotlib's.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from stdit import metrics_log
 from stdit.evaluation.classifier import Frames
 from stdit.media import GROUND, Cell
 
@@ -35,21 +35,17 @@ def cell_of(frames: Frames, row: Mapping[str, Any]) -> Cell:
 # ------------------------------------------------------------------------------------ loss curves
 
 
-def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def read_losses(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Steps and values of `loss` and `validation_loss` in a run's metrics.jsonl; empty where there are none.
 
-    A last line cut short by a crash is passed over; a step logged twice, by a run that went on, counts once: the later.
+    A step that a resumed run logged twice counts once: the later.
     """
-    series: dict[str, dict[int, float]] = {"loss": {}, "validation_loss": {}}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        for key, values in series.items():
-            if isinstance(row.get(key), (int, float)) and "step" in row:
-                values[int(row["step"])] = float(row[key])
-    return {key: (np.array(sorted(v)), np.array([v[s] for s in sorted(v)])) for key, v in series.items()}
+    entries = metrics_log.read(path)
+    series = {}
+    for key in ("loss", "validation_loss"):
+        values = {e["step"]: float(e[key]) for e in entries if isinstance(e.get(key), int | float)}
+        series[key] = np.array(sorted(values)), np.array([values[step] for step in sorted(values)])
+    return series
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -67,7 +63,7 @@ def loss_curves(runs: Sequence[tuple[str, Path]], dark: bool = False) -> bytes:
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
     for axes, (name, path) in zip(panels, runs, strict=True):
-        series = read_metrics(path)
+        series = read_losses(path)
         steps, losses = series["loss"]
         if len(steps):
             axes.plot(steps, losses, color="#4c8dff", alpha=0.22, linewidth=0.7)
@@ -90,7 +86,7 @@ def loss_curves(runs: Sequence[tuple[str, Path]], dark: bool = False) -> bytes:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(labelcolor=ink, facecolor="none", edgecolor=grid, fontsize=8)
     panels[0].set_ylabel("loss", color=ink)
-    finite = np.concatenate([read_metrics(p)["loss"][1] for _, p in runs] or [np.zeros(0)])
+    finite = np.concatenate([read_losses(p)["loss"][1] for _, p in runs] or [np.zeros(0)])
     if len(finite := finite[np.isfinite(finite)]):
         # The first steps are far above all others; they may leave the picture.
         panels[0].set_ylim(max(0.0, float(finite.min()) * 0.9), float(np.quantile(finite, 0.99)) * 1.1)

@@ -25,6 +25,7 @@ from stdit.config import (
     token_grid,
     validate,
 )
+from stdit.config.diff import changes
 from stdit.diffusion.guidance import check_channels
 from stdit.diffusion.schedulers import check_sampler, compatible_scheduler
 from stdit.files import atomic_write, fingerprint_files
@@ -226,12 +227,14 @@ def _claim(job: Job, asked: dict[str, Any], overwrite: bool) -> None:
         old = _read(path)
         if not {"asked", "files"} <= set(old):
             raise ConfigError(f"{path}: not the request of a generation; give another folder")
-        changed = [k for k in asked if old["asked"].get(k) != asked[k]]
+        changed = changes(old["asked"], asked)
         if not changed:
             return
         if not overwrite:
-            told = "; ".join(f"{k}: {old['asked'].get(k)} then, {asked[k]} now" for k in changed)
-            raise ValueError(f"{job.out} holds videos of another request ({told}); give another folder, or --overwrite")
+            listed = "; ".join(map(str, changed))
+            raise ValueError(
+                f"{job.out} holds videos of another request ({listed}); give another folder, or --overwrite"
+            )
         for name in {*old["files"], MANIFEST, SHEET, MOVING}:
             (job.out / Path(name).name).unlink(missing_ok=True)
         path.unlink()

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import math
 import sys
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tqdm import tqdm
 
 from stdit.config import Config, ConfigError
 from stdit.files import atomic_write
-
-METRICS = "metrics.jsonl"
+from stdit.metrics_log import MetricsLog
 
 
 def check_trackers(config: Config) -> None:
@@ -26,28 +23,13 @@ def check_trackers(config: Config) -> None:
         )
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drops from metrics.jsonl what lies beyond `step`, and a last line that was cut off: those steps come again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and entry.get("step", 0) <= step:
-            kept.append(line)
-    atomic_write(path, "".join(f"{line}\n" for line in kept))
-
-
 class Tracker:
     """Records of one run, beginning after `step`. On ranks other than the first (`active` False) it does nothing."""
 
     def __init__(self, config: Config, step: int, active: bool) -> None:
         self.active = active
         self.run_dir = config.run_dir
-        self._file: IO[str] | None = None
+        self._log: MetricsLog | None = None
         self._board: Any = None
         self._wandb: Any = None
         # In a file or a pipe one line every ten seconds, not ten a second.
@@ -58,8 +40,7 @@ class Tracker:
         )  # fmt: skip
         if not active:
             return
-        keep_until(self.run_dir / METRICS, step)
-        self._file = (self.run_dir / METRICS).open("a", encoding="utf-8", buffering=1)
+        self._log = MetricsLog(self.run_dir, step)
         if config.train.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -80,11 +61,9 @@ class Tracker:
         """One line of metrics.jsonl, which must have "step"; numbers also go to TensorBoard and W&B."""
         if not self.active:
             return
-        assert self._file is not None
-        # JSON has no NaN: null, so that every reader can read every line.
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        numbers = {k: v for k, v in clean.items() if isinstance(v, int | float) and k != "step"}
+        assert self._log is not None
+        self._log.write(entry)
+        numbers = {k: v for k, v in entry.items() if isinstance(v, int | float) and math.isfinite(v) and k != "step"}
         if self._board:
             for key, value in numbers.items():
                 self._board.add_scalar(key, value, entry["step"])
@@ -118,7 +97,7 @@ class Tracker:
 
     def close(self) -> None:
         self._bar.close()
-        for held in (self._file, self._board):
+        for held in (self._log, self._board):
             if held:
                 held.close()
         if self._wandb:

@@ -107,7 +107,7 @@ def test_a_second_command_makes_only_what_is_missing(
     assert {n for n in times if (out / n).stat().st_mtime_ns != times[n]} == {gone}
     assert "6 of 7 videos" in capsys.readouterr().out
     assert main([*command, "--guidance", "2"]) == 2
-    assert "guidance_scale: 4.0 then, 2.0 now" in capsys.readouterr().err
+    assert "guidance_scale: 4.0 -> 2.0" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("ray")

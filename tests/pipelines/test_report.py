@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipelines.html import duration, number, percent
 from pipelines.report import write_report
-from stdit.evaluation.pictures import cell_of, loss_curves, read_metrics, smooth
+from stdit.evaluation.pictures import cell_of, loss_curves, read_losses, smooth
 
 
 def clip_of(frames: int = 4, side: int = 8) -> np.ndarray:
@@ -166,7 +166,7 @@ def test_a_verdict_names_what_was_seen_and_marks_what_is_wrong() -> None:
 def test_metrics_survive_a_cut_line_and_a_resumed_run(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 9}\n{"step": 2, "loss": 2}\n{"step": 3, "lo')
-    steps, losses = read_metrics(path)["loss"]
+    steps, losses = read_losses(path)["loss"]
     assert steps.tolist() == [1, 2]
     assert losses.tolist() == [3, 2]
     assert opened(loss_curves([("a", path), ("b", tmp_path / "none.jsonl")])).size[0] > 300

@@ -20,6 +20,7 @@ from PIL import Image
 
 from pipelines import train_stages
 from pipelines.record import Record, set_aside
+from stdit import metrics_log
 from stdit.config import ConfigError
 from tests.support.paths import ROOT
 
@@ -132,10 +133,7 @@ def _title(process: psutil.Process) -> str:
 
 
 def steps(run_dir: Path) -> list[int]:
-    path = run_dir / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    return [json.loads(line)["step"] for line in path.read_text().splitlines() if line.endswith("}")]
+    return [entry["step"] for entry in metrics_log.read(run_dir / metrics_log.FILE)]
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

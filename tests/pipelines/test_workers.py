@@ -12,7 +12,6 @@ import pytest
 from pipelines import workers
 from pipelines.plan import Resources
 from pipelines.progress import Clock, StepLine
-from pipelines.record import last_metrics
 from stdit.config import Config, validate
 from stdit.training.distributed import STOPPED
 
@@ -82,18 +81,6 @@ def test_the_first_signal_asks_and_the_second_is_the_usual_one(tmp_path: Path, c
 
 
 # ----------------------------------------------------------------------------------------- progress
-
-
-def test_the_newest_whole_line_with_a_loss_is_read(tmp_path: Path) -> None:
-    assert last_metrics(tmp_path) is None
-    lines = [
-        '{"step": 1, "loss": 2.0}',
-        '{"step": 2, "loss": 1.5}',
-        '{"step": 2, "validation_loss": 1.0}',
-        '{"step": 3, "lo',
-    ]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    assert last_metrics(tmp_path) == {"step": 2, "loss": 1.5}
 
 
 def test_progress_tells_new_steps_only(tmp_path: Path, capsys) -> None:

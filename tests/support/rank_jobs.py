@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stdit import metrics_log
 from stdit.config import Config, merge, validate
 
 
@@ -70,8 +70,7 @@ def run_stopping_on_rank_1(data: dict[str, Any], step: int) -> dict[str, Any]:
 
 
 def metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    path = Path(run_dir) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return metrics_log.read(Path(run_dir) / metrics_log.FILE)
 
 
 def engine_steps(data: dict[str, Any], bad_rank: int) -> dict[str, Any]:

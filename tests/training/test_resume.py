@@ -92,7 +92,7 @@ def test_a_finished_run_returns_at_once_and_more_steps_go_on(solo: Pool, tmp_pat
     assert (tmp_path / "metrics.jsonl").read_text() == before
     longer = solo(run, data_for(tmp_path, 1, 1, steps=5))[0]
     assert [m["step"] for m in longer["metrics"]] == [1, 2, 3, 4, 5]
-    assert "train.steps: 3 at the checkpoint, 5 now" in longer["said"]
+    assert "train.steps: 3 -> 5" in longer["said"]
 
 
 def flip(path: Path) -> None:
@@ -137,15 +137,15 @@ def test_a_save_that_was_cut_off_counts_as_not_there(solo: Pool, tmp_path: Path)
 @pytest.mark.parametrize(
     ("section", "change", "said"),
     [
-        ("model", {"depth": 3}, "model.depth: 2 at the checkpoint, 3 now"),
-        ("data", {"train_split": "validation"}, "data.train_split: 'train' at the checkpoint, 'validation' now"),
+        ("model", {"depth": 3}, "model.depth: 2 -> 3"),
+        ("data", {"train_split": "validation"}, "data.train_split: train -> validation"),
         (
             "train",
             {"optimizer": {"learning_rate": 1.0}},
-            "train.optimizer.learning_rate: 0.003 at the checkpoint, 1.0 now",
+            "train.optimizer.learning_rate: 0.003 -> 1.0",
         ),
-        ("train", {"zero_stage": 3}, "train.zero_stage: 1 at the checkpoint, 3 now"),
-        ("train", {"gradient_accumulation": 2}, "train.gradient_accumulation: 1 at the checkpoint, 2 now"),
+        ("train", {"zero_stage": 3}, "train.zero_stage: 1 -> 3"),
+        ("train", {"gradient_accumulation": 2}, "train.gradient_accumulation: 1 -> 2"),
     ],
 )
 def test_other_settings_are_another_run(

@@ -7,17 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from stdit import metrics_log
 from stdit.config import ConfigError
-from stdit.training.tracking import METRICS, Tracker, check_trackers, keep_until
+from stdit.training.tracking import Tracker, check_trackers
 from tests.support.rank_jobs import config_of, metrics, settings
-
-
-def test_lines_after_a_step_and_torn_ones_are_dropped(tmp_path: Path) -> None:
-    path = tmp_path / METRICS
-    path.write_text('{"step": 1}\n{"step": 2}\n\n[]\n{"step": 3}\n{"st')
-    keep_until(path, 2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-    keep_until(tmp_path / "absent", 2)
 
 
 def test_a_tracker_writes_valid_json_pictures_and_tensorboard(tmp_path: Path) -> None:
@@ -35,7 +28,7 @@ def test_a_tracker_writes_valid_json_pictures_and_tensorboard(tmp_path: Path) ->
     again = Tracker(config, 1, True)
     again.log({"step": 2, "loss": 0.25})
     again.close()
-    assert [json.loads(line)["loss"] for line in (tmp_path / METRICS).read_text().splitlines()] == [None, 0.25]
+    assert [json.loads(line)["loss"] for line in (tmp_path / metrics_log.FILE).read_text().splitlines()] == [None, 0.25]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+"""Compares two configs: dotted keys, old and new values, and the keys that do not affect a result.
+
+for change in changes(old.model_dump(mode="json"), new.model_dump(mode="json")):
+    print(change)  # train.steps: 20 -> 40
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from stdit.config.train import Config
+
+# Keys (or sections) of a training config that leave the trained weights unchanged: paths and names, logging,
+# checkpointing, and how the same numbers are computed. Features are compared by their fingerprint, not by their path.
+TRAINING_RUNTIME_KEYS = (
+    "name",
+    "run_dir",
+    "data.features",
+    "data.workers",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.tensorboard",
+    "train.wandb_project",
+    "train.max_bad_steps",
+    "train.activation_checkpointing",
+    "train.attention_backend",
+    "train.matmul_precision",
+    "train.compile",
+    "train.deepspeed",
+    "validation",
+    "samples",
+)
+# The same of an extraction. The manifest is compared by its content.
+EXTRACTION_RUNTIME_KEYS = ("manifest", "out", "workers", "batch_size", "decode_timeout_s", "max_bad_share")
+
+
+class Change(NamedTuple):
+    """A key whose value differs; None also stands for a key that is absent."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        old, new = (v if isinstance(v, str) and v else json.dumps(v) for v in (self.old, self.new))
+        return f"{self.key}: {old} -> {new}"
+
+
+def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
+    """{"train.steps": 20, "data.buckets.0.frames": 4, "model.patch_size": [1, 2, 2], …}: nested mappings, and lists of
+    mappings by index; other lists are values."""
+    if isinstance(data, dict) and data:
+        items = data.items()
+    elif isinstance(data, list) and data and all(isinstance(item, dict) for item in data):
+        items = enumerate(data)
+    else:
+        return {prefix: data}
+    return {k: v for key, value in items for k, v in flatten(value, f"{prefix}.{key}" if prefix else str(key)).items()}
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
+    """Keys whose values differ between two configs in JSON form, nested or flattened, in the order of `old`."""
+    a, b = flatten(old), flatten(new)
+    keys = [*a, *(key for key in b if key not in a)]
+    return [Change(key, a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)]
+
+
+def matches(key: str, keys: Sequence[str]) -> bool:
+    """Whether `key` is one of `keys`, or lies in a section that is."""
+    return any(key == one or key.startswith(f"{one}.") for one in keys)
+
+
+def global_batch_sizes(config: Config, world_size: int) -> dict[str, int]:
+    """Samples per optimizer step of each bucket, over all ranks and accumulated micro-batches."""
+    return {b.key: b.batch_size * config.train.gradient_accumulation * world_size for b in config.data.buckets}

@@ -1,0 +1,72 @@
+"""metrics.jsonl of a training run: one JSON object per logged step, appended. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+FILE = "metrics.jsonl"
+# `read_last` looks no further back than this.
+_TAIL_BYTES = 64 * 1024
+
+
+class MetricsLog:
+    """Appends to RUN_DIR/metrics.jsonl, line by line, after dropping what lies beyond `step`."""
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        self.path = run_dir / FILE
+        truncate(self.path, step)
+        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """One line. NaN and infinity become null: JSON has neither, and every reader must read every line."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+        self._file.write(json.dumps(clean) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All complete entries in order; [] without a file. Lines cut off by a crash are skipped."""
+    return [entry for _, entry in _entries(path.read_bytes())] if path.is_file() else []
+
+
+def read_last(path: Path) -> dict[str, Any] | None:
+    """The newest entry with a loss, without reading the whole file; None if there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            tail = file.read()
+    except OSError:
+        return None
+    return next((entry for _, entry in reversed(list(_entries(tail))) if "loss" in entry), None)
+
+
+def truncate(path: Path, step: int) -> None:
+    """Drops every entry after `step`, and a last line that was cut off: a resumed run logs those steps again."""
+    if not path.exists():
+        return
+    end = 0
+    for line_end, entry in _entries(path.read_bytes()):
+        if entry["step"] > step:
+            break
+        end = line_end
+    os.truncate(path, end)
+
+
+def _entries(content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(offset of the line's end, entry) for each complete line that is an object with a step."""
+    end = 0
+    for line in content.splitlines(keepends=True):
+        end += len(line)
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int) and line.endswith(b"\n"):
+            yield end, entry
