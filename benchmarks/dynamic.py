@@ -65,7 +65,7 @@ EXITS = [[0.8, 2], [0.5, 3]]
 
 def learned(target: float, steps: int) -> dict[str, Any]:
     """A dynamic model trained for a share of the compute, which is reached a third of the way."""
-    return {"target": target, "weight": 2.0, "target_steps": steps // 3, "complete": 0.1}
+    return {"target_flops_ratio": target, "weight": 2.0, "warmup_steps": steps // 3, "full_model_prob": 0.1}
 
 
 def variants(steps: int) -> dict[str, dict[str, Any]]:

@@ -147,7 +147,7 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
 
 def backward(engine: Engine, inputs: Inputs, batch: Batch, step: int) -> tuple[Tensor, Tensor | float]:
     """Adds one micro-batch's gradients; its mean loss, detached, and the share of the model's compute that it took."""
-    from stdit.training.dynamic_loss import compute_loss
+    from stdit.training.dynamic_loss import flops_loss
     from stdit.training.inputs import condition_of
 
     x0 = inputs.latents(batch, step)
@@ -169,7 +169,7 @@ def backward(engine: Engine, inputs: Inputs, batch: Batch, step: int) -> tuple[T
     loss = inputs.objective.loss(predict, x0, noise, t, given).mean()
     wanted, cost, share = inputs.config.train.dynamic, 0.0, 1.0
     if wanted is not None:
-        cost, share = compute_loss(wanted, used[0], condition["complete"], step)
+        cost, share = flops_loss(wanted, used[0], condition["complete"], step)
     engine.backward(loss + cost)
     return loss.detach(), share
 

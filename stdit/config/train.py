@@ -14,112 +14,153 @@ from stdit.config.model import ModelConfig
 
 
 class OptimizerConfig(Frozen):
-    """AdamW with linear warm-up and a decay that ends at `steps`."""
+    """AdamW and the learning rate schedule, which ends at `train.steps`."""
 
     learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's betas."""
     eps: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay, of matrices and convolution kernels; not of biases, norms and embedding tables."""
     warmup_steps: NonNegative = 0
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    final_ratio: Share = 0.0
-    gradient_clip: float = Field(default=1.0, ge=0)
+    """Steps of linear warm-up from 0."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up."""
+    min_lr_ratio: Share = 0.0
+    """Learning rate at the last step, as a share of the peak (linear, cosine)."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are clipped to this norm, over all weights; 0: no clipping."""
 
 
 class EMAConfig(Frozen):
     """Exponential moving average of the weights; the decay at step s is min(decay, (1 + s) / (10 + s))."""
 
     decay: float = Field(default=0.9999, ge=0, lt=1)
+    """Decay per step, once the warm-up of the average is over."""
     every: Positive = 1
+    """Steps between updates; the decay is raised to this power, so that it stays per step."""
 
 
 class LoRAConfig(Frozen):
-    """Low-rank adapters, trained in place of the weights of `init.source`, which stay as they are."""
+    """Low-rank adapters on frozen weights, those of `init.source` (Hu et al. 2021)."""
 
     rank: Positive
-    # Names of linear layers, or their ends: attn.qkv, cross_attn.q_linear, mlp.fc1, … None: all attention projections.
+    """Rank of the update."""
     targets: tuple[str, ...] | None = Field(default=None, min_length=1)
-    # What they add is times alpha / rank; None: 1.
+    """Names of linear layers, or their last parts: attn.qkv, cross_attn.q_linear, mlp.fc1. null: all attention
+    projections."""
     alpha: Annotated[float, Field(gt=0)] | None = None
+    """The update is scaled by alpha / rank; null: by 1."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapters' inputs."""
 
 
 class ControlConfig(Frozen):
-    """A control branch, trained beside the model of `init.source`, which stays as it is (stdit/models/control.py)."""
+    """A control branch (ControlNet) beside the frozen model of `init.source`."""
 
-    # How many of the model's first blocks it copies; None: half.
     blocks: Positive | None = None
-    # Where a training clip's condition comes from. paired: another clip, extracted with it (control_column of
-    # ExtractConfig). Made of its own latents: first_frame (image-to-video); low_resolution, averaged over squares of
-    # `factor` latents a side (super-resolution).
+    """Number of the model's first blocks that the branch copies; null: half of them."""
     condition: Literal["paired", "first_frame", "low_resolution"] = "paired"
+    """Source of the condition. paired: a second clip, extracted with the first (`control_column` of the extraction).
+    Computed from the clip's own latents: first_frame (image-to-video); low_resolution (super-resolution)."""
     factor: Annotated[int, Field(ge=2)] = 4
-    # The share of samples whose condition is zeros, so that it can be left out.
+    """low_resolution: latents are averaged over squares of this side."""
     dropout: Share = 0.0
+    """Share of samples whose condition is zeros, so that the model also works without one."""
 
 
 class DynamicConfig(Frozen):
-    """How a dynamic model (model.dynamic_width, model.dynamic_tokens) learns to compute less (Zhao et al. 2025, DyDiT):
+    """Compute loss of a dynamic model (`model.dynamic_width`, `model.dynamic_tokens`; Zhao et al. 2025, DyDiT).
 
-    loss + weight ((C - target)² + least_tokens_weight Σ over blocks max(0, least_tokens - tokens)), where C is the mean
-    share of the multiply-adds of attention and MLP, over a rank's micro-batch, and tokens the share that the MLP reads.
+    loss + weight ((C - target)² + min_token_weight Σ over blocks max(0, min_token_ratio - tokens)), where C is the mean
+    share of the FLOPs of attention and MLP over a rank's micro-batch, and tokens the share of tokens that enter the MLP.
     """
 
-    target: float = Field(gt=0, le=1)
+    target_flops_ratio: float = Field(gt=0, le=1)
+    """Target share of the full model's FLOPs."""
     weight: float = Field(default=1.0, ge=0)
-    # Steps over which the target falls from 1 to what it is.
-    target_steps: NonNegative = 0
-    least_tokens: Share = 0.1
-    least_tokens_weight: float = Field(default=1.0, ge=0)
-    # The share of samples that go through the complete model, every head, channel, token and block (exit_depths or not),
-    # so that it stays one (the paper: all of them, once more).
-    complete: Share = 0.0
+    """Weight of the compute loss."""
+    warmup_steps: NonNegative = 0
+    """Steps over which the target falls linearly from 1 to `target_flops_ratio`."""
+    min_token_ratio: Share = 0.1
+    """Blocks whose MLP sees a smaller share of the tokens than this are penalised."""
+    min_token_weight: float = Field(default=1.0, ge=0)
+    """Weight of that penalty within the compute loss."""
+    full_model_prob: Share = 0.0
+    """Share of samples that run the full model (every head, channel, token and block, whatever `model.exit_depths`),
+    which keeps it trained. The paper runs all of them through it, in a second forward pass."""
 
 
 class TrainConfig(Frozen):
+    """Training loop, optimizer, precision, parallelism, checkpoints and logging."""
+
     steps: Positive
-    # None of both: all weights are trained.
+    """Optimizer steps."""
     lora: LoRAConfig | None = None
+    """Train LoRA adapters. null here and in `control`: all weights are trained."""
     control: ControlConfig | None = None
+    """Train a control branch."""
     dynamic: DynamicConfig | None = None
+    """Train the routers of a dynamic model towards a compute target."""
     gradient_accumulation: Positive = 1
+    """Micro-batches per optimizer step, on each rank."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer and learning rate."""
     ema: EMAConfig = EMAConfig()
+    """Moving average of the weights."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    # Products of float32 matrices (torch.set_float32_matmul_precision): high is TF32 on CUDA; medium takes bfloat16's
-    # mantissa where the processor multiplies it faster, which some CPUs do.
+    """bf16: forward and backward in bfloat16; master weights, optimizer and EMA stay float32."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """float32 matrix products (torch.set_float32_matmul_precision). high: TF32 on CUDA; medium: bfloat16 products where
+    the processor has faster ones."""
     zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage: 1 shards the optimizer state, 2 gradients too, 3 weights too."""
     activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
     attention_backend: str | None = None
+    """diffusers' attention backend (native, flash, …); null: torch's choice."""
     compile: bool = False
-    # Raw DeepSpeed JSON merged over what this config makes: a file, or the settings themselves.
+    """torch.compile of the blocks."""
     deepspeed: Path | dict[str, Any] | None = None
+    """DeepSpeed's own JSON, merged over the generated one: a file, or the settings themselves."""
     log_every: Positive = 1
+    """Steps between lines of metrics.jsonl."""
     checkpoint_every: Positive | None = None
+    """Steps between checkpoints; the last step always has one. null: that one alone."""
     keep_checkpoints: Positive = 2
+    """Newest checkpoints that are kept."""
     tensorboard: bool = True
+    """Write TensorBoard event files."""
     wandb_project: str | None = None
-    # Steps in a row that a not-a-number gradient may be skipped before the run stops.
+    """Log to this Weights & Biases project."""
     max_bad_steps: NonNegative = 10
+    """Consecutive steps that may be skipped for a gradient that is not finite; one more ends the run."""
 
 
 class ValidationConfig(Frozen):
-    """Loss on the validation split: the same clips, noise and times at every call."""
+    """Loss on the validation split, with EMA weights and the same clips, noise and timesteps each time."""
 
     every: Positive | None = None
+    """Steps between validations; null: none."""
     samples: Positive = 64
+    """Number of clips."""
     times: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    """Timesteps, in (0, 1), at which each clip's loss is taken."""
 
 
 class SampleGridConfig(Frozen):
-    """A grid of samples during training, for captions of the validation split."""
+    """Samples drawn during training for captions of the validation split, saved as one image."""
 
     every: Positive | None = None
+    """Steps between sample grids; null: none."""
     count: Positive = 8
-    # Shape in pixels; None: the first bucket's.
+    """Number of clips."""
     bucket: Bucket | None = None
+    """Shape of the clips in pixels; null: the first bucket's."""
     sampler: SamplerConfig = SamplerConfig()
+    """Scheduler, steps and guidance."""
 
 
 # Changes of architecture that weights can go through (stdit/weights/transfer.py says what each does).
@@ -135,28 +176,39 @@ Transition = Literal[
 
 
 class InitConfig(Frozen):
-    """Weights that a new run starts from (a transition, not a resume): optimizer, sampler and random states start afresh."""
+    """Initial weights of a new run, from another one: a new stage, not a resume; optimizer and data start afresh."""
 
-    # A run directory, or a folder with diffusers' config.json and safetensors.
     source: Path
+    """A run directory, or a folder with diffusers' config.json and safetensors."""
     weights: Literal["ema", "model"] = "ema"
-    # Changes that the source's architecture goes through; any other difference is an error.
+    """Which weights of a run."""
     allow: tuple[Transition, ...] = ()
+    """Differences of architecture to convert; any other is an error."""
 
 
 class Config(Frozen):
     """One training run (`deepspeed stdit/train.py --config …`)."""
 
     name: str = "run"
+    """Name in logs, progress bar and W&B."""
     run_dir: Path
+    """Folder for checkpoints, metrics and samples; the same one again resumes the run."""
     seed: NonNegative = 0
+    """Seed of initialisation, data order, noise and timesteps."""
     model: ModelConfig
+    """Architecture."""
     diffusion: DiffusionConfig = DiffusionConfig()
+    """Objective, timestep distribution and condition dropout."""
     data: DataConfig
+    """Features, buckets and splits."""
     train: TrainConfig
+    """Steps, optimizer, precision and parallelism."""
     validation: ValidationConfig = ValidationConfig()
+    """Validation loss."""
     samples: SampleGridConfig = SampleGridConfig()
+    """Sample grids."""
     init: InitConfig | None = None
+    """Initial weights; null: a new model."""
 
     @model_validator(mode="after")
     def _has_base(self) -> Config:
@@ -185,7 +237,7 @@ class Config(Frozen):
         wanted, train = self.train.dynamic, self.train
         if wanted is not None and not self.model.dynamic:
             raise ValueError(
-                f"train.dynamic has target {wanted.target}, but the model is static: model.dynamic_width and model.dynamic_tokens are both false"
+                f"train.dynamic has target_flops_ratio {wanted.target_flops_ratio}, but the model is static: model.dynamic_width and model.dynamic_tokens are both false"
             )
         if wanted is not None and train.lora is not None:
             raise ValueError("train.lora and train.dynamic: adapters leave the model's routers as they are")

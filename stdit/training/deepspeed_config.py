@@ -21,7 +21,7 @@ DECIDED = {
     "gradient_accumulation_steps": "train.gradient_accumulation",
     "managed_gradient_accumulation": "train.gradient_accumulation",
     "gradient_allreduce_op": "the mean over the global batch",
-    "gradient_clipping": "train.optimizer.gradient_clip",
+    "gradient_clipping": "train.optimizer.max_grad_norm",
     "optimizer": "train.optimizer",
     "scheduler": "train.optimizer",
     "fp16": "train.precision",
@@ -59,7 +59,7 @@ def settings(train: TrainConfig, parameters: int, device: str) -> dict[str, Any]
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": train.gradient_accumulation,
         # float32 without ZeRO is clipped by stdit.training.engine, which needs the norm before the update.
-        "gradient_clipping": 0.0 if stage == 0 and not bf16 else train.optimizer.gradient_clip,
+        "gradient_clipping": 0.0 if stage == 0 and not bf16 else train.optimizer.max_grad_norm,
         "bf16": {"enabled": bf16, "check_grad_overflow": True},
         "zero_optimization": {
             "stage": stage,

@@ -122,7 +122,7 @@ class Engine:
             return float(self.engine.get_global_grad_norm())
         # DeepSpeed's plain float32 path would apply NaN to the weights, and keeps the norm to itself.
         parameters = [p for p in self.module.parameters() if p.grad is not None]
-        limit = self.train_config.optimizer.gradient_clip or float("inf")
+        limit = self.train_config.optimizer.max_grad_norm or float("inf")
         norm = nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters], foreach=True)
         if norm.isfinite():
             nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)

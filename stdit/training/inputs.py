@@ -84,7 +84,7 @@ class Inputs:
         if model.drop_path or model.dynamic:
             told["generator"] = generators(seed, "choices", step, positions)
         if wanted is not None:
-            told["complete"] = uniform(seed, "complete", step, positions, self.device) < wanted.complete
+            told["complete"] = uniform(seed, "complete", step, positions, self.device) < wanted.full_model_prob
         return told
 
     def noise(self, x0: Tensor, purpose: str, step: int, positions: tuple[int, ...]) -> Tensor:

@@ -11,15 +11,15 @@ from stdit.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Learning rate of step 1 … `steps`: linear warm-up from 0, then `decay` down to `final_ratio` at the last step."""
+    """Learning rate of step 1 … `steps`: linear warm-up from 0, then `lr_schedule` down to `min_lr_ratio` at the last step."""
     peak = config.learning_rate
     if step < config.warmup_steps:
         return peak * step / config.warmup_steps
-    if config.decay == "constant":
+    if config.lr_schedule == "constant":
         return peak
     done = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
-    remaining = 1 - done if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return peak * (config.final_ratio + (1 - config.final_ratio) * remaining)
+    remaining = 1 - done if config.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * remaining)
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

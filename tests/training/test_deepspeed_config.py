@@ -32,7 +32,7 @@ def test_raw_settings_are_merged_key_by_key() -> None:
         ({"gradient_cliping": 1}, "gradient_cliping: unknown to DeepSpeed; did you mean gradient_clipping?"),
         (
             {"gradient_clipping": 0.3},
-            r"gradient_clipping: set by this trainer \(train.optimizer.gradient_clip\), which makes it 1.0; found 0.3",
+            r"gradient_clipping: set by this trainer \(train.optimizer.max_grad_norm\), which makes it 1.0; found 0.3",
         ),
         ({"optimizer": {"type": "Adam"}}, r"optimizer: set by this trainer \(train.optimizer\)"),
         ({"fp16": {"enabled": True}}, r"fp16: set by this trainer \(train.precision\)"),

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from stdit.config import Config, ConfigError, DynamicConfig, merge, validate
 from stdit.diffusion.objectives import make_objective
 from stdit.models.dynamic import Used
-from stdit.training.dynamic_loss import compute_loss, target_at
+from stdit.training.dynamic_loss import flops_loss, flops_target
 from stdit.training.inputs import Inputs
 from tests.support.paths import ROOT
 from tests.support.rank_jobs import config_of, for_ranks, run, run_stopping_on_rank_1, settings
@@ -22,7 +22,7 @@ from tests.support.rank_pool import Pool
 CPU = torch.device("cpu")
 DYNAMIC: dict[str, Any] = {
     "model": {"dynamic_width": True, "dynamic_tokens": True, "drop_path": 0.1, "exit_depths": [[0.8, 1]]},
-    "train": {"dynamic": {"target": 0.5, "complete": 0.3}},
+    "train": {"dynamic": {"target_flops_ratio": 0.5, "full_model_prob": 0.3}},
 }
 NONE = torch.zeros(2, dtype=torch.bool)
 
@@ -32,41 +32,47 @@ def used(compute: list[float], tokens: list[list[float]]) -> Used:
 
 
 def test_the_loss_is_the_square_of_what_the_mean_misses() -> None:
-    config = DynamicConfig(target=0.5, weight=3.0)
-    loss, share = compute_loss(config, used([0.6, 0.8], [[1.0, 1.0]]), NONE, 1)
+    config = DynamicConfig(target_flops_ratio=0.5, weight=3.0)
+    loss, share = flops_loss(config, used([0.6, 0.8], [[1.0, 1.0]]), NONE, 1)
     assert share.item() == pytest.approx(0.7)
     assert loss.item() == pytest.approx(3 * 0.2**2)
 
 
 def test_too_few_tokens_in_a_block_cost_as_many_as_are_missing() -> None:
-    config = DynamicConfig(target=1.0, weight=2.0, least_tokens=0.2, least_tokens_weight=5.0)
-    loss, _ = compute_loss(config, used([1.0, 1.0], [[0.0, 0.1], [0.3, 0.9], [0.2, 0.0]]), NONE, 1)
+    config = DynamicConfig(target_flops_ratio=1.0, weight=2.0, min_token_ratio=0.2, min_token_weight=5.0)
+    loss, _ = flops_loss(config, used([1.0, 1.0], [[0.0, 0.1], [0.3, 0.9], [0.2, 0.0]]), NONE, 1)
     assert loss.item() == pytest.approx(2 * 5 * (0.15 + 0.1))
 
 
 def test_complete_samples_do_not_count() -> None:
-    config, complete = DynamicConfig(target=0.5, least_tokens=0.0), torch.tensor([True, False])
-    loss, share = compute_loss(config, used([1.0, 0.4], [[1.0, 0.3]]), complete, 1)
+    config, complete = DynamicConfig(target_flops_ratio=0.5, min_token_ratio=0.0), torch.tensor([True, False])
+    loss, share = flops_loss(config, used([1.0, 0.4], [[1.0, 0.3]]), complete, 1)
     assert share.item() == pytest.approx(0.4)
     assert loss.item() == pytest.approx(0.01)
-    loss, share = compute_loss(config, used([1.0, 1.0], [[1.0, 1.0]]), ~NONE, 1)
+    loss, share = flops_loss(config, used([1.0, 1.0], [[1.0, 1.0]]), ~NONE, 1)
     assert (loss.item(), share.item()) == (0, 0)
     loss.backward()  # every rank has a gradient, zeros here
 
 
 def test_the_target_falls_from_one() -> None:
-    config = DynamicConfig(target=0.4, target_steps=4)
-    assert [round(target_at(config, step), 6) for step in (1, 2, 4, 9)] == [0.85, 0.7, 0.4, 0.4]
-    assert target_at(DynamicConfig(target=0.4), 1) == 0.4
+    config = DynamicConfig(target_flops_ratio=0.4, warmup_steps=4)
+    assert [round(flops_target(config, step), 6) for step in (1, 2, 4, 9)] == [0.85, 0.7, 0.4, 0.4]
+    assert flops_target(DynamicConfig(target_flops_ratio=0.4), 1) == 0.4
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"train": {"dynamic": {"target": 0.0}}}, r"train.dynamic.target.*greater than 0.*found 0"),
-        ({"train": {"dynamic": {"target": 1.2}}}, r"train.dynamic.target.*less than or equal to 1.*found 1.2"),
-        ({"train": {"dynamic": {"target": 0.5, "weight": -1.0}}}, r"weight.*found -1"),
-        ({"train": {"dynamic": {"target": 0.5, "complete": 2.0}}}, r"complete.*found 2"),
+        (
+            {"train": {"dynamic": {"target_flops_ratio": 0.0}}},
+            r"train.dynamic.target_flops_ratio.*greater than 0.*found 0",
+        ),
+        (
+            {"train": {"dynamic": {"target_flops_ratio": 1.2}}},
+            r"train.dynamic.target_flops_ratio.*less than or equal to 1.*found 1.2",
+        ),
+        ({"train": {"dynamic": {"target_flops_ratio": 0.5, "weight": -1.0}}}, r"weight.*found -1"),
+        ({"train": {"dynamic": {"target_flops_ratio": 0.5, "full_model_prob": 2.0}}}, r"full_model_prob.*found 2"),
         ({"train": {"dynamic": {"tarjet": 0.5}}}, r"train.dynamic.tarjet: unknown key"),
         ({"model": {"dynamic_width": False, "dynamic_tokens": False}}, "target 0.5, but the model is static"),
         ({"train": {"lora": {"rank": 2}}, "init": {"source": "x"}}, "train.lora and train.dynamic"),
@@ -91,7 +97,7 @@ def test_exits_go_by_a_thousand_steps() -> None:
 
 def test_a_target_of_its_own_is_no_config() -> None:
     with pytest.raises(ValidationError):
-        DynamicConfig(target=float("nan"))
+        DynamicConfig(target_flops_ratio=float("nan"))
 
 
 def test_choices_are_each_samples_own() -> None:
@@ -155,7 +161,7 @@ def test_a_static_run_goes_on_dynamic_and_learns_its_target(solo: Pool, tmp_path
     changes = {
         "model": {"dynamic_width": True, "dynamic_tokens": True},
         "train": {
-            "dynamic": {"target": 0.6, "weight": 50.0},
+            "dynamic": {"target_flops_ratio": 0.6, "weight": 50.0},
             "steps": 40,
             "optimizer": {"learning_rate": 3e-2, "warmup_steps": 0},
         },

@@ -13,19 +13,19 @@ from stdit.training.optimizer import learning_rate, parameter_groups
 @given(
     warmup=st.integers(0, 20),
     steps=st.integers(1, 60),
-    decay=st.sampled_from(["constant", "linear", "cosine"]),
+    schedule=st.sampled_from(["constant", "linear", "cosine"]),
     final=st.floats(0, 1),
 )
-def test_the_rate_rises_to_its_peak_and_falls_to_its_end(warmup: int, steps: int, decay: str, final: float) -> None:
+def test_the_rate_rises_to_its_peak_and_falls_to_its_end(warmup: int, steps: int, schedule: str, final: float) -> None:
     config = OptimizerConfig.model_validate(
-        {"learning_rate": 2.0, "warmup_steps": warmup, "decay": decay, "final_ratio": final}
+        {"learning_rate": 2.0, "warmup_steps": warmup, "lr_schedule": schedule, "min_lr_ratio": final}
     )
     rates = [learning_rate(config, step, steps) for step in range(1, steps + 1)]
     rising, falling = rates[: max(0, warmup - 1)], rates[max(0, warmup - 1) :]
     assert rising == sorted(rising)
     assert falling == sorted(falling, reverse=True)
     assert all(0 <= rate <= 2.0 for rate in rates)
-    if steps > warmup and decay != "constant":
+    if steps > warmup and schedule != "constant":
         assert rates[-1] == pytest.approx(2.0 * final)
     if 1 <= warmup <= steps:
         assert rates[warmup - 1] == pytest.approx(2.0)
@@ -33,7 +33,7 @@ def test_the_rate_rises_to_its_peak_and_falls_to_its_end(warmup: int, steps: int
 
 
 def test_the_rate_is_a_function_of_the_step_alone() -> None:
-    config = OptimizerConfig(decay="cosine", warmup_steps=3)
+    config = OptimizerConfig(lr_schedule="cosine", warmup_steps=3)
     assert [learning_rate(config, s, 9) for s in (9, 2, 5)] == [learning_rate(config, s, 9) for s in (9, 2, 5)]
 
 
