@@ -29,13 +29,13 @@ def _check_text(stage: ResolvedStage, encoder: TextEncoderConfig | None) -> None
             raise ConfigError(f"{stage.source}: model.{key} {value}, but the plan's extraction has no text_encoder")
     if encoder is None:
         return
-    if model.pooled_dim is not None and not any(one.pooled for one in encoder.each):
+    if model.pooled_dim is not None and not any(one.pooled for one in encoder.encoders):
         raise ConfigError(
             f"{stage.source}: model.pooled_dim {model.pooled_dim}, but no text_encoder of the plan's extraction has pooled: true"
         )
-    if model.text_dim is not None and encoder.longest > model.max_text_tokens:
+    if model.text_dim is not None and encoder.feature_tokens > model.max_text_tokens:
         raise ConfigError(
-            f"{stage.source}: model.max_text_tokens {model.max_text_tokens}, but the plan's extraction makes up to {encoder.longest} "
+            f"{stage.source}: model.max_text_tokens {model.max_text_tokens}, but the plan's extraction makes up to {encoder.feature_tokens} "
             "tokens of a caption (text_encoder.max_text_tokens)"
         )
 

@@ -32,13 +32,13 @@ def plan_parts(config: ExtractConfig) -> Plan:
     autoencoder's compression does not divide.
     """
     from stdit.data.extraction import divide
-    from stdit.encoders.text import decisive
+    from stdit.encoders.text_loading import feature_identity
     from stdit.encoders.video import load_video_encoder
 
     video = load_video_encoder(config.video_encoder)
     for bucket in config.buckets:
         video.check(bucket)
-    return divide(config, _decisive(video.identity, config.text_encoder and decisive(config.text_encoder)))
+    return divide(config, _decisive(video.identity, config.text_encoder and feature_identity(config.text_encoder)))
 
 
 def _decisive(video: dict[str, Any], text: dict[str, Any] | None) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def expected_facts(config: ExtractConfig) -> FeatureFacts:
     """
     from stdit.data import manifest
     from stdit.data.features import feature_facts
-    from stdit.encoders.text import feature_sizes
+    from stdit.encoders.text_loading import feature_sizes
     from stdit.encoders.video import load_video_encoder
 
     clips = manifest.read(config.manifest)
@@ -74,13 +74,15 @@ def extractor(config: ExtractConfig, device: str | None = None) -> Extractor:
     import torch
 
     from stdit.data.extractor import Extractor
-    from stdit.encoders.text import decisive_of, load_text_encoder
+    from stdit.encoders.text_loading import feature_identity_of, load_text_encoder
     from stdit.encoders.video import load_video_encoder
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     video = load_video_encoder(config.video_encoder, device)
     text = load_text_encoder(config.text_encoder, device) if config.text_encoder else None
-    return Extractor(config, video, text, _decisive(video.identity, decisive_of(text.identity) if text else None))
+    return Extractor(
+        config, video, text, _decisive(video.identity, feature_identity_of(text.identity) if text else None)
+    )
 
 
 def extract(config: ExtractConfig, part: Part) -> Path:

@@ -26,7 +26,7 @@ from stdit.data.extraction import ExtractionError
 from stdit.data.features import FeatureSet
 from stdit.data.manifest import ManifestError
 from stdit.data.transforms import resize_crop, to_pixels
-from stdit.encoders.text import load_text_encoder
+from stdit.encoders.text_loading import load_text_encoder
 from stdit.encoders.video import VideoEncoder
 from tests.support import clip_folder, encoders
 from tests.support.clip_folder import CAPTIONS, damaged, rows

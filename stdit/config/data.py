@@ -158,12 +158,12 @@ class TextEncoderConfig(Frozen):
                 raise ValueError(f"{stray[0]} belongs to each of the {kinds[0]}, not to all of them")
         first, *others = self.channels or (None,)
         for other in others:
-            if first is not None and other.longest != first.longest:
+            if first is not None and other.feature_tokens != first.feature_tokens:
                 raise ValueError(
-                    f"channels of {first.longest} and {other.longest} tokens (max_text_tokens); side by side they must be as many"
+                    f"channels of {first.feature_tokens} and {other.feature_tokens} tokens (max_text_tokens); side by side they must be as many"
                 )
-        if len(self.each) > MOST_TEXT_ENCODERS:
-            raise ValueError(f"{len(self.each)} encoders; a pipeline holds at most {MOST_TEXT_ENCODERS}")
+        if len(self.encoders) > MOST_TEXT_ENCODERS:
+            raise ValueError(f"{len(self.encoders)} encoders; a pipeline holds at most {MOST_TEXT_ENCODERS}")
         return self
 
     @property
@@ -172,16 +172,16 @@ class TextEncoderConfig(Frozen):
         return self.tokens or self.channels or ()
 
     @property
-    def each(self) -> tuple[TextEncoderConfig, ...]:
+    def encoders(self) -> tuple[TextEncoderConfig, ...]:
         """The single encoders, in order."""
-        return tuple(one for part in self.parts for one in part.each) or (self,)
+        return tuple(one for part in self.parts for one in part.encoders) or (self,)
 
     @property
-    def longest(self) -> int:
+    def feature_tokens(self) -> int:
         """Tokens of the longest caption's features."""
         if self.tokens:
-            return sum(part.longest for part in self.tokens)
-        return self.channels[0].longest if self.channels else self.max_text_tokens
+            return sum(part.feature_tokens for part in self.tokens)
+        return self.channels[0].feature_tokens if self.channels else self.max_text_tokens
 
 
 class ExtractConfig(Frozen):

@@ -51,7 +51,7 @@ class Text(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
-    def encode(self, captions: list[str]) -> Encoded:
+    def encode(self, captions: list[str]) -> TextFeatures:
         """Features (B, L, D) and mask (B, L); `.pooled` (B, P) or None."""
         ...
 
@@ -60,7 +60,7 @@ class Text(Protocol):
         ...
 
 
-class Encoded(Protocol):
+class TextFeatures(Protocol):
     """What a text encoder gives."""
 
     @property

@@ -1,73 +1,263 @@
-"""Text encoders, one or several whose features are concatenated: loaded from a config or from an identity.
+"""Text encoders: one (T5, mT5, UMT5, ByT5 or CLIP), or several whose features are concatenated.
 
-captions --encode--> features (B, L, D), mask (B, L), pooled (B, P) or None: L is the longest caption of the batch, in tokens
+captions --encode--> TextFeatures: features (B, L, D), mask (B, L), pooled (B, P) or None
 
-Stable Diffusion 3 (Esser et al. 2024) joins two CLIPs along the channels, and T5 to both along the tokens.
+B captions · L tokens of the batch's longest caption · D feature width · P width of the pooled vector
+
+Stable Diffusion 3 (Esser et al. 2024) concatenates two CLIPs along the channels, and T5 to both along the tokens.
+Loading, from a config or an identity: text_loading.py.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, Self, cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    MT5EncoderModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5EncoderModel,
+    UMT5EncoderModel,
+)
 
-from stdit.config import MOST_TEXT_ENCODERS, ConfigError, TextEncoderConfig
-from stdit.encoders import single
-from stdit.encoders.byte_t5 import random_byte_t5
-from stdit.encoders.encoded import Encoded, along_channels, along_tokens, widened
-from stdit.encoders.single import TextEncoder, fingerprint, load_one, one_from_identity
+T5 = (T5EncoderModel, MT5EncoderModel, UMT5EncoderModel)
+CLIP = (CLIPTextModel, CLIPTextModelWithProjection)
+# Along what the features of several encoders are concatenated.
+Axis = Literal["tokens", "channels"]
+AXES: tuple[Axis, ...] = ("tokens", "channels")
 
-__all__ = [
-    "Encoded",
-    "TextEncoder",
-    "TextEncoders",
-    "components",
-    "decisive",
-    "decisive_of",
-    "encoder_of",
-    "feature_sizes",
-    "load_text_encoder",
-    "of_components",
-    "random_byte_t5",
-    "text_encoder_from_identity",
-]
 
-# Of the names of a pipeline's components.
-SUFFIXES = ("", *(f"_{number}" for number in range(2, MOST_TEXT_ENCODERS + 1)))
-Way = Literal["tokens", "channels"]
-WAYS: tuple[Way, ...] = ("tokens", "channels")
+# ------------------------------------------------------------------------------------------ features
+
+
+class TextFeatures(tuple[Tensor, Tensor]):
+    """Output of a text encoder: the tuple (features, mask), with `.pooled`.
+
+    features (B, L, D) float32, zero where masked; mask (B, L) bool, False behind a caption's last token;
+    pooled (B, P) float32, one vector per caption, or None.
+    """
+
+    pooled: Tensor | None
+
+    def __new__(cls, features: Tensor, mask: Tensor, pooled: Tensor | None = None) -> Self:
+        output = super().__new__(cls, (features, mask))
+        output.pooled = pooled
+        return output
+
+    def __getnewargs__(self) -> tuple[Tensor, Tensor, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return (self[0], self[1], self.pooled)
+
+    @property
+    def features(self) -> Tensor:
+        return self[0]
+
+    @property
+    def mask(self) -> Tensor:
+        return self[1]
+
+
+def concat_tokens(parts: Sequence[TextFeatures]) -> TextFeatures:
+    """Concatenates along the tokens: (B, L1 + L2 + …, max D). Narrower features are zero-padded; masked tokens between
+    encoders are removed (Esser et al. 2024)."""
+    width = max(part.features.shape[2] for part in parts)
+    features = torch.cat([pad_width(part.features, width) for part in parts], dim=1)
+    mask = torch.cat([part.mask for part in parts], dim=1)
+    return TextFeatures(*_compact(features, mask), _concat_pooled(parts))
+
+
+def concat_channels(parts: Sequence[TextFeatures], captions: Sequence[str]) -> TextFeatures:
+    """Concatenates along the channels: (B, L, D1 + D2 + …). ValueError: a caption's token counts differ between encoders."""
+    counts = torch.stack([part.mask.sum(1) for part in parts])
+    if (differs := (counts != counts[0]).any(0)).any():
+        wrong = int(differs.nonzero()[0])
+        found = " and ".join(str(int(count)) for count in counts[:, wrong])
+        raise ValueError(
+            f"text_encoder.channels: caption {captions[wrong][:60]!r} has {found} tokens; side by side they must be as many "
+            "(keep_padding: true makes them so)"
+        )
+    return TextFeatures(torch.cat([part.features for part in parts], dim=2), parts[0].mask, _concat_pooled(parts))
+
+
+def pad_width(features: Tensor, width: int) -> Tensor:
+    """Zero-pads features: (B, L, D) -> (B, L, width)."""
+    return F.pad(features, (0, width - features.shape[2]))
+
+
+def _concat_pooled(parts: Sequence[TextFeatures]) -> Tensor | None:
+    vectors = [part.pooled for part in parts if part.pooled is not None]
+    return torch.cat(vectors, dim=1) if vectors else None
+
+
+def _compact(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Moves each caption's unmasked tokens to the front, in order, and trims to the longest caption."""
+    if mask.all():
+        return features, mask
+    order = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    longest = int(mask.sum(1).max())
+    order = order[:, :longest]
+    return features.gather(1, order[..., None].expand(-1, -1, features.shape[2])), mask.gather(1, order)
+
+
+# ------------------------------------------------------------------------------------------ encoders
+
+
+class TextEncoder:
+    """A frozen T5 or CLIP text model with its tokenizer. `.identity` (JSON) rebuilds it by `text_encoder_from_identity`.
+
+    layer, pooled, keep_padding, width: as in TextEncoderConfig. ValueError: a setting that the model does not support.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_text_tokens: int,
+        source: dict[str, Any] | None = None,
+        *,
+        layer: int | None = None,
+        pooled: bool = False,
+        keep_padding: bool = False,
+        width: int | None = None,
+    ) -> None:
+        if not isinstance(model, T5 + CLIP):
+            raise ValueError(f"{type(model).__name__} is no encoder of T5, mT5, UMT5 or ByT5, and no CLIP text encoder")
+        name, config = type(model).__name__, cast(Any, model.config)
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer ({type(tokenizer).__name__}) has {len(tokenizer)} tokens, "
+                f"the text encoder ({name}) embeds {config.vocab_size}: they don't belong together"
+            )
+        if isinstance(model, CLIP) and max_text_tokens > config.max_position_embeddings:
+            raise ValueError(
+                f"max_text_tokens is {max_text_tokens}, {name} has positions for {config.max_position_embeddings} tokens"
+            )
+        if layer is not None and not -1 - config.num_hidden_layers <= layer <= -1:
+            raise ValueError(f"layer is {layer}, {name} has {config.num_hidden_layers} layers")
+        if pooled and not isinstance(model, CLIP):
+            raise ValueError(f"pooled: {name} makes no vector of the whole caption; CLIP does")
+        own = int(config.hidden_size)
+        if width is not None and width < own:
+            raise ValueError(f"width is {width}, the features of {name} are {own} wide")
+        self.model = cast(PreTrainedModel, model.eval().requires_grad_(False))
+        self.tokenizer = tokenizer
+        self.max_text_tokens, self.layer, self.keep_padding = max_text_tokens, layer, keep_padding
+        self.dim = width or own
+        self.pooled_dim: int | None = None
+        if pooled:
+            self.pooled_dim = int(config.projection_dim if isinstance(model, CLIPTextModelWithProjection) else own)
+        self.identity: dict[str, Any] = {
+            "class": name,
+            "path": None,
+            "subfolder": None,
+            "tokenizer_subfolder": None,
+            "byte_t5": None,
+            "fingerprint": None,
+            **(source or {}),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "dim": self.dim,
+            "max_text_tokens": max_text_tokens,
+            "layer": layer,
+            "keep_padding": keep_padding,
+            "pooled_dim": self.pooled_dim,
+            "width": width,
+        }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return cast(torch.dtype, self.model.dtype)
+
+    @property
+    def encoders(self) -> tuple[TextEncoder, ...]:
+        """The single encoders, in order: this one."""
+        return (self,)
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """Settings from which `build_encoder` rebuilds this encoder around its model and tokenizer."""
+        options = {"layer": self.layer, "keep_padding": self.keep_padding, "width": self.identity["width"]}
+        options = {key: value for key, value in options.items() if value}
+        return {"max_text_tokens": self.max_text_tokens, **options, **({"pooled": True} if self.pooled_dim else {})}
+
+    @torch.no_grad()
+    def encode(self, captions: list[str]) -> TextFeatures:
+        """TextFeatures of `captions`; L is the longest caption in tokens, at most max_text_tokens.
+
+        Padding is masked; with keep_padding it counts as tokens, and L is max_text_tokens. Longer captions are
+        truncated; an empty one has its special tokens (T5: </s>).
+        """
+        onload(self.model)
+        padding = "max_length" if self.keep_padding else "longest"
+        tokens = self.tokenizer(
+            captions, padding=padding, truncation=True, max_length=self.max_text_tokens, return_tensors="pt"
+        )
+        ids, mask = tokens["input_ids"].to(self.model.device), tokens["attention_mask"].to(self.model.device)
+        if self.keep_padding:
+            mask = torch.ones_like(mask)
+        out = cast(Any, self.model)(
+            input_ids=ids,
+            attention_mask=None if self.keep_padding else mask,
+            output_hidden_states=self.layer is not None,
+        )
+        features: Tensor = out.last_hidden_state if self.layer is None else out.hidden_states[self.layer]
+        pooled: Tensor | None = None
+        if self.pooled_dim:
+            pooled = out.text_embeds if isinstance(self.model, CLIPTextModelWithProjection) else out.pooler_output
+        features = pad_width(features.float() * mask[..., None], self.dim)
+        return TextFeatures(features, mask.bool(), None if pooled is None else pooled.float())
+
+    def token_counts(self, captions: list[str]) -> list[int]:
+        """Tokens of each caption before truncation."""
+        return [len(ids) for ids in self.tokenizer(captions, truncation=False, verbose=False)["input_ids"]]
+
+    def cuts(self, captions: list[str]) -> list[tuple[int, int] | None]:
+        """(tokens, max_text_tokens) of each caption that is truncated, None for the others."""
+        return [(n, self.max_text_tokens) if n > self.max_text_tokens else None for n in self.token_counts(captions)]
+
+    def to(self, device: torch.device | str) -> TextEncoder:
+        cast(torch.nn.Module, self.model).to(device)
+        return self
+
+
+def onload(module: Any) -> None:
+    """Moves a module that enable_model_cpu_offload has offloaded back to its device."""
+    if hasattr(module, "_hf_hook"):
+        module._hf_hook.pre_forward(module)
 
 
 class TextEncoders:
-    """Several encoders as one: features one after another (`tokens`) or side by side (`channels`), pooled vectors side by side.
+    """Several encoders with the interface of one: features concatenated along `axis`, pooled vectors along the channels.
 
-    Has what a TextEncoder has. ValueError: parts that do not fit together, with both numbers.
+    ValueError: token counts (`channels`) or widths that do not fit.
     """
 
-    def __init__(self, way: Way, parts: Sequence[TextEncoder | TextEncoders], width: int | None = None) -> None:
+    def __init__(self, axis: Axis, parts: Sequence[TextEncoder | TextEncoders], width: int | None = None) -> None:
         lengths = [part.max_text_tokens for part in parts]
-        if way == "channels" and len(set(lengths)) > 1:
+        if axis == "channels" and len(set(lengths)) > 1:
             raise ValueError(
                 f"text_encoder.channels: {lengths[0]} and {next(n for n in lengths if n != lengths[0])} tokens "
                 "(max_text_tokens); side by side they must be as many"
             )
         widths = [part.dim for part in parts]
-        own = max(widths) if way == "tokens" else sum(widths)
+        own = max(widths) if axis == "tokens" else sum(widths)
         if width is not None and width < own:
-            raise ValueError(f"text_encoder.width is {width}, the features of its {way} are {own} wide")
-        self.way, self.parts = way, tuple(parts)
+            raise ValueError(f"text_encoder.width is {width}, the features of its {axis} are {own} wide")
+        self.axis, self.parts = axis, tuple(parts)
         self.dim = width or own
-        self.max_text_tokens = sum(lengths) if way == "tokens" else lengths[0]
+        self.max_text_tokens = sum(lengths) if axis == "tokens" else lengths[0]
         pooled = sum(part.pooled_dim or 0 for part in parts)
         self.pooled_dim = pooled or None
         identities = [part.identity for part in parts]
         self.identity: dict[str, Any] = {
-            "class": way,
-            way: identities,
+            "class": axis,
+            axis: identities,
             "fingerprint": hashlib.sha256(json.dumps([i["fingerprint"] for i in identities]).encode()).hexdigest(),
             "dtype": str(self.dtype).removeprefix("torch."),
             "dim": self.dim,
@@ -78,31 +268,31 @@ class TextEncoders:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Holds what each of them makes."""
+        """The narrowest type that represents the features of every encoder."""
         found = self.parts[0].dtype
         for part in self.parts[1:]:
             found = torch.promote_types(found, part.dtype)
         return found
 
     @property
-    def each(self) -> tuple[TextEncoder, ...]:
+    def encoders(self) -> tuple[TextEncoder, ...]:
         """The single encoders, in order."""
-        return tuple(one for part in self.parts for one in part.each)
+        return tuple(one for part in self.parts for one in part.encoders)
 
     @property
     def layout(self) -> dict[str, Any]:
-        """What `encoder_of` takes, besides models and tokenizers, to make this encoder."""
+        """Settings from which `build_encoder` rebuilds these encoders around their models and tokenizers."""
         width = {"width": self.identity["width"]} if self.identity["width"] else {}
-        return {self.way: [part.layout for part in self.parts], **width}
+        return {self.axis: [part.layout for part in self.parts], **width}
 
-    def encode(self, captions: list[str]) -> Encoded:
+    def encode(self, captions: list[str]) -> TextFeatures:
         """As TextEncoder.encode. ValueError: a caption of which `channels` have different numbers of tokens."""
         parts = [part.encode(captions) for part in self.parts]
-        made = along_tokens(parts) if self.way == "tokens" else along_channels(parts, captions)
-        return Encoded(widened(made.features, self.dim), made.mask, made.pooled)
+        joined = concat_tokens(parts) if self.axis == "tokens" else concat_channels(parts, captions)
+        return TextFeatures(pad_width(joined.features, self.dim), joined.mask, joined.pooled)
 
     def cuts(self, captions: list[str]) -> list[tuple[int, int] | None]:
-        """(tokens, max_text_tokens) of each caption that an encoder cuts (of the first that does), None for the others."""
+        """(tokens, max_text_tokens) of each caption that an encoder truncates (the first that does), None for the others."""
         found = zip(*(part.cuts(captions) for part in self.parts), strict=True)
         return [next((cut for cut in cuts if cut is not None), None) for cuts in found]
 
@@ -110,142 +300,3 @@ class TextEncoders:
         for part in self.parts:
             part.to(device)
         return self
-
-
-def load_text_encoder(
-    config: TextEncoderConfig, device: torch.device | str = "cpu", revision: str | None = None
-) -> Any:
-    """The text encoder, or encoders, that `config` names: a TextEncoder or TextEncoders. `revision`: a commit of the hub.
-
-    ConfigError: a path is no folder and not on the hub, holds no encoder, lacks weights or tokenizer; a setting that does
-    not fit its encoder, or the others.
-    """
-    if not config.parts:
-        return load_one(config, device, revision)
-    try:
-        parts = [load_text_encoder(part, device, revision) for part in config.parts]
-        return TextEncoders("tokens" if config.tokens else "channels", parts, config.width)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def text_encoder_from_identity(
-    identity: dict[str, Any], device: torch.device | str = "cpu", path: str | None = None
-) -> Any:
-    """The encoder, or encoders, that made features of this `identity`. `path`: where a single one's folder lies now, if elsewhere.
-
-    ConfigError: gone, or no longer the same weights; the message says what differs.
-    """
-    for way in WAYS:
-        if way in identity:
-            parts = [text_encoder_from_identity(part, device) for part in identity[way]]
-            return TextEncoders(way, parts, identity["width"])
-    return one_from_identity(identity, device, path)
-
-
-def feature_sizes(config: TextEncoderConfig) -> dict[str, int | None]:
-    """`dim`, `max_text_tokens` and `pooled_dim` of the identity that the encoder of `config` will have, without loading weights.
-
-    ConfigError: an encoder that is not there.
-    """
-    if not config.parts:
-        return single.feature_sizes(config)
-    parts = [feature_sizes(part) for part in config.parts]
-    widths = [part["dim"] or 0 for part in parts]
-    return {
-        "dim": config.width or (max(widths) if config.tokens else sum(widths)),
-        "max_text_tokens": config.longest,
-        "pooled_dim": sum(part["pooled_dim"] or 0 for part in parts) or None,
-    }
-
-
-# ------------------------------------------------------------------------------ what decides features
-
-# Settings that came later; an encoder that has them at their defaults is told from others by the rest.
-_LATER = ("layer", "pooled", "keep_padding", "width")
-
-
-def decisive(config: TextEncoderConfig) -> dict[str, Any]:
-    """What of `config` decides features, without loading weights. ConfigError: an encoder that is not there."""
-    own = {"width": config.width} if config.width else {}
-    for way in WAYS:
-        if parts := getattr(config, way):
-            return {way: [decisive(part) for part in parts], **own}
-    later = {key: value for key in _LATER if (value := getattr(config, key))}
-    return {
-        "fingerprint": fingerprint(config),
-        "dtype": config.dtype,
-        "max_text_tokens": config.max_text_tokens,
-        **later,
-    }
-
-
-def decisive_of(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What `decisive` says of the config that the encoder of this identity was loaded from."""
-    own = {"width": identity["width"]} if identity.get("width") else {}
-    for way in WAYS:
-        if way in identity:
-            return {way: [decisive_of(part) for part in identity[way]], **own}
-    said = {**identity, "pooled": bool(identity.get("pooled_dim"))}
-    later = {key: said[key] for key in _LATER if said.get(key)}
-    return {**{key: identity[key] for key in ("fingerprint", "dtype", "max_text_tokens")}, **later}
-
-
-# ---------------------------------------------------------------------------------- from a pipeline's
-
-
-def components(encoder: Any) -> dict[str, Any]:
-    """{"text_encoder": …, "tokenizer": …, "text_encoder_2": …, …} of an encoder, or encoders, as diffusers' pipelines have them."""
-    found: dict[str, Any] = {}
-    for suffix, one in zip(SUFFIXES, encoder.each, strict=False):
-        found |= {f"text_encoder{suffix}": one.model, f"tokenizer{suffix}": one.tokenizer}
-    return found
-
-
-def of_components(found: Mapping[str, Any], layout: Mapping[str, Any] | None, max_text_tokens: int) -> Any:
-    """The encoder, or encoders, of a pipeline's components (`components`); None where it has none. layout: None for one
-    encoder whose captions are cut at `max_text_tokens`.
-
-    ValueError: an encoder without its tokenizer, not as many as the layout names, what does not fit together.
-    """
-    models, tokenizers = [], []
-    for suffix in SUFFIXES:
-        model, tokenizer = found.get(f"text_encoder{suffix}"), found.get(f"tokenizer{suffix}")
-        if (model is None) != (tokenizer is None):
-            raise ValueError(f"text_encoder{suffix} and tokenizer{suffix}: give both or neither")
-        if model is not None:
-            models.append(model)
-            tokenizers.append(tokenizer)
-    if not models:
-        return None
-    if layout is None and len(models) > 1:
-        raise ValueError(f"{len(models)} text encoders: text_layout says how their features are concatenated")
-    return encoder_of(layout or {"max_text_tokens": max_text_tokens}, models, tokenizers)
-
-
-def encoder_of(
-    layout: Mapping[str, Any], models: Sequence[PreTrainedModel], tokenizers: Sequence[PreTrainedTokenizerBase]
-) -> Any:
-    """The encoder, or encoders, of these models. layout: its own, `.layout`.
-
-    ValueError: not as many as the layout names; what does not fit together, with both numbers.
-    """
-    pairs = list(zip(models, tokenizers, strict=True))
-    if (named := _count(layout)) != len(pairs):
-        raise ValueError(f"the layout of the text encoders names {named}, the pipeline has {len(pairs)}")
-    return _built(layout, iter(pairs))
-
-
-def _count(layout: Mapping[str, Any]) -> int:
-    parts = [part for way in WAYS for part in layout.get(way, ())]
-    return sum(map(_count, parts)) if parts else 1
-
-
-def _built(layout: Mapping[str, Any], pairs: Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]) -> Any:
-    for way in WAYS:
-        if way in layout:
-            return TextEncoders(way, [_built(part, pairs) for part in layout[way]], layout.get("width"))
-    model, tokenizer = next(pairs)
-    return TextEncoder(model, tokenizer, **layout)

@@ -11,7 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from stdit.config import DiffusionConfig, SamplerConfig, validate
 from stdit.diffusion.schedulers import compatible_scheduler, make_scheduler
-from stdit.encoders.text import SUFFIXES, components, text_encoder_from_identity
+from stdit.encoders.text_loading import SUFFIXES, components, text_encoder_from_identity
 from stdit.encoders.video import VideoEncoder, video_encoder_from_identity
 from stdit.models.control import STDiTControl
 from stdit.models.stdit import STDiT

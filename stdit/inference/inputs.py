@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stdit.config import Bucket, ModelConfig
 from stdit.diffusion.schedulers import FrameCondition
-from stdit.encoders.encoded import Encoded
+from stdit.encoders.text import TextFeatures
 from stdit.encoders.video import VideoEncoder
 from stdit.inference.prompts import label_id
 
@@ -28,7 +28,7 @@ Prompts = str | Sequence[str]
 Labels = int | str | Sequence[int | str | None] | Tensor
 Frames = Tensor | Sequence[int]
 # Captions -> features (B, L, D), mask (B, L), and where the encoder makes one the pooled vector (B, P).
-Encode = Callable[[Prompts], Encoded]
+Encode = Callable[[Prompts], TextFeatures]
 
 TEXT, MASK, POOLED = "encoder_hidden_states", "encoder_attention_mask", "pooled_projections"
 

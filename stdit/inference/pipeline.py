@@ -29,10 +29,9 @@ from stdit.diffusion.guidance import check_channels, guided
 from stdit.diffusion.objectives import with_scheduler_sign
 from stdit.diffusion.schedulers import is_flow, make_scheduler, sample, shifted
 from stdit.diffusion.timesteps import shift_for
-from stdit.encoders.encoded import Encoded
-from stdit.encoders.single import wake
 from stdit.encoders.source import folder_of
-from stdit.encoders.text import of_components
+from stdit.encoders.text import TextFeatures, onload
+from stdit.encoders.text_loading import from_components
 from stdit.encoders.video import VideoEncoder
 from stdit.inference.components import check_parts, parts_of
 from stdit.inference.inputs import (
@@ -269,7 +268,7 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
             "control_image": control_image, "control_video": control_video, "control_latents": control_latents
         }  # fmt: skip
         if (branch := self._branch(control, conditions, control_scale)) is not None:
-            wake(self.vae)
+            onload(self.vae)
             each = num_videos_per_prompt
             made = control_of(branch, encoder, self.video_processor, conditions, clip, latent, batch, each)
             cond["control"] = made.to(device)
@@ -286,8 +285,8 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
                     return x
                 return callback_on_step_end(self, i, timestep, {"latents": x}).get("latents", x)
 
-            wake(self.transformer)
-            wake(branch)
+            onload(self.transformer)
+            onload(branch)
             model = Sampled(self.transformer, branch, scale=control_scale)
             steered = guided(with_scheduler_sign(model, self.diffusion), scale, negative, guidance_channels)
             x = sample(
@@ -313,12 +312,12 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
         """The latents of `video`. ValueError: there are latents already, or it is not of the clip's size."""
         if latents is not None:
             raise ValueError("give conditioning_latents or conditioning_video, not both")
-        wake(self.vae)
+        onload(self.vae)
         return encoded(encoder, self.video_processor, video, clip)
 
     def _decode(self, encoder: VideoEncoder, x: Tensor, output_type: str) -> Any:
         """Latents (B, C, t, h, w) -> frames. One video at a time: it is the decoder that takes the memory."""
-        wake(self.vae)
+        onload(self.vae)
         pixels = torch.cat([encoder.decode(one) for one in x.split(1)])  # (B, 3, T, H, W)
         return self.video_processor.postprocess_video(pixels, output_type)
 
@@ -338,9 +337,9 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
     @property
     def prompt_encoder(self) -> Any:
         """The text encoder, or encoders as one (stdit.encoders.text); None where there is none."""
-        return of_components(self.components, self.text_layout, self.max_text_tokens)
+        return from_components(self.components, self.text_layout, self.max_text_tokens)
 
-    def encode_prompt(self, prompt: str | Sequence[str]) -> Encoded:
+    def encode_prompt(self, prompt: str | Sequence[str]) -> TextFeatures:
         """(features (B, L, D) float32, mask (B, L)), and `.pooled`. ValueError: not text, no text encoder, no prompts at all."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         encoder = self.prompt_encoder

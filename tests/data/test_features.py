@@ -171,7 +171,7 @@ def test_facts_are_what_a_training_config_can_leave_out_and_are_known_before_ext
     assert (found.in_channels, found.num_classes, found.fps) == (3, 2, 24.0)
     assert found.latents == {"1x16x16": (1, 16, 16), "5x16x16": (5, 16, 16), "5x16x32": (5, 16, 32)}
     assert found.smallest_latent == (1, 16, 16)
-    widths = (48, 50, 48) if several else (16, clip_folder.TEXT.longest, None)
+    widths = (48, 50, 48) if several else (16, clip_folder.TEXT.feature_tokens, None)
     assert (found.text_dim, found.max_text_tokens, found.pooled_dim) == widths
 
 

@@ -14,13 +14,13 @@ from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import
 from transformers import CLIPTextModel
 
 from stdit.config import ByteT5Config, ConfigError, TextEncoderConfig, validate
-from stdit.encoders.encoded import Encoded, along_tokens
-from stdit.encoders.text import (
+from stdit.encoders.text import TextFeatures, concat_tokens
+from stdit.encoders.text_loading import (
     components,
-    decisive,
-    decisive_of,
+    feature_identity,
+    feature_identity_of,
+    from_components,
     load_text_encoder,
-    of_components,
     text_encoder_from_identity,
 )
 from tests.support.encoders import CAPTIONS, LENGTH, T5, G, L, one, save_clip, sd3
@@ -108,18 +108,18 @@ def test_tokens_of_a_caption_stand_without_gaps_whatever_its_batch() -> None:
 
 def test_encoded_captions_can_be_sent() -> None:
     made = load_text_encoder(config(**RANDOM)).encode(["a"])
-    for sent in (made, Encoded(made.features, made.mask, torch.ones(1, 3))):
+    for sent in (made, TextFeatures(made.features, made.mask, torch.ones(1, 3))):
         again = pickle.loads(pickle.dumps(sent))
         assert torch.equal(again.features, sent.features)
         assert again.pooled is None if sent.pooled is None else torch.equal(again.pooled, sent.pooled)
 
 
 def test_padding_is_closed_up_in_order() -> None:
-    def part(*rows: list[float]) -> Encoded:
+    def part(*rows: list[float]) -> TextFeatures:
         values = torch.tensor(rows)
-        return Encoded(values[..., None], values > 0)
+        return TextFeatures(values[..., None], values > 0)
 
-    made = along_tokens([part([1, 2, 0], [1, 0, 0]), part([3, 0], [4, 5])])
+    made = concat_tokens([part([1, 2, 0], [1, 0, 0]), part([3, 0], [4, 5])])
     assert made.features[..., 0].tolist() == [[1, 2, 3], [1, 4, 5]]
     assert made.mask.all()
 
@@ -137,14 +137,14 @@ def test_identity_and_components_rebuild_the_encoders(folder: Path) -> None:
     encoder = load_text_encoder(settings)
     identity = json.loads(json.dumps(encoder.identity))
     again = text_encoder_from_identity(identity)
-    third = of_components(components(again), json.loads(json.dumps(again.layout)), 9)
+    third = from_components(components(again), json.loads(json.dumps(again.layout)), 9)
     for other in (again, third):
         for ours, theirs in ((encoder.encode(CAPTIONS), other.encode(CAPTIONS)),):
             assert torch.equal(ours.features, theirs.features)
             assert torch.equal(ours.mask, theirs.mask)
             assert torch.equal(ours.pooled, theirs.pooled)
     assert again.identity == encoder.identity
-    assert decisive(settings) == decisive_of(identity)
+    assert feature_identity(settings) == feature_identity_of(identity)
 
 
 def test_other_weights_of_one_of_several_are_noticed(tmp_path: Path) -> None:
@@ -162,9 +162,9 @@ def test_an_identity_from_before_these_settings_is_understood() -> None:
     old = {k: v for k, v in encoder.identity.items() if k not in ("layer", "keep_padding", "pooled_dim", "width")}
     assert torch.equal(text_encoder_from_identity(old).encode(["a"])[0], encoder.encode(["a"])[0])
     assert (
-        decisive_of(old)
+        feature_identity_of(old)
         == {k: old[k] for k in ("fingerprint", "dtype", "max_text_tokens")}
-        == decisive(config(**RANDOM))
+        == feature_identity(config(**RANDOM))
     )
 
 
@@ -209,12 +209,12 @@ def test_components_and_layout_must_be_as_many(folder: Path) -> None:
     encoder = load_text_encoder(sd3(folder))
     held = components(encoder)
     with pytest.raises(ValueError, match="3 text encoders: text_layout says how"):
-        of_components(held, None, 77)
+        from_components(held, None, 77)
     with pytest.raises(ValueError, match="text_encoder_2 and tokenizer_2: give both or neither"):
-        of_components({**held, "tokenizer_2": None}, encoder.layout, 77)
+        from_components({**held, "tokenizer_2": None}, encoder.layout, 77)
     with pytest.raises(ValueError, match="names 3, the pipeline has 2"):
-        of_components({**held, "text_encoder_3": None, "tokenizer_3": None}, encoder.layout, 77)
-    assert of_components({}, None, 77) is None
+        from_components({**held, "text_encoder_3": None, "tokenizer_3": None}, encoder.layout, 77)
+    assert from_components({}, None, 77) is None
 
 
 def test_a_random_encoder_may_be_one_of_several() -> None:

@@ -19,7 +19,9 @@ from transformers import (
 )
 
 from stdit.config import ByteT5Config, ConfigError, TextEncoderConfig
-from stdit.encoders.text import TextEncoder, load_text_encoder, random_byte_t5, text_encoder_from_identity
+from stdit.encoders.byte_t5 import random_byte_t5
+from stdit.encoders.text import TextEncoder
+from stdit.encoders.text_loading import load_text_encoder, text_encoder_from_identity
 
 TINY = {
     "vocab_size": 384,
@@ -175,7 +177,7 @@ def test_a_wrong_path_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="text_encoder.path: .*nowhere: no such folder"):
         load_text_encoder(TextEncoderConfig(path=str(tmp_path / "nowhere")))
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(ConfigError, match="no T5 encoder with its tokenizer can be loaded"):
+    with pytest.raises(ConfigError, match="no T5 or CLIP text encoder with its tokenizer can be loaded"):
         load_text_encoder(TextEncoderConfig(path=str(tmp_path)))
 
 
@@ -197,3 +199,13 @@ def test_a_tokenizer_larger_than_the_model_is_refused() -> None:
 def test_an_indivisible_width_is_refused() -> None:
     with pytest.raises(ConfigError, match="width 30 is not divisible by num_heads 4"):
         random_byte_t5(ByteT5Config(width=30))
+
+
+def test_code_in_an_encoders_folder_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForTextEncoding": "own.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ConfigError, match="no T5 or CLIP text encoder"):
+        load_text_encoder(TextEncoderConfig(path=str(tmp_path)))
+    assert not (tmp_path / "ran").exists()

@@ -17,8 +17,8 @@ from PIL import Image
 
 from stdit.config import ByteT5Config, DiffusionConfig, SamplerConfig, TextEncoderConfig
 from stdit.diffusion.schedulers import is_ours, make_scheduler
-from stdit.encoders.encoded import Encoded
-from stdit.encoders.text import load_text_encoder
+from stdit.encoders.text import TextFeatures
+from stdit.encoders.text_loading import load_text_encoder
 from stdit.encoders.video import PixelAutoencoder
 from stdit.inference.inputs import Asked, Prompts, Teller
 from stdit.inference.pipeline import STDiTPipeline, STDiTPipelineOutput
@@ -114,10 +114,10 @@ def test_pooled_vectors_are_told_and_left_out_of_the_negative() -> None:
 
 
 def test_an_encoders_own_pooled_vectors_are_told_unless_others_are_given() -> None:
-    def encode(prompt: Prompts) -> Encoded:
+    def encode(prompt: Prompts) -> TextFeatures:
         captions = [prompt] if isinstance(prompt, str) else list(prompt)
         lengths = torch.tensor([float(len(caption)) for caption in captions])
-        return Encoded(
+        return TextFeatures(
             torch.zeros(len(captions), 1, 4), torch.ones(len(captions), 1).bool(), lengths[:, None].expand(-1, 5)
         )
 

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import ByT5Tokenizer
 
 from stdit.config import ByteT5Config
-from stdit.encoders.text import random_byte_t5
+from stdit.encoders.byte_t5 import random_byte_t5
 from stdit.inference.pipeline import STDiTPipeline, STDiTPipelineOutput
 from stdit.models.stdit import STDiT
 from stdit.weights.convert import load_published

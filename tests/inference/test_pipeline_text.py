@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from stdit import extract
 from stdit.config import DiffusionConfig
 from stdit.data.features import FeatureSet
-from stdit.encoders.text import components, load_text_encoder
+from stdit.encoders.text_loading import components, load_text_encoder
 from stdit.generate import _notes
 from stdit.inference.pipeline import STDiTPipeline
 from stdit.inference.prompts import Item, Prompt

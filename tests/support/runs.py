@@ -18,7 +18,7 @@ from stdit.config import (
     TrainBucket,
     TrainConfig,
 )
-from stdit.encoders.text import load_text_encoder
+from stdit.encoders.text_loading import load_text_encoder
 from stdit.encoders.video import PixelAutoencoder, VideoEncoder
 from stdit.models.stdit import STDiT
 from stdit.training import checkpoint
