@@ -43,7 +43,7 @@ from stdit.config import (
 from stdit.data.digits import DigitsOptions, Shape, make_digits
 from stdit.diffusion.guidance import guided
 from stdit.diffusion.schedulers import make_scheduler, sample
-from stdit.evaluate import evaluate
+from stdit.evaluation.evaluator import evaluate_videos
 from stdit.evaluation.held_out import held_out_prompts, write_prompts
 from stdit.generate import generate
 from stdit.inference.pipeline import STDiTPipeline
@@ -123,13 +123,13 @@ def last(run: Path, key: str) -> float | None:
 
 
 def accuracy(run: Path, manifest: Path, count: int) -> tuple[float, float]:
-    """Share of `count` drawn digits that the reader reads as what was asked for, and the Fréchet distance to held-out ones."""
+    """Accuracy of `count` generated digits, and their Fréchet distance to held-out ones."""
     prompts = run / "prompts.jsonl"
     rows = held_out_prompts(manifest, count, SHAPE)
     write_prompts(prompts, [{k: v for k, v in row.items() if k != "prompt"} for row in rows])
     generate(run, read_prompts(prompts), run / "drawn", SHAPE, SAMPLER, batch_size=50)
-    scores = evaluate(run / "drawn", manifest, EvaluationConfig(class_name="digit"), cache=run.parent)
-    return scores["class_accuracy"], scores["frechet_distance"]
+    metrics = evaluate_videos(run / "drawn", manifest, EvaluationConfig(class_name="digit"), cache=run.parent)
+    return metrics["class_accuracy"], metrics["frechet_distance"]
 
 
 # ------------------------------------------------------------------------------------------ sampling

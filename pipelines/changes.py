@@ -24,15 +24,15 @@ from stdit.config.diff import (
     matches,
 )
 
-Piece = dict[str, Any]
+Settings = dict[str, Any]
 
 
-def describe(plan: Plan, stages: Sequence[ResolvedStage], manifest_sha256: str | None = None) -> dict[str, Piece]:
+def describe(plan: Plan, stages: Sequence[ResolvedStage], manifest_sha256: str | None = None) -> dict[str, Settings]:
     """What each part is made of: `prepare`, `extraction`, `stages.NAME`, as flat mappings of dotted keys.
 
     Settings that change nothing in the result are left out. `manifest_sha256`: of the clips' manifest, where it exists.
     """
-    pieces: dict[str, Piece] = {}
+    pieces: dict[str, Settings] = {}
     if plan.prepare is not None:
         pieces["prepare"] = _flat(plan.prepare.model_dump(mode="json"), ("out", "manifest"))
     pieces["extraction"] = _flat(plan.extract.model_dump(mode="json"), EXTRACTION_RUNTIME_KEYS)
@@ -43,7 +43,7 @@ def describe(plan: Plan, stages: Sequence[ResolvedStage], manifest_sha256: str |
     return pieces
 
 
-def describe_stage(config: Config, resources: Resources, after: str | None) -> Piece:
+def describe_stage(config: Config, resources: Resources, after: str | None) -> Settings:
     """One stage. Micro-batches, workers and accumulation stand in it as the samples of a step, which is what is learned
     from: half the batch on twice the workers is no change."""
     data = config.model_dump(mode="json")
@@ -60,7 +60,7 @@ def describe_stage(config: Config, resources: Resources, after: str | None) -> P
     }
 
 
-def parents(pieces: Mapping[str, Piece], part: str) -> list[str]:
+def parents(pieces: Mapping[str, Settings], part: str) -> list[str]:
     """The parts that `part` is made from."""
     if part == "prepare":
         return []
@@ -70,13 +70,13 @@ def parents(pieces: Mapping[str, Piece], part: str) -> list[str]:
     return ["extraction", *([f"stages.{after}"] if after else [])]
 
 
-def fingerprint(pieces: Mapping[str, Piece], part: str) -> str:
+def fingerprint(pieces: Mapping[str, Settings], part: str) -> str:
     """Hex digest of a part and of everything it is made from."""
     whole = [pieces[part], [fingerprint(pieces, parent) for parent in parents(pieces, part)]]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
-def differences(recorded: Mapping[str, Piece], current: Mapping[str, Piece]) -> dict[str, list[Change]]:
+def differences(recorded: Mapping[str, Settings], current: Mapping[str, Settings]) -> dict[str, list[Change]]:
     """Changed settings by part, of parts that are in both: a new part has nothing to invalidate, a removed one is left
     alone. A manifest that does not exist yet (sha256 unknown) is no change."""
     found: dict[str, list[Change]] = {}
@@ -88,7 +88,7 @@ def differences(recorded: Mapping[str, Piece], current: Mapping[str, Piece]) -> 
     return found
 
 
-def invalidated(changed: Collection[str], current: Mapping[str, Piece]) -> dict[str, str]:
+def invalidated(changed: Collection[str], current: Mapping[str, Settings]) -> dict[str, str]:
     """Parts whose results no longer hold, with the reason: `changed` themselves, or made from one that is."""
     reasons: dict[str, str] = {}
     for part in current:  # Parents come before their children: describe() keeps the order of training.

@@ -1,4 +1,4 @@
-"""What is looked at before a plan's long work: does everything fit, what crosses, what will it take."""
+"""Checks of a plan before its long work: shapes, text, transitions between stages, evaluation; and its forecast."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from stdit.config import ConfigError, TextEncoderConfig
 
 
 def check_early(plan: Plan, stages: Sequence[ResolvedStage]) -> None:
-    """ConfigError for what can be known to fail before clips are made or read."""
+    """ConfigError for everything that is known to fail before clips are created or read."""
     by_name = {stage.name: stage for stage in stages}
     encoder = plan.extract.video_encoder
     for stage in stages:
-        if encoder.kind == "pixels":  # Of others the compression is known once they are loaded, at extraction.
+        if encoder.kind == "pixels":  # The compression of an autoencoder is known once it is loaded, at extraction.
             plans.check_shapes(stage, (1, 1, 1), encoder.channels)
         _check_text(stage, plan.extract.text_encoder)
         if stage.after is not None:
-            crossing(by_name[stage.after], stage)
+            check_transition(by_name[stage.after], stage)
+        check_evaluation(plan, stage)
 
 
 def _check_text(stage: ResolvedStage, encoder: TextEncoderConfig | None) -> None:
-    """What a stage's model takes of captions against what the plan's extraction makes of them, as far as its config says."""
+    """ConfigError where a stage's model and the extraction's text encoder do not match, as far as the configs tell."""
     model = stage.config.model
     for key, value in (("text_dim", model.text_dim), ("pooled_dim", model.pooled_dim)):
         if value is not None and encoder is None:
@@ -35,21 +36,57 @@ def _check_text(stage: ResolvedStage, encoder: TextEncoderConfig | None) -> None
         )
     if model.text_dim is not None and encoder.feature_tokens > model.max_text_tokens:
         raise ConfigError(
-            f"{stage.source}: model.max_text_tokens {model.max_text_tokens}, but the plan's extraction makes up to {encoder.feature_tokens} "
-            "tokens of a caption (text_encoder.max_text_tokens)"
+            f"{stage.source}: model.max_text_tokens {model.max_text_tokens}, but the plan's extraction gives up to {encoder.feature_tokens} "
+            "tokens per caption (text_encoder.max_text_tokens)"
+        )
+
+
+def check_evaluation(plan: Plan, stage: ResolvedStage) -> None:
+    """ConfigError where the plan's evaluation cannot work for a stage: sampler, splits, columns."""
+    evaluation = plan.evaluation
+    if evaluation is None:
+        return
+    from stdit.diffusion.schedulers import check_sampler
+
+    where = f"{stage.source}: evaluation"
+    try:
+        check_sampler(evaluation.sampler, stage.config.diffusion)
+    except ValueError as error:
+        raise ConfigError(f"{where}.sampler: {error}") from error
+    model, metrics = stage.config.model, evaluation.metrics
+    if model.num_classes is not None and model.text_dim is None and metrics.class_column is None:
+        raise ConfigError(
+            f"{where}.metrics.class_column is null, but the stage is class-conditional (model.num_classes "
+            f"{model.num_classes}): its prompts need the class of held-out clips. Set class_column: class"
+        )
+
+
+def check_held_out(plan: Plan) -> None:
+    """ConfigError where the manifest lacks the held-out clips, or a column, of the plan's evaluation."""
+    if plan.evaluation is None:
+        return
+    from stdit.data import manifest
+    from stdit.evaluation.held_out import check_columns
+
+    config, source = plan.evaluation.metrics, manifest.read(plan.extract.manifest)
+    check_columns(source, config)
+    if not any(clip.split == config.validation_split for clip in source):
+        raise ConfigError(
+            f"evaluation.metrics.validation_split {config.validation_split!r}: no clip of {plan.extract.manifest} is in "
+            f"it; splits: {', '.join(map(str, source.splits))}"
         )
 
 
 def check_manifest(plan: Plan) -> None:
-    """ConfigError where there is no manifest, and nothing to make one."""
+    """ConfigError without a manifest and without `prepare`."""
     if plan.prepare is None and not plan.extract.manifest.exists():
         raise ConfigError(f"extraction.manifest: {plan.extract.manifest} does not exist")
 
 
-def crossing(before: ResolvedStage, stage: ResolvedStage) -> str:
-    """The report of stdit.weights.transfer from one stage to the next, computed on the meta device.
+def check_transition(before: ResolvedStage, stage: ResolvedStage) -> str:
+    """Report of the weight transfer between two stages, tried on the meta device (no weights, no memory).
 
-    ConfigError: the architectures differ in something that `allow` does not cover.
+    ConfigError: the architectures differ in something that `allow` does not permit.
     """
     import torch
 
@@ -66,23 +103,23 @@ def crossing(before: ResolvedStage, stage: ResolvedStage) -> str:
 
 
 def positions(before: ResolvedStage, stage: ResolvedStage) -> list[str]:
-    """What a change of size between two stages does to the coordinates of patches; nothing where the size stays."""
+    """Effect of a change of resolution on position coordinates; empty if the size stays."""
     old, new, model = before.largest, stage.largest, stage.config.model
     if (old.height, old.width) == (new.height, new.width) or model.positions == "none":
         return []
     if model.position_grid is not None:
-        spans = f"every grid takes the centre of a table, model.position_grid {list(model.position_grid)}"
+        spans = f"every grid uses the centre of a table, model.position_grid {list(model.position_grid)}"
     elif model.position_reference is not None:
         spans = f"rescaled by each clip's size, against model.position_reference {model.position_reference}"
     elif model.position_base is None:
-        spans = "coordinates go beyond those learned, because model.position_base is not set"
+        spans = "coordinates exceed those of training, because model.position_base is not set"
     else:
         spans = f"rescaled, every grid spans the same 0 to {model.position_base / model.position_interpolation:g}"
     return [f"positions: {old.height}x{old.width} to {new.height}x{new.width} px; {spans}"]
 
 
 def stage_lines(plan: Plan, stages: Sequence[ResolvedStage]) -> list[str]:
-    """Forecast of every stage, from the extracted features. ConfigError where a stage does not fit them."""
+    """Forecast of every stage from the extracted features. ConfigError: a stage that does not match them."""
     from pipelines.forecast import forecast
     from stdit.data.extraction import read_report, report_lines
     from stdit.data.features import FeatureSet
@@ -93,7 +130,7 @@ def stage_lines(plan: Plan, stages: Sequence[ResolvedStage]) -> list[str]:
     lines = report_lines(read_report(plan.extract.out))
     for stage in stages:
         try:
-            # Without `init`: the stage it comes from may not be trained yet; `crossing` has looked at their architectures.
+            # Without `init`: the previous stage may not be trained yet; `check_transition` compares architectures.
             check(stage.config if stage.after is None else stage.config.model_copy(update={"init": None}))
         except ConfigError as error:
             raise ConfigError(f"{stage.source}: {error}") from error
@@ -106,8 +143,8 @@ def stage_lines(plan: Plan, stages: Sequence[ResolvedStage]) -> list[str]:
 
 
 def forecast_lines(plan: Plan, stages: Sequence[ResolvedStage]) -> list[str]:
-    """What a plan will take, and what crosses: from the features if they are there, else from the manifest, else from
-    the plan alone. ConfigError: an autoencoder that is not there."""
+    """Cost of a plan and the transfers between its stages: from the features if they exist, else from the manifest, else
+    from the plan alone. ConfigError: a missing autoencoder."""
     from pipelines.forecast import EqualSource, ManifestSource, forecast
 
     if (plan.extract.out / "index.json").is_file():
@@ -116,19 +153,19 @@ def forecast_lines(plan: Plan, stages: Sequence[ResolvedStage]) -> list[str]:
         source = ManifestSource(plan.extract) if plan.extract.manifest.exists() else EqualSource(plan.extract.manifest)
         lines = source.lines()
         for stage in stages:
-            # Nothing has been read yet: captions count at their longest.
+            # No caption has been tokenized yet: count the maximum length.
             text = stage.config.model.max_text_tokens
             lines += str(forecast(stage, plan.resources, source, compression(plan), text)).splitlines()
     by_name = {stage.name: stage for stage in stages}
     for stage in stages:
         if stage.after is not None:
             lines += [f"stage {stage.name} from {stage.after}:"]
-            lines += [f"  {line}" for line in crossing(by_name[stage.after], stage).splitlines()]
+            lines += [f"  {line}" for line in check_transition(by_name[stage.after], stage).splitlines()]
     return lines
 
 
 def compression(plan: Plan) -> tuple[int, int, int]:
-    """Pixels per latent (t, h, w) of the plan's autoencoder, which is loaded if it is a real one."""
+    """Pixels per latent (t, h, w) of the plan's autoencoder, which is loaded unless it is `pixels`."""
     if plan.extract.video_encoder.kind == "pixels":
         return (1, 1, 1)
     from stdit.encoders.video import load_video_encoder

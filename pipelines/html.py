@@ -1,4 +1,4 @@
-"""report.html: one file with its pictures inside, which needs no network and no script; light and dark."""
+"""report.html: one self-contained file without network access or scripts; light and dark."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from stdit.evaluation.tables import number, percent
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,15 @@ pre { background: var(--plate); padding: .8rem; border-radius: 8px; overflow-x: 
 """
 
 
-def page(report: Mapping[str, Any], pictures: Pictures) -> str:
-    """The page for `report`, report.json's content."""
+def render_html(report: Mapping[str, Any], pictures: Pictures) -> str:
+    """HTML of `report`, the content of report.json."""
     stages: Sequence[Mapping[str, Any]] = report["stages"]
     last = stages[-1]
     sections = [_heading(report), _cards(last), _clips(last, pictures), _stage_table(stages)]
     earlier = [_earlier(stage, pictures) for stage in stages[:-1] if stage["name"] in pictures.animations]
     if earlier:
-        sections.append("<h2>After the stages before</h2>" + "".join(earlier))
-    sections += [_curves(pictures), _confusions(last), _protocols(stages), _facts(report["data"])]
+        sections.append("<h2>Earlier stages</h2>" + "".join(earlier))
+    sections += [_curves(pictures), _confusion_matrices(last), _protocols(stages), _details(report["data"])]
     title = html.escape(str(report["plan"]))
     return (
         f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{title}</title>\n'
@@ -67,16 +69,16 @@ def _heading(report: Mapping[str, Any]) -> str:
 
 
 def _cards(stage: Mapping[str, Any]) -> str:
-    """The final stage's scores, each with what real held-out clips get."""
+    """Metrics of the last stage, each with that of real held-out clips."""
     name, cards = stage["class_name"], []
     real, counts = stage["real"] or {}, stage["counts"] or {}
-    for key, label in ((name, f"{name} read right"), ("direction", "direction right")):
+    for key, label in ((name, f"{name} accuracy"), ("direction", "direction accuracy")):
         value, interval = stage.get(f"{key}_accuracy"), stage["intervals"].get(f"{key}_accuracy")
         count = counts.get("class" if key == name else key)
         below = f"{count} clips, 95 % interval {percent(interval[0])} to {percent(interval[1])}" if interval else ""
         cards.append((label, percent(value), below, percent(real.get(f"{key}_accuracy"))))
     distance, reference = stage["frechet_distance"], counts.get("frechet_reference")
-    below = f"to {reference} held-out clips, in the reader's features" if reference else ""
+    below = f"to {reference} held-out clips, in the classifier's features" if reference else ""
     cards.append(("Fréchet distance", number(distance), below, number(real.get("frechet_distance"))))
     return "<div class='cards'>" + "".join(
         f"<div class='card'>{html.escape(label)}<b>{value}</b><span class='faint'>{below}<br>real clips: {ceiling}</span></div>"
@@ -89,16 +91,12 @@ def _clips(stage: Mapping[str, Any], pictures: Pictures) -> str:
     if name not in pictures.animations:
         return ""
     seen = counts.get("captions_also_in_train")
-    words = (
-        f" Of {counts['generated']} held-out captions {seen} stand, word for word, in the train split too."
-        if seen
-        else ""
-    )
+    note = f" {seen} of {counts['generated']} held-out captions also occur in the train split." if seen else ""
     return (
-        f"<h2>What it makes of held-out captions</h2>{_image(pictures.animations[name], 'clips, moving')}"
-        "<p class='faint'>The first clips of the prompt file, none picked. Below each its caption, and what the reader "
-        f"and the centre's path say is in it.{words}</p>"
-        "<details><summary>The same as strips, from the first frame to the last</summary>"
+        f"<h2>Samples for held-out captions</h2>{_image(pictures.animations[name], 'clips, moving')}"
+        "<p class='faint'>The first clips of the prompt file, not selected. Below each: its caption, predicted class and "
+        f"predicted direction.{note}</p>"
+        "<details><summary>As strips, from the first frame to the last</summary>"
         f"{_image(pictures.sheets[name], 'clips as strips')}</details>"
     )
 
@@ -109,25 +107,16 @@ def _earlier(stage: Mapping[str, Any], pictures: Pictures) -> str:
 
 
 def _stage_table(stages: Sequence[Mapping[str, Any]]) -> str:
-    """A row for each stage, and one for real held-out clips of the last one's shape."""
+    """A row a stage, one for the previous stage at its shape if measured, and one for real held-out clips."""
     name = stages[-1]["class_name"]
     heads = ("stage", "steps", "time", name, "direction", "Fréchet", "kernel (KID)", "classifier", "clips")
-    rows: list[tuple[str, ...]] = [
-        (
-            html.escape(stage["name"]),
-            f"{stage['steps']:,}" if stage["steps"] is not None else "n/a",
-            duration(stage["seconds"]),
-            percent(stage.get(f"{stage['class_name']}_accuracy")),
-            *(
-                percent(stage["direction_accuracy"]),
-                number(stage["frechet_distance"]),
-                number(stage["kernel_distance"]),
-            ),
-            percent(stage["classifier_accuracy"]),
-            str((stage["counts"] or {}).get("generated", "n/a")),
-        )
-        for stage in stages
-    ]
+    rows: list[tuple[str, ...]] = []
+    for stage in stages:
+        if previous := stage["previous"]:
+            label = f"{html.escape(previous['name'])}, at the shape of {html.escape(stage['name'])}"
+            rows.append((label, "", "", *_metrics_cells(previous)))
+        steps = "n/a" if stage["steps"] is None else f"{stage['steps']:,}"
+        rows.append((html.escape(stage["name"]), steps, duration(stage["seconds"]), *_metrics_cells(stage)))
     real = stages[-1]["real"]
     if real:
         scores = [percent(real[f"{name}_accuracy"]), percent(real["direction_accuracy"])]
@@ -137,10 +126,20 @@ def _stage_table(stages: Sequence[Mapping[str, Any]]) -> str:
     head = "".join(f"<th>{html.escape(h)}</th>" for h in heads)
     return (
         f"<h2>Stages</h2><div class='wide'><table><tr>{head}</tr>{body}</table></div>"
-        "<p class='faint'>classifier: the reader's own accuracy on held-out images, beside which all others are to be "
-        "read. Distances are taken in the reader's features: they compare runs on this data and are not the FID or KID "
-        "of the literature. The Fréchet distance falls as the number of clips grows; real clips are measured at the "
-        "same number.</p>"
+        "<p class='faint'>classifier: its accuracy on held-out images, an upper bound of the accuracies. Distances are "
+        "in the classifier's features: they compare runs on this dataset and are not the FID or KID of the literature. "
+        "The Fréchet distance decreases with the number of clips; real clips are measured at the same number.</p>"
+    )
+
+
+def _metrics_cells(stage: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        percent(stage.get(f"{stage['class_name']}_accuracy")),
+        percent(stage["direction_accuracy"]),
+        number(stage["frechet_distance"]),
+        number(stage["kernel_distance"]),
+        percent(stage["classifier_accuracy"]),
+        str((stage["counts"] or {}).get("generated", "n/a")),
     )
 
 
@@ -152,8 +151,8 @@ def _curves(pictures: Pictures) -> str:
     )
 
 
-def _confusions(stage: Mapping[str, Any]) -> str:
-    """Tables of what was asked for (rows) against what was seen (columns)."""
+def _confusion_matrices(stage: Mapping[str, Any]) -> str:
+    """Requested (rows) against predicted (columns) classes and directions."""
     parts = []
     for key, table in (stage["confusion"] or {}).items():
         if not table or len(table["names"]) > 40:
@@ -168,27 +167,27 @@ def _confusions(stage: Mapping[str, Any]) -> str:
         )
         label = stage["class_name"] if key == "class" else key
         parts.append(
-            f"<details><summary>{html.escape(label)}: asked for (rows), seen (columns)</summary>"
+            f"<details><summary>{html.escape(label)}: requested (rows), predicted (columns)</summary>"
             f"<div class='wide'><table class='grid'><tr><th></th>{head}</tr>{body}</table></div></details>"
         )
-    return "<h2>What is taken for what</h2>" + "".join(parts) if parts else ""
+    return "<h2>Confusion matrices</h2>" + "".join(parts) if parts else ""
 
 
 def _protocols(stages: Sequence[Mapping[str, Any]]) -> str:
     parts = [
-        f"<details><summary>{html.escape(stage['name'])}</summary><pre>{_json(told)}</pre></details>"
+        f"<details><summary>{html.escape(stage['name'])}</summary><pre>{_json(settings)}</pre></details>"
         for stage in stages
-        if (told := {key: stage[key] for key in ("protocol", "counts", "checkpoint", "videos") if stage[key]})
+        if (settings := {key: stage[key] for key in ("protocol", "counts", "checkpoint", "videos") if stage[key]})
     ]
-    return "<h2>How it was measured</h2>" + "".join(parts) if parts else ""
+    return "<h2>Evaluation settings</h2>" + "".join(parts) if parts else ""
 
 
-def _facts(data: Mapping[str, Any]) -> str:
+def _details(data: Mapping[str, Any]) -> str:
     parts = []
     for name, value in data.items():
         text = html.escape(value) if isinstance(value, str) else _json(value)
         parts.append(f"<details><summary>{html.escape(str(name))}</summary><pre>{text}</pre></details>")
-    return "<h2>What went in</h2>" + "".join(parts) if parts else ""
+    return "<h2>Data</h2>" + "".join(parts) if parts else ""
 
 
 def _json(value: Any) -> str:
@@ -202,14 +201,6 @@ def _source(path: Path) -> str:
 
 def _image(path: Path, alt: str) -> str:
     return f'<img src="{_source(path)}" alt="{html.escape(alt)}">'
-
-
-def percent(share: float | None) -> str:
-    return "n/a" if share is None else f"{100 * share:.1f} %"
-
-
-def number(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.3g}"
 
 
 def duration(seconds: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Inside a Ray job: where its results can last."""
+"""Inside a Ray job: a run directory that outlives the job."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from stdit.config import ConfigError
 
 
 def go_to_checkout(plan: Path) -> Path | None:
-    """In a Ray job sent with `--working-dir`: changes into the checkout it was sent from, where results can last.
+    """In a Ray job submitted with `--working-dir`: changes into the checkout that it was submitted from.
 
-    Such a job runs in a copy that Ray deletes, so a relative run_dir would be lost with it. If the folder in which
-    `ray start` was run on this machine holds the very same plan file, that is the checkout, and relative paths mean
-    what they mean for `make demo`. Returns that folder; None outside a job, or if the folder holds no such plan
-    (the caller must then insist on absolute paths).
+    Such a job runs in a copy that Ray deletes, and a relative run_dir with it. If the folder in which `ray start` was
+    run on this machine holds an identical plan file, it is the checkout, and paths are relative to it. Returns that
+    folder; None outside a job, or without such a plan (the caller must then require absolute paths).
     """
     if not in_packaged_job():
         return None
     folder = _raylet_directory()
     if folder is None or plan.is_absolute():
         return None
-    other = folder / plan
-    if not other.is_file() or other.read_bytes() != plan.read_bytes():
+    original = folder / plan
+    if not original.is_file() or original.read_bytes() != plan.read_bytes():
         return None
     os.chdir(folder)
     return folder
@@ -35,7 +34,7 @@ def in_packaged_job() -> bool:
 
 
 def _raylet_directory() -> Path | None:
-    """Where `ray start` was run on this machine: the working directory of the raylet above this process."""
+    """The working directory of the raylet above this process, in which `ray start` was run."""
     import psutil
 
     process: psutil.Process | None = psutil.Process()
@@ -43,18 +42,18 @@ def _raylet_directory() -> Path | None:
         try:
             if process.name() == "raylet":
                 return Path(process.cwd())
-        except psutil.Error:  # Another user's process: nothing to learn from it.
+        except psutil.Error:  # Another user's process.
             return None
         process = process.parent()
     return None
 
 
-def absolute_paths_needed(paths: Mapping[str, Path]) -> None:
+def require_absolute_paths(paths: Mapping[str, Path]) -> None:
     """ConfigError naming the keys whose relative paths would be lost with a job's copy of the working directory."""
     relative = [f"{key} {path}" for key, path in paths.items() if not path.is_absolute()]
     if relative:
         raise ConfigError(
             f"this Ray job runs in a copy of its --working-dir, which Ray deletes ({Path.cwd()}); relative results "
-            f"would be lost: {', '.join(relative)}. Run `ray start` in the checkout, or give folders that every node "
+            f"would be lost: {', '.join(relative)}. Run `ray start` in the checkout, or set folders that every node "
             "sees, such as --set run_dir=/shared/runs/demo"
         )

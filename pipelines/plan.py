@@ -1,11 +1,12 @@
-"""A plan: stages, their order, what crosses between them. Pure: reads YAML, decides, starts nothing.
+"""A training plan: data, stages and their order. Reads and resolves YAML; starts nothing.
 
 plan = read("configs/plans/demo.yaml", ["run_dir=/tmp/x", "stages.images.overrides.train.steps=10"])
-stages = resolve(plan)    # in the order to train, each with its whole Config
+stages = resolve(plan)    # in training order, each with its complete Config
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,98 +36,142 @@ from stdit.config import (
 
 # ---------------------------------------------------------------------------------------- schema
 
-# A stage's name is its folder's, and a part of `--set stages.NAME.…`.
+# A stage's name is the name of its run directory, and a part of `--set stages.NAME.…`.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
-# What stages may not be called: other folders under run_dir, other parts in its record.
+# Names of other folders under run_dir and of other parts in its record.
 _RESERVED = ("prepare", "extraction", "features", "ray", "replaced", "evaluation", "report")
 
 
 class Prepare(Frozen):
-    """A Python module that makes the clips: `python -m MODULE --out RUN_DIR/OUT ARGS…`."""
+    """A Python module that creates the clips: `python -m MODULE --out RUN_DIR/OUT ARGS…`."""
 
     module: str
+    """Module with a command line."""
     args: tuple[str | int | float, ...] = ()
+    """Its arguments, besides --out."""
     out: Name = "data"
-    # What it leaves in `out` when it is done.
+    """Folder under run_dir."""
     manifest: str = "manifest.jsonl"
+    """File in `out` that it writes when it is done."""
 
 
 class Extraction(ExtractConfig):
-    """An extraction whose paths may follow from the plan: `out` is RUN_DIR/features, `manifest` what `prepare` makes."""
+    """An extraction; `out` defaults to RUN_DIR/features, `manifest` to that of `prepare`."""
 
     manifest: Path = Path()
     out: Path = Path()
 
 
 class Stage(Frozen):
-    """One training run. Its Config is the file `config` with the plan's and the stage's own `overrides` laid over it;
-    the plan sets run_dir, name, seed, data.features and, with `after`, init."""
+    """One training run: the file `config` with the plan's and the stage's `overrides`. The plan sets run_dir, name,
+    seed, data.features and, with `after`, init."""
 
     config: Path
+    """Config file of the stage (stdit.config.Config)."""
     overrides: dict[str, Any] = Field(default_factory=dict)
-    # The stage whose weights this one starts from; None: from `init` in its own config, or from nothing.
+    """Settings that replace those of `config`."""
     after: str | None = None
+    """Stage whose weights initialise this one. null: `init` of its own config, or random initialisation."""
     weights: Literal["ema", "model"] = "ema"
-    # Differences of architecture that may be crossed; any other is an error.
+    """Weights taken from `after`."""
     allow: tuple[Transition, ...] = ()
+    """Permitted differences of architecture to `after`; any other is an error."""
 
     @model_validator(mode="after")
-    def _crossing(self) -> Stage:
+    def _check_allow(self) -> Stage:
         if self.allow and self.after is None:
             raise ValueError(f"allow: {', '.join(self.allow)} needs after: the stage to come from")
         return self
 
 
 class Evaluation(Frozen):
-    """What is made and measured after each stage, from captions of the held-out split (`scores.validation_split`)."""
+    """Generation and metrics after each stage, for captions of the held-out split (`metrics.validation_split`)."""
 
     prompts: Positive = 100
+    """Number of captions."""
     seed: NonNegative = 0
+    """Selects the captions; seed of the first video."""
     sampler: SamplerConfig = SamplerConfig()
+    """Scheduler, steps and guidance."""
     weights: Literal["ema", "model"] = "ema"
+    """Weights to generate with."""
     batch_size: Positive = 25
-    # Frames per second of the files written.
+    """Videos per batch."""
     fps: Positive = 8
-    # Actors that generate, each holding one pipeline, and their CPU threads.
+    """Frames per second of the files."""
     workers: Positive = 1
-    threads: Positive = 1
-    scores: EvaluationConfig = EvaluationConfig()
+    """Ray actors that generate, each with one pipeline; 1: in the driver."""
+    threads: Positive | Literal["auto"] = 1
+    """CPU threads of each pipeline; `auto`: this machine's CPUs over `workers`."""
+    compare_with_previous: bool = False
+    """Also evaluates the stage before at this stage's shape, where it differs: what the stage has added."""
+    metrics: EvaluationConfig = EvaluationConfig()
+    """How clips are measured."""
+
+    @property
+    def threads_each(self) -> int:
+        """CPU threads of each pipeline."""
+        return cpus_each(self.workers) if self.threads == "auto" else self.threads
 
 
 class Resources(Frozen):
-    """Who trains: `workers` processes, one rank each. Not part of what a stage is: a finished stage stays finished
-    when these change; but the samples per step are workers * batch_size * gradient_accumulation."""
+    """Processes of training. Not part of a stage's identity, except for samples per step, which are workers *
+    batch_size * gradient_accumulation."""
 
     workers: Positive = 1
-    cpus_per_worker: Positive = 1
-    # One GPU per worker and NCCL; False: CPU and gloo.
+    """Ranks, one process each."""
+    cpus_per_worker: Positive | Literal["auto"] = 1
+    """CPUs and threads of each worker; `auto`: this machine's CPUs over `workers`, at least 1."""
     use_gpu: bool = False
-    # How often a stage is started again, from its newest checkpoint, after a worker has died.
+    """One GPU per worker and NCCL; false: CPU and gloo."""
     max_failures: NonNegative = 2
-    # A stage that has not ended after this long stops the plan (a lost node without replacement would wait for ever).
+    """Restarts of a stage, each from its newest checkpoint, after a worker has died."""
     deadline_s: Positive | None = None
+    """Seconds after which an unfinished stage stops the plan; null: never (a lost node would be waited for)."""
+
+    @property
+    def threads(self) -> int:
+        """CPUs and threads of each worker."""
+        return cpus_each(self.workers) if self.cpus_per_worker == "auto" else self.cpus_per_worker
 
     @property
     def cpus(self) -> int:
-        """Logical CPUs that training holds."""
-        return self.workers * self.cpus_per_worker
+        """Logical CPUs of all workers."""
+        return self.workers * self.threads
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def cpus_each(workers: int) -> int:
+    """This machine's CPUs over `workers`, at least 1."""
+    return max(1, available_cpus() // workers)
 
 
 class Plan(Frozen):
-    """A whole training, from clips to report (`python -m pipelines.train_stages --plan …`)."""
+    """A complete training, from clips to report (`python -m pipelines.train_stages --plan …`)."""
 
     name: str
+    """Title of the report."""
     run_dir: Path
+    """Folder of all results."""
     seed: NonNegative = 0
+    """Seed of every stage."""
     prepare: Prepare | None = None
+    """Creates the clips; null: `extraction.manifest` exists."""
     extraction: Extraction
+    """Clips and captions to features."""
     resources: Resources = Resources()
-    # Laid over every stage's config.
+    """Processes of training."""
     overrides: dict[str, Any] = Field(default_factory=dict)
+    """Settings that replace those of every stage's config."""
     stages: dict[Name, Stage] = Field(min_length=1)
-    # None: stages are trained and not measured.
+    """Training runs by name."""
     evaluation: Evaluation | None = None
+    """Generation and metrics after each stage; null: none."""
 
     @model_validator(mode="after")
     def _folders(self) -> Plan:
@@ -135,26 +180,26 @@ class Plan(Frozen):
             if name in taken:
                 raise ValueError(f"a stage can't be called {name!r}: RUN_DIR/{name} holds something else")
         if self.prepare is None and self.extraction.manifest == Path():
-            raise ValueError("extraction.manifest is needed where no `prepare` makes one")
+            raise ValueError("extraction.manifest is needed without `prepare`")
         return self
 
     @property
     def prepared(self) -> Path | None:
-        """The manifest that `prepare` makes."""
+        """The manifest that `prepare` writes."""
         return None if self.prepare is None else self.run_dir / self.prepare.out / self.prepare.manifest
 
     @property
     def extract(self) -> ExtractConfig:
-        """The extraction with its paths filled in."""
-        given = self.extraction
-        manifest = self.prepared if self.prepared and given.manifest == Path() else given.manifest
-        out = self.run_dir / "features" if given.out == Path() else given.out
-        return given.model_copy(update={"manifest": manifest, "out": out})
+        """The extraction with its default paths."""
+        config = self.extraction
+        manifest = self.prepared if self.prepared and config.manifest == Path() else config.manifest
+        out = self.run_dir / "features" if config.out == Path() else config.out
+        return config.model_copy(update={"manifest": manifest, "out": out})
 
 
 @dataclass(frozen=True)
 class ResolvedStage:
-    """A stage with its whole Config. `source`: the file and key it came from, for messages."""
+    """A stage with its complete Config. `source`: file and key, for error messages."""
 
     name: str
     config: Config
@@ -163,7 +208,7 @@ class ResolvedStage:
 
     @property
     def largest(self) -> Bucket:
-        """The shape at which the stage is measured: most pixels, then most frames."""
+        """The shape of its evaluation: most pixels, then most frames."""
         b = max(self.config.data.buckets, key=lambda b: (b.height * b.width, b.frames))
         return Bucket(frames=b.frames, height=b.height, width=b.width)
 
@@ -176,11 +221,11 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Plan:
     return validate(data, Plan, str(path))
 
 
-# --------------------------------------------------------------------------------------- the walk
+# --------------------------------------------------------------------------------------- resolving
 
 
 def order(plan: Plan) -> list[str]:
-    """Stage names, each after the one it comes from, otherwise as in the file. ConfigError: unknown stage, cycle."""
+    """Stage names in training order: each after its `after`, else as in the file. ConfigError: unknown stage, cycle."""
     for name, stage in plan.stages.items():
         if stage.after is not None and stage.after not in plan.stages:
             raise ConfigError(
@@ -198,9 +243,9 @@ def order(plan: Plan) -> list[str]:
 
 
 def resolve(plan: Plan, path: str = "plan") -> list[ResolvedStage]:
-    """Every stage with its whole Config, in the order to train. `path`: the plan's file, for messages.
+    """Every stage with its complete Config, in training order. `path`: the plan's file, for error messages.
 
-    ConfigError: a config file that is missing or wrong, a cycle, a bucket that is not extracted.
+    ConfigError: a missing or invalid config file, a cycle, a bucket that is not extracted.
     """
     return [_resolve_one(plan, name, path) for name in order(plan)]
 
@@ -231,7 +276,7 @@ def _resolve_one(plan: Plan, name: str, path: str) -> ResolvedStage:
 
 
 def check_shapes(stage: ResolvedStage, compression: tuple[int, int, int], channels: int) -> None:
-    """ConfigError with both numbers where a bucket can't be cut into latents and patches, or channels differ.
+    """ConfigError with both numbers if a bucket is not divisible into latents and patches, or channels differ.
 
     `compression`: pixels per latent (t, h, w) of the autoencoder; `channels`: its latents' channels.
     """

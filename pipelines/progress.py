@@ -1,4 +1,4 @@
-"""What a plan says while it runs: lines with the seconds since it began, and one that follows a stage's steps."""
+"""Progress of a plan: lines with the seconds since its start, and a line that follows the steps of a stage."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from stdit.config import Config
 
 
 class Clock:
-    """Prints lines with the seconds since it was made."""
+    """Prints lines with the seconds since its creation."""
 
     def __init__(self, out: TextIO | None = None) -> None:
         self.out = out or sys.stdout
-        self._began = time.monotonic()
+        self._start = time.monotonic()
 
     def say(self, line: str) -> None:
-        print(f"[{time.monotonic() - self._began:7.1f} s] {line}", file=self.out, flush=True)
+        print(f"[{time.monotonic() - self._start:7.1f} s] {line}", file=self.out, flush=True)
 
 
 class StepLine:
@@ -28,21 +28,21 @@ class StepLine:
         self.config, self.clock = config, clock
         self.terminal = clock.out.isatty()
         self._every_s = 1.0 if self.terminal else 10.0
-        # What a run that is gone on with has logged before says nothing of this call's speed.
+        # Steps logged before a resume do not count for the speed.
         self._path = config.run_dir / metrics_log.FILE
         before = metrics_log.read_last(self._path)
-        self._told, self._step, self._first = time.monotonic(), int(before["step"]) if before else 0, (0.0, -1)
+        self._printed, self._step, self._first = time.monotonic(), int(before["step"]) if before else 0, (0.0, -1)
         self._shown = False
 
     def tick(self) -> None:
-        """Called often; prints when it is time and there is something new."""
+        """Prints if the interval has passed and there is a new step; called often."""
         now = time.monotonic()
-        if now - self._told < self._every_s:
+        if now - self._printed < self._every_s:
             return
         entry = metrics_log.read_last(self._path)
         if entry is None or entry["step"] == self._step:
             return
-        self._told, self._step = now, int(entry["step"])
+        self._printed, self._step = now, int(entry["step"])
         if self._first[1] < 0 or self._step < self._first[1]:
             self._first = (now, self._step)
         line = self._line(now, entry["loss"])
@@ -64,6 +64,6 @@ class StepLine:
         return line
 
     def close(self) -> None:
-        """Ends the line that was written in place."""
+        """Ends a line that was written in place."""
         if self._shown:
             print(file=self.clock.out, flush=True)

@@ -1,7 +1,7 @@
-"""What a plan has done, kept in RUN_DIR/plan.json: what each part was made of, and how long it took.
+"""The record of a plan, RUN_DIR/plan.json: settings of each part that was run, and seconds of each phase.
 
-Files decide what is finished (a run's done.json, an extraction's index.json); the record decides whether that is still
-what the plan asks for.
+Files decide what is finished (done.json of a run, index.json of an extraction); the record decides whether it still
+matches the plan.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipelines.changes import Piece
+from pipelines.changes import Settings
 from stdit.config import ConfigError
 from stdit.files import atomic_write
 
@@ -23,54 +23,52 @@ FILE, FORMAT = "plan.json", 1
 
 @dataclass
 class Record:
-    """`parts`: what each was made of when it was begun. `seconds`: spent on each phase, over all calls."""
+    """`parts`: settings of each when it was started. `seconds`: of each phase, over all runs of the plan."""
 
     path: Path
-    parts: dict[str, Piece] = field(default_factory=dict)
+    parts: dict[str, Settings] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, run_dir: Path) -> Record:
-        """The record in `run_dir`; an empty one where there is none. ConfigError: of another format, or damaged."""
+        """The record in `run_dir`; empty if there is none. ConfigError: another format, or damaged."""
         path = run_dir / FILE
         if not path.is_file():
             return cls(path)
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ConfigError(
-                f"{path}: damaged ({error}); it is written whole or not at all, so look at the disk"
-            ) from error
+            raise ConfigError(f"{path}: damaged ({error}); writes are atomic, so check the disk") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ConfigError(f"{path}: not a record of format {FORMAT}; {path.parent} holds something else")
         return cls(path, data["parts"], data["seconds"])
 
     def write(self) -> None:
-        """Writes the record, whole or not at all."""
+        """Writes the record atomically."""
         data = {"format": FORMAT, "parts": self.parts, "seconds": {k: round(v, 2) for k, v in self.seconds.items()}}
         atomic_write(self.path, json.dumps(data, indent=1) + "\n")
 
-    def begin(self, part: str, piece: Piece) -> None:
-        """Notes what `part` is about to be made of."""
-        if self.parts.get(part) != piece:
-            self.parts[part] = piece
+    def start(self, part: str, settings: Settings) -> None:
+        """Records the settings of a part that is about to run."""
+        if self.parts.get(part) != settings:
+            self.parts[part] = settings
             self.write()
 
-    def spend(self, phase: str, seconds: float) -> None:
-        """Adds to the time that a phase has taken."""
+    def add_seconds(self, phase: str, seconds: float) -> None:
+        """Adds to the duration of a phase."""
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
         self.write()
 
-    def forget(self, part: str) -> None:
-        """Drops a part and the time spent on it: what it made is set aside."""
+    def remove(self, part: str) -> None:
+        """Removes a part and its duration: its results have been moved away."""
         self.parts.pop(part, None)
         name = part.removeprefix("stages.")
         self.seconds = {k: v for k, v in self.seconds.items() if k != name and not k.startswith(f"{name}/")}
         self.write()
 
     @property
-    def whole(self) -> float:
-        """Seconds of everything that the results in the folder took."""
+    def total_seconds(self) -> float:
+        """Seconds of everything that produced the results in the folder."""
         return sum(self.seconds.values())
 
 
@@ -88,15 +86,15 @@ def set_aside(path: Path, run_dir: Path) -> Path | None:
 
 
 @contextmanager
-def only_one(run_dir: Path) -> Iterator[None]:
-    """Holds RUN_DIR for this process. ConfigError: another one is at work there."""
+def lock_run_dir(run_dir: Path) -> Iterator[None]:
+    """Locks RUN_DIR for this process. ConfigError: another process holds the lock."""
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / ".lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.seek(0)
-            raise ConfigError(f"{run_dir}: another train_stages is at work there ({lock.read().strip()})") from error
+            raise ConfigError(f"{run_dir}: another train_stages is running there ({lock.read().strip()})") from error
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {os.uname().nodename}")
         lock.flush()

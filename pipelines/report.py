@@ -1,8 +1,8 @@
-"""The report of a run: report.json for programs, report.html for people, with pictures of both clips and losses.
+"""The report of a plan: report.json, report.html, and pictures of clips and losses.
 
     write_report(Path("runs/demo"), "demo", stages, seconds)
 
-Pure reading and writing: scores were computed before (stdit.evaluation), pictures are drawn there as well.
+Reads and writes only: metrics are computed before (stdit.evaluation).
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.html import Pictures, page
+from pipelines.html import Pictures, render_html
 from stdit.files import atomic_write
 
-REPORT, PAGE, PICTURES = "report.json", "report.html", "report"
-# Clips on the last stage's sheet, and on each earlier stage's.
+REPORT, HTML, PICTURES = "report.json", "report.html", "report"
+# Clips on the contact sheet of the last stage, and of earlier ones.
 LAST_CLIPS, EARLIER_CLIPS = 24, 12
 
 Stage = Mapping[str, Any]
@@ -27,58 +27,64 @@ def write_report(
 ) -> dict[str, Path]:
     """Writes out/report.json, out/report.html and pictures in out/report/; returns the paths by what they are.
 
-    stages, in the order of training: `name`, `steps`, `seconds`, and where there is one `run` (the run directory),
-    `checkpoint`, `videos` (a folder of stdit.generate) and `scores` (of stdit.evaluate). seconds: the
-    whole, from start to here. data: what else the reader should know, by heading (clips kept, forecast, …).
+    stages, in training order: `name`, `steps`, `seconds`, and optionally `run` (the run directory), `checkpoint`,
+    `videos` (a folder of stdit.generate) and `metrics` (of stdit.evaluate). seconds: of the whole plan. data: further
+    sections by heading (forecast, …).
     """
     if not stages:
         raise ValueError("a report needs at least one stage, found 0")
     pictures = _draw(out / PICTURES, stages)
     last = stages[-1]["name"]
-    paths = {"report": out / REPORT, "page": out / PAGE, "curves": pictures.curves}
+    paths = {"report": out / REPORT, "html": out / HTML, "curves": pictures.curves}
     if last in pictures.sheets:
         paths |= {"sheet": pictures.sheets[last], "animation": pictures.animations[last]}
     report = {
         "plan": plan,
         "seconds": round(seconds, 1),
-        "stages": [stage_scores(stage) for stage in stages],
+        "stages": [stage_report(stage) for stage in stages],
         "data": dict(data or {}),
         "files": {name: str(path) for name, path in paths.items()},
     }
     atomic_write(out / REPORT, json.dumps(report, indent=1, ensure_ascii=False, default=str) + "\n")
-    atomic_write(out / PAGE, page(report, pictures))
+    atomic_write(out / HTML, render_html(report, pictures))
     return paths
 
 
-def stage_scores(stage: Stage) -> dict[str, Any]:
-    """A stage as report.json tells it. A score that was not or cannot be taken is null, never left out.
-
-    The class's accuracy bears the name that the evaluation gave the class: digit_accuracy, say.
-    """
-    scores: Mapping[str, Any] = stage.get("scores") or {}
-    name = scores.get("class_name", "class")
-    real: Mapping[str, Any] = scores.get("real") or {}
-    renamed = {"class_accuracy": f"{name}_accuracy"}
-    keys = ("class_accuracy", "direction_accuracy", "frechet_distance", "kernel_distance")
-    intervals: Mapping[str, Any] = scores.get("intervals") or {}
+def stage_report(stage: Stage) -> dict[str, Any]:
+    """A stage in report.json. A metric that was not measured is null, never absent; class accuracy has the name of the
+    class: digit_accuracy. `previous`: metrics of the stage before at this stage's shape."""
+    metrics: Mapping[str, Any] = stage.get("metrics") or {}
+    previous = metrics.get("previous")
     return {
         "name": stage["name"],
         "steps": stage["steps"],
         "seconds": None if stage["seconds"] is None else round(stage["seconds"], 1),
-        **{renamed.get(key, key): scores.get(key) for key in keys},
-        "classifier_accuracy": scores.get("classifier_accuracy"),
-        "class_name": name,
-        "intervals": {f"{name if key == 'class' else key}_accuracy": value for key, value in intervals.items()},
-        "real": {renamed.get(key, key): real.get(key) for key in keys} if real else None,
-        "counts": scores.get("counts"),
-        "confusion": scores.get("confusion"),
-        "protocol": scores.get("protocol"),
+        **_metrics(metrics),
+        "confusion": metrics.get("confusion"),
+        "previous": {"name": previous["name"], **_metrics(previous)} if previous else None,
         **{key: None if stage.get(key) is None else str(stage[key]) for key in ("run", "checkpoint", "videos")},
     }
 
 
+def _metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    name = metrics.get("class_name", "class")
+    real: Mapping[str, Any] = metrics.get("real") or {}
+    renamed = {"class_accuracy": f"{name}_accuracy", "class_confidence": f"{name}_confidence"}
+    keys = ("class_accuracy", "class_confidence", "direction_accuracy", "frechet_distance", "kernel_distance")
+    intervals: Mapping[str, Any] = metrics.get("intervals") or {}
+    return {
+        **{renamed.get(key, key): metrics.get(key) for key in keys},
+        "classifier_accuracy": metrics.get("classifier_accuracy"),
+        "class_name": name,
+        "intervals": {f"{name if key == 'class' else key}_accuracy": value for key, value in intervals.items()},
+        "real": {renamed.get(key, key): real.get(key) for key in keys} if real else None,
+        "counts": metrics.get("counts"),
+        "protocol": metrics.get("protocol"),
+    }
+
+
 def _draw(folder: Path, stages: Sequence[Stage]) -> Pictures:
-    """Draws all pictures into `folder`; a stage without videos has none of its own."""
+    """Draws all pictures into `folder`; none for a stage without videos."""
     from stdit.evaluation.generated import read_generated
     from stdit.evaluation.pictures import cell_of, loss_curves
     from stdit.media import contact_sheet, moving_sheet, write_gif, write_png
@@ -92,8 +98,8 @@ def _draw(folder: Path, stages: Sequence[Stage]) -> Pictures:
             continue
         name, last = stage["name"], i == len(stages) - 1
         clips, _ = read_generated(Path(stage["videos"]), LAST_CLIPS if last else EARLIER_CLIPS)
-        verdicts = {row["file"]: row for row in (stage.get("scores") or {}).get("clips", [])}
-        cells = [cell_of(clip.frames, verdicts.get(clip.file, {"prompt": clip.prompt})) for clip in clips]
+        rows = {row["file"]: row for row in (stage.get("metrics") or {}).get("clips", [])}
+        cells = [cell_of(clip.frames, rows.get(clip.file, {"prompt": clip.prompt})) for clip in clips]
         pictures.sheets[name] = folder / f"{name}.png"
         pictures.animations[name] = folder / f"{name}.gif"
         write_png(pictures.sheets[name], contact_sheet(cells))

@@ -1,12 +1,12 @@
-"""A declared plan, from clips to report: prepare, extract, train stage by stage, generate, measure, tell.
+"""Runs a training plan from clips to report: prepare, extract, train stage by stage, generate, evaluate.
 
     python -m pipelines.train_stages --plan configs/plans/demo.yaml
     python -m pipelines.train_stages --plan … --set run_dir=/shared/x --set stages.clips.overrides.train.steps=500
     python -m pipelines.train_stages --plan … --forecast
 
-Run the same command again: what is finished is skipped, what is unfinished goes on. A plan that has changed says which
-results that makes void, and stops; with --allow-changes they are moved to RUN_DIR/replaced and made anew.
-Exit code 0: done; 1: a part failed; 2: the plan, or what it names, cannot be used; 75: stopped, with a checkpoint.
+Run the same command again: finished parts are skipped, unfinished ones resumed. If the plan has changed, the command
+lists the invalid results and stops; with --allow-changes they are moved to RUN_DIR/replaced and recomputed.
+Exit code 0: done; 1: a part failed; 2: invalid plan or input; 75: stopped, with a checkpoint.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 
 from pipelines import checks, job, workers
 from pipelines import plan as plans
-from pipelines.record import only_one
-from pipelines.runner import PlanFailed, Walk
+from pipelines.record import lock_run_dir
+from pipelines.runner import PlanFailed, PlanRunner
 
 STOPPED = 75  # stdit.training.distributed.STOPPED, without importing torch.
 
@@ -28,27 +28,27 @@ STOPPED = 75  # stdit.training.distributed.STOPPED, without importing torch.
 def run_plan(
     path: Path, overrides: Sequence[str] = (), *, allow_changes: bool = False, only_forecast: bool = False
 ) -> dict[str, Path]:
-    """Walks the plan in `path`; the paths of what it made (none for a forecast).
+    """Runs the plan in `path`; the paths of its results (none for a forecast).
 
-    ConfigError and other ValueErrors: what cannot be used, before long work. StageFailed, PlanFailed, StageStopped.
+    ConfigError and other ValueErrors: invalid input, found before long work. StageFailed, PlanFailed, StageStopped.
     """
     checkout = job.go_to_checkout(path)
     plan = plans.read(path, overrides)
     if job.in_packaged_job() and checkout is None:
-        job.absolute_paths_needed({"run_dir": plan.run_dir, "extraction.out": plan.extract.out})
+        job.require_absolute_paths({"run_dir": plan.run_dir, "extraction.out": plan.extract.out})
     stages = plans.resolve(plan, str(path))
     checks.check_early(plan, stages)
     if only_forecast:
         print("\n".join(checks.forecast_lines(plan, stages)), flush=True)
         return {}
     checks.check_manifest(plan)
-    with only_one(plan.run_dir):
-        walk = Walk(plan, stages, str(path), allow_changes)
+    with lock_run_dir(plan.run_dir):
+        runner = PlanRunner(plan, stages, str(path), allow_changes)
         if checkout is not None:
-            walk.clock.say(f"results go to the checkout, {checkout}, not to this job's copy of it")
-        walk.clock.say(f"plan {plan.name}: {' -> '.join(stage.name for stage in stages)}, in {plan.run_dir}")
+            runner.clock.say(f"results go to the checkout {checkout}, not to this job's copy of it")
+        runner.clock.say(f"plan {plan.name}: {' -> '.join(stage.name for stage in stages)}, in {plan.run_dir}")
         try:
-            return walk.run()
+            return runner.run()
         finally:
             if "ray" in sys.modules:
                 workers.disconnect()
@@ -63,10 +63,12 @@ def arguments(prog: str = "pipelines.train_stages") -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as run_dir=runs/x"
     )
     parser.add_argument(
-        "--allow-changes", action="store_true", help="set aside what a changed plan makes void, and make it anew"
+        "--allow-changes",
+        action="store_true",
+        help="move results that a changed plan invalidates to RUN_DIR/replaced, and recompute them",
     )
     parser.add_argument(
-        "--forecast", "--dry-run", action="store_true", help="say what the plan would take, and start nothing"
+        "--forecast", "--dry-run", action="store_true", help="print the cost of the plan, and start nothing"
     )
     return parser
 
@@ -83,11 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except ValueError as error:  # ConfigError, ManifestError, ExtractionError: what the user can mend.
+    except ValueError as error:  # ConfigError, ManifestError, ExtractionError: errors of the input.
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again to go on", file=sys.stderr)
+        print("\ninterrupted; run the same command again to resume", file=sys.stderr)
         return 130
     if paths:
         width = max(map(len, paths))

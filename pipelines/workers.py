@@ -1,7 +1,4 @@
-"""Where the work runs: a Ray cluster to join or start, and one stage's training on its workers.
-
-Ray is imported late, so that `--help` answers at once.
-"""
+"""Connects to Ray and trains one stage on its workers. Ray is imported late: `--help` must not wait for it."""
 
 from __future__ import annotations
 
@@ -15,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.plan import Resources
+from pipelines.plan import Resources, available_cpus
 from stdit.config import Config, validate
 
-# Enough for what crosses Ray's object store here: paths, settings and rows of text, never pixels or latents.
+# The object store holds paths, settings and rows of text, never pixels or latents.
 _OBJECT_STORE_BYTES = 150_000_000
 
 
@@ -30,11 +27,6 @@ class StageStopped(Exception):
     """A stage was asked to stop and has written a checkpoint."""
 
 
-def available_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def connect(num_cpus: int | None = None) -> Literal["joined", "started", "already"]:
     """Joins the cluster that RAY_ADDRESS names (set inside a Ray job), else starts a local Ray for this process.
 
@@ -42,17 +34,17 @@ def connect(num_cpus: int | None = None) -> Literal["joined", "started", "alread
     offers (default: those this process may use). A second call does nothing. Returns which of the three it did.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray Train looks after its workers every 2 s unless told; a short stage would mostly wait for that.
+    # The default of 2 s between health checks would dominate short stages.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # Of Ray's C++ side, errors that end something reach people as exceptions; the rest of what it prints does not help.
+    # Fatal errors of Ray's C++ side arrive as exceptions; its log lines only distract.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # Workers stay in the driver's directory, where the plan's relative paths mean what they say.
+    # Workers stay in the driver's directory: the plan's relative paths are relative to it.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     import ray
 
     if ray.is_initialized():
         return "already"
-    with _no_stderr():  # It would say that it has read RAY_BACKEND_LOG_LEVEL. What goes wrong is raised.
+    with _no_stderr():  # It would announce RAY_BACKEND_LOG_LEVEL. Errors are raised.
         return _init(ray.init, num_cpus)
 
 
@@ -77,20 +69,20 @@ def _init(init: Callable[..., Any], num_cpus: int | None) -> Literal["joined", "
 
 @contextmanager
 def _no_stderr() -> Iterator[None]:
-    """Sends what this process's C code writes to stderr nowhere."""
+    """Discards what C code of this process writes to stderr."""
     sys.stderr.flush()
-    held, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    saved, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
     try:
         yield
     finally:
-        os.dup2(held, 2)
-        os.close(held)
-        os.close(nowhere)
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(devnull)
 
 
 def disconnect() -> None:
-    """Ends a local Ray, or leaves the cluster: what this process started there ends too."""
+    """Stops a local Ray, or disconnects from the cluster."""
     import ray
 
     ray.shutdown()
@@ -99,7 +91,7 @@ def disconnect() -> None:
 def environment(resources: Resources) -> dict[str, str]:
     """Environment variables of a training worker."""
     variables = {
-        "OMP_NUM_THREADS": str(resources.cpus_per_worker),
+        "OMP_NUM_THREADS": str(resources.threads),
         # The driver follows metrics.jsonl; a second progress bar in a log file helps nobody.
         "TQDM_DISABLE": "1",
     }
@@ -112,9 +104,9 @@ def check_capacity(resources: Resources) -> str | None:
     """A line of warning if the cluster can't hold this training now (an autoscaler may yet bring nodes), else None."""
     import ray
 
-    have = ray.cluster_resources()
-    wanted = {"CPU": resources.cpus, "GPU": resources.workers if resources.use_gpu else 0}
-    short = [f"{have.get(k, 0):g} {k} of {n} wanted" for k, n in wanted.items() if have.get(k, 0) < n]
+    available = ray.cluster_resources()
+    required = {"CPU": resources.cpus, "GPU": resources.workers if resources.use_gpu else 0}
+    short = [f"{available.get(k, 0):g} {k} of {n} required" for k, n in required.items() if available.get(k, 0) < n]
     if not short:
         return None
     limit = f"until the deadline of {resources.deadline_s} s" if resources.deadline_s else "for ever"
@@ -163,7 +155,7 @@ def train_stage(config: Config, resources: Resources, storage: Path, tick: Calla
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
-    per_worker: dict[str, float] = {"CPU": resources.cpus_per_worker}
+    per_worker: dict[str, float] = {"CPU": resources.threads}
     if resources.use_gpu:
         per_worker["GPU"] = 1
     trainer = _trainer_class()(
@@ -186,7 +178,7 @@ def train_stage(config: Config, resources: Resources, storage: Path, tick: Calla
     )
     file = config.run_dir / STOP_FILE
     file.unlink(missing_ok=True)
-    with _asking_to_stop(file):
+    with _request_stop_on_signal(file):
         _wait(trainer.fit, config.name, resources.deadline_s, tick)
     if file.exists():
         file.unlink()
@@ -213,7 +205,7 @@ def _trainer_class() -> Any:
 
 
 @contextmanager
-def _asking_to_stop(file: Path) -> Iterator[None]:
+def _request_stop_on_signal(file: Path) -> Iterator[None]:
     """While this lasts, the first SIGTERM or SIGINT writes `file`; a second one ends the process as it would have."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,262 +1,198 @@
-"""Scores of a folder of generated clips: is the class right, does it move the right way, how far from real clips is it.
+"""Generates clips of one or more runs for the same held-out captions and computes their metrics.
 
-    rows = held_out_prompts(manifest, 100, Bucket(frames=8, height=16, width=16))
-    write_prompts(prompts, rows)
-    generate(…)                                    # stdit.generate, into the folder `videos`
-    scores = evaluate(videos, manifest, cache=folder)
+    python -m stdit.evaluate --run runs/demo/images runs/demo/clips --manifest runs/demo/data/manifest.jsonl \\
+        --out metrics --set class_name=digit
 
-Everything is also scored on real held-out clips of the same shape: that is the ceiling. Scores carry their protocol.
+OUT/NAME holds the prompts, the videos and the metrics.json of a run; OUT/metrics.json those of all. The same command
+again generates only what is missing. `python -m pipelines.evaluate_runs` does the same on several Ray workers.
 """
 
 from __future__ import annotations
 
-import hashlib
+import argparse
 import json
-import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from stdit.config import Bucket, EvaluationConfig
-from stdit.data import manifest as manifests
-from stdit.data.manifest import Manifest
-from stdit.evaluation.classifier import (
-    DIRECTIONS,
-    NO_DIRECTION,
-    Frames,
-    Reader,
-    ReaderInfo,
-    crops,
-    direction,
-    train_reader,
+from stdit.config import (
+    Bucket,
+    ConfigError,
+    EvaluationConfig,
+    Frozen,
+    GenerateConfig,
+    NonNegative,
+    Positive,
+    apply_override,
+    validate,
 )
-from stdit.evaluation.generated import Generated, fingerprint_of, protocol_of, read_generated
-from stdit.evaluation.held_out import check_columns, class_of, direction_of, load_all, load_frame, select
-from stdit.evaluation.metrics import accuracy, confusion, frechet_distance, kernel_distance
 from stdit.files import atomic_write
 
-# Raised when the same clips would be scored otherwise, so that scores and readers on disk are made anew.
-VERSION = 2
-SCORES = "scores.json"
+Generate = Callable[[GenerateConfig], object]
 
 
-@dataclass(frozen=True)
-class Seen:
-    """Clips of one shape with what was wanted of each (None: nothing) and what was seen in it."""
+class EvaluationPrompts(Frozen):
+    """`count` held-out captions, chosen by `seed`, and the shape of the clips (default: the run's largest bucket)."""
 
-    frames: list[Frames]
-    classes: list[str | None]
-    directions: list[str | None]
-    read: list[str]
-    probabilities: list[float]
-    features: np.ndarray  # (n, D); (n, 0) without a reader
-    moved: list[str]
-
-    def accuracies(self) -> dict[str, Any]:
-        """class_accuracy and direction_accuracy (None where nothing was wanted), their intervals and counts."""
-        pairs = {"class": (self.classes, self.read), "direction": (self.directions, self.moved)}
-        found: dict[str, Any] = {"intervals": {}, "counts": {}, "confusion": {}}
-        for name, (wanted, seen) in pairs.items():
-            # Without a reader nothing was read, and no class is wanted.
-            both = [(w, s) for w, s in zip(wanted, seen, strict=False) if w is not None]
-            found["counts"][name] = len(both)
-            found[f"{name}_accuracy"] = found["intervals"][name] = found["confusion"][name] = None
-            if not both:
-                continue
-            asked, answered = [w for w, _ in both], [s for _, s in both]
-            score, names = accuracy(asked, answered), _names(asked, answered, name)
-            found[f"{name}_accuracy"] = score.value
-            found["intervals"][name] = [score.low, score.high]
-            found["confusion"][name] = {"names": names, "counts": confusion(asked, answered, names)}
-        return found
+    count: Positive = 100
+    seed: NonNegative = 0
+    frames: Positive | None = None
+    height: Positive | None = None
+    width: Positive | None = None
 
 
-def evaluate(
-    videos: Path,
+def generate_missing(config: GenerateConfig) -> None:
+    """Generates what is missing, in this process."""
+    from stdit.generate import finish, job_of, run_groups
+
+    job = job_of(config)
+    finish(job, run_groups(job, config.device, progress=sys.stderr.isatty()))
+
+
+def evaluate_run(
+    run: Path,
     manifest: Path,
+    out: Path,
+    prompts: EvaluationPrompts | None = None,
     config: EvaluationConfig | None = None,
     cache: Path | None = None,
+    generate: Generate = generate_missing,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Scores the clips that stdit.generate wrote into `videos`, writes them to videos/scores.json, and returns them.
+    """Generates clips of `run` for held-out captions of `manifest` into out/videos; returns their metrics.
 
-    manifest: the data's; its held-out clips are the reference, its train split teaches the reader. cache: where the
-    trained reader is kept (default: beside `videos`). What class and direction were asked for stands in generate's
-    manifest.jsonl, which carries a prompt's columns through. A second call with nothing changed reads scores.json.
-    ValueError: no clips, clips of several shapes, a manifest that cannot be used.
+    cache: folder of the trained classifier (default: out). settings: of GenerateConfig, besides run, prompts, out and
+    the shape (weights, steps, guidance_scale, batch_size, workers, threads, fps, device, overwrite, …).
+    ValueError: an unusable run, manifest or folder.
     """
-    config = config or EvaluationConfig()
-    source = manifests.read(manifest)
-    check_columns(source, config)
-    fingerprint = _digest(VERSION, config.model_dump(mode="json"), fingerprint_of(videos), source.fingerprint)
-    out = videos / SCORES
-    if out.is_file():
-        known = json.loads(out.read_text(encoding="utf-8"))
-        if known.get("fingerprint") == fingerprint:
-            return known
-    scores = {"fingerprint": fingerprint, **_score(videos, source, config, cache or videos.parent)}
-    text = json.dumps(scores, indent=1, ensure_ascii=False) + "\n"
-    atomic_write(out, text)
-    return json.loads(text)
+    from stdit.evaluation.evaluator import evaluate_videos
+    from stdit.evaluation.held_out import held_out_prompts, write_prompts
+
+    prompts = prompts or EvaluationPrompts()
+    shape = clip_shape(run, settings.get("weights", "ema"), prompts)
+    file = out / "prompts.jsonl"
+    write_prompts(file, held_out_prompts(manifest, prompts.count, shape, prompts.seed, config))
+    job = {**settings, **shape.model_dump(), "run": str(run), "prompts": str(file), "out": str(out / "videos")}
+    generate(validate(job, GenerateConfig, f"evaluation of {run}"))
+    return evaluate_videos(out / "videos", manifest, config, cache or out)
 
 
-def reader_for(source: Manifest, config: EvaluationConfig, cache: Path) -> Reader | None:
-    """The reader of `source`'s classes, trained now or found in `cache`; None where there are not two classes to tell."""
-    relevant = config.model_dump(mode="json", include=set(_READER_SETTINGS))
-    fingerprint = _digest(VERSION, relevant, source.fingerprint)
-    path = cache / f"reader-{fingerprint[:16]}.safetensors"
-    if path.is_file():
-        return Reader.load(path)
-    images, names = _labelled_frames(source, config, config.train_split, config.reader_frames)
-    classes = _sorted(set(names))
-    if len(classes) < 2:
-        return None
-    info = ReaderInfo(tuple(classes), config.reader_size, config.crop, fingerprint, train_frames=len(names))
-    labels = torch.tensor([classes.index(name) for name in names])
-    reader = train_reader(images, labels, info, config.reader_steps, config.reader_seed)
-    images, names = _labelled_frames(source, config, config.validation_split, max(1, config.reader_frames // 4))
-    with torch.no_grad():
-        guesses = reader.net(images).argmax(1).tolist() if names else []
-    right = sum(classes[guess] == name for guess, name in zip(guesses, names, strict=True))
-    tested = ReaderInfo(**{**asdict(info), "held_out_right": right, "held_out_frames": len(names)})
-    reader = Reader(reader.net, tested)
-    reader.save(path)
-    return reader
+def clip_shape(run: Path, weights: Any, prompts: EvaluationPrompts) -> Bucket:
+    """The shape of the clips: as configured, else of the largest bucket in training."""
+    from stdit.inference.job import find_source
 
-
-_READER_SETTINGS = (
-    "train_split", "validation_split", "class_column", "crop", "reader_frames", "reader_steps", "reader_seed", "reader_size",
-)  # fmt: skip
-
-
-def _labelled_frames(
-    source: Manifest, config: EvaluationConfig, split: str, limit: int
-) -> tuple[torch.Tensor, list[str]]:
-    """Crops (n, 3, S, S) and classes of at most `limit` clips of a split that have a class, one frame of each."""
-    clips = [clip for clip in source if clip.split == split and class_of(clip, config) is not None]
-    rng = np.random.default_rng([config.reader_seed, 3])
-    images, names = [], []
-    for i in rng.permutation(len(clips))[:limit]:
-        frame = load_frame(clips[i], rng)
-        name = class_of(clips[i], config)
-        if frame is not None and name is not None:
-            images.append(crops(frame, config.reader_size, config.crop))
-            names.append(name)
-    size = config.reader_size
-    return torch.cat(images) if images else torch.zeros(0, 3, size, size), names
-
-
-# ---------------------------------------------------------------------------------------- scoring
-
-
-def _score(videos: Path, source: Manifest, config: EvaluationConfig, cache: Path) -> dict[str, Any]:
-    made, failures = read_generated(videos)
-    reader = reader_for(source, config, cache)
-    wanted = [clip.class_name for clip in made], [clip.direction for clip in made]
-    generated = _see([clip.frames for clip in made], *wanted, reader, config)
-    frames, height, width = made[0].frames.shape[:3]
-    shape = Bucket(frames=frames, height=height, width=width)
-    real, damaged = _real(source, config, shape, 2 * len(made), reader)
-    distances, ceiling = _distances(generated, real)
-    scores = generated.accuracies()
-    taught = {clip.caption for clip in source if clip.split == config.train_split}
-    counts = {"generated": len(made), "failed": len(failures), "real": len(real.frames), "real_damaged": damaged}
-    # Held-out clips may share their wording with clips of the train split.
-    counts["captions_also_in_train"] = sum(clip.prompt in taught for clip in made)
-    scores["counts"] |= counts | distances.pop("counts")
-    info = reader.info if reader else None
-    return {
-        "class_name": config.class_name,
-        "class_accuracy": scores.pop("class_accuracy"),
-        "direction_accuracy": scores.pop("direction_accuracy"),
-        **distances,
-        "classifier_accuracy": info.held_out_accuracy if info else None,
-        **scores,
-        "real": {**real.accuracies(), **ceiling},
-        "classifier": asdict(info) if info else None,
-        "protocol": protocol_of(made),
-        "settings": config.model_dump(mode="json"),
-        "manifest": {"path": str(source.path), "sha256": source.fingerprint},
-        "failures": failures,
-        "clips": [_verdict(clip, generated, i) for i, clip in enumerate(made)],
+    largest = find_source(run, weights).largest
+    shape = {
+        **(largest.model_dump() if largest else {}),
+        **prompts.model_dump(include={"frames", "height", "width"}, exclude_none=True),
     }
+    if missing := [key for key in ("frames", "height", "width") if key not in shape]:
+        raise ConfigError(f"{run}: a saved pipeline has no training buckets; set {', '.join(missing)}")
+    return Bucket(**shape)
 
 
-def _verdict(clip: Generated, seen: Seen, i: int) -> dict[str, Any]:
-    """What was asked of one clip and what was seen in it."""
-    return {
-        "file": clip.file,
-        "prompt": clip.prompt,
-        "seed": clip.seed,
-        "class": clip.class_name,
-        "read": seen.read[i] if seen.read else None,
-        "probability": round(seen.probabilities[i], 4) if seen.read else None,
-        "direction": clip.direction,
-        "moved": seen.moved[i] if len(clip.frames) > 1 else None,
-    }
-
-
-def _see(
-    frames: list[Frames],
-    classes: list[str | None],
-    directions: list[str | None],
-    reader: Reader | None,
+def evaluate_runs(
+    runs: Sequence[Path],
+    manifest: Path,
+    out: Path,
+    prompts: EvaluationPrompts,
     config: EvaluationConfig,
-) -> Seen:
-    """Reads every clip. Without a reader no class is wanted; of an image no direction."""
-    moved = [direction(clip, config.min_motion) if len(clip) > 1 else NO_DIRECTION for clip in frames]
-    directions = [d if len(clip) > 1 else None for d, clip in zip(directions, frames, strict=True)]
-    if reader is None:
-        return Seen(frames, [None] * len(frames), directions, [], [], np.zeros((len(frames), 0)), moved)
-    reading = reader.read(frames)
-    return Seen(frames, classes, directions, reading.names, reading.probabilities, reading.features, moved)
+    generate: Generate = generate_missing,
+    **settings: Any,
+) -> dict[str, dict[str, Any] | str]:
+    """Metrics, or the error, of each run by name; also written to out/metrics.json."""
+    from stdit.data import manifest as manifests
+
+    manifests.read(manifest)  # An unusable manifest fails for all runs: at once.
+    results: dict[str, dict[str, Any] | str] = {}
+    for name, run in run_names(runs).items():
+        try:
+            results[name] = evaluate_run(run, manifest, out / name, prompts, config, out, generate, **settings)
+        except (ValueError, OSError, RuntimeError) as error:
+            results[name] = str(error)
+    summary = {name: {"error": m} if isinstance(m, str) else _without_clips(m) for name, m in results.items()}
+    atomic_write(out / "metrics.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    return results
 
 
-def _real(
-    source: Manifest, config: EvaluationConfig, shape: Bucket, enough: int, reader: Reader | None
-) -> tuple[Seen, int]:
-    """Held-out clips of `shape`, as they would be scored had they been generated, and how many could not be decoded."""
-    clips = select(source, config.validation_split, shape, enough, config.reader_seed)[: config.real_clips]
-    loaded = list(load_all(clips, shape))
-    classes = [class_of(clip, config) for clip, _ in loaded]
-    directions = [direction_of(clip, config) for clip, _ in loaded]
-    return _see([frames for _, frames in loaded], classes, directions, reader, config), len(clips) - len(loaded)
+def _without_clips(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in metrics.items() if key != "clips"}
 
 
-def _distances(generated: Seen, real: Seen) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Distances of generated clips, and of as many real ones, to the same reference: the other real ones.
-
-    Both are taken at one count, since the Fréchet distance falls as the count grows. None where a side has fewer than 2.
-    """
-    n = min(len(generated.features), len(real.features) // 2)
-    sample, reference = real.features[:n], real.features[n:]
-    counts = {"frechet_generated": n, "frechet_reference": len(reference)}
-    if n < 2 or not generated.features.shape[1]:
-        nothing = {"frechet_distance": None, "kernel_distance": None}
-        return {**nothing, "counts": dict.fromkeys(counts, 0)}, nothing
-    found, ceiling = (
-        {"frechet_distance": frechet_distance(x, reference), "kernel_distance": kernel_distance(x, reference)}
-        for x in (generated.features[:n], sample)
-    )
-    return {**found, "counts": counts}, ceiling
+def run_names(runs: Sequence[Path]) -> dict[str, Path]:
+    """Each run by the last part of its path, or as many parts as make names unique. ConfigError: duplicates."""
+    parts = {run: [part for part in run.resolve().parts if part != "/"] for run in runs}
+    if len({tuple(p) for p in parts.values()}) < len(runs):
+        raise ConfigError(f"duplicate run: {', '.join(map(str, runs))}")
+    for length in range(1, max(map(len, parts.values())) + 1):
+        names = {"-".join(p[-length:]): run for run, p in parts.items()}
+        if len(names) == len(runs):
+            return names
+    raise ConfigError(f"runs whose paths, joined by hyphens, are the same: {', '.join(map(str, runs))}")
 
 
-# ----------------------------------------------------------------------------------------- small
+# ---------------------------------------------------------------------------------- command line
+
+_FLAGS: tuple[tuple[str, Any, str], ...] = (
+    ("count", int, "captions of the held-out split (default: 100)"),
+    ("seed", int, "selects the captions; seed of the first video (default: 0)"),
+    ("frames", int, "frames (default: of the largest bucket in training)"),
+    ("height", int, "pixels (default: likewise)"),
+    ("width", int, "pixels (default: likewise)"),
+    ("weights", str, "ema or model (default: ema)"),
+    ("scheduler", str, "flow_euler, ddim, ddpm, dpm_solver or unipc (default: the run's)"),
+    ("steps", int, "sampling steps (default: the run's)"),
+    ("guidance_scale", float, "classifier-free guidance, 1 for none (default: the run's)"),
+    ("fps", float, "frames per second of the files (default: 8)"),
+    ("batch_size", int, "videos per batch (default: 8)"),
+    ("threads", int, "CPU threads of a pipeline (default: 1)"),
+    ("device", str, "cpu or cuda (default: cuda where available)"),
+)
 
 
-def _names(wanted: Sequence[str], read: Sequence[str], what: str) -> list[str]:
-    """Names of a confusion table's rows and columns: all that were wanted or read; directions in their usual order."""
-    found = {*wanted, *read}
-    return [d for d in (*DIRECTIONS, NO_DIRECTION) if d in found] if what == "direction" else _sorted(found)
+def arguments(prog: str = "stdit.evaluate") -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", nargs="+", type=Path, required=True, help="run directories, checkpoints or pipelines")
+    parser.add_argument("--manifest", type=Path, required=True, help="the dataset's manifest")
+    parser.add_argument("--out", type=Path, required=True, help="folder for videos and metrics")
+    for key, kind, text in _FLAGS:
+        flag = {"guidance_scale": "guidance"}.get(key, key).replace("_", "-")
+        parser.add_argument(f"--{flag}", dest=key, type=kind, help=text, metavar=flag.upper().replace("-", "_"))
+    parser.add_argument("--overwrite", action="store_true", help="delete videos of another request in OUT")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of EvaluationConfig")
+    return parser
 
 
-def _sorted(names: set[str]) -> list[str]:
-    """By number where all are whole numbers, else by code point: the order of Manifest.classes."""
-    return sorted(names, key=int) if all(re.fullmatch(r"-?\d+", name) for name in names) else sorted(names)
+def run_command(options: argparse.Namespace, generate: Generate, **settings: Any) -> int:
+    """Runs parsed `arguments`; prints the table. Exit code as `main`."""
+    flags = {key: getattr(options, key) for key, _, _ in _FLAGS if getattr(options, key) is not None}
+    selection = {key: flags.pop(key) for key in list(flags) if key in EvaluationPrompts.model_fields}
+    overrides: dict[str, Any] = {}
+    try:
+        for text in options.set:
+            overrides = apply_override(overrides, text)
+        config = validate(overrides, EvaluationConfig, "command line")
+        prompts = validate(selection, EvaluationPrompts, "command line")
+        results = evaluate_runs(
+            options.run, options.manifest, options.out, prompts, config, generate,
+            overwrite=options.overwrite, **flags, **settings,
+        )  # fmt: skip
+    except (ValueError, OSError) as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 2
+    from stdit.evaluation.tables import metrics_table
+
+    print(metrics_table(results))
+    failed = [name for name, result in results.items() if isinstance(result, str)]
+    print(f"metrics of {len(results) - len(failed)} of {len(results)} runs are in {options.out}")
+    return 1 if failed else 0
 
 
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0: all runs evaluated; 1: some failed; 2: unusable arguments."""
+    return run_command(arguments().parse_args(argv), generate_missing)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

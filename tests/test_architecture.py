@@ -28,6 +28,7 @@ LEVELS = {
     "stdit.encoders": 1,
     "stdit.data": 1,
     "stdit.evaluation.metrics": 1,
+    "stdit.evaluation.tables": 0,
     "stdit.inference.prompts": 1,
     "stdit.weights": 2,
     "stdit.training": 3,
@@ -36,7 +37,8 @@ LEVELS = {
     "stdit.train": 4,
     "stdit.extract": 4,
     "stdit.generate": 4,
-    "stdit.evaluate": 4,
+    # Generates what is missing.
+    "stdit.evaluate": 4.2,
     "stdit.cli": 4.5,
     "pipelines": 5,
     "cluster": 6,

@@ -1,4 +1,4 @@
-"""Evaluation of generated clips."""
+"""Config of the evaluation of generated clips."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from stdit.config.base import Frozen, NonNegative, Positive, Share
 
 
 class EvaluationConfig(Frozen):
-    """How generated clips are scored against a manifest's held-out clips (stdit/evaluation/). Columns are the manifest's own."""
+    """Metrics of generated clips against a manifest's held-out clips (stdit/evaluation/)."""
 
-    train_split: str = "train"
-    validation_split: str = "validation"
-    # The column that the reader learns to tell from the pixels; None, or absent in the manifest: no class is read, so
-    # there is neither an accuracy nor a Fréchet distance.
+    train_split: str = Field(default="train", min_length=1)
+    """Split of the manifest that the classifier is trained on."""
+    validation_split: str = Field(default="validation", min_length=1)
+    """Split of held-out clips: prompts and reference of the metrics."""
     class_column: str | None = "class"
-    # What reports call it: `digit` gives digit_accuracy.
+    """Column with the class of a clip. null, or absent in the manifest: no class accuracy, no Fréchet distance."""
     class_name: str = Field(default="class", pattern=r"^[a-z][a-z0-9_]*$")
-    # The column holding left, right, up or down; None, or absent: no direction is looked for.
+    """Name of the class in reports: `digit` gives digit_accuracy."""
     direction_column: str | None = "direction"
-    # A centroid that travels less than this share of the shorter side has direction `none`.
+    """Column with the motion direction: left, right, up or down. null, or absent: no direction accuracy."""
     min_motion: Share = 0.05
-    # What the reader sees: `foreground`, what stands out from the border's colour, centred and scaled; `frame`, all of it.
+    """Least displacement of the centroid, as a fraction of the shorter side; below it the direction is `none`."""
     crop: Literal["foreground", "frame"] = "foreground"
-    # Held-out clips (at most) that generated ones are compared with.
+    """Input of the classifier: `foreground`, what differs from the border colour, centred and scaled; `frame`, all of it."""
     real_clips: Positive = 512
-    # Frames of the train split (at most) that the reader learns from, its optimizer steps, and its seed.
-    reader_frames: Positive = 4096
-    reader_steps: Positive = 400
-    reader_seed: NonNegative = 0
-    # Side, in pixels, that crops are scaled to.
-    reader_size: Annotated[int, Field(ge=8, multiple_of=4)] = 16
+    """Largest number of held-out clips in the reference."""
+    classifier_frames: Positive = 4096
+    """Largest number of frames that the classifier is trained on, one of each clip."""
+    classifier_steps: Positive = 400
+    """Optimizer steps of the classifier."""
+    classifier_seed: NonNegative = 0
+    """Seed of the classifier's initialisation, batches and frames."""
+    classifier_size: Annotated[int, Field(ge=8, multiple_of=4)] = 16
+    """Input size of the classifier in pixels."""

@@ -1,1 +1,1 @@
-"""How good generated clips are: a classifier that reads them, the path they travel, a Fréchet distance."""
+"""Metrics of generated clips: class accuracy by a trained classifier, motion direction, Fréchet and kernel distance."""

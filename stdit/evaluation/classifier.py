@@ -1,9 +1,9 @@
-"""What is seen in a clip: its class, read by a small classifier; the classifier's features; the way that it travels.
+"""Measurements on one clip: class and features by a small trained classifier, direction of motion by centroids.
 
-The classifier (the reader) learns the classes of one manifest from its train split, so nothing is downloaded and nothing
-is fixed beforehand: classes are whatever the class column holds. Its numbers mean something within one manifest only.
+The classifier is trained on the train split of one manifest; its classes are the values of the class column. Nothing is
+downloaded. Its numbers are comparable within one manifest only.
 
-Shapes: a clip is uint8 (T, H, W, 3); crops are float32 (N, 3, S, S) in [0, 1]; N frames, S the reader's size.
+Shapes: a clip is uint8 (T, H, W, 3); crops are float32 (N, 3, S, S) in [0, 1]; N frames, S the classifier's input size.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from stdit.files import atomic_path
 Frames = NDArray[np.uint8]  # (T, H, W, 3)
 Crop = Literal["foreground", "frame"]
 
-# What differs from the border's colour by less than this share of the full range is background.
+# A pixel that differs from the border colour by less than this fraction of the full range is background.
 CONTRAST = 0.2
 # Half of a crop's side over the foreground's root-mean-square radius: a full circle of ink fills 0.71 of the crop.
 MARGIN = 2.0
@@ -40,7 +40,7 @@ NO_DIRECTION = "none"
 
 
 def foreground(frames: Tensor) -> Tensor:
-    """How far each pixel stands out from its frame's border, 0 below CONTRAST. frames (N, 3, H, W) in [0, 1] -> (N, H, W)."""
+    """Contrast of each pixel to its frame's border colour, 0 below CONTRAST. (N, 3, H, W) in [0, 1] -> (N, H, W)."""
     border = torch.cat([frames[..., 0, :], frames[..., -1, :], frames[..., :, 0], frames[..., :, -1]], -1)  # (N, 3, b)
     colour = border.median(-1).values[..., None, None]
     contrast = (frames - colour).abs().amax(1)
@@ -48,7 +48,7 @@ def foreground(frames: Tensor) -> Tensor:
 
 
 def centroids(mass: Tensor) -> Tensor:
-    """(y, x) of the centre of mass in pixels, not-a-number where a frame is empty. (N, H, W) -> (N, 2)."""
+    """Centre of mass (y, x) in pixels, NaN for an empty frame. (N, H, W) -> (N, 2)."""
     total = mass.sum((1, 2))
     y = torch.arange(mass.shape[1]) + 0.5
     x = torch.arange(mass.shape[2]) + 0.5
@@ -56,14 +56,14 @@ def centroids(mass: Tensor) -> Tensor:
 
 
 def crops(clip: Frames, size: int, mode: Crop = "foreground") -> Tensor:
-    """Every frame's crop: what stands out, centred and scaled to `size`; a frame with nothing in it is taken whole.
+    """Crops every frame to its foreground, centred and scaled to `size`; a frame without foreground is not cropped.
 
-    Centre and scale come from first and second moments, which a few stray pixels hardly move (a bounding box they do).
+    Centre and scale are the first and second moments of the foreground: more robust to stray pixels than a bounding box.
     """
     frames = to_float(clip)  # (T, 3, H, W)
     n, _, height, width = frames.shape
-    whole = torch.tensor([height / 2, width / 2]).expand(n, 2)
-    centre, half = whole, whole
+    full = torch.tensor([height / 2, width / 2]).expand(n, 2)
+    centre, half = full, full
     if mode == "foreground":
         mass = foreground(frames)
         found = centroids(mass)
@@ -71,32 +71,33 @@ def crops(clip: Frames, size: int, mode: Crop = "foreground") -> Tensor:
         x = (torch.arange(width) + 0.5)[None, None, :] - found[:, 1, None, None]
         radius = ((mass * (y * y + x * x)).sum((1, 2)) / mass.sum((1, 2))).sqrt()
         empty = found.isnan().any(1, keepdim=True)
-        centre = torch.where(empty, whole, found)
-        half = torch.where(empty, whole, (MARGIN * radius).clamp_min(1.0)[:, None].expand(n, 2))
-    # Several points per pixel of the crop, averaged, where the crop is larger than `size`: no aliasing.
+        centre = torch.where(empty, full, found)
+        half = torch.where(empty, full, (MARGIN * radius).clamp_min(1.0)[:, None].expand(n, 2))
+    # Supersample where the crop is larger than `size`, then average: no aliasing.
     fine = max(1, math.ceil(2 * float(half.max()) / size))
     line = (torch.arange(size * fine) + 0.5) / (size * fine) * 2 - 1
     scale = torch.tensor([height, width]) / 2
     rows, columns = ((centre[:, i, None] + half[:, i, None] * line) / scale[i] - 1 for i in (0, 1))
     points = len(line)
     grid = torch.stack([columns[:, None, :].expand(n, points, points), rows[:, :, None].expand(n, points, points)], -1)
-    # Outside the canvas is its edge, which is background.
+    # Outside the frame: its border, which is background.
     sampled = F.grid_sample(frames, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return F.avg_pool2d(sampled, fine)
 
 
 def direction(clip: Frames, min_motion: float) -> str:
-    """left, right, up or down: where the foreground's centre goes; `none` below `min_motion` of the shorter side.
+    """Direction in which the foreground's centroid moves: left, right, up or down; `none` below `min_motion`.
 
-    The displacement is the slope of the least-squares line through the centres times the clip's length.
+    min_motion: fraction of the shorter side. The displacement is the slope of the least-squares line through the
+    centroids times the clip's length.
     """
     centre = centroids(foreground(to_float(clip)))
-    seen = ~centre.isnan().any(1)
-    if int(seen.sum()) < 2:
+    valid = ~centre.isnan().any(1)
+    if int(valid.sum()) < 2:
         return NO_DIRECTION
-    time = torch.arange(len(clip), dtype=torch.float32)[seen]
+    time = torch.arange(len(clip), dtype=torch.float32)[valid]
     time = time - time.mean()
-    slope = (time[:, None] * centre[seen]).sum(0) / (time * time).sum()
+    slope = (time[:, None] * centre[valid]).sum(0) / (time * time).sum()
     down, right = (slope * (len(clip) - 1) / min(clip.shape[1:3])).tolist()
     if max(abs(down), abs(right)) < max(min_motion, 1e-9):
         return NO_DIRECTION
@@ -112,10 +113,10 @@ def to_float(clip: Frames) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(clip)).permute(0, 3, 1, 2).float() / 255
 
 
-# ----------------------------------------------------------------------------------------- reader
+# ------------------------------------------------------------------------------------- classifier
 
 
-class ReaderNet(nn.Module):
+class ClassifierNet(nn.Module):
     """Three convolutions and two linear layers: crops (N, 3, S, S) -> features (N, 64) -> logits (N, classes)."""
 
     width = 64
@@ -145,8 +146,8 @@ class ReaderNet(nn.Module):
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What was read from n clips: names (n), their probabilities (n), and features (n, 64), averaged over frames."""
+class ClassifierOutput:
+    """Predictions for n clips, averaged over frames: class names (n), their probabilities (n), features (n, 64)."""
 
     names: list[str]
     probabilities: list[float]
@@ -154,73 +155,76 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class ReaderInfo:
-    """What a reader is: its classes in the head's order, the crop, what it learned from and how it was tested."""
+class ClassifierInfo:
+    """Metadata of a classifier: classes in the order of the head, input crop, training set and held-out accuracy."""
 
     classes: tuple[str, ...]
     size: int
     crop: Crop
     fingerprint: str = ""
     train_frames: int = 0
-    held_out_right: int = 0
+    held_out_correct: int = 0
     held_out_frames: int = 0
 
     @property
     def held_out_accuracy(self) -> float | None:
-        return self.held_out_right / self.held_out_frames if self.held_out_frames else None
+        return self.held_out_correct / self.held_out_frames if self.held_out_frames else None
 
 
-class Reader:
-    """A trained classifier of clips."""
+class ClipClassifier:
+    """A trained classifier of clips: averages per-frame predictions."""
 
-    def __init__(self, net: ReaderNet, info: ReaderInfo) -> None:
+    def __init__(self, net: ClassifierNet, info: ClassifierInfo) -> None:
         self.net = net.eval()
         self.info = info
 
     @torch.no_grad()
-    def read(self, clips: Sequence[Frames]) -> Reading:
+    def predict(self, clips: Sequence[Frames]) -> ClassifierOutput:
         """Class probabilities and features of each clip, averaged over its frames."""
         names, probabilities, features = [], [], []
         for clip in clips:
-            seen = self.net.features(crops(clip, self.info.size, self.info.crop))
-            p = self.net.head(seen).softmax(-1).mean(0)
+            x = self.net.features(crops(clip, self.info.size, self.info.crop))
+            p = self.net.head(x).softmax(-1).mean(0)
             best = int(p.argmax())
             names.append(self.info.classes[best])
             probabilities.append(float(p[best]))
-            features.append(seen.mean(0).numpy())
-        return Reading(names, probabilities, np.stack(features) if features else np.zeros((0, ReaderNet.width), "f4"))
+            features.append(x.mean(0).numpy())
+        return ClassifierOutput(
+            names, probabilities, np.stack(features) if features else np.zeros((0, ClassifierNet.width), "f4")
+        )
 
     def save(self, path: Path) -> None:
         with atomic_path(path) as temporary:
-            save_file(self.net.state_dict(), temporary, metadata={"reader": json.dumps(asdict(self.info))})
+            save_file(self.net.state_dict(), temporary, metadata={"classifier": json.dumps(asdict(self.info))})
 
     @classmethod
-    def load(cls, path: Path) -> Reader:
-        """ValueError: not a reader's file."""
+    def load(cls, path: Path) -> ClipClassifier:
+        """ValueError: not a file of a classifier."""
         with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get("reader")
+            text = (file.metadata() or {}).get("classifier")
             if text is None:
-                raise ValueError(f"{path}: not a reader (no `reader` in its metadata)")
+                raise ValueError(f"{path}: not a classifier (no `classifier` in its metadata)")
             fields = json.loads(text)
-            info = ReaderInfo(**{**fields, "classes": tuple(fields["classes"])})
-            net = ReaderNet(len(info.classes))
+            info = ClassifierInfo(**{**fields, "classes": tuple(fields["classes"])})
+            net = ClassifierNet(len(info.classes))
             net.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
         return cls(net, info)
 
 
-def train_reader(
-    images: Tensor, labels: Tensor, info: ReaderInfo, steps: int = 600, seed: int = 0, batch_size: int = 128
-) -> Reader:
-    """A reader that learned `labels` (n) of `images`, crops (n, 3, S, S), slightly turned, moved, dimmed and noisy.
+def train_classifier(
+    images: Tensor, labels: Tensor, info: ClassifierInfo, steps: int = 600, seed: int = 0, batch_size: int = 128
+) -> ClipClassifier:
+    """Trains a classifier on crops `images` (n, 3, S, S) with `labels` (n); deterministic for a seed.
 
-    The last makes it read what a generator half blurs as a person would. Same seed, same reader.
+    Augmented by small rotations, scales, shifts, contrast and noise, so that slightly blurred samples of a generator
+    are classified as a person would.
     """
     if len(images) != len(labels) or not len(images):
         raise ValueError(
-            f"a reader needs as many labels as images and at least one, found {len(labels)} and {len(images)}"
+            f"training needs as many labels as images and at least one, found {len(labels)} and {len(images)}"
         )
     generator = torch.Generator().manual_seed(seed)
-    net = ReaderNet(len(info.classes))
+    net = ClassifierNet(len(info.classes))
     for parameter in net.parameters():
         if parameter.ndim > 1:
             nn.init.kaiming_normal_(parameter, nonlinearity="relu", generator=generator)
@@ -228,20 +232,20 @@ def train_reader(
             nn.init.zeros_(parameter)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.02, fused=True)
     for step in range(steps):
-        # Warm-up over a tenth of the steps, then down to nothing along a cosine.
-        rise, fall = (step + 1) / max(1, steps // 10), 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, rise) * fall
+        # Linear warm-up over a tenth of the steps, then cosine decay to 0.
+        warmup, decay = (step + 1) / max(1, steps // 10), 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, warmup) * decay
         chosen = torch.randint(len(images), (batch_size,), generator=generator)
-        x = _vary(images[chosen], generator)
+        x = _augment(images[chosen], generator)
         loss = F.cross_entropy(net(x), labels[chosen], label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return Reader(net, info)
+    return ClipClassifier(net, info)
 
 
-def _vary(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Turned by up to 9 degrees, scaled by 0.85 to 1.15, moved by 6 % of the side, contrast 0.8 to 1.1, noise of 0.05."""
+def _augment(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Rotation up to 9 degrees, scale 0.85 to 1.15, shift up to 6 % of the side, contrast 0.8 to 1.1, noise 0.05."""
 
     def draw(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(len(x), generator=generator)

@@ -1,4 +1,4 @@
-"""What stdit.generate left in a folder: its clips, what was asked of each, and how they were drawn."""
+"""Reads a folder written by stdit.generate: its clips, the conditions of each, and the sampling settings."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from stdit.data.decoding import DecodeError, open_clip
 from stdit.evaluation.classifier import Frames
 from stdit.files import fingerprint_file, fingerprint_files, read_jsonl
 
-LISTING = "manifest.jsonl"
+MANIFEST = "manifest.jsonl"
 
 
 @dataclass(frozen=True)
-class Generated:
-    """One clip that was made: its file (relative to the folder), what was asked for (None: nothing), and its frames."""
+class GeneratedClip:
+    """One generated clip: file (relative to the folder), requested conditions (None: not conditioned), frames."""
 
     file: str
     prompt: str
@@ -27,38 +27,40 @@ class Generated:
     row: Mapping[str, Any]
 
 
-def read_generated(videos: Path, limit: int | None = None) -> tuple[list[Generated], list[str]]:
-    """The clips of `videos` in the order of its manifest.jsonl (the first `limit`), and why prompts failed that did.
+def read_generated(videos: Path, limit: int | None = None) -> tuple[list[GeneratedClip], list[str]]:
+    """The clips of `videos` in the order of its manifest.jsonl (the first `limit`), and the errors of failed prompts.
 
-    ValueError: no listing, no clip, a file that cannot be decoded, clips of different shapes.
+    ValueError: no manifest, no clip, a file that cannot be decoded, clips of different shapes.
     """
-    listing = _listing(videos)
-    made: list[Generated] = []
+    manifest = _manifest(videos)
+    clips: list[GeneratedClip] = []
     failures: list[str] = []
-    for row in read_jsonl(listing):
+    for row in read_jsonl(manifest):
         if row.get("error") or row.get("file") is None:
             failures.append(f"{row.get('prompt')!r}: {row.get('error') or 'no file'}")
             continue
-        if limit is not None and len(made) >= limit:
+        if limit is not None and len(clips) >= limit:
             break
-        wanted = {key: None if row.get(key) is None else str(row[key]) for key in ("class", "direction")}
+        requested = {key: None if row.get(key) is None else str(row[key]) for key in ("class", "direction")}
         frames = _decode(videos / row["file"])
         prompt = str(row.get("prompt") or "")
-        made.append(Generated(row["file"], prompt, row.get("seed"), wanted["class"], wanted["direction"], frames, row))
-    if not made:
-        raise ValueError(f"{listing}: no clip was made, {len(failures)} failed: {'; '.join(failures[:3])}")
-    shapes = sorted({clip.frames.shape[:3] for clip in made})
+        clips.append(
+            GeneratedClip(row["file"], prompt, row.get("seed"), requested["class"], requested["direction"], frames, row)
+        )
+    if not clips:
+        raise ValueError(f"{manifest}: no clip was generated, {len(failures)} failed: {'; '.join(failures[:3])}")
+    shapes = sorted({clip.frames.shape[:3] for clip in clips})
     if len(shapes) > 1:
         raise ValueError(
-            f"{videos}: clips of {len(shapes)} shapes (frames, height, width) {shapes}; score each by itself"
+            f"{videos}: clips of {len(shapes)} shapes (frames, height, width) {shapes}; evaluate each by itself"
         )
-    return made, failures
+    return clips, failures
 
 
-def protocol_of(clips: Sequence[Generated]) -> dict[str, Any]:
-    """How the clips were drawn: what the listing says alike of all of them, with their shape and seeds.
+def sampling_protocol(clips: Sequence[GeneratedClip]) -> dict[str, Any]:
+    """Sampling settings that the clips share, with their shape and seeds.
 
-    What differs between them (some made before a setting was changed, say) is a list of all its values.
+    A setting that differs between clips (some generated before it was changed) becomes a list of its values.
     """
     frames, height, width = clips[0].frames.shape[:3]
     seeds = [clip.seed for clip in clips if clip.seed is not None]
@@ -78,18 +80,18 @@ def protocol_of(clips: Sequence[Generated]) -> dict[str, Any]:
     }
 
 
-def fingerprint_of(videos: Path) -> str:
-    """Hex SHA-256 over the listing of a folder and the files that it names. ValueError: no listing."""
-    listing = _listing(videos)
-    files = [videos / str(row.get("file")) for row in read_jsonl(listing)]
-    return fingerprint_files([listing, *files], lambda path: fingerprint_file(path) if path.is_file() else "-")
+def fingerprint_videos(videos: Path) -> str:
+    """Hex SHA-256 of a folder's manifest.jsonl and the files that it lists. ValueError: no manifest."""
+    manifest = _manifest(videos)
+    files = [videos / str(row.get("file")) for row in read_jsonl(manifest)]
+    return fingerprint_files([manifest, *files], lambda path: fingerprint_file(path) if path.is_file() else "-")
 
 
-def _listing(videos: Path) -> Path:
-    listing = videos / LISTING
-    if not listing.is_file():
-        raise ValueError(f"{listing}: no such file; {videos} is not a folder that stdit.generate has written")
-    return listing
+def _manifest(videos: Path) -> Path:
+    manifest = videos / MANIFEST
+    if not manifest.is_file():
+        raise ValueError(f"{manifest}: no such file; {videos} was not written by stdit.generate")
+    return manifest
 
 
 def _decode(path: Path) -> Frames:
@@ -97,4 +99,4 @@ def _decode(path: Path) -> Frames:
         with open_clip(path, "pyav") as reader:
             return reader.get(range(reader.frame_count))
     except DecodeError as error:
-        raise ValueError(f"{error}; remove the file and run the same command to make it again") from error
+        raise ValueError(f"{error}; delete the file and run the same command to generate it again") from error

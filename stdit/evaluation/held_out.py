@@ -1,7 +1,4 @@
-"""A manifest's own clips, seen from evaluation: which of them stand for a shape, what their columns say, their frames.
-
-Held-out captions become prompts here, and held-out clips the ceiling that generated ones are measured against.
-"""
+"""Held-out clips of a manifest: their captions are the prompts, their frames the reference of an evaluation."""
 
 from __future__ import annotations
 
@@ -21,23 +18,23 @@ from stdit.files import atomic_write
 
 
 def check_columns(manifest: Manifest, config: EvaluationConfig) -> None:
-    """ManifestError where a column that the settings name is in no row (the default ones may be absent)."""
-    usual = EvaluationConfig()
+    """ManifestError: a configured column that is in no row (the default columns may be absent)."""
+    default = EvaluationConfig()
     for setting in ("class_column", "direction_column"):
         column = getattr(config, setting)
-        if column is not None and column != getattr(usual, setting) and column not in manifest.columns:
-            known = ", ".join(sorted(manifest.columns))
-            raise ManifestError(f"{manifest.path}: {setting}: no column {column!r}; columns: {known}")
+        if column is not None and column != getattr(default, setting) and column not in manifest.columns:
+            columns = ", ".join(sorted(manifest.columns))
+            raise ManifestError(f"{manifest.path}: {setting}: no column {column!r}; columns: {columns}")
 
 
 def class_of(clip: Clip, config: EvaluationConfig) -> str | None:
-    """The clip's class as text; None where it has none."""
+    """The clip's class as text, or None."""
     value = None if config.class_column is None else clip.value(config.class_column)
     return None if value is None else str(value)
 
 
 def direction_of(clip: Clip, config: EvaluationConfig) -> str | None:
-    """The clip's direction; None where it has none. ManifestError: a word that is no direction."""
+    """The clip's motion direction, or None. ManifestError: not one of DIRECTIONS."""
     value = None if config.direction_column is None else clip.value(config.direction_column)
     if value is not None and value not in DIRECTIONS:
         raise ManifestError(
@@ -47,27 +44,27 @@ def direction_of(clip: Clip, config: EvaluationConfig) -> str | None:
     return None if value is None else str(value)
 
 
-def select(manifest: Manifest, split: str, shape: Bucket, enough: int, seed: int) -> list[Clip]:
-    """Clips of `split` that are, or can be cut to, `shape`, in an order that `seed` draws.
+def select(manifest: Manifest, split: str, shape: Bucket, min_count: int, seed: int) -> list[Clip]:
+    """Clips of `split` that have, or can be cropped to, `shape`, in a random order (`seed`).
 
-    All those of that very shape; only if they are fewer than `enough`, larger and longer ones make up the number.
+    All clips of exactly that shape; larger and longer ones only to fill up to `min_count`.
     """
-    here = [clip for clip in manifest if clip.split == split]
-    order = np.random.default_rng([seed, 1]).permutation(len(here))
+    candidates = [clip for clip in manifest if clip.split == split]
+    order = np.random.default_rng([seed, 1]).permutation(len(candidates))
     exact: list[Clip] = []
     larger: list[Clip] = []
-    for clip in (here[i] for i in order):
-        found = _shape(clip)
-        wanted = (shape.frames, shape.height, shape.width)
-        if found == wanted:
+    for clip in (candidates[i] for i in order):
+        size = _shape(clip)
+        target = (shape.frames, shape.height, shape.width)
+        if size == target:
             exact.append(clip)
-        elif found is not None and all(f >= w for f, w in zip(found, wanted, strict=True)):
+        elif size is not None and all(s >= t for s, t in zip(size, target, strict=True)):
             larger.append(clip)
-    return exact + larger[: max(0, enough - len(exact))]
+    return exact + larger[: max(0, min_count - len(exact))]
 
 
 def _shape(clip: Clip) -> tuple[int, int, int] | None:
-    """(frames, height, width): the manifest's, or else the file's; None where that cannot be read."""
+    """(frames, height, width) from the manifest, else from the file; None if it cannot be read."""
     if clip.frames is not None and clip.height is not None and clip.width is not None:
         return clip.frames, clip.height, clip.width
     try:
@@ -82,8 +79,8 @@ def held_out_prompts(
 ) -> list[dict[str, Any]]:
     """`count` captions of held-out clips of `shape` as prompts: prompt, class, direction (None for images), seed.
 
-    Classes and directions take turns, so that each is asked for equally often, as far as there are captions; where
-    there are fewer captions than `count` they come again, with other seeds. ManifestError: none at all.
+    Balanced over classes and directions as far as there are captions; with fewer captions than `count` they repeat
+    with other seeds. ManifestError: no such clip.
     """
     config = config or EvaluationConfig()
     source = read(manifest)
@@ -91,14 +88,14 @@ def held_out_prompts(
     clips = select(source, config.validation_split, shape, count, seed)
     if not clips:
         raise ManifestError(
-            f"{manifest}: no clip of split {config.validation_split!r} has, or can be cut to, {shape.key}; "
+            f"{manifest}: no clip of split {config.validation_split!r} has, or can be cropped to, {shape.key}; "
             f"splits: {source.splits}"
         )
     groups: dict[tuple[str, str], list[Clip]] = {}
     for clip in clips:
         key = (class_of(clip, config) or "", direction_of(clip, config) or "")
         groups.setdefault(key, []).append(clip)
-    chosen = _take_turns([groups[key] for key in sorted(groups)], count, seed)
+    chosen = _round_robin([groups[key] for key in sorted(groups)], count, seed)
     return [
         {
             "prompt": clip.caption,
@@ -110,10 +107,10 @@ def held_out_prompts(
     ]
 
 
-def _take_turns(groups: Sequence[Sequence[Clip]], count: int, seed: int) -> list[Clip]:
-    """One of each group, in an order drawn anew each round, until there are `count`; a group used up begins again.
+def _round_robin(groups: Sequence[Sequence[Clip]], count: int, seed: int) -> list[Clip]:
+    """One clip of each group per round until there are `count`; an exhausted group starts again.
 
-    An unfinished last round would favour the groups that stand first: hence the drawn order.
+    Each round has a random order, so that an incomplete last round favours no group.
     """
     chosen: list[Clip] = []
     turn = 0
@@ -125,32 +122,32 @@ def _take_turns(groups: Sequence[Sequence[Clip]], count: int, seed: int) -> list
 
 
 def write_prompts(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Prompts as JSONL for stdit.generate; a file that says the same already is left alone."""
+    """Writes prompts as JSONL for stdit.generate; an identical file is not rewritten."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         atomic_write(path, text)
 
 
-def load(clip: Clip, shape: Bucket) -> Frames:
-    """The clip cut to `shape` as extraction cuts it: its first frames, scaled down and cropped at the centre. DecodeError."""
+def load_clip(clip: Clip, shape: Bucket) -> Frames:
+    """The clip cropped to `shape` as in extraction: first frames, resized, centre crop. Raises DecodeError."""
     with open_clip(clip.file, "pyav") as reader:
         if reader.frame_count < shape.frames:
-            raise DecodeError(clip.file, f"has {reader.frame_count} frames, {shape.frames} are needed")
+            raise DecodeError(clip.file, f"has {reader.frame_count} frames, needs {shape.frames}")
         return resize_crop(reader.get(window(reader.frame_count, shape.frames)), shape.height, shape.width)
 
 
-def load_all(clips: Sequence[Clip], shape: Bucket) -> Iterator[tuple[Clip, Frames]]:
-    """Each clip that can be decoded, with its frames; a damaged held-out clip is passed over."""
+def load_clips(clips: Sequence[Clip], shape: Bucket) -> Iterator[tuple[Clip, Frames]]:
+    """Each clip that can be decoded, with its frames; damaged clips are skipped."""
     for clip in clips:
         try:
-            frames = load(clip, shape)
+            frames = load_clip(clip, shape)
         except DecodeError:
             continue
         yield clip, frames
 
 
 def load_frame(clip: Clip, rng: np.random.Generator) -> Frames | None:
-    """One frame drawn from the clip, (1, H, W, 3); None where it cannot be decoded."""
+    """One random frame of the clip, (1, H, W, 3); None if it cannot be decoded."""
     try:
         with open_clip(clip.file, "pyav") as reader:
             return reader.get([int(rng.integers(reader.frame_count))])

@@ -1,7 +1,7 @@
-"""Scores as pure functions of arrays (numpy alone, float64): accuracy with its interval, Fréchet distance, KID.
+"""Metrics as pure functions of arrays (numpy, float64): accuracy with its interval, Fréchet distance, kernel distance.
 
-n generated and m real clips have features (n, D) and (m, D). Both distances depend on the feature space: those of a
-reader trained on the same manifest compare runs on that manifest and are not the FID, FVD or KID of the literature.
+Features: (n, D) of n generated and (m, D) of m real clips. Distances depend on the feature space: with a classifier
+trained on the same manifest they compare runs on that manifest and are not the FID, FVD or KID of the literature.
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ from numpy.typing import ArrayLike, NDArray
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A share of `count` trials with the interval that covers the true one (Wilson, 95 %)."""
+    """`correct` of `count` predictions, with the 95 % Wilson interval [low, high]."""
 
-    right: int
+    correct: int
     count: int
     value: float
     low: float
     high: float
 
 
-def accuracy(wanted: Sequence[str], read: Sequence[str], z: float = 1.959964) -> Accuracy:
-    """How often `read` says what was `wanted`. Interval: Wilson 1927. ValueError: no pairs, or lengths that differ."""
-    if len(wanted) != len(read):
-        raise ValueError(f"{len(wanted)} wanted answers but {len(read)} read")
-    count = len(wanted)
+def accuracy(targets: Sequence[str], predictions: Sequence[str], z: float = 1.959964) -> Accuracy:
+    """Fraction of predictions equal to their targets. Interval: Wilson 1927. ValueError: empty, or lengths that differ."""
+    if len(targets) != len(predictions):
+        raise ValueError(f"{len(targets)} targets but {len(predictions)} predictions")
+    count = len(targets)
     if not count:
         raise ValueError("an accuracy needs at least one pair, found 0")
-    right = sum(a == b for a, b in zip(wanted, read, strict=True))
-    share = right / count
+    correct = sum(a == b for a, b in zip(targets, predictions, strict=True))
+    value = correct / count
     scale = 1 + z * z / count
-    centre = (share + z * z / (2 * count)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    # At 0 and at 1 the interval touches the end; rounding must not push it a hair inside.
-    low = 0.0 if right == 0 else centre - half
-    high = 1.0 if right == count else centre + half
-    return Accuracy(right, count, share, low, high)
+    centre = (value + z * z / (2 * count)) / scale
+    half = z / scale * math.sqrt(value * (1 - value) / count + z * z / (4 * count * count))
+    # At 0 and at 1 the interval ends there exactly, whatever the rounding.
+    low = 0.0 if correct == 0 else centre - half
+    high = 1.0 if correct == count else centre + half
+    return Accuracy(correct, count, value, low, high)
 
 
-def confusion(wanted: Sequence[str], read: Sequence[str], names: Sequence[str]) -> list[list[int]]:
-    """counts[i][j]: clips of names[i] that were read as names[j]. ValueError: an answer outside `names`."""
+def confusion_matrix(targets: Sequence[str], predictions: Sequence[str], names: Sequence[str]) -> list[list[int]]:
+    """counts[i][j]: clips of class names[i] predicted as names[j]. ValueError: a value outside `names`."""
     index = {name: i for i, name in enumerate(names)}
-    unknown = sorted({*wanted, *read} - index.keys())
+    unknown = sorted({*targets, *predictions} - index.keys())
     if unknown:
-        raise ValueError(f"answers {unknown} are not among {list(names)}")
+        raise ValueError(f"values {unknown} are not among {list(names)}")
     counts = [[0] * len(names) for _ in names]
-    for a, b in zip(wanted, read, strict=True):
+    for a, b in zip(targets, predictions, strict=True):
         counts[index[a]][index[b]] += 1
     return counts
 

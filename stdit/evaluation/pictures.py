@@ -20,16 +20,16 @@ from stdit.media import GROUND, Cell
 
 
 def cell_of(frames: Frames, row: Mapping[str, Any]) -> Cell:
-    """A cell from a row of scores["clips"]: what was read, and whether all that was asked for is there."""
-    seen, right = [], []
-    for wanted, found in (("class", "read"), ("direction", "moved")):
-        if row.get(wanted) is None or row.get(found) is None:
+    """A cell from a row of metrics["clips"]: predicted class and direction, and whether all are as requested."""
+    predictions, correct = [], []
+    for key in ("class", "direction"):
+        requested, predicted = row.get(key), row.get(f"predicted_{key}")
+        if requested is None or predicted is None:
             continue
-        right.append(row[wanted] == row[found])
-        seen.append(f"{row[found]}" if right[-1] else f"{row[found]} ✗")
-    return Cell(
-        frames, str(row.get("prompt") or ""), "read: " + " · ".join(seen) if seen else "", all(right) if right else None
-    )
+        correct.append(requested == predicted)
+        predictions.append(f"{predicted}" if correct[-1] else f"{predicted} ✗")
+    verdict = "predicted: " + " · ".join(predictions) if predictions else ""
+    return Cell(frames, str(row.get("prompt") or ""), verdict, all(correct) if correct else None)
 
 
 # ------------------------------------------------------------------------------------ loss curves

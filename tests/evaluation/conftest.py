@@ -1,4 +1,4 @@
-"""The manifest of wandering shapes, how it is scored, and one trained reader for all tests."""
+"""The manifest of wandering shapes, how it is scored, and one trained classifier for all tests."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def settings_for_shapes() -> EvaluationConfig:
     return EvaluationConfig(
-        class_column="shape", class_name="shape", direction_column="heading", reader_steps=60, reader_frames=200
+        class_column="shape", class_name="shape", direction_column="heading", classifier_steps=60, classifier_frames=200
     )
 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One trained reader for all tests."""
-    return tmp_path_factory.mktemp("reader")
+    """One trained classifier for all tests."""
+    return tmp_path_factory.mktemp("classifier")

@@ -1,4 +1,4 @@
-"""Laws of what is seen in a clip: crops, directions, and a reader that learns its classes from examples alone."""
+"""Laws of crops, motion directions and the classifier."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sklearn.datasets import load_digits
 from stdit.evaluation.classifier import (
     DIRECTIONS,
     NO_DIRECTION,
-    Reader,
-    ReaderInfo,
+    ClassifierInfo,
+    ClipClassifier,
     centroids,
     crops,
     direction,
     foreground,
     to_float,
-    train_reader,
+    train_classifier,
 )
 
 SIZE = 16
@@ -54,69 +54,71 @@ def scans() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 @pytest.fixture(scope="module")
-def reader(scans) -> Reader:
+def classifier(scans) -> ClipClassifier:
     pictures, labels = scans["train"]
     images = torch.cat([crops(clip_of(p, 16, 1, seed=i), SIZE) for i, p in enumerate(pictures)])
-    info = ReaderInfo(tuple("0123456789"), SIZE, "foreground", fingerprint="f")
-    return train_reader(images, torch.from_numpy(labels), info, steps=200)
+    info = ClassifierInfo(tuple("0123456789"), SIZE, "foreground", fingerprint="f")
+    return train_classifier(images, torch.from_numpy(labels), info, steps=200)
 
 
 @pytest.mark.parametrize(("canvas", "frames"), [(16, 1), (16, 4), (32, 8)])
-def test_the_reader_reads_held_out_clips_at_sizes_and_lengths_it_never_saw(
-    reader, scans, canvas: int, frames: int
+def test_the_classifier_recognises_held_out_clips_at_sizes_and_lengths_it_was_not_trained_on(
+    classifier, scans, canvas: int, frames: int
 ) -> None:
     pictures, labels = scans["held_out"]
     clips = [clip_of(p, canvas, frames, DIRECTIONS[i % 4], seed=i) for i, p in enumerate(pictures)]
-    reading = reader.read(clips)
-    assert np.mean(np.array(reading.names) == labels.astype(str)) >= 0.97
-    assert reading.features.shape == (len(clips), 64)
-    assert all(0.1 <= p <= 1 for p in reading.probabilities)
+    output = classifier.predict(clips)
+    assert np.mean(np.array(output.names) == labels.astype(str)) >= 0.97
+    assert output.features.shape == (len(clips), 64)
+    assert all(0.1 <= p <= 1 for p in output.probabilities)
 
 
-def test_the_reader_bears_noise_on_the_background(reader, scans) -> None:
+def test_the_classifier_tolerates_noise_on_the_background(classifier, scans) -> None:
     pictures, labels = scans["held_out"]
     noise = np.random.default_rng(0)
     clips = [
         np.clip(clip_of(p, 16, 2, seed=i) + noise.normal(0, 12, (2, 16, 16, 1)), 0, 255).astype(np.uint8)
         for i, p in enumerate(pictures)
     ]
-    assert np.mean(np.array(reader.read(clips).names) == labels.astype(str)) >= 0.97
+    assert np.mean(np.array(classifier.predict(clips).names) == labels.astype(str)) >= 0.97
 
 
-def test_the_same_seed_gives_the_same_reader_whatever_the_global_state(scans) -> None:
+def test_the_same_seed_gives_the_same_classifier_whatever_the_global_state(scans) -> None:
     pictures, labels = scans["train"]
     images = torch.cat([crops(clip_of(p, 16, 1), SIZE) for p in pictures[:64]])
-    info = ReaderInfo(tuple("0123456789"), SIZE, "foreground")
-    readers = []
+    info = ClassifierInfo(tuple("0123456789"), SIZE, "foreground")
+    classifiers = []
     for _ in range(2):
         torch.rand(3)
-        readers.append(train_reader(images, torch.from_numpy(labels[:64]), info, steps=3, seed=5))
-    a, b = (r.net.state_dict() for r in readers)
+        classifiers.append(train_classifier(images, torch.from_numpy(labels[:64]), info, steps=3, seed=5))
+    a, b = (r.net.state_dict() for r in classifiers)
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_a_saved_reader_reads_the_same(reader, scans, tmp_path: Path) -> None:
-    reader.save(tmp_path / "reader.safetensors")
-    again = Reader.load(tmp_path / "reader.safetensors")
-    assert again.info == reader.info
+def test_a_saved_classifier_predicts_the_same(classifier, scans, tmp_path: Path) -> None:
+    classifier.save(tmp_path / "classifier.safetensors")
+    again = ClipClassifier.load(tmp_path / "classifier.safetensors")
+    assert again.info == classifier.info
     clips = [clip_of(p, 16, 2) for p in scans["held_out"][0][:5]]
-    np.testing.assert_array_equal(again.read(clips).features, reader.read(clips).features)
+    np.testing.assert_array_equal(again.predict(clips).features, classifier.predict(clips).features)
 
 
-def test_another_file_is_no_reader(tmp_path: Path) -> None:
+def test_another_file_is_no_classifier(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=r"x\.safetensors: not a reader"):
-        Reader.load(tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"x\.safetensors: not a classifier"):
+        ClipClassifier.load(tmp_path / "x.safetensors")
 
 
-def test_a_reader_of_no_images_is_refused() -> None:
+def test_a_classifier_of_no_images_is_refused() -> None:
     with pytest.raises(ValueError, match="found 0 and 0"):
-        train_reader(torch.zeros(0, 3, 16, 16), torch.zeros(0, dtype=torch.long), ReaderInfo(("a",), 16, "frame"))
+        train_classifier(
+            torch.zeros(0, 3, 16, 16), torch.zeros(0, dtype=torch.long), ClassifierInfo(("a",), 16, "frame")
+        )
 
 
 @pytest.mark.parametrize("towards", DIRECTIONS)
 @pytest.mark.parametrize("inverted", [False, True])
-def test_the_direction_is_where_the_foreground_goes(scans, towards: str, inverted: bool) -> None:
+def test_the_direction_is_that_of_the_foreground(scans, towards: str, inverted: bool) -> None:
     for i, picture in enumerate(scans["train"][0][:20]):
         clip = clip_of(picture, 32, 6, towards, seed=i)
         # Black on white is foreground as well as white on black.
@@ -148,12 +150,12 @@ def test_a_crop_does_not_depend_on_how_large_the_foreground_is(scans) -> None:
     assert (small - large).abs().mean() < 0.03
 
 
-def test_an_empty_frame_is_cropped_whole() -> None:
+def test_an_empty_frame_is_not_cropped() -> None:
     gray = np.full((2, 12, 20, 3), 100, np.uint8)
     torch.testing.assert_close(crops(gray, SIZE), torch.full((2, 3, SIZE, SIZE), 100 / 255))
 
 
-def test_the_whole_frame_is_taken_where_the_setting_says_so() -> None:
+def test_crop_frame_takes_the_full_frame() -> None:
     ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, None, :, None], (1, 32, 64, 3))
     cut = crops(np.ascontiguousarray(ramp), SIZE, "frame")
     expected = (torch.arange(64.0).view(16, 4).mean(1) / 255).expand(1, 3, SIZE, SIZE)
@@ -168,7 +170,7 @@ def test_a_few_stray_pixels_hardly_move_the_centre(scans) -> None:
     assert (centres[0] - centres[1]).abs().max() < 1.0
 
 
-def test_what_is_not_a_clip_is_refused_with_its_shape() -> None:
+def test_an_array_that_is_not_a_clip_is_refused_with_its_shape() -> None:
     with pytest.raises(ValueError, match=r"float64 \(2, 4, 4, 3\)"):
         direction(np.zeros((2, 4, 4, 3)), 0.1)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"uint8 \(4, 4, 3\)"):

@@ -1,4 +1,4 @@
-"""Laws of an evaluation: real clips score as real, wrong ones as wrong, and the scores say how they came about."""
+"""Laws of an evaluation: real clips are classified right, others wrong, and metrics carry their settings."""
 
 from __future__ import annotations
 
@@ -11,48 +11,51 @@ import pytest
 
 from stdit.config import Bucket, EvaluationConfig
 from stdit.data.manifest import ManifestError
-from stdit.evaluate import evaluate
-from stdit.evaluation.held_out import held_out_prompts, load, select, write_prompts
+from stdit.evaluation.evaluator import evaluate_videos
+from stdit.evaluation.held_out import held_out_prompts, load_clip, select, write_prompts
 from tests.support.shapes_dataset import SHAPES, STEPS, save_generated, wandering
 
 CLIP, IMAGE = Bucket(frames=4, height=16, width=16), Bucket(frames=1, height=16, width=16)
 PROTOCOL = {"run": "runs/x", "step": 7, "weights": "ema", "sampler": "flow_euler", "steps": 20, "guidance_scale": 3.0}
 
 
-def drawn(rows: list[dict], shape: Bucket, seed: int = 9) -> list[np.ndarray]:
+def perfect_samples(rows: list[dict], shape: Bucket, seed: int = 9) -> list[np.ndarray]:
     """What a perfect generator would make of the prompts."""
     rng = np.random.default_rng(seed)
     return [wandering(row["class"], shape.width, shape.frames, row["direction"], rng) for row in rows]
 
 
-def test_what_real_clips_show_is_read_right(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
+def test_real_clips_are_classified_right(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
     rows = held_out_prompts(manifest, 24, CLIP, 0, settings_for_shapes)
-    videos = save_generated(tmp_path / "v", rows, drawn(rows, CLIP), **PROTOCOL)
-    scores = evaluate(videos, manifest, settings_for_shapes, cache)
-    assert scores["class_accuracy"] == scores["direction_accuracy"] == 1.0
-    assert scores["classifier_accuracy"] >= 0.97
-    assert scores["real"]["class_accuracy"] == scores["real"]["direction_accuracy"] == 1.0
+    videos = save_generated(tmp_path / "v", rows, perfect_samples(rows, CLIP), **PROTOCOL)
+    metrics = evaluate_videos(videos, manifest, settings_for_shapes, cache)
+    assert metrics["class_accuracy"] == metrics["direction_accuracy"] == 1.0
+    assert metrics["classifier_accuracy"] >= 0.97
+    assert metrics["real"]["class_accuracy"] == metrics["real"]["direction_accuracy"] == 1.0
     assert (
-        scores["counts"] | {"generated": 24, "class": 24, "direction": 24, "failed": 0, "real": 48} == scores["counts"]
+        metrics["counts"] | {"generated": 24, "class": 24, "direction": 24, "failed": 0, "real": 48}
+        == metrics["counts"]
     )
-    assert scores["counts"]["frechet_generated"] == scores["counts"]["frechet_reference"] == 24
-    assert scores["intervals"]["class"][0] > 0.8
+    assert metrics["counts"]["frechet_generated"] == metrics["counts"]["frechet_reference"] == 24
+    assert metrics["intervals"]["class"][0] > 0.8
     # Drawn from the same distribution: about as far from the reference as real clips are.
-    assert scores["frechet_distance"] < 3 * scores["real"]["frechet_distance"] + 0.1
+    assert metrics["frechet_distance"] < 3 * metrics["real"]["frechet_distance"] + 0.1
 
 
-def test_what_was_not_asked_for_is_read_wrong(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
+def test_clips_other_than_requested_are_counted_as_wrong(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
     rows = held_out_prompts(manifest, 24, CLIP, 0, settings_for_shapes)
     turned = {"left": "up", "up": "right", "right": "down", "down": "left"}
     following = dict(zip(SHAPES, SHAPES[1:] + SHAPES[:1], strict=True))
     wrong = [row | {"class": following[row["class"]], "direction": turned[row["direction"]]} for row in rows]
-    scores = evaluate(save_generated(tmp_path / "v", rows, drawn(wrong, CLIP)), manifest, settings_for_shapes, cache)
-    assert scores["class_accuracy"] == scores["direction_accuracy"] == 0.0
-    table = scores["confusion"]["direction"]
+    metrics = evaluate_videos(
+        save_generated(tmp_path / "v", rows, perfect_samples(wrong, CLIP)), manifest, settings_for_shapes, cache
+    )
+    assert metrics["class_accuracy"] == metrics["direction_accuracy"] == 0.0
+    table = metrics["confusion"]["direction"]
     assert table["names"] == ["left", "right", "up", "down"]
     assert table["counts"][0][2] == sum(table["counts"][0]) == 6
     # One verdict a clip, in the listing's order.
-    assert [(c["class"], c["read"]) for c in scores["clips"]] == [
+    assert [(c["class"], c["predicted_class"]) for c in metrics["clips"]] == [
         (r["class"], w["class"]) for r, w in zip(rows, wrong, strict=True)
     ]
 
@@ -60,8 +63,10 @@ def test_what_was_not_asked_for_is_read_wrong(manifest, settings_for_shapes, cac
 def test_noise_is_farther_from_real_clips_than_clips_are(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
     rows = held_out_prompts(manifest, 24, CLIP, 0, settings_for_shapes)
     noise = [np.random.default_rng(i).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8) for i in range(24)]
-    good = evaluate(save_generated(tmp_path / "a", rows, drawn(rows, CLIP)), manifest, settings_for_shapes, cache)
-    bad = evaluate(save_generated(tmp_path / "b", rows, noise), manifest, settings_for_shapes, cache)
+    good = evaluate_videos(
+        save_generated(tmp_path / "a", rows, perfect_samples(rows, CLIP)), manifest, settings_for_shapes, cache
+    )
+    bad = evaluate_videos(save_generated(tmp_path / "b", rows, noise), manifest, settings_for_shapes, cache)
     for distance in ("frechet_distance", "kernel_distance"):
         assert bad[distance] > 5 * abs(good[distance])
 
@@ -69,71 +74,78 @@ def test_noise_is_farther_from_real_clips_than_clips_are(manifest, settings_for_
 def test_images_have_no_direction(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
     rows = held_out_prompts(manifest, 12, IMAGE, 0, settings_for_shapes)
     assert all(row["direction"] is None for row in rows)
-    scores = evaluate(save_generated(tmp_path / "v", rows, drawn(rows, IMAGE)), manifest, settings_for_shapes, cache)
-    assert scores["class_accuracy"] == 1.0
-    assert scores["direction_accuracy"] is None
-    assert scores["intervals"]["direction"] is None
-    assert scores["real"]["direction_accuracy"] is None
+    metrics = evaluate_videos(
+        save_generated(tmp_path / "v", rows, perfect_samples(rows, IMAGE)), manifest, settings_for_shapes, cache
+    )
+    assert metrics["class_accuracy"] == 1.0
+    assert metrics["direction_accuracy"] is None
+    assert metrics["intervals"]["direction"] is None
+    assert metrics["real"]["direction_accuracy"] is None
 
 
-def test_a_manifest_without_the_columns_has_no_such_scores(manifest, tmp_path: Path) -> None:
+def test_a_manifest_without_the_columns_has_no_such_metrics(manifest, tmp_path: Path) -> None:
     config = EvaluationConfig(direction_column=None)  # `class` is no column of this manifest.
     rows = held_out_prompts(manifest, 6, CLIP, 0, config)
     assert all(row["class"] is None and row["direction"] is None for row in rows)
     rng = np.random.default_rng(0)
     clips = [wandering("bar", 16, 4, "up", rng) for _ in rows]
-    scores = evaluate(save_generated(tmp_path / "v", rows, clips), manifest, config, tmp_path)
+    metrics = evaluate_videos(save_generated(tmp_path / "v", rows, clips), manifest, config, tmp_path)
     for key in ("class_accuracy", "direction_accuracy", "frechet_distance", "kernel_distance", "classifier_accuracy"):
-        assert scores[key] is None
-    assert scores["counts"]["generated"] == 6
+        assert metrics[key] is None
+    assert metrics["counts"]["generated"] == 6
 
 
-def test_scores_carry_their_protocol(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
+def test_metrics_carry_their_protocol(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
     rows = held_out_prompts(manifest, 6, CLIP, 5, settings_for_shapes)
-    scores = evaluate(
-        save_generated(tmp_path / "v", rows, drawn(rows, CLIP), **PROTOCOL), manifest, settings_for_shapes, cache
+    metrics = evaluate_videos(
+        save_generated(tmp_path / "v", rows, perfect_samples(rows, CLIP), **PROTOCOL),
+        manifest,
+        settings_for_shapes,
+        cache,
     )
-    protocol = scores["protocol"]
+    protocol = metrics["protocol"]
     assert protocol | PROTOCOL | {"frames": 4, "height": 16, "width": 16} == protocol
     assert protocol["seeds"] == {"first": 5, "last": 10, "different": 6}
-    assert scores["classifier"]["train_frames"] == 156
-    assert scores["manifest"]["path"] == str(manifest)
+    assert metrics["classifier"]["train_frames"] == 156
+    assert metrics["manifest"]["path"] == str(manifest)
     # Shapes and words are few here: every held-out caption is also one of the train split's.
-    assert scores["counts"]["captions_also_in_train"] == 6
+    assert metrics["counts"]["captions_also_in_train"] == 6
 
 
 def test_a_second_call_does_nothing_until_something_changes(
     manifest, settings_for_shapes, cache, tmp_path: Path
 ) -> None:
     rows = held_out_prompts(manifest, 6, CLIP, 0, settings_for_shapes)
-    videos = save_generated(tmp_path / "v", rows, drawn(rows, CLIP))
-    first = evaluate(videos, manifest, settings_for_shapes, cache)
-    written = (videos / "scores.json").stat().st_mtime_ns
+    videos = save_generated(tmp_path / "v", rows, perfect_samples(rows, CLIP))
+    first = evaluate_videos(videos, manifest, settings_for_shapes, cache)
+    written = (videos / "metrics.json").stat().st_mtime_ns
     assert (
-        evaluate(videos, manifest, settings_for_shapes, cache)
+        evaluate_videos(videos, manifest, settings_for_shapes, cache)
         == first
-        == json.loads((videos / "scores.json").read_text())
+        == json.loads((videos / "metrics.json").read_text())
     )
-    assert (videos / "scores.json").stat().st_mtime_ns == written
+    assert (videos / "metrics.json").stat().st_mtime_ns == written
     stricter = settings_for_shapes.model_copy(update={"min_motion": 0.9})
-    assert evaluate(videos, manifest, stricter, cache)["direction_accuracy"] == 0.0
-    assert len(list(cache.glob("reader-*"))) == 1
+    assert evaluate_videos(videos, manifest, stricter, cache)["direction_accuracy"] == 0.0
+    assert len(list(cache.glob("classifier-*"))) == 1
 
 
-def test_a_video_made_anew_is_scored_anew(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
+def test_a_video_generated_again_is_measured_again(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
     rows = held_out_prompts(manifest, 6, CLIP, 0, settings_for_shapes)
-    videos = save_generated(tmp_path / "v", rows, drawn(rows, CLIP))
-    assert evaluate(videos, manifest, settings_for_shapes, cache)["class_accuracy"] == 1.0
-    save_generated(videos, rows, drawn([row | {"class": "bar"} for row in rows], CLIP))  # The listing stays as it was.
-    assert evaluate(videos, manifest, settings_for_shapes, cache)["class_accuracy"] < 1.0
+    videos = save_generated(tmp_path / "v", rows, perfect_samples(rows, CLIP))
+    assert evaluate_videos(videos, manifest, settings_for_shapes, cache)["class_accuracy"] == 1.0
+    save_generated(
+        videos, rows, perfect_samples([row | {"class": "bar"} for row in rows], CLIP)
+    )  # The listing stays as it was.
+    assert evaluate_videos(videos, manifest, settings_for_shapes, cache)["class_accuracy"] < 1.0
 
 
 def test_a_failed_prompt_is_counted_and_stops_nothing(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
     rows = held_out_prompts(manifest, 6, CLIP, 0, settings_for_shapes)
-    clips = [*drawn(rows, CLIP)[:5], None]
-    scores = evaluate(save_generated(tmp_path / "v", rows, clips), manifest, settings_for_shapes, cache)
-    assert (scores["counts"]["generated"], scores["counts"]["failed"]) == (5, 1)
-    assert "boom" in scores["failures"][0]
+    clips = [*perfect_samples(rows, CLIP)[:5], None]
+    metrics = evaluate_videos(save_generated(tmp_path / "v", rows, clips), manifest, settings_for_shapes, cache)
+    assert (metrics["counts"]["generated"], metrics["counts"]["failed"]) == (5, 1)
+    assert "boom" in metrics["failures"][0]
 
 
 # ------------------------------------------------------------------------------- held-out captions
@@ -154,19 +166,19 @@ def test_more_prompts_than_captions_come_again_with_other_seeds(manifest, settin
     assert len(rows) == len({r["seed"] for r in rows}) == 100
 
 
-def test_larger_clips_make_up_the_number_and_are_cut(manifest, settings_for_shapes) -> None:
+def test_larger_clips_fill_up_the_count_and_are_cropped(manifest, settings_for_shapes) -> None:
     from stdit.data.manifest import read
 
     source, shape = read(manifest), Bucket(frames=2, height=8, width=8)
     clips = select(source, "validation", shape, 10, 0)
     assert len(clips) == 10
-    assert load(clips[0], shape).shape == (2, 8, 8, 3)
+    assert load_clip(clips[0], shape).shape == (2, 8, 8, 3)
     # Of that very shape there are enough: no other is taken.
     assert {c.frames for c in select(source, "validation", IMAGE, 24, 0)} == {1}
 
 
 def test_a_shape_that_no_clip_covers_is_an_error(manifest, settings_for_shapes) -> None:
-    with pytest.raises(ManifestError, match="can be cut to, 4x64x64"):
+    with pytest.raises(ManifestError, match="can be cropped to, 4x64x64"):
         held_out_prompts(manifest, 4, Bucket(frames=4, height=64, width=64), 0, settings_for_shapes)
 
 
@@ -184,30 +196,30 @@ def test_prompts_already_written_are_left_alone(tmp_path: Path) -> None:
 
 def test_a_folder_that_generate_did_not_write_is_an_error(manifest, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"manifest\.jsonl: no such file"):
-        evaluate(tmp_path, manifest)
+        evaluate_videos(tmp_path, manifest)
 
 
 def test_a_folder_where_every_prompt_failed_is_an_error(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
     rows = held_out_prompts(manifest, 2, CLIP, 0, settings_for_shapes)
-    with pytest.raises(ValueError, match="no clip was made, 2 failed: .*boom"):
-        evaluate(save_generated(tmp_path / "v", rows, [None, None]), manifest, settings_for_shapes, cache)
+    with pytest.raises(ValueError, match="no clip was generated, 2 failed: .*boom"):
+        evaluate_videos(save_generated(tmp_path / "v", rows, [None, None]), manifest, settings_for_shapes, cache)
 
 
 def test_clips_of_two_shapes_are_an_error(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
     rows = held_out_prompts(manifest, 2, CLIP, 0, settings_for_shapes)
-    clips = [drawn(rows, CLIP)[0], drawn(rows, IMAGE)[1]]
+    clips = [perfect_samples(rows, CLIP)[0], perfect_samples(rows, IMAGE)[1]]
     with pytest.raises(ValueError, match=r"clips of 2 shapes .* \[\(1, 16, 16\), \(4, 16, 16\)\]"):
-        evaluate(save_generated(tmp_path / "v", rows, clips), manifest, settings_for_shapes, cache)
+        evaluate_videos(save_generated(tmp_path / "v", rows, clips), manifest, settings_for_shapes, cache)
 
 
 def test_a_damaged_generated_clip_is_an_error_that_names_it(
     manifest, settings_for_shapes, cache, tmp_path: Path
 ) -> None:
     rows = held_out_prompts(manifest, 2, CLIP, 0, settings_for_shapes)
-    videos = save_generated(tmp_path / "v", rows, drawn(rows, CLIP))
+    videos = save_generated(tmp_path / "v", rows, perfect_samples(rows, CLIP))
     (videos / "0001.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"0001\.png.*make it again"):
-        evaluate(videos, manifest, settings_for_shapes, cache)
+    with pytest.raises(ValueError, match=r"0001\.png.*generate it again"):
+        evaluate_videos(videos, manifest, settings_for_shapes, cache)
 
 
 def test_a_column_that_is_not_there_is_an_error_with_those_that_are(manifest) -> None:

@@ -1,4 +1,4 @@
-"""Laws of the scores: against closed forms, against scipy's matrix root, and where covariances have not full rank."""
+"""Laws of the metrics: against closed forms, against scipy's matrix root, and where covariances have not full rank."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 
-from stdit.evaluation.metrics import accuracy, confusion, frechet_distance, kernel_distance
+from stdit.evaluation.metrics import accuracy, confusion_matrix, frechet_distance, kernel_distance
 
 
 def by_matrix_root(a: np.ndarray, b: np.ndarray) -> float:
@@ -43,7 +43,7 @@ def test_the_frechet_distance_of_a_moved_copy_is_the_squared_move() -> None:
 @pytest.mark.parametrize(("count", "width"), [(5, 64), (100, 64), (3, 2)])
 def test_the_frechet_distance_to_itself_is_zero_at_any_rank(count: int, width: int) -> None:
     a = correlated(count, width, 3)
-    # Features of a reader: many are dead (always 0), so covariances are singular at any count.
+    # Features of a classifier: many are dead (always 0), so covariances are singular at any count.
     a[:, ::3] = 0
     scale = float((a * a).sum())
     assert 0 <= frechet_distance(a, a) < 1e-12 * scale
@@ -97,7 +97,7 @@ def test_features_that_cannot_be_compared_are_refused_with_their_sizes(score) ->
 def test_an_accuracy_lies_in_its_interval(right: int, wrong: int) -> None:
     score = accuracy(["x"] * (right + wrong), ["x"] * right + ["y"] * wrong)
     assert 0 <= score.low <= score.value <= score.high <= 1
-    assert (score.right, score.count) == (right, right + wrong)
+    assert (score.correct, score.count) == (right, right + wrong)
 
 
 def test_the_interval_is_wilsons() -> None:
@@ -112,12 +112,12 @@ def test_the_interval_is_wilsons() -> None:
 def test_an_accuracy_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="found 0"):
         accuracy([], [])
-    with pytest.raises(ValueError, match="2 wanted answers but 1 read"):
+    with pytest.raises(ValueError, match="2 targets but 1 predictions"):
         accuracy(["a", "b"], ["a"])
 
 
 def test_confusion_counts_every_pair_once() -> None:
-    table = confusion(["a", "a", "b"], ["a", "b", "b"], ["a", "b"])
+    table = confusion_matrix(["a", "a", "b"], ["a", "b", "b"], ["a", "b"])
     assert table == [[1, 1], [0, 1]]
     with pytest.raises(ValueError, match=r"\['c'\]"):
-        confusion(["c"], ["a"], ["a", "b"])
+        confusion_matrix(["c"], ["a"], ["a", "b"])

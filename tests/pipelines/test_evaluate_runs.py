@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.evaluate_runs import main, names
 from stdit.config import ConfigError, DiffusionConfig, ModelConfig, SamplerConfig
 from stdit.diffusion.schedulers import make_scheduler
 from stdit.encoders.video import PixelAutoencoder
+from stdit.evaluate import main, run_names
 from stdit.inference.pipeline import STDiTPipeline
 from stdit.models.stdit import STDiT
 
@@ -52,37 +52,37 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def call(run: Path, manifest: Path, out: Path, *more: str) -> int:
     flags = ["--count", "6", "--frames", "1", "--height", "8", "--width", "8", "--steps", "2"]
-    sets = ["--set", "class_name=shade", "--set", "reader_steps=5"]
-    return main(["--runs", str(run), "--manifest", str(manifest), "--out", str(out), *flags, *sets, *more])
+    sets = ["--set", "class_name=shade", "--set", "classifier_steps=5"]
+    return main(["--run", str(run), "--manifest", str(manifest), "--out", str(out), *flags, *sets, *more])
 
 
-def test_a_run_is_generated_and_scored_in_one_call(run, manifest, tmp_path: Path, capsys) -> None:
+def test_a_run_is_generated_and_measured_in_one_call(run, manifest, tmp_path: Path, capsys) -> None:
     assert call(run, manifest, tmp_path) == 0
     printed = capsys.readouterr().out
     assert "shade" in printed
-    assert "scores of 1 of 1 runs" in printed
-    scores = json.loads((tmp_path / "scores.json").read_text())["tiny"]
-    assert scores["counts"]["generated"] == 6
-    assert scores["protocol"] | {"steps": 2, "frames": 1, "height": 8, "width": 8} == scores["protocol"]
-    assert scores["direction_accuracy"] is None
+    assert "metrics of 1 of 1 runs" in printed
+    metrics = json.loads((tmp_path / "metrics.json").read_text())["tiny"]
+    assert metrics["counts"]["generated"] == 6
+    assert metrics["protocol"] | {"steps": 2, "frames": 1, "height": 8, "width": 8} == metrics["protocol"]
+    assert metrics["direction_accuracy"] is None
     assert len(list((tmp_path / "tiny" / "videos").glob("*-seed*.png"))) == 6
 
 
 def test_a_second_call_makes_nothing(run, manifest, tmp_path: Path) -> None:
     assert call(run, manifest, tmp_path) == 0
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*-seed*.png")}
-    scored = (tmp_path / "tiny/videos/scores.json").stat().st_mtime_ns
+    measured = (tmp_path / "tiny/videos/metrics.json").stat().st_mtime_ns
     assert call(run, manifest, tmp_path) == 0
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*-seed*.png")} == before
-    assert (tmp_path / "tiny/videos/scores.json").stat().st_mtime_ns == scored
+    assert (tmp_path / "tiny/videos/metrics.json").stat().st_mtime_ns == measured
 
 
 def test_one_run_that_cannot_be_used_does_not_stop_the_others(run, manifest, tmp_path: Path, capsys) -> None:
     absent = tmp_path / "absent"
-    assert call(run, manifest, tmp_path / "out", "--runs", str(absent), str(run)) == 1
+    assert call(run, manifest, tmp_path / "out", "--run", str(absent), str(run)) == 1
     printed = capsys.readouterr().out
     assert re_line(printed, "absent:")
-    assert "scores of 1 of 2 runs" in printed
+    assert "metrics of 1 of 2 runs" in printed
 
 
 def re_line(text: str, start: str) -> bool:
@@ -111,7 +111,7 @@ def test_bad_settings_are_named(run, manifest, tmp_path: Path, capsys, flags: li
 
 
 def test_runs_are_told_apart_by_as_much_of_their_path_as_it_takes() -> None:
-    assert list(names([Path("/a/x/one"), Path("/a/y/two")])) == ["one", "two"]
-    assert list(names([Path("/a/x/one"), Path("/a/y/one")])) == ["x-one", "y-one"]
-    with pytest.raises(ConfigError, match="given twice"):
-        names([Path("/a"), Path("/a")])
+    assert list(run_names([Path("/a/x/one"), Path("/a/y/two")])) == ["one", "two"]
+    assert list(run_names([Path("/a/x/one"), Path("/a/y/one")])) == ["x-one", "y-one"]
+    with pytest.raises(ConfigError, match="duplicate run"):
+        run_names([Path("/a"), Path("/a")])

@@ -43,6 +43,6 @@ def test_outside_a_job_nothing_moves(job: Path, monkeypatch) -> None:
 
 
 def test_relative_results_of_a_job_are_refused_by_key() -> None:
-    jobs.absolute_paths_needed({"run_dir": Path("/shared/x")})
+    jobs.require_absolute_paths({"run_dir": Path("/shared/x")})
     with pytest.raises(ConfigError, match=r"run_dir runs/x.*--set run_dir="):
-        jobs.absolute_paths_needed({"run_dir": Path("runs/x"), "extraction.out": Path("/shared/f")})
+        jobs.require_absolute_paths({"run_dir": Path("runs/x"), "extraction.out": Path("/shared/f")})

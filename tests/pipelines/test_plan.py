@@ -51,7 +51,7 @@ def write(tmp_path: Path):
     return write
 
 
-def described(path: Path, overrides: tuple[str, ...] = (), sha: str | None = None) -> dict[str, changes.Piece]:
+def described(path: Path, overrides: tuple[str, ...] = (), sha: str | None = None) -> dict[str, changes.Settings]:
     plan = plans.read(path, overrides)
     return changes.describe(plan, plans.resolve(plan), sha)
 
@@ -308,11 +308,13 @@ def test_every_field_of_a_plan_is_read_somewhere() -> None:
 def test_what_crosses_between_the_demo_s_stages_is_told() -> None:
     path = ROOT / "configs/plans/demo.yaml"
     images, clips, finest = plans.resolve(plans.read(path), str(path))
-    told = checks.crossing(images, clips)
+    told = checks.check_transition(images, clips)
     assert "dropped: y_embedder.embedding_table.weight" in told
     assert "class_to_text" in told
     assert "positions" not in told
-    assert "positions: 12x12 to 16x16 px; rescaled, every grid spans the same 0 to 4" in checks.crossing(clips, finest)
+    assert "positions: 12x12 to 16x16 px; rescaled, every grid spans the same 0 to 4" in checks.check_transition(
+        clips, finest
+    )
 
 
 def test_positions_that_are_not_rescaled_are_told_too() -> None:
@@ -353,8 +355,8 @@ def test_growing_between_stages_is_tried_and_told(write) -> None:
         }
         return plans.resolve(plans.read(write(stages=entries)))
 
-    told = checks.crossing(*stages(allow))
+    told = checks.check_transition(*stages(allow))
     assert "image block i is now block 2i" in told
     assert "dropped: y_embedder.embedding_table.weight, blocks.*.adaLN_modulation.1.weight" in told
     with pytest.raises(ConfigError, match=r"after one: .*\n.*conditioning .*needs init.allow: \[adaln_to_single\]"):
-        checks.crossing(*stages(allow[:3]))
+        checks.check_transition(*stages(allow[:3]))

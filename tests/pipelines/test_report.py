@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.html import duration, number, percent
+from pipelines.html import duration
 from pipelines.report import write_report
 from stdit.evaluation.pictures import cell_of, loss_curves, read_losses, smooth
+from stdit.evaluation.tables import number, percent
 
 
 def clip_of(frames: int = 4, side: int = 8) -> np.ndarray:
@@ -48,7 +49,7 @@ def save_metrics(run: Path, steps: int) -> Path:
     return run
 
 
-def scores_of(prompts: list[str], moving: bool = True) -> dict[str, Any]:
+def metrics_of(prompts: list[str], moving: bool = True) -> dict[str, Any]:
     """What evaluate() returns, for clips of which the first is right and the others are not."""
     both = {"class": [0.1, 0.9], "direction": [0.2, 0.8] if moving else None}
     accuracies = {"class_accuracy": 0.5, "direction_accuracy": 0.25 if moving else None}
@@ -65,8 +66,8 @@ def scores_of(prompts: list[str], moving: bool = True) -> dict[str, Any]:
         "real": {**accuracies, **distances, "intervals": both},
         "protocol": {"steps": 20, "guidance_scale": 3.0, "weights": "ema", "seeds": {"first": 0}},
         "clips": [
-            {"file": f"{i}.png", "prompt": p, "class": "7", "read": "7" if i == 0 else "1"}
-            | {"direction": "left" if moving else None, "moved": "left" if moving else None}
+            {"file": f"{i}.png", "prompt": p, "class": "7", "predicted_class": "7" if i == 0 else "1"}
+            | {"direction": "left" if moving else None, "predicted_direction": "left" if moving else None}
             for i, p in enumerate(prompts)
         ],
     }
@@ -79,11 +80,11 @@ def stages(tmp_path: Path) -> list[dict[str, Any]]:
     for name, frames in (("images", 1), ("clips", 4)):
         run, videos = save_metrics(tmp_path / name, 30), save_videos(tmp_path / name / "videos", prompts, frames)
         made.append({"name": name, "steps": 30, "seconds": 61.23, "run": run, "videos": videos})
-        made[-1] |= {"scores": scores_of(prompts, frames > 1), "checkpoint": run / "checkpoints/step-00000030"}
+        made[-1] |= {"metrics": metrics_of(prompts, frames > 1), "checkpoint": run / "checkpoints/step-00000030"}
     return made
 
 
-def test_every_stage_has_every_score_under_its_name(stages, tmp_path: Path) -> None:
+def test_every_stage_has_every_metric_under_its_name(stages, tmp_path: Path) -> None:
     paths = write_report(tmp_path / "out", "demo", stages, 777.77, {"clips": {"kept": 3}})
     report = json.loads(paths["report"].read_text())
     assert (report["plan"], report["seconds"], report["data"]) == ("demo", 777.8, {"clips": {"kept": 3}})
@@ -102,7 +103,7 @@ def test_every_stage_has_every_score_under_its_name(stages, tmp_path: Path) -> N
 
 def test_the_paths_returned_are_the_files_written(stages, tmp_path: Path) -> None:
     paths = write_report(tmp_path / "out", "demo", stages, 1.0)
-    assert set(paths) == {"report", "page", "curves", "sheet", "animation"}
+    assert set(paths) == {"report", "html", "curves", "sheet", "animation"}
     assert all(path.stat().st_size > 0 for path in paths.values())
     assert not list((tmp_path / "out").rglob("*.part*"))
     before = {path: path.read_bytes() for path in paths.values()}
@@ -111,7 +112,7 @@ def test_the_paths_returned_are_the_files_written(stages, tmp_path: Path) -> Non
 
 
 def test_the_page_stands_by_itself(stages, tmp_path: Path) -> None:
-    text = write_report(tmp_path / "out", "demo", stages, 1.0)["page"].read_text()
+    text = write_report(tmp_path / "out", "demo", stages, 1.0)["html"].read_text()
     assert not re.search(r'(?:src|srcset|href)="(?!data:image/(?:png|gif);base64,)', text)
     assert "http" not in text
     assert "prefers-color-scheme: dark" in text
@@ -122,25 +123,25 @@ def test_the_page_stands_by_itself(stages, tmp_path: Path) -> None:
 
 def test_text_from_outside_is_text_in_the_page(stages, tmp_path: Path) -> None:
     stages[1]["name"] = "<b>bold</b>"
-    page = write_report(tmp_path / "out", "<i>plan</i>", stages, 1.0, {"<u>": "<s>"})["page"].read_text()
+    page = write_report(tmp_path / "out", "<i>plan</i>", stages, 1.0, {"<u>": "<s>"})["html"].read_text()
     for tag in ("<b>bold", "<i>plan", "<u>", "<s>", "<script"):
         assert tag not in page
 
 
-def test_a_plan_without_scores_says_so(stages, tmp_path: Path) -> None:
-    bare = [{k: v for k, v in stage.items() if k != "scores"} for stage in stages]
+def test_a_plan_without_metrics_says_so(stages, tmp_path: Path) -> None:
+    bare = [{k: v for k, v in stage.items() if k != "metrics"} for stage in stages]
     paths = write_report(tmp_path / "out", "own", bare, 1.0)
     for stage in json.loads(paths["report"].read_text())["stages"]:
         for key in ("class_accuracy", "direction_accuracy", "frechet_distance", "classifier_accuracy", "real"):
             assert stage[key] is None
-    assert "n/a" in paths["page"].read_text()
+    assert "n/a" in paths["html"].read_text()
     assert paths["sheet"].is_file()
 
 
 def test_a_plan_without_videos_has_curves_alone(stages, tmp_path: Path) -> None:
     bare = [{k: stage[k] for k in ("name", "steps", "seconds", "run")} for stage in stages]
     paths = write_report(tmp_path / "out", "own", bare, 1.0)
-    assert set(paths) == {"report", "page", "curves"}
+    assert set(paths) == {"report", "html", "curves"}
 
 
 def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
@@ -155,11 +156,11 @@ def opened(picture: bytes) -> Image.Image:
     return Image.open(io.BytesIO(picture))
 
 
-def test_a_verdict_names_what_was_seen_and_marks_what_is_wrong() -> None:
-    row = {"prompt": "p", "class": "7", "read": "1", "direction": "left", "moved": "left"}
+def test_a_verdict_names_predictions_and_marks_what_is_wrong() -> None:
+    row = {"prompt": "p", "class": "7", "predicted_class": "1", "direction": "left", "predicted_direction": "left"}
     cell = cell_of(clip_of(), row)
-    assert (cell.verdict, cell.right) == ("read: 1 ✗ · left", False)
-    assert cell_of(clip_of(), row | {"read": "7"}).right is True
+    assert (cell.verdict, cell.right) == ("predicted: 1 ✗ · left", False)
+    assert cell_of(clip_of(), row | {"predicted_class": "7"}).right is True
     assert cell_of(clip_of(), {"prompt": "p"}).right is None
 
 

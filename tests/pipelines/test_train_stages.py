@@ -77,7 +77,11 @@ def write_plan(folder: Path) -> Path:
             "one": {"config": str(folder / "one.yaml")},
             "two": {"config": str(folder / "two.yaml"), "after": "one", "allow": ["class_to_text"]},
         },
-        "evaluation": {"prompts": 4, "sampler": {"steps": 2}, "scores": {"reader_steps": 5, "direction_column": None}},
+        "evaluation": {
+            "prompts": 4,
+            "sampler": {"steps": 2},
+            "metrics": {"classifier_steps": 5, "direction_column": None},
+        },
     }
     path = folder / "plan.yaml"
     path.write_text(yaml.safe_dump(plan, sort_keys=False))
@@ -161,7 +165,7 @@ def test_a_plan_survives_its_driver_and_its_workers_and_then_does_nothing(tmp_pa
     log = run.log.read_text()
     assert "extraction: " in log
     assert "is complete" in log, "what was extracted is not extracted again"
-    assert "stage 1/2 one: goes on from step-" in log
+    assert "stage 1/2 one: resumes from step-" in log
     assert "note: class_to_text" in log, "what crosses is said"
     for name in ("one", "two"):
         assert steps(out / name) == list(range(1, STEPS + 1)), "every step once, none twice, none missing"
@@ -217,7 +221,7 @@ def refused(capsys, plan: Path, *sets: str) -> str:
         ("extraction.text_encoder=null", "model.text_dim 16, but the plan's extraction has no text_encoder"),
         (
             "extraction.text_encoder.max_text_tokens=33",
-            "model.max_text_tokens 32, but the plan's extraction makes up to 33 tokens",
+            "model.max_text_tokens 32, but the plan's extraction gives up to 33 tokens",
         ),
         (
             "stages.two.overrides.model.pooled_dim=8",
@@ -256,39 +260,39 @@ def test_what_the_plan_cannot_read_is_an_error_before_training(tmp_path: Path, c
 
 
 def test_two_at_once_is_refused(tmp_path: Path, capsys) -> None:
-    from pipelines.record import only_one
+    from pipelines.record import lock_run_dir
 
     plan = write_plan(tmp_path)
-    with only_one(tmp_path / "run"):
-        assert "another train_stages is at work there (process" in refused(capsys, plan)
+    with lock_run_dir(tmp_path / "run"):
+        assert "another train_stages is running there (process" in refused(capsys, plan)
 
 
 def test_changes_that_are_allowed_set_results_aside_and_keep_the_rest(tmp_path: Path) -> None:
     from pipelines import plan as plans
-    from pipelines.runner import Walk
+    from pipelines.runner import PlanRunner
 
     path = write_plan(tmp_path)
 
-    def walk(*overrides: str, allow: bool = True) -> Walk:
+    def runner(*overrides: str, allow: bool = True) -> PlanRunner:
         plan = plans.read(path, overrides)
-        return Walk(plan, plans.resolve(plan), str(path), allow)
+        return PlanRunner(plan, plans.resolve(plan), str(path), allow)
 
-    first = walk()
-    for part, piece in first.parts().items():
-        first.record.begin(part, piece)
-    first.record.spend("two", 5.0)
+    first = runner()
+    for part, settings in first.parts().items():
+        first.record.start(part, settings)
+    first.record.add_seconds("two", 5.0)
     for name in ("one", "two", "features", "evaluation/two"):
         (tmp_path / "run" / name).mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"stages\.two\.seed"):
-        walk("seed=1", allow=False).settle_changes()
-    second = walk("stages.two.overrides.train.steps=3")
-    second.settle_changes()
+        runner("seed=1", allow=False).handle_changes()
+    second = runner("stages.two.overrides.train.steps=3")
+    second.handle_changes()
     left = {p.name for p in (tmp_path / "run").iterdir() if p.is_dir()}
     assert left == {"one", "features", "evaluation", "replaced"}
     assert {p.name for p in (tmp_path / "run" / "replaced").iterdir()} == {"two-1", "two-2"}, "the run and its videos"
     assert "stages.two" not in Record.read(tmp_path / "run").parts
     assert Record.read(tmp_path / "run").seconds == {}
-    second.settle_changes()  # Settled: the same plan again has nothing to say.
+    second.handle_changes()  # Settled: the same plan again has nothing to say.
 
 
 def test_a_run_made_by_hand_counts_for_what_it_says_it_is(tmp_path: Path, capsys) -> None:
@@ -305,16 +309,16 @@ def test_a_run_made_by_hand_counts_for_what_it_says_it_is(tmp_path: Path, capsys
 
 def test_features_that_other_plans_may_read_are_never_set_aside(tmp_path: Path) -> None:
     from pipelines import plan as plans
-    from pipelines.runner import Walk
+    from pipelines.runner import PlanRunner
 
     path = write_plan(tmp_path)
     elsewhere = f"extraction.out={tmp_path / 'shared'}"
     plan = plans.read(path, [elsewhere])
-    walk = Walk(plan, plans.resolve(plan), str(path), True)
-    walk.record.begin("extraction", walk.parts()["extraction"])
+    runner = PlanRunner(plan, plans.resolve(plan), str(path), True)
+    runner.record.start("extraction", runner.parts()["extraction"])
     plan = plans.read(path, [elsewhere, "extraction.seed=1"])
     with pytest.raises(ConfigError, match=r"extraction\.out .*shared.* lies outside run_dir"):
-        Walk(plan, plans.resolve(plan), str(path), True).settle_changes()
+        PlanRunner(plan, plans.resolve(plan), str(path), True).handle_changes()
 
 
 def test_setting_aside_never_overwrites(tmp_path: Path) -> None:

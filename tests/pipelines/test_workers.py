@@ -68,7 +68,7 @@ def test_the_first_signal_asks_and_the_second_is_the_usual_one(tmp_path: Path, c
     # A shell's background job begins with SIGINT ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with workers._asking_to_stop(file):
+        with workers._request_stop_on_signal(file):
             os.kill(os.getpid(), signal.SIGINT)
             assert file.exists()
             with pytest.raises(KeyboardInterrupt):
