@@ -213,7 +213,7 @@ def test_a_change_invalidates_what_is_made_from_it_and_nothing_else(write, overr
         assert same == (part not in parts)
 
 
-def test_a_change_is_told_by_key_with_old_and_new_values(write):
+def test_a_change_is_reported_by_key_with_old_and_new_values(write):
     found = changes.differences(described(write()), described(write(), ("stages.one.overrides.train.steps=4",)))
     assert {p: [str(c) for c in some] for p, some in found.items()} == {"stages.one": ["train.steps: 3 -> 4"]}
 
@@ -305,41 +305,41 @@ def test_every_field_of_a_plan_is_read_somewhere() -> None:
         assert set(schema.model_fields) <= read, schema.__name__
 
 
-def test_what_crosses_between_the_demo_s_stages_is_told() -> None:
+def test_transitions_between_the_demo_s_stages_are_reported() -> None:
     path = ROOT / "configs/plans/demo.yaml"
     images, clips, finest = plans.resolve(plans.read(path), str(path))
-    told = checks.check_transition(images, clips)
-    assert "dropped: y_embedder.embedding_table.weight" in told
-    assert "class_to_text" in told
-    assert "positions" not in told
+    report = checks.check_transition(images, clips)
+    assert "dropped: y_embedder.embedding_table.weight" in report
+    assert "class_to_text" in report
+    assert "positions" not in report
     assert "positions: 12x12 to 16x16 px; rescaled, every grid spans the same 0 to 4" in checks.check_transition(
         clips, finest
     )
 
 
-def test_positions_that_are_not_rescaled_are_told_too() -> None:
+def test_positions_that_are_not_rescaled_are_reported_too() -> None:
     path = ROOT / "configs/plans/demo.yaml"
     _, clips, finest = plans.resolve(plans.read(path, ["overrides.model.position_base=null"]), str(path))
     assert checks.positions(clips, clips) == []
-    assert "beyond those learned" in checks.positions(clips, finest)[0]
+    assert "exceed those of training" in checks.positions(clips, finest)[0]
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ("{position_base: null, position_reference: 16}", "each clip's size, against model.position_reference 16"),
         ("{positions: learned, position_grid: [4, 4], position_frames: 6}", "the centre of a table, model.position_grid [4, 4]"),
         ("{positions: none}", None),
     ],
 )  # fmt: skip
-def test_what_becomes_of_positions_depends_on_their_kind(change: str, said: str | None) -> None:
+def test_what_becomes_of_positions_depends_on_their_kind(change: str, message: str | None) -> None:
     path = ROOT / "configs/plans/demo.yaml"
     _, clips, finest = plans.resolve(plans.read(path, [f"overrides.model={change}"]), str(path))
-    told = checks.positions(clips, finest)
-    assert (said in told[0]) if said else told == []
+    report = checks.positions(clips, finest)
+    assert (message in report[0]) if message else report == []
 
 
-def test_growing_between_stages_is_tried_and_told(write) -> None:
+def test_growing_between_stages_is_tried_and_reported(write) -> None:
     """DiT's classes on images to captions on clips, blocks over time between, and told the rate."""
     old = {"conditioning": "adaln_zero", "temporal": False, "num_classes": 4, "depth": 2}
     new = {
@@ -355,8 +355,8 @@ def test_growing_between_stages_is_tried_and_told(write) -> None:
         }
         return plans.resolve(plans.read(write(stages=entries)))
 
-    told = checks.check_transition(*stages(allow))
-    assert "image block i is now block 2i" in told
-    assert "dropped: y_embedder.embedding_table.weight, blocks.*.adaLN_modulation.1.weight" in told
+    report = checks.check_transition(*stages(allow))
+    assert "image block i is now block 2i" in report
+    assert "dropped: y_embedder.embedding_table.weight, blocks.*.adaLN_modulation.1.weight" in report
     with pytest.raises(ConfigError, match=r"after one: .*\n.*conditioning .*needs init.allow: \[adaln_to_single\]"):
         checks.check_transition(*stages(allow[:3]))
