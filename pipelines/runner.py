@@ -246,6 +246,7 @@ class PlanRunner:
         self.handle_changes()
         self.prepare()
         self.handle_changes()  # Again: the manifest is known now.
+        checks.check_held_out(self.plan)
         self.extraction()
         lines = checks.stage_lines(self.plan, self.stages)
         for line in lines:

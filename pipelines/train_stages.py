@@ -38,6 +38,8 @@ def run_plan(
         job.require_absolute_paths({"run_dir": plan.run_dir, "extraction.out": plan.extract.out})
     stages = plans.resolve(plan, str(path))
     checks.check_early(plan, stages)
+    if plan.extract.manifest.exists():
+        checks.check_held_out(plan)
     if only_forecast:
         print("\n".join(checks.forecast_lines(plan, stages)), flush=True)
         return {}
