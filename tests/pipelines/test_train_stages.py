@@ -230,7 +230,10 @@ def refused(capsys, plan: Path, *sets: str) -> str:
         ("extraction.manifest=nowhere.jsonl", "extraction.manifest: nowhere.jsonl does not exist"),
         ("stages.one.config=nowhere.yaml", "stages.one.config: nowhere.yaml: cannot be read"),
         ("stages.one.overrides.train.stepz=1", "train.stepz: unknown key"),
-        ("evaluation.metrics.class_column=null", "evaluation.metrics.class_column is null, but the stage is class-cond"),
+        (
+            "evaluation.metrics.class_column=null",
+            "evaluation.metrics.class_column is null, but the stage is class-cond",
+        ),
         ("evaluation.sampler.scheduler=ddim", "evaluation.sampler: sampler.scheduler ddim "),
         ("evaluation.metrics.validation_split=test", "evaluation.metrics.validation_split 'test': no clip of "),
         ("evaluation.metrics.direction_column=heading", "direction_column: no column 'heading'; columns: "),
