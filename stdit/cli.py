@@ -107,7 +107,7 @@ VERBS = {
     "train-stages": Verb("run a plan: extract, train each stage, generate, evaluate", _train_stages),
     "forecast": Verb("clips per bucket, tokens, FLOPs and memory of a plan; starts nothing", _forecast),
     "generate": Verb("videos or images for a file of prompts", _generate),
-    "evaluate": Verb("score runs on held-out captions", _evaluate),
+    "evaluate": Verb("generate clips for held-out captions and compute metrics", _evaluate),
     "convert": Verb("convert weights between published layouts and ours", _convert),
     "transfer": Verb("initialise a model of another architecture from trained weights", _transfer),
     "summary": Verb("parameters, FLOPs and activation memory of a model", _summary),
