@@ -1,8 +1,8 @@
-"""What a plan's parts are made of, and which results a changed plan makes void. Pure.
+"""Settings of the parts of a plan, and the results that a changed plan invalidates. Pure.
 
 parts = describe(plan, stages)                # {"prepare": …, "extraction": …, "stages.NAME": …}
 changes = differences(recorded, parts)        # by key, with old and new values
-void = invalidated(changes, parts)            # the parts changed, and all that is made from them
+invalid = invalidated(changes, parts)         # the changed parts, and all that depend on them
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ Settings = dict[str, Any]
 
 
 def describe(plan: Plan, stages: Sequence[ResolvedStage], manifest_sha256: str | None = None) -> dict[str, Settings]:
-    """What each part is made of: `prepare`, `extraction`, `stages.NAME`, as flat mappings of dotted keys.
+    """Settings of each part (`prepare`, `extraction`, `stages.NAME`) as flat mappings of dotted keys.
 
-    Settings that change nothing in the result are left out. `manifest_sha256`: of the clips' manifest, where it exists.
+    Settings that do not affect the result are left out. `manifest_sha256`: of the clips' manifest, if it exists.
     """
-    pieces: dict[str, Settings] = {}
+    parts: dict[str, Settings] = {}
     if plan.prepare is not None:
-        pieces["prepare"] = _flat(plan.prepare.model_dump(mode="json"), ("out", "manifest"))
-    pieces["extraction"] = _flat(plan.extract.model_dump(mode="json"), EXTRACTION_RUNTIME_KEYS)
+        parts["prepare"] = _flat(plan.prepare.model_dump(mode="json"), ("out", "manifest"))
+    parts["extraction"] = _flat(plan.extract.model_dump(mode="json"), EXTRACTION_RUNTIME_KEYS)
     if manifest_sha256 is not None:
-        pieces["extraction"]["manifest_sha256"] = manifest_sha256
+        parts["extraction"]["manifest_sha256"] = manifest_sha256
     for stage in stages:
-        pieces[f"stages.{stage.name}"] = describe_stage(stage.config, plan.resources, stage.after)
-    return pieces
+        parts[f"stages.{stage.name}"] = describe_stage(stage.config, plan.resources, stage.after)
+    return parts
 
 
 def describe_stage(config: Config, resources: Resources, after: str | None) -> Settings:
@@ -60,19 +60,19 @@ def describe_stage(config: Config, resources: Resources, after: str | None) -> S
     }
 
 
-def parents(pieces: Mapping[str, Settings], part: str) -> list[str]:
-    """The parts that `part` is made from."""
+def parents(parts: Mapping[str, Settings], part: str) -> list[str]:
+    """The parts that `part` depends on."""
     if part == "prepare":
         return []
     if part == "extraction":
-        return ["prepare"] if "prepare" in pieces else []
-    after = pieces[part].get("after")
+        return ["prepare"] if "prepare" in parts else []
+    after = parts[part].get("after")
     return ["extraction", *([f"stages.{after}"] if after else [])]
 
 
-def fingerprint(pieces: Mapping[str, Settings], part: str) -> str:
-    """Hex digest of a part and of everything it is made from."""
-    whole = [pieces[part], [fingerprint(pieces, parent) for parent in parents(pieces, part)]]
+def fingerprint(parts: Mapping[str, Settings], part: str) -> str:
+    """Hex digest of a part and of everything that it depends on."""
+    whole = [parts[part], [fingerprint(parts, parent) for parent in parents(parts, part)]]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
@@ -89,7 +89,7 @@ def differences(recorded: Mapping[str, Settings], current: Mapping[str, Settings
 
 
 def invalidated(changed: Collection[str], current: Mapping[str, Settings]) -> dict[str, str]:
-    """Parts whose results no longer hold, with the reason: `changed` themselves, or made from one that is."""
+    """Parts whose results no longer hold, with the reason: `changed` themselves, or a dependency."""
     reasons: dict[str, str] = {}
     for part in current:  # Parents come before their children: describe() keeps the order of training.
         if part in changed:
@@ -101,6 +101,6 @@ def invalidated(changed: Collection[str], current: Mapping[str, Settings]) -> di
     return reasons
 
 
-def _flat(data: Mapping[str, Any], exclude: Sequence[str]) -> Piece:
+def _flat(data: Mapping[str, Any], exclude: Sequence[str]) -> Settings:
     """Dotted keys and values, without those of `exclude`."""
     return {key: value for key, value in flatten(data).items() if not matches(key, exclude)}
