@@ -74,7 +74,10 @@ def test_the_target_falls_from_one() -> None:
         ({"train": {"dynamic": {"target_flops_ratio": 0.5, "weight": -1.0}}}, r"weight.*found -1"),
         ({"train": {"dynamic": {"target_flops_ratio": 0.5, "full_model_prob": 2.0}}}, r"full_model_prob.*found 2"),
         ({"train": {"dynamic": {"tarjet": 0.5}}}, r"train.dynamic.tarjet: unknown key"),
-        ({"model": {"dynamic_width": False, "dynamic_tokens": False}}, "target_flops_ratio 0.5, but the model is static"),
+        (
+            {"model": {"dynamic_width": False, "dynamic_tokens": False}},
+            "target_flops_ratio 0.5, but the model is static",
+        ),
         ({"train": {"lora": {"rank": 2}}, "init": {"source": "x"}}, "train.lora and train.dynamic"),
         ({"train": {"control": {}}, "init": {"source": "x"}}, "train.control and train.dynamic"),
     ],
