@@ -3,16 +3,19 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP_ARGS ?=
+# One test worker a core; the groups of tests/conftest.py stay together.
 PYTEST_ARGS ?=
+PYTEST_PARALLEL ?= -n auto --dist loadgroup --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format clean
+.PHONY: help setup demo test test-all golden lint format clean
 
 help:
 	@echo "make demo      train a small text-to-video model in three stages, generate, evaluate, report (CPU, under 20 minutes)"
 	@echo "make test      the tests (CPU)"
 	@echo "make test-all  the slow tests too"
+	@echo "make golden    rewrite the golden losses in tests/golden/ (after a change that is meant to change them)"
 	@echo "make lint      ruff and pyright"
 	@echo "make format    ruff, rewriting files"
 	@echo "make clean     remove .venv and caches (runs/ stays)"
@@ -31,10 +34,13 @@ demo: setup
 	$(BIN)/python -m pipelines.train_stages --plan configs/plans/demo.yaml
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_PARALLEL) $(PYTEST_ARGS)
 
 test-all: setup
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_PARALLEL) $(PYTEST_ARGS)
+
+golden: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.golden tests/golden
 
 lint: setup
 	$(BIN)/ruff check .

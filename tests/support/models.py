@@ -21,6 +21,12 @@ TINY: dict[str, Any] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def reset_compiler() -> None:
+    """Compiled code belongs to functions, not models, and torch keeps eight a function: each test begins without any."""
+    torch._dynamo.reset()
+
+
 @pytest.fixture
 def settings() -> Callable[..., ModelConfig]:
     """A tiny ModelConfig with changes."""
