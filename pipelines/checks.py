@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pipelines import plan as plans
 from pipelines.plan import Plan, ResolvedStage
@@ -75,6 +76,36 @@ def check_held_out(plan: Plan) -> None:
             f"evaluation.metrics.validation_split {config.validation_split!r}: no clip of {plan.extract.manifest} is in "
             f"it; splits: {', '.join(map(str, source.splits))}"
         )
+
+
+def complete(plan: Plan, stages: Sequence[ResolvedStage]) -> list[ResolvedStage]:
+    """Stages with what their configs leave out (stdit.training.derive): from the features if they are extracted, else
+    from the manifest and the encoders' configs.
+
+    ConfigError, ManifestError: there is no manifest or encoder; a stage has no bucket to train on.
+    """
+    from stdit.training.derive import derive, is_complete
+
+    if all(is_complete(stage.config) for stage in stages):
+        return list(stages)
+    from pipelines.forecast import ManifestSource
+    from stdit.data.features import FeatureSet
+    from stdit.extract import expected_facts
+
+    check_manifest(plan)
+    extracted = (plan.extract.out / "index.json").is_file()
+    source = FeatureSet(plan.extract.out) if extracted else ManifestSource(plan.extract)
+    facts = source.facts() if isinstance(source, FeatureSet) else expected_facts(plan.extract)
+    completed: list[ResolvedStage] = []
+    for stage in stages:
+        data = stage.config.data
+        clips = source.select(data.train_split, plan.extract.buckets, data.where)
+        try:
+            config = derive(stage.config, facts, {key: len(ids) for key, ids in clips.items()})
+        except ConfigError as error:
+            raise ConfigError(f"{stage.source}: {error}") from error
+        completed.append(replace(stage, config=config))
+    return completed
 
 
 def check_manifest(plan: Plan) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import changes, checks, workers
-from pipelines.plan import Plan, ResolvedStage, available_cpus
+from pipelines.plan import Plan, ResolvedStage, available_cpus, resolve
 from pipelines.progress import Clock, StepLine
 from pipelines.record import Record, set_aside
 from stdit.config import Config, ConfigError, load_config
@@ -248,6 +248,7 @@ class PlanRunner:
         self.handle_changes()  # Again: the manifest is known now.
         checks.check_held_out(self.plan)
         self.extraction()
+        self.stages = checks.complete(self.plan, resolve(self.plan, self.path))  # as the features are now
         lines = checks.stage_lines(self.plan, self.stages)
         for line in lines:
             self.clock.say(line)

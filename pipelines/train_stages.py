@@ -36,7 +36,7 @@ def run_plan(
     plan = plans.read(path, overrides)
     if job.in_packaged_job() and checkout is None:
         job.require_absolute_paths({"run_dir": plan.run_dir, "extraction.out": plan.extract.out})
-    stages = plans.resolve(plan, str(path))
+    stages = checks.complete(plan, plans.resolve(plan, str(path)))
     checks.check_early(plan, stages)
     if plan.extract.manifest.exists():
         checks.check_held_out(plan)

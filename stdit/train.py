@@ -57,6 +57,7 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
     from stdit.diffusion.objectives import make_objective
     from stdit.training import resume
     from stdit.training.checks import check
+    from stdit.training.derive import complete
     from stdit.training.distributed import world_size
     from stdit.training.ema import EMA
     from stdit.training.engine import Engine, start_ranks
@@ -65,6 +66,7 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
     from stdit.training.tracking import Tracker
     from stdit.training.validation import Preview
 
+    config = complete(config)
     data = check(config)
     if resume.finished(config, data, world_size()):
         return config.run_dir

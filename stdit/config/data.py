@@ -216,13 +216,30 @@ class ExtractConfig(Frozen):
 class DataConfig(Frozen):
     """Which extracted features a training run reads."""
 
-    # The `out` of an extraction; or `synthetic`: data made on the spot, to show that a launch works.
     features: Path | Literal["synthetic"]
-    buckets: Annotated[tuple[TrainBucket, ...], Field(min_length=1), AfterValidator(_unique)]
+    """The `out` of an extraction; or `synthetic`: random data, to test a launch."""
+    buckets: Annotated[tuple[TrainBucket, ...], Field(min_length=1), AfterValidator(_unique)] = ()
+    """Shapes to train on, each with its batch size. Left out: all buckets of the features that hold training clips (of an
+    image model, those of one frame)."""
+    batch_size: Positive | None = None
+    """Where `buckets` is left out: samples of the largest bucket per rank and micro-batch (default 1); smaller buckets take
+    as many more as they have fewer tokens."""
     where: tuple[Where, ...] = ()
+    """Conditions on manifest columns that a training or validation clip must meet."""
     train_split: str = "train"
+    """Split to train on."""
     validation_split: str = "validation"
+    """Split of validation losses and sample grids."""
     workers: NonNegative = 0
+    """Threads of each rank that read ahead; 0: none."""
+
+    @model_validator(mode="after")
+    def _sizes(self) -> DataConfig:
+        if self.buckets and self.batch_size is not None:
+            raise ValueError(
+                f"batch_size {self.batch_size} is for buckets that follow from the features; these state their own"
+            )
+        return self
 
 
 # --------------------------------------------------------------------------------- shapes of clips

@@ -50,9 +50,9 @@ class DiffusionConfig(Frozen):
     """Standard deviation of the logit-normal distribution."""
     flow_shift: float = Field(default=1.0, gt=0)
     """Timestep shift of training and sampling, t' = s t / (1 + (s - 1) t); above 1 spends more steps on noisy timesteps."""
-    shift_base: tuple[Positive, Positive, Positive] | None = None
+    shift_base: tuple[Positive, Positive, Positive] | Literal["auto"] | None = None
     """Latent (frames, height, width) at which the shift is `flow_shift`; a larger latent is shifted further, by
-    sqrt(area ratio) * sqrt(frames ratio). null: the same shift at every size."""
+    sqrt(area ratio) * sqrt(frames ratio). auto: the smallest latent of the features. null: the same shift at every size."""
     noise_schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"
     """Beta schedule (ddpm), by diffusers' names."""
     num_train_timesteps: Positive = 1000

@@ -22,6 +22,7 @@ def shift_for(config: DiffusionConfig, latent: tuple[int, int, int]) -> float:
     """
     if config.shift_base is None:
         return config.flow_shift
+    assert config.shift_base != "auto", "stdit.training.derive resolves it"
     frames, height, width = latent
     base_frames, base_height, base_width = config.shift_base
     return config.flow_shift * math.sqrt(height * width / (base_height * base_width)) * math.sqrt(frames / base_frames)

@@ -1,0 +1,100 @@
+"""Settings that a config leaves out because its features determine them.
+
+    config = complete(config)                  # opens data.features if something is left out
+    config = derive(config, facts, clips)      # pure
+
+A setting is left out when no file and no `--set` names it; an explicit value, null too, is kept and checked by
+stdit.training.checks. What can be left out:
+
+| setting                       | follows from                                                              |
+|-------------------------------|---------------------------------------------------------------------------|
+| model.in_channels             | channels of the latents                                                   |
+| model.text_dim, pooled_dim    | widths of the text features, where the config names no num_classes either |
+| model.max_text_tokens         | tokens of the longest caption                                             |
+| data.buckets                  | the buckets that hold training clips; of an image model those of one frame. Batch sizes: data.batch_size |
+| diffusion.shift_base: auto    | the smallest latent of the features                                       |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stdit.config import Bucket, Config, ConfigError, TrainBucket, token_grid, validate
+
+if TYPE_CHECKING:
+    from stdit.data.features import FeatureFacts
+
+
+def is_complete(config: Config) -> bool:
+    """Whether the config states everything that could follow from features."""
+    return not _missing(config) and bool(config.data.buckets) and config.diffusion.shift_base != "auto"
+
+
+def complete(config: Config) -> Config:
+    """`config` with what it leaves out, from the features that it names. ConfigError: they don't exist or don't fit."""
+    if is_complete(config):
+        return config
+    if not isinstance(config.data.features, Path):
+        if config.data.buckets and config.diffusion.shift_base != "auto":
+            return config  # synthetic features follow the model
+        raise ConfigError("data.features synthetic: data.buckets and diffusion.shift_base cannot follow from it")
+    from stdit.data.features import FeatureSet
+
+    features = FeatureSet(config.data.features)
+    buckets = [Bucket.parse(key) for key in features.index["buckets"]]
+    found = features.select(config.data.train_split, buckets, config.data.where)
+    return derive(config, features.facts(), {key: len(ids) for key, ids in found.items()})
+
+
+def derive(config: Config, facts: FeatureFacts, clips: Mapping[str, int]) -> Config:
+    """`config` with what it leaves out, all of it explicit. clips: training clips by bucket key, after `data.where`.
+
+    ConfigError: no bucket holds training clips that the model can take.
+    """
+    if is_complete(config):
+        return config
+    data = config.model_dump(mode="json")
+    for name in _missing(config):
+        if (value := getattr(facts, name)) is not None:
+            data["model"][name] = value
+    if not config.data.buckets:
+        data["data"]["buckets"] = [b.model_dump() for b in _buckets(config, facts, clips)]
+        data["data"]["batch_size"] = None
+    if config.diffusion.shift_base == "auto":
+        data["diffusion"]["shift_base"] = list(facts.smallest_latent)
+    return validate(data, Config, f"{config.name}, completed from its features")
+
+
+def _missing(config: Config) -> list[str]:
+    """Keys of `model` that follow from features."""
+    named = config.model.model_fields_set
+    missing = [] if "in_channels" in named else ["in_channels"]
+    if not named & {"text_dim", "num_classes"}:
+        missing += ["text_dim", "max_text_tokens", *([] if config.model.pooled_text else ["pooled_dim"])]
+    elif config.model.text_dim is not None:
+        missing.append("max_text_tokens")
+    return [name for name in missing if name not in named]
+
+
+def _buckets(config: Config, facts: FeatureFacts, clips: Mapping[str, int]) -> list[TrainBucket]:
+    """Buckets with training clips. The largest has data.batch_size samples, smaller ones as many more as they have
+    fewer tokens."""
+    model, usable = config.model, [key for key in facts.latents if clips.get(key)]
+    if not model.has_time:
+        usable = [key for key in usable if facts.latents[key][0] == 1]
+    if not usable:
+        kind = "" if model.has_time else " of one frame (model.temporal is false)"
+        raise ConfigError(
+            f"data.buckets is left out, but no bucket{kind} of {config.data.features} holds a clip of split "
+            f"{config.data.train_split!r}; its buckets: {', '.join(facts.latents)}"
+        )
+    tokens = {key: math.prod(token_grid(facts.latents[key], model.patch_size, f"bucket {key}")) for key in usable}
+    most, size = max(tokens.values()), config.data.batch_size or 1
+    made: list[TrainBucket] = []
+    for key in usable:
+        shape: dict[str, Any] = Bucket.parse(key).model_dump()
+        made.append(TrainBucket(**shape, batch_size=max(1, min(size * most // tokens[key], clips[key]))))
+    return made
