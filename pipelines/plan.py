@@ -67,8 +67,8 @@ class Stage(Frozen):
     """One training run: the file `config` with the plan's and the stage's `overrides`. The plan sets run_dir, name,
     seed, data.features and, with `after`, init."""
 
-    config: Path
-    """Config file of the stage (stdit.config.Config)."""
+    config: Path | None = None
+    """Config file of the stage (docs/config.md: train). null: `overrides` is the whole config."""
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Settings that replace those of `config`."""
     after: str | None = None
@@ -252,9 +252,9 @@ def resolve(plan: Plan, path: str = "plan") -> list[ResolvedStage]:
 
 def _resolve_one(plan: Plan, name: str, path: str) -> ResolvedStage:
     stage = plan.stages[name]
-    source = f"{path}: stages.{name} ({stage.config})"
+    source = f"{path}: stages.{name}" + (f" ({stage.config})" if stage.config else "")
     try:
-        data = read_extended(stage.config)
+        data = read_extended(stage.config) if stage.config else {}
     except ConfigError as error:
         raise ConfigError(f"{path}: stages.{name}.config: {error}") from error
     data = merge(merge(data, plan.overrides), stage.overrides)

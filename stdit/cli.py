@@ -35,6 +35,10 @@ def _pipeline(name: str, prog: str, arguments: Sequence[str]) -> int | None:
 # ------------------------------------------------------------------------------------------- verbs
 
 
+def _init(arguments: list[str]) -> int | None:
+    return _main("stdit.init", arguments)
+
+
 def _extract(arguments: list[str]) -> int | None:
     from stdit.config import ExtractConfig, load_config
     from stdit.extract import arguments as parser
@@ -102,6 +106,7 @@ def _summary(arguments: list[str]) -> int | None:
 
 
 VERBS = {
+    "init": Verb("manifest and plan for a folder of clips", _init),
     "extract": Verb("encode clips and captions into feature shards", _extract),
     "train": Verb("train one config", _train),
     "train-stages": Verb("run a plan: extract, train each stage, generate, evaluate", _train_stages),

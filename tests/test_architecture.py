@@ -35,6 +35,7 @@ LEVELS = {
     "stdit.inference": 3,
     "stdit.evaluation": 3,
     "stdit.train": 4,
+    "stdit.init": 4,
     "stdit.extract": 4,
     "stdit.generate": 4,
     # Generates what is missing.
