@@ -115,6 +115,9 @@ class TrainConfig(Frozen):
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """float32 matrix products (torch.set_float32_matmul_precision). high: TF32 on CUDA; medium: bfloat16 products where
     the processor has faster ones."""
+    cpu_matmul_backend: Literal["auto", "onednn", "torch"] = "auto"
+    """Library of float32 linear layers on a CPU. auto: oneDNN on AMD processors with AVX-512, where torch's own (MKL) is
+    slower; else torch."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage: 1 shards the optimizer state, 2 gradients too, 3 weights too."""
     activation_checkpointing: bool = False

@@ -1,11 +1,12 @@
-"""float32 products of linear layers by oneDNN instead of torch's default (MKL), on CPUs.
+"""float32 products of linear layers by oneDNN instead of torch's default (MKL), on CPUs where that is faster.
 
-    names = apply(model)     # layers stay nn.Linear, state_dict and all; apply again after adding layers
-    remove(model)            # plain again
+    set_backend(model, "auto")     # whichever is faster on this processor; call again after adding layers
+    apply(model); remove(model)    # oneDNN's; torch's
 
 torch multiplies float32 with MKL, which uses half of the vector width of processors other than Intel's; oneDNN, which
-torch ships for bfloat16 and convolutions, uses all of it. One thread of an EPYC (Zen 5): 118 against 265 GFLOP/s at
-256 x 384 x 1536, forward and backward alike. Results differ in the last digits, as between two machines.
+torch ships for bfloat16 and convolutions, uses all of it. torch / oneDNN, seconds of one thread, 256 rows, forward and
+backward: EPYC Zen 5 2.2 (265 GFLOP/s); EPYC Zen 4, which has half-width units, 1.0 at width 384 to 1.1 at 768; Intel Xeon with AMX
+0.67 to 0.90 in the weights' gradient. Results differ in the last digits, as between two machines.
 
 A layer's `forward` is replaced on the instance, as accelerate does it. Copies (copy.deepcopy) are applied too; pickles
 are plain. Calls that oneDNN cannot serve (other devices and types, autocast, torch.func, exports, ZeRO-3) go to F.linear.
@@ -13,18 +14,24 @@ are plain. Calls that oneDNN cannot serve (other devices and types, autocast, to
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-# Smaller weights keep torch's product: there is little to gain.
+log = logging.getLogger(__name__)
+
+# Smaller weights and fewer rows keep torch's product: there is nothing to gain (at one row: 0.6 to 0.9).
 MIN_WEIGHT = 2**15
+MIN_ROWS = 16
 
 # The operator is private to torch: it is used only while its signature is the one expected here.
 SCHEMA = (
@@ -64,7 +71,7 @@ def onednn_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and (bias is None or _fits(bias, weight))
         and not _is_transformed()
         and not torch.compiler.is_exporting()  # a program that is to run without us
-        and (torch.compiler.is_compiling() or x.numel() > 0)
+        and (torch.compiler.is_compiling() or x.numel() >= MIN_ROWS * weight.shape[1])
     )
 
 
@@ -195,19 +202,21 @@ def apply(model: nn.Module) -> list[str]:
 
     Left alone: small layers, subclasses of nn.Linear, and layers whose forward something else has replaced.
     """
-    if not _AVAILABLE:
-        return []
-    names = []
-    for name, layer in model.named_modules():
-        if type(layer) is not nn.Linear or layer.in_features * layer.out_features < MIN_WEIGHT:
-            continue
-        if not is_applied(layer):
+    layers = _eligible(model)
+    for layer in layers.values():
+        layer.forward = MethodType(forward, layer)
+    return list(layers)
+
+
+def _eligible(model: nn.Module) -> dict[str, nn.Linear]:
+    layers = {}
+    for name, layer in model.named_modules() if _AVAILABLE else ():
+        if type(layer) is nn.Linear and layer.in_features * layer.out_features >= MIN_WEIGHT:
             own = layer.__dict__.get("forward")
-            if own is not None and getattr(own, "__func__", None) is not nn.Linear.forward:  # the latter: unpickled
-                continue
-            layer.forward = MethodType(forward, layer)
-        names.append(name)
-    return names
+            # A pickled layer keeps nn.Linear's.
+            if own is None or getattr(own, "__func__", None) in (forward, nn.Linear.forward):
+                layers[name] = layer
+    return layers
 
 
 def remove(model: nn.Module) -> None:
@@ -220,3 +229,42 @@ def remove(model: nn.Module) -> None:
 def is_applied(layer: nn.Module) -> bool:
     """Whether `layer` itself computes by oneDNN where it can."""
     return getattr(layer.__dict__.get("forward"), "__func__", None) is forward
+
+
+# --------------------------------------------------------------------------------------- choice
+
+Backend = Literal["auto", "onednn", "torch"]
+
+
+def set_backend(model: nn.Module, backend: Backend = "auto") -> list[str]:
+    """Applies or removes oneDNN's products; names of the layers where they are applied. auto: what `preferred` says."""
+    chosen, reason = preferred() if backend == "auto" else (backend, "as configured")
+    names = apply(model) if chosen == "onednn" else []
+    if not names:
+        remove(model)
+    log.info("float32 products on the CPU: oneDNN in %d layers (%s)", len(names), reason)
+    return names
+
+
+def preferred() -> tuple[Literal["onednn", "torch"], str]:
+    """The faster library on this processor, and why.
+
+    Goes by the vendor, as MKL itself does, and measures nothing: a measurement beside other programs may come out either
+    way, and a resumed run has to multiply as the run before it did.
+    """
+    if not _AVAILABLE:
+        return "torch", "no AVX-512, or a torch whose oneDNN operator is not the one expected"
+    vendor = _vendor()
+    if vendor == "AuthenticAMD":
+        return "onednn", f"{vendor}: MKL uses half of the vector width"
+    return "torch", f"{vendor or 'unknown vendor'}: MKL is as fast or faster"
+
+
+@cache
+def _vendor() -> str | None:
+    """The processor's vendor_id, on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), None)
