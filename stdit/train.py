@@ -55,6 +55,7 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
     # Late, so that `--help` and wrong configs are answered at once.
     from stdit.data.loader import Loader
     from stdit.diffusion.objectives import make_objective
+    from stdit.ops import onednn
     from stdit.training import resume
     from stdit.training.checks import check
     from stdit.training.derive import complete
@@ -77,6 +78,8 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
     with closing(Tracker(config, place.step, ranks.first)) as tracker:
         tracker.say(describe(config, place, ranks))
         model = prepare(resume.make_model(config, place, ranks, tracker.say), config)
+        if ranks.device.type == "cpu":
+            onednn.set_backend(model, config.train.cpu_matmul_backend)
         engine = Engine(model, config, ranks, resume.needs_conversion(place, config.train.zero_stage, ranks.size))
         ema = EMA(engine.masters, config.train.ema)
         if place.checkpoint:

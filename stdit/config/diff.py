@@ -28,6 +28,7 @@ TRAINING_RUNTIME_KEYS = (
     "train.activation_checkpointing",
     "train.attention_backend",
     "train.matmul_precision",
+    "train.cpu_matmul_backend",
     "train.compile",
     "train.deepspeed",
     "validation",

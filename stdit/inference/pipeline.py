@@ -52,6 +52,7 @@ from stdit.inference.prompts import check_text
 from stdit.models.control import STDiTControl
 from stdit.models.sampling import Sampled, micro_conditions
 from stdit.models.stdit import STDiT
+from stdit.ops import onednn
 from stdit.training import checkpoint
 
 Weights = Literal["ema", "model"]
@@ -81,6 +82,9 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
     _optional_components = [  # noqa: RUF012 (diffusers' own declaration)
         "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3", "control"
     ]  # fmt: skip
+
+    # Who multiplies float32 matrices on a CPU: "auto", "onednn" or "torch" (stdit.ops.onednn).
+    cpu_matmul_backend: onednn.Backend = "auto"
 
     transformer: STDiT
     scheduler: Any
@@ -241,6 +245,9 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
         check_output(output_type, callback_on_step_end_tensor_inputs)
         self._check_scheduler()
         settings, device = self.transformer.settings, self._execution_device
+        if device.type == "cpu":
+            for part in filter(None, (self.transformer, self.control)):
+                onednn.set_backend(part, self.cpu_matmul_backend)
         check_channels(guidance_channels, settings.in_channels)
         scale = checked_scale(guidance_scale)
         clip = Bucket(frames=num_frames, height=height, width=width)

@@ -108,6 +108,7 @@ def test_onednn_adds_no_graph_and_compiles_no_bucket_twice(
     tiny: Tiny, noise: Noise, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onednn, "MIN_WEIGHT", 1)
+    monkeypatch.setattr(onednn, "MIN_ROWS", 1)
     counts = []
     for by_onednn in (False, True):
         nothing_is_compiled()
@@ -140,6 +141,7 @@ def test_compiled_blocks_train_to_the_same_gradients(
     tiny: Tiny, noise: Noise, recompute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onednn, "MIN_WEIGHT", 1)
+    monkeypatch.setattr(onednn, "MIN_ROWS", 1)
     gradients = []
     for compiled in (False, True):
         model = tiny(**MODELS["stdit"]).train()
@@ -157,6 +159,7 @@ def test_compiled_blocks_train_to_the_same_gradients(
 @pytest.mark.parametrize("name", ["dit", "stdit"])
 def test_inductor_gives_the_same(tiny: Tiny, noise: Noise, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "MIN_WEIGHT", 1)
+    monkeypatch.setattr(onednn, "MIN_ROWS", 1)
     model = tiny(**MODELS[name])
     onednn.apply(model)
     expected = [model(**inputs(model, noise, bucket)).sample for bucket in BUCKETS[:3]]
