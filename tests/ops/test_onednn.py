@@ -319,7 +319,7 @@ def test_adapters_around_layers_train_and_unload(
         found.append((y, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
         assert any("lora_A" in name for name in found[-1][1])
         model.unload_lora()
-        assert type(model.blocks[0].attn.qkv) is nn.Linear
+        assert type(model.get_submodule("blocks.0.attn.qkv")) is nn.Linear
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
