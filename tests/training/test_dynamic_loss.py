@@ -172,7 +172,7 @@ def test_a_static_run_goes_on_dynamic_and_learns_its_target(solo: Pool, tmp_path
         "validation": {"every": 40, "samples": 4},
     }
     seen = solo(run, merge(settings(tmp_path / "dynamic"), changes))[0]
-    assert "new: blocks.*.dynamic.heads.weight" in seen["said"]
+    assert "newly initialised: blocks.*.dynamic.heads.weight" in seen["said"]
     shares = [line["compute"] for line in seen["metrics"]]
     assert shares[0] > 0.95
     assert sum(shares[-10:]) / 10 == pytest.approx(0.6, abs=0.1)
