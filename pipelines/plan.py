@@ -60,7 +60,11 @@ class Extraction(ExtractConfig):
     """An extraction; `out` defaults to RUN_DIR/features, `manifest` to that of `prepare`."""
 
     manifest: Path = Path()
+    """Manifest of the clips; default: that of `prepare`."""
     out: Path = Path()
+    """Folder of the features; default: RUN_DIR/features."""
+    workers: Positive | Literal["auto"] = 1  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Actors that extract, each with the encoders; `auto`: one for each of this machine's CPUs."""
 
 
 class Stage(Frozen):
@@ -194,7 +198,8 @@ class Plan(Frozen):
         config = self.extraction
         manifest = self.prepared if self.prepared and config.manifest == Path() else config.manifest
         out = self.run_dir / "features" if config.out == Path() else config.out
-        return config.model_copy(update={"manifest": manifest, "out": out})
+        workers = available_cpus() if config.workers == "auto" else config.workers
+        return config.model_copy(update={"manifest": manifest, "out": out, "workers": workers})
 
 
 @dataclass(frozen=True)

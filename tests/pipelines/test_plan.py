@@ -294,6 +294,21 @@ def test_the_demo_goes_from_classes_to_captions_to_larger_and_longer_clips(monke
     assert all(stage.config.train.zero_stage > 0 for stage in (first, second, third))
 
 
+def test_auto_takes_the_cores_there_are(write, monkeypatch) -> None:
+    """Four, two and one core: two workers share them, extraction has one each."""
+    path = write({"resources": {"workers": 2, "cpus_per_worker": "auto"}, "evaluation": {"threads": "auto"}})
+    described_parts = []
+    for cores, threads in ((4, 2), (2, 1), (1, 1)):
+        monkeypatch.setattr(plans, "available_cpus", lambda cores=cores: cores)
+        plan = plans.read(path, ["extraction.workers=auto"])
+        assert (plan.resources.threads, plan.resources.cpus) == (threads, 2 * threads)
+        assert plan.extract.workers == cores
+        assert plan.evaluation is not None
+        assert plan.evaluation.threads_each == cores
+        described_parts.append(described(path, ("extraction.workers=auto",)))
+    assert described_parts[0] == described_parts[1] == described_parts[2], "other cores are no change"
+
+
 def test_every_field_of_a_plan_is_read_somewhere() -> None:
     read = {
         node.attr
