@@ -131,7 +131,7 @@ def test_an_autoencoders_mean_and_std_are_kept_in_its_own_precision(tmp_path: Pa
 
 
 def test_a_stride_takes_every_nth_frame_and_slows_the_clip_down(tmp_path: Path) -> None:
-    config = clip_folder.config(tmp_path, rows(tmp_path, 6), frame_stride=2, window="center")
+    config = clip_folder.config(tmp_path, rows(tmp_path, 6), frame_stride=2, clip_window="center")
     features = FeatureSet(extract.run(config))
     sample = features.sample(5)
     with open_clip(tmp_path / "5.mp4") as reader:

@@ -1,4 +1,4 @@
-"""The schema of data: buckets, encoders, extraction, and what training reads of it.
+"""Schema of buckets, encoders, extraction and training data.
 
 stdit.config passes these names on; import them from there.
 """
@@ -17,11 +17,14 @@ from stdit.config.load import ConfigError
 
 
 class Bucket(Frozen):
-    """A shape, in pixels, that clips are cut to; batches hold one bucket only."""
+    """A clip shape in pixels. A batch holds clips of one bucket."""
 
     frames: Positive
+    """Frames of a clip; 1 for images."""
     height: Positive
+    """Height in pixels."""
     width: Positive
+    """Width in pixels."""
 
     @property
     def key(self) -> str:
@@ -37,16 +40,19 @@ class Bucket(Frozen):
 
 
 class ExtractBucket(Bucket):
-    """The share `keep_probability` of the clips that fit stays here; the rest goes on to the next fitting bucket."""
+    """A bucket that extraction crops and resizes clips to."""
 
     keep_probability: Share = 1.0
+    """Share of the clips fitting this bucket that it keeps; the others go to the next bucket that they fit."""
 
 
 class TrainBucket(Bucket):
-    """`batch_size`: samples of this shape per rank and micro-batch. `weight`: how often, against the others, per sample held."""
+    """A bucket that training draws batches from."""
 
     batch_size: Positive
+    """Samples per rank and micro-batch."""
     weight: float = Field(default=1.0, gt=0)
+    """Sampling weight per clip, relative to the other buckets."""
 
 
 Buckets = TypeVar("Buckets", bound=tuple[Bucket, ...])
@@ -54,41 +60,49 @@ Buckets = TypeVar("Buckets", bound=tuple[Bucket, ...])
 
 def _unique(buckets: Buckets) -> Buckets:
     keys = [bucket.key for bucket in buckets]
-    if twice := sorted({key for key in keys if keys.count(key) > 1}):
-        raise ValueError(f"buckets listed twice: {', '.join(twice)}")
+    if repeated := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ValueError(f"buckets listed twice: {', '.join(repeated)}")
     return buckets
 
 
 class Where(Frozen):
-    """A condition on one manifest column."""
+    """A filter on one column of the manifest. A missing value passes no filter."""
 
     column: str
+    """Name of the column."""
     at_least: float | None = None
+    """Smallest value that passes."""
     at_most: float | None = None
+    """Largest value that passes."""
     one_of: tuple[str | int | float, ...] | None = None
+    """Values that pass."""
 
     @model_validator(mode="after")
-    def _some(self) -> Where:
+    def _check_any(self) -> Where:
         if self.at_least is None and self.at_most is None and self.one_of is None:
             raise ValueError(f"the condition on column {self.column!r} states none of at_least, at_most, one_of")
         return self
 
 
 class VideoEncoderConfig(Frozen):
-    """The autoencoder. `pixels`: none, the clip itself; `image`: a diffusers image autoencoder, per frame;
-    `video`: a diffusers video autoencoder. `path`: a local folder or hub id."""
+    """The autoencoder that turns clips into latents."""
 
     kind: Literal["pixels", "image", "video"] = "pixels"
+    """pixels: no autoencoder, the clip itself. image: a diffusers image autoencoder, applied per frame. video: a diffusers
+    video autoencoder."""
     path: str | None = None
+    """Folder or hub id of a diffusers autoencoder (kind image or video)."""
     subfolder: str | None = None
-    # `pixels` only: 1 (luma) or 3 (RGB).
+    """Subfolder of `path` that holds it, such as vae."""
     channels: Literal[1, 3] = 3
+    """Kind pixels: 1 (luma) or 3 (RGB)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    # `image` only: frames encoded or decoded at a time.
+    """Precision of the autoencoder and of the stored latents."""
     frames_at_once: Positive = 16
+    """Kind image: frames encoded or decoded per forward pass."""
 
     @model_validator(mode="after")
-    def _path(self) -> VideoEncoderConfig:
+    def _check_path(self) -> VideoEncoderConfig:
         if (self.kind == "pixels") != (self.path is None):
             raise ValueError(
                 f"kind {self.kind!r} {'takes no path' if self.path else 'needs a path (folder or hub id)'}"
@@ -101,19 +115,23 @@ MOST_TEXT_ENCODERS = 3
 
 
 class ByteT5Config(Frozen):
-    """A frozen T5 encoder over bytes (ByT5's tokens), drawn from `seed`: text features with nothing to download."""
+    """A frozen, randomly initialised T5 encoder over bytes (ByT5's tokenizer): text features without a download."""
 
     width: Positive = 64
+    """Width of the features (d_model)."""
     depth: Positive = 2
+    """Layers."""
     num_heads: Positive = 4
+    """Attention heads."""
     seed: NonNegative = 0
-    # T5Config.initializer_factor: how far the random weights reach.
+    """Seed of the weights."""
     initializer_factor: float = Field(default=1.0, gt=0)
+    """Scale of the initial weights (T5Config.initializer_factor)."""
 
 
 class TextEncoderConfig(Frozen):
-    """A T5, mT5, UMT5, ByT5 or CLIP text encoder by `path` (folder or hub id), or a random `byte_t5`; or several, whose
-    features are concatenated: their `tokens` one after another, or their `channels` side by side. Stable Diffusion 3:
+    """One text encoder (T5, mT5, UMT5, ByT5 or CLIP by `path`, or a random `byte_t5`), or several, concatenated along
+    `tokens` or `channels`. Stable Diffusion 3:
 
         tokens:
           - channels:
@@ -123,28 +141,34 @@ class TextEncoderConfig(Frozen):
     """
 
     path: str | None = None
+    """Folder or hub id of the encoder and its tokenizer."""
     subfolder: str | None = None
+    """Subfolder of `path` that holds the encoder, such as text_encoder."""
     tokenizer_subfolder: str | None = None
+    """Subfolder of `path` that holds the tokenizer, such as tokenizer."""
     byte_t5: ByteT5Config | None = None
+    """A random byte-level T5 in place of `path`."""
     max_text_tokens: Positive = 120
+    """Captions are truncated to so many tokens."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    # Which hidden states are the features: -2 are those that the last layer is given (SD3, SDXL), without the final norm.
-    # None: the model's own output.
+    """Precision of the encoder and of the stored text features."""
     layer: Annotated[int, Field(le=-1)] | None = None
-    # CLIP: whether its vector of the whole caption comes with the features. Those of several encoders are concatenated.
+    """Hidden states used as features: -2 is the input of the last layer, without the final norm (SD3, SDXL). null: the
+    encoder's output."""
     pooled: bool = False
-    # Whether captions are filled up to max_text_tokens with padding that is seen like any other token (Stable Diffusion).
+    """CLIP: store the pooled vector of the caption too. The vectors of several encoders are concatenated."""
     keep_padding: bool = False
+    """Pad captions to max_text_tokens and treat padding as tokens, unmasked (Stable Diffusion)."""
 
-    # Of unequal width, the narrower are filled with zeros.
     tokens: tuple[TextEncoderConfig, ...] | None = Field(default=None, min_length=2)
-    # Each must have as many tokens as the others.
+    """Encoders concatenated along the tokens; narrower features are zero-padded."""
     channels: tuple[TextEncoderConfig, ...] | None = Field(default=None, min_length=2)
-    # Zeros fill the features of one encoder, or of several concatenated, up to this width.
+    """Encoders concatenated along the channels; all have the same number of tokens."""
     width: Positive | None = None
+    """Zero-pad features to this width. null: the encoders' own width."""
 
     @model_validator(mode="after")
-    def _one(self) -> TextEncoderConfig:
+    def _check_kind(self) -> TextEncoderConfig:
         kinds = [name for name in ("path", "byte_t5", "tokens", "channels") if getattr(self, name) is not None]
         if len(kinds) != 1:
             found = f"found {' and '.join(kinds)}" if kinds else "found none"
@@ -168,7 +192,7 @@ class TextEncoderConfig(Frozen):
 
     @property
     def parts(self) -> tuple[TextEncoderConfig, ...]:
-        """What is concatenated; nothing of a single encoder."""
+        """The encoders, or groups of encoders, that are concatenated; empty for a single encoder."""
         return self.tokens or self.channels or ()
 
     @property
@@ -178,43 +202,54 @@ class TextEncoderConfig(Frozen):
 
     @property
     def feature_tokens(self) -> int:
-        """Tokens of the longest caption's features."""
+        """Tokens of the longest caption, over all encoders."""
         if self.tokens:
             return sum(part.feature_tokens for part in self.tokens)
         return self.channels[0].feature_tokens if self.channels else self.max_text_tokens
 
 
 class ExtractConfig(Frozen):
-    """Clips and captions in, feature shards out (`python -m pipelines.extract_features --config …`)."""
+    """Feature extraction: clips and captions in, feature shards out (`stdit extract --config …`)."""
 
     manifest: Path
+    """A folder of clips (NAME.mp4 with its caption in NAME.txt), or a .jsonl, .csv or .parquet manifest."""
     out: Path
-    # Tried from large to small area, then from long to short.
+    """Folder of the features."""
     buckets: Annotated[tuple[ExtractBucket, ...], Field(min_length=1), AfterValidator(_unique)]
-    # A bucket whose area is below this share of the largest bucket that the clip covers is not tried.
+    """Clip shapes. A clip goes to the largest resolution that it covers, then to the longest bucket that it fits."""
     min_area_ratio: Share = 0.0
+    """Smallest area of a bucket, relative to the largest bucket that the clip covers; smaller ones are not tried."""
     where: tuple[Where, ...] = ()
+    """Filters on columns of the manifest; a clip must pass all."""
     video_encoder: VideoEncoderConfig = VideoEncoderConfig()
-    # None: no text features (class-conditional or unconditional training).
+    """The autoencoder."""
     text_encoder: TextEncoderConfig | None = None
+    """The text encoder. null: no text features (class-conditional or unconditional training)."""
     decoder: Literal["auto", "decord", "pyav"] = "auto"
+    """Video decoder. auto: decord, and PyAV for what decord cannot read reliably."""
     decode_timeout_s: float = Field(default=60.0, gt=0)
-    # Frames taken from a clip longer than its bucket, and every how manieth.
-    window: Literal["first", "center"] = "first"
+    """Seconds after which decoding of a clip is given up."""
+    clip_window: Literal["first", "center"] = "first"
+    """Which frames of a clip longer than its bucket are taken."""
     frame_stride: Positive = 1
+    """Take every n-th frame; the frame rate is divided by n."""
     clips_per_shard: Positive = 512
+    """Clips per shard, the unit of work and of resuming."""
     batch_size: Positive = 16
-    # More undecodable clips than this share of those that `where` leaves is an error.
+    """Clips per forward pass of the autoencoder, captions per forward pass of the text encoder."""
     max_bad_share: Share = 0.05
-    # The manifest's column with the path of each clip's condition (depth, edges, …), encoded beside it for a control
-    # branch: a video of as many frames, or an image. None: no conditions.
+    """Share of the clips that may fail to decode before extraction is an error."""
     control_column: str | None = None
+    """Column with the path of each clip's control input (depth, edges, …): a video of as many frames, or an image.
+    null: none."""
     workers: Positive = 1
+    """Processes that extract (Ray actors under `pipelines.extract_features`)."""
     seed: NonNegative = 0
+    """Seed of keep_probability."""
 
 
 class DataConfig(Frozen):
-    """Which extracted features a training run reads."""
+    """The extracted features that a training run reads."""
 
     features: Path | Literal["synthetic"]
     """The `out` of an extraction; or `synthetic`: random data, to test a launch."""

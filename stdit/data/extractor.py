@@ -25,7 +25,7 @@ from stdit.data.features import EMPTY_CAPTION, INDEX, digest_of, packed, shard_p
 from stdit.data.manifest import Clip, problem
 from stdit.data.records import Outcome, Part
 from stdit.data.subprocess_decoder import SubprocessDecoder
-from stdit.data.transforms import frames_available, to_pixels, window
+from stdit.data.transforms import frame_indices, frames_available, to_pixels
 
 _Item = TypeVar("_Item")
 
@@ -154,7 +154,7 @@ class Extractor:
                 if isinstance(bucket, Dropped):
                     yield _Clip({**row, "status": "dropped", "reason": bucket.reason, "detail": bucket.detail})
                     continue
-                indices = window(info.frame_count, bucket.frames, config.frame_stride, config.window)
+                indices = frame_indices(info.frame_count, bucket.frames, config.frame_stride, config.clip_window)
                 frames, control = self.decoder.read(clip.file, indices, (bucket.height, bucket.width)), None
                 if column := config.control_column:
                     read = read_control(self.decoder, clip, column, info, indices, bucket)

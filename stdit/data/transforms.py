@@ -11,13 +11,13 @@ def frames_available(frame_count: int, stride: int) -> int:
     return 1 + (frame_count - 1) // stride
 
 
-def window(frame_count: int, frames: int, stride: int = 1, mode: str = "first") -> list[int]:
+def frame_indices(frame_count: int, frames: int, stride: int = 1, mode: str = "first") -> list[int]:
     """Indices of `frames` frames, every `stride`-th: from the clip's beginning ("first") or its middle ("center").
 
     Raises ValueError where the clip is too short: a frame is never repeated to fill a bucket.
     """
     if mode not in ("first", "center"):
-        raise ValueError(f"window {mode!r}: expected first or center")
+        raise ValueError(f"clip_window {mode!r}: expected first or center")
     span = (frames - 1) * stride + 1
     if span > frame_count:
         raise ValueError(f"{frames} frames at stride {stride} span {span} frames, the clip has {frame_count}")

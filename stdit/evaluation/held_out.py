@@ -12,7 +12,7 @@ import numpy as np
 from stdit.config import Bucket, EvaluationConfig
 from stdit.data.decoding import DecodeError, open_clip
 from stdit.data.manifest import Clip, Manifest, ManifestError, read
-from stdit.data.transforms import resize_crop, window
+from stdit.data.transforms import frame_indices, resize_crop
 from stdit.evaluation.classifier import DIRECTIONS, Frames
 from stdit.files import atomic_write
 
@@ -133,7 +133,7 @@ def load_clip(clip: Clip, shape: Bucket) -> Frames:
     with open_clip(clip.file, "pyav") as reader:
         if reader.frame_count < shape.frames:
             raise DecodeError(clip.file, f"has {reader.frame_count} frames, needs {shape.frames}")
-        return resize_crop(reader.get(window(reader.frame_count, shape.frames)), shape.height, shape.width)
+        return resize_crop(reader.get(frame_indices(reader.frame_count, shape.frames)), shape.height, shape.width)
 
 
 def load_clips(clips: Sequence[Clip], shape: Bucket) -> Iterator[tuple[Clip, Frames]]:

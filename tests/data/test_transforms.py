@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stdit.data.transforms import crop_box, frames_available, from_pixels, resize_crop, to_pixels, window
+from stdit.data.transforms import crop_box, frame_indices, frames_available, from_pixels, resize_crop, to_pixels
 
 
 @settings(max_examples=200, deadline=None)
@@ -14,22 +14,22 @@ def test_a_window_fits_exactly_when_enough_frames_are_available(
     count: int, frames: int, stride: int, mode: str
 ) -> None:
     if frames <= frames_available(count, stride):
-        indices = window(count, frames, stride, mode)
+        indices = frame_indices(count, frames, stride, mode)
         assert len(indices) == frames
         assert indices[0] >= 0
         assert indices[-1] < count
         assert set(np.diff(indices)) <= {stride}
     else:
         with pytest.raises(ValueError, match=f"span .* the clip has {count}"):
-            window(count, frames, stride, mode)
+            frame_indices(count, frames, stride, mode)
 
 
 def test_windows_begin_at_the_beginning_or_lie_in_the_middle() -> None:
-    assert window(9, 3, 1, "first") == [0, 1, 2]
-    assert window(9, 3, 1, "center") == [3, 4, 5]
-    assert window(9, 3, 4, "center") == [0, 4, 8]
-    with pytest.raises(ValueError, match="window 'last'"):
-        window(9, 3, 1, "last")
+    assert frame_indices(9, 3, 1, "first") == [0, 1, 2]
+    assert frame_indices(9, 3, 1, "center") == [3, 4, 5]
+    assert frame_indices(9, 3, 4, "center") == [0, 4, 8]
+    with pytest.raises(ValueError, match="clip_window 'last'"):
+        frame_indices(9, 3, 1, "last")
 
 
 @settings(max_examples=100, deadline=None)
