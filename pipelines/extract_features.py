@@ -21,11 +21,11 @@ from pipelines.workers import connect, disconnect
 from stdit.config import ExtractConfig, load_config, validate
 
 if TYPE_CHECKING:
-    from stdit.data.records import Outcome, Part
+    from stdit.data.records import ShardResult, ShardSpec
 
 
 class Worker:
-    """An actor: encoders and a decoding child, made once; a part in, its outcome out."""
+    """An actor with encoders and a decoding subprocess; maps shard specs to results."""
 
     def __init__(self, config: dict[str, Any], directory: str, threads: int) -> None:
         if os.path.isdir(directory):  # the driver's; elsewhere paths are absolute or mean what they say there
@@ -37,19 +37,19 @@ class Worker:
         self.extractor: Any = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """{"part": pickled Part} -> {"outcome": pickled Outcome, "error": ""}, or the error that stops the extraction."""
+        """{"spec": pickled ShardSpec} -> {"result": pickled ShardResult, "error": ""}, or the error that stops the extraction."""
         import torch
 
-        from stdit.extract import extractor
+        from stdit.extract import load_extractor
 
         try:
             # Not in the constructor: an encoder that is not there would come back as Ray's own traceback.
-            self.extractor = self.extractor or extractor(self.config)
-            outcome = self.extractor.extract(pickle.loads(row["part"]))
+            self.extractor = self.extractor or load_extractor(self.config)
+            result = self.extractor.extract(pickle.loads(row["spec"]))
         except (OSError, ValueError, torch.OutOfMemoryError) as error:
             # As a value: an exception would be tried again, and come back inside Ray's own traceback.
-            return {"outcome": b"", "error": f"{type(error).__name__}: {error}"}
-        return {"outcome": pickle.dumps(outcome), "error": ""}
+            return {"result": b"", "error": f"{type(error).__name__}: {error}"}
+        return {"result": pickle.dumps(result), "error": ""}
 
 
 def extract_features(config: ExtractConfig, overwrite: bool = False) -> Path:
@@ -57,21 +57,21 @@ def extract_features(config: ExtractConfig, overwrite: bool = False) -> Path:
 
     Raises what `stdit.extract.run` raises; OSError or ValueError also for what a worker met.
     """
-    from stdit.extract import begin, follow
+    from stdit.extract import collect, prepare
 
-    plan, todo = begin(config, overwrite)
+    plan, todo = prepare(config, overwrite)
     if not todo:
-        return follow(plan, (), ())
+        return collect(plan, (), ())
     how = connect(config.workers)
     try:
-        return follow(plan, todo, _outcomes(config, todo))
+        return collect(plan, todo, _results(config, todo))
     finally:
         if how == "started":
             disconnect()
 
 
-def _outcomes(config: ExtractConfig, todo: Sequence[Part]) -> Iterator[Outcome]:
-    """Outcomes of parts as they come in."""
+def _results(config: ExtractConfig, todo: Sequence[ShardSpec]) -> Iterator[ShardResult]:
+    """Results of shards as they come in."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
@@ -83,8 +83,8 @@ def _outcomes(config: ExtractConfig, todo: Sequence[Part]) -> Iterator[Outcome]:
     # Actors share GPUs where there are fewer of them than workers.
     gpus = min(1.0, have.get("GPU", 0) / workers)
     threads = max(1, (os.cpu_count() or 1) // workers)
-    parts = ray.data.from_items([{"part": pickle.dumps(part)} for part in todo], override_num_blocks=len(todo))
-    done = parts.map(
+    specs = ray.data.from_items([{"spec": pickle.dumps(spec)} for spec in todo], override_num_blocks=len(todo))
+    done = specs.map(
         cast(Any, Worker),
         fn_constructor_args=(config.model_dump(mode="json"), os.getcwd(), threads),
         compute=ActorPoolStrategy(size=workers),
@@ -94,7 +94,7 @@ def _outcomes(config: ExtractConfig, todo: Sequence[Part]) -> Iterator[Outcome]:
     for row in done.iter_rows():
         if row["error"]:
             raise OSError(row["error"])
-        yield pickle.loads(row["outcome"])
+        yield pickle.loads(row["result"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -109,9 +109,9 @@ def forecast(
     taken = dict.fromkeys(loader.counts, 0)
     steps = dict.fromkeys(loader.counts, 0)
     for _ in range(config.train.steps):
-        due = loader.due(taken)
-        taken[due.key] += loader.step_size(due)
-        steps[due.key] += 1
+        bucket = loader.next_bucket(taken)
+        taken[bucket.key] += loader.step_size(bucket)
+        steps[bucket.key] += 1
     text = text_length if config.model.text_dim is not None else 0
     element = 2 if config.train.precision == "bf16" else 4
     buckets, flops, activations, parameters = [], 0, 0, 0

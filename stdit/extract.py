@@ -1,10 +1,10 @@
-"""Clips and captions in, feature shards out: decode, crop to the bucket, encode, write. Idempotent, part by part.
+"""Clips and captions in, feature shards out: decode, crop to the bucket, encode, write. Idempotent; one shard is the unit of work.
 
     python -m stdit.extract --config configs/extract/digits.yaml                  # one process, without Ray
     python -m pipelines.extract_features --config configs/extract/digits.yaml     # the same on many workers
 
-Run again, it goes on where it stopped, does again what has changed at the source, and refuses a
-changed config. One clip that cannot be decoded stops nothing; more than `max_bad_share` do.
+A second run resumes where the first stopped, extracts changed sources again, and refuses a changed config.
+Clips that cannot be decoded are skipped, up to `max_bad_share` of them.
 """
 
 from __future__ import annotations
@@ -19,30 +19,32 @@ from stdit.config import ExtractConfig, load_config
 
 # Imported late, so that --help answers at once.
 if TYPE_CHECKING:
-    from stdit.data.extraction import Plan
+    from stdit.data.extraction import ExtractionPlan
     from stdit.data.extractor import Extractor
     from stdit.data.features import FeatureFacts
-    from stdit.data.records import Outcome, Part
+    from stdit.data.records import ShardResult, ShardSpec
 
 
-def plan_parts(config: ExtractConfig) -> Plan:
-    """Checks all that can be checked without opening a clip, and divides the manifest into parts of a shard each.
+def plan_shards(config: ExtractConfig) -> ExtractionPlan:
+    """Checks what can be checked without opening a clip, and divides the manifest into shards.
 
     Raises ManifestError: the manifest. ConfigError: an encoder that is not there, sizes that the
     autoencoder's compression does not divide.
     """
-    from stdit.data.extraction import divide
+    from stdit.data.extraction import plan_extraction
     from stdit.encoders.text_loading import feature_identity
     from stdit.encoders.video import load_video_encoder
 
     video = load_video_encoder(config.video_encoder)
     for bucket in config.buckets:
         video.check(bucket)
-    return divide(config, _decisive(video.identity, config.text_encoder and feature_identity(config.text_encoder)))
+    return plan_extraction(
+        config, _encoder_identities(video.identity, config.text_encoder and feature_identity(config.text_encoder))
+    )
 
 
-def _decisive(video: dict[str, Any], text: dict[str, Any] | None) -> dict[str, Any]:
-    """What of the encoders decides features: their weights and not where these lie. text: this of the text encoder."""
+def _encoder_identities(video: dict[str, Any], text: dict[str, Any] | None) -> dict[str, Any]:
+    """Identities of the encoders as far as they determine features: weights, not paths. text: `feature_identity`."""
     from stdit.encoders.source import UNCHECKED
 
     return {
@@ -69,8 +71,8 @@ def expected_facts(config: ExtractConfig) -> FeatureFacts:
     return feature_facts(video, text, config.buckets, len(clips.classes), rates)
 
 
-def extractor(config: ExtractConfig, device: str | None = None) -> Extractor:
-    """Loads the encoders, onto a GPU if there is one, for as many parts as there are to come. ConfigError: not there."""
+def load_extractor(config: ExtractConfig, device: str | None = None) -> Extractor:
+    """Loads the encoders, on a GPU if there is one. ConfigError: not found."""
     import torch
 
     from stdit.data.extractor import Extractor
@@ -81,51 +83,51 @@ def extractor(config: ExtractConfig, device: str | None = None) -> Extractor:
     video = load_video_encoder(config.video_encoder, device)
     text = load_text_encoder(config.text_encoder, device) if config.text_encoder else None
     return Extractor(
-        config, video, text, _decisive(video.identity, feature_identity_of(text.identity) if text else None)
+        config, video, text, _encoder_identities(video.identity, feature_identity_of(text.identity) if text else None)
     )
 
 
-def extract(config: ExtractConfig, part: Part) -> Path:
-    """Extracts one part unless it is up to date; the path of its shard (no file where none of its clips is kept)."""
+def extract_shard(config: ExtractConfig, spec: ShardSpec) -> Path:
+    """Extracts one shard unless it is up to date; returns its path (no file if none of its clips is kept)."""
     from stdit.data.features import shard_path
-    from stdit.data.records import stale
+    from stdit.data.records import stale_reason
 
-    if stale(config.out, part):
-        with extractor(config) as ready:
-            ready.extract(part)
-    return shard_path(config.out, part.number)
+    if stale_reason(config.out, spec):
+        with load_extractor(config) as extractor:
+            extractor.extract(spec)
+    return shard_path(config.out, spec.number)
 
 
-def unfinished(plan: Plan) -> tuple[list[Part], str]:
-    """The parts still to extract, because they are new or have changed, and a line that says why."""
+def pending_shards(plan: ExtractionPlan) -> tuple[list[ShardSpec], str]:
+    """Shards still to extract, because they are new or have changed, and a line that says why."""
     from stdit.data import extraction
 
-    return extraction.unfinished(plan)
+    return extraction.pending_shards(plan)
 
 
-def begin(config: ExtractConfig, overwrite: bool = False) -> tuple[Plan, list[Part]]:
-    """The plan, and the parts that are to be extracted now. Errors as `plan_parts` and `claim`. Prints what there is to do."""
-    from stdit.data.extraction import claim
+def prepare(config: ExtractConfig, overwrite: bool = False) -> tuple[ExtractionPlan, list[ShardSpec]]:
+    """The plan and the shards to extract; prints how many. Errors as `plan_shards` and `write_settings`."""
+    from stdit.data.extraction import write_settings
 
-    plan = plan_parts(config)
-    claim(plan, overwrite)
-    todo, line = unfinished(plan)
+    plan = plan_shards(config)
+    write_settings(plan, overwrite)
+    todo, line = pending_shards(plan)
     if todo:
         print(f"{config.out}: {line}", file=sys.stderr)
     return plan, todo
 
 
-def follow(plan: Plan, todo: Sequence[Part], outcomes: Iterable[Outcome]) -> Path:
-    """Shows progress while parts come in, and ends the extraction, early if too many clips are bad. Errors as `finish`."""
+def collect(plan: ExtractionPlan, todo: Sequence[ShardSpec], results: Iterable[ShardResult]) -> Path:
+    """Shows progress over the results, then completes the extraction; stops early at too many bad clips. Errors as `finish`."""
     from tqdm import tqdm
 
     from stdit.data.extraction import finish, read_report, report_lines
 
     bad = 0
-    with tqdm(total=sum(len(part.clips) for part in todo), desc="extract", unit="clip", disable=not todo) as bar:
-        for outcome in outcomes:
-            bad += outcome.bad
-            bar.update(outcome.clips)
+    with tqdm(total=sum(len(spec.clips) for spec in todo), desc="extract", unit="clip", disable=not todo) as bar:
+        for result in results:
+            bad += result.bad
+            bar.update(result.clips)
             if bad:
                 bar.set_postfix(bad=bad)
             if bad > plan.bad_allowed:
@@ -137,15 +139,15 @@ def follow(plan: Plan, todo: Sequence[Part], outcomes: Iterable[Outcome]) -> Pat
 
 
 def run(config: ExtractConfig, overwrite: bool = False) -> Path:
-    """The whole extraction in this process; the folder of features. A second call does nothing.
+    """Runs the extraction in this process; returns the folder of features. A second call does nothing.
 
     Raises ConfigError, ManifestError, ExtractionError (after report.json is written), OSError.
     """
-    plan, todo = begin(config, overwrite)
+    plan, todo = prepare(config, overwrite)
     if not todo:
-        return follow(plan, (), ())
-    with extractor(config) as ready:
-        return follow(plan, todo, map(ready.extract, todo))
+        return collect(plan, (), ())
+    with load_extractor(config) as extractor:
+        return collect(plan, todo, map(extractor.extract, todo))
 
 
 def arguments(program: str) -> argparse.ArgumentParser:
@@ -162,9 +164,9 @@ def arguments(program: str) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    given = arguments("python -m stdit.extract").parse_args(argv)
+    args = arguments("python -m stdit.extract").parse_args(argv)
     try:
-        out = run(load_config(given.config, ExtractConfig, given.set), given.overwrite)
+        out = run(load_config(args.config, ExtractConfig, args.set), args.overwrite)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(out)

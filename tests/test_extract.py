@@ -346,7 +346,7 @@ def test_a_changed_config_is_refused_key_by_key_unless_told(tmp_path: Path) -> N
     assert "frame_stride: 1 -> 2" in str(caught.value)
     assert "video_encoder.channels: 3 -> 1" in str(caught.value)
     assert times(config.out) == before
-    assert extract.unfinished(extract.plan_parts(changed))[0], "a changed config leaves nothing finished"
+    assert extract.pending_shards(extract.plan_shards(changed))[0], "a changed config leaves nothing finished"
     assert FeatureSet(extract.run(changed, overwrite=True)).sample(0).mean.shape == (1, 1, 16, 16)
 
 
@@ -367,7 +367,7 @@ def test_folders_and_pipes_are_bad_clips_and_not_looked_at_again(tmp_path: Path)
     shard = extract.run(config) / "parts" / "00000.parquet"
     before = shard.stat().st_mtime_ns
     assert {clip["reason"] for clip in report(config)["bad_clips"]} == {"is not a file"}
-    assert extract.unfinished(extract.plan_parts(config))[0] == []
+    assert extract.pending_shards(extract.plan_shards(config))[0] == []
     extract.run(config)
     assert shard.stat().st_mtime_ns == before
 
@@ -402,15 +402,15 @@ def test_columns_that_cannot_be_kept_or_compared_are_named(
 ) -> None:
     made = [{**row, "s": value} for row, value in zip(rows(tmp_path, 2), values, strict=True)]
     with pytest.raises((ConfigError, ManifestError), match=message):
-        extract.plan_parts(clip_folder.config(tmp_path, made, where=where))
+        extract.plan_shards(clip_folder.config(tmp_path, made, where=where))
 
 
 def test_one_part_by_hand_is_idempotent_too(tmp_path: Path) -> None:
     config = clip_folder.config(tmp_path, rows(tmp_path, 4))
-    plan = extract.plan_parts(config)
-    shard = extract.extract(config, plan.parts[1])
+    plan = extract.plan_shards(config)
+    shard = extract.extract_shard(config, plan.shards[1])
     before = times(config.out)
-    assert shard == config.out / "shards" / "00001.safetensors" == extract.extract(config, plan.parts[1])
+    assert shard == config.out / "shards" / "00001.safetensors" == extract.extract_shard(config, plan.shards[1])
     assert times(config.out) == before
 
 

@@ -1,4 +1,4 @@
-"""A clip's condition for a control branch: another file, named in a column of the manifest, cut as the clip is."""
+"""Control inputs: a file per clip, named in a column of the manifest, cropped and resized as the clip."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from stdit.data.subprocess_decoder import SubprocessDecoder
 def read_control(
     decoder: SubprocessDecoder, clip: Clip, column: str, info: ClipInfo, indices: Sequence[int], bucket: Bucket
 ) -> np.ndarray:
-    """Frames of the condition of `clip`, uint8 (T or 1, H, W, 3): the same `indices`, cut the same way; or an image's.
+    """Frames of the control input of `clip`, uint8 (T or 1, H, W, 3): the same `indices` and crop; one frame of an image.
 
-    info: the clip's. DecodeError: no file is named, or it is not there; its length or shape is not the clip's; it cannot
-    be decoded.
+    info: the clip's. DecodeError: no file named, or not found; another length or aspect than the clip's; cannot be decoded.
     """
     try:
         file = clip.beside(clip.value(column))
@@ -44,9 +43,9 @@ def read_control(
 
 
 def control_state(clip: Clip, column: str) -> dict[str, Any]:
-    """Path and state of the file that is the condition of `clip`; path None where none is named."""
+    """Path and file state of the control input of `clip`; path None if none is named."""
     try:
         value = clip.value(column)
-        return {"path": value, **records.state(clip.beside(value))}
+        return {"path": value, **records.source_state(clip.beside(value))}
     except ValueError:
         return {"path": None, "size": -1, "mtime_ns": 0, "digest": ""}

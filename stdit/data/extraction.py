@@ -1,7 +1,7 @@
-"""An extraction as a whole: its parts, the settings that bind them, and the end, when the features count as whole.
+"""Planning and completing an extraction: its shards, the settings that they share, and the index written last.
 
-    out/extraction.json    the settings that decide the features: written first, compared at every later run
-        parts/, shards/    one record and one shard a part (records.py, features.py)
+    out/extraction.json    settings that determine the features: written first, compared by every later run
+        parts/, shards/    a record and a shard each (records.py, features.py)
         report.json, samples.parquet, index.json    written last, in this order
 
 Nothing here decodes or encodes.
@@ -26,12 +26,12 @@ from stdit.config.diff import EXTRACTION_RUNTIME_KEYS, changes
 from stdit.data import records
 from stdit.data.features import FORMAT, INDEX, REPORT, SAMPLES, samples_schema, shard_path
 from stdit.data.manifest import check_where, matches, read
-from stdit.data.records import Part, Tally
+from stdit.data.records import ReportTotals, ShardSpec
 from stdit.files import atomic_path, atomic_write
 
 SETTINGS = "extraction.json"
-# Threads that look whether sources have changed: waiting for the disk, not computing.
-LOOKERS = 16
+# Threads that check sources for changes: they wait for the disk.
+CHECK_THREADS = 16
 
 
 class ExtractionError(ValueError):
@@ -39,40 +39,40 @@ class ExtractionError(ValueError):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All parts of an extraction, and what is known before the first clip is opened."""
+class ExtractionPlan:
+    """All shards of an extraction, planned before any clip is opened."""
 
     config: ExtractConfig
-    parts: tuple[Part, ...]
+    shards: tuple[ShardSpec, ...]
     classes: tuple[str, ...]
-    # Clips of the manifest that `where` leaves out.
+    # Clips of the manifest that `where` excludes.
     filtered: int
     # Paths of clips without a caption: their text features are those of the empty caption.
     uncaptioned: tuple[str, ...]
-    # SHA-256 of the manifest.
+    # Fingerprint of the manifest.
     manifest: str
-    # What decides the features, besides clips and captions.
+    # What determines the features, besides clips and captions.
     settings: dict[str, Any]
 
     @property
     def clips(self) -> int:
-        """Clips that are opened."""
-        return sum(len(part.clips) for part in self.parts)
+        """Number of clips to open."""
+        return sum(len(spec.clips) for spec in self.shards)
 
     @property
     def bad_allowed(self) -> int:
-        """As many clips may be undecodable."""
+        """Number of clips that may fail."""
         return int(self.config.max_bad_share * self.clips)
 
 
-def divide(config: ExtractConfig, encoders: Mapping[str, Any]) -> Plan:
-    """The clips of the manifest that meet `where`, in parts of a shard each. `encoders`: what identifies them.
+def plan_extraction(config: ExtractConfig, encoders: Mapping[str, Any]) -> ExtractionPlan:
+    """Divides the clips that pass `where` into shards. encoders: their identities.
 
-    Raises ManifestError: the manifest, or a condition on a column that it has not. ConfigError: no clip is left.
+    Raises ManifestError: the manifest, or a condition on a column that it has not. ConfigError: no clip passes, or none has a caption though there is a text encoder.
     """
     manifest = read(config.manifest)
     check_where(manifest, config.where)
-    columns = records.free_columns(manifest)
+    columns = records.extra_columns(manifest)
     kept = [(number, clip) for number, clip in enumerate(manifest) if matches(clip, config.where)]
     if not kept:
         raise ConfigError(f"{config.manifest}: none of its {len(manifest)} clips meets `where`")
@@ -88,11 +88,11 @@ def divide(config: ExtractConfig, encoders: Mapping[str, Any]) -> Plan:
         raise ConfigError(
             f"control_column: {config.manifest} has no column {config.control_column!r}; columns: {', '.join(sorted(manifest.columns))}"
         )
-    bound = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    settings_digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     step = config.clips_per_shard
     chunks = [kept[start : start + step] for start in range(0, len(kept), step)]
-    parts = tuple(
-        Part(number, tuple(i for i, _ in chunk), tuple(clip for _, clip in chunk), columns, bound)
+    shards = tuple(
+        ShardSpec(number, tuple(i for i, _ in chunk), tuple(clip for _, clip in chunk), columns, settings_digest)
         for number, chunk in enumerate(chunks)
     )
     uncaptioned = tuple(clip.key for _, clip in kept if not clip.captioned)
@@ -102,13 +102,15 @@ def divide(config: ExtractConfig, encoders: Mapping[str, Any]) -> Plan:
             "text_encoder out to train without text"
         )
     classes = tuple(manifest.classes)
-    return Plan(config, parts, classes, len(manifest) - len(kept), uncaptioned, manifest.fingerprint, settings)
+    return ExtractionPlan(
+        config, shards, classes, len(manifest) - len(kept), uncaptioned, manifest.fingerprint, settings
+    )
 
 
-def claim(plan: Plan, overwrite: bool = False) -> None:
-    """Writes the settings into the plan's folder, or compares them with those that lie there.
+def write_settings(plan: ExtractionPlan, overwrite: bool = False) -> None:
+    """Writes the settings into the output folder, or compares them with those of an earlier run.
 
-    ConfigError: features of other settings (discarded with `overwrite`), or a folder of something else.
+    ConfigError: features of other settings (discarded with `overwrite`), or a folder with other files.
     """
     out = plan.config.out
     file = out / SETTINGS
@@ -124,7 +126,7 @@ def claim(plan: Plan, overwrite: bool = False) -> None:
             raise ConfigError(
                 f"{out} holds features of another config:\n{lines}\nChoose another out, or discard them with --overwrite"
             )
-        # From here on nothing in the folder counts as whole.
+        # From here on the folder is incomplete.
         for path in (out / INDEX, *(out / "parts").glob("*.parquet")):
             path.unlink(missing_ok=True)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -132,65 +134,67 @@ def claim(plan: Plan, overwrite: bool = False) -> None:
     atomic_write(file, json.dumps(plan.settings, indent=2) + "\n")
 
 
-def unfinished(plan: Plan) -> tuple[list[Part], str]:
-    """The parts to extract, and a line that says why."""
-    with ThreadPoolExecutor(LOOKERS) as pool:
-        reasons = list(pool.map(lambda part: records.stale(plan.config.out, part), plan.parts))
-    todo = [part for part, reason in zip(plan.parts, reasons, strict=True) if reason is not None]
-    if not todo and plan.config.text_encoder and _empty_caption(plan.config.out, plan.parts) is None:
-        # Features from before it was kept: one shard made again brings it.
-        todo = [part for part in plan.parts if shard_path(plan.config.out, part.number).is_file()][:1]
+def pending_shards(plan: ExtractionPlan) -> tuple[list[ShardSpec], str]:
+    """The shards to extract, and a line that says why."""
+    with ThreadPoolExecutor(CHECK_THREADS) as pool:
+        reasons = list(pool.map(lambda spec: records.stale_reason(plan.config.out, spec), plan.shards))
+    todo = [spec for spec, reason in zip(plan.shards, reasons, strict=True) if reason is not None]
+    if not todo and plan.config.text_encoder and _empty_caption(plan.config.out, plan.shards) is None:
+        # Features from before it was stored: extracting one shard again adds it.
+        todo = [spec for spec in plan.shards if shard_path(plan.config.out, spec.number).is_file()][:1]
         if todo:
-            return todo, f"{len(todo)} of {len(plan.parts)} shards to extract again, for the empty caption's features"
+            return todo, f"{len(todo)} of {len(plan.shards)} shards to extract again, for the empty caption's features"
     again = [reason for reason in reasons if reason not in (None, records.NEW)]
-    line = f"{len(todo)} of {len(plan.parts)} shards to extract"
+    line = f"{len(todo)} of {len(plan.shards)} shards to extract"
     return todo, f"{line}, {len(again)} of them again ({again[0]})" if again else line
 
 
-def _empty_caption(out: Path, parts: Sequence[Part]) -> dict[str, Any] | None:
-    """Where the empty caption's features are: {"shard": number, "sha256": …} of the first part that has them."""
-    for part in parts:
-        record = records.record_path(out, part.number)
-        if record.is_file() and (digest := records.metadata(record).get("empty_caption")):
-            return {"shard": part.number, "sha256": digest}
+def _empty_caption(out: Path, shards: Sequence[ShardSpec]) -> dict[str, Any] | None:
+    """Location of the empty caption's features: {"shard": number, "sha256": …} of the first shard that has them."""
+    for spec in shards:
+        record = records.record_path(out, spec.number)
+        if record.is_file() and (digest := records.record_metadata(record).get("empty_caption")):
+            return {"shard": spec.number, "sha256": digest}
     return None
 
 
-def finish(plan: Plan) -> Path:
-    """Writes report.json, then, if the features can be used, samples.parquet and index.json. Returns the folder.
+def finish(plan: ExtractionPlan) -> Path:
+    """Writes report.json, then samples.parquet and index.json, which complete the features. Returns the folder.
 
-    Raises ExtractionError after the report is written: too many bad clips, nothing kept, parts missing,
-    or parts made with different weights.
+    Raises ExtractionError after the report is written: too many bad clips, nothing kept, missing shards,
+    or shards of encoders with different weights.
     """
     out = plan.config.out
-    tally, told = _sum(plan)
-    report = tally.report([b.key for b in plan.config.buckets], plan.filtered, plan.config.max_bad_share)
+    totals, found = _read_records(plan)
+    report = totals.report([b.key for b in plan.config.buckets], plan.filtered, plan.config.max_bad_share)
     uncaptioned = {"uncaptioned": len(plan.uncaptioned), "uncaptioned_clips": list(plan.uncaptioned)}
-    _write_json(out / REPORT, {**report, **uncaptioned, "missing_parts": len(plan.parts) - len(told)})
-    if len(tally.bad) > plan.bad_allowed:
+    _write_json(out / REPORT, {**report, **uncaptioned, "missing_parts": len(plan.shards) - len(found)})
+    if len(totals.bad) > plan.bad_allowed:
         (out / INDEX).unlink(missing_ok=True)
-        shown = "\n".join(f"  {clip['path']}: {clip['reason']}" for clip in tally.bad[:5])
-        stopped = "" if tally.clips == plan.clips else f" (stopped after {tally.clips})"
+        shown = "\n".join(f"  {clip['path']}: {clip['reason']}" for clip in totals.bad[:5])
+        stopped = "" if totals.clips == plan.clips else f" (stopped after {totals.clips})"
         raise ExtractionError(
-            f"{len(tally.bad)} of {plan.clips} clips{stopped} cannot be used, more than the {plan.bad_allowed} that "
+            f"{len(totals.bad)} of {plan.clips} clips{stopped} cannot be used, more than the {plan.bad_allowed} that "
             f"max_bad_share {plan.config.max_bad_share:g} allows; all are named in {out / REPORT}:\n{shown}"
         )
-    if len(told) < len(plan.parts):
-        raise ExtractionError(f"{out}: {len(plan.parts) - len(told)} of {len(plan.parts)} parts are missing; run again")
-    if not tally.kept_count:
+    if len(found) < len(plan.shards):
+        raise ExtractionError(
+            f"{out}: {len(plan.shards) - len(found)} of {len(plan.shards)} shards are missing; run again"
+        )
+    if not totals.kept_count:
         dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped_by_reason"].items())
         raise ExtractionError(f"none of {plan.clips} clips is kept ({dropped or 'all bad'}); see {out / REPORT}")
-    wanted = encoder_settings(plan.settings)
-    if other := next((says for says in told if json.loads(says["settings"]) != wanted), None):
+    expected = encoder_settings(plan.settings)
+    if other := next((metadata for metadata in found if json.loads(metadata["settings"]) != expected), None):
         raise ExtractionError(
-            f"{out}: a part was made with other encoders (other weights on one of the machines?); extract again with "
-            f"--overwrite. Wanted {json.dumps(wanted)}, found {other['settings']}"
+            f"{out}: a shard was extracted with other encoders (other weights on one of the machines?); extract again with "
+            f"--overwrite. Expected {json.dumps(expected)}, found {other['settings']}"
         )
-    index = _index(plan, tally, told, report)
-    if not _is_whole(out, index):
+    index = _index(plan, totals, found, report)
+    if not _is_complete(out, index):
         (out / INDEX).unlink(missing_ok=True)
         _write_samples(plan)
-        _tidy(plan)
+        _remove_stale_files(plan)
         _write_json(out / INDEX, index)
     return out
 
@@ -222,8 +226,8 @@ def report_lines(report: Mapping[str, Any], shown: int = 5) -> list[str]:
     return lines
 
 
-def _is_whole(out: Path, index: Mapping[str, Any]) -> bool:
-    """Whether index.json says `index`, and samples.parquet has as many samples."""
+def _is_complete(out: Path, index: Mapping[str, Any]) -> bool:
+    """Whether index.json equals `index`, and samples.parquet has as many samples."""
     try:
         found = json.loads((out / INDEX).read_text(encoding="utf-8"))
         return found == index and parquet.read_metadata(out / SAMPLES).num_rows == index["samples"]
@@ -231,58 +235,60 @@ def _is_whole(out: Path, index: Mapping[str, Any]) -> bool:
         return False
 
 
-def _sum(plan: Plan) -> tuple[Tally, list[dict[str, str]]]:
-    """The sum of the records that there are, and what each says of itself."""
-    tally, told = Tally(), []
-    for part in plan.parts:
-        record = records.record_path(plan.config.out, part.number)
-        if record.is_file() and (says := records.metadata(record))["key"] == part.key:
-            told.append(says)
-            tally.add(parquet.read_table(record))
-    return tally, told
+def _read_records(plan: ExtractionPlan) -> tuple[ReportTotals, list[dict[str, str]]]:
+    """Totals over the records that exist, and the metadata of each."""
+    totals, found = ReportTotals(), []
+    for spec in plan.shards:
+        record = records.record_path(plan.config.out, spec.number)
+        if record.is_file() and (metadata := records.record_metadata(record))["key"] == spec.key:
+            found.append(metadata)
+            totals.add(parquet.read_table(record))
+    return totals, found
 
 
 def encoder_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The encoders' share of a plan's settings; every part's record has it too."""
+    """The part of a plan's settings about encoders, which every record has too."""
     return {key: settings[key] for key in ("video_encoder", "text_encoder")}
 
 
-def _index(plan: Plan, tally: Tally, told: list[dict[str, str]], report: dict[str, Any]) -> dict[str, Any]:
-    controls = [row["digest"] for says in told for row in records.controls(says)]
-    bound = json.dumps([plan.classes, [part.key for part in plan.parts], tally.sources, *controls])
-    empty = _empty_caption(plan.config.out, plan.parts)
+def _index(
+    plan: ExtractionPlan, totals: ReportTotals, found: list[dict[str, str]], report: dict[str, Any]
+) -> dict[str, Any]:
+    control_states = [row["digest"] for metadata in found for row in records.control_states(metadata)]
+    digest_input = json.dumps([plan.classes, [spec.key for spec in plan.shards], totals.sources, *control_states])
+    empty = _empty_caption(plan.config.out, plan.shards)
     return {
         "format": FORMAT,
-        "fingerprint": hashlib.sha256(bound.encode()).hexdigest(),
-        "samples": tally.kept_count,
+        "fingerprint": hashlib.sha256(digest_input.encode()).hexdigest(),
+        "samples": totals.kept_count,
         "buckets": report["kept_by_bucket"],
         "classes": list(plan.classes),
-        "posterior": any(says["posterior"] == "true" for says in told),
-        **json.loads(told[0]["encoders"]),
+        "posterior": any(metadata["posterior"] == "true" for metadata in found),
+        **json.loads(found[0]["encoders"]),
         **({"empty_caption": empty} if empty else {}),
         "manifest": {"path": str(plan.config.manifest), "sha256": plan.manifest},
         "config": plan.settings,
     }
 
 
-def _write_samples(plan: Plan) -> None:
-    """The kept clips of all records in one table, a part at a time."""
-    schema = samples_schema(plan.parts[0].extra)
+def _write_samples(plan: ExtractionPlan) -> None:
+    """Writes samples.parquet: the kept clips of all records, one shard at a time."""
+    schema = samples_schema(plan.shards[0].extra)
     labels = {name: label for label, name in enumerate(plan.classes)}
     with atomic_path(plan.config.out / SAMPLES) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
-        for part in plan.parts:
-            table = parquet.read_table(records.record_path(plan.config.out, part.number))
+        for spec in plan.shards:
+            table = parquet.read_table(records.record_path(plan.config.out, spec.number))
             table = table.filter(pa.array([status == "kept" for status in table["status"].to_pylist()], pa.bool_()))
             label = pa.array([labels.get(name, -1) for name in table["class"].to_pylist()], pa.int32())
             table = table.append_column("class_label", label)
             writer.write_table(table.select(schema.names).cast(schema))
 
 
-def _tidy(plan: Plan) -> None:
-    """Removes shards of an older, longer manifest and what killed writers left."""
+def _remove_stale_files(plan: ExtractionPlan) -> None:
+    """Removes shards of an older, longer manifest, and temporary files of killed writers."""
     out = plan.config.out
-    wanted = {shard_path(out, part.number).name for part in plan.parts}
-    wanted |= {records.record_path(out, part.number).name for part in plan.parts}
+    wanted = {shard_path(out, spec.number).name for spec in plan.shards}
+    wanted |= {records.record_path(out, spec.number).name for spec in plan.shards}
     ours = re.compile(r"\d{5,}\.(safetensors|parquet)|\..*\.part\..*|\.tmp\w+")
     for folder in ("shards", "parts"):
         for path in (out / folder).glob("*"):

@@ -1,4 +1,4 @@
-"""One part of an extraction: its clips decoded, cropped, encoded and written as one shard with its record.
+"""Extracting one shard: decode, crop, encode, and write the features with their record.
 
 T, H, W pixels of the bucket · C latent channels · t, h, w latents · L tokens of a caption, D their width, P that of its pooled vector
 """
@@ -21,17 +21,17 @@ from stdit.data import records
 from stdit.data.buckets import Dropped, assign
 from stdit.data.control import control_state, read_control
 from stdit.data.decoding import ClipInfo, DecodeError
-from stdit.data.features import EMPTY_CAPTION, INDEX, digest_of, packed, shard_path, write_shard
-from stdit.data.manifest import Clip, problem
-from stdit.data.records import Outcome, Part
+from stdit.data.features import EMPTY_CAPTION, INDEX, digest_of, shard_path, unpad, write_shard
+from stdit.data.manifest import Clip, file_problem
+from stdit.data.records import ShardResult, ShardSpec
 from stdit.data.subprocess_decoder import SubprocessDecoder
 from stdit.data.transforms import frame_indices, frames_available, to_pixels
 
 _Item = TypeVar("_Item")
 
 
-class Video(Protocol):
-    """What is asked of an autoencoder (stdit.encoders.video)."""
+class VideoEncoder(Protocol):
+    """Interface of an autoencoder (stdit.encoders.video.VideoEncoder)."""
 
     identity: dict[str, Any]
 
@@ -43,8 +43,8 @@ class Video(Protocol):
         ...
 
 
-class Text(Protocol):
-    """What is asked of a text encoder (stdit.encoders.text)."""
+class TextEncoder(Protocol):
+    """Interface of a text encoder (stdit.encoders.text.TextEncoder)."""
 
     identity: dict[str, Any]
 
@@ -61,7 +61,7 @@ class Text(Protocol):
 
 
 class TextFeatures(Protocol):
-    """What a text encoder gives."""
+    """Output of a text encoder (stdit.encoders.text.TextFeatures)."""
 
     @property
     def features(self) -> Tensor: ...
@@ -75,8 +75,8 @@ class TextFeatures(Protocol):
 
 @dataclass
 class _Clip:
-    """A clip on its way: `row` for the record; where it is kept, bucket and pixels (3, T, H, W), and its condition's, of
-    which T may be 1."""
+    """A clip to encode: its `row` of the record and, if it is kept, bucket, pixels (3, T, H, W) and those of its control
+    input, whose T may be 1."""
 
     row: dict[str, Any]
     bucket: ExtractBucket | None = None
@@ -85,12 +85,14 @@ class _Clip:
 
 
 class Extractor:
-    """What a process needs to extract parts, made once: encoders, and a decoder that can be killed. A context manager.
+    """Encoders and a decoding subprocess, shared by all shards that a process extracts. A context manager.
 
-    `settings`: what of the encoders decides features; it goes into every record, to be compared with the plan's.
+    settings: of the encoders, as far as they determine features; stored in every record and compared with the plan's.
     """
 
-    def __init__(self, config: ExtractConfig, video: Video, text: Text | None, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, config: ExtractConfig, video: VideoEncoder, text: TextEncoder | None, settings: Mapping[str, Any]
+    ) -> None:
         self.config = config
         self.video = video
         self.text = text
@@ -105,46 +107,46 @@ class Extractor:
     ) -> None:
         self.decoder.close()
 
-    def extract(self, part: Part) -> Outcome:
-        """Makes a part's shard and record, replacing older ones.
+    def extract(self, spec: ShardSpec) -> ShardResult:
+        """Writes a shard and its record, replacing older ones.
 
-        OSError: no space or no permission; nothing half-written stays. ValueError: text features that are not finite.
+        OSError: no space or no permission; no partial file stays. ValueError: text features that are not finite.
         """
         out = self.config.out
-        # From here on the folder's features are not whole.
+        # From here on the features are incomplete.
         (out / INDEX).unlink(missing_ok=True)
-        records.record_path(out, part.number).unlink(missing_ok=True)
+        records.record_path(out, spec.number).unlink(missing_ok=True)
         tensors: dict[str, Tensor] = {}
-        rows = list(self._encoded(ahead(self._clips(part), self.config.batch_size), tensors))
+        rows = list(self._encode(prefetch(self._clips(spec), self.config.batch_size), tensors))
         empty = self._add_text([row for row in rows if row["status"] == "kept"], tensors)
-        shard = shard_path(out, part.number)
+        shard = shard_path(out, spec.number)
         shard_bytes = 0
         if tensors:
             shard_bytes = write_shard(shard, tensors)
         else:
             shard.unlink(missing_ok=True)
         video, text = self.video.identity, self.text.identity if self.text else None
-        told = {
+        metadata = {
             "encoders": json.dumps({"video_encoder": video, "text_encoder": text}),
             "settings": json.dumps(self.settings),
             "posterior": json.dumps(any(name.endswith(".std") for name in tensors)),
             **({"empty_caption": empty} if empty else {}),
         }
         if column := self.config.control_column:
-            told["controls"] = json.dumps([control_state(clip, column) for clip in part.clips])
-        records.write_record(out, part, rows, shard_bytes, told)
-        return Outcome(part.number, len(rows), sum(row["status"] == "bad" for row in rows))
+            metadata["controls"] = json.dumps([control_state(clip, column) for clip in spec.clips])
+        records.write_record(out, spec, rows, shard_bytes, metadata)
+        return ShardResult(spec.number, len(rows), sum(row["status"] == "bad" for row in rows))
 
-    def _clips(self, part: Part) -> Iterator[_Clip]:
-        """The part's clips in order, decoded and cropped."""
+    def _clips(self, spec: ShardSpec) -> Iterator[_Clip]:
+        """The shard's clips in order, decoded and cropped."""
         config = self.config
-        for number, clip in zip(part.ids, part.clips, strict=True):
-            row = _row(part.number, number, clip)
-            if reason := problem(clip):
+        for number, clip in zip(spec.ids, spec.clips, strict=True):
+            row = _row(spec.number, number, clip)
+            if reason := file_problem(clip):
                 yield _Clip({**row, "status": "bad", "reason": reason})
                 continue
             try:
-                info = _stated(clip) or self.decoder.probe(clip.file)
+                info = _stated_info(clip) or self.decoder.probe(clip.file)
                 size = {"frames": info.frame_count, "height": info.height, "width": info.width}
                 row |= {**size, "fps": info.fps / config.frame_stride}
                 bucket = assign(
@@ -165,8 +167,8 @@ class Extractor:
             row |= {"status": "kept", "bucket": bucket.key}
             yield _Clip(row, bucket, torch.from_numpy(to_pixels(frames)), control)
 
-    def _encoded(self, clips: Iterable[_Clip], tensors: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
-        """The rows of `clips`; their latents go into `tensors`, encoded in batches of one bucket."""
+    def _encode(self, clips: Iterable[_Clip], tensors: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
+        """Encodes `clips` in batches of one bucket into `tensors`; yields their rows."""
         waiting: dict[str, list[_Clip]] = {}
         for clip in clips:
             if clip.bucket is not None:
@@ -179,14 +181,14 @@ class Extractor:
             self._add_latents(group, tensors)
 
     def _add_latents(self, group: Sequence[_Clip], tensors: dict[str, Tensor]) -> None:
-        """Latents of clips of one bucket, in the encoder's own precision. Those that are not finite make a bad clip."""
+        """Adds latents of clips of one bucket, in the encoder's precision. A clip whose latents are not finite is bad."""
         mean, std = self.video.encode(torch.stack([clip.pixels for clip in group if clip.pixels is not None]))
         for i, clip in enumerate(group):
-            # By themselves: some have one frame, some as many as their clip.
+            # One at a time: control inputs have one frame, or as many as the clip.
             control = None if clip.control is None else self.video.encode(clip.control[None])[0][0]
             clip.pixels = clip.control = None
-            made = [tensor for tensor in (mean[i], None if std is None else std[i], control) if tensor is not None]
-            if not all(tensor.isfinite().all() for tensor in made):
+            latents = [tensor for tensor in (mean[i], None if std is None else std[i], control) if tensor is not None]
+            if not all(tensor.isfinite().all() for tensor in latents):
                 reason = f"its latents are not finite in {self.video.identity['dtype']} (video_encoder.dtype)"
                 clip.row |= {"status": "bad", "reason": reason, "bucket": None}
                 continue
@@ -197,7 +199,7 @@ class Extractor:
                 tensors[f"{clip.row['id']}.std"] = std[i].to("cpu", self.video.dtype)
 
     def _add_text(self, rows: Sequence[dict[str, Any]], tensors: dict[str, Tensor]) -> str | None:
-        """Features of the rows' captions without padding, each different caption encoded once, and of the empty one.
+        """Adds text features of the rows' captions and of the empty caption, unpadded; each distinct caption is encoded once.
 
         Returns the SHA-256 of the empty caption's; None where there is nothing to add.
         """
@@ -208,7 +210,7 @@ class Extractor:
         found: dict[str, dict[str, Tensor]] = {}
         for start in range(0, len(captions), self.config.batch_size):
             batch = captions[start : start + self.config.batch_size]
-            found.update(zip(batch, self._texts(batch), strict=True))
+            found.update(zip(batch, self._encode_texts(batch), strict=True))
         cut = dict(zip(captions, self.text.cuts(captions), strict=True))
         named = [(f"{row['id']}", row["caption"]) for row in rows] + [(EMPTY_CAPTION, "")]
         for name, caption in named:
@@ -218,41 +220,41 @@ class Extractor:
             row |= {"text_length": len(found[row["caption"]]["text"]), "cut": cut[row["caption"]] is not None}
         return digest_of(found[""])
 
-    def _texts(self, captions: list[str]) -> Iterator[dict[str, Tensor]]:
+    def _encode_texts(self, captions: list[str]) -> Iterator[dict[str, Tensor]]:
         """text (L, D), and pooled (P,) where the encoder makes it, of each caption, in the encoder's own precision.
 
         ValueError: features that are not finite.
         """
         assert self.text is not None
-        made, dtype = self.text.encode(captions), self.text.dtype
-        pooled = made.pooled
-        if not (made.features.isfinite().all() and (pooled is None or pooled.isfinite().all())):
+        encoded, dtype = self.text.encode(captions), self.text.dtype
+        pooled = encoded.pooled
+        if not (encoded.features.isfinite().all() and (pooled is None or pooled.isfinite().all())):
             raise ValueError(
                 f"text features are not finite in {self.text.identity['dtype']}: "
                 "set text_encoder.dtype to float32 or bfloat16"
             )
-        for i, text in enumerate(packed(made.features.to("cpu", dtype), made.mask.cpu())):
+        for i, text in enumerate(unpad(encoded.features.to("cpu", dtype), encoded.mask.cpu())):
             yield {"text": text, **({} if pooled is None else {"pooled": pooled[i].to("cpu", dtype)})}
 
 
 def _row(shard: int, number: int, clip: Clip) -> dict[str, Any]:
-    """What is known of a clip before it is opened."""
-    own = {"id": number, "shard": shard, "bucket": None, "text_length": 0, "cut": False}
-    said = {"path": clip.key, "caption": clip.caption, "class": clip.class_name, "split": clip.split}
+    """A clip's row of the record before it is opened."""
+    sample = {"id": number, "shard": shard, "bucket": None, "text_length": 0, "cut": False}
+    stated = {"path": clip.key, "caption": clip.caption, "class": clip.class_name, "split": clip.split}
     size = {"fps": clip.fps, "frames": clip.frames, "height": clip.height, "width": clip.width}
-    return {**clip.extra, **own, **said, **size, "reason": None, "detail": None, **records.state(clip.file)}
+    return {**clip.extra, **sample, **stated, **size, "reason": None, "detail": None, **records.source_state(clip.file)}
 
 
-def _stated(clip: Clip) -> ClipInfo | None:
-    """What the manifest says, if it says all; then the file is opened once and not twice."""
+def _stated_info(clip: Clip) -> ClipInfo | None:
+    """A clip's info from the manifest, if it states all of it: that saves opening the file twice."""
     fps = 0.0 if clip.frames == 1 else clip.fps
     if clip.frames is None or fps is None or clip.height is None or clip.width is None:
         return None
     return ClipInfo(clip.frames, fps, clip.height, clip.width)
 
 
-def ahead(items: Iterable[_Item], count: int) -> Iterator[_Item]:
-    """`items`, made by a thread that keeps up to `count` ready, so that decoding and encoding go on side by side."""
+def prefetch(items: Iterable[_Item], count: int) -> Iterator[_Item]:
+    """Iterates over `items` in a thread that stays up to `count` ahead, so that decoding overlaps with encoding."""
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(count)
     stopped = threading.Event()
 
@@ -274,7 +276,7 @@ def ahead(items: Iterable[_Item], count: int) -> Iterator[_Item]:
         except BaseException as error:  # handed over to the thread that waits, whatever it is
             put("error", error)
 
-    thread = threading.Thread(target=work, name="decode-ahead", daemon=True)
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
     try:
         while (found := ready.get())[0] == "item":

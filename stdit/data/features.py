@@ -1,14 +1,14 @@
-"""Feature shards: what extraction writes and training reads (docs/data.md has the layout).
+"""Feature shards: written by extraction, read by training (layout: docs/data.md).
 
-    out/index.json             what made the features, and that they are whole: written last
-        samples.parquet        one row a sample: id, shard, bucket, caption, class, split, source's size, free columns
-        shards/00000.safetensors   "7.mean" (C, t, h, w), "7.std" where there is a posterior, "7.text" (L, D),
-                                   "7.pooled" (P,) where the text encoder makes it, "empty.text" and "empty.pooled",
-                                   "7.control" (C, t or 1, h, w) where conditions were extracted
-        report.json            what became of every clip
+    out/index.json             encoders, buckets, classes, settings: written last, marks the features as complete
+        samples.parquet        a row per sample: id, shard, bucket, caption, class, split, source size, extra columns
+        shards/00000.safetensors   "7.mean" (C, t, h, w), "7.std" of a posterior, "7.text" (L, D),
+                                   "7.pooled" (P,) with pooled vectors, "empty.text" and "empty.pooled",
+                                   "7.control" (C, t or 1, h, w) with control inputs
+        report.json            counts, and the clips that were dropped or bad
 
-No file per sample and nothing pickled; shards are memory-mapped, and text is as long as its caption.
-Latents are raw: statistics belong to the autoencoder, whose identity stands in the index.
+Shards are memory-mapped and nothing is pickled. Text features are unpadded. Latents are raw: their statistics are in
+the autoencoder's identity, in the index.
 """
 
 from __future__ import annotations
@@ -36,37 +36,37 @@ from stdit.data.manifest import satisfies
 from stdit.files import atomic_path
 
 FORMAT = 1
-# In place of a sample's id, in every shard with text: the features of the empty caption.
+# Takes the place of a sample's id for the features of the empty caption, in every shard with text.
 EMPTY_CAPTION = "empty"
 INDEX, SAMPLES, REPORT = "index.json", "samples.parquet", "report.json"
-# Columns of samples.parquet that are not the manifest's own; a manifest may not have free columns of these names.
-OWN = {
+# Columns of samples.parquet besides the manifest's; a manifest may not have extra columns of these names.
+SAMPLE_COLUMNS = {
     "id": pa.int64(),
     "shard": pa.int32(),
     "bucket": pa.string(),
     "class_label": pa.int32(),
     "text_length": pa.int32(),
 }
-KNOWN = {
+MANIFEST_COLUMNS = {
     "path": pa.string(), "caption": pa.string(), "class": pa.string(), "split": pa.string(),
     "fps": pa.float32(), "frames": pa.int32(), "height": pa.int32(), "width": pa.int32(),
 }  # fmt: skip
-# Shards open at a time in one process: each holds a memory map and a header of some 100 KB.
+# Shards open at a time per process: each has a memory map and a header of some 100 KB.
 OPEN_SHARDS = 64
 
 
 def shard_path(out: Path, number: int) -> Path:
-    """Where shard `number` lies."""
+    """Path of shard `number`."""
     return out / "shards" / f"{number:05d}.safetensors"
 
 
 def samples_schema(extra: Mapping[str, pa.DataType]) -> pa.Schema:
-    """Columns of samples.parquet; `extra`: the manifest's free columns."""
-    return pa.schema({**OWN, **KNOWN, **extra})
+    """Columns of samples.parquet; extra: the manifest's extra columns."""
+    return pa.schema({**SAMPLE_COLUMNS, **MANIFEST_COLUMNS, **extra})
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> int:
-    """Writes a shard, whole or not at all; its size in bytes. OSError: no space, no permission."""
+    """Writes a shard atomically; returns its size in bytes. OSError: no space, no permission."""
     try:
         with atomic_path(path) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
@@ -81,20 +81,20 @@ class Sample:
 
     id: int
     mean: Tensor  # (C, t, h, w) float32, raw: not normalised
-    std: Tensor | None  # of the same shape, where the autoencoder has a posterior
-    text: Tensor | None  # (L, D) float32, L the caption's own length
+    std: Tensor | None  # same shape, if the autoencoder has a posterior
+    text: Tensor | None  # (L, D) float32, L tokens of the caption
     class_label: int  # -1: none
     fps: float
     height: int
     width: int
     caption: str
-    control: Tensor | None = None  # (C, t or 1, h, w) float32, raw: latents of its condition
-    pooled: Tensor | None = None  # (P,) float32, the vector that comes with the text
+    control: Tensor | None = None  # (C, t or 1, h, w) float32, raw: latents of the control input
+    pooled: Tensor | None = None  # (P,) float32, the pooled vector of the caption
 
 
 @dataclass(frozen=True)
 class EmptyCaption:
-    """The text encoder's features of "": what stands for no caption to a model without a null caption of its own."""
+    """Text features of the empty caption: the null caption of models with `null_text: empty`."""
 
     text: Tensor  # (L, D) float32
     pooled: Tensor | None = None  # (P,)
@@ -147,9 +147,9 @@ def feature_facts(
 
 
 class FeatureSet:
-    """The features in a folder. Cheap to open, to pickle (by its path) and to fork; safe for several threads.
+    """The features in a folder. Cheap to open, to pickle (by its path) and to fork; thread-safe.
 
-    Raises ConfigError: no such folder, an extraction that did not end, or files of another format.
+    Raises ConfigError: no such folder, an incomplete extraction, or files of another format.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -199,7 +199,7 @@ class FeatureSet:
 
     @property
     def empty_caption(self) -> EmptyCaption | None:
-        """The empty caption's features; None where they were not kept. ConfigError: they are gone or damaged."""
+        """The empty caption's features; None if they were not stored. ConfigError: missing or damaged."""
         place = self.index.get("empty_caption")
         if place is None:
             return None
@@ -219,13 +219,13 @@ class FeatureSet:
 
     @property
     def has_control(self) -> bool:
-        """Whether every clip has the latents of a condition beside it."""
+        """Whether every clip has latents of a control input."""
         return bool(self.index["config"].get("control_column"))
 
     def select(
         self, split: str | None, buckets: Sequence[Bucket], where: Sequence[Where] = ()
     ) -> dict[str, np.ndarray]:
-        """Ids (ascending) of the samples of a split (None: all) that meet every condition, by bucket key, empty ones too.
+        """Ids (ascending) by bucket key of the samples of a split (None: all) that pass every condition.
 
         ConfigError: a bucket that was not extracted, a column that is not there, text compared with a number.
         """
@@ -284,11 +284,11 @@ class FeatureSet:
         )
 
     def text_lengths(self, ids: np.ndarray) -> np.ndarray:
-        """Tokens of each caption of `ids`, without reading a shard."""
+        """Tokens of each caption of `ids`; reads no shard."""
         return self._columns["text_length"][np.searchsorted(self.ids, ids)]
 
     def _shard(self, number: int) -> Any:
-        """The memory-mapped shard; the one used longest ago is closed when too many are open."""
+        """The memory-mapped shard; closes the least recently used one when too many are open."""
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
@@ -315,7 +315,7 @@ def read_index(path: Path | str) -> dict[str, Any]:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """As float32, and never the shard's own memory, which every later read of the shard shares."""
+    """A float32 copy: the shard's own memory is shared by all reads."""
     return tensor.to(torch.float32, copy=True)
 
 
@@ -328,12 +328,12 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def packed(features: Tensor, mask: Tensor) -> list[Tensor]:
-    """Padded text features (B, L, D) with mask (B, L) -> one (L_i, D) per caption, without its padding."""
+def unpad(features: Tensor, mask: Tensor) -> list[Tensor]:
+    """Padded text features (B, L, D) with mask (B, L) -> one unpadded (L_i, D) per caption."""
     return [row[keep].clone() for row, keep in zip(features, mask, strict=True)]
 
 
-def padded(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The inverse of `packed`: features (B, L, D), zero where padded, and mask (B, L) bool; L is the longest."""
+def pad_texts(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Inverse of `unpad`: features (B, L, D), zero-padded to the longest, and mask (B, L) bool."""
     mask = torch.arange(max(map(len, texts))) < torch.tensor([len(text) for text in texts])[:, None]
     return torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True), mask

@@ -1,9 +1,8 @@
-"""Batches for training: one bucket a step, the same on every rank, and an order that is a function of the seed alone.
+"""Batches for training: one bucket per step, the same on all ranks, in an order that depends on the seed alone.
 
-Every bucket is a stream: permutation after permutation of its samples, seeded by (seed, epoch, bucket). A step takes
-ranks · batch_size · accumulation consecutive places of one stream; which one is due follows from how far each has come.
-So the state of the data is one number per bucket, it says the same to any number of ranks, and there is nothing else
-to save.
+Each bucket is a stream of permutations of its samples, seeded by (seed, epoch, bucket). A step takes the next
+ranks · batch_size · accumulation samples of one stream; which one follows from the streams' positions. So the
+positions, one number per bucket, are the loader's full state, independent of the number of ranks.
 
 B samples of one rank and micro-batch · C latent channels · t, h, w latent grid · L text tokens, the batch's longest
 """
@@ -22,11 +21,11 @@ import torch
 from torch import Tensor
 
 from stdit.config import Bucket, ConfigError, DataConfig, TrainBucket, Where
-from stdit.data.features import EmptyCaption, Sample, padded
+from stdit.data.features import EmptyCaption, Sample, pad_texts
 
 
 class Source(Protocol):
-    """Where samples come from."""
+    """Interface of a dataset."""
 
     def select(
         self, split: str | None, buckets: Sequence[Bucket], where: Sequence[Where] = ()
@@ -41,7 +40,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's samples of one micro-batch. Latents are raw, as the autoencoder made them."""
+    """One rank's samples of one micro-batch. Latents are raw, not normalised."""
 
     mean: Tensor  # (B, C, t, h, w)
     std: Tensor | None  # of the same shape
@@ -52,10 +51,10 @@ class Batch:
     height: Tensor  # (B,) px
     width: Tensor  # (B,) px
     captions: tuple[str, ...]
-    positions: tuple[int, ...]  # places in the bucket's stream: what seeds noise and times
+    positions: tuple[int, ...]  # in the bucket's stream; seed noise and timesteps
     bucket: Bucket
     control: Tensor | None = None  # (B, C, t or 1, h, w), raw
-    pooled: Tensor | None = None  # (B, P), the vectors that come with the text
+    pooled: Tensor | None = None  # (B, P), pooled text vectors
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -93,7 +92,7 @@ def collate(samples: Sequence[Sample], positions: Sequence[int], bucket: Bucket)
         raise ValueError(
             f"bucket {bucket.key}: {len(texts)} of {len(samples)} samples have text, {len(stds)} have a std"
         )
-    text, mask = padded(texts) if texts else (None, None)
+    text, mask = pad_texts(texts) if texts else (None, None)
     return Batch(
         mean=torch.stack([s.mean for s in samples]),
         std=torch.stack(stds) if stds else None,
@@ -112,7 +111,7 @@ def collate(samples: Sequence[Sample], positions: Sequence[int], bucket: Bucket)
 
 
 def _stacked(controls: Sequence[Tensor | None], frames: int) -> Tensor | None:
-    """Conditions (C, frames or 1, h, w) as (B, C, frames or 1, h, w): one frame only where all have but one."""
+    """Stacks control latents (C, frames or 1, h, w); with one frame only if all have one."""
     held = [control for control in controls if control is not None]
     if len(held) not in (0, len(controls)):
         raise ValueError(f"{len(held)} of {len(controls)} samples have a condition (control)")
@@ -127,20 +126,20 @@ class Stream:
     def __init__(self, ids: np.ndarray, seed: int, bucket: Bucket) -> None:
         self.ids = ids
         self._seed = (seed, bucket.frames, bucket.height, bucket.width)
-        self._held: dict[int, np.ndarray] = {}
+        self._orders: dict[int, np.ndarray] = {}
 
-    def at(self, place: int) -> int:
-        """The sample at `place` = 0, 1, 2, …"""
-        epoch, within = divmod(place, len(self.ids))
-        if epoch not in self._held:
-            # A step spans two epochs at most of a stream longer than itself; of shorter ones all are made again.
-            self._held = {e: order for e, order in self._held.items() if e == epoch - 1}
-            self._held[epoch] = np.random.default_rng((*self._seed, epoch)).permutation(len(self.ids))
-        return int(self.ids[self._held[epoch][within]])
+    def at(self, position: int) -> int:
+        """Id of the sample at `position` = 0, 1, 2, …"""
+        epoch, within = divmod(position, len(self.ids))
+        if epoch not in self._orders:
+            # A step spans at most two epochs of a stream longer than itself; orders of shorter ones are recomputed.
+            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = np.random.default_rng((*self._seed, epoch)).permutation(len(self.ids))
+        return int(self.ids[self._orders[epoch][within]])
 
 
 class Loader:
-    """Iterates over `Step`s without end, beginning at `position`.
+    """Iterates over `Step`s without end, starting at `position`.
 
     `workers` threads read ahead. ConfigError: a bucket without samples.
     """
@@ -172,31 +171,27 @@ class Loader:
         """Samples of one step, over all ranks and micro-steps."""
         return self.ranks * bucket.batch_size * self.accumulation
 
-    def due(self, position: Mapping[str, int]) -> TrainBucket:
-        """The bucket of the next step: the one that would have given the least share of what it is to give after it.
-
-        To give, a bucket has its samples times its `weight`, again and again; so each sample is seen as often as
-        another, but for the weights, whatever the batch sizes are.
-        """
+    def next_bucket(self, position: Mapping[str, int]) -> TrainBucket:
+        """Picks the bucket furthest behind its weighted share: samples · weight per epoch, whatever the batch sizes."""
         return min(
             self.data.buckets,
             key=lambda b: (position[b.key] + self.step_size(b)) / (self.counts[b.key] * b.weight),
         )
 
     def _plan(self) -> Iterator[tuple[TrainBucket, int, dict[str, int]]]:
-        """(bucket, first place, positions afterwards) of each step."""
+        """(bucket, first position, positions afterwards) of each step."""
         position = dict(self.position)
         while True:
-            bucket = self.due(position)
+            bucket = self.next_bucket(position)
             first = position[bucket.key]
             position[bucket.key] = first + self.step_size(bucket)
             yield bucket, first, dict(position)
 
-    def _read(self, bucket: TrainBucket, places: Sequence[int], ids: Sequence[int]) -> Batch:
-        return collate([self.source.sample(i) for i in ids], places, bucket)
+    def _read(self, bucket: TrainBucket, positions: Sequence[int], ids: Sequence[int]) -> Batch:
+        return collate([self.source.sample(i) for i in ids], positions, bucket)
 
-    def _places(self, bucket: TrainBucket, first: int, micro: int) -> range:
-        """This rank's places in micro-step `micro` of a step that begins at `first`."""
+    def _positions(self, bucket: TrainBucket, first: int, micro: int) -> range:
+        """This rank's positions in micro-step `micro` of a step that begins at `first`."""
         begin = first + (micro * self.ranks + self.rank) * bucket.batch_size
         return range(begin, begin + bucket.batch_size)
 
@@ -205,8 +200,8 @@ class Loader:
             for bucket, first, position in self._plan():
                 batches = []
                 for micro in range(self.accumulation):
-                    places = self._places(bucket, first, micro)
-                    batches.append(self._read(bucket, places, [self.streams[bucket.key].at(p) for p in places]))
+                    positions = self._positions(bucket, first, micro)
+                    batches.append(self._read(bucket, positions, [self.streams[bucket.key].at(p) for p in positions]))
                 yield Step(tuple(batches), self.step_size(bucket), position)
             return
         with ThreadPoolExecutor(self.data.workers, thread_name_prefix="loader") as pool:
@@ -215,9 +210,9 @@ class Loader:
                 for bucket, first, position in self._plan():
                     futures = []
                     for micro in range(self.accumulation):
-                        places = self._places(bucket, first, micro)
-                        ids = [self.streams[bucket.key].at(p) for p in places]
-                        futures.append(pool.submit(self._read, bucket, places, ids))
+                        positions = self._positions(bucket, first, micro)
+                        ids = [self.streams[bucket.key].at(p) for p in positions]
+                        futures.append(pool.submit(self._read, bucket, positions, ids))
                     ahead.append((futures, self.step_size(bucket), position))
                     if sum(len(f) for f, _, _ in ahead) > self.data.workers + self.accumulation:
                         yield self._collect(ahead.popleft())
@@ -233,7 +228,7 @@ class Loader:
 
 
 class Synthetic:
-    """Clips made on the spot, to show that a launch works: waves whose direction and speed are the class's.
+    """Generated clips, to test a launch: waves whose direction and speed depend on the class.
 
     channels: of the latents, which stand for themselves. classes, text_dim, max_text_tokens, pooled_dim: None where the
     model takes none. 256 training and 32 validation clips a bucket.

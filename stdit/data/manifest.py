@@ -28,7 +28,7 @@ from stdit.data.rows import READERS, ManifestError, Row, folder_rows, scan_folde
 from stdit.files import atomic_write, sha256
 
 Scalar = str | int | float | bool | None
-KNOWN = ("path", "caption", "class", "fps", "frames", "height", "width", "split")
+STANDARD_COLUMNS = ("path", "caption", "class", "fps", "frames", "height", "width", "split")
 ERRORS_SHOWN = 20
 INT32, INT64 = 2**31, 2**63
 # Digits of a class that is ordered as a number; Python reads no longer ones.
@@ -62,7 +62,7 @@ class Clip:
         known = {"path": self.key, "caption": self.caption, "class": self.class_name, "split": self.split}
         if column in known:
             return known[column]
-        return getattr(self, column) if column in KNOWN else self.extra.get(column)
+        return getattr(self, column) if column in STANDARD_COLUMNS else self.extra.get(column)
 
     def beside(self, path: Scalar) -> Path:
         """The file that a column's value names, as `path` is named: below the manifest's folder. ValueError: it is no such path."""
@@ -105,7 +105,7 @@ class Manifest:
     @property
     def columns(self) -> set[str]:
         """The known columns and every free one."""
-        return set(KNOWN).union(*(clip.extra for clip in self.clips))
+        return set(STANDARD_COLUMNS).union(*(clip.extra for clip in self.clips))
 
 
 def read(path: Path | str) -> Manifest:
@@ -170,7 +170,7 @@ def write(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
 # ------------------------------------------------------------------------------------ conditions
 
 
-def problem(clip: Clip) -> str | None:
+def file_problem(clip: Clip) -> str | None:
     """Why the clip's file is of no use, as far as a look at the folder tells; None: it may be of use."""
     try:
         size = clip.file.stat().st_size
@@ -240,7 +240,7 @@ def _clip(row: int, found: dict[str, Any], folder: Path) -> tuple[Clip | None, l
     split = take("split", _split)
     values = {name: take(name, _count) for name in ("frames", "height", "width")}
     caption, class_name, fps = take("caption", _caption), take("class", _class), take("fps", _fps)
-    extra = {name: take(name, _free) for name in found if name not in KNOWN}
+    extra = {name: take(name, _free) for name in found if name not in STANDARD_COLUMNS}
     if errors:
         return None, errors
     captioned = found["caption"] is not None

@@ -20,7 +20,7 @@ from pathlib import Path
 from stdit.config import ConfigError, ExtractBucket
 from stdit.data.buckets import assign
 from stdit.data.decoding import ClipInfo, DecodeError
-from stdit.data.manifest import Clip, problem, read
+from stdit.data.manifest import Clip, file_problem, read
 from stdit.data.subprocess_decoder import SubprocessDecoder
 from stdit.data.transforms import frames_available
 
@@ -105,7 +105,7 @@ def probe_clips(
 
     def look(clip: Clip) -> ClipInfo | str:
         try:
-            return problem(clip) or own.decoder.probe(clip.file)
+            return file_problem(clip) or own.decoder.probe(clip.file)
         except DecodeError as error:
             return error.reason
 

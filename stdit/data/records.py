@@ -1,9 +1,9 @@
-"""What became of each clip of one part of an extraction: the record beside its shard, and the sum of all records.
+"""Records of an extraction: what became of each clip of a shard, and the totals over all shards.
 
-    out/parts/00000.parquet    one row a clip of the part, kept or not, with its reason and its source's state
+    out/parts/00000.parquet    a row per clip of the shard: status, reason, and size, time and hash of its file
 
-A record is written after its shard, so a part with a record is whole. It is up to date while the rows
-of the manifest that it was made from and the files they name are the same.
+A record is written after its shard, so a shard with a record is complete. It is up to date while its rows of
+the manifest, and the files that they name, are unchanged.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from stdit.config import ConfigError
-from stdit.data.features import KNOWN, OWN, shard_path
+from stdit.data.features import MANIFEST_COLUMNS, SAMPLE_COLUMNS, shard_path
 from stdit.data.manifest import Clip, Manifest
 from stdit.files import atomic_path, fingerprint_file
 
 # Beside the columns of samples.parquet. status: kept, dropped (fits no bucket) or bad (cannot be decoded).
-RECORD = {name: kind for name, kind in OWN.items() if name != "class_label"}
+RECORD = {name: kind for name, kind in SAMPLE_COLUMNS.items() if name != "class_label"}
 STATUS = {"status": pa.string(), "reason": pa.string(), "detail": pa.string(), "cut": pa.bool_()}
 SOURCE = {"size": pa.int64(), "mtime_ns": pa.int64(), "digest": pa.string()}
-# Whole numbers up to here are exact as 64-bit fractions.
+# Integers up to here are exact as 64-bit floats.
 EXACT = 2**53
-# Why a part is extracted for the first time.
+# `stale_reason` of a shard that has not been extracted yet.
 NEW = "new"
 
 
 @dataclass(frozen=True)
-class Part:
-    """Consecutive clips of the manifest that share a shard. `ids`: their positions in the manifest. Small enough to send."""
+class ShardSpec:
+    """The clips of one shard: consecutive rows of the manifest. `ids`: their positions in it. Small enough to send to a worker."""
 
     number: int
     ids: tuple[int, ...]
     clips: tuple[Clip, ...]
-    # Free columns of the manifest and their types, of one mind for all parts.
+    # Extra columns of the manifest and their Arrow types, the same for all shards.
     columns: tuple[tuple[str, str], ...]
     # SHA-256 of the settings that decide features.
     settings: str
@@ -63,16 +63,16 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of one part: `clips` looked at, `bad` among them that cannot be used."""
+class ShardResult:
+    """Result of extracting one shard: its clips, and how many of them cannot be used."""
 
     number: int
     clips: int
     bad: int
 
 
-def free_columns(manifest: Manifest) -> tuple[tuple[str, str], ...]:
-    """The manifest's free columns, each with the Arrow type that holds all its values.
+def extra_columns(manifest: Manifest) -> tuple[tuple[str, str], ...]:
+    """The manifest's extra columns, each with the Arrow type that represents all its values.
 
     ConfigError: a column whose name features need for themselves.
     """
@@ -83,7 +83,7 @@ def free_columns(manifest: Manifest) -> tuple[tuple[str, str], ...]:
             kinds.setdefault(name, set()).add(type(value))
             if isinstance(value, int) and abs(value) > EXACT:
                 long.setdefault(name, value)
-    if taken := sorted(set(kinds) & {*OWN, *STATUS, *SOURCE}):
+    if taken := sorted(set(kinds) & {*SAMPLE_COLUMNS, *STATUS, *SOURCE}):
         raise ConfigError(f"{manifest.path}: column {taken[0]!r} has a name that features use themselves; rename it")
     if lossy := [name for name in long if float in kinds[name]]:
         raise ConfigError(
@@ -99,8 +99,8 @@ def _type(kinds: set[type]) -> str:
     return "string"  # nothing but nulls
 
 
-def state(file: Path) -> dict[str, Any]:
-    """A source's size, time of change and content; size -1 where there is no file, or none that can be read."""
+def source_state(file: Path) -> dict[str, Any]:
+    """A source file's size, modification time and fingerprint; size -1 if it cannot be read."""
     try:
         stat = file.stat()
         if not S_ISREG(stat.st_mode):  # opening a pipe would wait for ever
@@ -115,43 +115,43 @@ def record_path(out: Path, number: int) -> Path:
 
 
 def write_record(
-    out: Path, part: Part, rows: Sequence[Mapping[str, Any]], shard_bytes: int, told: Mapping[str, str]
+    out: Path, spec: ShardSpec, rows: Sequence[Mapping[str, Any]], shard_bytes: int, metadata: Mapping[str, str]
 ) -> None:
-    """Writes a part's record, which says that its shard is whole. `told`: more to keep. OSError: no space, no permission."""
-    schema = pa.schema({**RECORD, **KNOWN, **STATUS, **SOURCE, **part.extra})
-    schema = schema.with_metadata({"key": part.key, "shard_bytes": str(shard_bytes), **told})
-    with atomic_path(record_path(out, part.number)) as temporary:
+    """Writes the record that marks a shard as complete. metadata: further entries. OSError: no space, no permission."""
+    schema = pa.schema({**RECORD, **MANIFEST_COLUMNS, **STATUS, **SOURCE, **spec.extra})
+    schema = schema.with_metadata({"key": spec.key, "shard_bytes": str(shard_bytes), **metadata})
+    with atomic_path(record_path(out, spec.number)) as temporary:
         parquet.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema), temporary)
 
 
-def stale(out: Path, part: Part) -> str | None:
-    """Why a part has to be extracted (again); None where its shard and record are whole and nothing has changed.
+def stale_reason(out: Path, spec: ShardSpec) -> str | None:
+    """Why a shard has to be extracted (again); None if shard and record are complete and nothing has changed.
 
-    A source whose time has changed but not its size is compared by content: copying a data set costs no extraction.
+    A source with another time but the same size is compared by fingerprint: copying a dataset costs no extraction.
     """
-    record = record_path(out, part.number)
+    record = record_path(out, spec.number)
     if not record.is_file():
         return NEW
     try:
-        told = metadata(record)
+        metadata = record_metadata(record)
         rows = parquet.read_table(record, columns=["path", *SOURCE]).to_pylist()
     except (OSError, ValueError) as error:
         return f"{record} cannot be read ({error})"
-    if told["key"] != part.key:
+    if metadata["key"] != spec.key:
         return "the settings, or what the manifest says of its clips, have changed"
-    shard = shard_path(out, part.number)
-    if (shard.stat().st_size if shard.is_file() else 0) != int(told["shard_bytes"]):
+    shard = shard_path(out, spec.number)
+    if (shard.stat().st_size if shard.is_file() else 0) != int(metadata["shard_bytes"]):
         return f"{shard} is gone or damaged"
-    for row, clip in zip(rows, part.clips, strict=True):
-        if _changed(row, clip.file):
+    for row, clip in zip(rows, spec.clips, strict=True):
+        if _is_changed(row, clip.file):
             return f"{clip.file} has changed"
-    for row, clip in zip(controls(told), part.clips, strict=False):
-        if row["path"] is not None and _changed(row, clip.beside(row["path"])):
+    for row, clip in zip(control_states(metadata), spec.clips, strict=False):
+        if row["path"] is not None and _is_changed(row, clip.beside(row["path"])):
             return f"{clip.beside(row['path'])} has changed"
     return None
 
 
-def _changed(row: Mapping[str, Any], file: Path) -> bool:
+def _is_changed(row: Mapping[str, Any], file: Path) -> bool:
     try:
         stat = file.stat()
     except OSError:
@@ -160,23 +160,23 @@ def _changed(row: Mapping[str, Any], file: Path) -> bool:
         return True
     if row["size"] != -1 and stat.st_mtime_ns == row["mtime_ns"]:
         return False
-    return state(file)["digest"] != row["digest"]
+    return source_state(file)["digest"] != row["digest"]
 
 
-def controls(told: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Of a record's metadata, path and state of each clip's condition; [] where none were asked for."""
-    return json.loads(told.get("controls", "[]"))
+def control_states(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Path and file state of each clip's control input, from a record's metadata; [] without control_column."""
+    return json.loads(metadata.get("controls", "[]"))
 
 
-def metadata(record: Path) -> dict[str, str]:
-    """What a record says of itself: key, shard_bytes and what the extractor told. OSError, ValueError: cannot be read."""
+def record_metadata(record: Path) -> dict[str, str]:
+    """A record's metadata: key, shard_bytes and what the extractor added. OSError, ValueError: it cannot be read."""
     found = parquet.read_schema(record).metadata or {}
     return {name.decode(): value.decode() for name, value in found.items()}
 
 
 @dataclass
-class Tally:
-    """The sum of records, for report.json."""
+class ReportTotals:
+    """Totals over records, for report.json."""
 
     clips: int = 0
     # bucket -> split -> clips
@@ -191,7 +191,7 @@ class Tally:
     sources: str = ""
 
     def add(self, rows: pa.Table) -> None:
-        """Counts one record."""
+        """Adds one record."""
         self.clips += len(rows)
         self.sources = hashlib.sha256(json.dumps([self.sources, rows["digest"].to_pylist()]).encode()).hexdigest()
         for row in rows.select(
@@ -212,7 +212,7 @@ class Tally:
         return sum(counts.total() for counts in self.kept.values())
 
     def report(self, buckets: Sequence[str], filtered: int, max_bad_share: float) -> dict[str, Any]:
-        """Every clip of the manifest, once. `filtered`: those that `where` left out before anything was read."""
+        """Counts every clip of the manifest once. filtered: clips that `where` excluded before anything was read."""
         reasons = {**({"where": filtered} if filtered else {}), **dict(sorted(self.dropped.items()))}
         return {
             "clips": self.clips + filtered,

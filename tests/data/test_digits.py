@@ -58,7 +58,7 @@ def clips_of_shape(clips: list[Clip], shape: Shape, count: int) -> list[Clip]:
 
 def test_the_manifest_holds_for_every_file(clips: list[Clip]) -> None:
     assert len(clips) == 300 * 4
-    assert [manifest.problem(c) for c in clips] == [None] * len(clips)
+    assert [manifest.file_problem(c) for c in clips] == [None] * len(clips)
     for shape in OPTIONS.shapes:
         for clip in clips_of_shape(clips, shape, 40):
             frames = frames_of(clip)

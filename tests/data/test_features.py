@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from stdit import extract
 from stdit.config import Bucket, ConfigError, Where
 from stdit.data import features as room
-from stdit.data.features import FeatureSet, packed, padded, write_shard
+from stdit.data.features import FeatureSet, pad_texts, unpad, write_shard
 from tests.support import clip_folder, encoders
 from tests.support.clip_folder import BUCKETS, rows
 
@@ -32,11 +32,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5), width=st.integers(1, 4))
 def test_padding_inverts_packing(lengths: list[int], width: int) -> None:
     texts = [torch.rand(length, width) for length in lengths]
-    features, mask = padded(texts)
+    features, mask = pad_texts(texts)
     assert features.shape == (len(lengths), max(lengths), width)
     assert mask.sum(1).tolist() == lengths
     assert not features[~mask].any()
-    assert all(torch.equal(a, b) for a, b in zip(packed(features, mask), texts, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(unpad(features, mask), texts, strict=True))
 
 
 def test_buckets_and_splits_divide_the_samples(folder: Path) -> None:

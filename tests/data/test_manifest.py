@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stdit.config import Where
-from stdit.data.manifest import Clip, Manifest, ManifestError, check_where, matches, problem, read, write
+from stdit.data.manifest import Clip, Manifest, ManifestError, check_where, file_problem, matches, read, write
 
 ROWS: list[dict[str, Any]] = [
     {"path": "a.mp4", "caption": "a cat", "class": 3, "fps": 8, "frames": 4, "height": 16, "width": 24, "split": "train", "score": 0.5},
@@ -228,7 +228,7 @@ def test_a_problem_of_one_clip_is_a_reason_and_no_error(tmp_path: Path) -> None:
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "good.mp4").write_bytes(b"x")
     clips = read(jsonl(tmp_path, *(row(path=f"{n}.mp4") for n in ("empty", "folder", "good", "missing")))).clips
-    assert [problem(c) for c in clips] == ["is empty (0 bytes)", "is not a file", None, "no such file"]
+    assert [file_problem(c) for c in clips] == ["is empty (0 bytes)", "is not a file", None, "no such file"]
 
 
 def test_conditions_on_known_and_free_columns(tmp_path: Path) -> None:

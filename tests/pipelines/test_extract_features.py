@@ -47,7 +47,7 @@ def test_two_workers_extract_what_one_process_does(tmp_path: Path) -> None:
 
 def test_what_stops_a_worker_reaches_the_caller_without_rays_own(tmp_path: Path) -> None:
     config = clip_folder.config(tmp_path, rows(tmp_path, 4), workers=2)
-    extract.begin(config)
+    extract.prepare(config)
     # A file where the folder of shards should be: no worker can write.
     (config.out / "shards").touch()
     with pytest.raises(OSError, match="shards") as caught:
