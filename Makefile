@@ -9,7 +9,7 @@ PYTEST_PARALLEL ?= -n auto --dist loadgroup --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all golden lint format clean
+.PHONY: help setup demo test test-all golden lint format docs clean
 
 help:
 	@echo "make demo      train a small text-to-video model in three stages, generate, evaluate, report (CPU, under 20 minutes)"
@@ -18,6 +18,7 @@ help:
 	@echo "make golden    rewrite the golden losses in tests/golden/ (after a change that is meant to change them)"
 	@echo "make lint      ruff and pyright"
 	@echo "make format    ruff, rewriting files"
+	@echo "make docs      docs/config.md and the editors' schemas, from the code"
 	@echo "make clean     remove .venv and caches (runs/ stays)"
 
 setup: $(VENV)/.installed
@@ -51,6 +52,9 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup
+	$(BIN)/python -m pipelines.config_reference
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -11,6 +11,7 @@ import pytest
 from pipelines import plan as plans
 from pipelines import train_stages
 from stdit import init, media
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,22 @@ def test_a_manifest_is_used_where_it_lies(clips: Path, tmp_path: Path) -> None:
     assert init.main([str(tmp_path / "b"), "--clips", str(manifest)]) == 0
     assert plans.read(tmp_path / "b" / "plan.yaml").extraction.manifest == manifest
     assert not (tmp_path / "b" / "manifest.jsonl").exists()
+
+
+def test_own_clips_needs_nothing_but_paths(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--plan", str(ROOT / "configs" / "plans" / "own-clips.yaml"), "--forecast"]
+    # Pixels and a random text encoder stand for Wan's and T5's weights, and buckets for the size of these clips.
+    for change in (
+        f"run_dir={tmp_path}", f"extraction.manifest={json.dumps(str(clips))}",
+        "extraction.video_encoder={kind: pixels, path: null, subfolder: null}",
+        "extraction.text_encoder={path: null, byte_t5: {width: 32}}",
+        "extraction.buckets=[{frames: 5, height: 24, width: 32}, {frames: 5, height: 32, width: 24}, {frames: 1, height: 24, width: 24}]",
+    ):  # fmt: skip
+        command += ["--set", change]
+    assert train_stages.main(command) == 0
+    said = capsys.readouterr().out
+    assert "5x24x32" in said
+    assert "captions of 200 tokens" in said
 
 
 @pytest.mark.slow
