@@ -4,7 +4,7 @@
     python -m cluster.submit --address http://127.0.0.1:8265 --env WANDB_API_KEY --plan … --no-wait
 
 The job server stays on the head's loopback; reach it from elsewhere with `ssh -L 8265:127.0.0.1:8265 HEAD`,
-`ray dashboard cluster/ray/aws.yaml` or `kubectl port-forward` (docs/running.md says why).
+`ray dashboard cluster/ray/aws.yaml` or `kubectl port-forward` (docs/cluster.md says why).
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def check(args: argparse.Namespace, environ: Mapping[str, str]) -> None:
     if not has_token(environ):
         raise ConfigError(
             f"--address {args.address} is not this machine, and there is no Ray token: whoever reaches a job server "
-            "without one can run any command there. Set one up (docs/running.md), or tunnel to its loopback"
+            "without one can run any command there. Set one up (docs/cluster.md), or tunnel to its loopback"
         )
     outputs = {"run_dir": plan.run_dir, "extraction.out": plan.extract.out}
     relative = [f"{key} {path}" for key, path in outputs.items() if not path.is_absolute()]
