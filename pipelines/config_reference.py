@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pipelines.plan import Plan
-from stdit.config import Config, EvaluationConfig, ExtractConfig, GenerateConfig
+from stdit.config import Config, EvaluationConfig, ExtractConfig, Frozen, GenerateConfig
 from stdit.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,6 +60,7 @@ EXAMPLES: dict[str, str] = {
     "TextEncoderConfig": "{path: google/t5-v1_1-xxl, max_text_tokens: 200, dtype: bfloat16}",
     "ByteT5Config": "{width: 128, depth: 2, num_heads: 4}",
     "Plan": "{name: a, run_dir: runs/a, extraction: {manifest: clips/, buckets: [{frames: 1, height: 64, width: 64}]}, stages: {images: {config: configs/debug.yaml}}}",
+    "Extraction": "{manifest: clips/, buckets: [{frames: 17, height: 256, width: 256}], workers: auto}",
     "Prepare": "{module: stdit.data.digits, args: [--grid, 1]}",
     "Resources": "{workers: 8, cpus_per_worker: 8, use_gpu: true}",
     "Stage": "{config: configs/stages/demo-2-clips.yaml, after: images, allow: [class_to_text]}",
@@ -112,7 +113,7 @@ def markdown() -> str:
     done: dict[str, type[BaseModel]] = {}
     for root, _ in DOCUMENTS.values():
         for name, section in sections(root).items():
-            if name not in done and name != "Extraction":  # ExtractConfig with optional paths
+            if name not in done:
                 done[name] = section
                 lines += ["", *_section(name, section)]
     return "\n".join(lines) + "\n"
@@ -120,9 +121,16 @@ def markdown() -> str:
 
 def _section(name: str, section: type[BaseModel]) -> list[str]:
     doc = inspect.cleandoc(section.__doc__ or "")
+    inherited = [key for base in section.__bases__ if base is not Frozen for key in base.model_fields]
+    fields = {
+        k: f for k, f in section.model_fields.items() if k not in inherited or k in inspect.get_annotations(section)
+    }
+    if inherited and len(fields) < len(section.model_fields):
+        base = section.__bases__[0].__name__
+        doc += f"\n\nThe keys of [{base}](#{base.lower()}), and:"
     lines = [f"## {name}", "", doc, "", f"Example: `{EXAMPLES[name]}`", ""]
     lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
-    for key, field in section.model_fields.items():
+    for key, field in fields.items():
         meaning = " ".join((field.description or "").split())
         cells = (f"`{key}`", _type(field.annotation, field.metadata), _default(field), meaning)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
@@ -147,7 +155,7 @@ def _type(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
     if origin in (dict, Mapping):
         return f"mapping of {_type(parts[0])} to {_type(parts[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        name = "ExtractConfig" if annotation.__name__ == "Extraction" else annotation.__name__
+        name = annotation.__name__
         return f"[{name}](#{name.lower()})"
     names = {str: "text", int: "int", float: "number", bool: "true / false", Path: "path", types.NoneType: "null"}
     return names.get(annotation, getattr(annotation, "__name__", "any")) + _bounds(metadata)
@@ -209,7 +217,9 @@ def _optional(value: Any) -> Any:
 
 def files() -> dict[Path, str]:
     """Every generated file, relative to the repository, with its text."""
-    made = {SCHEMAS / f"{name}.json": json.dumps(schema(name), indent=1, ensure_ascii=False) + "\n" for name in DOCUMENTS}
+    made = {
+        SCHEMAS / f"{name}.json": json.dumps(schema(name), indent=1, ensure_ascii=False) + "\n" for name in DOCUMENTS
+    }
     return {REFERENCE: markdown(), **made}
 
 
