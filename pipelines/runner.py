@@ -126,9 +126,9 @@ class PlanRunner:
     def extraction(self) -> None:
         """Extracts features that are missing or have changed."""
         from pipelines.extract_features import extract_features
-        from stdit.extract import begin
+        from stdit.extract import prepare
 
-        parts, todo = begin(self.extract)
+        extraction, todo = prepare(self.extract)
         self.record.start("extraction", self.parts()["extraction"])
         if not todo and (self.extract.out / "index.json").is_file():
             extract_features(self.extract)
@@ -137,7 +137,7 @@ class PlanRunner:
         self.connect()
         with self.phase(
             "extraction",
-            f"{parts.clips:,} clips, {len(todo)} of {len(parts.parts)} shards to extract, {self.extract.out}",
+            f"{extraction.clips:,} clips, {len(todo)} of {len(extraction.shards)} shards to extract, {self.extract.out}",
         ):
             extract_features(self.extract)
 
