@@ -48,6 +48,7 @@ from stdit.evaluation.held_out import held_out_prompts, write_prompts
 from stdit.generate import generate
 from stdit.inference.pipeline import STDiTPipeline
 from stdit.inference.prompts import read_prompts
+from stdit.models.conditioning import ConditionInputs, encode_static, precompute_conditions
 from stdit.models.sampling import Sampled
 from stdit.models.stdit import STDiT
 from stdit.train import train
@@ -241,7 +242,8 @@ def published(size: str, batch: int) -> dict[str, Callable[[], torch.Tensor]]:
         @torch.no_grad()
         def draw(model: STDiT = model) -> torch.Tensor:
             labels, x = torch.arange(batch), latents
-            for step in model.prepare(torch.tensor([900.0, 400.0]), class_labels=labels):
+            static = encode_static(model, ConditionInputs(class_labels=labels))
+            for step in precompute_conditions(model, torch.tensor([900.0, 400.0]), static):
                 x = model(latents, 0.0, conditions=step, return_dict=False)[0]
             return x
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stdit.config import EMAConfig
+from stdit.models.conditioning import ConditionInputs, encode_static, precompute_conditions
 from stdit.ops import onednn
 from stdit.training.ema import EMA
 
@@ -128,11 +129,12 @@ def sampling(peer: Peer, side: int) -> Row:
 
     @torch.no_grad()
     def ours() -> Tensor:
-        own = dict(both)
+        own: dict[str, Any] = dict(both)
         if "class_labels" in own:  # no class is -1 here, the row behind the last one there
             null_class = own["class_labels"] == peer.ours.settings.num_classes
             own["class_labels"] = own["class_labels"].masked_fill(null_class, -1)
-        conditions = peer.ours.prepare(times.timesteps, **own)  # pyright: ignore[reportArgumentType]
+        static = encode_static(peer.ours, ConditionInputs(**own))
+        conditions = precompute_conditions(peer.ours, times.timesteps, static)
         return sampled(lambda i, x: peer.run_ours(x, times.timesteps[i], {}, conditions=conditions[i]))
 
     return f"{STEPS} guided steps, {side}x{side} latents", theirs, ours

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,16 +15,22 @@ class Held:
     A tensor made in inference mode does not count its changes: of these only another tensor is noticed.
     """
 
-    def __init__(self, *conditions: Mapping[str, Tensor]) -> None:
-        self._held = [{name: (value, _version(value)) for name, value in each.items()} for each in conditions]
+    def __init__(self, *conditions: Mapping[str, Any]) -> None:
+        self._held = [{name: (value, _version(value)) for name, value in _flat(each).items()} for each in conditions]
 
-    def same(self, *conditions: Mapping[str, Tensor]) -> bool:
+    def same(self, *conditions: Mapping[str, Any]) -> bool:
         """Whether these are they. Compares no values, and so waits for no device."""
         return len(self._held) == len(conditions) and all(
             held.keys() == each.keys()
             and all(held[name][0] is value and held[name][1] == _version(value) for name, value in each.items())
-            for held, each in zip(self._held, conditions, strict=True)
+            for held, each in zip(self._held, map(_flat, conditions), strict=True)
         )
+
+
+def _flat(conditions: Mapping[str, Any]) -> dict[str, Tensor]:
+    """With those of added_cond_kwargs among the others."""
+    own = {name: value for name, value in conditions.items() if name != "added_cond_kwargs"}
+    return own | dict(conditions.get("added_cond_kwargs") or {})
 
 
 def _version(value: Tensor) -> int | None:

@@ -174,7 +174,7 @@ def backward(engine: Engine, inputs: Inputs, batch: Batch, step: int) -> tuple[T
     loss = inputs.objective.loss(predict, x0, noise, t, given).mean()
     wanted, cost, share = inputs.config.train.dynamic, 0.0, 1.0
     if wanted is not None:
-        cost, share = flops_loss(wanted, used[0], condition["complete"], step)
+        cost, share = flops_loss(wanted, used[0], condition["force_full"], step)
     engine.backward(loss + cost)
     return loss.detach(), share
 

@@ -263,7 +263,7 @@ class Config(Frozen):
             and self.diffusion.frame_conditioning != FrameConditioningConfig()
         ):
             raise ValueError(
-                "diffusion.frame_conditioning: model.conditioning cross_attention tells all frames one time; choose another"
+                "diffusion.frame_conditioning: model.conditioning cross_attention has one timestep for all frames; choose another"
             )
         steps = self.diffusion.num_train_timesteps
         if self.model.exit_depths and self.diffusion.objective == "ddpm" and steps != 1000:

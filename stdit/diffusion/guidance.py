@@ -1,12 +1,14 @@
 """Classifier-free guidance (Ho & Salimans 2022) as a function from a model to a model.
 
-A model is a callable `model(x_t, t, cond) -> prediction`; `cond` maps the names of conditions to tensors (B, …).
+A model is a callable `model(x_t, t, cond) -> prediction`; `cond` maps the names of conditions to tensors (B, …), and
+`added_cond_kwargs` to a mapping of such.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from torch.nn.functional import pad
 
 from stdit.held import Held
 
-Model = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+Model = Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]
 
 # Conditions of one row per token, of which the longer is padded (with False, or with zeros that a mask shuts out).
 TOKENS = ("encoder_hidden_states", "encoder_attention_mask")
@@ -39,10 +41,10 @@ def guided(
         raise ValueError(f"guidance_channels must be 1 or more, found {channels}")
     if scale == 1:
         return model
-    held: tuple[Held, dict[str, Tensor]] | None = None
+    held: tuple[Held, dict[str, Any]] | None = None
     against = negative or {}
 
-    def predict(x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    def predict(x_t: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
         nonlocal held
         check_channels(channels, x_t.shape[1])
         if held is None or not held[0].same(cond, against):
@@ -64,11 +66,14 @@ def check_channels(channels: int | None, latent: int) -> None:
 
 
 def doubled(
-    cond: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None, batch: int, device: torch.device
-) -> dict[str, Tensor]:
+    cond: Mapping[str, Any], negative: Mapping[str, Tensor] | None, batch: int, device: torch.device
+) -> dict[str, Any]:
     """Conditions of a batch of 2B: `cond`, then `negative` (whose names replace cond's), or cond again and dropped."""
-    both: dict[str, Tensor] = {}
+    both: dict[str, Any] = {}
     for name, value in cond.items():
+        if name == "added_cond_kwargs":
+            both[name] = {k: _twice(v, v, batch) for k, v in value.items()}
+            continue
         other = value if negative is None else negative.get(name, value)
         if name in TOKENS:
             longest = max(value.shape[1], other.shape[1])

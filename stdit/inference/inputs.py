@@ -58,7 +58,7 @@ class Teller:
     classes: Mapping[str, int]
     device: torch.device
 
-    def condition(self, asked: Asked) -> tuple[dict[str, Tensor], int]:
+    def condition(self, asked: Asked) -> tuple[dict[str, Any], int]:
         """(keywords, B): every prompt's conditions, `each` times in a row. ValueError: what the model does not take."""
         self._check(asked)
         cond: dict[str, Tensor] = {}

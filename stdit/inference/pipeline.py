@@ -264,7 +264,8 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
         if not cond:
             scale = 1.0  # an unconditional model has nothing to be guided to
         negative = None if scale == 1 else teller.negative(asked, cond, batch)
-        cond |= micro_conditions(settings, clip, checked_fps(fps, num_frames), device)
+        if added := micro_conditions(settings, clip, checked_fps(fps, num_frames), device):
+            cond["added_cond_kwargs"] = added
         shape = (batch, encoder.channels, *latent)
         if conditioning_video is not None:
             conditioning_latents = self._encode(encoder, conditioning_video, conditioning_latents, clip)

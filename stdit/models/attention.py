@@ -1,12 +1,12 @@
-"""Self-attention and cross-attention, by the kernels that diffusers' dispatcher knows by name.
+"""Self-attention and cross-attention, on the back ends of diffusers' dispatcher.
 
-B batch (frames or pixels folded in, where attention is factorized) · N, M query and key tokens
-H heads · D hidden size · d = D / H
+B           batch (times frames or positions, where attention is factorized)
+N, M        query and key tokens
+H, D, d     heads, hidden size, head width D / H
 
-The one place where a back end is chosen: `model.set_attention_backend("flash")` (flash-attn),
-"_native_flash" (torch's own), "sage" and so on write into `AttentionProcessor`; diffusers imports
-the package and says so when it is missing. Kernels that take no mask leave masked cross-attention
-to torch's scaled_dot_product_attention.
+`model.set_attention_backend("flash")` (flash-attn), "_native_flash" (torch), "sage" and so on set the back end of
+`AttentionProcessor`; diffusers imports the package and raises if it is missing. Back ends without masks leave masked
+attention to torch's scaled_dot_product_attention.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from stdit.config.model import QKNorm
-from stdit.models.embeddings import Rope, rotate
+from stdit.models.positions import Rope, apply_rope
 
 # Back ends that take boolean masks (xformers would add them as 0 and 1); all others leave masked attention to NATIVE.
 MASKED = frozenset(
@@ -59,10 +59,10 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
 
 
 class AttentionProcessor:
-    """softmax(q kᵀ / √d) v by the back end that was set on this layer, or else by the active one.
+    """softmax(q kᵀ / √d) v by this layer's back end, or else the active one.
 
-    query (B, N, H, d); key, value (B, M, H, d); mask (B, 1, 1, M) bool, True where a key is seen, at least one in every
-    row; or (B, H, N, M), added to the scores. Returns (B, N, H, d).
+    query (B, N, H, d); key, value (B, M, H, d); mask (B, 1, 1, M) bool, True for keys to attend to, at least
+    one per row; or (B, H, N, M), added to the scores. Returns (B, N, H, d).
     """
 
     # Written by diffusers' set_attention_backend and enable_parallelism.
@@ -84,7 +84,7 @@ class AttentionProcessor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, with the weight in the input's dtype: under autocast the fused kernel wants both equal."""
+    """nn.RMSNorm with the weight cast to the input's dtype, which the fused kernel needs under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.weight is not None
@@ -92,14 +92,14 @@ class RMSNorm(nn.RMSNorm):
 
 
 def _head_norm(kind: QKNorm | None, hidden_size: int, num_heads: int) -> nn.Module | None:
-    """RMS over each head, as STDiT3 and SD3 have it, or LayerNorm over the full width, as PixArt-Σ has it."""
+    """RMSNorm per head (STDiT3, SD3) or LayerNorm over the full width (PixArt-Σ)."""
     if kind == "rms":
         return RMSNorm(hidden_size // num_heads, eps=1e-6)
     return None if kind is None else nn.LayerNorm(hidden_size)
 
 
 def split_heads(x: Tensor, norm: nn.Module | None, num_heads: int) -> Tensor:
-    """(B, N, D) -> (B, N, H, d), normalised before or after, as the norm is wide."""
+    """(B, N, D) -> (B, N, H, d), LayerNorm before splitting heads, RMSNorm after."""
     if isinstance(norm, nn.LayerNorm):
         x = norm(x)
     x = x.unflatten(-1, (num_heads, -1))
@@ -109,10 +109,10 @@ def split_heads(x: Tensor, norm: nn.Module | None, num_heads: int) -> Tensor:
 class Attention(nn.Module, AttentionModuleMixin):
     """Self-attention. Weights as published: `qkv` (rows [q; k; v]), `proj`, `q_norm`, `k_norm`.
 
-    window_size: attention is confined to squares of so many patches a side; `relative`: with learned positions relative to
-    the query, by row and by column (`rel_pos_h`, `rel_pos_w`; Li et al. 2022, ViTDet, whose arithmetic this is).
-    kv_compress: keys and values are pooled over such squares by a depth-wise convolution (`sr`) and normalised (`norm`;
-    Chen et al. 2024, PixArt-Σ, section 2.3).
+    window_size: windowed attention, patches per side. relative: decomposed relative position bias in the windows, by row
+    and by column (`rel_pos_h`, `rel_pos_w`; Li et al. 2022, ViTDet).
+    kv_compress: keys and values of kv_compress² patches are merged by a depth-wise convolution (`sr`) and a LayerNorm
+    (`norm`; Chen et al. 2024, PixArt-Σ, section 2.3).
     """
 
     _default_processor_cls = AttentionProcessor
@@ -151,32 +151,30 @@ class Attention(nn.Module, AttentionModuleMixin):
         rope: Rope | None = None,
         mask: Tensor | None = None,
         plane: tuple[int, int] | None = None,
-        heads: Tensor | None = None,
+        head_mask: Tensor | None = None,
     ) -> Tensor:
-        """hidden_states (B, N, D); rope over the N tokens; mask (B, 1, 1, N) bool over keys; plane: the (H, W) that N is;
-        heads: 0 for those whose output is not used, else 1, (samples or 1, H), samples being a whole part of B.
-
-        Returns (B, N, D). Windows and pooling need `plane`.
-        """
+        """(B, N, D) -> (B, N, D). rope of the N tokens; mask (B, 1, 1, N) bool over keys; plane: (rows, columns) of the N
+        patches, for windows and key/value compression; head_mask (samples or 1, H), 0 for heads whose output is dropped
+        (samples divides B)."""
         x = hidden_states
         if self.window_size is not None:
             assert plane is not None
             w, (rows, columns) = self.window_size, (plane[0] // self.window_size, plane[1] // self.window_size)
             x = rearrange(x, "b (i h j w) d -> (b i j) (h w) d", i=rows, j=columns, h=w, w=w)
             y = rearrange(
-                self._attended(x, rope, mask, None), "(b i j) (h w) d -> b (i h j w) d", i=rows, j=columns, h=w, w=w
+                self._attention(x, rope, mask, None), "(b i j) (h w) d -> b (i h j w) d", i=rows, j=columns, h=w, w=w
             )
         else:
-            y = self._attended(x, rope, mask, plane)
-        if heads is not None:
-            own = heads.repeat_interleave(y.shape[0] // heads.shape[0], 0)
-            y = (y.unflatten(-1, (self.num_heads, -1)) * own[:, None, :, None]).flatten(2)
+            y = self._attention(x, rope, mask, plane)
+        if head_mask is not None:
+            factors = head_mask.repeat_interleave(y.shape[0] // head_mask.shape[0], 0)
+            y = (y.unflatten(-1, (self.num_heads, -1)) * factors[:, None, :, None]).flatten(2)
         return self.proj(y)
 
-    def heads(
+    def qkv_heads(
         self, x: Tensor, rope: Rope | None, plane: tuple[int, int] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, N, H, d), and keys and values (B, M, H, d), of x (B, N, D); M is N unless they are pooled."""
+        """Queries (B, N, H, d), keys and values (B, M, H, d) of x (B, N, D); M is N without key/value compression."""
         if self.sr is None and not isinstance(self.q_norm, nn.LayerNorm):
             q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b n h d", qkv=3, h=self.num_heads).unbind(0)
             if self.q_norm is not None and self.k_norm is not None:
@@ -185,19 +183,22 @@ class Attention(nn.Module, AttentionModuleMixin):
             q, k, v = self.qkv(x).chunk(3, dim=-1)
             q, k = split_heads(q, self.q_norm, self.num_heads), split_heads(k, self.k_norm, self.num_heads)
             if self.sr is not None:
-                k, v = self._pooled(k.flatten(2), plane).unflatten(-1, (self.num_heads, -1)), self._pooled(v, plane)
+                k, v = (
+                    self._compress_kv(k.flatten(2), plane).unflatten(-1, (self.num_heads, -1)),
+                    self._compress_kv(v, plane),
+                )
             v = v.unflatten(-1, (self.num_heads, -1))
         if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
         return q, k, v
 
-    def _attended(self, x: Tensor, rope: Rope | None, mask: Tensor | None, plane: tuple[int, int] | None) -> Tensor:
-        q, k, v = self.heads(x, rope, plane)
+    def _attention(self, x: Tensor, rope: Rope | None, mask: Tensor | None, plane: tuple[int, int] | None) -> Tensor:
+        q, k, v = self.qkv_heads(x, rope, plane)
         if self.rel_pos_h is not None and self.rel_pos_w is not None:
-            mask = self._relative(q, self.rel_pos_h, self.rel_pos_w)
+            mask = self._relative_bias(q, self.rel_pos_h, self.rel_pos_w)
         return self.processor(q, k, v, mask).flatten(2)
 
-    def _pooled(self, x: Tensor, plane: tuple[int, int] | None) -> Tensor:
+    def _compress_kv(self, x: Tensor, plane: tuple[int, int] | None) -> Tensor:
         """(B, H W, D) -> (B, H W / r², D)."""
         assert plane is not None
         assert self.sr is not None
@@ -205,14 +206,14 @@ class Attention(nn.Module, AttentionModuleMixin):
         pooled = self.sr(rearrange(x, "b (h w) d -> b d h w", h=plane[0], w=plane[1]))
         return self.norm(rearrange(pooled, "b d h w -> b (h w) d"))
 
-    def _relative(self, q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
-        """What is added to a window's scores, (B, H, N, N): each query against the codes of its distance to each key."""
+    def _relative_bias(self, q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
+        """Bias of a window's scores (B, H, N, N): each query with the embedding of its offset to each key."""
         assert self.window_size is not None
-        at = torch.arange(self.window_size, device=q.device)
-        apart = at[:, None] - at + self.window_size - 1  # (query, key)
+        index = torch.arange(self.window_size, device=q.device)
+        offset = index[:, None] - index + self.window_size - 1  # (query, key)
         square = q.unflatten(1, (self.window_size, self.window_size))
-        rows = torch.einsum("bijnd,ikd->bnijk", square, rel_pos_h[apart])
-        columns = torch.einsum("bijnd,jkd->bnijk", square, rel_pos_w[apart])
+        rows = torch.einsum("bijnd,ikd->bnijk", square, rel_pos_h[offset])
+        columns = torch.einsum("bijnd,jkd->bnijk", square, rel_pos_w[offset])
         return rearrange(rows[..., None] + columns[..., None, :], "b n i j k l -> b n (i j) (k l)")
 
 
@@ -255,6 +256,6 @@ class CrossAttention(nn.Module, AttentionModuleMixin):
             keys_values = self.keys_values(encoder_hidden_states)
         q = split_heads(self.q_linear(hidden_states), self.q_norm, self.num_heads)
         k, v = keys_values
-        if len(k) != len(q):  # one text (the null) for the whole batch
+        if len(k) != len(q):  # one text for the whole batch
             k, v = k.expand(len(q), -1, -1, -1), v.expand(len(q), -1, -1, -1)
         return self.proj(self.processor(q, k, v, mask).flatten(2))

@@ -1,20 +1,26 @@
-"""The transformer block, and the layer that turns tokens back into patches.
+"""The transformer block, and the final layer that maps tokens to patches.
 
-B batch · (T, H, W) grid of patches · S = H W tokens of a frame · D hidden size · L text tokens
-Tokens are (B, T, S, D). A signal tells blocks the time and the class: (B or 1, T or 1, …), 1 where it is shared.
+B           batch
+T, S        frames, tokens of a frame (H W patches, and in-context tokens)
+L           text tokens
+D           hidden size
+x           tokens, (B, T, S, D)
 
-    x = x + gate_msa attn(norm1(x)) [+ gate_msa attn_temp(norm1(x))] [+ cross_attn(x, text)] + gate_mlp mlp(norm2(x))
+    x = x + gate_msa attn(norm1(x))                  norm1(x) = scale_msa LayerNorm(x) + shift_msa
+    x = x + gate_msa attn_temp(norm1(x))             factorized attention
+    x = x + cross_attn(x, text)                      text
+    x = x + gate_mlp mlp(norm2(x))                   norm2(x) = scale_mlp LayerNorm(x) + shift_mlp
 
-What makes norm1, norm2 and the gates, is `conditioning`: adaLN-single (Chen et al. 2023, PixArt-α, section 2.3), where
-one network makes the modulation for all blocks and each adds its own `scale_shift_table`; adaLN and adaLN-Zero, where
-each block has a network of its own; in-context and cross-attention, where norms are plain, and time and class are
-tokens (all three Peebles & Xie 2023, section 3.2); joint attention, adaLN-Zero twice, for video and for text, which
-meet in one attention (Esser et al. 2024, section 4).
+`conditioning` decides where shift, scale and gate come from: adaLN-single (Chen et al. 2023, PixArt-α, section 2.3), one
+network for all blocks plus each block's `scale_shift_table`; adaLN and adaLN-Zero, a network per block; in-context and
+cross-attention, plain LayerNorms, with timestep and class as tokens (all three Peebles & Xie 2023, section 3.2); joint
+attention, adaLN-Zero for video and for text, which meet in one attention (Esser et al. 2024, section 4).
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,71 +30,95 @@ from torch import Tensor, nn
 
 from stdit.config.model import ModelConfig
 from stdit.models.attention import Attention, CrossAttention
-from stdit.models.dynamic import Costs, Dynamic, Noise, Used
-from stdit.models.embeddings import Grid
 from stdit.models.mlp import feed_forward
-from stdit.models.positions import Places
-from stdit.models.pruning import Chosen, Parts
+from stdit.models.positions import Grid, PositionEmbeddings
+from stdit.models.pruning import BlockModules
 
-# How blocks are compiled. They share one function, so the limit, per function, has to hold every kind of block there is in
-# a model, times one frame or several, one sample or several, a shared time or each its own, a mask or none. Sizes above
-# 1 are symbols from the start.
-COMPILED: dict[str, Any] = {"fullgraph": True, "dynamic": True, "recompile_limit": 64}
+if TYPE_CHECKING:
+    from stdit.models.dynamic import ComputeStats, RouterNoise
 
-# Shift, scale + 1 and gate of attention, then of the MLP, each (B or 1, T or 1, 1, D); None where a block has none.
+# Arguments of torch.compile. Blocks share one compiled function, so the limit, which is per function, must hold every
+# variant within a model: kinds of block, one frame or several, one sample or several, shared or separate timesteps, with
+# or without mask. Sizes above 1 are symbolic from the start.
+COMPILE_OPTIONS: dict[str, Any] = {"fullgraph": True, "dynamic": True, "recompile_limit": 64}
+
+# shift, 1 + scale and gate of attention, then of the MLP, each (B or 1, T or 1, 1, D); None where a block has none.
 Modulation = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-class Signals(NamedTuple):
-    """The time and the class as blocks are told them, of `conditioning`'s kind, (B or 1, T or 1, D or 6 D): to the video,
-    and in joint attention to the text, which is one for all frames, or one for each. time (B or 1, D): the code of the
-    time alone, which dynamic width goes by."""
+class ModulationInput(NamedTuple):
+    """What modulation is computed from, (B or 1, T or 1, D, or 6 D for adaLN-single): for the video tokens and, in joint
+    attention, for the text (per frame or for the clip). time (B or 1, D): the timestep embedding, which routers read."""
 
     video: Tensor | None
     text: Tensor | None = None
     time: Tensor | None = None
 
 
-class Prepared(NamedTuple):
-    """What a block computes from the conditions alone: the same in every call with the same ones. parts: of dynamic
-    width, cut down to what runs at this time."""
+class BlockCache(NamedTuple):
+    """What a block computes from conditions only: modulation, keys and values of the text, (B or 1, L, H, d) each, and
+    with dynamic width the modules pruned to what runs at this timestep."""
 
     modulation: Modulation
-    text_modulation: Modulation | None
-    keys_values: tuple[Tensor, Tensor] | None
-    parts: Parts | None = None
+    text_modulation: Modulation | None = None
+    keys_values: tuple[Tensor, Tensor] | None = None
+    pruned: BlockModules | None = None
+
+
+class BlockState(NamedTuple):
+    """A block's inputs in one forward pass, besides tokens and text.
+
+    grid            (T, H, W) patches
+    mask            (B, 1, 1, keys) bool, over the text (in-context: over the tokens of a frame)
+    cache           precomputed conditions; None: the block computes them from `modulation`
+    drop_path       (B, 1, 1, 1) factors of the branches attn, attn_temp and mlp, in training
+    router_noise    and force_full (B,) bool, samples that skip nothing: routers in training (stdit.models.dynamic)
+    residual        (B, T, S, D), added after the block: a control branch's
+    active          (B or 1, 1, 1, 1) bool: samples that have not exited yet
+    """
+
+    grid: Grid
+    positions: PositionEmbeddings
+    modulation: ModulationInput
+    mask: Tensor | None = None
+    cache: BlockCache | None = None
+    drop_path: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    router_noise: RouterNoise | None = None
+    force_full: Tensor | None = None
+    residual: Tensor | None = None
+    active: Tensor | None = None
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm without weights, times `scale` (which has the 1 already), plus shift. x (B, T, S, D)."""
-    if shift.numel() == x.shape[-1]:  # shared by all: the norm's own weight and bias, one pass instead of two
+    """LayerNorm without weights, times `scale` (which includes the 1), plus shift. x (B, T, S, D)."""
+    if shift.numel() == x.shape[-1]:  # shared by all tokens: as the norm's weight and bias, one kernel instead of two
         return F.layer_norm(x, x.shape[-1:], scale.flatten(), shift.flatten(), eps)
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), scale)
 
 
-def _add(x: Tensor, gate: Tensor | None, y: Tensor, keep: Tensor | None) -> Tensor:
-    """x + gate y. keep (B, 1, 1, 1): 0 where a sample's branch is dropped, else what makes up for that; None: all stay."""
-    if keep is not None:
-        gate = keep if gate is None else gate * keep
+def gated_add(x: Tensor, gate: Tensor | None, y: Tensor, drop_path: Tensor | None = None) -> Tensor:
+    """x + gate y. drop_path (B, 1, 1, 1): 0 for samples whose branch is dropped, else 1 / keep rate."""
+    if drop_path is not None:
+        gate = drop_path if gate is None else gate * drop_path
     return x + y if gate is None else torch.addcmul(x, gate, y)
 
 
 class AdaLN(nn.Module):
-    """A network from the signal to `count` vectors per block. Weights as published: `adaLN_modulation.1` in DiT's blocks."""
+    """Linear map of the embedding to `count` modulation vectors. Weights as published: `adaLN_modulation.1` in DiT."""
 
     def __init__(self, hidden_size: int, count: int) -> None:
         super().__init__()
         self.count = count
-        # An nn.Sequential(SiLU, Linear) in DiT; the SiLU is the same for all blocks and taken once, outside.
+        # nn.Sequential(SiLU, Linear) in DiT; the SiLU is the same for all blocks and applied once, outside.
         self.add_module("1", nn.Linear(hidden_size, count * hidden_size))
 
-    def forward(self, signal: Tensor) -> tuple[Tensor, ...]:
-        """SiLU'd code (B or 1, T or 1, D) -> `count` tensors (B or 1, T or 1, 1, D)."""
-        return self.get_submodule("1")(signal).unflatten(-1, (self.count, -1)).chunk(self.count, dim=-2)
+    def forward(self, embedding: Tensor) -> tuple[Tensor, ...]:
+        """SiLU'd (B or 1, T or 1, D) -> `count` tensors (B or 1, T or 1, 1, D)."""
+        return self.get_submodule("1")(embedding).unflatten(-1, (self.count, -1)).chunk(self.count, dim=-2)
 
 
-def _six(vectors: tuple[Tensor, ...]) -> Modulation:
-    """Shift, scale, gate twice, shift and scale twice, or shift and scale once, as a Modulation."""
+def as_modulation(vectors: tuple[Tensor, ...]) -> Modulation:
+    """Six vectors (shift, scale, gate twice), four (no gates) or two (attention's shift and scale) as a Modulation."""
     if len(vectors) == 2:
         return (vectors[0], 1 + vectors[1], None, None, None, None)
     if len(vectors) == 4:
@@ -99,7 +129,7 @@ def _six(vectors: tuple[Tensor, ...]) -> Modulation:
 
 
 class TextStream(nn.Module):
-    """The text's half of a joint block. The last block's text goes no further: it has no `proj`, gates and MLP to use."""
+    """The text half of a joint block. In the last block the text ends: no `proj`, gates or MLP."""
 
     def __init__(self, config: ModelConfig, last: bool) -> None:
         super().__init__()
@@ -112,13 +142,13 @@ class TextStream(nn.Module):
 
 
 class STDiTBlock(nn.Module):
-    """Self-attention, temporal attention, attention to text, MLP; each only where the config has it.
+    """Self-attention, temporal attention, cross-attention to text, MLP; each where the config has it.
 
-    attention="factorized": `attn` within each frame, then `attn_temp` within each place over time (Open-Sora's pairs).
-    "alternating": `attn` within each frame in even blocks, over time in odd ones. "full": `attn` over all tokens.
+    attention="factorized": `attn` within each frame, then `attn_temp` over time at each position (Open-Sora 1.0).
+    "alternating": `attn` within each frame in even blocks, over time in odd ones (Latte). "full": `attn` over all tokens.
 
-    `attn_temp` and `attn` share shift, scale and gate: with its `proj` at zero, `attn_temp` adds nothing, at any time.
-    With the gates at zero and `cross_attn.proj` at zero, as they start, the block is the identity.
+    `attn_temp` shares shift, scale and gate with `attn`: with its `proj` at zero it adds nothing. With gates and
+    `cross_attn.proj` at zero, as initialised, the block is the identity.
     """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
@@ -127,7 +157,7 @@ class STDiTBlock(nn.Module):
         width, depth, heads = config.dimensions
         self.full = config.attention == "full"
         self.over_time = config.attention == "alternating" and index % 2 == 1
-        # Whether codes of time enter here, at the first attention that looks over time.
+        # The first block with temporal attention.
         self.first_in_time = index == (1 if config.attention == "alternating" else 0)
         self.eps = config.norm_eps
         self.mlp_eps = config.mlp_norm_eps or config.norm_eps
@@ -144,115 +174,81 @@ class STDiTBlock(nn.Module):
         if config.conditioning == "joint":
             self.context = TextStream(config, last=index == depth - 1)
 
-        within = not self.over_time and not self.full
-        window = config.window_size if within and _holds(config.window_blocks, index) else None
-        compress = config.kv_compress if within and _holds(config.kv_compress_blocks, index) else None
+        spatial = not self.over_time and not self.full
+        window = config.window_size if spatial and _includes(config.window_blocks, index) else None
+        compress = config.kv_compress if spatial and _includes(config.kv_compress_blocks, index) else None
         self.attn = Attention(width, heads, config.qk_norm, window, config.relative_positions, compress)
         self.attn_temp = None
         if config.attention == "factorized" and config.temporal:
             self.attn_temp = Attention(width, heads, config.qk_norm)
         self.cross_attn = CrossAttention(width, heads, config.cross_qk_norm) if config.block_text[index] else None
         self.mlp = feed_forward(config)
-        self.dynamic = Dynamic(config, self.attn_temp is not None) if config.dynamic else None
 
     # -------------------------------------------------------------------------------------- forward
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None,
-        signals: Signals,
-        mask: Tensor | None,
-        grid: Grid,
-        places: Places,
-        keep: Tensor | None = None,
-        prepared: Prepared | None = None,
-        noise: Noise | None = None,
-        complete: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Used]:
-        """hidden_states (B, T, S, D) and text (B or 1, L, D) -> the same two; text changes in joint attention alone. Of
-        a dynamic block in training also what was used.
-
-        mask (B, 1, 1, keys) bool, over the text (in-context: over a frame's tokens); keep (3, B, 1, 1, 1): what drop
-        path leaves of attn, attn_temp and mlp; prepared: what `prepare` made of the same signals and text. Of dynamic
-        blocks in training: noise of their choices, and complete (B,) bool, samples for which everything runs.
-        """
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None, state: BlockState
+    ) -> tuple[Tensor, Tensor | None, ComputeStats | None]:
+        """Tokens (B, T, S, D) and text (B or 1, L, D) -> the same two (text changes in joint attention only), and what a
+        dynamic block computed, in training."""
         x, text = hidden_states, encoder_hidden_states
-        if prepared is None:
-            prepared = self.prepare(signals)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = prepared.modulation
-        keep_attn, keep_temp, keep_mlp = (None, None, None) if keep is None else keep
-        (attn, attn_temp, mlp), chosen = self.parts, Chosen()
-        if self.dynamic is not None:
-            (attn, attn_temp, mlp), chosen = self.dynamic.parts(
-                self.parts, signals.time, noise, complete, prepared.parts
-            )
+        cache = state.cache or self.precompute(state.modulation)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = cache.modulation
+        drop_attn, drop_temp, drop_mlp = state.drop_path
 
         if self.over_time:
-            x = self._in_time(x, grid, places)
-            y = self._attend_over_time(attn, self._norm1(x, shift_msa, scale_msa), places, chosen.heads)
-        elif self.context is None:
-            y = self._attend(attn, self._norm1(x, shift_msa, scale_msa), grid, places, mask, chosen.heads)
-        else:
-            y, text = self._attend_jointly(x, text, prepared, mask, grid, places)
-        x = _add(x, gate_msa, y, keep_attn)
-        if attn_temp is not None:
-            x = self._in_time(x, grid, places)
-            read = self._norm1(x, shift_msa, scale_msa) if self.config.temporal_norm else x
-            y = self._attend_over_time(attn_temp, read, places, chosen.heads_temp)
-            x = _add(x, gate_msa, y, keep_temp)
+            x = self.add_temporal_positions(x, state)
+        y, text = self.self_attention(self.attn, self.norm_msa(x, shift_msa, scale_msa), text, state, cache)
+        x = gated_add(x, gate_msa, y, drop_attn)
+        if self.attn_temp is not None:
+            x = self.add_temporal_positions(x, state)
+            y = self.temporal_attention(self.attn_temp, self.norm_temp(x, shift_msa, scale_msa), state)
+            x = gated_add(x, gate_msa, y, drop_temp)
         if self.cross_attn is not None:
-            queries = x if self.norm_cross is None else self.norm_cross(x)
-            y = self.cross_attn(queries.flatten(1, 2), text, mask, prepared.keys_values)
-            x = x + y.unflatten(1, (grid[0], -1))
-        if self.dynamic is not None:
+            x = x + self.text_attention(x, text, state, cache)
+        y = self.mlp(self.norm_mlp(x, shift_mlp, scale_mlp), state.grid)
+        x = gated_add(x, gate_mlp, y, drop_mlp)
+        return x, text, None
 
-            def fed(x: Tensor, shift: Any, scale: Any, gate: Any, groups: Any, tokens: Any = None) -> Tensor:
-                y = mlp(self._norm2(x, shift, scale), None, groups)
-                return _add(x, gate, y if tokens is None else y * tokens, keep_mlp)
-
-            x, tokens = self.dynamic.feed(x, (shift_mlp, scale_mlp, gate_mlp, chosen.groups), fed, noise, complete)
-            if self.training:
-                return x, text, self.dynamic.used(chosen, tokens, self.costs(x), x)
-            return x, text
-        x = _add(x, gate_mlp, mlp(self._norm2(x, shift_mlp, scale_mlp), grid), keep_mlp)
-        return x, text
-
-    @property
-    def parts(self) -> Parts:
-        return Parts(self.attn, self.attn_temp, self.mlp)
-
-    def costs(self, x: Tensor) -> Costs:
-        """Multiply-adds that a sample of tokens x (B, T, S, D) costs where everything runs."""
-        assert self.dynamic is not None
-        return self.dynamic.costs(self.attn, x.shape[1], x.shape[2], self.over_time)
-
-    def prepare(self, signals: Signals, text: Tensor | None = None) -> Prepared:
-        """What this block makes of the conditions alone; of the text, where it is given, its keys and values."""
+    def precompute(self, modulation: ModulationInput, text: Tensor | None = None) -> BlockCache:
+        """What this block computes from conditions only; keys and values where text (B or 1, L, D) is passed."""
         text_modulation = keys_values = None
         if self.context is not None:
-            assert signals.text is not None
-            text_modulation = _six(self.context.adaLN_modulation(signals.text))
+            assert modulation.text is not None
+            text_modulation = as_modulation(self.context.adaLN_modulation(modulation.text))
         if self.cross_attn is not None and text is not None:
             keys_values = self.cross_attn.keys_values(text)
-        return Prepared(self._modulation(signals.video), text_modulation, keys_values)
+        return BlockCache(self._modulation(modulation.video), text_modulation, keys_values)
 
-    def _modulation(self, signal: Tensor | None) -> Modulation:
+    def _modulation(self, video: Tensor | None) -> Modulation:
         if self.norm1 is not None:
             return (None, None, None, None, None, None)
-        assert signal is not None
+        assert video is not None
         if self.adaLN_modulation is not None:
-            return _six(self.adaLN_modulation(signal))
-        return _six((self.scale_shift_table + signal.unflatten(-1, (6, -1))).chunk(6, dim=-2))
+            return as_modulation(self.adaLN_modulation(video))
+        return as_modulation((self.scale_shift_table + video.unflatten(-1, (6, -1))).chunk(6, dim=-2))
 
-    def _norm1(self, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+    @property
+    def prunable(self) -> BlockModules:
+        """The modules that dynamic width prunes."""
+        return BlockModules(self.attn, self.attn_temp, self.mlp)
+
+    # ---------------------------------------------------------------------------------------- norms
+
+    def norm_msa(self, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+        """norm1 of the formula."""
         if self.norm1 is not None:
             return self.norm1(x)
         assert shift is not None
         assert scale is not None
         return modulate(x, shift, scale, self.eps)
 
-    def _norm2(self, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+    def norm_temp(self, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+        """The input of `attn_temp`: norm1(x), or x itself (Open-Sora 1.0)."""
+        return self.norm_msa(x, shift, scale) if self.config.temporal_norm else x
+
+    def norm_mlp(self, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+        """norm2 of the formula."""
         if self.norm2 is not None:
             return self.norm2(x)
         assert shift is not None
@@ -261,101 +257,106 @@ class STDiTBlock(nn.Module):
 
     # ------------------------------------------------------------------------------------ attention
 
-    def _attend(
-        self, attn: Attention, x: Tensor, grid: Grid, places: Places, mask: Tensor | None, heads: Tensor | None
-    ) -> Tensor:
-        """(B, T, S, D) -> (B, T, S, D), over all tokens or within each frame."""
-        t = grid[0]
-        own_mask = mask if self.cross_attn is None else None  # else it is the text's
+    def self_attention(
+        self, attn: Callable[..., Tensor], x: Tensor, text: Tensor | None, state: BlockState, cache: BlockCache
+    ) -> tuple[Tensor, Tensor | None]:
+        """`attn` of x (B, T, S, D), within frames, over time or over all tokens; and the text, updated if joint."""
+        if self.context is not None:
+            return self._joint_attention(x, text, state, cache)
+        if self.over_time:
+            return self.temporal_attention(attn, x, state), text
+        t = state.grid[0]
+        mask = state.mask if self.cross_attn is None else None  # else it is the text's
         if self.full:
-            if own_mask is not None:  # every frame has its own copy of the in-context tokens
-                own_mask = own_mask.repeat(1, 1, 1, t)
-            return attn(x.flatten(1, 2), places.rope, own_mask, None, heads).unflatten(1, (t, -1))
-        if own_mask is not None and t > 1:
-            own_mask = own_mask.repeat_interleave(t, 0)
-        return attn(x.flatten(0, 1), places.rope, own_mask, grid[1:], heads).unflatten(0, (-1, t))
+            if mask is not None:  # every frame has its own copy of the in-context tokens
+                mask = mask.repeat(1, 1, 1, t)
+            return attn(x.flatten(1, 2), state.positions.rope, mask).unflatten(1, (t, -1)), text
+        if mask is not None and t > 1:
+            mask = mask.repeat_interleave(t, 0)
+        return attn(x.flatten(0, 1), state.positions.rope, mask, state.grid[1:]).unflatten(0, (-1, t)), text
 
-    def _in_time(self, x: Tensor, grid: Grid, places: Places) -> Tensor:
-        """(B, T, S, D) with codes of time added to the stream itself, where the config wants that and there is time."""
-        if (
-            self.config.temporal_position_injection != "residual"
-            or not self.first_in_time
-            or places.temporal is None
-            or grid[0] == 1
-        ):
+    def temporal_attention(self, attn: Callable[..., Tensor], x: Tensor, state: BlockState) -> Tensor:
+        """(B, T, S, D) -> (B, T, S, D), over the frames at each of the S positions.
+
+        Temporal positions are added here, not to the residual stream, so that `proj` at zero hides them (unless
+        `temporal_position_injection` says otherwise).
+        """
+        where, temporal = self.config.temporal_position_injection, state.positions.temporal
+        if temporal is not None and (where == "attention" or (where == "first_attention" and self.first_in_time)):
+            x = x + temporal[:, None]
+        y = attn(rearrange(x, "b t s d -> (b s) t d"), state.positions.rope_temp)
+        return rearrange(y, "(b s) t d -> b t s d", s=x.shape[2])
+
+    def add_temporal_positions(self, x: Tensor, state: BlockState) -> Tensor:
+        """x (B, T, S, D) with temporal positions on the residual stream, where `temporal_position_injection` says so."""
+        temporal, injected = state.positions.temporal, self.config.temporal_position_injection == "residual"
+        if not injected or not self.first_in_time or temporal is None or state.grid[0] == 1:
             return x
-        return x + places.temporal[:, None]
+        return x + temporal[:, None]
 
-    def _attend_over_time(self, attn: Attention, x: Tensor, places: Places, heads: Tensor | None) -> Tensor:
-        """(B, T, S, D) -> (B, T, S, D), within each place. Codes of time enter here and not the stream, so `proj` at zero
-        hides them (unless the config puts them there)."""
-        place = self.config.temporal_position_injection
-        if places.temporal is not None and (
-            place == "attention" or (place == "first_attention" and self.first_in_time)
-        ):
-            x = x + places.temporal[:, None]
-        s = x.shape[2]
-        y = attn(rearrange(x, "b t s d -> (b s) t d"), places.rope_temp, None, None, heads)
-        return rearrange(y, "(b s) t d -> b t s d", s=s)
+    def text_attention(self, x: Tensor, text: Tensor | None, state: BlockState, cache: BlockCache) -> Tensor:
+        """`cross_attn` of x (B, T, S, D) to the text -> (B, T, S, D)."""
+        assert self.cross_attn is not None
+        queries = x if self.norm_cross is None else self.norm_cross(x)
+        y = self.cross_attn(queries.flatten(1, 2), text, state.mask, cache.keys_values)
+        return y.unflatten(1, (state.grid[0], -1))
 
-    def _attend_jointly(
-        self, x: Tensor, text: Tensor | None, prepared: Prepared, mask: Tensor | None, grid: Grid, places: Places
+    def _joint_attention(
+        self, x: Tensor, text: Tensor | None, state: BlockState, cache: BlockCache
     ) -> tuple[Tensor, Tensor]:
-        """Attention of video and text to both: what is to be added to the video (gated later), and the text after it.
+        """Attention of video and text tokens to both: the video's output (gated by the caller), and the updated text.
 
-        Factorized attention attends frame by frame, and each frame has its own copy of the text, (B T, L, D).
+        Factorized attention runs frame by frame, and each frame has its own copy of the text, (B T, L, D).
         """
         assert self.context is not None
         assert text is not None
-        assert prepared.text_modulation is not None
-        t, frames = grid[0], x.flatten(1, 2) if self.full else x.flatten(0, 1)
-        groups = frames.shape[0]
+        assert cache.text_modulation is not None
+        t, mask = state.grid[0], state.mask
+        video = x.flatten(1, 2) if self.full else x.flatten(0, 1)  # (groups, N, D)
+        groups, n = video.shape[:2]
         if text.shape[0] != groups:
             text = text.expand(x.shape[0], -1, -1).repeat_interleave(groups // x.shape[0], 0)
         if mask is not None:
-            seen = mask.expand(x.shape[0], -1, -1, -1).repeat_interleave(groups // x.shape[0], 0)
-            mask = F.pad(seen, (frames.shape[1], 0), value=True)
-        shift_msa, scale_msa, *_ = prepared.modulation
-        y = self._norm1(x, shift_msa, scale_msa)
-        video = self.attn.heads(y.flatten(1, 2) if self.full else y.flatten(0, 1), places.rope)
+            mask = mask.expand(x.shape[0], -1, -1, -1).repeat_interleave(groups // x.shape[0], 0)
+            mask = F.pad(mask, (n, 0), value=True)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (
-            self._per_text(m, x, groups) for m in prepared.text_modulation
+            self._per_text(m, x, groups) for m in cache.text_modulation
         )
         assert shift is not None
         assert scale is not None
-        words = self.context.attn.heads(modulate(text[:, None], shift, scale, self.eps)[:, 0], None)
-        q, k, v = (torch.cat(both, dim=1) for both in zip(video, words, strict=True))
-        y, text_y = self.attn.processor(q, k, v, mask).flatten(2).split([frames.shape[1], text.shape[1]], dim=1)
+        video_qkv = self.attn.qkv_heads(video, state.positions.rope)
+        text_qkv = self.context.attn.qkv_heads(modulate(text[:, None], shift, scale, self.eps)[:, 0], None)
+        q, k, v = (torch.cat(both, dim=1) for both in zip(video_qkv, text_qkv, strict=True))
+        y, text_y = self.attn.processor(q, k, v, mask).flatten(2).split([n, text.shape[1]], dim=1)
         y = self.attn.proj(y).unflatten(1 if self.full else 0, (t, -1) if self.full else (-1, t))
         if self.context.mlp is None:
             return y, text
         assert gate is not None
         assert shift_mlp is not None
         assert scale_mlp is not None
-        text = _add(text[:, None], gate, self.context.attn.proj(text_y)[:, None], None)
-        text = _add(text, gate_mlp, self.context.mlp(modulate(text, shift_mlp, scale_mlp, self.mlp_eps)), None)
+        text = gated_add(text[:, None], gate, self.context.attn.proj(text_y)[:, None])
+        text = gated_add(text, gate_mlp, self.context.mlp(modulate(text, shift_mlp, scale_mlp, self.mlp_eps)))
         return y, text[:, 0]
 
     @staticmethod
     def _per_text(vector: Tensor | None, x: Tensor, groups: int) -> Tensor | None:
-        """A modulation (B or 1, T or 1, 1, D) for texts (groups, 1, L, D), groups being B or B T."""
+        """Modulation (B or 1, T or 1, 1, D) for texts (groups, 1, L, D), groups being B or B T."""
         if vector is None or vector.shape[:2] == (1, 1) or groups == x.shape[0]:
             return vector
         return vector.expand(x.shape[0], x.shape[1], -1, -1).flatten(0, 1)[:, None]
 
 
-def _holds(blocks: tuple[int, ...] | None, index: int) -> bool:
+def _includes(blocks: tuple[int, ...] | None, index: int) -> bool:
     return blocks is None or index in blocks
 
 
-# diffusers' caches (FirstBlockCache and its kind) look up here what a block returns.
-TransformerBlockRegistry.register(
-    STDiTBlock, TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1)
-)
+# diffusers' caches (FirstBlockCache and others) look up here what a block returns.
+BLOCK_METADATA = TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1)
+TransformerBlockRegistry.register(STDiTBlock, BLOCK_METADATA)
 
 
 class FinalLayer(nn.Module):
-    """Norm, modulation by the time's code, and the linear map to patches."""
+    """Modulated norm, and the linear map from tokens to patches."""
 
     def __init__(self, config: ModelConfig, outputs: int) -> None:
         super().__init__()
@@ -369,20 +370,20 @@ class FinalLayer(nn.Module):
             self.adaLN_modulation = AdaLN(width, 2)
         self.linear = nn.Linear(width, outputs)
 
-    def prepare(self, code: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Shift, and scale with its 1, of the code (B or 1, T or 1, D) (SiLU'd for adaLN); None for plain norms."""
+    def precompute(self, embedding: Tensor) -> tuple[Tensor, Tensor] | None:
+        """shift and 1 + scale from the embedding (B or 1, T or 1, D) (SiLU'd for adaLN); None for plain norms."""
         if self.norm is not None:
             return None
         if self.adaLN_modulation is not None:
-            shift, scale = self.adaLN_modulation(code)
+            shift, scale = self.adaLN_modulation(embedding)
         else:
-            shift, scale = (self.scale_shift_table + code[..., None, :]).chunk(2, dim=-2)
+            shift, scale = (self.scale_shift_table + embedding[..., None, :]).chunk(2, dim=-2)
         return shift, 1 + scale
 
-    def forward(self, x: Tensor, code: Tensor, prepared: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """x (B, T, S, D), code (B or 1, T or 1, D) -> (B, T, S, pt ph pw C)."""
+    def forward(self, x: Tensor, embedding: Tensor, modulation: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x (B, T, S, D), embedding (B or 1, T or 1, D) or its precomputed modulation -> (B, T, S, pt ph pw C)."""
         if self.norm is not None:
             return self.linear(self.norm(x))
-        made = prepared or self.prepare(code)
-        assert made is not None
-        return self.linear(modulate(x, *made, 1e-6))
+        modulation = modulation or self.precompute(embedding)
+        assert modulation is not None
+        return self.linear(modulate(x, *modulation, 1e-6))

@@ -1,76 +1,69 @@
-"""What the model refuses: inputs and files that do not fit, each with both numbers, before anything is computed."""
+"""Validation of inputs, configs and loaded weights: errors name both numbers, before anything is computed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from stdit.config.model import ModelConfig
-from stdit.models.embeddings import Grid
+from stdit.models.positions import Grid
+
+if TYPE_CHECKING:
+    from stdit.models.conditioning import ConditionInputs
 
 
 def check_inputs(
-    settings: ModelConfig,
-    latents: Tensor,
-    timestep: Tensor | float,
-    text: tuple[Tensor | None, Tensor | None, Tensor | None],
-    class_labels: Tensor | None,
-    drop: Tensor | None,
-    conditioning_frames: Tensor | None,
-    micro: Mapping[str, Any],
-    conditions: object | None,
+    settings: ModelConfig, latents: Tensor, inputs: ConditionInputs, conditions: object | None = None
 ) -> Grid:
     """The grid (T, H, W) of patches of `latents`. ValueError for what does not fit the config or one another.
 
-    text: features, mask and pooled vector. micro: numbers, (1,) or (B,), or None. conditions: made ahead, and checked then.
+    conditions: precomputed, and checked then, in place of `inputs`.
     """
     grid = check_latents(settings, latents)
-    batch = latents.shape[0]
-    if conditions is not None:
-        _check_prepared(conditions, batch, grid[0])
+    batch, added = latents.shape[0], inputs.added_cond_kwargs or {}
     if conditions is None:
-        check_told(settings, batch, text, class_labels, drop)
-        _check_scalars(settings, batch, {"timestep": timestep, **micro})
-        if conditioning_frames is not None:
-            _check_given(settings, conditioning_frames, (batch, latents.shape[2]))
-    elif settings.position_reference is not None:
-        _check_scalars(settings.model_copy(update={"micro_conditions": ()}), batch, {"timestep": 0, **micro})
+        check_conditions(settings, batch, inputs)
+        _check_scalars(settings, batch, {"timestep": inputs.timestep, **added})
+        if inputs.conditioning_frames is not None:
+            _check_frames(settings, inputs.conditioning_frames, (batch, latents.shape[2]))
+        return grid
+    _check_precomputed(conditions, batch, grid[0])
+    if settings.position_reference is not None:
+        _check_scalars(settings.model_copy(update={"micro_conditions": ()}), batch, {"timestep": 0, **added})
     return grid
 
 
-def _check_prepared(conditions: object, batch: int, frames: int) -> None:
-    """Conditions made ahead are for any batch, or for this one; for any number of frames, or for this one."""
-    code = getattr(conditions, "code", None)
-    if not isinstance(code, Tensor):
-        raise ValueError(f"conditions is a {type(conditions).__name__}; give one of those that STDiT.prepare returns")
-    for what, made, wanted in (("samples", code.shape[0], batch), ("frames of patches", code.shape[1], frames)):
-        if made not in (1, wanted):
-            raise ValueError(f"conditions were prepared for {made} {what}; hidden_states has {wanted}")
+def _check_precomputed(conditions: object, batch: int, frames: int) -> None:
+    """Precomputed conditions are for any batch size and number of frames (1), or for this one."""
+    embedding = getattr(conditions, "embedding", None)
+    if not isinstance(embedding, Tensor):
+        raise ValueError(f"conditions is a {type(conditions).__name__}; expected one of precompute_conditions' results")
+    for what, size, expected in (
+        ("samples", embedding.shape[0], batch),
+        ("frames of patches", embedding.shape[1], frames),
+    ):
+        if size not in (1, expected):
+            raise ValueError(f"conditions were precomputed for {size} {what}; hidden_states has {expected}")
     text = getattr(conditions, "text", None)
     if text is not None and text.shape[0] not in (1, batch):
-        raise ValueError(f"conditions were prepared for {text.shape[0]} captions; hidden_states has {batch} samples")
+        raise ValueError(f"conditions were precomputed for {text.shape[0]} captions; hidden_states has {batch} samples")
 
 
-def check_known(
-    settings: ModelConfig,
-    text: tuple[Tensor | None, Tensor | None, Tensor | None],
-    class_labels: Tensor | None,
-    drop: Tensor | None,
-    micro: Mapping[str, Any],
-) -> None:
-    """What conditions are made of ahead, where no latents say how many samples there are."""
-    given = [value for value in (*text, class_labels, drop) if isinstance(value, Tensor) and value.ndim]
-    batch = max((value.shape[0] for value in given), default=1)
-    check_told(settings, batch, text, class_labels, drop)
-    numbers = [v.shape[0] for v in micro.values() if isinstance(v, Tensor) and v.ndim]
-    _check_scalars(settings, batch if given else max(numbers, default=1), {"timestep": 0, **micro})
+def check_static(settings: ModelConfig, inputs: ConditionInputs) -> None:
+    """Timestep-independent conditions, whose batch size follows from themselves."""
+    added = inputs.added_cond_kwargs or {}
+    batched = [v for v in inputs[1:6] if isinstance(v, Tensor) and v.ndim]
+    batch = max((value.shape[0] for value in batched), default=1)
+    check_conditions(settings, batch, inputs)
+    numbers = [v.shape[0] for v in added.values() if isinstance(v, Tensor) and v.ndim]
+    _check_scalars(settings, batch if batched else max(numbers, default=1), {"timestep": 0, **added})
 
 
 def check_residuals(residuals: Sequence[Tensor], shape: tuple[int, ...], depth: int) -> None:
-    """What a control branch adds: as many as there are blocks, at most, each of the tokens' shape (B, T, S, D)."""
+    """Residuals of a control branch: at most one per block, each of the tokens' shape (B, T, S, D)."""
     if len(residuals) > depth:
         raise ValueError(f"block_residuals are {len(residuals)}; the model has {depth} blocks")
     for i, residual in enumerate(residuals):
@@ -94,15 +87,15 @@ def check_latents(settings: ModelConfig, latents: Tensor, name: str = "hidden_st
 
 
 def _check_grid(settings: ModelConfig, grid: Grid, name: str) -> None:
-    """What tables of positions, windows and pooling can take."""
+    """Limits of position tables, attention windows and key/value compression."""
     t, h, w = grid
     for axis, size, most in zip(("height", "width"), (h, w), settings.position_grid or (), strict=False):
         if size > most:
-            raise ValueError(f"{name}: {axis} of {size} patches; the table of positions (position_grid) has {most}")
+            raise ValueError(f"{name}: {axis} of {size} patches; the position table (position_grid) has {most}")
     learned_time = settings.has_time and settings.time_positions == "learned"
     if learned_time and settings.position_frames is not None and t > settings.position_frames:
         raise ValueError(
-            f"{name}: {t} frames of patches; the learned table of positions (position_frames) has {settings.position_frames}"
+            f"{name}: {t} frames of patches; the learned position table (position_frames) has {settings.position_frames}"
         )
     for what, side in (("window_size", settings.window_size), ("kv_compress", settings.kv_compress)):
         for axis, size in (("height", h), ("width", w)):
@@ -110,15 +103,10 @@ def _check_grid(settings: ModelConfig, grid: Grid, name: str) -> None:
                 raise ValueError(f"{name}: {axis} of {size} patches is not divisible by {what} {side}")
 
 
-def check_told(
-    settings: ModelConfig,
-    batch: int,
-    text: tuple[Tensor | None, Tensor | None, Tensor | None],
-    class_labels: Tensor | None,
-    drop: Tensor | None,
-) -> None:
-    """Text features, mask, pooled vector, labels and what is dropped, of a batch."""
-    features, mask, pooled = text
+def check_conditions(settings: ModelConfig, batch: int, inputs: ConditionInputs) -> None:
+    """Text features, mask, pooled vector, labels and guidance dropout of a batch."""
+    features, mask, pooled = inputs.encoder_hidden_states, inputs.encoder_attention_mask, inputs.pooled_projections
+    class_labels, drop = inputs.class_labels, inputs.drop_condition
     named = {
         "encoder_hidden_states": features,
         "encoder_attention_mask": mask,
@@ -131,7 +119,9 @@ def check_told(
             raise ValueError(f"{name} is a {type(value).__name__}; expected a tensor")
     _check_text(settings, batch, features, mask, drop)
     if pooled is not None and settings.pooled_dim is None:
-        raise ValueError(f"pooled_projections {tuple(pooled.shape)} given to a model without them (pooled_dim None)")
+        raise ValueError(
+            f"pooled_projections {tuple(pooled.shape)} passed to a model without pooled text (pooled_dim None)"
+        )
     if pooled is not None and tuple(pooled.shape) != (batch, settings.pooled_dim):
         raise ValueError(
             f"pooled_projections has shape {tuple(pooled.shape)}; expected ({batch}, {settings.pooled_dim}), pooled_dim {settings.pooled_dim}"
@@ -166,48 +156,48 @@ def _check_scalars(settings: ModelConfig, batch: int, values: Mapping[str, Any])
             raise ValueError(
                 f"{name} has shape {shape}; hidden_states has {batch} samples, expected a number or ({batch},)"
             )
-        if name in pixels and _known(value) and not bool((torch.as_tensor(value) > 0).all()):
+        if name in pixels and _is_readable(value) and not bool((torch.as_tensor(value) > 0).all()):
             raise ValueError(f"{name} is {value}; expected pixels, more than 0")
     if settings.position_reference:
         for name in ("height", "width"):
             value = values[name]
-            if isinstance(value, Tensor) and _known(value) and not bool((value == value.flatten()[0]).all()):
+            if isinstance(value, Tensor) and _is_readable(value) and not bool((value == value.flatten()[0]).all()):
                 raise ValueError(
                     f"{name} differs within the batch {value.tolist()}; position_reference needs one for all"
                 )
 
 
-def _known(value: Any) -> bool:
-    """Whether a value can be looked at without waiting for a device, or breaking a compiled graph."""
+def _is_readable(value: Any) -> bool:
+    """Whether reading a value neither synchronises with a device nor breaks a compiled graph."""
     return not isinstance(value, Tensor) or (value.device.type == "cpu" and not torch.compiler.is_compiling())
 
 
-def _check_given(settings: ModelConfig, given: Tensor, expected: tuple[int, int]) -> None:
-    if not isinstance(given, Tensor):
-        raise ValueError(f"conditioning_frames is a {type(given).__name__}; expected a tensor {expected}")
-    if tuple(given.shape) != expected:
+def _check_frames(settings: ModelConfig, frames: Tensor, expected: tuple[int, int]) -> None:
+    if not isinstance(frames, Tensor):
+        raise ValueError(f"conditioning_frames is a {type(frames).__name__}; expected a tensor {expected}")
+    if tuple(frames.shape) != expected:
         raise ValueError(
-            f"conditioning_frames has shape {tuple(given.shape)}; expected (samples, latent frames) {expected}"
+            f"conditioning_frames has shape {tuple(frames.shape)}; expected (samples, latent frames) {expected}"
         )
     if settings.conditioning == "cross_attention":
-        raise ValueError("conditioning_frames: conditioning cross_attention tells all frames one time")
+        raise ValueError("conditioning_frames: cross_attention conditioning has one timestep for all frames")
 
 
 def _check_text(
     settings: ModelConfig, batch: int, text: Tensor | None, mask: Tensor | None, drop: Tensor | None
 ) -> None:
-    none_of_its_own = settings.text_dim is not None and settings.null_text == "empty"
-    if none_of_its_own and (text is None or drop is not None):
+    no_null_caption = settings.text_dim is not None and settings.null_text == "empty"
+    if no_null_caption and (text is None or drop is not None):
         what = "encoder_hidden_states is missing" if text is None else "drop_condition"
         raise ValueError(
-            f"{what}: this model has no null caption of its own (null_text: empty); give the text encoder's features of an empty caption"
+            f"{what}: the model has no null caption (null_text: empty); pass the text encoder's features of an empty caption"
         )
     if text is None:
         if mask is not None:
             raise ValueError(f"encoder_attention_mask {tuple(mask.shape)} without encoder_hidden_states")
         return
     if settings.text_dim is None:
-        raise ValueError(f"encoder_hidden_states {tuple(text.shape)} given to a model without text (text_dim None)")
+        raise ValueError(f"encoder_hidden_states {tuple(text.shape)} passed to a model without text (text_dim None)")
     if text.ndim != 3 or text.shape[0] != batch:
         raise ValueError(
             f"encoder_hidden_states has shape {tuple(text.shape)}; expected ({batch}, L, {settings.text_dim})"
@@ -222,10 +212,10 @@ def _check_text(
         raise ValueError(
             f"encoder_attention_mask has shape {tuple(mask.shape)}; encoder_hidden_states has {tuple(text.shape[:2])}"
         )
-    if mask is not None and none_of_its_own and _known(mask) and not bool(mask.bool().any(1).all()):
+    if mask is not None and no_null_caption and _is_readable(mask) and not bool(mask.bool().any(1).all()):
         row = int((~mask.bool().any(1)).nonzero()[0])
         raise ValueError(
-            f"encoder_attention_mask: caption {row} has no token, and this model has no null caption of its own (null_text: empty)"
+            f"encoder_attention_mask: caption {row} has no token, and the model has no null caption (null_text: empty)"
         )
 
 
@@ -233,10 +223,10 @@ def _check_labels(settings: ModelConfig, labels: Tensor | None) -> None:
     if labels is None:
         return
     if settings.num_classes is None:
-        raise ValueError(f"class_labels {tuple(labels.shape)} given to a model without classes (num_classes None)")
+        raise ValueError(f"class_labels {tuple(labels.shape)} passed to a model without classes (num_classes None)")
     if labels.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"class_labels is {labels.dtype}; expected torch.int64")
-    if _known(labels) and labels.numel():
+    if _is_readable(labels) and labels.numel():
         low, high = (int(x) for x in labels.aminmax())
         if low < -1 or high >= settings.num_classes:
             worst = low if low < -1 else high

@@ -12,7 +12,6 @@ frame, or a video; depth, edges, poses and the like are encoded as the pictures 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,11 +22,12 @@ from torch import Tensor, nn
 from stdit.config.model import ModelConfig
 from stdit.models.blocks import TextStream
 from stdit.models.checks import check_config, check_inputs
+from stdit.models.conditioning import ConditionInputs, Conditions, append_context_tokens, embed_conditions
 from stdit.models.dynamic import Generators
-from stdit.models.embeddings import Grid, PatchEmbed3D
-from stdit.models.init import takes_settings
+from stdit.models.embeddings import PatchEmbed3D
+from stdit.models.init import takes_model_config
+from stdit.models.positions import Grid
 from stdit.models.stdit import STDiT
-from stdit.models.telling import Conditions
 
 # ModelMixin: a pipeline that loads the branch asks the module of its class for it, to see what kind of part it is.
 __all__ = ["Controlled", "ModelMixin", "STDiTControl", "plain"]
@@ -46,7 +46,7 @@ class STDiTControl(STDiT):
     """
 
     @register_to_config
-    @takes_settings
+    @takes_model_config
     def __init__(self, *, control_blocks: int, control_channels: int, **settings: Any) -> None:
         super().__init__(**settings)
         width, depth, _ = self.settings.dimensions
@@ -138,64 +138,34 @@ class STDiTControl(STDiT):
         timestep: Tensor | float,
         control: Tensor,
         control_scale: float = 1.0,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        class_labels: Tensor | None = None,
-        drop_condition: Tensor | None = None,
-        fps: Tensor | None = None,
-        height: Tensor | None = None,
-        width: Tensor | None = None,
-        frames: Tensor | None = None,
-        aspect_ratio: Tensor | None = None,
-        pooled_projections: Tensor | None = None,
-        conditioning_frames: Tensor | None = None,
         conditions: Conditions | None = None,
         generator: Generators = None,
+        **inputs: Any,
     ) -> tuple[Tensor, ...]:
-        """What `STDiT.forward` takes as `block_residuals`: a tensor of tokens for each block that the branch has.
+        """The `block_residuals` of `STDiT.forward`: (B, T, S, D) for each block of the branch.
 
-        control: (B or 1, C', T or 1, H, W) latents; one frame stands for all. control_scale: of what is added. The rest
-        as `STDiT.forward`'s; `conditions` are of this branch's own `prepare`. ValueError: shapes that do not fit, with
-        both numbers, before any matrix product.
+        control: (B or 1, C', T or 1, H, W) latents; one frame is used for all. control_scale: factor of the residuals.
+        conditions: precomputed with this branch. inputs: the other conditions of `STDiT.forward`. ValueError: shapes that
+        do not fit, with both numbers, before any matrix product.
         """
-        micro = {"fps": fps, "frames": frames, "height": height, "width": width, "aspect_ratio": aspect_ratio}
-        text = (encoder_hidden_states, encoder_attention_mask, pooled_projections)
-        grid = check_inputs(
-            self.settings,
-            hidden_states,
-            timestep,
-            text,
-            class_labels,
-            drop_condition,
-            conditioning_frames,
-            micro,
-            conditions,
-        )
+        cond_inputs = ConditionInputs(timestep, **inputs)
+        grid = check_inputs(self.settings, hidden_states, cond_inputs, conditions)
         self.check_control(control, hidden_states)
-        tokens = self.x_embedder(hidden_states).unflatten(1, (grid[0], -1))  # (B, T, S, D)
-        x, places = self._placed(tokens, grid, (height, width))
-        x = x + self._control_tokens(control, grid).to(x.dtype)
-        if conditions is None:
-            conditions = self._conditions(timestep, text, class_labels, drop_condition, conditioning_frames, micro, x)
-        x, places, conditions = self._joined(x, places, conditions, grid)
 
-        recompute: Callable[..., Any] | None = None
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            recompute = self._gradient_checkpointing_func
-        words, kept, residuals = conditions.text, self._kept(x, generator), []
-        for i, (block, join) in enumerate(zip(self.blocks, self.joins, strict=True)):
-            prepared = None if conditions.prepared is None else conditions.prepared[i]
-            keep = None if kept is None else kept[i]
-            args = (x, words, conditions.signals, conditions.mask, grid, places, keep, prepared)
-            x, words = block(*args) if recompute is None else recompute(block, *args)
-            residuals.append(join(x) * control_scale if control_scale != 1 else join(x))
-        return tuple(residuals)
+        x, positions = self.embed_latents(hidden_states, grid, cond_inputs.added_cond_kwargs)  # (B, T, S, D)
+        x = x + self.embed_control(control, grid).to(x.dtype)
+        cond = conditions or embed_conditions(self, cond_inputs, x.device, x.dtype)
+        x, cond, positions = append_context_tokens(x, cond, positions, grid, self.settings.attention == "full")
 
-    def _final(self, code: Tensor) -> tuple[Tensor, Tensor] | None:
+        blocks = self.run_blocks(x, cond.text, self.block_states(x, cond, positions, grid, generator=generator))
+        residuals = (join(x) for join, (x, _) in zip(self.joins, blocks, strict=True))
+        return tuple(r * control_scale if control_scale != 1 else r for r in residuals)
+
+    def final_modulation(self, embedding: Tensor) -> tuple[Tensor, Tensor] | None:
         """None: a branch has no final layer."""
         return None
 
-    def _control_tokens(self, control: Tensor, grid: Grid) -> Tensor:
+    def embed_control(self, control: Tensor, grid: Grid) -> Tensor:
         """(B, C', T or 1, H, W) -> (B, T or 1, S, D)."""
         frames, patch = control.shape[2], self.settings.patch_size[0]
         if frames == 1:
@@ -233,8 +203,8 @@ class Controlled(nn.Module):
         control: Tensor,
         control_scale: float = 1.0,
         return_dict: bool = True,
-        **told: Any,
+        **inputs: Any,
     ) -> Any:
         """As `STDiT.forward`, with the condition and its scale as `STDiTControl.forward` takes them."""
-        residuals = self.control(hidden_states, timestep, control, control_scale, **told)
-        return self.base(hidden_states, timestep, block_residuals=residuals, return_dict=return_dict, **told)
+        residuals = self.control(hidden_states, timestep, control, control_scale, **inputs)
+        return self.base(hidden_states, timestep, block_residuals=residuals, return_dict=return_dict, **inputs)

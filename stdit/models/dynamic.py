@@ -1,40 +1,45 @@
-"""Dynamic compute: which heads, MLP channels and tokens run, and how many blocks (Zhao et al. 2025, DyDiT, section 3).
+"""Dynamic compute: routers select heads, MLP channels and tokens, a table the exit depth (Zhao et al. 2025, DyDiT, section 3).
 
-B batch · (T, S) tokens · D hidden size · H heads, and groups of the MLP's inner channels
+B           batch
+T, S        frames, tokens of a frame
+D           hidden size
+H           heads, and channel groups of the MLP
 
-    heads, groups = router(time) > 0       the time's code alone: one choice for all that are drawn at that time
-    tokens = router(x) > 0                 each token by itself, after attention; the others skip the MLP
+    heads, groups = router(timestep embedding) > 0     dynamic width: one choice for all samples at a timestep
+    tokens = router(x) > 0                             token skipping: after attention; other tokens skip the MLP
 
-In training every part is computed and masked, by straight-through Gumbel sigmoids. At inference less is computed: of
-heads and channels only the chosen ones' weights are multiplied, and chosen tokens are gathered. How many blocks run
-(early exit) is a table of times, `exit_depths`, and needs no weights.
+In training everything is computed and masked, with straight-through Gumbel sigmoids. At inference less is computed: only
+the selected heads' and channels' weights are multiplied, and the selected tokens gathered. Early exit (how many blocks
+run) is a table of timesteps, `exit_depths`, without weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from stdit.config.model import ModelConfig
-from stdit.models.attention import Attention
-from stdit.models.pruning import Chosen, Parts, cut, for_some
+from stdit.models.blocks import BLOCK_METADATA, BlockState, Modulation, STDiTBlock, gated_add
+from stdit.models.pruning import BlockModules, RouterMask, apply_to_tokens, prune
 
-# Of the Gumbel sigmoid, as published.
+# Temperature of the Gumbel sigmoid, as published.
 TEMPERATURE = 5.0
-# Routers' biases at the start, with their weights at 0: all is on, in training but for one choice in 150.
-OPEN = 5.0
+# Initial bias of the routers, with weights at 0: everything is on; in training all but one choice in 150.
+INITIAL_BIAS = 5.0
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
-class Noise(NamedTuple):
-    """Logistic noise of one block's choices in training: heads, heads_temp, groups (B, H - 1); tokens (B, T, S, 1)."""
+class RouterNoise(NamedTuple):
+    """Logistic noise of one block's routers in training: heads, heads_temp, groups (B, H - 1); tokens (B, T, S, 1)."""
 
     heads: Tensor | None
     heads_temp: Tensor | None
@@ -42,9 +47,12 @@ class Noise(NamedTuple):
     tokens: Tensor | None
 
 
-class Used(NamedTuple):
-    """Multiply-adds of attention and MLP that a sample's choices cost, and the share of its tokens that went through
-    the MLP: of one block, (B,) each; of the model, `compute` as a share of the whole, (B,), and `tokens` (depth, B)."""
+class ComputeStats(NamedTuple):
+    """What the routers' choices cost each sample.
+
+    Of a block: `compute` (B,), multiply-adds of attention and MLP, and `tokens` (B,), the share that the MLP processed.
+    Of a model: `compute` (B,) as a share of the static model's, and `tokens` (depth, B).
+    """
 
     compute: Tensor
     tokens: Tensor
@@ -56,13 +64,13 @@ Costs = tuple[float, float, float]
 
 @dataclass
 class DynamicOutput(Transformer2DModelOutput):
-    """As diffusers', with what was used (in training)."""
+    """As diffusers', with compute statistics (in training)."""
 
-    used: Used | None = None
+    compute_stats: ComputeStats | None = None
 
 
-class Dynamic(nn.Module):
-    """One block's routers."""
+class Router(nn.Module):
+    """The routers of one block."""
 
     def __init__(self, config: ModelConfig, temporal: bool) -> None:
         """temporal: the block has an `attn_temp`."""
@@ -79,95 +87,142 @@ class Dynamic(nn.Module):
             self.tokens = nn.Sequential(nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, 1))
 
     @torch.no_grad()
-    def open(self) -> None:
-        """Everything on, whatever the time and the tokens."""
+    def init_weights(self) -> None:
+        """Everything on, at any timestep and for any token."""
         last = None if self.tokens is None else self.tokens[2]
         for router in (self.heads, self.heads_temp, self.groups, last):
             if isinstance(router, nn.Linear):
                 nn.init.zeros_(router.weight)
-                nn.init.constant_(router.bias, OPEN)
+                nn.init.constant_(router.bias, INITIAL_BIAS)
 
-    def parts(
-        self, whole: Parts, time: Tensor | None, noise: Noise | None, complete: Tensor | None, ready: Parts | None
-    ) -> tuple[Parts, Chosen]:
-        """What is to run, and masks over it. Where nothing is differentiated and the batch has one time, the parts are cut
-        down and there are no masks; ready: those parts, made ahead."""
-        if time is None:
-            return whole, Chosen()
-        fixed = torch.compiler.is_compiling()  # the shapes of a compiled graph do not change
-        if ready is not None and not fixed:
-            return ready, Chosen()
-        chosen = self.choose(time, noise, complete)
-        if not self.training and len(time) == 1 and not fixed and not torch.is_grad_enabled():
-            made = cut(whole, chosen)
-            return (whole, chosen) if made is None else (made, Chosen())
-        return whole, chosen
-
-    def choose(self, time: Tensor, noise: Noise | None, complete: Tensor | None) -> Chosen:
-        """Heads and groups at a time's code (B or 1, D); the first of each always runs."""
+    def route(self, time: Tensor, noise: RouterNoise | None, force_full: Tensor | None) -> RouterMask:
+        """Heads and channel groups for timestep embeddings (B or 1, D); the first of each is always on."""
         assert self.heads is not None
         assert self.groups is not None
-        own = noise or Noise(None, None, None, None)
-        heads = _first(_switch(self.heads(time), own.heads, complete))
-        temp = None
+        noise = noise or RouterNoise(None, None, None, None)
+        heads = _first_on(_gate(self.heads(time), noise.heads, force_full))
+        heads_temp = None
         if self.heads_temp is not None:
-            temp = _first(_switch(self.heads_temp(time), own.heads_temp, complete))
-        groups = _first(_switch(self.groups(time), own.groups, complete))
+            heads_temp = _first_on(_gate(self.heads_temp(time), noise.heads_temp, force_full))
+        groups = _first_on(_gate(self.groups(time), noise.groups, force_full))
         channels = groups.repeat_interleave(self.config.mlp_width // groups.shape[1], dim=1)
-        return Chosen(heads, temp, channels[:, None, None])
+        return RouterMask(heads, heads_temp, channels[:, None, None])
 
-    def select(self, x: Tensor, noise: Noise | None, complete: Tensor | None) -> Tensor | None:
-        """Which tokens (B, T, S, D) go through the MLP: (B, T, S, 1), 1 or 0 (bool at inference). None: all, they are not chosen."""
+    def route_tokens(self, x: Tensor, noise: RouterNoise | None, force_full: Tensor | None) -> Tensor | None:
+        """Tokens of x (B, T, S, D) that go through the MLP: (B, T, S, 1), 1 or 0 (bool at inference). None: all do."""
         if self.tokens is None:
             return None
         logits = self.tokens(x)
-        return logits > 0 if noise is None else _switch(logits, noise.tokens, complete)
+        return logits > 0 if noise is None else _gate(logits, noise.tokens, force_full)
 
-    def feed(
-        self,
-        x: Tensor,
-        vectors: Sequence[Tensor | None],
-        run: Callable[..., Tensor],
-        noise: Noise | None,
-        complete: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """run(x, *vectors), x (B, T, S, D) and what its MLP adds, and which tokens are chosen; see `for_some`.
 
-        In training, and in a compiled graph, whose shapes are fixed, all tokens run, masked: run(x, *vectors, tokens).
+class DynamicSTDiTBlock(STDiTBlock):
+    """A block whose heads, MLP channels and tokens are selected by `Router`."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__(config, index)
+        self.dynamic = Router(config, self.attn_temp is not None)
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None, state: BlockState
+    ) -> tuple[Tensor, Tensor | None, ComputeStats | None]:
+        """As STDiTBlock's, with pruned or masked modules."""
+        x, text = hidden_states, encoder_hidden_states
+        cache = state.cache or self.precompute(state.modulation)
+        shift_msa, scale_msa, gate_msa, *_ = cache.modulation
+        drop_attn, drop_temp, drop_mlp = state.drop_path
+        modules, mask = self._select_modules(state, cache.pruned)
+
+        if self.over_time:
+            x = self.add_temporal_positions(x, state)
+        attn = partial(modules.attn, head_mask=mask.heads)
+        y, text = self.self_attention(attn, self.norm_msa(x, shift_msa, scale_msa), text, state, cache)
+        x = gated_add(x, gate_msa, y, drop_attn)
+        if modules.attn_temp is not None:
+            x = self.add_temporal_positions(x, state)
+            attn = partial(modules.attn_temp, head_mask=mask.heads_temp)
+            y = self.temporal_attention(attn, self.norm_temp(x, shift_msa, scale_msa), state)
+            x = gated_add(x, gate_msa, y, drop_temp)
+        if self.cross_attn is not None:
+            x = x + self.text_attention(x, text, state, cache)
+        x, tokens = self._selected_tokens_mlp(modules.mlp, x, cache.modulation, mask.groups, drop_mlp, state)
+        return x, text, self.compute_stats(mask, tokens, x) if self.training else None
+
+    def _select_modules(self, state: BlockState, pruned: BlockModules | None) -> tuple[BlockModules, RouterMask]:
+        """The modules to run, and masks over their outputs.
+
+        Pruned, without masks, where nothing is differentiated and the batch has one timestep; compiled graphs, whose
+        shapes are fixed, mask.
         """
-        tokens = self.select(x, noise, complete)
+        time, compiling = state.modulation.time, torch.compiler.is_compiling()
+        if time is None:
+            return self.prunable, RouterMask()
+        if pruned is not None and not compiling:
+            return pruned, RouterMask()
+        mask = self.dynamic.route(time, state.router_noise, state.force_full)
+        if not self.training and len(time) == 1 and not compiling and not torch.is_grad_enabled():
+            pruned = prune(self.prunable, mask)
+            return (self.prunable, mask) if pruned is None else (pruned, RouterMask())
+        return self.prunable, mask
+
+    def _selected_tokens_mlp(
+        self,
+        mlp: nn.Module,
+        x: Tensor,
+        modulation: Modulation,
+        groups: Tensor | None,
+        drop_path: Tensor | None,
+        state: BlockState,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (B, T, S, D) plus the MLP's branch for the selected tokens, and these (B, T, S, 1); None: all.
+
+        Gathered at inference; in training and compiled graphs, all tokens run and are masked.
+        """
+
+        def branch(x: Tensor, shift: Any, scale: Any, gate: Any, groups: Any, tokens: Tensor | None = None) -> Tensor:
+            y = mlp(self.norm_mlp(x, shift, scale), None, groups)
+            return gated_add(x, gate, y if tokens is None else y * tokens, drop_path)
+
+        tokens = self.dynamic.route_tokens(x, state.router_noise, state.force_full)
+        vectors = (*modulation[3:], groups)
         if tokens is None or self.training or torch.compiler.is_compiling():
-            return run(x, *vectors, tokens), tokens
-        return for_some(x, tokens, vectors, run), tokens
+            return branch(x, *vectors, tokens), tokens
+        return apply_to_tokens(x, tokens, vectors, branch), tokens
 
-    def costs(self, attn: Attention, t: int, s: int, over_time: bool) -> Costs:
-        """Multiply-adds of `attn`, of attn_temp (if the block has one) and of the MLP for T frames of S tokens."""
-        width, _, _ = self.config.dimensions
-        seen = t * s if self.config.attention == "full" else t if over_time else s
-        if attn.window_size is not None:
-            seen = attn.window_size**2
-        if attn.sr is not None and self.config.kv_compress:
-            seen = s / self.config.kv_compress**2
-        n, products = t * s, 3 if self.config.mlp == "swiglu" else 2
-        project, temporal = 4 * width**2, self.config.attention == "factorized" and self.config.temporal
-        temp = n * (project + 2 * t * width) if temporal else 0.0
-        return n * (project + 2 * seen * width), temp, float(n * products * width * self.config.mlp_width)
+    # ---------------------------------------------------------------------------------------- compute
 
-    def used(self, chosen: Chosen, tokens: Tensor | None, costs: Costs, x: Tensor) -> Used:
-        """What a block's choices cost each sample of x (B, T, S, D), in float32."""
-        ones = x.new_ones(len(x), dtype=torch.float32)
+    def costs(self, x: Tensor) -> Costs:
+        """Multiply-adds of attn, attn_temp and the MLP for one sample of tokens x (B, T, S, D), all selected."""
+        c, (t, s) = self.config, x.shape[1:3]
+        width, _, _ = c.dimensions
+        keys = t * s if c.attention == "full" else t if self.over_time else s
+        if self.attn.window_size is not None:
+            keys = self.attn.window_size**2
+        if self.attn.sr is not None and c.kv_compress:
+            keys = s / c.kv_compress**2
+        n, products = t * s, 3 if c.mlp == "swiglu" else 2
+        projections = 4 * width**2
+        temporal = n * (projections + 2 * t * width) if c.attention == "factorized" and c.temporal else 0.0
+        return n * (projections + 2 * keys * width), temporal, float(n * products * width * c.mlp_width)
+
+    def compute_stats(self, mask: RouterMask, tokens: Tensor | None, x: Tensor) -> ComputeStats:
+        """What the routers' choices cost each sample of x (B, T, S, D), in float32."""
+        ones, costs = x.new_ones(len(x), dtype=torch.float32), self.costs(x)
         share = ones if tokens is None else tokens.float().mean((1, 2, 3))
-        heads, temp, groups = (ones if c is None else ones * c.float().flatten(1).mean(1) for c in chosen)
-        return Used(costs[0] * heads + costs[1] * temp + costs[2] * groups * share, share)
+        heads, temp, groups = (ones if m is None else ones * m.float().flatten(1).mean(1) for m in mask)
+        return ComputeStats(costs[0] * heads + costs[1] * temp + costs[2] * groups * share, share)
 
 
-# --------------------------------------------------------------------------------------- choosing
+TransformerBlockRegistry.register(DynamicSTDiTBlock, BLOCK_METADATA)
 
 
-def _switch(logits: Tensor, noise: Tensor | None, complete: Tensor | None) -> Tensor:
-    """1 where a logit is above 0, else 0; with noise (of training) with the gradient of sigmoid((logit + noise) / 5).
+# --------------------------------------------------------------------------------------- sampling
 
-    complete (B,) bool: samples for which all is on.
+
+def _gate(logits: Tensor, noise: Tensor | None, force_full: Tensor | None) -> Tensor:
+    """1 where a logit is above 0, else 0; with noise (in training) the gradient is that of sigmoid((logit + noise) / 5).
+
+    force_full (B,) bool: samples for which everything is on.
     """
     if noise is None:
         on = (logits > 0).to(logits.dtype)
@@ -175,66 +230,67 @@ def _switch(logits: Tensor, noise: Tensor | None, complete: Tensor | None) -> Te
         logits = logits + noise
         soft = (logits / TEMPERATURE).sigmoid()
         on = (logits > 0).to(logits.dtype) + (soft - soft.detach())
-    if complete is not None:
-        on = torch.where(complete.view(-1, *[1] * (on.ndim - 1)), 1.0, on)
+    if force_full is not None:
+        on = torch.where(force_full.view(-1, *[1] * (on.ndim - 1)), 1.0, on)
     return on
 
 
-def _first(on: Tensor) -> Tensor:
+def _first_on(mask: Tensor) -> Tensor:
     """(B, H - 1) -> (B, H), the first on."""
-    return F.pad(on, (1, 0), value=1.0)
+    return F.pad(mask, (1, 0), value=1.0)
 
 
-def uniform(each: tuple[int, ...], batch: int, generator: Generators, device: torch.device) -> Tensor:
-    """Numbers in [0, 1), (B, *each): from one generator, or from each sample's own, or torch's (None)."""
+def uniform(shape: tuple[int, ...], batch: int, generator: Generators, device: torch.device) -> Tensor:
+    """Numbers in [0, 1), (B, *shape), from one generator, one per sample, or torch's (None)."""
     if generator is None or isinstance(generator, torch.Generator):
-        at = device if generator is None else generator.device
-        return torch.rand(batch, *each, generator=generator, device=at).to(device)
+        source = device if generator is None else generator.device
+        return torch.rand(batch, *shape, generator=generator, device=source).to(device)
     if len(generator) != batch:
         raise ValueError(f"{len(generator)} generators for {batch} samples")
-    return torch.stack([torch.rand(each, generator=g, device=g.device) for g in generator]).to(device)
+    return torch.stack([torch.rand(shape, generator=g, device=g.device) for g in generator]).to(device)
 
 
-def noises(config: ModelConfig, x: Tensor, temporal: bool, generator: Generators) -> list[Noise]:
-    """Every block's noise for tokens x (B, T, S, D). The difference of two Gumbel variables is a logistic one."""
+def router_noise(config: ModelConfig, x: Tensor, temporal: bool, generator: Generators) -> list[RouterNoise]:
+    """Every block's noise for tokens x (B, T, S, D): logistic, as the difference of two Gumbel variables."""
     _, depth, heads = config.dimensions
     widths = (heads - 1 if config.dynamic_width else 0, x.shape[1] * x.shape[2] if config.dynamic_tokens else 0)
-    choices = 3 if temporal else 2
-    drawn = uniform((depth, choices * widths[0] + widths[1]), len(x), generator, x.device)
-    found = []
+    routers = 3 if temporal else 2
+    drawn = uniform((depth, routers * widths[0] + widths[1]), len(x), generator, x.device)
+    noise = []
     for block in torch.logit(drawn, eps=1e-6).to(x.dtype).unbind(1):
-        wide, tokens = block.split([choices * widths[0], widths[1]], dim=1)
-        groups = [*wide.chunk(choices, dim=1)] if widths[0] else [None] * choices
+        wide, tokens = block.split([routers * widths[0], widths[1]], dim=1)
+        groups = [*wide.chunk(routers, dim=1)] if widths[0] else [None] * routers
         temp = groups.pop(1) if temporal else None
-        found.append(Noise(groups[0], temp, groups[1], tokens.view(*x.shape[:3], 1) if widths[1] else None))
-    return found
+        noise.append(RouterNoise(groups[0], temp, groups[1], tokens.view(*x.shape[:3], 1) if widths[1] else None))
+    return noise
 
 
-# --------------------------------------------------------------------------- depth, and what is used
+# ------------------------------------------------------------------------------ exit depth, totals
 
 
-def depths(config: ModelConfig, times: Tensor) -> Tensor:
-    """How many blocks run at times (B,) on 0 to 1000: (B,) int64, by `exit_depths`.
+def exit_depths(config: ModelConfig, timesteps: Tensor) -> Tensor:
+    """Blocks that run at timesteps (B,) on 0 to 1000: (B,) int64, from the table `exit_depths`.
 
-    Integers are steps of DDPM, 0 to 999, of which k stands at t = (k + 1) / 1000 (stdit.diffusion.objectives).
+    Integer timesteps are DDPM's, 0 to 999, of which k is t = (k + 1) / 1000 (stdit.diffusion.objectives).
     """
     _, depth, _ = config.dimensions
-    if not times.is_floating_point():
-        times = times + 1
-    found = torch.full(times.shape, depth, dtype=torch.long, device=times.device)
-    for time, blocks in reversed(config.exit_depths):
-        found = torch.where(times.float() >= 1000 * time, blocks, found)
+    if not timesteps.is_floating_point():
+        timesteps = timesteps + 1
+    found = torch.full(timesteps.shape, depth, dtype=torch.long, device=timesteps.device)
+    for t, blocks in reversed(config.exit_depths):
+        found = torch.where(timesteps.float() >= 1000 * t, blocks, found)
     return found
 
 
-def is_shared(times: Tensor) -> bool:
-    """Whether all times (B,) are one. Waits for the device; False where that would break a compiled graph."""
-    return not torch.compiler.is_compiling() and bool((times == times[:1]).all())
+def is_shared(timesteps: Tensor) -> bool:
+    """Whether all timesteps (B,) agree. Synchronises with the device; False where that would break a compiled graph."""
+    return not torch.compiler.is_compiling() and bool((timesteps == timesteps[:1]).all())
 
 
-def total(used: Sequence[Used], costs: Sequence[Costs], depth: Tensor | int | None) -> Used:
-    """What a model used, of what each of its blocks did; blocks beyond a sample's depth (B or 1,) cost it nothing."""
-    compute = torch.stack([u.compute for u in used])  # (depth, B)
-    if isinstance(depth, Tensor):
-        compute = compute * (torch.arange(len(used), device=depth.device)[:, None] < depth)
-    return Used(compute.sum(0) / sum(map(sum, costs)), torch.stack([u.tokens for u in used]))
+def model_stats(stats: Sequence[ComputeStats | None], costs: Sequence[Costs]) -> ComputeStats | None:
+    """A model's statistics from those of its blocks and what these cost in full; None without any."""
+    found = [s for s in stats if s is not None]
+    if not found:
+        return None
+    compute = torch.stack([s.compute for s in found]).sum(0)
+    return ComputeStats(compute / sum(map(sum, costs)), torch.stack([s.tokens for s in found]))

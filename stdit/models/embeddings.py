@@ -1,50 +1,25 @@
-"""Patches and positions: latents to tokens, where a token stands in space and time, codes of scalars.
+"""Embeddings: latents to patch tokens and back; timestep, class and text to vectors and tokens.
 
-B batch · C channels · (T, H, W) grid of patches · S = H W · N = T S tokens, frames outermost
-D hidden size · d head width
-
-Tables depend on shape and settings alone: they are made once (frequencies in float64, then cast), and kept.
+B           batch
+C           latent channels
+T, H, W     grid of patches;  N = T H W tokens
+L, E        text tokens, width of the text encoder's features
+D           hidden size
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import lru_cache, wraps
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
 
-Grid = tuple[int, int, int]
-_Table = TypeVar("_Table")
-
-
-class Rope(NamedTuple):
-    """Rotations of N tokens: cos and sin, each (N, 1, d/2) float32."""
-
-    cos: Tensor
-    sin: Tensor
-
-
-def kept(make: Callable[..., _Table]) -> Callable[..., _Table]:
-    """`make`, remembering its last 16 results; they serve training even if first asked for in inference mode."""
-
-    @lru_cache(maxsize=16)
-    def made(*settings: object) -> _Table:
-        with torch.inference_mode(False), torch.no_grad():
-            return make(*settings)
-
-    @wraps(make)
-    def found(*settings: object) -> _Table:  # a compiled graph keeps its own constants; fake tensors are for once
-        passing = torch.compiler.is_compiling() or detect_fake_mode() is not None
-        return make(*settings) if passing else made(*settings)
-
-    return found
-
+from stdit.config.model import ModelConfig
+from stdit.models.mlp import Mlp
+from stdit.models.positions import Grid, cached_table
 
 # ---------------------------------------------------------------------------------------- patches
 
@@ -79,145 +54,22 @@ def unpatchify(tokens: Tensor, grid: Grid, patch_size: Grid) -> Tensor:
     return rearrange(tokens, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
 
 
-# -------------------------------------------------------------------------------------- positions
+# ---------------------------------------------------------------------------------------- scalars
 
 
-def _spatial_axis(n: int, base: int | None, interpolation: float) -> Tensor:
-    """Coordinates of n patches: 0 … n-1, or, with a base, 0 … base whatever n; over `interpolation`. float32, as published."""
-    at = torch.arange(n, dtype=torch.float32)
-    return (at if base is None else at / (n / base)) / interpolation
+@cached_table
+def _frequencies(half: int, freq_shift: int, device: torch.device) -> Tensor:
+    """(half,) float32: 10000^(-i / (half - freq_shift))."""
+    exponents = torch.arange(half, dtype=torch.float32) / (half - freq_shift)
+    return torch.exp(-math.log(10000) * exponents).to(device)
 
 
-def _sincos_axis(at: Tensor, size: int) -> Tensor:
-    """[sin, cos] code of coordinates (n,) -> (n, size), at frequencies 10000^(-i / (size/2))."""
-    omega = 1.0 / 10000 ** (torch.arange(size // 2, dtype=torch.float64) / (size / 2))
-    angles = at[:, None] * omega
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+def timestep_embedding(values: Tensor, size: int, freq_shift: int = 0) -> Tensor:
+    """Sinusoidal embedding [cos, sin] of scalars (B,), any dtype -> (B, size) float32. Timesteps run from 0 to 1000.
 
-
-def centre(table: int, n: int) -> slice:
-    """The middle n of `table` places."""
-    first = (table - n) // 2
-    return slice(first, first + n)
-
-
-@kept
-def sincos_spatial(
-    height: int,
-    width: int,
-    hidden_size: int,
-    base: int | None,
-    interpolation: float,
-    table: tuple[int, int] | None,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
-    """(S, D): the first half codes w, the second h, each [sin, cos] (Peebles & Xie 2023; scales as PixArt).
-
-    table: a grid (H, W) whose coordinates are taken, and of those the centre (SD3), in place of the grid's own.
+    freq_shift: 0 for DiT's and PixArt's frequencies, 1 for those of diffusers' DiT.
     """
-    rows, columns = table or (height, width)
-    w = _sincos_axis(_spatial_axis(columns, base, interpolation)[centre(columns, width)], hidden_size // 2)
-    h = _sincos_axis(_spatial_axis(rows, base, interpolation)[centre(rows, height)], hidden_size // 2)
-    both = torch.cat([w.repeat(height, 1), h.repeat_interleave(width, 0)], dim=1)
-    return both.to(device, dtype)
-
-
-@kept
-def sincos_temporal(
-    frames: int, hidden_size: int, interpolation: float, from_first: bool, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """(T, D): [sin, cos] of the frame's number over `interpolation`; `from_first`: less the first frame's, which is then 0."""
-    table = _sincos_axis(torch.arange(frames, dtype=torch.float64) / interpolation, hidden_size)
-    return (table - table[:1] if from_first else table).to(device, dtype)
-
-
-def _rope_angles(at: Tensor, pairs: int) -> Tensor:
-    """Angles (n, pairs) of coordinates (n,), at frequencies 10000^(-i / pairs) (Su et al. 2021). float64."""
-    return at[:, None] * 10000.0 ** (-torch.arange(pairs, dtype=torch.float64) / max(pairs, 1))
-
-
-def _rope(angles: Tensor, device: torch.device) -> Rope:
-    return Rope(*(f(angles)[:, None].to(device, torch.float32) for f in (torch.cos, torch.sin)))
-
-
-@kept
-def rope_3d(
-    grid: Grid, head_dim: int, base: int | None, interpolation: tuple[float, float], device: torch.device
-) -> Rope:
-    """Rotations over (t, h, w): d/2 pairs, a third each for h and w, the rest for t. interpolation: (time, space).
-
-    The first frame is not rotated along t, so the table of one frame (T = 1) serves spatial attention.
-    """
-    t, h, w = grid
-    side = max(1, head_dim // 6)
-    frames = _rope_angles(torch.arange(t, dtype=torch.float64) / interpolation[0], head_dim // 2 - 2 * side)
-    rows = _rope_angles(_spatial_axis(h, base, interpolation[1]), side)
-    columns = _rope_angles(_spatial_axis(w, base, interpolation[1]), side)
-    angles = [
-        frames.repeat_interleave(h * w, 0),
-        rows.repeat_interleave(w, 0).repeat(t, 1),
-        columns.repeat(t * h, 1),
-    ]
-    return _rope(torch.cat(angles, dim=1), device)
-
-
-@kept
-def rope_1d(frames: int, head_dim: int, interpolation: float, device: torch.device) -> Rope:
-    """Rotations over t alone, all d/2 pairs (temporal attention, as Open-Sora has it)."""
-    return _rope(_rope_angles(torch.arange(frames, dtype=torch.float64) / interpolation, head_dim // 2), device)
-
-
-@kept
-def rope_in_space(
-    grid: Grid, head_dim: int, base: int | None, interpolation: tuple[float, float], device: torch.device
-) -> Rope:
-    """Rotations over (h, w) of all N tokens, every frame's alike."""
-    frame = rope_3d((1, *grid[1:]), head_dim, base, interpolation, device)
-    return Rope(*(table.repeat(grid[0], 1, 1) for table in frame))
-
-
-@kept
-def rope_in_time(grid: Grid, head_dim: int, interpolation: float, device: torch.device) -> Rope:
-    """Rotations over t alone of all N tokens, every place's alike."""
-    over_time = rope_1d(grid[0], head_dim, interpolation, device)
-    return Rope(*(table.repeat_interleave(grid[1] * grid[2], 0) for table in over_time))
-
-
-@kept
-def with_still(rope: Rope, grid: Grid, count: int, full: bool) -> Rope:
-    """`rope` for frames with `count` more tokens each, after the others, which are not rotated. Kept as long as `rope` is
-    the same object, as those above are."""
-
-    def grown(table: Tensor, still: float) -> Tensor:
-        frames = table.unflatten(0, (grid[0] if full else 1, -1))
-        return F.pad(frames, (0, 0, 0, 0, 0, count), value=still).flatten(0, 1)
-
-    return Rope(grown(rope.cos, 1.0), grown(rope.sin, 0.0))
-
-
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """x (B, N, H, d) with neighbouring channels (2i, 2i + 1) rotated as pairs, in float32."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([even * rope.cos - odd * rope.sin, even * rope.sin + odd * rope.cos], dim=-1)
-    return turned.flatten(-2).to(x.dtype)
-
-
-# ------------------------------------------------------------------------------- codes of scalars
-
-
-@kept
-def _frequencies(half: int, shift: int, device: torch.device) -> Tensor:
-    """(half,) float32: 10000^(-i / (half - shift))."""
-    return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / (half - shift)).to(device)
-
-
-def timestep_code(values: Tensor, size: int, shift: int = 0) -> Tensor:
-    """Scalars (B,), any dtype -> (B, size) float32, [cos, sin]; timesteps are on the schedulers' scale, 0 to 1000.
-
-    shift 0: DiT's frequencies and PixArt's; 1: those of diffusers' DiT.
-    """
-    angles = values.float()[:, None] * _frequencies(size // 2, shift, values.device)
+    angles = values.float()[:, None] * _frequencies(size // 2, freq_shift, values.device)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -225,3 +77,176 @@ def as_vector(value: Any, device: torch.device) -> Tensor:
     """A number, (), (1,) or (B,) -> (1,) or (B,). One value expanded over a batch comes back as (1,): the batch shares it."""
     vector = torch.as_tensor(value, device=device).reshape(-1)
     return vector[:1] if vector.stride(0) == 0 else vector
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoidal embedding of a scalar and an MLP; for the timestep and the micro-conditions."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        width: int = 256,
+        freq_shift: Literal[0, 1] = 0,
+        activation: Literal["silu", "gelu"] = "silu",
+    ) -> None:
+        super().__init__()
+        self.width, self.freq_shift = width, freq_shift
+        act = nn.SiLU() if activation == "silu" else nn.GELU(approximate="tanh")
+        self.mlp = nn.Sequential(nn.Linear(width, hidden_size), act, nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B,) -> (B, D). The sinusoids are computed in float32, then cast to `dtype`."""
+        return self.mlp(timestep_embedding(values, self.width, self.freq_shift).to(dtype))
+
+
+def micro_embedders(config: ModelConfig) -> dict[str, int]:
+    """Names and widths of the micro-conditions' embedders."""
+    width, _, _ = config.dimensions
+    found = {f"{name}_embedder": width for name in config.micro_conditions if name != "size"}
+    if "size" in config.micro_conditions:
+        found |= {"csize_embedder": width // 3, "ar_embedder": width // 3}
+    return found
+
+
+# --------------------------------------------------------------------------------- class and text
+
+
+class ConditionEmbedding(NamedTuple):
+    """Class and text, embedded. `vector` (B or 1, D) is added to the timestep embedding; `text` (B or 1, L, D) and its
+    `mask` (B, 1, 1, L) bool, None where all tokens are valid."""
+
+    vector: Tensor | None
+    text: Tensor | None
+    mask: Tensor | None
+
+
+class ConditionEmbedder(nn.Module):
+    """Class labels and captions, with null embeddings for classifier-free guidance (Ho & Salimans 2022).
+
+    * `embedding_table` (classes + 1, D): the last row is the null class.
+    * `y_embedding` (max_text_tokens, E): the null caption. null_text "token": its first row, as one token (the other
+      rows are there for weights that have them). "sequence": its first L rows, under the mask of the caption of L
+      tokens that it replaces. "empty": there is none.
+    * `y_proj`: text features to width D. `pooled_proj`: their mean over tokens, or a pooled vector, to a vector of width
+      D; for the mean its last layer starts at 0.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, _, _ = config.dimensions
+        self.num_classes, self.null_class, self.null_text = config.num_classes, config.null_class, config.null_text
+        self.pooled_text = config.pooled_text
+        self.embedding_table = None
+        if config.num_classes is not None:
+            self.embedding_table = nn.Embedding(config.num_classes + config.null_class, width)
+        self.y_embedding = None
+        self.y_proj = None
+        if config.text_dim is not None:
+            if config.null_text != "empty":
+                self.y_embedding = nn.Parameter(
+                    torch.randn(config.max_text_tokens, config.text_dim) / config.text_dim**0.5
+                )
+            self.y_proj = (
+                Mlp(config.text_dim, width, width, config.gelu)
+                if config.text_projection == "mlp"
+                else nn.Linear(config.text_dim, width)
+            )
+        pooled = config.text_dim if config.pooled_text else config.pooled_dim
+        self.pooled_proj, self.pooled_width = None, pooled or 0
+        if pooled is not None:
+            self.pooled_proj = nn.Sequential(nn.Linear(pooled, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(
+        self,
+        class_labels: Tensor | None,
+        text: Tensor | None,
+        mask: Tensor | None,
+        pooled: Tensor | None,
+        drop: Tensor | None,
+        dtype: torch.dtype,
+    ) -> ConditionEmbedding:
+        """class_labels (B,), -1 for null; text (B, L, E), None for null; mask (B, L) bool; pooled (B, P), None for 0;
+        drop (B,) bool: null for all of them. Columns that are padding in the whole batch are trimmed first."""
+        vector = self._embed_labels(class_labels, drop)
+        if self.y_proj is not None:
+            # Trimming by a mask on a GPU would synchronise: batches are trimmed before they are sent there.
+            if (
+                text is not None
+                and mask is not None
+                and mask.device.type == "cpu"
+                and not torch.compiler.is_compiling()
+            ):
+                text, mask = trim_padding(text, mask)
+            text, mask = self._with_nulls(text, mask, drop, dtype)
+        if self.pooled_proj is not None:
+            if self.pooled_text:
+                assert text is not None
+                pooled = F.layer_norm(_mean_over_tokens(text, mask), text.shape[-1:])
+            elif pooled is None:
+                pooled = torch.zeros(1, self.pooled_width, device=next(self.pooled_proj.parameters()).device)
+            elif drop is not None:
+                pooled = pooled.masked_fill(drop[:, None], 0)
+            projected = self.pooled_proj(pooled.to(dtype))
+            vector = projected if vector is None else vector + projected
+        if self.y_proj is None:
+            return ConditionEmbedding(vector, None, None)
+        if mask is not None:
+            mask = None if _is_all_true(mask) else mask[:, None, None]
+        assert text is not None
+        return ConditionEmbedding(vector, self.y_proj(text), mask)
+
+    def _embed_labels(self, labels: Tensor | None, drop: Tensor | None) -> Tensor | None:
+        if self.embedding_table is None or self.num_classes is None:
+            return None
+        if labels is None:
+            labels = torch.full((1,), -1, device=self.embedding_table.weight.device)
+        null = labels < 0 if drop is None else (labels < 0) | drop
+        if self.null_class:
+            return self.embedding_table(torch.where(null, self.num_classes, labels))
+        return self.embedding_table(labels.clamp(min=0)).masked_fill(null[:, None], 0)
+
+    def _with_nulls(
+        self, text: Tensor | None, mask: Tensor | None, drop: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """Text and mask with the null caption where `drop` says so or the mask is all False."""
+        if self.y_embedding is None:
+            assert text is not None
+            return text.to(dtype), mask
+        null = self.y_embedding.to(dtype)
+        if self.null_text == "token":
+            null = null[:1]
+        if text is None:
+            return null[None], None
+        if mask is not None:
+            empty = ~mask.any(1)  # softmax over no keys is 0/0
+            drop = empty if drop is None else drop | empty
+        text = text.to(dtype)
+        if drop is None:
+            return text, mask
+        text = torch.where(drop[:, None, None], null[: text.shape[1]], text)
+        later = torch.arange(text.shape[1], device=text.device) > 0
+        if self.null_text == "token":
+            valid = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if mask is None else mask
+            return text, torch.where(drop[:, None], ~later, valid)
+        return text, None if mask is None else torch.where(mask.any(1)[:, None], mask, ~later)
+
+
+def trim_padding(text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Text (B, L, E) and mask (B, L) without trailing columns that are padding in every row; at least one column stays.
+    Synchronises with the mask's device."""
+    valid = mask.bool().any(0).nonzero()
+    longest = int(valid[-1]) + 1 if len(valid) else 1
+    return text[:, :longest], mask[:, :longest]
+
+
+def _mean_over_tokens(text: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, L, E), (B, L) bool -> (B, E) float32: the mean over unmasked tokens."""
+    if mask is None:
+        return text.float().mean(1)
+    weights = mask[:, None].float()
+    return (weights @ text.float()).squeeze(1) / weights.sum(-1)
+
+
+def _is_all_true(mask: Tensor) -> bool:
+    """Whether no token is masked; False where finding out would synchronise with a GPU or break a compiled graph."""
+    return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())

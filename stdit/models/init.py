@@ -1,4 +1,4 @@
-"""How a model is made from its config: its constructor's keywords, and the weights that it starts with."""
+"""Weight initialisation, and the constructor's keywords from ModelConfig."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from stdit.config.model import ModelConfig
 from stdit.models.blocks import AdaLN
-from stdit.models.conditioning import micro_embedders
-from stdit.models.dynamic import Dynamic
+from stdit.models.dynamic import Router
+from stdit.models.embeddings import micro_embedders
 
 
-def takes_settings(init: Callable[..., None]) -> Callable[..., None]:
-    """Gives a constructor the keywords of ModelConfig, beside its own, so that diffusers' config.json holds them one by one."""
+def takes_model_config(init: Callable[..., None]) -> Callable[..., None]:
+    """Adds ModelConfig's keywords to a constructor's signature, so that diffusers writes each into config.json."""
     kind = inspect.Parameter.KEYWORD_ONLY
     own = [p for p in inspect.signature(init).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     fields = [
@@ -31,8 +31,8 @@ def takes_settings(init: Callable[..., None]) -> Callable[..., None]:
 
 
 @torch.no_grad()
-def initialize(model: Any) -> None:
-    """As DiT, PixArt and LocalViT start, except that all gates are 0, so that every block starts as the identity."""
+def init_weights(model: Any) -> None:
+    """Initialises as DiT, PixArt and LocalViT do, with all gates at 0: every block starts as the identity."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -56,14 +56,14 @@ def initialize(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, AdaLN):
             zero += _linears(module)
-        if isinstance(module, Dynamic):
-            module.open()
+        if isinstance(module, Router):
+            module.init_weights()
     for block in model.blocks:
         if model.settings.conditioning == "adaln_single":
             block.scale_shift_table[[2, 5]] = 0.0
         if block.cross_attn is not None:
             zero.append(block.cross_attn.proj)
-        if block.attn.sr is not None:  # starts as the mean
+        if block.attn.sr is not None:  # initialised as average pooling
             nn.init.constant_(block.attn.sr.weight, 1 / block.attn.sr.weight[0, 0].numel())
             nn.init.zeros_(block.attn.sr.bias)
     for module in small:

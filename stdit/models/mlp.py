@@ -1,6 +1,8 @@
-"""The block's second half: what each token computes on its own, or with its neighbours.
+"""Feed-forward networks of the block: GELU MLP, SwiGLU, and MLPs with a depth-wise convolution.
 
-B batch · (T, H, W) grid of patches · S = H W · D hidden size · F inner size
+B           batch
+T, H, W     grid of patches;  S = H W
+D, F        hidden size, inner width
 """
 
 from __future__ import annotations
@@ -13,11 +15,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from stdit.config.model import ModelConfig
-from stdit.models.embeddings import Grid
+from stdit.models.positions import Grid
 
 
 class Mlp(nn.Module):
-    """fc2(gelu(fc1(x))), with the names that published weights have."""
+    """fc2(gelu(fc1(x))). Weights as published: `fc1`, `fc2`."""
 
     def __init__(self, inputs: int, hidden: int, outputs: int, gelu: Literal["tanh", "erf"]) -> None:
         super().__init__()
@@ -25,10 +27,10 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(inputs, hidden)
         self.fc2 = nn.Linear(hidden, outputs)
 
-    def forward(self, x: Tensor, grid: Grid | None = None, groups: Tensor | None = None) -> Tensor:
-        """groups: 1 for inner channels that run, 0 for those that do not; (…, inner size)."""
-        if groups is not None:
-            return self.fc2(F.gelu(self.fc1(x) * groups, approximate=self.gelu))
+    def forward(self, x: Tensor, grid: Grid | None = None, channel_mask: Tensor | None = None) -> Tensor:
+        """(…, D) -> (…, D). channel_mask (…, F): 0 for inner channels that are dropped, else 1."""
+        if channel_mask is not None:
+            return self.fc2(F.gelu(self.fc1(x) * channel_mask, approximate=self.gelu))
         return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
 
 
@@ -40,18 +42,18 @@ class SwiGLU(nn.Module):
         self.w12 = nn.Linear(hidden_size, 2 * inner)
         self.w3 = nn.Linear(inner, hidden_size)
 
-    def forward(self, x: Tensor, grid: Grid | None = None, groups: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid | None = None, channel_mask: Tensor | None = None) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)
-        if groups is not None:
-            value = value * groups
+        if channel_mask is not None:
+            value = value * channel_mask
         return self.w3(F.silu(gate) * value)
 
 
 class ConvMlp(Mlp):
-    """fc2(depthwise_conv(gelu(fc1(x)))) on the grid (Li et al. 2021, LocalViT, as J. Rineau's DiT has it).
+    """fc2(depthwise_conv(gelu(fc1(x)))) on the grid (Li et al. 2021, LocalViT; J. Rineau's DiT).
 
-    `over_time`: a 3 x 3 x 3 convolution, else 3 x 3 within each frame. Frames beyond the clip's ends repeat its first
-    and last one, so that a clip of one repeated frame comes out as the frame itself.
+    over_time: a 3 x 3 x 3 convolution, else 3 x 3 within each frame. Temporal padding repeats the first and last frame, so
+    that a still clip gives the output of its frame.
     """
 
     def __init__(self, hidden_size: int, hidden: int, gelu: Literal["tanh", "erf"], over_time: bool) -> None:
@@ -59,10 +61,10 @@ class ConvMlp(Mlp):
         conv = nn.Conv3d if over_time else nn.Conv2d
         self.depthwise_conv = conv(hidden, hidden, 3, padding=0 if over_time else 1, groups=hidden)
 
-    def forward(self, x: Tensor, grid: Grid | None = None, groups: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid | None = None, channel_mask: Tensor | None = None) -> Tensor:
         """x (B, T, S, D) -> (B, T, S, D)."""
         assert grid is not None
-        assert groups is None
+        assert channel_mask is None
         t, h, w = grid
         y = F.gelu(self.fc1(x), approximate=self.gelu)
         if isinstance(self.depthwise_conv, nn.Conv3d):
@@ -76,7 +78,7 @@ class ConvMlp(Mlp):
 
 
 def feed_forward(config: ModelConfig) -> Mlp | SwiGLU:
-    """The feed-forward part that `config` asks for."""
+    """The feed-forward network of `config`."""
     (width, _, _), inner = config.dimensions, config.mlp_width
     if config.mlp == "swiglu":
         return SwiGLU(width, inner)

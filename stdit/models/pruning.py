@@ -1,6 +1,9 @@
-"""A block's parts cut down to what is chosen of them: heads, groups of the MLP's channels, tokens (stdit.models.dynamic).
+"""Prunes a block's modules to the heads, MLP channels and tokens that its routers select (stdit.models.dynamic).
 
-B batch · (T, S) tokens · D hidden size · H heads, and groups
+B           batch
+T, S        frames, tokens of a frame
+D           hidden size
+H           heads, and channel groups of the MLP
 """
 
 from __future__ import annotations
@@ -16,83 +19,86 @@ from torch import Tensor, nn
 from stdit.models.attention import Attention
 from stdit.models.mlp import Mlp, SwiGLU
 
-# Bytes of weights that are cut down ahead of sampling in any case; of larger models as many as they have themselves.
-AHEAD = 256 * 2**20
+# Bytes of pruned weights cached ahead of sampling; for larger models as many as the model itself has.
+MIN_CACHE_BYTES = 256 * 2**20
 
 
-class Chosen(NamedTuple):
-    """1 where a part runs, else 0: heads, heads_temp (B or 1, H), groups (B or 1, 1, 1, inner channels). None: all do."""
+class RouterMask(NamedTuple):
+    """1 for what is selected, else 0: heads, heads_temp (B or 1, H), groups (B or 1, 1, 1, inner channels). None: all."""
 
     heads: Tensor | None = None
     heads_temp: Tensor | None = None
     groups: Tensor | None = None
 
 
-class Parts(NamedTuple):
-    """The parts of a block that may run in part; cut down to what is chosen, or whole."""
+class BlockModules(NamedTuple):
+    """The modules of a block that can be pruned, full or pruned."""
 
     attn: Attention
     attn_temp: Attention | None
     mlp: Mlp | SwiGLU
 
 
-def cut(whole: Parts, chosen: Chosen) -> Parts | None:
-    """`whole` with the chosen heads' and channels' weights alone, chosen being one choice for all samples.
+def prune(modules: BlockModules, mask: RouterMask) -> BlockModules | None:
+    """`modules` with the weights of the selected heads and channels only; mask: one for all samples.
 
-    None where a layer is more than its weights (LoRA, offloading, casting, ZeRO-3): its masked output is then exact.
+    None where a layer is more than its weights (LoRA, offloading, casting, ZeRO-3); mask its output instead.
     """
-    assert chosen.heads is not None
-    assert chosen.groups is not None
-    layers = [whole.attn.qkv, whole.attn.proj, *_linears(whole.mlp)]
-    if whole.attn_temp is not None:
-        layers += [whole.attn_temp.qkv, whole.attn_temp.proj]
-    wrapped = any("forward" in part.__dict__ for part in whole if part is not None)
+    assert mask.heads is not None
+    assert mask.groups is not None
+    layers = [modules.attn.qkv, modules.attn.proj, *_linears(modules.mlp)]
+    if modules.attn_temp is not None:
+        layers += [modules.attn_temp.qkv, modules.attn_temp.proj]
+    wrapped = any("forward" in module.__dict__ for module in modules if module is not None)
     if wrapped or not all(map(is_bare, layers)):
         return None
-    groups = chosen.groups.view(whole.attn.num_heads, -1)[:, 0]  # as many as heads; each channel has its group's
-    temp = whole.attn_temp
-    if temp is not None and chosen.heads_temp is not None:
-        temp = _cut_attention(temp, chosen.heads_temp[0])
-    return Parts(_cut_attention(whole.attn, chosen.heads[0]), temp, _cut_mlp(whole.mlp, groups))
+    groups = mask.groups.view(modules.attn.num_heads, -1)[:, 0]  # as many groups as heads; channels share their group's
+    temp = modules.attn_temp
+    if temp is not None and mask.heads_temp is not None:
+        temp = _prune_attention(temp, mask.heads_temp[0])
+    return BlockModules(_prune_attention(modules.attn, mask.heads[0]), temp, _prune_mlp(modules.mlp, groups))
 
 
-def cut_ahead(blocks: Sequence[tuple[Parts, Chosen]]) -> list[list[Parts | None]]:
-    """Every block's parts at each of N times, of what is chosen at all of them, as long as they take no more than
-    `_limit` allows; equal choices share theirs. None: too many by now, they are cut when they are needed."""
-    made: dict[tuple[int, bytes], Parts | None] = {}
-    steps, held, limit = [], 0, _limit([whole for whole, _ in blocks])
-    on_host = _on_host([every for _, every in blocks])
-    times = max(0 if every.heads is None else len(every.heads) for every in on_host)
-    for number in range(times):
-        step: list[Parts | None] = []
-        for i, ((whole, _), every) in enumerate(zip(blocks, on_host, strict=True)):
-            chosen = Chosen(*(c if c is None else c[number : number + 1] for c in every))
-            key = i, b"".join(c.numpy().tobytes() for c in chosen if c is not None)
-            if key not in made and held < limit:
-                made[key] = parts = cut(whole, chosen)
-                held += 0 if parts is None else _bytes(parts, whole)
-            step.append(made.get(key))
+def prune_ahead(blocks: Sequence[tuple[BlockModules, RouterMask]]) -> list[list[BlockModules | None]]:
+    """Each block's pruned modules at each of N timesteps, from its modules and masks (N, …).
+
+    Equal masks share modules. None beyond `_cache_limit`: the block then prunes when it runs.
+    """
+    cache: dict[tuple[int, bytes], BlockModules | None] = {}
+    steps, used, limit = [], 0, _cache_limit([modules for modules, _ in blocks])
+    on_host = _on_host([masks for _, masks in blocks])
+    count = max(0 if masks.heads is None else len(masks.heads) for masks in on_host)
+    for number in range(count):
+        step: list[BlockModules | None] = []
+        for i, ((modules, _), masks) in enumerate(zip(blocks, on_host, strict=True)):
+            mask = RouterMask(*(m if m is None else m[number : number + 1] for m in masks))
+            key = i, b"".join(m.numpy().tobytes() for m in mask if m is not None)
+            if key not in cache and used < limit:
+                cache[key] = pruned = prune(modules, mask)
+                used += 0 if pruned is None else _own_bytes(pruned, modules)
+            step.append(cache.get(key))
         steps.append(step)
     return steps
 
 
-def _on_host(choices: Sequence[Chosen]) -> list[Chosen]:
-    """The same as bools on the host, for which the device is waited for once."""
-    some = [c > 0 for every in choices for c in every if c is not None]
-    if not some:
-        return list(choices)
-    joined = torch.cat([c.flatten(1).to(some[0].device) for c in some], dim=1).cpu()
-    parts = iter(joined.split([c[0].numel() for c in some], dim=1))
-    return [Chosen(*(c if c is None else next(parts).reshape(c.shape) for c in every)) for every in choices]
+def _on_host(masks: Sequence[RouterMask]) -> list[RouterMask]:
+    """The same as bools on the host, with one synchronisation."""
+    present = [m > 0 for mask in masks for m in mask if m is not None]
+    if not present:
+        return list(masks)
+    joined = torch.cat([m.flatten(1).to(present[0].device) for m in present], dim=1).cpu()
+    pieces = iter(joined.split([m[0].numel() for m in present], dim=1))
+    return [RouterMask(*(m if m is None else next(pieces).reshape(m.shape) for m in mask)) for mask in masks]
 
 
-def _limit(wholes: Sequence[Parts]) -> int:
-    return max(AHEAD, sum(p.nbytes for parts in wholes for m in parts if m is not None for p in m.parameters()))
+def _cache_limit(blocks: Sequence[BlockModules]) -> int:
+    own = sum(p.nbytes for modules in blocks for m in modules if m is not None for p in m.parameters())
+    return max(MIN_CACHE_BYTES, own)
 
 
-def _bytes(parts: Parts, whole: Parts) -> int:
-    """What the weights take that `parts` does not share with `whole`."""
-    own, shared = ([p for m in some if m is not None for p in m.parameters()] for some in (parts, whole))
+def _own_bytes(pruned: BlockModules, modules: BlockModules) -> int:
+    """Bytes of the weights that `pruned` does not share with `modules`."""
+    own, shared = ([p for m in some if m is not None for p in m.parameters()] for some in (pruned, modules))
     return sum(p.nbytes for p in {id(p): p for p in own}.values() if all(p is not other for other in shared))
 
 
@@ -101,8 +107,8 @@ def _linears(mlp: Mlp | SwiGLU) -> tuple[nn.Linear, nn.Linear]:
 
 
 def is_bare(layer: nn.Module) -> bool:
-    """Whether calling `layer` is its weight's product and nothing else: an nn.Linear without hooks of torch, accelerate
-    or diffusers, whose forward is torch's or one marked `is_linear` (stdit.ops.onednn), and whose weight is there
+    """Whether calling `layer` is its matrix product and nothing else: an nn.Linear without hooks of torch, accelerate or
+    diffusers, whose forward is torch's or one marked `is_linear` (stdit.ops.onednn), and whose weight is present
     (ZeRO-3 leaves (0,) between calls)."""
     if type(layer) is not nn.Linear:
         return False
@@ -113,18 +119,18 @@ def is_bare(layer: nn.Module) -> bool:
     return not (replaced or hooked) and layer.weight.ndim == 2 and not layer.weight.is_meta
 
 
-def _like(module: Any) -> Any:
-    """A shallow copy whose submodules may be replaced without a change to `module`."""
-    made = copy.copy(module)
-    made.__dict__["_modules"] = dict(module._modules)
-    if "forward" in module.__dict__:  # is bound to `module`
-        made.forward = MethodType(module.forward.__func__, made)
-    return made
+def _shallow_copy(module: Any) -> Any:
+    """A shallow copy whose submodules can be replaced without changing `module`."""
+    pruned = copy.copy(module)
+    pruned.__dict__["_modules"] = dict(module._modules)
+    if "forward" in module.__dict__:  # bound to `module`
+        pruned.forward = MethodType(module.forward.__func__, pruned)
+    return pruned
 
 
-def _cut_linear(layer: nn.Linear, kept: Tensor, groups: int, stacked: int | None) -> nn.Linear:
-    """`layer` with `kept` of its groups, which are not trained: groups of rows, in each of `stacked` equal matrices; of
-    columns where that is None. Whole groups are copied, which is five times as fast as column by column."""
+def _prune_linear(layer: nn.Linear, kept: Tensor, groups: int, stacked: int | None) -> nn.Linear:
+    """`layer` with the groups `kept` (indices): groups of rows in each of `stacked` equal matrices, or of columns (None).
+    Copying by groups is five times as fast as by columns."""
     weight, bias = layer.weight, layer.bias
     kept = kept.to(weight.device)
     if stacked is None:
@@ -134,57 +140,57 @@ def _cut_linear(layer: nn.Linear, kept: Tensor, groups: int, stacked: int | None
             None if p is None else p.unflatten(0, (stacked, groups, -1)).index_select(1, kept).flatten(0, 2)
             for p in (weight, bias)
         )
-    made = _like(layer)
-    made.__dict__["_parameters"] = {
+    pruned = _shallow_copy(layer)
+    pruned.__dict__["_parameters"] = {
         name: None if p is None else nn.Parameter(p, requires_grad=False)
         for name, p in (("weight", weight), ("bias", bias))
     }
-    made.out_features, made.in_features = made.weight.shape
-    return made
+    pruned.out_features, pruned.in_features = pruned.weight.shape
+    return pruned
 
 
-def _cut_attention(attn: Attention, heads: Tensor) -> Attention:
-    """`attn` with those heads that are on, (H,)."""
+def _prune_attention(attn: Attention, heads: Tensor) -> Attention:
+    """`attn` with the heads that are on, (H,)."""
     kept = heads.nonzero().flatten()
     if len(kept) == len(heads):
         return attn
-    made = _like(attn)
-    made.num_heads = len(kept)
-    made.qkv = _cut_linear(attn.qkv, kept, len(heads), stacked=3)
-    made.proj = _cut_linear(attn.proj, kept, len(heads), stacked=None)
-    return made
+    pruned = _shallow_copy(attn)
+    pruned.num_heads = len(kept)
+    pruned.qkv = _prune_linear(attn.qkv, kept, len(heads), stacked=3)
+    pruned.proj = _prune_linear(attn.proj, kept, len(heads), stacked=None)
+    return pruned
 
 
-def _cut_mlp(mlp: Mlp | SwiGLU, groups: Tensor) -> Mlp | SwiGLU:
-    """`mlp` with those groups of inner channels that are on, (H,)."""
+def _prune_mlp(mlp: Mlp | SwiGLU, groups: Tensor) -> Mlp | SwiGLU:
+    """`mlp` with the groups of inner channels that are on, (H,)."""
     kept, count = groups.nonzero().flatten(), len(groups)
     if len(kept) == count:
         return mlp
-    made = _like(mlp)
+    pruned = _shallow_copy(mlp)
     if isinstance(mlp, SwiGLU):
-        made.w12 = _cut_linear(mlp.w12, kept, count, stacked=2)
-        made.w3 = _cut_linear(mlp.w3, kept, count, stacked=None)
+        pruned.w12 = _prune_linear(mlp.w12, kept, count, stacked=2)
+        pruned.w3 = _prune_linear(mlp.w3, kept, count, stacked=None)
     else:
-        made.fc1 = _cut_linear(mlp.fc1, kept, count, stacked=1)
-        made.fc2 = _cut_linear(mlp.fc2, kept, count, stacked=None)
-    return made
+        pruned.fc1 = _prune_linear(mlp.fc1, kept, count, stacked=1)
+        pruned.fc2 = _prune_linear(mlp.fc2, kept, count, stacked=None)
+    return pruned
 
 
-def for_some(x: Tensor, tokens: Tensor, vectors: Sequence[Tensor | None], run: Callable[..., Tensor]) -> Tensor:
-    """x (B, T, S, D) with those tokens replaced by run(…) where `tokens` (B, T, S, 1) is 1; the others stay as they are.
+def apply_to_tokens(x: Tensor, tokens: Tensor, vectors: Sequence[Tensor | None], run: Callable[..., Tensor]) -> Tensor:
+    """x (B, T, S, D) with run(…) applied to the tokens where `tokens` (B, T, S, 1) is 1; the others are unchanged.
 
-    run(x (1, 1, n, D), *vectors (1, 1, n or 1, ·)); vectors: (B or 1, T or 1, 1, ·), what each token is told.
+    run(x (1, 1, n, D), *vectors (1, 1, n or 1, ·)); vectors: per-sample or per-frame modulation (B or 1, T or 1, 1, ·).
     """
     rows = tokens.flatten().nonzero().flatten()
     if len(rows) in (0, tokens.numel()):
         return run(x, *vectors) if len(rows) else x
     flat = x.flatten(0, 2)
 
-    def told(vector: Tensor | None) -> Tensor | None:
+    def per_token(vector: Tensor | None) -> Tensor | None:
         if vector is None or vector.shape[:2] == (1, 1):
             return vector
         frames = vector.expand(x.shape[0], x.shape[1], 1, -1).flatten(0, 2)
         return frames[rows // x.shape[2]][None, None]
 
-    new = run(flat[rows][None, None], *map(told, vectors))
+    new = run(flat[rows][None, None], *map(per_token, vectors))
     return flat.index_copy(0, rows, new[0, 0]).view_as(x)

@@ -18,17 +18,19 @@ from stdit.config import Bucket
 from stdit.config.model import ModelConfig
 from stdit.held import Held
 from stdit.models.checks import check_inputs
-from stdit.models.conditioning import trimmed
+from stdit.models.conditioning import (
+    ConditionInputs,
+    Conditions,
+    StaticConditions,
+    encode_static,
+    precompute_conditions,
+)
 from stdit.models.control import STDiTControl
+from stdit.models.embeddings import trim_padding
 from stdit.models.stdit import STDiT
-from stdit.models.telling import Conditions, Known
 
 # Bytes that steps prepared ahead may take: 50 steps of DiT-XL in float32 fit for six samples, of PixArt for any number.
 LIMIT = 256 * 2**20
-
-# What the model wants to know of `cond` by itself, and what of it are micro-conditions.
-TEXT = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections")
-MICRO = ("fps", "frames", "height", "width", "aspect_ratio")
 
 
 class Sampled:
@@ -46,12 +48,12 @@ class Sampled:
         self._parts: tuple[STDiT, ...] = (model,) if branch is None else (model, branch)
         self._times: Tensor | None = None
         self._held: Held | None = None
-        self._told: dict[str, Tensor] = {}
-        self._pixels: dict[str, Tensor] = {}
+        self._told: dict[str, Any] = {}
+        self._pixels: dict[str, Any] = {}
         self._at_hand = False
         self._control: Tensor | None = None
         # Of the model and of its branch, in this order.
-        self._known: tuple[Known, ...] = ()
+        self._known: tuple[StaticConditions, ...] = ()
         self._ahead: dict[int, tuple[Conditions, ...]] = {}
 
     def expect(self, times: Tensor) -> None:
@@ -59,7 +61,7 @@ class Sampled:
         self._times = times
         self._ahead = {}
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
         """x_t (B, C, T, H, W), t (B,), conditions by the names of the model's forward -> its prediction, of x_t's dtype."""
         if self._held is None or not self._held.same(cond):
             self._take(x_t, t, cond)
@@ -72,26 +74,27 @@ class Sampled:
             added = self.branch(x, t, control=self._control, control_scale=self.scale, **told[1])
         return self.model(x, t, **told[0], block_residuals=added, return_dict=False)[0].to(x_t.dtype)
 
-    def _take(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> None:
+    def _take(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Any]) -> None:
         """Holds new conditions, their text cut to its longest. ValueError: they don't fit the model."""
         told = dict(cond)
         self._control = None if self.branch is None else told.pop("control")
-        text = (told.get(TEXT[0]), told.get(TEXT[1]), told.get(TEXT[2]))
-        micro = {name: told.get(name) for name in MICRO}
-        labels, drop, frames = (told.get(n) for n in ("class_labels", "drop_condition", "conditioning_frames"))
-        check_inputs(self.model.settings, x_t, t, text, labels, drop, frames, micro, None)
-        if text[0] is not None and text[1] is not None:
-            if self.model.settings.null_text == "empty" and not bool((seen := text[1].bool().any(1)).all()):
+        inputs = ConditionInputs(t, **told)
+        check_inputs(self.model.settings, x_t, inputs)
+        text, mask = inputs.encoder_hidden_states, inputs.encoder_attention_mask
+        if text is not None and mask is not None:
+            if self.model.settings.null_text == "empty" and not bool((seen := mask.bool().any(1)).all()):
                 raise ValueError(
-                    f"encoder_attention_mask: caption {int((~seen).nonzero()[0])} has no token, and this model no null caption "
-                    'of its own (null_text: empty); give the text encoder\'s features of ""'
+                    f"encoder_attention_mask: caption {int((~seen).nonzero()[0])} has no token, and the model has no null caption "
+                    '(null_text: empty); pass the text encoder\'s features of ""'
                 )
-            told[TEXT[0]], told[TEXT[1]] = trimmed(text[0], text[1])
+            told["encoder_hidden_states"], told["encoder_attention_mask"] = trim_padding(text, mask)
         self._held, self._told, self._known, self._ahead = Held(cond), told, (), {}
         self._at_hand = all(_at_hand(part, x_t.device) for part in self._parts)
         if self.model.settings.position_reference is not None:
             # The model computes with these two as numbers: on another device it would wait for them at every step.
-            self._pixels = {name: told[name][:1].cpu() for name in ("height", "width")}
+            added = told["added_cond_kwargs"]
+            pixels = {name: added[name][:1].cpu() for name in ("height", "width")}
+            self._pixels = {"added_cond_kwargs": pixels}
 
     def _step(self, t: Tensor) -> int | None:
         """Which of the expected times t is: told by its place in memory, for which no device has to be waited for."""
@@ -112,17 +115,14 @@ class Sampled:
             assert self._times is not None
             told = self._told
             if not self._known:
-                micro = {name: told.get(name) for name in MICRO}
-                text = (told.get(TEXT[0]), told.get(TEXT[1]), told.get(TEXT[2]))
-                labels, drop = told.get("class_labels"), told.get("drop_condition")
-                self._known = tuple(part.know(text, labels, drop, micro) for part in self._parts)
+                self._known = tuple(encode_static(part, ConditionInputs(**told)) for part in self._parts)
             frames = told.get("conditioning_frames")
             if frames is not None and frames.stride(0) == 0:
                 frames = frames[:1]
             times = self._times[step : step + self._at_once(frames)]
             self._ahead = {}  # freed before more is made
             made = [
-                part.prepare(times, known=known, conditioning_frames=frames)
+                precompute_conditions(part, times, known, frames)
                 for part, known in zip(self._parts, self._known, strict=True)
             ]
             self._ahead = {step + i: each for i, each in enumerate(zip(*made, strict=True))}
@@ -133,7 +133,7 @@ class Sampled:
         settings = self.model.settings
         if settings.conditioning in ("in_context", "cross_attention"):
             return 1  # nothing but tokens, of which each step has its own with the text
-        rest = self._known[0].rest
+        rest = self._known[0].vector
         rows = 1 if rest is None else rest.shape[0]
         if frames is not None:
             rows = max(rows, frames.shape[0]) * frames.shape[1]

@@ -1,22 +1,27 @@
-"""STDiT, the space-time diffusion transformer: one model for images and video, class labels and text.
+"""STDiT, a spatial-temporal diffusion transformer: one model for images and video, class labels and text.
 
-B batch · C latent channels · (T, H, W) latent frames, height, width, then patches · S = H W · D hidden size · L text tokens
+B           batch
+C           latent channels
+T, H, W     latent frames, height, width; after patching, the grid of patches
+S           tokens of a frame, H W
+D           hidden size
+L           text tokens
 
-    tokens = x_embedder(latents) + positions      code = t_embedder(t) + class + pooled text + fps, size, …
-    for block in blocks: tokens, text = block(tokens, y_embedder(text), t_block(code))
-    prediction = unpatchify(final_layer(tokens, code))
+    x    = x_embedder(latents) + positions                            (B, T, S, D)
+    c    = t_embedder(t) + class + pooled text + micro-conditions     (B, D)
+    x    = block(x, y_embedder(text), t_block(c))                     depth times
+    out  = unpatchify(final_layer(x, c))                              (B, C, T, H, W)
 
-Its config (stdit.config.model.ModelConfig) says which of the published models it is. Parameter names are those of DiT,
-PixArt-α and Open-Sora, whose weights have the same shapes.
+The config (stdit.config.model.ModelConfig) selects DiT, PixArt, Latte, Open-Sora, MM-DiT or a mixture. Parameter names
+and shapes are those of DiT, PixArt-α and Open-Sora.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.cache_utils import CacheMixin
@@ -25,46 +30,40 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from stdit.config.model import ModelConfig
-from stdit.models.blocks import COMPILED, FinalLayer, STDiTBlock
+from stdit.models.blocks import COMPILE_OPTIONS, BlockState, FinalLayer, STDiTBlock
 from stdit.models.checks import check_config, check_inputs, check_loaded, check_residuals
-from stdit.models.conditioning import ConditionEmbedder, TimestepEmbedder, micro_embedders
+from stdit.models.conditioning import ConditionInputs, Conditions, append_context_tokens, embed_conditions
 from stdit.models.dynamic import (
+    ComputeStats,
     DynamicOutput,
+    DynamicSTDiTBlock,
     Generators,
-    Noise,
-    Used,
-    noises,
-    total,
+    model_stats,
+    router_noise,
     uniform,
 )
-from stdit.models.embeddings import (
-    Grid,
-    PatchEmbed3D,
-    unpatchify,
-    with_still,
-)
-from stdit.models.init import initialize, takes_settings
-from stdit.models.positions import Places, placed
-from stdit.models.telling import Conditions, Telling
+from stdit.models.embeddings import ConditionEmbedder, PatchEmbed3D, TimestepEmbedder, micro_embedders, unpatchify
+from stdit.models.init import init_weights, takes_model_config
+from stdit.models.positions import Grid, PositionEmbeddings, add_positions
 
 
-class STDiT(Telling, ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
-    """A diffusers model: save_pretrained, from_pretrained, schedulers, LoRA, attention back ends and caches work as on any other.
+class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
+    """A diffusers model: save_pretrained, from_pretrained, schedulers, LoRA, attention back ends and caches work as usual.
 
-    `STDiT.from_settings(ModelConfig(...))` makes one from a config; `.settings` gives the config back.
+    `STDiT.from_settings(ModelConfig(...))` constructs one; `.settings` is its config.
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["STDiTBlock"]  # noqa: RUF012 (diffusers' own declarations)
-    _repeated_blocks = ["STDiTBlock"]  # noqa: RUF012
+    _no_split_modules = ["STDiTBlock", "DynamicSTDiTBlock"]  # noqa: RUF012 (diffusers' own declarations)
+    _repeated_blocks = ["STDiTBlock", "DynamicSTDiTBlock"]  # noqa: RUF012
     _skip_layerwise_casting_patterns = ["x_embedder", "t_embedder", "_embedder", "final_layer", "norm"]  # noqa: RUF012
 
-    if TYPE_CHECKING:  # diffusers' wrapper hides what it wraps
+    if TYPE_CHECKING:  # diffusers' decorator hides the signature
 
         def to(self, *args: Any, **kwargs: Any) -> Self: ...  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @register_to_config
-    @takes_settings
+    @takes_model_config
     def __init__(self, **settings: Any) -> None:
         super().__init__()
         self.settings = c = ModelConfig(**settings)
@@ -91,15 +90,189 @@ class STDiT(Telling, ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
             self.y_embedder = ConditionEmbedder(c)
         for name, outputs in micro_embedders(c).items():
             self.add_module(name, TimestepEmbedder(outputs))
-        self.blocks = nn.ModuleList(STDiTBlock(c, i) for i in range(depth))
+        block = DynamicSTDiTBlock if c.dynamic else STDiTBlock
+        self.blocks = nn.ModuleList(block(c, i) for i in range(depth))
         self.final_layer = FinalLayer(c, pt * ph * pw * self.out_channels)
-        initialize(self)
+        init_weights(self)
 
-    # ------------------------------------------------------------------------------ making, loading
+    # -------------------------------------------------------------------------------------- forward
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        drop_condition: Tensor | None = None,
+        added_cond_kwargs: Mapping[str, Any] | None = None,
+        pooled_projections: Tensor | None = None,
+        conditioning_frames: Tensor | None = None,
+        block_residuals: Sequence[Tensor] = (),
+        conditions: Conditions | None = None,
+        generator: Generators = None,
+        force_full: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor] | tuple[Tensor, ComputeStats]:
+        """Predicts noise or velocity, by the objective that the model was trained with.
+
+        Args:
+            hidden_states: (B, C, T, H, W) noised latents.
+            timestep: 0 to 1000 (1000 is noise), float or int; a number, (1,) or (B,).
+            encoder_hidden_states: (B, L, text_dim) text features; None: the null caption.
+            encoder_attention_mask: (B, L), True (or 1) for valid tokens; None: all. A caption without any is null.
+            class_labels: (B,) integers, -1 for null; None: null for all. Range-checked on the CPU only (on a GPU the
+                check would synchronise at every step; CUDA's own assertion catches bad ones).
+            drop_condition: (B,) bool, True where label and text are replaced by null (classifier-free guidance).
+            added_cond_kwargs: micro-conditions fps, frames, height, width (pixels) and aspect_ratio (None: height /
+                width), each a number, (1,) or (B,). Required where `micro_conditions` lists them (`size`: height and
+                width) and, height and width, with `position_reference`; others are ignored.
+            pooled_projections: (B, pooled_dim), pooled text vector; None: zeros.
+            conditioning_frames: (B, T) bool, True for latent frames that are clean: their tokens get timestep 0.
+            block_residuals: (B, T, S, D) each, added after the first blocks (a control branch's output).
+            conditions: from `precompute_conditions`, in place of timestep and all conditions.
+            generator: for drop path and routers in training: one, or one per sample; None: torch's.
+            force_full: (B,) bool, samples for which a dynamic model skips nothing (in training).
+
+        Returns:
+            `.sample` (B, C, T, H, W), 2C channels with learned_variance; a tuple without return_dict. Dynamic models in
+            training add `.compute_stats` (stdit.models.dynamic.ComputeStats).
+
+        Raises:
+            ValueError: shapes or labels that do not fit, with both numbers, before any matrix product.
+        """
+        inputs = ConditionInputs(
+            timestep, encoder_hidden_states, encoder_attention_mask, pooled_projections, class_labels, drop_condition,
+            added_cond_kwargs, conditioning_frames,
+        )  # fmt: skip
+        grid = check_inputs(self.settings, hidden_states, inputs, conditions)
+
+        x, positions = self.embed_latents(hidden_states, grid, added_cond_kwargs)  # (B, T, S, D)
+        cond = conditions or embed_conditions(self, inputs, x.device, x.dtype)
+        x, cond, positions = append_context_tokens(x, cond, positions, grid, self.settings.attention == "full")
+
+        states = self.block_states(x, cond, positions, grid, block_residuals, generator, force_full)
+        stats = []
+        for hidden, block_stats in self.run_blocks(x, cond.text, states):
+            x = hidden
+            stats.append(block_stats)
+
+        x = self.final_layer(x[:, :, : grid[1] * grid[2]], cond.embedding, cond.final_modulation)
+        sample = unpatchify(x.flatten(1, 2), grid, self.patch_size)  # (B, C, T, H, W)
+        return self.output(sample, stats, x, return_dict)
+
+    def embed_latents(
+        self, hidden_states: Tensor, grid: Grid, added_cond_kwargs: Mapping[str, Any] | None
+    ) -> tuple[Tensor, PositionEmbeddings]:
+        """Latents (B, C, T, H, W) to tokens (B, T, S, D) with positions, and the position embeddings of the attentions."""
+        added = added_cond_kwargs or {}
+        x = self.x_embedder(hidden_states).unflatten(1, (grid[0], -1))
+        pixels = (added.get("height"), added.get("width"))
+        return add_positions(self.settings, (self.pos_embed, self.temp_embed), x, grid, pixels)
+
+    def run_blocks(
+        self, x: Tensor, text: Tensor | None, states: Sequence[BlockState]
+    ) -> Iterator[tuple[Tensor, ComputeStats | None]]:
+        """Tokens x (B, T, S, D) after each block, and what a dynamic block computed (in training)."""
+        for block, state in zip(self.blocks, states, strict=False):  # fewer states than blocks: early exit
+            x, text, stats = self.run_block(block, x, text, state)
+            yield x, stats
+
+    def run_block(
+        self, block: nn.Module, x: Tensor, text: Tensor | None, state: BlockState
+    ) -> tuple[Tensor, Tensor | None, ComputeStats | None]:
+        """One block, recomputed in backward with gradient checkpointing; adds a control branch's residual."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            checkpoint: Any = self._gradient_checkpointing_func
+            y, text, *rest = checkpoint(block, x, text, state)
+        else:
+            y, text, *rest = block(x, text, state)
+        stats = rest[0] if rest else None  # a block that diffusers' FirstBlockCache skips returns two values
+        if state.residual is not None:
+            y = y + state.residual
+        if state.active is not None:  # samples that have exited stay as they are
+            y = torch.where(state.active, y, x)
+            stats = stats and stats._replace(compute=stats.compute * state.active[:, 0, 0, 0])
+        return y, text, stats
+
+    def block_states(
+        self,
+        x: Tensor,
+        cond: Conditions,
+        positions: PositionEmbeddings,
+        grid: Grid,
+        residuals: Sequence[Tensor] = (),
+        generator: Generators = None,
+        force_full: Tensor | None = None,
+    ) -> list[BlockState]:
+        """The inputs of each block that runs, for tokens x (B, T, S, D)."""
+        count, depth = len(self.blocks), cond.depth
+        check_residuals(residuals, tuple(x.shape), count)
+        drop_path = self._drop_path(x, generator)
+        noise, force = None, None
+        if self.training and self.settings.dynamic:
+            noise, force = (
+                router_noise(self.settings, x, self.block_list()[0].attn_temp is not None, generator),
+                force_full,
+            )
+        if self.training and force_full is not None and depth is not None:
+            depth = torch.where(force_full, count, depth)
+        return [
+            BlockState(
+                grid,
+                positions,
+                cond.modulation,
+                cond.mask,
+                cache=None if cond.caches is None else cond.caches[i],
+                drop_path=(None, None, None)
+                if drop_path is None
+                else (drop_path[i, 0], drop_path[i, 1], drop_path[i, 2]),
+                router_noise=None if noise is None else noise[i],
+                force_full=force,
+                residual=residuals[i] if i < len(residuals) else None,
+                active=(depth > i)[:, None, None, None] if isinstance(depth, Tensor) else None,
+            )
+            for i in range(depth if isinstance(depth, int) else count)
+        ]
+
+    def output(
+        self, sample: Tensor, stats: Sequence[ComputeStats | None], x: Tensor, return_dict: bool
+    ) -> Transformer2DModelOutput | tuple[Tensor] | tuple[Tensor, ComputeStats]:
+        """The prediction (B, C, T, H, W) as diffusers returns it, with compute statistics if there are any."""
+        compute_stats = model_stats(stats, [block.costs(x) for block in self.block_list()] if any(stats) else ())
+        if compute_stats is None:
+            return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        return DynamicOutput(sample=sample, compute_stats=compute_stats) if return_dict else (sample, compute_stats)
+
+    # ---------------------------------------------------------------------------------------- parts
+
+    def block_list(self) -> list[Any]:
+        """The blocks, without nn.Module's types."""
+        return list(self.blocks)
+
+    def final_modulation(self, embedding: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The final layer's modulation from the embedding (B or 1, T or 1, D); None with plain norms."""
+        return self.final_layer.precompute(embedding)
+
+    def _drop_path(self, x: Tensor, generator: Generators) -> Tensor | None:
+        """Factors of the branches of each block (depth, 3, B, 1, 1, 1), 0 or 1 / keep rate; None: all are kept.
+
+        Stochastic depth (Huang et al. 2016), with rates rising linearly over the blocks, as in timm and PixArt.
+        """
+        c = self.settings
+        if not self.training or c.drop_path == 0:
+            return None
+        _, depth, _ = c.dimensions
+        keep = 1 - torch.linspace(0, c.drop_path, depth)
+        drawn = uniform((depth, 3), x.shape[0], generator, x.device).permute(1, 2, 0)
+        keep = keep.to(x.device)[:, None, None]
+        return ((drawn < keep) / keep).to(x.dtype)[..., None, None, None]
+
+    # -------------------------------------------------------------------------- construction, loading
 
     @classmethod
     def from_settings(cls, settings: ModelConfig, seed: int = 0) -> STDiT:
-        """The model that a config describes, its weights drawn from `seed`; torch's global random state is left alone."""
+        """A model from its config, initialised from `seed`; torch's global random state is left alone."""
         kwargs = settings.model_kwargs()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -114,154 +287,18 @@ class STDiT(Telling, ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As diffusers', and strict: safetensors only unless told; ValueError listing keys missing, unexpected or of another shape."""
+        """As diffusers', and strict: safetensors by default; ValueError listing missing, unexpected and mismatched keys."""
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         model, info = loaded
         check_loaded(str(pretrained_model_name_or_path), info)
         for parameter in model.parameters():
-            # Weights mapped from a file lie at odd addresses, where products are slower and differ in the last digit.
+            # Memory-mapped weights may be unaligned, which makes matrix products slower and differ in the last digit.
             if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
                 parameter.data = parameter.data.clone()
         return loaded if wants_info else model
 
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """As diffusers', block by block; unless told otherwise without graph breaks, and for any size at once."""
-        super().compile_repeated_blocks(*args, **COMPILED | kwargs)
-
-    # -------------------------------------------------------------------------------------- forward
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        timestep: Tensor | float,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        class_labels: Tensor | None = None,
-        drop_condition: Tensor | None = None,
-        fps: Tensor | None = None,
-        height: Tensor | None = None,
-        width: Tensor | None = None,
-        frames: Tensor | None = None,
-        aspect_ratio: Tensor | None = None,
-        pooled_projections: Tensor | None = None,
-        conditioning_frames: Tensor | None = None,
-        block_residuals: Sequence[Tensor] = (),
-        conditions: Conditions | None = None,
-        generator: Generators = None,
-        complete: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[Tensor] | tuple[Tensor, Used]:
-        """Predicts noise or velocity, whatever the objective it is trained with asks for.
-
-        Args:
-            hidden_states: (B, C, T, H, W) noised latents.
-            timestep: on 0 to 1000 (1000 is noise), float or int; a number, (1,) or (B,).
-            encoder_hidden_states: (B, L, text_dim) text features; None is the null caption.
-            encoder_attention_mask: (B, L), True (or 1) where a token is real; None: all are. A caption without any is null.
-            class_labels: (B,) integers, -1 for null; None is null for all. Checked against num_classes on the CPU only
-                (elsewhere the check would wait for the device at every step; CUDA's own assertion stops bad ones).
-            drop_condition: (B,) bool, True where label and text are replaced by null (guidance dropout).
-            fps, frames, height, width: (B,) or (1,) numbers, needed where `micro_conditions` names them (`size`: height
-                and width), else not looked at; height and width, in pixels, also where there is a position_reference.
-            aspect_ratio: (B,) or (1,), told with `size`; None: height / width.
-            pooled_projections: (B, pooled_dim), the vector that comes with the text; None is zeros.
-            conditioning_frames: (B, T) bool, True for latent frames that are given, not drawn: they are told time 0.
-            block_residuals: added to the tokens after the first blocks, (B, T, S, D) each (a control branch's).
-            conditions: of `prepare`, in place of the time and all that follows it.
-            generator: of the drop path's and the routers' choices in training, one, or one for each sample; None: torch's.
-            complete: (B,) bool, samples for which a dynamic model's every part runs (in training alone).
-
-        Returns:
-            `.sample` (B, C, T, H, W), or 2C channels with learned_variance; a 1-tuple without return_dict. Of dynamic
-            models in training also `.used` (stdit.models.dynamic.Used), second of the tuple.
-
-        Raises:
-            ValueError: a shape or a label that does not fit, with both numbers, before any matrix product.
-        """
-        micro = {"fps": fps, "frames": frames, "height": height, "width": width, "aspect_ratio": aspect_ratio}
-        text = (encoder_hidden_states, encoder_attention_mask, pooled_projections)
-        grid = check_inputs(
-            self.settings,
-            hidden_states,
-            timestep,
-            text,
-            class_labels,
-            drop_condition,
-            conditioning_frames,
-            micro,
-            conditions,
-        )
-        tokens = self.x_embedder(hidden_states)  # (B, T S, D)
-        x, places = self._placed(tokens.unflatten(1, (grid[0], -1)), grid, (height, width))
-        if conditions is None:
-            conditions = self._conditions(timestep, text, class_labels, drop_condition, conditioning_frames, micro, x)
-        x, places, conditions = self._joined(x, places, conditions, grid)
-        check_residuals(block_residuals, tuple(x.shape), len(self.blocks))
-
-        recompute = (
-            self._gradient_checkpointing_func if self.gradient_checkpointing and torch.is_grad_enabled() else None
-        )
-        words, kept = conditions.text, self._kept(x, generator)
-        noise, used, depth = self._noises(x, generator), [], conditions.depth
-        if self.training and complete is not None and depth is not None:
-            depth = torch.where(complete, len(self.blocks), depth)
-        costs = [] if noise is None else [block.costs(x) for block in self._blocks()]
-        for i, block in enumerate(self.blocks):
-            prepared = None if conditions.prepared is None else conditions.prepared[i]
-            keep = None if kept is None else kept[i]
-            if isinstance(depth, int) and i >= depth:
-                break
-            args = (x, words, conditions.signals, conditions.mask, grid, places, keep, prepared)
-            if noise is not None:
-                args = (*args, noise[i], complete)
-            before = x
-            x, words, *spent = block(*args) if recompute is None else recompute(block, *args)
-            if i < len(block_residuals):
-                x = x + block_residuals[i]
-            if isinstance(depth, Tensor):  # samples that have left stay as they are
-                x = torch.where((depth > i)[:, None, None, None], x, before)
-            used += spent
-        x = x[:, :, : grid[1] * grid[2]]
-        patches = self.final_layer(x, conditions.code, conditions.final)
-        sample = unpatchify(patches.flatten(1, 2), grid, self.patch_size)
-        if used:
-            whole = total(used, costs, depth)
-            return DynamicOutput(sample=sample, used=whole) if return_dict else (sample, whole)
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-
-    def _placed(self, x: Tensor, grid: Grid, pixels: tuple[Any, Any]) -> tuple[Tensor, Places]:
-        """Tokens (B, T, S, D) with positions, and those that attention needs; pixels: the clip's height and width."""
-        return placed(self.settings, (self.pos_embed, self.temp_embed), x, grid, pixels)
-
-    def _joined(
-        self, x: Tensor, places: Places, conditions: Conditions, grid: Grid
-    ) -> tuple[Tensor, Places, Conditions]:
-        """Tokens (B, T, S, D) with the in-context ones, (B, T, S + K, D): time and class, and the text, in each frame."""
-        if conditions.tokens is None:
-            return x, places, conditions
-        told = conditions.tokens.expand(x.shape[0], x.shape[1], -1, -1)
-        x = torch.cat([x, told], dim=2)
-        if conditions.mask is not None:
-            seen = F.pad(conditions.mask, (x.shape[2] - conditions.mask.shape[-1], 0), value=True)
-            conditions = conditions._replace(mask=seen)
-        rope = places.rope and with_still(places.rope, grid, told.shape[2], self._full)
-        return x, places._replace(rope=rope), conditions
-
-    def _noises(self, x: Tensor, generator: Generators) -> list[Noise] | None:
-        """What each block's routers need in training; None where there are none, or at inference."""
-        if not (self.training and self.settings.dynamic):
-            return None
-        return noises(self.settings, x, self._blocks()[0].attn_temp is not None, generator)
-
-    def _kept(self, x: Tensor, generator: Generators) -> Tensor | None:
-        """Drop path (Huang et al. 2016; as timm and PixArt have it): (depth, 3, B, 1, 1, 1), each branch's 0 or 1 / kept."""
-        c = self.settings
-        if not self.training or c.drop_path == 0:
-            return None
-        _, depth, _ = c.dimensions
-        kept = 1 - torch.linspace(0, c.drop_path, depth)
-        drawn = uniform((depth, 3), x.shape[0], generator, x.device).permute(1, 2, 0)
-        kept = kept.to(x.device)[:, None, None]
-        return ((drawn < kept) / kept).to(x.dtype)[..., None, None, None]
+        """As diffusers', block by block; by default without graph breaks and with dynamic shapes."""
+        super().compile_repeated_blocks(*args, **COMPILE_OPTIONS | kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from stdit.config import DynamicConfig
-from stdit.models.dynamic import Used
+from stdit.models.dynamic import ComputeStats
 
 
 def flops_target(config: DynamicConfig, step: int) -> float:
@@ -14,15 +14,15 @@ def flops_target(config: DynamicConfig, step: int) -> float:
     return 1 - (1 - config.target_flops_ratio) * progress
 
 
-def flops_loss(config: DynamicConfig, used: Used, full: Tensor, step: int) -> tuple[Tensor, Tensor]:
+def flops_loss(config: DynamicConfig, stats: ComputeStats, force_full: Tensor, step: int) -> tuple[Tensor, Tensor]:
     """The compute loss and the mean share of the full model's FLOPs, () each.
 
-    full (B,) bool: samples that ran the full model and do not count; loss and share are 0 if all did.
+    force_full (B,) bool: samples that ran the full model and do not count; loss and share are 0 if all did.
     """
-    counts = (~full).float()
+    counts = (~force_full).float()
     count = counts.sum().clamp(min=1)
-    ratio = (used.compute * counts).sum() / count
-    tokens = (used.tokens * counts).sum(1) / count  # (depth,)
+    ratio = (stats.compute * counts).sum() / count
+    tokens = (stats.tokens * counts).sum(1) / count  # (depth,)
     penalty = (config.min_token_ratio - tokens).clamp(min=0).sum()
     loss = (ratio - flops_target(config, step)).square() + config.min_token_weight * penalty
     return config.weight * counts.max() * loss, ratio.detach()

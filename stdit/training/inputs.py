@@ -78,13 +78,13 @@ class Inputs:
 
     def choices(self, step: int, positions: tuple[int, ...]) -> dict[str, Any]:
         """What the model draws by, by the names of its forward: each sample's generator, for the drop path and routers;
-        and `complete` (B,), samples for which everything runs. {}: it draws nothing."""
+        and `force_full` (B,), samples for which everything runs. {}: it draws nothing."""
         model, wanted, seed = self.config.model, self.config.train.dynamic, self.config.seed
         told: dict[str, Any] = {}
         if model.drop_path or model.dynamic:
             told["generator"] = generators(seed, "choices", step, positions)
         if wanted is not None:
-            told["complete"] = uniform(seed, "complete", step, positions, self.device) < wanted.full_model_prob
+            told["force_full"] = uniform(seed, "complete", step, positions, self.device) < wanted.full_model_prob
         return told
 
     def noise(self, x0: Tensor, purpose: str, step: int, positions: tuple[int, ...]) -> Tensor:
@@ -109,7 +109,7 @@ class Inputs:
         mask = sample_frame_mask(shares, which, length, order)
         return None if mask is None else mask.repeat_interleave(patch, 1)
 
-    def dropped(self, condition: dict[str, Tensor], step: int, positions: tuple[int, ...]) -> dict[str, Tensor]:
+    def dropped(self, condition: dict[str, Any], step: int, positions: tuple[int, ...]) -> dict[str, Any]:
         """`condition` with some samples' conditions dropped, for classifier-free guidance: the whole of it where a
         caption is dropped, the label alone where a label is. A model without a null caption of its own is given the
         empty caption's features in the place of those that are dropped."""
@@ -144,7 +144,7 @@ class Inputs:
         return told
 
 
-def _replaced(condition: dict[str, Tensor], empty: dict[str, Tensor], where: Tensor) -> dict[str, Tensor]:
+def _replaced(condition: dict[str, Any], empty: dict[str, Tensor], where: Tensor) -> dict[str, Tensor]:
     """What `condition` has in common with `empty`, with empty's rows `where` (B,) is True; the shorter text is padded."""
     changed = {}
     for name, none in empty.items():
@@ -168,9 +168,9 @@ def micro_names(model: ModelConfig) -> list[str]:
     return list(dict.fromkeys([*(name for name in model.micro_conditions if name != "size"), *size]))
 
 
-def condition_of(batch: Batch, model: ModelConfig, device: torch.device) -> dict[str, Tensor]:
+def condition_of(batch: Batch, model: ModelConfig, device: torch.device) -> dict[str, Any]:
     """The model's own conditions of a batch, by the names of its forward."""
-    condition: dict[str, Tensor] = {}
+    condition: dict[str, Any] = {}
     if model.num_classes is not None:
         condition["class_labels"] = batch.class_labels.to(device, non_blocking=True)
     if model.text_dim is not None:
@@ -183,9 +183,8 @@ def condition_of(batch: Batch, model: ModelConfig, device: torch.device) -> dict
     if model.pooled_dim is not None:
         assert batch.pooled is not None
         condition["pooled_projections"] = batch.pooled.to(device, non_blocking=True)
-    for name in micro_names(model):
-        condition[name] = getattr(batch, name).to(device, non_blocking=True)
+    added = {name: getattr(batch, name).to(device, non_blocking=True) for name in micro_names(model)}
     if model.position_reference is not None:
         # Coordinates are of the clip as it is cut, one size for all; on the host, where the model computes with them.
-        condition |= {k: torch.tensor([float(getattr(batch.bucket, k))]) for k in ("height", "width")}
-    return condition
+        added |= {k: torch.tensor([float(getattr(batch.bucket, k))]) for k in ("height", "width")}
+    return condition | ({"added_cond_kwargs": added} if added else {})

@@ -140,7 +140,9 @@ class Preview:
             velocity = with_scheduler_sign(predict, config.diffusion)
             steered = guided(velocity, scale, negative or None, channels=wanted.sampler.guidance_channels)
             generators = [torch.Generator().manual_seed(p) for p in batch.positions]
-            condition = condition_of(batch, config.model, self.ranks.device) | size
+            condition = condition_of(batch, config.model, self.ranks.device)
+            if size:
+                condition["added_cond_kwargs"] = {**condition["added_cond_kwargs"], **size}
             condition |= self.inputs.control(batch, self.inputs.latents(batch, None), None)
             part = sample(steered, scheduler, x, wanted.sampler.steps, condition, generators, ahead=predict.expect)
             # All ranks' parts of these, in the order of the numbers.

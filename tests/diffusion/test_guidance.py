@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -119,20 +120,22 @@ def test_the_doubled_conditions_are_the_same_tensors_at_every_step() -> None:
 
 
 def test_what_samples_share_stays_shared() -> None:
-    seen: list[tuple[Tensor, Mapping[str, Tensor]]] = []
+    seen: list[tuple[Tensor, Mapping[str, Any]]] = []
 
-    def model(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    def model(x: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
         seen.append((t, cond))
         return x
 
     fps, frames = torch.tensor([8.0]), torch.tensor([[True, False]]).expand(3, -1)
     times = torch.tensor([900.0, 100.0])
-    guided(model, 3.0)(X, times[1].expand(3), {"fps": fps, "conditioning_frames": frames, "height": torch.arange(3.0)})
+    added = {"fps": fps, "height": torch.arange(3.0)}
+    guided(model, 3.0)(X, times[1].expand(3), {"added_cond_kwargs": added, "conditioning_frames": frames})
     t, cond = seen[0]
     assert (t.shape, t.stride(), t.data_ptr()) == ((6,), (0,), times[1].data_ptr())
-    assert (cond["fps"].shape, cond["fps"].stride(0)) == ((6,), 0)
+    added = cond["added_cond_kwargs"]
+    assert (added["fps"].shape, added["fps"].stride(0)) == ((6,), 0)
     assert (cond["conditioning_frames"].shape, cond["conditioning_frames"].stride(0)) == ((6, 2), 0)
-    assert cond["height"].tolist() == [0, 1, 2, 0, 1, 2]
+    assert added["height"].tolist() == [0, 1, 2, 0, 1, 2]
     assert cond["drop_condition"].tolist() == [False] * 3 + [True] * 3
 
 

@@ -163,12 +163,12 @@ def test_a_model_is_told_the_size_of_what_it_draws() -> None:
     assert all("conditions" in kwargs for kwargs in seen)
     # Told to all of a batch at once: one row of modulation, guidance and several prompts notwithstanding.
     draw(pipe, ["a", "b"])
-    assert seen[-1]["conditions"].signals.video.shape[0] == 1
+    assert seen[-1]["conditions"].modulation.video.shape[0] == 1
     model = pipe.transformer
     x, features = torch.zeros(1, 3, 4, 16, 8), torch.zeros(1, 1, 32)
-    told: dict[str, Any] = {"frames": 4.0, "height": 16.0, "width": 8.0}
-    ratio = model(x, 5.0, features, **told, aspect_ratio=torch.tensor([2.0])).sample
-    assert torch.equal(ratio, model(x, 5.0, features, **told).sample)
+    added: dict[str, Any] = {"frames": 4.0, "height": 16.0, "width": 8.0}
+    ratio = model(x, 5.0, features, added_cond_kwargs=added | {"aspect_ratio": torch.tensor([2.0])}).sample
+    assert torch.equal(ratio, model(x, 5.0, features, added_cond_kwargs=added).sample)
 
 
 def test_an_image_is_told_no_rate_unless_asked() -> None:
@@ -242,7 +242,7 @@ def test_the_model_is_told_which_frames_are_given_at_every_step() -> None:
     for x in [*inputs, *steps]:
         assert torch.equal(x[:, :, 0], whole[:, :, 0].expand(len(x), -1, -1, -1))
     # The same for all of the batch, and so one row, of four frames.
-    assert all(kwargs["conditions"].signals.video.shape[:2] == (1, 4) for kwargs in seen)
+    assert all(kwargs["conditions"].modulation.video.shape[:2] == (1, 4) for kwargs in seen)
 
 
 def test_a_picture_is_brought_to_life() -> None:

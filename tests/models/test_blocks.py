@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from stdit.config import ModelConfig
-from stdit.models.blocks import FinalLayer, Signals, STDiTBlock, modulate
+from stdit.models.blocks import BlockState, FinalLayer, ModulationInput, STDiTBlock, modulate
 from stdit.models.mlp import Mlp
-from stdit.models.positions import Places
+from stdit.models.positions import Grid, PositionEmbeddings
 
 Noise = Callable[..., torch.Tensor]
-NOWHERE = Places(None, None, None, None)
+NO_POSITIONS = PositionEmbeddings(None, None, None, None)
 
 
 def block(**changes: Any) -> STDiTBlock:
@@ -31,9 +31,9 @@ def block(**changes: Any) -> STDiTBlock:
     return STDiTBlock(ModelConfig(**{**kwargs, **changes}), 0)
 
 
-def told(modulation: torch.Tensor) -> Signals:
-    """(B, T or 1, 6, D) as a block takes it."""
-    return Signals(modulation.flatten(-2))
+def state(modulation: torch.Tensor, grid: Grid, mask: torch.Tensor | None = None) -> BlockState:
+    """What a block takes, from modulation (B, T or 1, 6, D)."""
+    return BlockState(grid, NO_POSITIONS, ModulationInput(modulation.flatten(-2)), mask)
 
 
 def shut(made: STDiTBlock) -> STDiTBlock:
@@ -50,7 +50,7 @@ def shut(made: STDiTBlock) -> STDiTBlock:
 def test_a_zero_initialised_block_is_the_identity(noise: Noise, attention: str) -> None:
     x, modulation = noise(2, 3, 4, 16), noise(2, 1, 6, 16)
     modulation[:, :, [2, 5]] = 0.0
-    y, _ = shut(block(attention=attention))(x, noise(2, 5, 16), told(modulation), None, (3, 2, 2), NOWHERE)
+    y, *_ = shut(block(attention=attention))(x, noise(2, 5, 16), state(modulation, (3, 2, 2)))
     assert torch.equal(y, x)
 
 
@@ -66,7 +66,7 @@ def test_an_image_block_is_pixarts(noise: Noise, gelu: str) -> None:
     assert isinstance(made.mlp, Mlp)
     y = made.mlp.fc1(F.layer_norm(z, (16,), eps=1e-6) * (1 + c2) + s2)
     expected = z + g2 * made.mlp.fc2(F.gelu(y, approximate="none" if gelu == "erf" else "tanh"))
-    found, _ = made(x[:, None], text, told(modulation[:, None]), None, (1, 2, 3), NOWHERE)
+    found, *_ = made(x[:, None], text, state(modulation[:, None], (1, 2, 3)))
     torch.testing.assert_close(found[:, 0], expected)
 
 
@@ -79,9 +79,7 @@ def test_factorized_attention_stays_within_frames_and_places(noise: Noise, layer
     x, modulation = noise(1, 3, 4, 16), noise(1, 1, 6, 16, seed=1)
     y = x.clone()
     y[0, 1, 1, :3] += 1.0  # frame 1 of 3, place 1 of 4
-    before, after = (
-        made(tokens, None, told(modulation), None, (3, 2, 2), NOWHERE)[0].flatten(0, 2) for tokens in (x, y)
-    )
+    before, after = (made(tokens, None, state(modulation, (3, 2, 2)))[0].flatten(0, 2) for tokens in (x, y))
     reached = {i for i in range(12) if not torch.allclose(before[i], after[i], atol=1e-6)}
     assert reached == ({4, 5, 6, 7} if layer == "spatial" else {1, 5, 9})
 
@@ -101,5 +99,5 @@ def test_a_block_compiles_without_graph_breaks(noise: Noise, attention: str) -> 
     compiled = torch.compile(made, fullgraph=True, backend="eager")
     mask = (torch.arange(3) < torch.tensor([[1], [3]]))[:, None, None]
     for grid in ((1, 2, 3), (2, 2, 3)):
-        args = (noise(2, grid[0], 6, 16), noise(2, 3, 16), told(noise(2, 1, 6, 16)), mask, grid, NOWHERE)
+        args = (noise(2, grid[0], 6, 16), noise(2, 3, 16), state(noise(2, 1, 6, 16), grid, mask))
         torch.testing.assert_close(compiled(*args), made(*args))

@@ -11,6 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from stdit.config import Config, load_config
+from stdit.models.conditioning import ConditionInputs, encode_static, precompute_conditions
 from stdit.models.stdit import STDiT
 from stdit.ops import onednn
 from stdit.train import prepare
@@ -75,8 +76,9 @@ def test_every_kind_of_block_is_one_graph(tiny: Tiny, noise: Noise, conditioning
     expected = model(**args).sample
     model.compile_repeated_blocks(backend="eager")  # fullgraph, as train.compile has it
     torch.testing.assert_close(model(**args).sample, expected)
-    prepared = model.prepare(**{"timesteps" if k == "timestep" else k: v[:1] if k == "timestep" else v for k, v in args.items() if k != "hidden_states"})[0]  # fmt: skip
-    again = model(args["hidden_states"], 100.0, conditions=prepared).sample
+    static = encode_static(model, ConditionInputs(**{k: v for k, v in args.items() if k != "hidden_states"}))
+    conditions = precompute_conditions(model, args["timestep"][:1], static)[0]
+    again = model(args["hidden_states"], 100.0, conditions=conditions).sample
     torch.testing.assert_close(again[0], expected[0])
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from stdit.models.conditioning import trimmed
+from stdit.models.embeddings import trim_padding
 from stdit.models.stdit import STDiT
 
 Tiny = Callable[..., STDiT]
@@ -44,7 +44,7 @@ def test_only_columns_that_no_caption_reaches_are_cut_off(noise: Noise) -> None:
         ([[0, 0, 0, 0, 0], [0, 0, 0, 0, 0]], 1),
     ):
         for mask in (torch.tensor(seen), torch.tensor(seen).bool()):
-            cut, left = trimmed(text, mask)
+            cut, left = trim_padding(text, mask)
             assert torch.equal(cut, text[:, :length])
             assert torch.equal(left, mask[:, :length])
 
@@ -98,10 +98,11 @@ def test_new_conditions_start_at_zero(settings: Callable, noise: Noise, x: torch
     model = STDiT.from_settings(settings(text_dim=6, pooled_text=True, micro_conditions=("fps", "height")))
     assert not model.get_parameter("y_embedder.pooled_proj.2.weight").any()
     torch.nn.init.normal_(model.final_layer.linear.weight)
-    for block in model._blocks():
+    for block in model.block_list():
         torch.nn.init.ones_(block.scale_shift_table)
-    expected = model(x, 400, fps=torch.zeros(1), height=torch.zeros(1)).sample
-    sample = model(x, 400, noise(2, 3, 6), fps=torch.tensor([8.0, 24.0]), height=torch.tensor([32.0])).sample
+    expected = model(x, 400, added_cond_kwargs={"fps": torch.zeros(1), "height": torch.zeros(1)}).sample
+    added = {"fps": torch.tensor([8.0, 24.0]), "height": torch.tensor([32.0])}
+    sample = model(x, 400, noise(2, 3, 6), added_cond_kwargs=added).sample
     torch.testing.assert_close(sample, expected)
 
 
@@ -109,10 +110,10 @@ def test_new_conditions_start_at_zero(settings: Callable, noise: Noise, x: torch
 def test_a_micro_condition_counts_only_where_it_is_configured(tiny: Tiny, x: torch.Tensor, name: str) -> None:
     with_it, without = tiny(micro_conditions=(name,)), tiny()
     slow, fast = {name: torch.tensor([8.0, 8.0])}, {name: torch.tensor([8.0, 24.0])}
-    one, other = (with_it(x, 400, **kwargs).sample for kwargs in (slow, fast))
+    one, other = (with_it(x, 400, added_cond_kwargs=added).sample for added in (slow, fast))
     torch.testing.assert_close(one[0], other[0])
     assert not torch.allclose(one[1], other[1])
-    assert torch.equal(without(x, 400, **slow).sample, without(x, 400, **fast).sample)
+    assert torch.equal(without(x, 400, added_cond_kwargs=slow).sample, without(x, 400, added_cond_kwargs=fast).sample)
 
 
 def test_gradients_reach_every_parameter(tiny: Tiny, noise: Noise, x: torch.Tensor) -> None:
@@ -120,6 +121,7 @@ def test_gradients_reach_every_parameter(tiny: Tiny, noise: Noise, x: torch.Tens
         num_classes=4, text_dim=6, pooled_text=True, micro_conditions=("fps",), qk_norm="rms", cross_qk_norm="rms"
     )
     drop = torch.tensor([True, False])
-    sample = model(x, 400, noise(2, 3, 6), None, torch.tensor([1, 2]), drop, torch.tensor([8.0])).sample
+    added = {"fps": torch.tensor([8.0])}
+    sample = model(x, 400, noise(2, 3, 6), None, torch.tensor([1, 2]), drop, added).sample
     sample.square().mean().backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]

@@ -48,7 +48,8 @@ def told(model: STDiT, noise: Noise, batch: int = 2) -> dict[str, Any]:
     if c.num_classes:
         found["class_labels"] = torch.tensor([0, 2])[:batch]
     if c.micro_conditions:
-        found |= {"fps": torch.tensor([8.0]), "height": torch.tensor([64.0]), "width": torch.tensor([96.0])}
+        size = {"height": torch.tensor([64.0]), "width": torch.tensor([96.0])}
+        found["added_cond_kwargs"] = {"fps": torch.tensor([8.0]), **size}
     return found
 
 

@@ -12,9 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stdit.config import DiffusionConfig, ModelConfig
 from stdit.diffusion.objectives import make_objective
+from stdit.models.conditioning import ConditionInputs, Conditions, encode_static, precompute_conditions
 from stdit.models.control import STDiTControl
-from stdit.models.dynamic import Dynamic, depths, uniform
-from stdit.models.pruning import cut
+from stdit.models.dynamic import Router, exit_depths, uniform
+from stdit.models.pruning import prune
 from stdit.models.stdit import STDiT
 from stdit.weights.transfer import transfer_weights
 
@@ -40,7 +41,7 @@ def routed(model: STDiT, seed: int = 0) -> STDiT:
     """`model` with routers that choose: about half of everything, differently at each time."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        if isinstance(module, Dynamic):
+        if isinstance(module, Router):
             for router in module.modules():
                 if isinstance(router, torch.nn.Linear):
                     router.weight.data = torch.randn(router.weight.shape, generator=generator)
@@ -56,6 +57,12 @@ def told(model: STDiT, noise: Noise, batch: int = 3) -> dict[str, Any]:
     if model.settings.num_classes:
         given["class_labels"] = torch.tensor([0, 3, -1])
     return given
+
+
+def precomputed(
+    model: STDiT, times: torch.Tensor, frames: torch.Tensor | None = None, **inputs: Any
+) -> list[Conditions]:
+    return precompute_conditions(model, times, encode_static(model, ConditionInputs(**inputs)), frames)
 
 
 def part(given: dict[str, Any], i: int) -> dict[str, Any]:
@@ -95,12 +102,12 @@ def test_a_new_dynamic_model_is_the_static_one(tiny: Tiny, settings: Settings, n
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(map(str, k.values())))
 @torch.no_grad()
-def test_what_is_cut_and_gathered_equals_what_is_masked(
+def test_what_is_pruned_and_gathered_equals_what_is_masked(
     tiny: Tiny, noise: Noise, kind: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = routed(tiny(**kind, **BOTH))
     x, given = noise(3, 3, 2, 4, 4), told(model, noise)
-    prepared = model.prepare(TIMES, **given)
+    prepared = precomputed(model, TIMES, **given)
     for i, t in enumerate(TIMES):
         # One time for all: cut and gathered; through a prepared step; a batch of mixed times; everything masked.
         shared = model(x, t, **given).sample
@@ -115,11 +122,11 @@ def test_what_is_cut_and_gathered_equals_what_is_masked(
 
 
 @torch.no_grad()
-def test_given_frames_do_not_change_what_the_clips_time_chooses(tiny: Tiny, noise: Noise) -> None:
+def test_conditioning_frames_do_not_change_what_the_timestep_selects(tiny: Tiny, noise: Noise) -> None:
     model = routed(tiny(**BOTH))
     x, frames = noise(2, 3, 3, 4, 4), torch.tensor([[True, False, False], [False, False, True]])
     out = model(x, 700.0, conditioning_frames=frames).sample
-    ahead = model(x, 700.0, conditions=model.prepare(torch.tensor([700.0]), conditioning_frames=frames)[0]).sample
+    ahead = model(x, 700.0, conditions=precomputed(model, torch.tensor([700.0]), frames)[0]).sample
     torch.testing.assert_close(ahead, out, rtol=1e-4, atol=1e-5)
     for i in range(2):
         one = model(x[i : i + 1], 700.0, conditioning_frames=frames[i : i + 1]).sample
@@ -136,11 +143,11 @@ def test_what_is_left_out_is_not_computed(tiny: Tiny, noise: Noise, attention: s
     time = model.t_embedder(torch.tensor([300.0]), torch.float32)
     left_out = 0.0
     routers = 0
-    for block in model._blocks():
+    for block in model.block_list():
         tokens = torch.empty(2, 2, 4, 32)
-        chosen = block.dynamic.choose(time, None, None)
-        used = block.dynamic.used(chosen, None, block.costs(tokens), tokens)
-        left_out += float((sum(block.costs(tokens)) - used.compute).sum())
+        mask = block.dynamic.route(time, None, None)
+        stats = block.compute_stats(mask, None, tokens)
+        left_out += float((sum(block.costs(tokens)) - stats.compute).sum())
         routers += 2 * sum(p.numel() for n, p in block.dynamic.named_parameters() if n.endswith("weight"))
     saved = flops(lambda: static(x, 300.0)) - flops(lambda: model(x, 300.0))
     assert left_out > 0
@@ -153,7 +160,7 @@ def test_skipped_tokens_cost_nothing_and_stay_as_they_are(tiny: Tiny, noise: Noi
     static = tiny(depth=1)
     full = flops(lambda: static(x, 300.0))
     for module in model.modules():
-        if isinstance(module, Dynamic) and module.tokens is not None:
+        if isinstance(module, Router) and module.tokens is not None:
             module.tokens.get_parameter("2.bias").data.fill_(-50.0)
     routers = 2 * 8 * (32 * 2 + 2)
     mlp = 2 * 8 * 2 * 32 * 128
@@ -165,36 +172,36 @@ def test_skipped_tokens_cost_nothing_and_stay_as_they_are(tiny: Tiny, noise: Noi
 def test_the_first_head_and_group_always_run(tiny: Tiny, noise: Noise) -> None:
     model = tiny(dynamic_width=True)
     for module in model.modules():
-        if isinstance(module, Dynamic):
+        if isinstance(module, Router):
             for router in (module.heads, module.heads_temp, module.groups):
                 assert router is not None
                 router.bias.data.fill_(-50.0)
     assert model(noise(1, 3, 2, 4, 4), 300.0).sample.isfinite().all()
-    used = model.train()(noise(1, 3, 2, 4, 4), 300.0).used
+    used = model.train()(noise(1, 3, 2, 4, 4), 300.0).compute_stats
     torch.testing.assert_close(used.compute, torch.full((1,), 1 / 4))
 
 
 @torch.no_grad()
-def test_equal_choices_share_their_cut_weights(tiny: Tiny) -> None:
+def test_equal_masks_share_their_pruned_weights(tiny: Tiny) -> None:
     model = routed(tiny(dynamic_width=True))
-    first, second, other = (c.prepared for c in model.prepare(torch.tensor([300.0, 300.0, 900.0])))
+    first, second, other = (c.caches for c in precomputed(model, torch.tensor([300.0, 300.0, 900.0])))
     assert first is not None
     assert second is not None
     assert other is not None
-    assert all(a.parts is b.parts and a.parts is not None for a, b in zip(first, second, strict=True))
-    assert any(a.parts is not b.parts for a, b in zip(first, other, strict=True))
+    assert all(a.pruned is b.pruned and a.pruned is not None for a, b in zip(first, second, strict=True))
+    assert any(a.pruned is not b.pruned for a, b in zip(first, other, strict=True))
 
 
 @torch.no_grad()
-def test_past_the_limit_weights_are_cut_when_they_are_needed(
+def test_past_the_limit_weights_are_pruned_when_they_are_needed(
     tiny: Tiny, noise: Noise, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, x = routed(tiny(dynamic_width=True)), noise(1, 3, 1, 4, 4)
-    expected = model(x, 300.0, conditions=model.prepare(TIMES[:1] * 0 + 300.0)[0]).sample
-    monkeypatch.setattr("stdit.models.pruning._limit", lambda wholes: 0)
-    conditions = model.prepare(torch.tensor([300.0]))[0]
-    assert conditions.prepared is not None
-    assert all(p.parts is None for p in conditions.prepared)
+    expected = model(x, 300.0, conditions=precomputed(model, TIMES[:1] * 0 + 300.0)[0]).sample
+    monkeypatch.setattr("stdit.models.pruning._cache_limit", lambda blocks: 0)
+    conditions = precomputed(model, torch.tensor([300.0]))[0]
+    assert conditions.caches is not None
+    assert all(cache.pruned is None for cache in conditions.caches)
     assert torch.equal(model(x, 300.0, conditions=conditions).sample, expected)
 
 
@@ -203,9 +210,9 @@ def test_a_layer_that_is_more_than_its_weight_is_called(tiny: Tiny, noise: Noise
     model, x = routed(tiny(dynamic_width=True)), noise(1, 3, 1, 4, 4)
     expected = model(x, 300.0).sample
     calls = []
-    for block in model._blocks():
+    for block in model.block_list():
         block.attn.qkv.register_forward_hook(lambda *_: calls.append(1))
-        assert cut(block.parts, block.dynamic.choose(torch.zeros(1, 32), None, None)) is None
+        assert prune(block.prunable, block.dynamic.route(torch.zeros(1, 32), None, None)) is None
     torch.testing.assert_close(model(x, 300.0).sample, expected, rtol=1e-4, atol=1e-5)
     assert len(calls) == 2
 
@@ -227,7 +234,7 @@ def test_training_draws_from_its_generators_alone(tiny: Tiny, noise: Noise) -> N
     torch.testing.assert_close(first.sample[1:], other.sample[1:])
     alone = model(x[2:], TIMES[2:], generator=each(2))
     torch.testing.assert_close(alone.sample[0], first.sample[2], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(alone.used.compute[0], first.used.compute[2])
+    torch.testing.assert_close(alone.compute_stats.compute[0], first.compute_stats.compute[2])
 
 
 def test_as_many_generators_as_samples(tiny: Tiny, noise: Noise) -> None:
@@ -241,30 +248,30 @@ def test_routers_are_trained_by_the_loss_and_by_the_compute(tiny: Tiny, noise: N
     model = routed(tiny(**kind, **BOTH)).train()
     given = told(model, noise)
     out = model(noise(3, 3, 2, 4, 4), TIMES, generator=torch.Generator().manual_seed(0), **given)
-    assert out.used.compute.shape == (3,)
-    assert out.used.tokens.shape == (2, 3)
-    assert ((out.used.compute > 0) & (out.used.compute < 1)).all()
+    assert out.compute_stats.compute.shape == (3,)
+    assert out.compute_stats.tokens.shape == (2, 3)
+    assert ((out.compute_stats.compute > 0) & (out.compute_stats.compute < 1)).all()
     routers = {n: p for n, p in model.named_parameters() if ".dynamic." in n}
-    for value in (out.sample.square().mean(), out.used.compute.mean()):
+    for value in (out.sample.square().mean(), out.compute_stats.compute.mean()):
         grads = dict(zip(routers, torch.autograd.grad(value, list(routers.values()), retain_graph=True), strict=True))
         assert all(grad.isfinite().all() for grad in grads.values())
         # Two ReLUs of the tokens' routers may both be shut.
         assert all(grad.any() for name, grad in grads.items() if name.endswith("bias") and ".tokens.0." not in name)
 
 
-def test_complete_samples_go_through_everything(tiny: Tiny, noise: Noise) -> None:
+def test_forced_samples_go_through_everything(tiny: Tiny, noise: Noise) -> None:
     model, static, x = routed(tiny(**BOTH)).train(), tiny(), noise(3, 3, 2, 4, 4)
     static.load_state_dict({k: v for k, v in model.state_dict().items() if ".dynamic." not in k})
-    complete = torch.tensor([True, False, True])
-    out = model(x, TIMES, complete=complete, generator=torch.Generator().manual_seed(0))
+    force_full = torch.tensor([True, False, True])
+    out = model(x, TIMES, force_full=force_full, generator=torch.Generator().manual_seed(0))
     full = static(x, TIMES).sample
-    torch.testing.assert_close(out.sample[complete], full[complete], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.sample[force_full], full[force_full], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(out.sample[1], full[1], atol=1e-3)
-    assert out.used.compute[complete].tolist() == [1, 1]
-    assert out.used.compute[1] < 1
-    sample, used = model(x, TIMES, complete=complete, generator=torch.Generator().manual_seed(0), return_dict=False)
+    assert out.compute_stats.compute[force_full].tolist() == [1, 1]
+    assert out.compute_stats.compute[1] < 1
+    sample, used = model(x, TIMES, force_full=force_full, generator=torch.Generator().manual_seed(0), return_dict=False)
     assert torch.equal(sample, out.sample)
-    assert torch.equal(used.compute, out.used.compute)
+    assert torch.equal(used.compute, out.compute_stats.compute)
 
 
 def test_recomputed_activations_make_the_same_choices(tiny: Tiny, noise: Noise) -> None:
@@ -273,7 +280,7 @@ def test_recomputed_activations_make_the_same_choices(tiny: Tiny, noise: Noise) 
     def run() -> tuple[torch.Tensor, list[torch.Tensor]]:
         out = model(x, TIMES, generator=torch.Generator().manual_seed(0))
         parameters = [p for p in model.parameters() if p.requires_grad]
-        value = out.sample.square().mean() + out.used.compute.mean()
+        value = out.sample.square().mean() + out.compute_stats.compute.mean()
         return out.sample, list(torch.autograd.grad(value, parameters, allow_unused=True))
 
     sample, grads = run()
@@ -306,7 +313,7 @@ EXITS = {"depth": 4, "exit_depths": [(0.8, 1), (0.5, 2)]}
 
 def test_the_table_of_exits_is_read_from_the_noisy_end(settings: Settings) -> None:
     times = torch.tensor([1000.0, 800.0, 799.9, 500.0, 499.0, 0.0])
-    assert depths(settings(**EXITS), times).tolist() == [1, 1, 2, 2, 4, 4]
+    assert exit_depths(settings(**EXITS), times).tolist() == [1, 1, 2, 2, 4, 4]
 
 
 def test_ddpm_steps_leave_at_the_times_at_which_they_stand(settings: Settings) -> None:
@@ -316,9 +323,9 @@ def test_ddpm_steps_leave_at_the_times_at_which_they_stand(settings: Settings) -
     )
     assert ddpm[500] == 499
     config = settings(**EXITS)
-    found = depths(config, ddpm)
+    found = exit_depths(config, ddpm)
     assert found[[499, 500, 799, 800, 1000]].tolist() == [4, 2, 2, 1, 1]
-    assert torch.equal(found[1:], depths(config, flow.round())[1:])
+    assert torch.equal(found[1:], exit_depths(config, flow.round())[1:])
 
 
 @torch.no_grad()
@@ -327,7 +334,7 @@ def test_blocks_beyond_the_exit_are_not_run(tiny: Tiny, noise: Noise) -> None:
     ran: list[int] = []
     for i, block in enumerate(model.blocks):
         block.register_forward_hook(lambda *_, i=i: ran.append(i))
-    prepared = model.prepare(torch.tensor([900.0, 600.0, 100.0]))
+    prepared = precomputed(model, torch.tensor([900.0, 600.0, 100.0]))
     for i, (t, blocks) in enumerate(((900.0, 1), (600, 2), (torch.tensor([100.0, 100.0]), 4))):
         ran.clear()
         out = model(x, t).sample
@@ -368,46 +375,46 @@ def test_blocks_that_are_not_run_cost_nothing(tiny: Tiny, noise: Noise) -> None:
     for name, parameter in model.named_parameters():
         if ".dynamic." in name and ".tokens.0." not in name:
             parameter.data.fill_(50.0 if name.endswith("bias") else 0.0)
-    used = model(noise(3, 3, 1, 4, 4), TIMES).used
+    used = model(noise(3, 3, 1, 4, 4), TIMES).compute_stats
     torch.testing.assert_close(used.compute, torch.tensor([1 / 4, 1.0, 1.0]))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("routers", [{}, BOTH], ids=["static", "routed"])
-def test_a_complete_sample_does_not_leave_early(tiny: Tiny, noise: Noise, routers: dict, recompute: bool) -> None:
+def test_a_forced_sample_does_not_leave_early(tiny: Tiny, noise: Noise, routers: dict, recompute: bool) -> None:
     model, x = routed(tiny(**EXITS, **routers)).train(), noise(3, 3, 2, 4, 4)
     whole = tiny(depth=4)
     whole.load_state_dict({k: v for k, v in model.state_dict().items() if ".dynamic." not in k})
     if recompute:
         model.enable_gradient_checkpointing()
-    times, complete = torch.full((3,), 910.0), torch.tensor([True, False, True])
-    out = model(x, times, complete=complete, generator=torch.Generator().manual_seed(0))
+    times, force_full = torch.full((3,), 910.0), torch.tensor([True, False, True])
+    out = model(x, times, force_full=force_full, generator=torch.Generator().manual_seed(0))
     full = whole(x, times).sample
-    torch.testing.assert_close(out.sample[complete], full[complete], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.sample[force_full], full[force_full], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(out.sample[1], full[1], atol=1e-3)
     if routers:
-        assert out.used.compute[complete].tolist() == [1, 1]
-        assert out.used.compute[1] < 1 / 4
+        assert out.compute_stats.compute[force_full].tolist() == [1, 1]
+        assert out.compute_stats.compute[1] < 1 / 4
     # The last block, beyond the exit, learns of them.
     last = dict(model.named_parameters())["blocks.3.attn.qkv.weight"]
-    assert torch.autograd.grad(out.sample[complete].square().mean(), last)[0].any()
+    assert torch.autograd.grad(out.sample[force_full].square().mean(), last)[0].any()
 
 
 @pytest.mark.slow
-def test_a_complete_sample_stays_in_a_compiled_model(tiny: Tiny, noise: Noise) -> None:
+def test_a_forced_sample_stays_in_a_compiled_model(tiny: Tiny, noise: Noise) -> None:
     model, x = routed(tiny(**EXITS, **BOTH)).train(), noise(3, 3, 2, 4, 4)
-    given = {"complete": torch.tensor([True, False, True])}
+    given = {"force_full": torch.tensor([True, False, True])}
     expected = model(x, TIMES, **given, generator=torch.Generator().manual_seed(0))
     model.compile_repeated_blocks(fullgraph=True)
     found = model(x, TIMES, **given, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(found.sample, expected.sample, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.used.compute, expected.used.compute)
+    torch.testing.assert_close(found.compute_stats.compute, expected.compute_stats.compute)
 
 
 @torch.no_grad()
-def test_nobody_is_complete_at_inference(tiny: Tiny, noise: Noise) -> None:
+def test_nothing_is_forced_at_inference(tiny: Tiny, noise: Noise) -> None:
     model, x = tiny(**EXITS), noise(1, 3, 1, 4, 4)
-    assert torch.equal(model(x, 900.0, complete=torch.tensor([True])).sample, model(x, 900.0).sample)
+    assert torch.equal(model(x, 900.0, force_full=torch.tensor([True])).sample, model(x, 900.0).sample)
 
 
 # -------------------------------------------------------------------------------------- files, configs, others

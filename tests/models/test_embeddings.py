@@ -1,4 +1,4 @@
-"""Patches, positions and codes, against the published arithmetic."""
+"""Patches, positions and timestep embeddings, against the published arithmetic."""
 
 from __future__ import annotations
 
@@ -11,19 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from stdit.models.embeddings import (
-    PatchConv,
-    PatchEmbed3D,
+from stdit.models.embeddings import PatchConv, PatchEmbed3D, timestep_embedding, unpatchify
+from stdit.models.positions import (
+    apply_rope,
+    pad_rope,
     rope_1d,
     rope_3d,
     rope_in_space,
     rope_in_time,
-    rotate,
     sincos_spatial,
     sincos_temporal,
-    timestep_code,
-    unpatchify,
-    with_still,
 )
 
 CPU = torch.device("cpu")
@@ -96,7 +93,7 @@ def test_tables_made_in_inference_mode_serve_training() -> None:
     with torch.inference_mode():
         rope = rope_1d(3, 8, 7.25, CPU)  # a scale that no other test asks for
     q = torch.ones(1, 3, 1, 8, requires_grad=True)
-    rotate(q, rope).sum().backward()
+    apply_rope(q, rope).sum().backward()
     assert q.grad is not None
 
 
@@ -111,7 +108,7 @@ def test_tables_of_one_shape_are_made_once() -> None:
     for make in (
         lambda: rope_in_space(grid, 12, None, (1.0, 1.0), CPU),
         lambda: rope_in_time(grid, 12, 1.0, CPU),
-        lambda: with_still(rope_in_time(grid, 12, 1.0, CPU), grid, 5, True),
+        lambda: pad_rope(rope_in_time(grid, 12, 1.0, CPU), grid, 5, True),
     ):
         assert make() is make()
 
@@ -126,18 +123,18 @@ def test_rotations_in_space_and_in_time_are_those_of_both() -> None:
         assert torch.equal(table.view(2, 12, 1, 6), one[:, None].expand(2, 12, 1, 6))
 
 
-def test_the_timestep_code_is_dits() -> None:
+def test_the_timestep_embedding_is_dits() -> None:
     t = torch.tensor([0.0, 1.0, 500.5, 999.0])
     expected = get_timestep_embedding(t, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
-    torch.testing.assert_close(timestep_code(t, 256), expected, rtol=0, atol=0)
-    assert torch.equal(timestep_code(torch.tensor([7]), 256), timestep_code(torch.tensor([7.0]), 256))
+    torch.testing.assert_close(timestep_embedding(t, 256), expected, rtol=0, atol=0)
+    assert torch.equal(timestep_embedding(torch.tensor([7]), 256), timestep_embedding(torch.tensor([7.0]), 256))
 
 
 def test_rotations_keep_lengths_and_see_only_differences() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 1, 2, 12, generator=generator).expand(1, 24, 2, 12) for _ in range(2))
     rope = rope_3d((2, 3, 4), 12, None, (1.0, 1.0), CPU)
-    turned_q, turned_k = rotate(q, rope), rotate(k, rope)
+    turned_q, turned_k = apply_rope(q, rope), apply_rope(k, rope)
     torch.testing.assert_close(turned_q.norm(dim=-1), q.norm(dim=-1))
     scores = torch.einsum("bnhd,bmhd->hnm", turned_q, turned_k).view(2, 2, 3, 4, 2, 3, 4)
     torch.testing.assert_close(scores[:, 0, 0, 0, 1, 1, 1], scores[:, 0, 1, 2, 1, 2, 3])
@@ -148,7 +145,7 @@ def test_rotated_pairs_are_neighbours() -> None:
     rope = rope_1d(2, 4, 1.0, CPU)
     x = torch.tensor([1.0, 0.0, 0.0, 0.0]).view(1, 1, 1, 4).expand(1, 2, 1, 4)
     expected = torch.tensor([torch.cos(torch.tensor(1.0)), torch.sin(torch.tensor(1.0)), 0.0, 0.0])
-    torch.testing.assert_close(rotate(x, rope)[0, 1, 0], expected)
+    torch.testing.assert_close(apply_rope(x, rope)[0, 1, 0], expected)
 
 
 def test_one_frame_is_rotated_in_space_alone() -> None:

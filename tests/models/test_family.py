@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from stdit.config import ModelConfig
+from stdit.models.conditioning import ConditionInputs, encode_static, precompute_conditions
 from stdit.models.stdit import STDiT
 from tests.support.models import MEMBERS, conditions_for
 
@@ -28,7 +29,9 @@ def blocks_of(model: STDiT) -> list[Any]:
 
 
 def row(given: dict[str, Any], i: int) -> dict[str, Any]:
-    return {k: v[i : i + 1] if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    """Sample i of a batch of conditions."""
+    rows = {k: v[i : i + 1] if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    return {k: row(v, i) if isinstance(v, dict) else v for k, v in rows.items()}
 
 
 def test_a_new_model_predicts_zero(settings: Callable[..., ModelConfig], noise: Noise, member: dict[str, Any]) -> None:
@@ -70,13 +73,14 @@ def test_conditions_prepared_ahead_are_the_same(tiny: Tiny, noise: Noise, member
     frames = None if member.get("conditioning") == "cross_attention" else torch.eye(3, 2, dtype=torch.bool)
     times = torch.tensor([900.0, 500.0, 20.0])
     given.pop("timestep")
-    pixels = {k: given[k] for k in ("height", "width") if k in given}
-    for t, conditions in zip(times, model.prepare(times, conditioning_frames=frames, **given), strict=True):
+    pixels = {k: v for k, v in given.items() if k == "added_cond_kwargs"}
+    static = encode_static(model, ConditionInputs(**given))
+    for t, conditions in zip(times, precompute_conditions(model, times, static, frames), strict=True):
         plain = model(x, t, conditioning_frames=frames, **given).sample
         torch.testing.assert_close(model(x, t, conditions=conditions, **pixels).sample, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_given_frames_are_told_time_zero(tiny: Tiny, noise: Noise, member: dict[str, Any]) -> None:
+def test_conditioning_frames_have_timestep_zero(tiny: Tiny, noise: Noise, member: dict[str, Any]) -> None:
     if member.get("conditioning") == "cross_attention":
         pytest.skip("one time for all frames")
     model = tiny(**member)

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stdit.config.model import ModelConfig
+from stdit.models.conditioning import ConditionInputs, encode_static, precompute_conditions
 from stdit.models.stdit import STDiT
 
 # Operators that move no data, and allocation.
@@ -179,9 +180,10 @@ def test_the_rule_gives_what_is_known_of_diffusers() -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", OURS)
 def test_a_forward_takes_few_kernels(ours: dict[str, STDiT], name: str, batch: int) -> None:
-    model, x, words = ours[name], latents(name, batch), told(name, batch)
+    model, x = ours[name], latents(name, batch)
+    words: dict[str, Any] = dict(told(name, batch))
     with torch.device("meta"):
-        conditions = model.prepare(torch.empty(10), **words)[0]  # pyright: ignore[reportArgumentType]
+        conditions = precompute_conditions(model, torch.empty(10), encode_static(model, ConditionInputs(**words)))[0]
     assert count(lambda: model(x, 500.0, conditions=conditions)) <= MOST[name]
     shared = torch.empty(1, device="meta")
     assert count(lambda: model(x, shared, **words)) <= MOST_WITHOUT[name]

@@ -1,4 +1,4 @@
-"""Parts cut ahead of sampling are those that are cut at each time, and the device is waited for once."""
+"""Modules pruned ahead of sampling equal those pruned at each timestep, with one synchronisation."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ import pytest
 import torch
 from torch import nn
 
-from stdit.models.pruning import Chosen, Parts, _cut_linear, cut, cut_ahead, is_bare
+from stdit.models.pruning import BlockModules, RouterMask, _prune_linear, is_bare, prune, prune_ahead
 from stdit.models.stdit import STDiT
 from stdit.ops import onednn
 
-Blocks = list[tuple[Parts, Chosen]]
+Blocks = list[tuple[BlockModules, RouterMask]]
 
 
 @pytest.fixture
 def blocks(tiny: Callable[..., STDiT], noise: Callable[..., torch.Tensor]) -> Blocks:
-    """Two blocks, and what of them is chosen at five times."""
+    """Two blocks, and their masks at five timesteps."""
     torch.manual_seed(0)
     model = tiny(text_dim=6, dynamic_width=True)
     time = 9 * noise(5, 32)
-    return [(block.parts, block.dynamic.choose(time, None, None)) for block in model._blocks()]
+    return [(block.prunable, block.dynamic.route(time, None, None)) for block in model.block_list()]
 
 
 @torch.no_grad()
-def test_parts_cut_ahead_are_those_cut_when_needed(blocks: Blocks) -> None:
-    ahead = cut_ahead(blocks)
+def test_modules_pruned_ahead_are_those_pruned_when_needed(blocks: Blocks) -> None:
+    ahead = prune_ahead(blocks)
     assert len(ahead) == 5
     for number, step in enumerate(ahead):
         for (whole, every), parts in zip(blocks, step, strict=True):
-            now = cut(whole, Chosen(*(c if c is None else c[number : number + 1] for c in every)))
+            now = prune(whole, RouterMask(*(c if c is None else c[number : number + 1] for c in every)))
             assert parts is not None
             assert now is not None
             for one, other in zip(parts, now, strict=True):
@@ -40,7 +40,7 @@ def test_parts_cut_ahead_are_those_cut_when_needed(blocks: Blocks) -> None:
 
 
 @torch.no_grad()
-def test_all_choices_come_to_the_host_at_once(blocks: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_masks_come_to_the_host_at_once(blocks: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[torch.Size] = []
     fetch = torch.Tensor.cpu
 
@@ -49,7 +49,7 @@ def test_all_choices_come_to_the_host_at_once(blocks: Blocks, monkeypatch: pytes
         return fetch(self)
 
     monkeypatch.setattr(torch.Tensor, "cpu", counted)
-    cut_ahead(blocks)
+    prune_ahead(blocks)
     assert [shape[0] for shape in fetched] == [5]
 
 
@@ -70,6 +70,6 @@ def test_a_bare_layer_is_its_weight_alone() -> None:
 def test_pruned_layers_by_onednn_compute_with_their_own_weights(noise: Callable[..., torch.Tensor]) -> None:
     layer = nn.Linear(256, 256)
     onednn.apply(layer)
-    pruned = _cut_linear(layer, torch.tensor([1, 3]), 4, stacked=1)
+    pruned = _prune_linear(layer, torch.tensor([1, 3]), 4, stacked=1)
     x = noise(3, 256)
     torch.testing.assert_close(pruned(x), layer(x).unflatten(1, (4, 64))[:, [1, 3]].flatten(1), rtol=1e-4, atol=1e-5)

@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from stdit.config import ModelConfig
+from stdit.models.conditioning import ConditionInputs, encode_static, precompute_conditions
 from stdit.models.stdit import STDiT
 
 Tiny = Callable[..., STDiT]
@@ -59,23 +60,23 @@ INPUTS: list[tuple[dict[str, Any], tuple[int, ...], dict[str, Any], str]] = [
     ({}, (2, 3, 8, 8), {}, "4 dimensions"),
     ({"window_size": 3}, (2, 3, 1, 8, 12), {}, "height of 4 patches is not divisible by window_size 3"),
     ({"kv_compress": 4}, (2, 3, 1, 8, 12), {}, "width of 6 patches is not divisible by kv_compress 4"),
-    ({"positions": "learned", "position_grid": (4, 4), "position_frames": 2}, (2, 3, 3, 8, 8), {}, "3 frames of patches; the learned table of positions (position_frames) has 2"),
-    ({"positions": "learned", "position_grid": (4, 4), "position_frames": 2}, (2, 3, 1, 8, 10), {}, "width of 5 patches; the table of positions (position_grid) has 4"),
+    ({"positions": "learned", "position_grid": (4, 4), "position_frames": 2}, (2, 3, 3, 8, 8), {}, "3 frames of patches; the learned position table (position_frames) has 2"),
+    ({"positions": "learned", "position_grid": (4, 4), "position_frames": 2}, (2, 3, 1, 8, 10), {}, "width of 5 patches; the position table (position_grid) has 4"),
     ({"text_dim": 6}, (2, 3, 1, 8, 8), {"encoder_hidden_states": torch.zeros(2, 5, 7)}, "7 wide; the model takes text_dim 6"),
     ({"text_dim": 6}, (2, 3, 1, 8, 8), {"encoder_hidden_states": torch.zeros(2, 9, 6)}, "9 tokens; the model takes 1 to max_text_tokens 7"),
     ({"text_dim": 6}, (2, 3, 1, 8, 8), {"encoder_hidden_states": torch.zeros(2, 5, 6), "encoder_attention_mask": torch.ones(2, 4)}, "encoder_attention_mask has shape (2, 4); encoder_hidden_states has (2, 5)"),
-    ({"text_dim": 6, "null_text": "empty"}, (2, 3, 1, 8, 8), {}, "no null caption of its own"),
-    ({"text_dim": 6, "null_text": "empty"}, (2, 3, 1, 8, 8), {"encoder_hidden_states": torch.zeros(2, 5, 6), "drop_condition": torch.tensor([True, False])}, "drop_condition: this model has no null"),
+    ({"text_dim": 6, "null_text": "empty"}, (2, 3, 1, 8, 8), {}, "the model has no null caption"),
+    ({"text_dim": 6, "null_text": "empty"}, (2, 3, 1, 8, 8), {"encoder_hidden_states": torch.zeros(2, 5, 6), "drop_condition": torch.tensor([True, False])}, "drop_condition: the model has no null"),
     ({"num_classes": 3}, (2, 3, 1, 8, 8), {"class_labels": torch.tensor([0, 3])}, "class label 3 is out of range; the model has 3 classes"),
     ({"num_classes": 3}, (2, 3, 1, 8, 8), {"class_labels": torch.tensor([0])}, "class_labels has shape (1,)"),
     ({}, (2, 3, 1, 8, 8), {"pooled_projections": torch.zeros(2, 5)}, "pooled_dim None"),
     ({"pooled_dim": 5}, (2, 3, 1, 8, 8), {"pooled_projections": torch.zeros(2, 4)}, "pooled_projections has shape (2, 4); expected (2, 5)"),
     ({"micro_conditions": ("frames",)}, (2, 3, 1, 8, 8), {}, "frames is missing; the model has micro_conditions frames"),
     ({"position_reference": 64}, (2, 3, 1, 8, 8), {}, "height is missing; the model has position_reference 64"),
-    ({"position_reference": 64}, (2, 3, 1, 8, 8), {"height": torch.tensor([64.0, 32.0]), "width": 64.0}, "height differs within the batch [64.0, 32.0]"),
-    ({"micro_conditions": ("size",), "hidden_size": 24}, (2, 3, 1, 8, 8), {"height": torch.zeros(3), "width": 8.0}, "height has shape (3,)"),
+    ({"position_reference": 64}, (2, 3, 1, 8, 8), {"added_cond_kwargs": {"height": torch.tensor([64.0, 32.0]), "width": 64.0}}, "height differs within the batch [64.0, 32.0]"),
+    ({"micro_conditions": ("size",), "hidden_size": 24}, (2, 3, 1, 8, 8), {"added_cond_kwargs": {"height": torch.zeros(3), "width": 8.0}}, "height has shape (3,)"),
     ({}, (2, 3, 2, 8, 8), {"conditioning_frames": torch.zeros(2, 3, dtype=torch.bool)}, "conditioning_frames has shape (2, 3); expected (samples, latent frames) (2, 2)"),
-    ({"conditioning": "cross_attention"}, (2, 3, 2, 8, 8), {"conditioning_frames": torch.zeros(2, 2, dtype=torch.bool)}, "tells all frames one time"),
+    ({"conditioning": "cross_attention"}, (2, 3, 2, 8, 8), {"conditioning_frames": torch.zeros(2, 2, dtype=torch.bool)}, "cross_attention conditioning has one timestep for all frames"),
 ]  # fmt: skip
 
 
@@ -111,31 +112,34 @@ def test_what_is_prepared_ahead_is_checked_then(
     tiny: Tiny, changes: dict[str, Any], given: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        tiny(**changes).prepare(torch.tensor([500.0]), **given)
+        encode_static(tiny(**changes), ConditionInputs(**given))
 
 
 def test_conditions_of_other_samples_are_refused(tiny: Tiny, noise: Noise) -> None:
     model = tiny(num_classes=3)
-    made = model.prepare(torch.tensor([500.0]), class_labels=torch.tensor([0, 1]))[0]
-    with pytest.raises(ValueError, match="prepared for 2 samples; hidden_states has 3"):
+    time = torch.tensor([500.0])
+    static = encode_static(model, ConditionInputs(class_labels=torch.tensor([0, 1])))
+    made = precompute_conditions(model, time, static)[0]
+    with pytest.raises(ValueError, match="precomputed for 2 samples; hidden_states has 3"):
         model(noise(3, 3, 1, 8, 8), 500, conditions=made)
-    frames = model.prepare(torch.tensor([500.0]), conditioning_frames=torch.tensor([[True, False]]))[0]
-    with pytest.raises(ValueError, match="prepared for 2 frames of patches; hidden_states has 3"):
+    static = encode_static(model, ConditionInputs())
+    frames = precompute_conditions(model, time, static, torch.tensor([[True, False]]))[0]
+    with pytest.raises(ValueError, match="precomputed for 2 frames of patches; hidden_states has 3"):
         model(noise(1, 3, 3, 8, 8), 500, conditions=frames)
-    with pytest.raises(ValueError, match=r"conditions is a int; give one of those that STDiT\.prepare returns"):
+    with pytest.raises(ValueError, match=r"conditions is a int; expected one of precompute_conditions' results"):
         model(noise(1, 3, 3, 8, 8), 500, conditions=3)
 
 
 ODD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"num_classes": 3}, {"drop_condition": torch.tensor([0, 1])}, "drop_condition is torch.int64; expected torch.bool"),
     ({"num_classes": 3}, {"class_labels": [0, 1]}, "class_labels is a list; expected a tensor"),
-    ({"micro_conditions": ("fps",)}, {"fps": "8"}, "fps is '8'; expected a number"),
-    ({"position_reference": 64}, {"height": 0, "width": 64}, "height is 0; expected pixels, more than 0"),
+    ({"micro_conditions": ("fps",)}, {"added_cond_kwargs": {"fps": "8"}}, "fps is '8'; expected a number"),
+    ({"position_reference": 64}, {"added_cond_kwargs": {"height": 0, "width": 64}}, "height is 0; expected pixels, more than 0"),
     ({}, {"conditioning_frames": [[True], [False]]}, "conditioning_frames is a list; expected a tensor (2, 1)"),
     (
         {"text_dim": 6, "null_text": "empty"},
         {"encoder_hidden_states": torch.zeros(2, 5, 6), "encoder_attention_mask": torch.eye(2, 5) * torch.tensor([[1], [0]])},
-        "caption 1 has no token, and this model has no null caption",
+        "caption 1 has no token, and the model has no null caption",
     ),
     ({}, {"block_residuals": [torch.zeros(2, 1, 16, 31)]}, "block_residuals[0] has shape (2, 1, 16, 31); the tokens are (2, 1, 16, 32)"),
     ({}, {"block_residuals": [torch.zeros(2, 1, 16, 32)] * 3}, "block_residuals are 3; the model has 2 blocks"),

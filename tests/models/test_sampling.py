@@ -13,8 +13,8 @@ from stdit.config import Bucket, DiffusionConfig, SamplerConfig
 from stdit.diffusion.guidance import guided
 from stdit.diffusion.schedulers import OBJECTIVES, FrameCondition, make_scheduler, sample
 from stdit.models import sampling
-from stdit.models.conditioning import trimmed
 from stdit.models.control import STDiTControl
+from stdit.models.embeddings import trim_padding
 from stdit.models.sampling import Sampled, micro_conditions
 from stdit.models.stdit import STDiT
 from tests.support.models import MEMBERS, conditions_for, shaken
@@ -29,12 +29,11 @@ def plain(model: STDiT) -> Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]
     return lambda x, t, cond: model(x, t, **cond, return_dict=False)[0]
 
 
-def conditions(model: STDiT, noise: Noise, frames: bool) -> tuple[dict[str, Tensor], FrameCondition | None]:
+def conditions(model: STDiT, noise: Noise, frames: bool) -> tuple[dict[str, Any], FrameCondition | None]:
     """Conditions of SHAPE, with some frames given."""
-    cond = {
-        k: torch.as_tensor(v).reshape(-1) if k in ("frames", "height", "width") else v
-        for k, v in conditions_for(model.settings, 2, noise).items()
-    }
+    cond = conditions_for(model.settings, 2, noise)
+    if added := cond.get("added_cond_kwargs"):
+        cond["added_cond_kwargs"] = {k: torch.as_tensor(v).reshape(-1) for k, v in added.items()}
     cond.pop("timestep")
     if not frames or model.settings.conditioning == "cross_attention":
         return cond, None
@@ -128,9 +127,11 @@ def test_text_is_projected_once_and_steps_are_modulated_together(tiny: Tiny, noi
 def test_what_is_held_ahead_is_bounded(tiny: Tiny, noise: Noise, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(text_dim=6, num_classes=3, conditioning="adaln_zero")
     asked: list[int] = []
-    prepare = STDiT.prepare
+    precompute = sampling.precompute_conditions
     monkeypatch.setattr(
-        STDiT, "prepare", lambda self, times, **rest: asked.append(len(times)) or prepare(self, times, **rest)
+        sampling,
+        "precompute_conditions",
+        lambda model, times, *rest: asked.append(len(times)) or precompute(model, times, *rest),
     )
     whole = draw(model, noise)
     assert asked == [4]
@@ -217,11 +218,11 @@ def test_what_is_held_ahead_is_bounded_for_both_together(
 ) -> None:
     model = tiny(text_dim=6, num_classes=3, conditioning="adaln_zero")
     branch, asked = branch_of(model), []
-    prepare = STDiT.prepare
+    precompute = sampling.precompute_conditions
     monkeypatch.setattr(
-        STDiT,
-        "prepare",
-        lambda self, times, **rest: asked.append((type(self), len(times))) or prepare(self, times, **rest),
+        sampling,
+        "precompute_conditions",
+        lambda model, times, *rest: asked.append((type(model), len(times))) or precompute(model, times, *rest),
     )
     whole = steered(model, branch, noise)
     assert asked == [(STDiT, 4), (STDiTControl, 4)]
@@ -257,12 +258,14 @@ def test_samples_share_what_they_are_told_alike(tiny: Tiny, noise: Noise) -> Non
     model = tiny(text_dim=6, micro_conditions=("fps", "size"), hidden_size=48)
     seen: list[Any] = []
     model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["conditions"]), with_kwargs=True)
-    cond = {"encoder_hidden_states": noise(4, 5, 6), "encoder_attention_mask": torch.ones(4, 5, dtype=torch.bool)}
-    cond |= micro_conditions(model.settings, Bucket(frames=1, height=8, width=16), 8.0, torch.device("cpu"))
+    mask = torch.ones(4, 5, dtype=torch.bool)
+    cond: dict[str, Any] = {"encoder_hidden_states": noise(4, 5, 6), "encoder_attention_mask": mask}
+    cpu = torch.device("cpu")
+    cond["added_cond_kwargs"] = micro_conditions(model.settings, Bucket(frames=1, height=8, width=16), 8.0, cpu)
     prepared = Sampled(model)
     scheduler = make_scheduler(SamplerConfig(), FLOW, (1, 4, 8))
     sample(guided(prepared, 2.0), scheduler, noise(4, 3, 1, 4, 8), 3, cond, ahead=prepared.expect)
-    assert [c.signals.video.shape for c in seen] == [(1, 1, 6 * 48)] * 3
+    assert [c.modulation.video.shape for c in seen] == [(1, 1, 6 * 48)] * 3
     assert seen[0].text.shape == (8, 5, 48)
 
 
@@ -272,7 +275,7 @@ def test_no_product_sees_padding(tiny: Tiny, noise: Noise) -> None:
     model.y_embedder.y_proj.register_forward_pre_hook(lambda m, args: lengths.append(args[0].shape[1]))  # pyright: ignore
     draw(model, noise)
     assert lengths == [4]
-    text, mask = trimmed(noise(2, 5, 6), torch.zeros(2, 5, dtype=torch.bool))
+    text, mask = trim_padding(noise(2, 5, 6), torch.zeros(2, 5, dtype=torch.bool))
     assert (text.shape[1], mask.shape[1]) == (1, 1)
 
 

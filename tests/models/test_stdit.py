@@ -142,8 +142,8 @@ def test_saved_and_loaded_weights_are_bit_equal(tiny: Tiny, tmp_path: Path, kind
     assert all(
         torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)
     )
-    x = torch.ones(1, 3, 2, 4, 4)
-    assert torch.equal(loaded(x, 5, fps=torch.ones(1)).sample, model(x, 5, fps=torch.ones(1)).sample)
+    x, fps = torch.ones(1, 3, 2, 4, 4), {"fps": torch.ones(1)}
+    assert torch.equal(loaded(x, 5, added_cond_kwargs=fps).sample, model(x, 5, added_cond_kwargs=fps).sample)
 
 
 def test_names_are_the_published_ones(tiny: Tiny) -> None:
@@ -333,7 +333,7 @@ def spoilt(**changes: Any) -> dict[str, Any]:
         "encoder_hidden_states": torch.zeros(2, 4, 6),
         "encoder_attention_mask": torch.ones(2, 4, dtype=torch.bool),
         "class_labels": torch.tensor([0, 2]),
-        "fps": torch.tensor([8.0, 8.0]),
+        "added_cond_kwargs": {"fps": torch.tensor([8.0, 8.0])},
     }
     return {**good, **changes}
 
@@ -357,8 +357,8 @@ def spoilt(**changes: Any) -> dict[str, Any]:
         (spoilt(class_labels=torch.tensor([0.0, 1.0])), r"float32; expected torch.int64"),
         (spoilt(class_labels=torch.tensor([0])), r"\(1,\).* 2 samples"),
         (spoilt(drop_condition=torch.tensor([True])), r"drop_condition .*\(1,\).* 2 samples"),
-        (spoilt(fps=None), r"fps is missing.* micro_conditions fps"),
-        (spoilt(fps=torch.zeros(5)), r"fps has shape \(5,\).* 2 samples"),
+        (spoilt(added_cond_kwargs=None), r"fps is missing.* micro_conditions fps"),
+        (spoilt(added_cond_kwargs={"fps": torch.zeros(5)}), r"fps has shape \(5,\).* 2 samples"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -378,5 +378,5 @@ def test_rope_needs_a_pair_for_each_axis(settings: Settings) -> None:
 
 @pytest.mark.parametrize("given", ["encoder_hidden_states", "class_labels"])
 def test_conditions_that_the_model_has_not_are_refused(settings: Settings, given: str) -> None:
-    with pytest.raises(ValueError, match=f"{given} .* given to a model without"):
+    with pytest.raises(ValueError, match=f"{given} .* passed to a model without"):
         STDiT.from_settings(settings())(torch.zeros(2, 3, 1, 4, 4), 1, **{given: spoilt()[given]})

@@ -129,5 +129,6 @@ def conditions_for(config: ModelConfig, batch: int, noise: Callable[..., torch.T
     if config.pooled_dim:
         given["pooled_projections"] = noise(batch, config.pooled_dim, seed=2)
     if config.micro_conditions or config.position_reference:
-        given |= {"fps": torch.tensor([8.0, 24.0, 30.0])[:batch], "frames": 5.0, "height": 32.0, "width": 48.0}
+        fps = torch.tensor([8.0, 24.0, 30.0])[:batch]
+        given["added_cond_kwargs"] = {"fps": fps, "frames": 5.0, "height": 32.0, "width": 48.0}
     return given

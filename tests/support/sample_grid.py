@@ -12,6 +12,7 @@ def grid(data: dict[str, Any]) -> tuple[np.ndarray | None, list[dict[str, Any]]]
     """The sample grid of an engine whose weights are all drawn (rank 0's; None elsewhere), and the micro-conditions of
     each preparation of conditions ahead."""
     from stdit.diffusion.objectives import make_objective
+    from stdit.models import sampling
     from stdit.models.stdit import STDiT
     from stdit.training.checks import check
     from stdit.training.engine import Engine, start_ranks
@@ -29,12 +30,14 @@ def grid(data: dict[str, Any]) -> tuple[np.ndarray | None, list[dict[str, Any]]]
     objective = make_objective(config.diffusion, config.model.learned_variance)
     preview = Preview(config, checked, Inputs(config, checked.video_encoder, objective, ranks.device), ranks)
     engine.module.eval()
-    told, know = [], STDiT.know
-    cast(Any, STDiT).know = lambda self, *args: told.append(args[3]) or know(self, *args)
+    added, encode = [], sampling.encode_static
+    cast(Any, sampling).encode_static = lambda model, inputs: (
+        added.append(inputs.added_cond_kwargs or {}) or encode(model, inputs)
+    )
     try:
         picture = preview.grid(engine.module)
     finally:
-        STDiT.know = know
+        sampling.encode_static = encode
     engine.close()
-    values = [{k: v.tolist() for k, v in each.items() if v is not None} for each in told]
+    values = [{k: v.tolist() for k, v in each.items()} for each in added]
     return None if picture is None else np.asarray(picture), values

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from stdit.config import Config, ConfigError, DynamicConfig, merge, validate
 from stdit.diffusion.objectives import make_objective
-from stdit.models.dynamic import Used
+from stdit.models.dynamic import ComputeStats
 from stdit.training.dynamic_loss import flops_loss, flops_target
 from stdit.training.inputs import Inputs
 from tests.support.paths import ROOT
@@ -27,8 +27,8 @@ DYNAMIC: dict[str, Any] = {
 NONE = torch.zeros(2, dtype=torch.bool)
 
 
-def used(compute: list[float], tokens: list[list[float]]) -> Used:
-    return Used(torch.tensor(compute, requires_grad=True), torch.tensor(tokens, requires_grad=True))
+def used(compute: list[float], tokens: list[list[float]]) -> ComputeStats:
+    return ComputeStats(torch.tensor(compute, requires_grad=True), torch.tensor(tokens, requires_grad=True))
 
 
 def test_the_loss_is_the_square_of_what_the_mean_misses() -> None:
@@ -113,8 +113,8 @@ def test_choices_are_each_samples_own() -> None:
     assert set(choices({"model": {"drop_path": 0.1}}, 1, (0,))) == {"generator"}
     whole, later = choices(DYNAMIC, 3, tuple(range(40))), choices(DYNAMIC, 4, tuple(range(40)))
     halves = [choices(DYNAMIC, 3, tuple(range(20))), choices(DYNAMIC, 3, tuple(range(20, 40)))]
-    assert torch.equal(whole["complete"], torch.cat([half["complete"] for half in halves]))
-    assert 2 <= int(whole["complete"].sum()) <= 22
+    assert torch.equal(whole["force_full"], torch.cat([half["force_full"] for half in halves]))
+    assert 2 <= int(whole["force_full"].sum()) <= 22
     drawn, again, other = (
         [torch.rand(1, generator=g).item() for g in generators]
         for generators in (

@@ -73,23 +73,17 @@ def test_conditions_are_dropped_as_often_as_asked() -> None:
 
 def test_the_model_is_given_what_it_takes_and_no_more() -> None:
     made, batch = inputs(), collate(samples(2), [0, 1], BUCKET)
-    names = {"class_labels", "encoder_hidden_states", "encoder_attention_mask", "fps", "width"}
-    assert set(condition_of(batch, made.config.model, CPU)) == names
+    names = {"class_labels", "encoder_hidden_states", "encoder_attention_mask", "added_cond_kwargs"}
+    found = condition_of(batch, made.config.model, CPU)
+    assert set(found) == names
+    assert set(found["added_cond_kwargs"]) == {"fps", "width"}
     sized = made.config.model.model_copy(update={"micro_conditions": ("frames", "size")})
-    found = condition_of(batch, sized, CPU)
-    assert set(found) == {
-        "class_labels",
-        "encoder_hidden_states",
-        "encoder_attention_mask",
-        "frames",
-        "height",
-        "width",
-    }
-    assert (found["frames"].tolist(), found["height"].tolist(), found["width"].tolist()) == ([1, 1], [30, 30], [40, 40])
+    added = condition_of(batch, sized, CPU)["added_cond_kwargs"]
+    assert {k: v.tolist() for k, v in added.items()} == {"frames": [1, 1], "height": [30, 30], "width": [40, 40]}
     # Coordinates are those of the clip as it is cut, not of its source.
     scaled = made.config.model.model_copy(update={"micro_conditions": (), "position_reference": 512})
-    found = condition_of(batch, scaled, CPU)
-    assert (found["height"].tolist(), found["width"].tolist()) == ([4], [4])
+    added = condition_of(batch, scaled, CPU)["added_cond_kwargs"]
+    assert (added["height"].tolist(), added["width"].tolist()) == ([4], [4])
     plain = made.config.model.model_copy(update={"num_classes": None, "text_dim": None, "micro_conditions": ()})
     assert condition_of(batch, plain, CPU) == {}
     assert made.dropped({}, 1, batch.positions) == {}

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stdit.models.embeddings import sincos_spatial, sincos_temporal, timestep_code
+from stdit.models.embeddings import timestep_embedding
+from stdit.models.positions import sincos_spatial, sincos_temporal
 from stdit.models.stdit import STDiT
 from tests.support import published_models, published_weights
 from tests.support.parity import Differences, differences, layout_of, learning, loaded, ragged
@@ -109,7 +110,8 @@ def test_pixart_equals_the_published_arithmetic(
     sizes = None
     if options.get("sized"):
         sizes = (torch.tensor([[512.0, 640.0], [256.0, 1024.0], [333.0, 77.0]]), torch.tensor([[0.8], [0.25], [4.3]]))
-        inputs |= {"height": sizes[0][:, 0], "width": sizes[0][:, 1], "aspect_ratio": sizes[1][:, 0]}
+        added = {"height": sizes[0][:, 0], "width": sizes[0][:, 1], "aspect_ratio": sizes[1][:, 0]}
+        inputs["added_cond_kwargs"] = added
     scale = options.get("scale", 2.0)
     found = against(
         state, model, x, lambda s, z: published_models.pixart(s, z, t, y, lengths, 4, scale, sizes), **inputs
@@ -157,7 +159,7 @@ def test_stdit_v1_equals_the_published_arithmetic(
     assert found.below(LIMIT), found
 
 
-def test_stdit_v1_gates_given_frames_by_their_own_time(tmp_path: Path, noise: Noise) -> None:
+def test_stdit_v1_gates_conditioning_frames_by_their_own_timestep(tmp_path: Path, noise: Noise) -> None:
     """The one place where we differ: published, temporal attention's gate is the drawn frames' for given ones too."""
     state = published_weights.v1_weights()
     for name, tensor in state.items():
@@ -188,8 +190,9 @@ def test_stdit3_equals_the_published_arithmetic(
     x, y, t, lengths = noise(3, 3, 5, *shape), noise(3, 7, 10, seed=1), torch.tensor([3, 981, 500]), [7, 2, 5]
     fps = torch.tensor([24.0, 8.0, 120.0])
     mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 1, 1, 0]]).bool() if masked else None
-    inputs = {"timestep": t, "encoder_hidden_states": y, "encoder_attention_mask": ragged(lengths, 7), "fps": fps}
-    inputs |= {"height": torch.full((3,), float(pixels[0])), "width": torch.full((3,), float(pixels[1]))}
+    added = {"fps": fps, "height": torch.full((3,), float(pixels[0])), "width": torch.full((3,), float(pixels[1]))}
+    inputs: dict[str, Any] = {"timestep": t, "encoder_hidden_states": y, "encoder_attention_mask": ragged(lengths, 7)}
+    inputs["added_cond_kwargs"] = added
     inputs |= {} if mask is None else {"conditioning_frames": ~mask}
     found = against(state, model, x, lambda s, z: published_models.v3(s, z, t, y, lengths, fps, pixels, mask), **inputs)
     assert found.below(LIMIT), found
@@ -223,4 +226,4 @@ def test_tables_and_codes_are_the_published_ones_to_the_last_bit(dtype: torch.dt
     )
     t = torch.tensor([0, 1, 77, 500, 999])
     for below, shift in ((128.0, 0), (127.0, 1)):
-        assert torch.equal(timestep_code(t, 256, shift), published_models.time_code(t, 256, below))
+        assert torch.equal(timestep_embedding(t, 256, shift), published_models.time_code(t, 256, below))

@@ -74,7 +74,8 @@ def conditions(config: ModelConfig, noise: Noise) -> dict[str, Any]:
     if config.pooled_dim:
         inputs["pooled_projections"] = noise(2, config.pooled_dim, seed=2)
     if config.micro_conditions or config.position_reference:
-        inputs |= {"fps": 8.0, "frames": 3.0, "height": torch.tensor([32.0, 32.0]), "width": 48.0}
+        size = {"height": torch.tensor([32.0, 32.0]), "width": 48.0}
+        inputs["added_cond_kwargs"] = {"fps": 8.0, "frames": 3.0, **size}
     return inputs
 
 
@@ -267,7 +268,7 @@ def test_dit_becomes_a_video_pixart_in_one_call(tiny: Tiny, settings: Settings, 
     allow = ("adaln_to_single", "class_to_text", "add_temporal", "add_micro_conditions")
     model, report = transfer_weights(source, target, allow)
     x = noise(2, 3, 1, 4, 4)
-    clip = model(x.expand(-1, -1, 3, -1, -1), 500, noise(2, 5, 6), fps=8.0).sample
+    clip = model(x.expand(-1, -1, 3, -1, -1), 500, noise(2, 5, 6), added_cond_kwargs={"fps": 8.0}).sample
     close(clip, source(x, 500).sample.expand(-1, -1, 3, -1, -1))
     assert len(report.notes) == 4
 

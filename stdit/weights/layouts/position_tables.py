@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stdit.config.model import ModelConfig
-from stdit.models.embeddings import sincos_spatial, sincos_temporal
+from stdit.models.positions import sincos_spatial, sincos_temporal
 from stdit.weights.layouts.layout import SourceWeights, Tables, tensor_shape
 
 CPU = torch.device("cpu")
