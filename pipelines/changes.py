@@ -72,8 +72,8 @@ def parents(parts: Mapping[str, Settings], part: str) -> list[str]:
 
 def fingerprint(parts: Mapping[str, Settings], part: str) -> str:
     """Hex digest of a part and of everything that it depends on."""
-    whole = [parts[part], [fingerprint(parts, parent) for parent in parents(parts, part)]]
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+    data = [parts[part], [fingerprint(parts, parent) for parent in parents(parts, part)]]
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def differences(recorded: Mapping[str, Settings], current: Mapping[str, Settings]) -> dict[str, list[Change]]:
@@ -97,7 +97,7 @@ def invalidated(changed: Collection[str], current: Mapping[str, Settings]) -> di
             continue
         stale = [p for p in parents(current, part) if p in reasons]
         if stale:
-            reasons[part] = f"made from {stale[0]}"
+            reasons[part] = f"depends on {stale[0]}"
     return reasons
 
 

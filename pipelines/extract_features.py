@@ -1,10 +1,10 @@
-"""Feature extraction on many workers (Ray Data): a pool of actors, each holding the encoders once.
+"""Feature extraction by a pool of Ray Data actors, each with its own encoders.
 
     python -m pipelines.extract_features --config configs/extract/digits.yaml --set workers=4
 
-What is sent is rows of the manifest; clips are read, and shards written, where the actor runs, so
-manifest, encoders and `out` must be at the same paths on every node. Same files as
-`python -m stdit.extract` but for the last bits of latents, which depend on a worker's threads; the same command again goes on.
+Actors receive rows of the manifest, read clips and write shards: manifest, encoders and `out` must have the same paths
+on every node. The result equals that of `python -m stdit.extract` except for the last bits of latents, which depend on
+a worker's threads. The same command again resumes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Worker:
     """An actor with encoders and a decoding subprocess; maps shard specs to results."""
 
     def __init__(self, config: dict[str, Any], directory: str, threads: int) -> None:
-        if os.path.isdir(directory):  # the driver's; elsewhere paths are absolute or mean what they say there
+        # The driver's, on this machine or a shared disk; elsewhere paths must be absolute.
+        if os.path.isdir(directory):
             os.chdir(directory)
         import torch
 
@@ -43,11 +44,11 @@ class Worker:
         from stdit.extract import load_extractor
 
         try:
-            # Not in the constructor: an encoder that is not there would come back as Ray's own traceback.
+            # Not in the constructor: a missing encoder would be reported as Ray's own traceback.
             self.extractor = self.extractor or load_extractor(self.config)
             result = self.extractor.extract(pickle.loads(row["spec"]))
         except (OSError, ValueError, torch.OutOfMemoryError) as error:
-            # As a value: an exception would be tried again, and come back inside Ray's own traceback.
+            # As a value: Ray would retry after an exception, and wrap it in its own traceback.
             return {"result": b"", "error": f"{type(error).__name__}: {error}"}
         return {"result": pickle.dumps(result), "error": ""}
 
@@ -55,7 +56,7 @@ class Worker:
 def extract_features(config: ExtractConfig, overwrite: bool = False) -> Path:
     """The extraction on `config.workers` actors; the folder of features. A second call does nothing.
 
-    Raises what `stdit.extract.run` raises; OSError or ValueError also for what a worker met.
+    Raises as `stdit.extract.run`; OSError or ValueError also for errors of a worker.
     """
     from stdit.extract import collect, prepare
 
@@ -71,17 +72,17 @@ def extract_features(config: ExtractConfig, overwrite: bool = False) -> Path:
 
 
 def _results(config: ExtractConfig, todo: Sequence[ShardSpec]) -> Iterator[ShardResult]:
-    """Results of shards as they come in."""
+    """Results of shards as they complete."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
-    # The bar over clips is progress enough.
+    # extract() has its own progress bar.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     DataContext.get_current().enable_progress_bars = False
     workers = min(config.workers, len(todo))
-    have = ray.cluster_resources()
+    available = ray.cluster_resources()
     # Actors share GPUs where there are fewer of them than workers.
-    gpus = min(1.0, have.get("GPU", 0) / workers)
+    gpus = min(1.0, available.get("GPU", 0) / workers)
     threads = max(1, (os.cpu_count() or 1) // workers)
     specs = ray.data.from_items([{"spec": pickle.dumps(spec)} for spec in todo], override_num_blocks=len(todo))
     done = specs.map(
@@ -100,9 +101,9 @@ def _results(config: ExtractConfig, todo: Sequence[ShardSpec]) -> Iterator[Shard
 def main(argv: Sequence[str] | None = None) -> None:
     from stdit.extract import arguments
 
-    given = arguments("python -m pipelines.extract_features").parse_args(argv)
+    options = arguments("python -m pipelines.extract_features").parse_args(argv)
     try:
-        out = extract_features(load_config(given.config, ExtractConfig, given.set), given.overwrite)
+        out = extract_features(load_config(options.config, ExtractConfig, options.set), options.overwrite)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(out)

@@ -1,4 +1,4 @@
-"""What a plan will take, before it takes it: clips kept and dropped, tokens, steps, FLOPs, memory of a rank.
+"""Forecast of a plan: clips kept and dropped, tokens, steps, FLOPs, memory of a rank.
 
 Counts come from the extraction's report and index; before there is one, from the manifest alone (nothing is decoded).
 """
@@ -34,7 +34,7 @@ class BucketForecast:
 
     @property
     def epochs(self) -> float:
-        """How often each clip is seen."""
+        """Passes over the clips of the bucket."""
         return self.steps * self.samples_per_step / max(1, self.clips)
 
 
@@ -145,7 +145,7 @@ def forecast(
 
 
 def memory(parameters: int, train: TrainConfig, ranks: int, activations: int) -> Memory:
-    """Bytes of one rank under DeepSpeed: each of weights, gradients and optimizer is whole, or cut into `ranks` parts
+    """Bytes of one rank under DeepSpeed: weights, gradients and optimizer state are replicated, or partitioned over `ranks`
     from ZeRO stage 3, 2 and 1 on (Rajbhandari et al. 2020). What `train.deepspeed` offloads is not taken off."""
     stage, bf16 = train.zero_stage, train.precision == "bf16"
 
@@ -238,7 +238,7 @@ class ManifestSource:
 
 
 class EqualSource:
-    """As many clips in every bucket, where nothing is known of them: enough to tell what a step takes."""
+    """The same number of clips in every bucket, without a manifest: enough for the cost of a step."""
 
     CLIPS = 1_000_000
 
@@ -257,10 +257,10 @@ class EqualSource:
         return {bucket.key: np.arange(self.CLIPS) for bucket in buckets}
 
     def sample(self, id: int) -> Any:
-        raise NotImplementedError("nothing is known of the clips")
+        raise NotImplementedError("there is no manifest")
 
 
-# ----------------------------------------------------------------------------------------- words
+# ------------------------------------------------------------------------------------- formatting
 
 
 def _condition(where: Where) -> str:

@@ -1,10 +1,9 @@
-"""Videos for a file of prompts, by several pipelines at a time under Ray.
+"""Generates videos for a file of prompts with several pipelines in parallel, under Ray.
 
     python -m pipelines.generate_videos --run runs/demo/clips --prompts prompts.txt --out videos --workers 4
 
-Every worker holds one pipeline and draws whole groups of prompts, which are cut from the file alone: the same command
-gives the same videos with any number of workers, and a second one makes only what is missing. OUT must be a folder that
-all of them see.
+Each worker has one pipeline and generates groups of prompts. Groups depend on the file alone: any number of workers
+gives the same videos, and a second run generates only what is missing. OUT must be visible to all workers.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ if TYPE_CHECKING:
 
 
 class Worker:
-    """An actor of Ray Data: one pipeline, and groups to draw with it."""
+    """A Ray Data actor with one pipeline that generates groups of prompts."""
 
     def __init__(self, job: Job, device: str | None) -> None:
         self.job, self.device = job, device
         self.pipe: Any = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """{"group": [numbers]} -> {"outcomes": [a list for each], "stop": ["" or why nothing more can be made]}."""
+        """{"group": [numbers]} -> {"outcomes": [a list for each], "stop": ["" or the error that stops the job]}."""
         from stdit import generate
 
         found, stop = [], ""
         try:
-            # Not in the constructor: one that fails is tried again for ever.
+            # Not in the constructor: Ray retries a failing one for ever.
             self.pipe = self.pipe or generate.load(self.job, self.device)
             for number in batch["group"]:
                 outcomes = generate.draw_group(self.pipe, self.job, int(number))
@@ -46,11 +45,11 @@ class Worker:
         return {"outcomes": found or [[]], "stop": [stop]}
 
 
-def draw(job: Job, workers: int, device: str | None = None, progress: bool = True) -> list[Outcome]:
-    """Draws the job's missing groups with `workers` actors of the Ray that is connected; waits for all of them.
+def generate_groups(job: Job, workers: int, device: str | None = None, progress: bool = True) -> list[Outcome]:
+    """Generates the job's missing groups with `workers` actors of the connected Ray; waits for all of them.
 
-    device: "cuda" takes a GPU for each worker; None does where the cluster has any. RuntimeError: a worker could not
-    load the pipeline or write a file. ValueError: GPUs are asked for where there can be none.
+    device: "cuda" takes a GPU for each worker; None does if the cluster has any. RuntimeError: a worker could not load
+    the pipeline or write a file. ValueError: GPUs are requested on a machine without any.
     """
     import ray
     from ray.data import ActorPoolStrategy, DataContext
@@ -61,7 +60,7 @@ def draw(job: Job, workers: int, device: str | None = None, progress: bool = Tru
     missing = job.missing()
     if not missing:
         return []
-    # The bar over batches is progress enough.
+    # The progress bar below replaces those of Ray Data.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     DataContext.get_current().enable_progress_bars = False
     have = ray.cluster_resources()
@@ -70,7 +69,7 @@ def draw(job: Job, workers: int, device: str | None = None, progress: bool = Tru
         if "RAY_ADDRESS" not in os.environ:
             raise ValueError("device: cuda, but Ray finds no GPU on this machine")
         print("generate_videos: the cluster has no GPU now; without an autoscaler this waits for ever", file=sys.stderr)
-    # As many as there is room for at once; an autoscaler may make room for the rest. A pool of fixed size would wait.
+    # Start with as many as fit now; an autoscaler may add nodes for the rest. A pool of fixed size would wait.
     room = int(have.get("CPU", 1) // job.threads if device == "cpu" else have.get("GPU", 1))
     workers = min(workers, len(missing))
     groups = ray.data.from_items([{"group": n} for n in missing], override_num_blocks=len(missing))
@@ -84,7 +83,7 @@ def draw(job: Job, workers: int, device: str | None = None, progress: bool = Tru
     )
     outcomes: list[Outcome] = []
     bar = tqdm(total=len(missing), desc="generate", unit="batch", disable=not progress)
-    # Closed, so that an error here does not leave workers at work for as long as its traceback is held.
+    # Closed, so that an error here does not keep workers running for as long as its traceback is referenced.
     with bar, closing(cast(Any, iter(results.iter_rows()))) as rows:
         for row in rows:
             if row["stop"]:
@@ -104,7 +103,7 @@ def generate_videos(config: GenerateConfig, progress: bool = True) -> tuple[list
     if job.missing():
         started = connect(config.workers * config.threads)
         try:
-            outcomes = draw(job, config.workers, config.device, progress)
+            outcomes = generate_groups(job, config.workers, config.device, progress)
         finally:
             if started == "started":
                 disconnect()
@@ -112,7 +111,7 @@ def generate_videos(config: GenerateConfig, progress: bool = True) -> tuple[list
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0: all made; 1: some prompts failed; 2: nothing (more) could be done."""
+    """Exit code 0: all generated; 1: some prompts failed; 2: the job could not run or continue."""
     from stdit.inference.prompts import arguments, settings
 
     options = arguments(__doc__).parse_args(argv)

@@ -90,8 +90,8 @@ def _clips(stage: Mapping[str, Any], pictures: Pictures) -> str:
     name, counts = stage["name"], stage["counts"] or {}
     if name not in pictures.animations:
         return ""
-    seen = counts.get("captions_also_in_train")
-    note = f" {seen} of {counts['generated']} held-out captions also occur in the train split." if seen else ""
+    shared = counts.get("captions_also_in_train")
+    note = f" {shared} of {counts['generated']} held-out captions also occur in the train split." if shared else ""
     return (
         f"<h2>Samples for held-out captions</h2>{_image(pictures.animations[name], 'clips, moving')}"
         "<p class='faint'>The first clips of the prompt file, not selected. Below each: its caption, predicted class and "

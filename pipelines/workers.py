@@ -28,10 +28,10 @@ class StageStopped(Exception):
 
 
 def connect(num_cpus: int | None = None) -> Literal["joined", "started", "already"]:
-    """Joins the cluster that RAY_ADDRESS names (set inside a Ray job), else starts a local Ray for this process.
+    """Joins the cluster in RAY_ADDRESS (set inside a Ray job), else starts a local Ray for this process.
 
-    The local one has no dashboard, listens for this process alone and ends with it. `num_cpus`: the logical CPUs it
-    offers (default: those this process may use). A second call does nothing. Returns which of the three it did.
+    A local Ray has no dashboard, serves this process alone and ends with it. `num_cpus`: its logical CPUs (default:
+    those that this process may use). A second call does nothing. Returns which of the three applied.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # The default of 2 s between health checks would dominate short stages.
@@ -149,7 +149,7 @@ def train_stage(config: Config, resources: Resources, storage: Path, tick: Calla
     """Trains one stage under Ray Train and waits for it. `tick` is called about twice a second meanwhile.
 
     Every rank runs `stdit.train.train`, whose checkpoints in the run directory are the truth: a worker that dies is
-    started again there by Ray Train, and so is the whole by running the plan again. `storage`: where Ray Train keeps
+    restarted from there by Ray Train, and so is the stage by running the plan again. `storage`: where Ray Train keeps
     its own records. SIGTERM or SIGINT: the ranks write a checkpoint first. Raises StageFailed, StageStopped.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -188,8 +188,8 @@ def train_stage(config: Config, resources: Resources, storage: Path, tick: Calla
 def _trainer_class() -> Any:
     """TorchTrainer; in a local Ray without its PlacementGroupCleaner.
 
-    That one tidies up in a cluster whose controller has died, by way of the dashboard. A local Ray has no dashboard, so
-    it warns and then holds the end of every stage for 12 s; and what it would tidy up ends with this process.
+    It cleans up after a dead controller through the dashboard. A local Ray has no dashboard: the callback warns and
+    delays the end of every stage by 12 s; and everything of a local Ray ends with this process anyway.
     """
     from ray.train.torch import TorchTrainer
 
@@ -231,9 +231,9 @@ def _request_stop_on_signal(file: Path) -> Iterator[None]:
 
 
 def _wait(fit: Callable[[], Any], name: str, deadline_s: float | None, tick: Callable[[], None]) -> None:
-    """Runs `fit` in a thread, so that a deadline can be kept: Ray Train itself retries for ever where a node is gone.
+    """Runs `fit` in a thread with a deadline: Ray Train itself retries for ever if a node is lost.
 
-    On the deadline the thread is left behind; the caller ends the process, and with it what it holds in the cluster.
+    At the deadline the thread is abandoned; the caller ends the process, which releases its resources in the cluster.
     """
     error: list[Exception] = []
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from pipelines.generate_videos import draw, generate_videos, main
+from pipelines.generate_videos import generate_groups, generate_videos, main
 from pipelines.workers import connect, disconnect
 from stdit.config import GenerateConfig
 from stdit.data.decoding import open_clip
@@ -117,7 +117,7 @@ def test_a_worker_that_can_not_load_stops_all_and_says_why(run: Path, prompts: P
     job = job_of(config(run, prompts, tmp_path))
     gone = replace(job, source=replace(job.source, path=tmp_path / "gone"))
     with pytest.raises(RuntimeError, match="a worker stopped: .*gone"):
-        draw(gone, 1, "cpu", progress=False)
+        generate_groups(gone, 1, "cpu", progress=False)
 
 
 @pytest.mark.usefixtures("ray")
