@@ -89,13 +89,8 @@ def check(args: argparse.Namespace, environ: Mapping[str, str]) -> None:
         return
     if not has_token(environ):
         raise ConfigError(
-<<<<<<< HEAD
-            f"--address {args.address} is not this machine, and there is no Ray token: whoever reaches a job server "
-            "without one can run any command there. Set one up (docs/cluster.md), or tunnel to its loopback"
-=======
             f"--address {args.address} is not this machine, and there is no Ray token: without one, anybody who "
-            "reaches the job server can run any command there. Create one (docs/running.md), or tunnel to its loopback"
->>>>>>> cc3471c (Ray programs: docstrings and messages in the field's English)
+            "reaches the job server can run any command there. Create one (docs/cluster.md), or tunnel to its loopback"
         )
     outputs = {"run_dir": plan.run_dir, "extraction.out": plan.extract.out}
     relative = [f"{key} {path}" for key, path in outputs.items() if not path.is_absolute()]
