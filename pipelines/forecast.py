@@ -99,7 +99,7 @@ def forecast(
     that is not there.
     """
     from stdit.data.loader import Loader
-    from stdit.models.cost import summary
+    from stdit.models.cost import model_cost
 
     config = stage.config
     loader = Loader(
@@ -118,7 +118,7 @@ def forecast(
     for bucket in config.data.buckets:
         grid = token_grid(latent_shape(bucket, compression), config.model.patch_size, f"data.buckets {bucket.key}")
         try:
-            cost = summary(config.model, grid, text, element, min(2, bucket.batch_size))
+            cost = model_cost(config.model, grid, text, element, min(2, bucket.batch_size))
         except ValueError as error:
             raise ConfigError(f"{stage.source}: data.buckets {bucket.key}: {error}") from error
         kept, size = loader.counts[bucket.key], loader.step_size(bucket)

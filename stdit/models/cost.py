@@ -1,11 +1,10 @@
-"""What a model costs: parameters, tokens, multiply-adds, activation memory, for a given grid of patches.
+"""Cost of a model: parameters, tokens, multiply-adds and activation memory for a grid of patches.
 
     python -m stdit.models.cost --config configs/models/XL.yaml --latent 16 32 32 --text-length 120
     python -m stdit.models.cost --config configs/models/pixart-XL-2.yaml --pixels 1 512 512 --compression 1 8 8
 
-Measured on the model itself, run without memory (on torch's meta device), not computed from formulas: what a config adds
-is counted because it runs. Multiply-adds are half of the FLOPs of matrix products, attention and convolutions, which is
-what the DiT paper calls flops; a training step costs 3 forwards (one, and two backward).
+Measured by running the model on torch's meta device, not computed from formulas. Multiply-adds are half of the FLOPs of
+matrix products, attention and convolutions (the DiT paper's Gflops); a training step costs three forwards.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
 @dataclass(frozen=True)
-class Summary:
-    """Of one sample. Activations: what backward keeps, in bytes, with attention that keeps no matrix of scores."""
+class ModelCost:
+    """Cost per sample. Activations: bytes saved for backward, with fused attention (no score matrix)."""
 
     parameters: int
     tokens: int
@@ -56,15 +55,14 @@ class Summary:
         )
 
 
-def summary(
+def model_cost(
     model: ModelConfig, grid: tuple[int, int, int], text_length: int = 0, bytes_per_element: int = 4, batch: int = 2
-) -> Summary:
-    """What `model` costs on a grid (T, H, W) of patches (`stdit.config.token_grid`) with captions of `text_length` tokens
+) -> ModelCost:
+    """Cost of `model` on a grid (T, H, W) of patches (`stdit.config.token_grid`) with captions of `text_length` tokens
     (0: the null caption), in float32 (bytes_per_element 4) or bfloat16 (2).
 
-    batch: samples that are measured together, each at a time of its own; the result is one's share. A sample alone
-    keeps less: its norm and modulation are one operation. Of dynamic models everything that can run is counted.
-    ValueError: a grid, a text or a number of bytes that the model does not take.
+    batch: samples measured together, each with its own timestep; the result is per sample. (Alone, a sample saves less:
+    norm and modulation are one kernel.) Dynamic models count in full. ValueError: arguments that the model rejects.
     """
     if bytes_per_element not in DTYPES:
         raise ValueError(f"bytes_per_element {bytes_per_element}; activations take 2 (bfloat16) or 4 (float32)")
@@ -72,24 +70,24 @@ def summary(
         if value < least:
             raise ValueError(f"{name} {value}; expected {least} or more")
     t, h, w = grid
-    return _measured(model.model_dump_json(), (t, h, w), text_length, DTYPES[bytes_per_element], batch)
+    return _measure(model.model_dump_json(), (t, h, w), text_length, DTYPES[bytes_per_element], batch)
 
 
 @lru_cache(maxsize=256)
-def _measured(settings: str, grid: tuple[int, int, int], text_length: int, dtype: torch.dtype, batch: int) -> Summary:
+def _measure(settings: str, grid: tuple[int, int, int], text_length: int, dtype: torch.dtype, batch: int) -> ModelCost:
     model = ModelConfig.model_validate_json(settings)
-    built = _made(model.model_copy(update={"exit_depths": ()})).train()
+    built = _build(model.model_copy(update={"exit_depths": ()})).train()
     torch.nn.Module.to(built, dtype)  # diffusers' own warns
     for module in built.modules():
         if isinstance(module, (Attention, CrossAttention)):
-            module.processor = _fused
-    saved = _Saved(built)
+            module.processor = _fused_attention
+    saved = _SavedTensors(built)
     keeping = torch.autograd.graph.saved_tensors_hooks(saved.save, lambda x: x)
     with torch.enable_grad(), FlopCounterMode(display=False) as counter, keeping:
         built(**_inputs(model, grid, text_length, batch, dtype))
     macs = counter.get_total_flops() // 2 // batch
     plain, checkpointed = saved.totals()
-    return Summary(
+    return ModelCost(
         parameters=sum(p.numel() for p in built.parameters()),
         tokens=math.prod(grid),
         forward_macs=macs,
@@ -100,35 +98,35 @@ def _measured(settings: str, grid: tuple[int, int, int], text_length: int, dtype
 
 
 def parameter_count(model: ModelConfig) -> int:
-    """Counted on the model itself, made without memory."""
-    return sum(p.numel() for p in _made(model).parameters())
+    """Number of parameters, counted on a model on the meta device."""
+    return sum(p.numel() for p in _build(model).parameters())
 
 
-def _made(model: ModelConfig) -> STDiT:
+def _build(model: ModelConfig) -> STDiT:
     with META:
         return STDiT.from_settings(model)
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention as a fused kernel does it: (B, N, H, d) and twice (B, M, H, d) -> (B, N, H, d), and a number a query kept."""
+def _fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Memory-efficient attention: (B, N, H, d) and twice (B, M, H, d) -> (B, N, H, d); one number per query is saved."""
     heads_first = (x.transpose(1, 2) for x in (query, key, value))
     bias = None if mask is None or mask.dtype == torch.bool else mask
     y, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(*heads_first, bias, True)
     return y.transpose(1, 2)
 
 
-class _Saved:
-    """Notes what is saved for backward, each storage once, without the parameters, and in which block."""
+class _SavedTensors:
+    """Records tensors saved for backward, each storage once, without parameters, by block."""
 
     def __init__(self, model: STDiT) -> None:
         self.block: int | None = None
-        self.alive: list[Any] = []  # a storage that was freed would lend its address to another
+        self.alive: list[Any] = []  # keeps storages alive, so that addresses are not reused
         self.owned = {self._address(p) for p in model.parameters()}
-        # Bytes by address: everything; of each block; what blocks are given.
+        # Bytes by address: all; saved within each block; saved outside; inputs of each block.
         self.everything: dict[int, int] = {}
         self.inside: list[dict[int, int]] = []
         self.outside: dict[int, int] = {}
-        self.given: list[dict[int, int]] = []
+        self.inputs: list[dict[int, int]] = []
         for block in model.blocks:
             block.register_forward_pre_hook(self._enter)
             block.register_forward_hook(self._leave)
@@ -141,10 +139,10 @@ class _Saved:
         return tensor
 
     def totals(self) -> tuple[int, int]:
-        """Bytes kept; and with checkpointing: what every block is given, and all of the block that keeps the most."""
-        given = self.outside | {a: s for inputs in self.given for a, s in inputs.items() if a not in self.owned}
-        own = [sum(s for a, s in block.items() if a not in given) for block in self.inside]
-        return sum(self.everything.values()), sum(given.values()) + max(own)
+        """Bytes saved; and with checkpointing: every block's inputs, plus the largest block's own."""
+        inputs = self.outside | {a: s for each in self.inputs for a, s in each.items() if a not in self.owned}
+        own = [sum(s for a, s in block.items() if a not in inputs) for block in self.inside]
+        return sum(self.everything.values()), sum(inputs.values()) + max(own)
 
     @staticmethod
     def _address(tensor: Tensor) -> int:
@@ -157,7 +155,7 @@ class _Saved:
     def _enter(self, block: Any, args: tuple[Any, ...]) -> None:
         self.block = len(self.inside)
         self.inside.append({})
-        self.given.append(dict(self._note(x) for x in tree_leaves(args) if isinstance(x, Tensor)))
+        self.inputs.append(dict(self._note(x) for x in tree_leaves(args) if isinstance(x, Tensor)))
 
     def _leave(self, block: Any, args: tuple[Any, ...], output: Any) -> None:
         self.block = None
@@ -166,25 +164,23 @@ class _Saved:
 def _inputs(
     model: ModelConfig, grid: tuple[int, int, int], text_length: int, batch: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Of every kind that the model is told."""
+    """Inputs of every kind that the model takes."""
     size = [n * p for n, p in zip(grid, model.patch_size, strict=True)]
-    given: dict[str, Any] = {
+    inputs: dict[str, Any] = {
         "hidden_states": torch.empty(batch, model.in_channels, *size, device=META, dtype=dtype),
         "timestep": torch.empty(batch, device=META),
-        **dict.fromkeys(model.micro_conditions, 24.0),
-        # Only their numbers would matter; 8 pixels a latent.
-        "height": 8.0 * size[1],
-        "width": 8.0 * size[2],
+        # Values do not matter; 8 pixels per latent.
+        "added_cond_kwargs": {"fps": 24.0, "frames": 24.0, "height": 8.0 * size[1], "width": 8.0 * size[2]},
     }
     if model.text_dim is not None and (text_length or model.null_text == "empty"):
-        given["encoder_hidden_states"] = torch.empty(
+        inputs["encoder_hidden_states"] = torch.empty(
             batch, max(1, text_length), model.text_dim, device=META, dtype=dtype
         )
     if model.pooled_dim is not None:
-        given["pooled_projections"] = torch.empty(batch, model.pooled_dim, device=META, dtype=dtype)
+        inputs["pooled_projections"] = torch.empty(batch, model.pooled_dim, device=META, dtype=dtype)
     if model.num_classes is not None:
-        given["class_labels"] = torch.zeros(batch, device=META, dtype=torch.int64)
-    return {key: value for key, value in given.items() if key != "size"}
+        inputs["class_labels"] = torch.zeros(batch, device=META, dtype=torch.int64)
+    return inputs
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -208,14 +204,14 @@ def _table(args: argparse.Namespace) -> str:
     if "model" not in data:
         raise ConfigError(f"{args.config}: model: missing key")
     model = validate(data["model"], ModelConfig, f"{args.config}: model")
-    latent, said = tuple(args.latent), f"--latent {tuple(args.latent)}"
+    latent, name = tuple(args.latent), f"--latent {tuple(args.latent)}"
     if args.pixels:
         frames, height, width = args.pixels
         latent = latent_shape(Bucket(frames=frames, height=height, width=width), tuple(args.compression))
-        said = f"--pixels {tuple(args.pixels)}, latent {latent}"
-    grid = token_grid(latent, model.patch_size, said)
-    counted = summary(model, grid, args.text_length, 2 if args.precision == "bf16" else 4)
-    return f"latent (T, H, W)              {' x '.join(map(str, latent)):>12}\n{counted}"
+        name = f"--pixels {tuple(args.pixels)}, latent {latent}"
+    grid = token_grid(latent, model.patch_size, name)
+    cost = model_cost(model, grid, args.text_length, 2 if args.precision == "bf16" else 4)
+    return f"latent (T, H, W)              {' x '.join(map(str, latent)):>12}\n{cost}"
 
 
 if __name__ == "__main__":

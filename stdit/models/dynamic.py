@@ -287,10 +287,11 @@ def is_shared(timesteps: Tensor) -> bool:
     return not torch.compiler.is_compiling() and bool((timesteps == timesteps[:1]).all())
 
 
-def model_stats(stats: Sequence[ComputeStats | None], costs: Sequence[Costs]) -> ComputeStats | None:
-    """A model's statistics from those of its blocks and what these cost in full; None without any."""
+def model_stats(blocks: Sequence[Any], x: Tensor, stats: Sequence[ComputeStats | None]) -> ComputeStats | None:
+    """A model's statistics from those of its blocks, run on tokens x (B, T, S, D); None without any."""
     found = [s for s in stats if s is not None]
     if not found:
         return None
     compute = torch.stack([s.compute for s in found]).sum(0)
-    return ComputeStats(compute / sum(map(sum, costs)), torch.stack([s.tokens for s in found]))
+    full = sum(sum(block.costs(x)) for block in blocks)
+    return ComputeStats(compute / full, torch.stack([s.tokens for s in found]))

@@ -60,8 +60,8 @@ def unpatchify(tokens: Tensor, grid: Grid, patch_size: Grid) -> Tensor:
 @cached_table
 def _frequencies(half: int, freq_shift: int, device: torch.device) -> Tensor:
     """(half,) float32: 10000^(-i / (half - freq_shift))."""
-    exponents = torch.arange(half, dtype=torch.float32) / (half - freq_shift)
-    return torch.exp(-math.log(10000) * exponents).to(device)
+    # In the published order of operations, to the last bit.
+    return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / (half - freq_shift)).to(device)
 
 
 def timestep_embedding(values: Tensor, size: int, freq_shift: int = 0) -> Tensor:

@@ -156,10 +156,11 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         for hidden, block_stats in self.run_blocks(x, cond.text, states):
             x = hidden
             stats.append(block_stats)
+        compute_stats = model_stats(self.block_list(), x, stats)  # None except for dynamic models in training
 
         x = self.final_layer(x[:, :, : grid[1] * grid[2]], cond.embedding, cond.final_modulation)
         sample = unpatchify(x.flatten(1, 2), grid, self.patch_size)  # (B, C, T, H, W)
-        return self.output(sample, stats, x, return_dict)
+        return self.output(sample, compute_stats, return_dict)
 
     def embed_latents(
         self, hidden_states: Tensor, grid: Grid, added_cond_kwargs: Mapping[str, Any] | None
@@ -235,11 +236,11 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
             for i in range(depth if isinstance(depth, int) else count)
         ]
 
+    @staticmethod
     def output(
-        self, sample: Tensor, stats: Sequence[ComputeStats | None], x: Tensor, return_dict: bool
+        sample: Tensor, compute_stats: ComputeStats | None, return_dict: bool
     ) -> Transformer2DModelOutput | tuple[Tensor] | tuple[Tensor, ComputeStats]:
         """The prediction (B, C, T, H, W) as diffusers returns it, with compute statistics if there are any."""
-        compute_stats = model_stats(stats, [block.costs(x) for block in self.block_list()] if any(stats) else ())
         if compute_stats is None:
             return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
         return DynamicOutput(sample=sample, compute_stats=compute_stats) if return_dict else (sample, compute_stats)

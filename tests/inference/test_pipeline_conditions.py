@@ -183,7 +183,8 @@ def test_models_with_a_position_reference_are_told_pixels() -> None:
     pipe = pipeline(**WORDS, position_reference=32)
     seen = calls(pipe)
     assert draw(pipe, ["a", "b"]).isfinite().all()
-    assert {k: v.tolist() for k, v in seen[0].items() if k in ("height", "width")} == {"height": [16.0], "width": [8.0]}
+    pixels = seen[0]["added_cond_kwargs"]
+    assert {k: v.tolist() for k, v in pixels.items()} == {"height": [16.0], "width": [8.0]}
 
 
 # ---------------------------------------------------------------------------------- given frames

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stdit.config import ModelConfig
 from stdit.models import cost as module
-from stdit.models.cost import summary
+from stdit.models.cost import model_cost
 from stdit.models.stdit import STDiT
 
 Settings = Callable[..., ModelConfig]
@@ -47,7 +47,7 @@ def inputs(model: ModelConfig, grid: tuple[int, int, int], length: int) -> dict[
     given |= {"encoder_hidden_states": torch.ones(BATCH, length, model.text_dim)} if model.text_dim else {}
     given |= {"class_labels": torch.zeros(BATCH, dtype=torch.int64)} if model.num_classes else {}
     given |= {"pooled_projections": torch.ones(BATCH, model.pooled_dim)} if model.pooled_dim else {}
-    return given | dict.fromkeys(("fps", "width", "height"), torch.full((1,), 32.0))
+    return given | {"added_cond_kwargs": dict.fromkeys(("fps", "width", "height"), torch.full((1,), 32.0))}
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -56,7 +56,7 @@ def test_multiply_adds_are_those_that_run(settings: Settings, kind: dict[str, An
     built = STDiT.from_settings(model).train()
     with FlopCounterMode(display=False) as counter:
         built(**inputs(model, (3, 4, 2), 5))
-    counted = summary(model, (3, 4, 2), 5)
+    counted = model_cost(model, (3, 4, 2), 5)
     assert counter.get_total_flops() == 2 * BATCH * counted.forward_macs
     assert counted.parameters == sum(p.numel() for p in built.parameters())
     assert counted.tokens == 24
@@ -68,7 +68,7 @@ def test_attention_is_counted_by_its_two_products(settings: Settings) -> None:
     width, depth, _ = model.dimensions
 
     def rest(n: int, length: int) -> int:
-        macs = summary(model, (1, n, 1), length).forward_macs
+        macs = model_cost(model, (1, n, 1), length).forward_macs
         return macs - depth * 2 * n * width * (n + length)
 
     # What is left is linear in both.
@@ -101,7 +101,7 @@ def test_activations_are_those_that_backward_keeps(settings: Settings, kind: dic
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             built(**inputs(model, (4, 16, 16), 20))
         kept[checkpointed] = sum(sizes.values()) // BATCH
-    counted = summary(model, (4, 16, 16), 20)
+    counted = model_cost(model, (4, 16, 16), 20)
     assert counted.activation_bytes == pytest.approx(kept[False], rel=0.02)
     # One block at a time comes on top, in backward: about a sixth of what all keep.
     block = counted.activation_bytes_checkpointed - kept[True]
@@ -110,22 +110,22 @@ def test_activations_are_those_that_backward_keeps(settings: Settings, kind: dic
 
 def test_bfloat16_takes_half(settings: Settings) -> None:
     model = settings(text_dim=24)
-    whole, half = (summary(model, (4, 16, 16), 5, size).activation_bytes for size in (4, 2))
+    whole, half = (model_cost(model, (4, 16, 16), 5, size).activation_bytes for size in (4, 2))
     assert half == pytest.approx(whole / 2, rel=0.05)
     with pytest.raises(ValueError, match="bytes_per_element 3"):
-        summary(model, (4, 16, 16), 5, 3)
+        model_cost(model, (4, 16, 16), 5, 3)
 
 
 def test_a_sample_alone_keeps_less(settings: Settings) -> None:
     model = settings()
-    alone, together, more = (summary(model, (1, 16, 16), batch=n) for n in (1, 2, 4))
+    alone, together, more = (model_cost(model, (1, 16, 16), batch=n) for n in (1, 2, 4))
     assert alone.forward_macs == together.forward_macs
     assert alone.activation_bytes < together.activation_bytes
     assert more.activation_bytes == pytest.approx(together.activation_bytes, rel=0.01)
 
 
 def test_dynamic_models_are_counted_with_all_that_can_run(settings: Settings) -> None:
-    plain, dynamic = (summary(settings(dynamic_tokens=on, dynamic_width=on), (2, 4, 4)) for on in (False, True))
+    plain, dynamic = (model_cost(settings(dynamic_tokens=on, dynamic_width=on), (2, 4, 4)) for on in (False, True))
     assert dynamic.parameters > plain.parameters
     assert plain.forward_macs < dynamic.forward_macs < 1.1 * plain.forward_macs
 
@@ -133,15 +133,15 @@ def test_dynamic_models_are_counted_with_all_that_can_run(settings: Settings) ->
 def test_the_largest_size_is_measured_in_two_seconds() -> None:
     model = ModelConfig(size="XL", text_dim=4096, attention="factorized")
     start = time.process_time()
-    summary(model, (17, 64, 64), 120)
+    model_cost(model, (17, 64, 64), 120)
     assert time.process_time() - start < 2
 
 
 def test_a_grid_or_a_text_that_the_model_does_not_take_is_refused(settings: Settings) -> None:
     with pytest.raises(ValueError, match=r"17 patches.*position_grid.* 16"):
-        summary(settings(positions="learned", position_grid=(16, 16), position_frames=4), (1, 17, 4))
+        model_cost(settings(positions="learned", position_grid=(16, 16), position_frames=4), (1, 17, 4))
     with pytest.raises(ValueError, match="9 tokens; the model takes 1 to max_text_tokens 7"):
-        summary(settings(text_dim=6), (1, 4, 4), 9)
+        model_cost(settings(text_dim=6), (1, 4, 4), 9)
 
 
 def failing(capsys: pytest.CaptureFixture[str]) -> str:

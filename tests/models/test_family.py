@@ -142,7 +142,7 @@ def test_relative_positions_are_vitdets(tiny: Tiny, noise: Noise) -> None:
     """Scores gain q · rel_pos_h[row - key row] and the same by columns, of queries that are not scaled."""
     attn = blocks_of(tiny(depth=1, temporal=False, window_size=3, relative_positions=True))[0].attn
     q = noise(2, 9, 4, 8)
-    found = attn._relative(q, attn.rel_pos_h, attn.rel_pos_w)
+    found = attn._relative_bias(q, attn.rel_pos_h, attn.rel_pos_w)
     for i in range(9):
         for j in range(9):
             code = attn.rel_pos_h[i // 3 - j // 3 + 2] + attn.rel_pos_w[i % 3 - j % 3 + 2]
@@ -204,7 +204,7 @@ def test_drop_path_drops_whole_branches_of_samples(tiny: Tiny, noise: Noise) -> 
 
 def test_drop_path_keeps_the_mean_of_a_branch(tiny: Tiny, noise: Noise) -> None:
     model = tiny(depth=3, drop_path=0.5).train()
-    kept = model._kept(noise(4000, 1, 1, 1), torch.Generator().manual_seed(0))
+    kept = model._drop_path(noise(4000, 1, 1, 1), torch.Generator().manual_seed(0))
     assert kept is not None
     assert torch.equal(kept[0], torch.ones_like(kept[0]))  # the first block's branches always stay
     torch.testing.assert_close(kept.mean((1, 2, 3, 4, 5)), torch.ones(3), atol=0.05, rtol=0)

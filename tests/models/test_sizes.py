@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from stdit.config import ModelConfig, read_extended, validate
-from stdit.models.cost import Summary, parameter_count, summary
+from stdit.models.cost import ModelCost, model_cost, parameter_count
 from tests.support.paths import ROOT
 
 MODELS = ROOT / "configs/models"
@@ -26,10 +26,10 @@ def read(name: str) -> ModelConfig:
     return validate(read_extended(MODELS / f"{name}.yaml")["model"], ModelConfig, name)
 
 
-def at(model: ModelConfig, pixels: int, frames: int = 1, text_length: int = 0) -> Summary:
+def at(model: ModelConfig, pixels: int, frames: int = 1, text_length: int = 0) -> ModelCost:
     """Of a clip through an autoencoder of 8 x 8 pixels a latent."""
     side = pixels // 8 // model.patch_size[1]
-    return summary(model, (frames, side, side), text_length)
+    return model_cost(model, (frames, side, side), text_length)
 
 
 @pytest.mark.parametrize("name", DIT)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from stdit.config import ModelConfig, Transition
+from stdit.models.positions import add_positions
 from stdit.models.stdit import STDiT
 from stdit.weights.transfer import CHANGES, main, to_video, transfer_weights
 
@@ -286,9 +287,10 @@ def test_rescaled_positions_change_no_weight(tiny: Tiny, settings: Settings, noi
     )
     assert "temporal_interpolation 1.0 -> 2.0" in str(report)
     # Twice the frames, half the step: frame 2i stands where frame i stood.
-    tokens = torch.zeros(1, 4, 4, 32)
-    slow = model._placed(tokens, (4, 2, 2), (None, None))[1].temporal
-    fast = source._placed(tokens[:, :2], (2, 2, 2), (None, None))[1].temporal
+    slow, fast = (
+        add_positions(m.settings, (None, None), torch.zeros(1, t, 4, 32), (t, 2, 2), (None, None))[1].temporal
+        for m, t in ((model, 4), (source, 2))
+    )
     assert slow is not None
     assert fast is not None
     torch.testing.assert_close(slow[::2], fast)
@@ -297,7 +299,7 @@ def test_rescaled_positions_change_no_weight(tiny: Tiny, settings: Settings, noi
 def test_positions_may_follow_the_clip_s_size(tiny: Tiny, settings: Settings, noise: Noise) -> None:
     source = tiny(position_base=2)
     model, report = transfer_weights(source, settings(position_reference=16), ("rescale_positions",))
-    assert model(noise(1, 3, 2, 4, 4), 3, height=16, width=16).sample.isfinite().all()
+    assert model(noise(1, 3, 2, 4, 4), 3, added_cond_kwargs={"height": 16, "width": 16}).sample.isfinite().all()
     assert "position_reference None -> 16" in str(report)
 
 
