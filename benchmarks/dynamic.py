@@ -200,7 +200,7 @@ def table(out: Path, args: argparse.Namespace) -> str:
         if name not in runs:
             lines.append(f"| {name} | | {taken} | | | | |")
             continue
-        share, (digits, distance) = last(runs[name], "compute"), quality[name]
+        share, (digits, distance) = last(runs[name], "flops_ratio"), quality[name]
         lines.append(
             f"| {name} | {work[name] / work['static']:.2f} | {taken} | {'' if share is None else f'{share:.2f}'} | "
             f"{last(runs[name], 'validation_loss'):.4f} | {100 * digits:.1f} % | {distance:.2f} |"

@@ -154,7 +154,7 @@ def stage_lines(plan: Plan, stages: Sequence[ResolvedStage]) -> list[str]:
     from pipelines.forecast import forecast
     from stdit.data.extraction import read_report, report_lines
     from stdit.data.features import FeatureSet
-    from stdit.training.checks import check
+    from stdit.training.data import open_data
 
     features = FeatureSet(plan.extract.out)
     t, h, w = features.video_encoder["compression"]
@@ -162,7 +162,7 @@ def stage_lines(plan: Plan, stages: Sequence[ResolvedStage]) -> list[str]:
     for stage in stages:
         try:
             # Without `init`: the previous stage may not be trained yet; `check_transition` compares architectures.
-            check(stage.config if stage.after is None else stage.config.model_copy(update={"init": None}))
+            open_data(stage.config if stage.after is None else stage.config.model_copy(update={"init": None}))
         except ConfigError as error:
             raise ConfigError(f"{stage.source}: {error}") from error
         data = stage.config.data

@@ -312,15 +312,15 @@ def test_a_saved_pipeline_serves_as_a_run(runs: dict[str, Path], tmp_path: Path)
 
 def test_a_base_that_was_moved_is_named_and_draws_the_same(runs: dict[str, Path], tmp_path: Path) -> None:
     base = tmp_path / "base"
-    shutil.copytree(checkpoint.trained_folder(runs["text"]), base)
+    shutil.copytree(checkpoint.find_weights(runs["text"]), base)
     run = lora_run(tmp_path / "style", base)
     some = PROMPTS[:1]
     before = make(run, tmp_path / "out", some)
     asked = json.loads((tmp_path / "out" / "request.json").read_text())["asked"]
-    assert asked["base"] == adapters.fingerprint(base)[:16]
+    assert asked["base"] == adapters.weights_fingerprint(base)[:16]
     made = frames_of(tmp_path / "out" / before[0]["file"])
     moved = base.rename(tmp_path / "moved")
-    with pytest.raises(ConfigError, match=r"base are gone, .*say where they are now: .*--set base="):
+    with pytest.raises(ConfigError, match=r"base are gone, .*if they were moved, .*--set base="):
         make(run, tmp_path / "out", some)
     # The same request, wherever the base lies: nothing is refused, and what is drawn is the same.
     (tmp_path / "out" / before[0]["file"]).unlink()
@@ -341,7 +341,7 @@ def lora_run(run: Path, base: Path) -> Path:
     (place,) = (run / checkpoint.FOLDER).glob("step-*")
     identity = json.loads((place / checkpoint.IDENTITY).read_text())
     identity["config"]["train"]["lora"] = {"rank": 2}
-    identity |= {"trained": "lora", "base": asdict(adapters.base_of(base))}
+    identity |= {"trained": "lora", "base": asdict(adapters.make_base(base))}
     (place / checkpoint.IDENTITY).write_text(json.dumps(identity))
     for weights, name in checkpoint.TRANSFORMER.items():
         shutil.rmtree(place / name)
@@ -350,9 +350,9 @@ def lora_run(run: Path, base: Path) -> Path:
         for key, weight in model.named_parameters():
             if "lora_B" in key:
                 weight.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(key)))
-        lora.write(model, place / checkpoint.folder_name("lora", weights))
+        lora.write(model, place / checkpoint.weights_folder("lora", weights))
     (place / checkpoint.MANIFEST).unlink()
-    checkpoint.seal(place)
+    checkpoint.write_manifest(place)
     return run
 
 

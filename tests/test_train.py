@@ -84,7 +84,7 @@ def test_the_debug_config_shows_that_a_launch_works(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == list(range(1, 21))
     assert all(math.isfinite(line["loss"]) for line in lines)
     assert lines[-1]["loss"] < lines[0]["loss"]
-    found = checkpoint.newest(tmp_path)
+    found = checkpoint.find_latest(tmp_path)
     assert found is not None
     assert found.name == "step-00000020"
     assert json.loads((found / "identity.json").read_text())["world_size"] == 2
@@ -127,7 +127,7 @@ def test_the_end_of_the_deepspeed_command_stops_the_ranks_with_a_checkpoint(tmp_
         # It dies at once; its inner launcher and the ranks stay behind.
         process.send_signal(signal.SIGTERM)
         wait_for(lambda: not running(tmp_path))
-        found = checkpoint.newest(tmp_path)
+        found = checkpoint.find_latest(tmp_path)
         assert found is not None
         assert checkpoint.step_of(found) == metrics(tmp_path)[-1]["step"]
     finally:
@@ -144,7 +144,7 @@ def test_a_signal_ends_the_step_saves_and_exits_with_its_own_code(tmp_path: Path
     _, said = process.communicate(timeout=60)
     assert process.returncode == STOPPED, said
     assert "SIGINT" in said
-    found = checkpoint.newest(tmp_path)
+    found = checkpoint.find_latest(tmp_path)
     assert found is not None
     assert checkpoint.step_of(found) == metrics(tmp_path)[-1]["step"]
 
@@ -165,7 +165,7 @@ def test_a_rank_killed_while_saving_leaves_a_checkpoint_to_go_on_from(victim: in
         process.communicate(timeout=90)
         assert process.returncode != 0
         assert not running(tmp_path)
-        found = checkpoint.newest(tmp_path)
+        found = checkpoint.find_latest(tmp_path)
     assert found is not None
     steps = checkpoint.step_of(found) + 1
     last = launch(*arguments, "--set", f"train.steps={steps}")
@@ -204,7 +204,7 @@ def test_a_full_disk_ends_the_run_and_spares_the_checkpoint_before(ranks: int, t
     output = done.stdout + done.stderr
     assert "first=1" in done.stdout, output
     assert "the checkpoint could not be written" in output
-    assert "goes on after step" in output
+    assert "resumes after step" in output
     assert "second=0" in done.stdout, output
     assert "\n12\n" in done.stdout
     assert "done.json" in done.stdout

@@ -16,7 +16,7 @@ from stdit.encoders.video import VideoEncoder, video_encoder_from_identity
 from stdit.models.control import STDiTControl
 from stdit.models.stdit import STDiT
 from stdit.training import checkpoint
-from stdit.training.adapters import open_trained
+from stdit.training.adapters import load_trained
 from stdit.training.checkpoint import Weights
 
 
@@ -32,9 +32,9 @@ def parts_of(run: Path, weights: Weights, given: dict[str, Any]) -> dict[str, An
     if given:
         raise ValueError(f"{run}: a run takes no {', '.join(given)}")
     # Asked for once: it reads every byte of the checkpoint to see that it is whole.
-    place = checkpoint.trained_folder(run, weights)
+    place = checkpoint.find_weights(run, weights)
     identity = json.loads((place.parent / checkpoint.IDENTITY).read_text())
-    transformer, control = open_trained(place, base and Path(base), dtype)
+    transformer, control = load_trained(place, base and Path(base), dtype)
     diffusion = validate(identity["diffusion"], DiffusionConfig, f"{run}: identity.json: diffusion")
     if "vae" not in parts:
         if identity["video_encoder"]["kind"] == "synthetic":

@@ -92,7 +92,7 @@ def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
         default = compatible_scheduler(SamplerConfig(), diffusion)
         facts = {"run": str(run), "checkpoint": None, "step": None, "weights": None}
         return Source(run.resolve(), weights, facts, _fingerprint(run / "transformer"), diffusion, default, None)
-    transformer = checkpoint.trained_folder(run, weights)
+    transformer = checkpoint.find_weights(run, weights)
     place = transformer.parent
     identity = json.loads((place / checkpoint.IDENTITY).read_text())
     diffusion = validate(identity["diffusion"], DiffusionConfig, f"{place}/{checkpoint.IDENTITY}: diffusion")
@@ -189,7 +189,7 @@ def open_job(
         tuple(lora),
     )
     # Of each adapter what its weights are: the same path may hold others tomorrow.
-    added = [[adapters.fingerprint(adapters.lora_folder(one.path, weights))[:16], one.scale] for one in lora]
+    added = [[adapters.weights_fingerprint(adapters.resolve_lora(one.path, weights))[:16], one.scale] for one in lora]
     asked = {
         "checkpoint": f"{source.facts['checkpoint'] or 'saved pipeline'} {source.fingerprint[:16]}",
         "prompts": hashlib.sha256(json.dumps([p.row() for p in prompts]).encode()).hexdigest(),

@@ -39,7 +39,7 @@ class LoRA:
         held = lora.names(self.transformer)
         if name is None:
             name = next(free for n in range(len(held) + 1) if (free := f"lora_{n}") not in held)
-        lora.read(self.transformer, adapters.lora_folder(Path(path), weights), name, scale)
+        lora.read(self.transformer, adapters.resolve_lora(Path(path), weights), name, scale)
         return name
 
     @property

@@ -1,7 +1,7 @@
-"""What a run trains: the whole model, or, beside a frozen one (the base), adapters (LoRA) or a control branch.
+"""Fine-tuning with a frozen base: LoRA adapters, or a control branch beside it.
 
-A checkpoint holds what was trained, and says in identity.json which base it belongs to: its folder, and the fingerprint
-of its weights. `open_trained` puts both together again.
+A checkpoint holds the trained weights alone; its identity.json names the base by folder and fingerprint. `load_trained`
+loads both.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from stdit.training.checkpoint import Weights
 from stdit.weights.transfer import transfer_weights
 
 
-def check_targets(config: Config) -> None:
-    """ConfigError where train.lora names a layer that the model has not, with those that it has."""
+def check_lora_targets(config: Config) -> None:
+    """ConfigError: train.lora.targets names a layer that the model does not have; lists those it has."""
     if config.train.lora is None:
         return
     kwargs = config.model.model_kwargs()
@@ -42,23 +42,23 @@ def check_targets(config: Config) -> None:
 
 @dataclass(frozen=True)
 class Base:
-    """The weights that adapters or a control branch belong to: where they lie, and the SHA-256 of what is there."""
+    """Frozen weights of adapters or a control branch: their folder, and its SHA-256 fingerprint."""
 
     folder: str
     fingerprint: str
 
 
-# How to say where a base lies that was moved.
-WHERE = "say where they are now: with init.source to train on, with base to draw (base=…, or --set base=…)"
+# Ends the messages about a base that was moved.
+MOVED_HINT = "if they were moved, set init.source (training) or base (generation: base=…, or --set base=…)"
 
 
-def base_of(folder: Path) -> Base:
-    """The base that lies in `folder`."""
-    return Base(str(folder.resolve()), fingerprint(folder))
+def make_base(folder: Path) -> Base:
+    """Base record of the weights in `folder`."""
+    return Base(str(folder.resolve()), weights_fingerprint(folder))
 
 
-def fingerprint(folder: Path) -> str:
-    """Hex SHA-256 over the settings and weights in `folder`. ConfigError: there are none."""
+def weights_fingerprint(folder: Path) -> str:
+    """SHA-256 over config and weights in `folder`. ConfigError: there are no weights."""
     files = sorted(p for p in folder.glob("*") if p.suffix == ".safetensors" or p.name == "config.json")
     if not any(p.suffix == ".safetensors" for p in files):
         raise ConfigError(f"{folder}: holds no weights (*.safetensors)")
@@ -66,69 +66,69 @@ def fingerprint(folder: Path) -> str:
 
 
 def check_base(base: Base, found: Path | None = None) -> Path:
-    """The folder of `base`, or of it as it now lies in `found`. ConfigError: gone, or not what it was."""
+    """Folder of `base`, now perhaps in `found`, after comparing fingerprints. ConfigError: missing, or other weights."""
     folder = found or Path(base.folder)
     if not folder.is_dir():
-        raise ConfigError(f"the base weights in {folder} are gone; {WHERE}")
-    if (now := fingerprint(folder)) != base.fingerprint:
+        raise ConfigError(f"the base weights in {folder} are gone; {MOVED_HINT}")
+    if (current := weights_fingerprint(folder)) != base.fingerprint:
         raise ConfigError(
-            f"the base weights in {folder} are not those that were trained on: fingerprint {now[:12]}…, then {base.fingerprint[:12]}…"
+            f"the base weights in {folder} are not those of the training: fingerprint {base.fingerprint[:12]}… -> {current[:12]}…"
         )
     return folder
 
 
 def find_base(base: Base, config: Config, moved: Path | None = None) -> Path:
-    """The folder of `base`: in `moved` (as `weights_of` reads it), if given; else where it lay, or, where that is gone, what
-    `config.init.source` means now. Its fingerprint is checked. ConfigError: nowhere, or not what it was."""
+    """Folder of `base`: `moved` (a folder, run or checkpoint) if given; else its recorded folder; if that is gone,
+    `config.init.source`. ConfigError: not found, or another fingerprint."""
     init = config.init
     if moved is None and (Path(base.folder).is_dir() or init is None):
         return check_base(base)
     source = init.source if moved is None and init is not None else moved
     assert source is not None
     try:
-        folder = weights_of(source, init.weights if init else "ema")
+        folder = resolve_weights(source, init.weights if init else "ema")
     except (ConfigError, checkpoint.CheckpointError) as error:
-        gone = f"the base weights in {base.folder} are gone, and init.source" if moved is None else "base"
-        raise ConfigError(f"{gone} {source}: {error}; {WHERE}") from error
+        prefix = f"the base weights in {base.folder} are gone, and init.source" if moved is None else "base"
+        raise ConfigError(f"{prefix} {source}: {error}; {MOVED_HINT}") from error
     return check_base(base, folder)
 
 
-def open_base(folder: Path, config: Config) -> tuple[STDiT, str]:
+def load_base(folder: Path, config: Config) -> tuple[STDiT, str]:
     """The model of `config` with the weights of `folder`, and the transfer report. ConfigError: they do not fit it."""
     try:
         model, report = transfer_weights(
-            open_whole(folder).float(), config.model, config.init.allow if config.init else (), config.seed
+            load_merged(folder).float(), config.model, config.init.allow if config.init else (), config.seed
         )
     except ValueError as error:
         raise ConfigError(f"init.source {folder}: {error}") from error
     return model, f"weights from {folder}\n{report}"
 
 
-def open_whole(folder: Path) -> STDiT:
-    """The model in `folder`: a diffusers folder, or adapters of a run, which are merged into their base."""
+def load_merged(folder: Path) -> STDiT:
+    """Model in `folder`: a diffusers folder, or LoRA adapters of a run, merged into their base."""
     if not lora.is_adapter(folder):
         return STDiT.from_pretrained(folder)
-    model, _ = open_trained(folder)
+    model, _ = load_trained(folder)
     lora.merge(model, keep=False)
     return model.requires_grad_(True)
 
 
-# ------------------------------------------------------------------------------- making, resuming
+# ---------------------------------------------------------------------------------------- training
 
 
-def begin(base: STDiT, config: Config) -> STDiT | Controlled:
-    """What is handed to the engine: `base`, frozen but for new adapters or beside a new branch, if the config has one."""
-    if (wanted := config.train.lora) is not None:
-        lora.add(base, wanted.rank, wanted.targets, wanted.alpha, wanted.dropout, config.seed)
+def add_trainable(base: STDiT, config: Config) -> STDiT | Controlled:
+    """`base` with new LoRA adapters or a new control branch, and otherwise frozen, if the config trains one; else `base`."""
+    if (settings := config.train.lora) is not None:
+        lora.add(base, settings.rank, settings.targets, settings.alpha, settings.dropout, config.seed)
         return base
     if (control := config.train.control) is not None:
         return Controlled(base, STDiTControl.of(base, control.blocks, seed=config.seed))
     return base
 
 
-def resume(base: STDiT, trained: Path, config: Config) -> STDiT | Controlled:
-    """`begin`, with the adapters or the branch that lie in the folder `trained`."""
-    model = begin(base, config)
+def load_trainable(base: STDiT, trained: Path, config: Config) -> STDiT | Controlled:
+    """`add_trainable`, with adapters or branch from the folder `trained`."""
+    model = add_trainable(base, config)
     if isinstance(model, Controlled):
         model.control = STDiTControl.from_pretrained(trained)
     else:
@@ -136,13 +136,13 @@ def resume(base: STDiT, trained: Path, config: Config) -> STDiT | Controlled:
     return model
 
 
-def parts(model: nn.Module) -> list[STDiT]:
-    """The diffusers models that `model` is made of."""
+def submodels(model: nn.Module) -> list[STDiT]:
+    """The diffusers models in `model`: itself, or base and control branch."""
     return [model.base, model.control] if isinstance(model, Controlled) else [model]  # pyright: ignore
 
 
-def write(module: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
-    """A folder of what was trained, from its weights by name: a diffusers model, or an adapter."""
+def save_trained(module: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+    """Saves trained weights (by name) of `module` to `folder`, as a diffusers model or a LoRA adapter."""
     if isinstance(module, Controlled):
         own = {name.removeprefix("control."): weight for name, weight in state.items()}
         _save(STDiTControl, module.control.config, own, folder)
@@ -160,23 +160,24 @@ def _save(kind: type[STDiT], settings: Any, state: dict[str, Tensor], folder: Pa
     shell.save_pretrained(folder)
 
 
-# ------------------------------------------------------------------------------------ afterwards
+# ----------------------------------------------------------------------------------------- loading
 
 
-def open_trained(
+def load_trained(
     folder: Path, base: Path | None = None, dtype: torch.dtype | None = None
 ) -> tuple[STDiT, STDiTControl | None]:
-    """The model of a checkpoint's `folder` (transformer_ema, lora, …): with its adapter, called `default`; with its branch.
+    """Model, and control branch if any, of a checkpoint's weights `folder` (transformer_ema, lora, …). A LoRA adapter is
+    named `default`.
 
-    base: where the base lies now, if neither where it lay nor where the run's init.source says. ConfigError: it is gone or
+    base: where the base is, if neither in its recorded folder nor in the run's init.source. ConfigError: not found, or
     changed. ValueError: a damaged file.
     """
     identity = json.loads((folder.parent / checkpoint.IDENTITY).read_text())
-    kind = checkpoint.trained(identity)
+    kind = checkpoint.trained_kind(identity)
     if kind == "transformer":
         return STDiT.from_pretrained(folder, torch_dtype=dtype), None
     config = validate(identity["config"], Config, f"{folder.parent}: identity.json: config")
-    model, _ = open_base(find_base(Base(**identity["base"]), config, base), config)
+    model, _ = load_base(find_base(Base(**identity["base"]), config, base), config)
     if kind == "lora":
         lora.read(model, folder, lora.TRAINED)
         return model.to(dtype) if dtype else model, None
@@ -184,25 +185,25 @@ def open_trained(
     return model.to(dtype) if dtype else model, control
 
 
-def weights_of(source: Path, weights: Weights) -> Path:
-    """The folder of weights that `source` means: itself, or that of a run or checkpoint. ConfigError: there is none."""
+def resolve_weights(source: Path, weights: Weights) -> Path:
+    """Weights folder of `source`: itself, or that of a run or checkpoint. ConfigError: there is none."""
     if (source / "config.json").is_file() or lora.is_adapter(source):
         return source
-    folder = checkpoint.trained_folder(source, weights)
-    if checkpoint.trained(checkpoint.identity_beside(folder)) == "control":
+    folder = checkpoint.find_weights(source, weights)
+    if checkpoint.trained_kind(checkpoint.identity_beside(folder)) == "control":
         raise ConfigError(
-            f"{source} trained a control branch, which is no whole model; begin from its base, {checkpoint.identity_beside(folder)['base']['folder']}"
+            f"{source} trained a control branch, not a model; start from its base, {checkpoint.identity_beside(folder)['base']['folder']}"
         )
     return folder
 
 
-def lora_folder(source: Path, weights: Weights = "ema") -> Path:
-    """The folder of the adapter that `source` means: itself, or that of a LoRA run or checkpoint. ConfigError: there is none."""
+def resolve_lora(source: Path, weights: Weights = "ema") -> Path:
+    """Adapter folder of `source`: itself, or that of a LoRA run or checkpoint. ConfigError: there is none."""
     if lora.is_adapter(source):
         return source
-    folder = checkpoint.trained_folder(source, weights)
+    folder = checkpoint.find_weights(source, weights)
     if not lora.is_adapter(folder):
         raise ConfigError(
-            f"{source}: no adapter here: this run trained the {checkpoint.trained(checkpoint.identity_beside(folder))}"
+            f"{source}: no adapter here: this run trained the {checkpoint.trained_kind(checkpoint.identity_beside(folder))}"
         )
     return folder

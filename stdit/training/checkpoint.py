@@ -1,14 +1,14 @@
-"""Checkpoints that say what they are and whether they are whole.
+"""Checkpoint folders: layout, integrity, identity.
 
-    run_dir/checkpoints/step-00000020/   DeepSpeed's shards, one or more a rank
-                                         transformer/, transformer_ema/   diffusers' folders, float32; or of a run
-                                         beside a frozen model control/, control_ema/; or lora/, lora_ema/
-                                         identity.json   what this is: config, encoders, step, place in the data
-                                         manifest.json   every file's size and sha256: written last, so there or not
-                        latest           the newest one's name, for people
+    run_dir/checkpoints/step-00000020/   DeepSpeed's shards, one or more per rank
+                                         transformer/, transformer_ema/   diffusers folders, float32; of a fine-tuning run
+                                         control/, control_ema/ or lora/, lora_ema/
+                                         identity.json   config, encoders, step, data position
+                                         manifest.json   size and sha256 of every file; written last
+                        latest           name of the newest one, for people
 
-A folder without a manifest was cut off and counts as not there; one whose files are not what the manifest says is
-refused with the reason, and the one before it is used.
+A folder without a manifest is an interrupted save and is ignored. One whose files differ from its manifest is damaged:
+it is reported, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from stdit.files import atomic_write, fsync_folder, sha256
 
 FOLDER, MANIFEST, IDENTITY, LATEST = "checkpoints", "manifest.json", "identity.json", "latest"
 Weights = Literal["ema", "model"]
-# What a run trains: the model, or adapters of a frozen one, or a control branch beside a frozen one.
+# What a run trains: all weights, LoRA adapters, or a control branch.
 Trained = Literal["transformer", "lora", "control"]
 TRANSFORMER: dict[Weights, str] = {"model": "transformer", "ema": "transformer_ema"}
-# Threads that hash files; hashlib leaves the interpreter free meanwhile.
-HASHERS = 8
+# Threads that hash files; hashlib releases the GIL.
+HASH_THREADS = 8
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used or written; the message names the folder and the reason."""
+    """A checkpoint that cannot be loaded or saved; the message names the folder and the reason."""
 
 
-def tag_of(step: int) -> str:
+def folder_of_step(step: int) -> str:
     return f"step-{step:08d}"
 
 
@@ -50,10 +50,10 @@ def step_of(checkpoint: Path) -> int:
 # ----------------------------------------------------------------------------------------- manifest
 
 
-def seal(checkpoint: Path) -> None:
-    """Writes every file in `checkpoint` through to the disk, then the manifest that makes it whole, then `latest`."""
+def write_manifest(checkpoint: Path) -> None:
+    """Completes a checkpoint: syncs every file to disk, then writes the manifest, then `latest`."""
     files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MANIFEST)
-    with ThreadPoolExecutor(HASHERS) as pool:
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
         entries = list(pool.map(_entry, files))
     for folder in {p.parent for p in files}:
         fsync_folder(folder)
@@ -68,11 +68,11 @@ def _entry(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
-def problem(checkpoint: Path) -> str | None:
-    """Why `checkpoint` cannot be used, or None if every file in it is what its manifest says."""
+def verify(checkpoint: Path) -> str | None:
+    """None if every file of `checkpoint` matches its manifest; else the reason why it can't be used."""
     manifest = checkpoint / MANIFEST
     if not manifest.is_file():
-        return f"no {MANIFEST}: its writing was cut off"
+        return f"no {MANIFEST}: the save was interrupted"
     try:
         files = json.loads(manifest.read_text())["files"]
     except (ValueError, KeyError, TypeError) as error:
@@ -83,48 +83,48 @@ def problem(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if (size := path.stat().st_size) != entry["size"]:
             return f"{name} has {size} bytes, its manifest says {entry['size']}"
-    with ThreadPoolExecutor(HASHERS) as pool:
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
         for name, found in zip(files, pool.map(lambda n: sha256(checkpoint / n), files), strict=True):
             if found != files[name]["sha256"]:
                 return f"{name} is not what was written (sha256 {found[:12]}…, its manifest says {files[name]['sha256'][:12]}…)"
     return None
 
 
-def all_of(run_dir: Path) -> list[Path]:
-    """Every checkpoint folder of a run, newest first, whole or not."""
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """All checkpoint folders of a run, newest first, complete or not."""
     return sorted((p for p in (run_dir / FOLDER).glob("step-*") if p.is_dir()), key=step_of, reverse=True)
 
 
-def newest(run_dir: Path) -> Path | None:
-    """The newest checkpoint whose files are all as its manifest says; None where no checkpoint was ever completed.
+def find_latest(run_dir: Path) -> Path | None:
+    """The newest intact checkpoint; None if none was ever completed. Reports skipped ones on stderr.
 
-    Says on stderr which it passes over, and why. CheckpointError: there are completed ones, and all are damaged.
+    CheckpointError: all completed ones are damaged.
     """
     completed = False
-    for checkpoint in all_of(run_dir):
-        reason = problem(checkpoint)
+    for checkpoint in list_checkpoints(run_dir):
+        reason = verify(checkpoint)
         if reason is None:
             return checkpoint
         completed = completed or (checkpoint / MANIFEST).exists()
-        print(f"stdit: checkpoint {checkpoint} is not used: {reason}", file=sys.stderr)
+        print(f"stdit: checkpoint {checkpoint} is skipped: {reason}", file=sys.stderr)
     if completed:
         raise CheckpointError(
-            f"{run_dir / FOLDER}: no checkpoint is intact (see above). Remove the folder to begin from step 0"
+            f"{run_dir / FOLDER}: no checkpoint is intact (see above). Remove the folder to start from step 0"
         )
     return None
 
 
-def remove_torn(run_dir: Path) -> None:
-    """Removes checkpoints that were cut off while they were written: they hold disk and nothing else."""
-    for checkpoint in all_of(run_dir):
+def remove_incomplete(run_dir: Path) -> None:
+    """Removes interrupted saves: folders without a manifest."""
+    for checkpoint in list_checkpoints(run_dir):
         if not (checkpoint / MANIFEST).exists():
             shutil.rmtree(checkpoint)
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Removes all but the `keep` newest completed checkpoints."""
-    for checkpoint in [c for c in all_of(run_dir) if (c / MANIFEST).exists()][keep:]:
-        # First what makes it count, so that a half-removed one is not taken for a damaged one.
+    """Removes all but the `keep` newest complete checkpoints."""
+    for checkpoint in [c for c in list_checkpoints(run_dir) if (c / MANIFEST).exists()][keep:]:
+        # The manifest first: a half-removed folder then counts as incomplete, not as damaged.
         (checkpoint / MANIFEST).unlink()
         shutil.rmtree(checkpoint)
 
@@ -142,12 +142,12 @@ def make_identity(
     world_size: int,
     base: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """identity.json. architecture: the diffusers config. data: identities of video_encoder and text_encoder, classes, and
-    `features`, their fingerprint. base: folder and fingerprint of the weights that what was trained belongs to."""
+    """Content of identity.json. architecture: the diffusers config. data: video_encoder, text_encoder, classes, and the
+    fingerprint of the features. base: folder and fingerprint of a fine-tuning run's frozen weights."""
     return {
         "version": __version__,
         "architecture": architecture,
-        "trained": kind_of(config.train),
+        "trained": config_kind(config.train),
         "base": base,
         "diffusion": config.diffusion.model_dump(mode="json"),
         **data,
@@ -160,11 +160,8 @@ def make_identity(
     }
 
 
-def identity(checkpoint: Path) -> dict[str, Any]:
-    """The identity.json of a checkpoint, or of the newest intact one of a run directory.
-
-    ConfigError: neither, or one that cannot be read.
-    """
+def read_identity(checkpoint: Path) -> dict[str, Any]:
+    """identity.json of a checkpoint, or of a run's newest intact one. ConfigError: neither, or unreadable."""
     path = _checkpoint_of(checkpoint) / IDENTITY
     try:
         return json.loads(path.read_text())
@@ -172,58 +169,58 @@ def identity(checkpoint: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
 
 
-def kind_of(train: TrainConfig) -> Trained:
-    """What `train` trains."""
+def config_kind(train: TrainConfig) -> Trained:
+    """What a run with this config trains."""
     if train.lora is not None:
         return "lora"
     return "transformer" if train.control is None else "control"
 
 
-def trained(identity: dict[str, Any]) -> Trained:
+def trained_kind(identity: dict[str, Any]) -> Trained:
     """What the run of an identity.json trained."""
     return identity.get("trained", "transformer")
 
 
-def folder_name(kind: Trained, weights: Weights) -> str:
-    """transformer, transformer_ema, lora, …: the folder of a checkpoint with what was trained."""
+def weights_folder(kind: Trained, weights: Weights) -> str:
+    """Name of a checkpoint's folder with trained weights: transformer, transformer_ema, lora, …"""
     return kind if weights == "model" else f"{kind}_ema"
 
 
 def identity_beside(folder: Path) -> dict[str, Any]:
-    """The identity.json of the checkpoint that `folder`, one with weights, is in."""
+    """identity.json of the checkpoint that contains the weights folder `folder`."""
     return json.loads((folder.parent / IDENTITY).read_text())
 
 
-def trained_folder(run_or_checkpoint: Path, weights: Weights = "ema") -> Path:
-    """The folder of what was trained, of a checkpoint, or of the newest intact one of a run directory.
+def find_weights(run_or_checkpoint: Path, weights: Weights = "ema") -> Path:
+    """Folder of trained weights in a checkpoint, or in a run's newest intact one.
 
     ConfigError: there is none. CheckpointError: it is damaged.
     """
-    place = _checkpoint_of(run_or_checkpoint)
-    return place / folder_name(trained(json.loads((place / IDENTITY).read_text())), weights)
+    folder = _checkpoint_of(run_or_checkpoint)
+    return folder / weights_folder(trained_kind(json.loads((folder / IDENTITY).read_text())), weights)
 
 
 def _checkpoint_of(run_or_checkpoint: Path) -> Path:
     path = Path(run_or_checkpoint)
     if (path / IDENTITY).is_file():
-        if reason := problem(path):
+        if reason := verify(path):
             raise CheckpointError(f"{path}: {reason}")
         return path
-    if (path / FOLDER).is_dir() and (found := newest(path)) is not None:
+    if (path / FOLDER).is_dir() and (found := find_latest(path)) is not None:
         return found
     raise ConfigError(
-        f"{path}: neither a checkpoint (no {IDENTITY}) nor a run directory with one (no whole {FOLDER}/step-*)"
+        f"{path}: neither a checkpoint (no {IDENTITY}) nor a run directory with one (no complete {FOLDER}/step-*)"
     )
 
 
 def git_revision() -> str | None:
-    """The commit of the source that is running, with "+changes" if it differs from it; None outside git."""
+    """Commit of the running source, with "+changes" if the tree is modified; None outside git."""
     here = Path(__file__).resolve().parent
     try:
-        told = subprocess.run(
+        output = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"],
             cwd=here, capture_output=True, text=True, timeout=10, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
-    return told.stdout.strip()
+    return output.stdout.strip()

@@ -1,7 +1,7 @@
-"""What DeepSpeed is told: the JSON that the config makes, and a user's own laid over it with every key checked.
+"""DeepSpeed's JSON config: generated from ours, with the user's own (`train.deepspeed`) checked and merged over it.
 
-DeepSpeed ignores unknown keys at the top of its JSON without a word, clips gradients at 1.0 unless told otherwise,
-and has many settings that this trainer's own config decides; so all of that is looked at here, before a run starts.
+DeepSpeed silently ignores unknown top-level keys, clips gradients at 1.0 by default, and has settings that our config
+already determines; all of that is checked here, before a run starts.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 from stdit.config import ConfigError, TrainConfig, merge
 
-# Keys of DeepSpeed's JSON that this trainer's config decides, and by which setting.
-DECIDED = {
+# DeepSpeed's keys that our config sets, and the key that sets them.
+SET_BY_CONFIG = {
     "train_batch_size": "data.buckets[].batch_size",
     "train_micro_batch_size_per_gpu": "data.buckets[].batch_size",
     "gradient_accumulation_steps": "train.gradient_accumulation",
@@ -39,8 +39,8 @@ ALLOWED = frozenset(
     flops_profiler comms_logger tensorboard wandb comet csv_monitor checkpoint compile
     """.split()  # noqa: SIM905
 )
-# DeepSpeed's parts that change what is trained or how it is split, which this trainer does not support.
-REFUSED = frozenset(
+# DeepSpeed's features that this trainer does not support.
+UNSUPPORTED = frozenset(
     """
     pipeline tensor_parallel expert_parallel elasticity autotuning curriculum_learning data_efficiency
     dynamic_batching compression_training progressive_layer_drop sparse_attention eigenvalue quantize_training
@@ -49,13 +49,13 @@ REFUSED = frozenset(
 )
 
 
-def settings(train: TrainConfig, parameters: int, device: str) -> dict[str, Any]:
-    """DeepSpeed's JSON for `train`. parameters: of the model. device: "cpu" or "cuda". ConfigError: see `read_raw`."""
+def make_deepspeed_config(train: TrainConfig, parameters: int, device: str) -> dict[str, Any]:
+    """DeepSpeed's config for `train`. parameters: their number. device: "cpu" or "cuda". ConfigError: see `read_override`."""
     stage, bf16 = train.zero_stage, train.precision == "bf16"
     # DeepSpeed allocates its buckets at full size, 2 GB at the default; a model does not fill more than its size.
     bucket = max(1, min(parameters, 500_000_000))
-    made: dict[str, Any] = {
-        # Batches come from our own loader, and buckets differ in theirs: to DeepSpeed this is a unit of one.
+    generated: dict[str, Any] = {
+        # Batches come from our own loader and differ in size by bucket; DeepSpeed only counts micro-batches.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": train.gradient_accumulation,
         # float32 without ZeRO is clipped by stdit.training.engine, which needs the norm before the update.
@@ -73,15 +73,15 @@ def settings(train: TrainConfig, parameters: int, device: str) -> dict[str, Any]
         "steps_per_print": None,
     }
     if bf16 and stage > 0:
-        made["data_types"] = {"grad_accum_dtype": "fp32"}
-    return merge(made, read_raw(train, made))
+        generated["data_types"] = {"grad_accum_dtype": "fp32"}
+    return merge(generated, read_override(train, generated))
 
 
-def read_raw(train: TrainConfig, made: dict[str, Any]) -> dict[str, Any]:
-    """The user's own DeepSpeed JSON (`train.deepspeed`), checked; values "auto" are left to `made`.
+def read_override(train: TrainConfig, generated: dict[str, Any]) -> dict[str, Any]:
+    """The user's DeepSpeed JSON (`train.deepspeed`), checked; "auto" values are dropped, so that `generated` sets them.
 
-    ConfigError: not JSON; a key that DeepSpeed does not know (with the nearest that it does); a key that this
-    trainer's own config decides otherwise; a part of DeepSpeed that is not supported here.
+    ConfigError: not JSON; a key unknown to DeepSpeed (with the closest match); a key that our config sets to another
+    value; an unsupported feature of DeepSpeed.
     """
     if train.deepspeed is None:
         return {}
@@ -90,15 +90,15 @@ def read_raw(train: TrainConfig, made: dict[str, Any]) -> dict[str, Any]:
         name, raw = str(raw), _read_json(raw)
     raw = _without_auto(raw)
     for key, value in raw.items():
-        if key in DECIDED:
-            if made.get(key) != value:
+        if key in SET_BY_CONFIG:
+            if generated.get(key) != value:
                 raise ConfigError(
-                    f"{name}: {key}: set by this trainer ({DECIDED[key]}), which makes it {made.get(key, 'absent')}; found {value!r}"
+                    f"{name}: {key}: set by this trainer ({SET_BY_CONFIG[key]}), which makes it {generated.get(key, 'absent')}; found {value!r}"
                 )
-        elif key in REFUSED:
+        elif key in UNSUPPORTED:
             raise ConfigError(f"{name}: {key}: this part of DeepSpeed is not supported by stdit/train.py")
         elif key not in ALLOWED:
-            near = difflib.get_close_matches(key, [*ALLOWED, *DECIDED], n=1)
+            near = difflib.get_close_matches(key, [*ALLOWED, *SET_BY_CONFIG], n=1)
             raise ConfigError(f"{name}: {key}: unknown to DeepSpeed{f'; did you mean {near[0]}?' if near else ''}")
     zero = raw.get("zero_optimization", {})
     if not isinstance(zero, dict):
@@ -108,11 +108,11 @@ def read_raw(train: TrainConfig, made: dict[str, Any]) -> dict[str, Any]:
             f"{name}: zero_optimization.stage: {zero['stage']}, but train.zero_stage is {train.zero_stage}"
         )
     _check_zero(zero, name)
-    return {k: v for k, v in raw.items() if k not in DECIDED}
+    return {k: v for k, v in raw.items() if k not in SET_BY_CONFIG}
 
 
-def say_accelerator() -> None:
-    """Tells DeepSpeed, before it is imported, that there is none; else it warns that it has found none."""
+def set_accelerator() -> None:
+    """Selects DeepSpeed's CPU accelerator where there is no other; before its import, which else warns."""
     import torch
 
     if not torch.accelerator.is_available():
@@ -120,10 +120,10 @@ def say_accelerator() -> None:
 
 
 def _check_zero(zero: dict[str, Any], name: str) -> None:
-    """The keys below zero_optimization, against DeepSpeed's own list. ConfigError names the key that is not on it."""
+    """Checks the keys of zero_optimization against DeepSpeed's schema. ConfigError names an unknown one."""
     if not zero:
         return
-    say_accelerator()
+    set_accelerator()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     fields = DeepSpeedZeroConfig.model_fields
@@ -138,7 +138,7 @@ def _check_zero(zero: dict[str, Any], name: str) -> None:
         raise ConfigError(f"{name}: zero_optimization.compute_grad_norm: false, but the norm is how a NaN is noticed")
     if (zero.get("offload_optimizer") or {}).get("device") == "nvme":
         raise ConfigError(
-            f"{name}: zero_optimization.offload_optimizer.device: nvme keeps the weights where no moving average reaches them; use cpu"
+            f"{name}: zero_optimization.offload_optimizer.device: nvme keeps master weights out of the EMA's reach; use cpu"
         )
 
 
@@ -163,7 +163,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _without_auto(raw: Any) -> Any:
-    """`raw` without the values "auto", which in other trainers' files mean: as the trainer says."""
+    """`raw` without "auto" values, which other trainers fill in."""
     if isinstance(raw, dict):
         kept = {k: _without_auto(v) for k, v in raw.items() if v != "auto"}
         # An object of nothing but "auto" says nothing.

@@ -4,7 +4,7 @@
     config = derive(config, facts, clips)      # pure
 
 A setting is left out when no file and no `--set` names it; an explicit value, null too, is kept and checked by
-stdit.training.checks. What can be left out:
+stdit.training.data. What can be left out:
 
 | setting                       | follows from                                                              |
 |-------------------------------|---------------------------------------------------------------------------|

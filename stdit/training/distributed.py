@@ -1,4 +1,4 @@
-"""Ranks: how a process learns which it is, what the ranks agree on, and how a run is asked to stop."""
+"""Ranks: process group, collectives on plain values, and requests to stop a run."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-# Exit code of a run that was asked to stop and has saved where it was: run the same command again.
+# Exit code of a run that was stopped and has saved a checkpoint: the same command resumes it.
 STOPPED = 75
 PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others."""
+    """This process within the process group."""
 
     rank: int
     size: int
@@ -36,34 +36,34 @@ class Ranks:
     device: torch.device
 
     @property
-    def first(self) -> bool:
-        """Whether this is the rank that writes files and speaks."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and logs."""
         return self.rank == 0
 
-    def total(self, *values: float) -> list[float]:
-        """The sums over all ranks, of each value (float64; also an agreement: every rank has the same result)."""
+    def all_reduce(self, *values: float) -> list[float]:
+        """Sum of each value over all ranks, in float64; every rank gets the same."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor.tolist()
 
-    def agree(self, on_first: Callable[[], T]) -> T:
-        """What `on_first` returns, or raises, on rank 0: the same on every rank. For what only one rank may look up."""
+    def broadcast(self, compute: Callable[[], T]) -> T:
+        """Runs `compute` on rank 0 and returns its result, or raises its error, on every rank."""
         if self.size == 1:
-            return on_first()
-        told: list[Any] = [None, None]
-        if self.first:
+            return compute()
+        result: list[Any] = [None, None]  # value, error
+        if self.is_main:
             try:
-                told[0] = on_first()
+                result[0] = compute()
             except Exception as error:
-                told[1] = error
-        dist.broadcast_object_list(told, src=0, device=self.device)
-        if told[1] is not None:
-            raise told[1]
-        return told[0]
+                result[1] = error
+        dist.broadcast_object_list(result, src=0, device=self.device)
+        if result[1] is not None:
+            raise result[1]
+        return result[0]
 
-    def joined(self, part: Tensor) -> Tensor:
-        """Every rank's `part` (n, …), all of one shape, one after another by rank: (ranks · n, …)."""
+    def all_gather(self, part: Tensor) -> Tensor:
+        """Concatenates every rank's `part` (n, …), all of one shape, by rank: (ranks · n, …)."""
         if self.size == 1:
             return part
         parts = [torch.empty_like(part) for _ in range(self.size)]
@@ -75,15 +75,15 @@ class Ranks:
             dist.barrier()
 
 
-def leave() -> None:
-    """Takes the process group down, after the last rank has come: a process that ends with it standing may abort."""
+def destroy_process_group() -> None:
+    """Destroys the process group once all ranks are here: a process that exits with one may abort."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def world_size() -> int:
-    """How many ranks there will be, before the process group exists (launchers say it in the environment)."""
+    """Number of ranks; before the process group exists, from the launcher's environment."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -95,33 +95,35 @@ def free_port() -> int:
 
 
 def complete_environment() -> None:
-    """What a launcher would have set, for plain `python stdit/train.py`: one rank on this machine."""
+    """Sets what a launcher sets, for plain `python stdit/train.py`: one rank on this machine."""
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
         if os.environ["WORLD_SIZE"] != "1":
             raise ValueError(
-                f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but MASTER_PORT is not set; ranks need one port that all know"
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but MASTER_PORT is not set; all ranks need the same port"
             )
         os.environ["MASTER_PORT"] = str(free_port())
 
 
-def share_cores() -> None:
-    """Gives this rank its share of the machine's cores, unless OMP_NUM_THREADS says how many it takes."""
+def limit_threads() -> None:
+    """Limits torch's threads to this rank's share of the cores, unless OMP_NUM_THREADS is set."""
     if "OMP_NUM_THREADS" not in os.environ:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ.get("WORLD_SIZE", 1))))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+        local_size = int(
+            os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ.get("WORLD_SIZE", 1)))
+        )
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
 
 
-def join(initialise: Callable[[], None], accelerator: str) -> Ranks:
-    """The ranks of this run. A process group that stands already (Ray Train's) is adopted; else `initialise` makes one.
+def init_process_group(initialise: Callable[[], None], accelerator: str) -> Ranks:
+    """Ranks of this run: of an existing process group (Ray Train's), else of one that `initialise` creates.
 
     accelerator: "cuda" or "cpu".
     """
     if not dist.is_initialized():
         complete_environment()
-        share_cores()
+        limit_threads()
         initialise()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(accelerator, local_rank) if accelerator == "cuda" else torch.device(accelerator)
@@ -130,13 +132,13 @@ def join(initialise: Callable[[], None], accelerator: str) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
-# How long a rank waits for another: saving large checkpoints and hashing them takes rank 0 alone some minutes.
+# Rank 0 alone writes and hashes checkpoints, which takes minutes for large models; the others wait in a collective.
 TIMEOUT = timedelta(minutes=60)
 
 
 class Stop:
-    """A request to stop, from a signal or from the death of the launcher. Only a flag: ranks get signals one after
-    another, so that whoever acts at once (say, saves together with the others) waits for ranks that do not come."""
+    """A request to stop, by a signal or the launcher's death. Only a flag: signals reach ranks at different times, and a
+    rank that acted on its own would wait in a collective for ranks that never come."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -151,16 +153,15 @@ class Stop:
             self._event.set()
 
     def listen(self) -> Stop:
-        """Sets itself on SIGTERM, SIGINT or SIGUSR1 (a batch system's warning), and when the launcher is gone. Main
-        thread only."""
+        """Requests a stop on SIGTERM, SIGINT, SIGUSR1 (batch systems' warning) and the launcher's death. Main thread only."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, lambda n, _: self.request(signal.Signals(n).name))
         if "LOCAL_RANK" not in os.environ:
-            # No launcher: the parent is a shell, which may go (nohup).
+            # No launcher: the parent is a shell, which may exit (nohup).
             return self
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        threading.Thread(target=self._watch, args=(os.getppid(), _launcher_of_launcher()), daemon=True).start()
+        threading.Thread(target=self._watch, args=(os.getppid(), _deepspeed_command()), daemon=True).start()
         return self
 
     def _watch(self, parent: int, above: int | None) -> None:
@@ -174,7 +175,7 @@ class Stop:
 
 
 def parent_of(process: int) -> int | None:
-    """The parent of `process`, or None where that can't be known."""
+    """Parent process id of `process`; None if unknown."""
     try:
         # The name, in parentheses, may hold spaces and parentheses itself.
         return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
@@ -182,8 +183,8 @@ def parent_of(process: int) -> int | None:
         return None
 
 
-def _launcher_of_launcher() -> int | None:
-    """Where DeepSpeed's inner launcher is this process's parent, its own parent: the `deepspeed` command."""
+def _deepspeed_command() -> int | None:
+    """Process id of the `deepspeed` command, where its inner launcher is this process's parent."""
     parent = os.getppid()
     try:
         command = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace")

@@ -1,7 +1,7 @@
-"""Exponential moving average of the weights, held beside the float32 weights that the optimizer steps.
+"""Exponential moving average (EMA) of the float32 master weights.
 
-Under ZeRO every rank averages its own partition only: no communication, and memory / ranks. bfloat16 weights move in
-steps too coarse for a decay of 0.9999, so it is never those that are averaged.
+Under ZeRO every rank averages its own partition: no communication, memory / ranks. bfloat16 weights are never averaged:
+their steps are too coarse for a decay of 0.9999.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from stdit.config import EMAConfig
 
 
 def decay_at(config: EMAConfig, step: int) -> float:
-    """Decay of the update after step `step` = 1, 2, …: short at first, so that the average leaves the initial weights."""
+    """Decay at step 1, 2, …: smaller at first, so that the average forgets the initial weights."""
     return min(config.decay, (1 + step) / (10 + step)) ** config.every
 
 
 class EMA:
-    """The average of what `masters` returns: float32 tensors of this rank, which their owner updates in place.
+    """EMA of the tensors that `masters` returns (float32, this rank's, updated in place), starting as a copy of them.
 
-    It begins as a copy of them. To take up an average that was saved, make them it, then this, then load them.
+    To resume, create it while the masters hold the saved average, then load the masters.
     """
 
     def __init__(self, masters: Callable[[], Sequence[Tensor]], config: EMAConfig) -> None:
@@ -39,22 +39,22 @@ class EMA:
             torch._foreach_lerp_(self.average, masters, 1 - decay_at(self.config, step))  # pyright: ignore
 
     @contextmanager
-    def swapped(self, publish: Callable[[], None] | None = None) -> Iterator[None]:
-        """The average in the masters' place, and back to the last bit. `publish` is called after either exchange,
-        to carry the masters into the weights that the forward pass uses."""
+    def swapped(self, sync: Callable[[], None] | None = None) -> Iterator[None]:
+        """Puts the average into the masters within the context, and restores them bit for bit. `sync` is called after
+        either exchange, to copy the masters into the model weights."""
         self._exchange()
         try:
-            if publish:
-                publish()
+            if sync:
+                sync()
             yield
         finally:
             self._exchange()
-            if publish:
-                publish()
+            if sync:
+                sync()
 
     @torch.no_grad()
     def _exchange(self) -> None:
         for master, average in zip(self.masters(), self.average, strict=True):
-            held = master.detach().clone()
+            saved = master.detach().clone()
             master.detach().copy_(average)
-            average.copy_(held)
+            average.copy_(saved)

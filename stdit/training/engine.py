@@ -1,8 +1,8 @@
-"""The one place that runs DeepSpeed: forward, backward and step under ZeRO 0 to 3, and the weights that lie behind them.
+"""DeepSpeed engine: forward, backward and optimizer step under ZeRO 0 to 3, and access to the master weights.
 
-Masters are the float32 weights that the optimizer steps: this rank's partition under ZeRO, all of them without it.
-Live weights are what the forward pass uses: the masters themselves in float32 without ZeRO, else copies of them.
-Weights that need no gradient are frozen: they have no master, no moments, and are in no checkpoint.
+Master weights are float32 and updated by the optimizer: under ZeRO this rank's partition, else all of them.
+Model weights are used by the forward pass: the masters themselves in float32 without ZeRO, else copies of them.
+Frozen weights (requires_grad False) have no masters, no optimizer state, and are in no checkpoint.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from stdit.config import Config
-from stdit.training.deepspeed_config import say_accelerator, settings
-from stdit.training.distributed import TIMEOUT, Ranks, join
+from stdit.training.deepspeed_config import make_deepspeed_config, set_accelerator
+from stdit.training.distributed import TIMEOUT, Ranks, init_process_group
 from stdit.training.optimizer import parameter_groups
 
 
-def start_ranks() -> Ranks:
-    """Joins this process to the others (see stdit.training.distributed.join) under the backend of what device there is."""
-    say_accelerator()
+def init_distributed() -> Ranks:
+    """Initialises DeepSpeed and the process group (NCCL with CUDA, else gloo)."""
+    set_accelerator()
     import deepspeed
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
@@ -40,15 +40,17 @@ def start_ranks() -> Ranks:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     accelerator = cast(Any, get_accelerator()).device_name()
     backend = "nccl" if accelerator == "cuda" else "gloo"
-    allow_only_data()
-    ranks = join(lambda: deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, verbose=False), accelerator)
+    restrict_unpickling()
+    ranks = init_process_group(
+        lambda: deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, verbose=False), accelerator
+    )
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return ranks
 
 
-def allow_only_data() -> None:
-    """From here on a checkpoint cannot run code: torch.load unpickles tensors, plain values and the three classes that
-    DeepSpeed's own checkpoints hold."""
+def restrict_unpickling() -> None:
+    """Makes torch.load unpickle data only, for the whole process: tensors, plain values and three classes of DeepSpeed's
+    checkpoints."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -61,15 +63,17 @@ class Engine:
     """A model under DeepSpeed. Every method is collective: all ranks call it, in the same order."""
 
     def __init__(self, model: nn.Module, config: Config, ranks: Ranks, universal: bool = False) -> None:
-        """universal: the checkpoint that `load` will be given was converted by stdit.training.universal."""
+        """universal: `load` will read a universal checkpoint (stdit.training.universal)."""
         import deepspeed
 
         self.train_config, self.ranks = config.train, ranks
         self.stage = config.train.zero_stage
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        self.made = settings(config.train, sum(p.numel() for p in model.parameters()), ranks.device.type)
+        self.ds_config = make_deepspeed_config(
+            config.train, sum(p.numel() for p in model.parameters()), ranks.device.type
+        )
         if universal:
-            self.made["checkpoint"] = {**self.made.get("checkpoint", {}), "load_universal": True}
+            self.ds_config["checkpoint"] = {**self.ds_config.get("checkpoint", {}), "load_universal": True}
         optimizer = config.train.optimizer
         self.adamw = torch.optim.AdamW(
             parameter_groups(model, optimizer),
@@ -82,7 +86,9 @@ class Engine:
         initial = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad} if rounded else {}
         # Its bfloat16 optimizer prints memory statistics.
         with contextlib.redirect_stdout(io.StringIO()):
-            self.engine: Any = deepspeed.initialize(model=model, optimizer=cast(Any, self.adamw), config=self.made)[0]
+            self.engine: Any = deepspeed.initialize(
+                model=model, optimizer=cast(Any, self.adamw), config=self.ds_config
+            )[0]
         self.optimizer: Any = self.engine.optimizer
         if initial:
             # DeepSpeed makes the masters from weights already rounded; without ZeRO it also takes a step from zero
@@ -96,24 +102,24 @@ class Engine:
         """The model, with DeepSpeed's hooks under ZeRO-3."""
         return self.engine.module
 
-    def _trained(self) -> dict[str, Tensor]:
-        """Live weights that are not frozen, by name."""
+    def _trainable(self) -> dict[str, Tensor]:
+        """Model weights that are not frozen, by name."""
         return {n: p for n, p in self.module.named_parameters() if p.requires_grad}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.engine(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of one micro-batch's mean loss. A loss that is not finite makes every gradient NaN, so that the
-        gradient norm, which all ranks share, is the one place to look."""
+        """Accumulates the gradients of a micro-batch's mean loss. A loss that is not finite makes every gradient NaN, so
+        that checking the gradient norm, which all ranks share, suffices."""
         self.engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
 
     def step(self, learning_rate: float) -> float:
-        """Updates the weights after the last micro-batch's `backward`; returns the gradient norm before clipping.
+        """Optimizer step after the last micro-batch's `backward`; returns the gradient norm before clipping.
 
-        A norm that is not finite: nothing is updated, on no rank, and inf or NaN is returned.
+        If the norm is not finite, no rank updates anything.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -122,10 +128,10 @@ class Engine:
             return float(self.engine.get_global_grad_norm())
         # DeepSpeed's plain float32 path would apply NaN to the weights, and keeps the norm to itself.
         parameters = [p for p in self.module.parameters() if p.grad is not None]
-        limit = self.train_config.optimizer.max_grad_norm or float("inf")
+        max_norm = self.train_config.optimizer.max_grad_norm or float("inf")
         norm = nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters], foreach=True)
         if norm.isfinite():
-            nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
         else:
             # Without gradients the optimizer leaves weights and moments alone.
             self.engine.zero_grad()
@@ -135,17 +141,17 @@ class Engine:
     # ------------------------------------------------------------------------------------- weights
 
     def masters(self) -> list[Tensor]:
-        """This rank's masters, the tensors themselves."""
+        """This rank's master weights: the tensors themselves, to be updated in place."""
         for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
-            if (held := getattr(self.optimizer, name, None)) is not None:
-                return [t for t in held if t.numel()]
+            if (partition := getattr(self.optimizer, name, None)) is not None:
+                return [t for t in partition if t.numel()]
         if (groups := getattr(self.optimizer, "fp32_groups", None)) is not None:
             return [p.data for group in groups for p in group]
-        return [p.data for p in self._trained().values()]
+        return [p.data for p in self._trainable().values()]
 
     @torch.no_grad()
-    def publish(self) -> None:
-        """Carries the masters, changed from outside, into the live weights of all ranks."""
+    def sync_from_masters(self) -> None:
+        """Copies the masters, changed from outside, into the model weights of all ranks."""
         if self.stage == 3:
             optimizer = self.optimizer
             optimizer._partition_all_parameters()
@@ -156,61 +162,60 @@ class Engine:
         elif self.stage:
             self.optimizer.update_lp_params()
         elif self.dtype != torch.float32:
-            for live, masters in zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True):
-                torch._foreach_copy_(list(live), list(masters))  # pyright: ignore
+            for weights, masters in zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True):
+                torch._foreach_copy_(list(weights), list(masters))  # pyright: ignore
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
-        """All masters, of all ranks, by name, float32 on the CPU, on rank 0 (empty on the others)."""
+        """Full master weights by name, float32 on the CPU, on rank 0; {} on other ranks."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        named = self._trained()
+        named = self._trainable()
         replicas = self._replicated_masters()
         state: dict[str, Tensor] = {}
         for name, parameter in named.items():
             full = replicas[id(parameter)] if replicas is not None else safe_get_full_fp32_param(parameter)
             assert full is not None, f"DeepSpeed holds no float32 weights of {name}"
-            if self.ranks.first:
+            if self.ranks.is_main:
                 state[name] = full.detach().float().cpu().clone()
-        if self.ranks.first:
-            known = dict(self.module.named_parameters())
+        if self.ranks.is_main:
+            parameters = dict(self.module.named_parameters())
             for name, buffer in self.module.state_dict().items():
-                if name not in known:
+                if name not in parameters:
                     state[name] = buffer.detach().cpu().clone()
         return state
 
     @torch.no_grad()
     def set_weights(self, state: dict[str, Tensor]) -> None:
-        """Masters and live weights from the float32 weights of all that is trained, by name, the same on every rank."""
+        """Sets masters and model weights from full float32 weights by name, the same on every rank."""
         from deepspeed.utils import safe_set_full_fp32_param
 
         replicas = self._replicated_masters()
-        for name, parameter in self._trained().items():
+        for name, parameter in self._trainable().items():
             value = state[name].to(self.ranks.device, torch.float32)
             if replicas is not None:
                 replicas[id(parameter)].copy_(value)
             else:
                 safe_set_full_fp32_param(parameter, value)
-        self.publish()
+        self.sync_from_masters()
 
     def _replicated_masters(self) -> dict[int, Tensor] | None:
-        """Masters by id of the live parameter, where every rank holds all of them; None under ZeRO."""
+        """Master weights by id of the model's parameter; None under ZeRO, where they are partitioned."""
         if self.stage:
             return None
         if self.dtype == torch.float32:
-            return {id(p): p.data for p in self._trained().values()}
+            return {id(p): p.data for p in self._trainable().values()}
         pairs = zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True)
-        return {id(live): master.data for group in pairs for live, master in zip(*group, strict=True)}
+        return {id(weight): master.data for group in pairs for weight, master in zip(*group, strict=True)}
 
     # --------------------------------------------------------------------------------- checkpoints
 
     def save(self, folder: Path, tag: str) -> None:
-        """Every rank's shards into folder/tag. Errors are left to end the process: a rank that went on would wait in
-        DeepSpeed's barriers for one that failed."""
+        """Writes every rank's shards into folder/tag. An error must end the process: DeepSpeed's barriers wait for all ranks."""
         self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path, tag: str) -> None:
-        """Weights and optimizer from folder/tag. ValueError: DeepSpeed found nothing there."""
+        """Loads weights and optimizer state from folder/tag. ValueError: DeepSpeed found nothing there."""
         decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         with contextlib.redirect_stdout(io.StringIO()):
             path, _ = self.engine.load_checkpoint(str(folder), tag=tag, custom_load_fn=_load_trained)
@@ -229,6 +234,6 @@ class Engine:
 
 
 def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
-    """Live weights of a checkpoint, which has none of those that are frozen. RuntimeError: it is of another model."""
+    """Loads a checkpoint without the frozen weights. RuntimeError: it is of another model."""
     frozen = {name: p.data for name, p in dst.named_parameters() if not p.requires_grad}
     dst.load_state_dict({**frozen, **src})

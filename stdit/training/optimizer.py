@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate, which is a function of the step and of nothing else."""
+"""Learning rate schedule, a function of the step alone, and AdamW's parameter groups."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from stdit.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Learning rate of step 1 … `steps`: linear warm-up from 0, then `lr_schedule` down to `min_lr_ratio` at the last step."""
+    """Learning rate at step 1 … `steps`: linear warm-up from 0, then `lr_schedule` to `min_lr_ratio` at the last step."""
     peak = config.learning_rate
     if step < config.warmup_steps:
         return peak * step / config.warmup_steps
     if config.lr_schedule == "constant":
         return peak
-    done = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
-    remaining = 1 - done if config.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    progress = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
+    remaining = 1 - progress if config.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * remaining)
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """AdamW's parameter groups. Weight decay pulls on matrices and kernels alone, not on biases, gains and tables of shifts."""
+    """AdamW's parameter groups: weight decay on weight matrices and kernels; none on biases, norms and modulation tables."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not config.weight_decay:
         # One group: one flat buffer under ZeRO.

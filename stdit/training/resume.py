@@ -1,4 +1,7 @@
-"""Writing a checkpoint and coming back from one. What makes it whole is in stdit.training.checkpoint."""
+"""Saving and resuming a run: TrainState, checks of a changed config, checkpoints in and out.
+
+What makes a checkpoint folder complete is in stdit.training.checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -9,53 +12,62 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from stdit.config import Config, ConfigError, dump
+from stdit.config import Config, ConfigError, dump, validate
+from stdit.config.diff import TRAINING_RUNTIME_KEYS, changes, global_batch_sizes, matches
 from stdit.files import atomic_write
 from stdit.models.control import Controlled
 from stdit.models.stdit import STDiT
 from stdit.training import adapters, checkpoint
 from stdit.training.adapters import Base
-from stdit.training.changes import check_resumable
-from stdit.training.checkpoint import FOLDER, IDENTITY, TRANSFORMER, CheckpointError, tag_of
-from stdit.training.checks import Data
+from stdit.training.checkpoint import FOLDER, IDENTITY, TRANSFORMER, CheckpointError, folder_of_step
+from stdit.training.data import TrainData
 from stdit.training.distributed import Ranks
 from stdit.training.ema import EMA
 from stdit.training.engine import Engine
 from stdit.training.universal import convert
 
 DONE = "done.json"
-# Where a checkpoint is made ready for another number of ranks; removed once it is loaded.
+# Universal copy of a checkpoint, for another number of ranks; removed once loaded.
 UNIVERSAL = ".universal"
+# Changes that a resumed run may have: all that leave the weights alone, and the length of the run.
+RESUME_KEYS = (*TRAINING_RUNTIME_KEYS, "train.steps")
 
 
 @dataclass
-class Place:
-    """Where a run stands."""
+class TrainState:
+    """Progress of a run, and the checkpoint it resumes from."""
 
     step: int = 0
     samples_seen: int = 0
     data_position: dict[str, int] = field(default_factory=dict)
-    # What to come back from, if anything.
     checkpoint: Path | None = None
-    # Ranks that wrote it.
+    # Number of ranks that wrote the checkpoint.
     world_size: int = 1
+    # Config changes since the checkpoint, for the log.
     notes: tuple[str, ...] = ()
-    # The frozen weights that adapters or a control branch belong to.
+    # Frozen weights of adapters or a control branch.
     base: Base | None = None
 
     def advance(self, samples: int, data_position: dict[str, int]) -> None:
-        """One step on, which took `samples`."""
+        """Counts one step of `samples` samples."""
         self.step += 1
         self.samples_seen += samples
         self.data_position = data_position
 
+    def needs_conversion(self, zero_stage: int, world_size: int) -> bool:
+        """Whether the checkpoint's shards are partitioned for another number of ranks."""
+        return self.checkpoint is not None and zero_stage > 0 and self.world_size != world_size
 
-def finished(config: Config, data: Data, world_size: int) -> bool:
-    """Whether the run directory says that this run is done, with a checkpoint to show for it. ConfigError: it holds
-    another run."""
+
+# ----------------------------------------------------------------------------------------- resuming
+
+
+def is_finished(config: Config, data: TrainData, world_size: int) -> bool:
+    """Whether done.json says that the run is complete, with its checkpoint. ConfigError: run_dir holds another run."""
     path = config.run_dir / DONE
     if not path.is_file():
         return False
@@ -69,103 +81,136 @@ def finished(config: Config, data: Data, world_size: int) -> bool:
     return True
 
 
-def place_of(config: Config, data: Data, world_size: int) -> Place:
-    """The place of the newest intact checkpoint of `config.run_dir`, or the beginning. Says what was passed over.
+def find_resume_state(config: Config, data: TrainData, world_size: int) -> TrainState:
+    """State of the newest intact checkpoint in `config.run_dir`, else of a new run. Reports skipped checkpoints.
 
-    ConfigError: the checkpoint is of a run with other settings. CheckpointError: no completed one is intact.
+    ConfigError: the checkpoint is of a run with other settings. CheckpointError: all completed ones are damaged.
     """
-    found = checkpoint.newest(config.run_dir)
-    checkpoint.remove_torn(config.run_dir)
+    latest = checkpoint.find_latest(config.run_dir)
+    checkpoint.remove_incomplete(config.run_dir)
     shutil.rmtree(config.run_dir / FOLDER / UNIVERSAL, ignore_errors=True)
-    if found is None:
-        return Place()
-    identity = json.loads((found / IDENTITY).read_text())
-    notes = check_resumable(identity, config, world_size, data.fingerprint)
-    return Place(
-        identity["step"],
-        identity["samples_seen"],
-        identity["data_position"],
-        found,
-        identity["world_size"],
-        tuple(notes),
-        Base(**identity["base"]) if identity.get("base") else None,
+    if latest is None:
+        return TrainState()
+    identity = json.loads((latest / IDENTITY).read_text())
+    return TrainState(
+        step=identity["step"],
+        samples_seen=identity["samples_seen"],
+        data_position=identity["data_position"],
+        checkpoint=latest,
+        world_size=identity["world_size"],
+        notes=tuple(check_resumable(identity, config, world_size, data.fingerprint)),
+        base=Base(**identity["base"]) if identity.get("base") else None,
     )
 
 
-def begin(config: Config, ranks: Ranks) -> None:
-    """Makes the run directory and writes the resolved config into it. OSError, on every rank: it cannot be written."""
-    ranks.agree(lambda: atomic_write(config.run_dir / "config.yaml", dump(config)))
+def check_resumable(identity: dict[str, Any], config: Config, world_size: int, features_fingerprint: str) -> list[str]:
+    """Lists the config's permitted changes since the checkpoint of `identity`.
+
+    ConfigError lists every change that would make it another run: architecture, data, optimizer. Batch sizes and
+    accumulation may change with the number of ranks if the global batch stays the same; the number of ranks alone may
+    change the global batch, which is listed. init.source may change where the base is recorded (adapters, control
+    branches): its fingerprint is compared when it is loaded.
+    """
+    old = validate(identity["config"], Config, "the checkpoint's config")
+    before, now = global_batch_sizes(old, identity["world_size"]), global_batch_sizes(config, world_size)
+    wrong, notes = [], []
+    for change in changes(old.model_dump(mode="json"), config.model_dump(mode="json")):
+        allowed = matches(change.key, RESUME_KEYS)
+        if before == now and (change.key.endswith(".batch_size") or change.key == "train.gradient_accumulation"):
+            allowed = True
+        if change.key == "init.source" and identity.get("base"):
+            allowed = True
+        (notes if allowed else wrong).append(str(change))
+    if identity["features"] != features_fingerprint:
+        wrong.append(
+            f"data.features: not the features of the checkpoint (fingerprint {identity['features'][:12]}… -> {features_fingerprint[:12]}…)"
+        )
+    if wrong:
+        lines = "\n  ".join(wrong)
+        raise ConfigError(
+            f"{config.run_dir} holds a run with other settings (step {identity['step']}, checkpoint -> now):\n  {lines}\n"
+            "Resume with the old ones, take another run_dir, or start from its weights with init.source"
+        )
+    if before != now:
+        notes.append(f"global batch: {before} on {identity['world_size']} ranks -> {now} on {world_size} ranks")
+    elif identity["world_size"] != world_size:
+        notes.append(f"ranks: {identity['world_size']} -> {world_size}; the global batch is the same")
+    return notes
+
+
+def write_config(config: Config) -> None:
+    """Creates the run directory and writes the resolved config into it. OSError: it can't be written."""
+    atomic_write(config.run_dir / "config.yaml", dump(config))
 
 
 def init_folder(config: Config) -> Path:
-    """The folder with weights that `init.source` means. ConfigError: there is none."""
+    """Weights folder of `init.source`. ConfigError: there is none."""
     assert config.init is not None
     try:
-        return adapters.weights_of(config.init.source, config.init.weights)
+        return adapters.resolve_weights(config.init.source, config.init.weights)
     except (ConfigError, CheckpointError) as error:
         raise ConfigError(f"init.source: {error}") from error
 
 
-def make_model(config: Config, place: Place, ranks: Ranks, say: Callable[[str], None]) -> STDiT | Controlled:
-    """The model to hand to the engine: of a checkpoint its moving average, which stdit.training.ema takes up before
-    the weights themselves are loaded; of another run what carries over; else a new one. What `config` freezes is frozen."""
-    beside = config.train.lora is not None or config.train.control is not None
-    if place.checkpoint is not None and not beside:
-        return STDiT.from_pretrained(place.checkpoint / TRANSFORMER["ema"])
+def build_model(config: Config, state: TrainState, ranks: Ranks, log: Callable[[str], None]) -> STDiT | Controlled:
+    """Model for the engine. Of a checkpoint it holds the EMA weights, which stdit.training.ema copies before the weights
+    themselves are loaded; with init.source those of another run; else new ones. Frozen weights need no gradient."""
+    fine_tunes = config.train.lora is not None or config.train.control is not None
+    if state.checkpoint is not None and not fine_tunes:
+        return STDiT.from_pretrained(state.checkpoint / TRANSFORMER["ema"])
     if config.init is None:
         return STDiT.from_settings(config.model, config.seed)
-    # Looked up once: it reads every byte of the checkpoint to see that it is whole.
-    if place.base is not None:
-        held = place.base
-        folder = ranks.agree(lambda: adapters.find_base(held, config))
-        place.base = Base(str(folder.resolve()), held.fingerprint)  # it may have moved
+    # On rank 0 alone: it hashes every byte.
+    if state.base is not None:
+        recorded = state.base
+        folder = ranks.broadcast(lambda: adapters.find_base(recorded, config))
+        state.base = Base(str(folder.resolve()), recorded.fingerprint)  # it may have moved
     else:
-        folder = ranks.agree(lambda: init_folder(config))
-        place.base = ranks.agree(lambda: adapters.base_of(folder)) if beside else None
-    model, carried = adapters.open_base(folder, config)
-    say(carried)
-    if place.checkpoint is None:
-        trained = adapters.begin(model, config)
+        folder = ranks.broadcast(lambda: init_folder(config))
+        state.base = ranks.broadcast(lambda: adapters.make_base(folder)) if fine_tunes else None
+    base, report = adapters.load_base(folder, config)
+    log(report)
+    if state.checkpoint is None:
+        model = adapters.add_trainable(base, config)
     else:
-        kind = checkpoint.kind_of(config.train)
-        trained = adapters.resume(model, place.checkpoint / checkpoint.folder_name(kind, "ema"), config)
-    if beside:
-        learns = {
-            wants: sum(p.numel() for p in trained.parameters() if p.requires_grad is wants) for wants in (True, False)
-        }
-        say(f"trained: {learns[True]:,} weights, beside {learns[False]:,} that stay as they are")
-    return trained
+        weights = checkpoint.weights_folder(checkpoint.config_kind(config.train), "ema")
+        model = adapters.load_trainable(base, state.checkpoint / weights, config)
+    if fine_tunes:
+        trainable, frozen = (
+            sum(p.numel() for p in model.parameters() if p.requires_grad is flag) for flag in (True, False)
+        )
+        log(f"{trainable:,} trainable parameters, {frozen:,} frozen")
+    return model
 
 
-def load(engine: Engine, place: Place, ranks: Ranks) -> None:
-    """Weights and optimizer of `place.checkpoint`, converted first if another number of ranks wrote it."""
-    assert place.checkpoint is not None
-    found, folder = place.checkpoint, place.checkpoint.parent
-    if needs_conversion(place, engine.stage, ranks.size):
+def load_checkpoint(engine: Engine, state: TrainState, ranks: Ranks) -> None:
+    """Loads weights and optimizer state of `state.checkpoint`, if any, converted for this number of ranks."""
+    if state.checkpoint is None:
+        return
+    source, folder = state.checkpoint, state.checkpoint.parent
+    if state.needs_conversion(engine.stage, ranks.size):
         folder = folder / UNIVERSAL
-        ranks.agree(lambda: convert(found, folder / found.name))
-    engine.load(folder, found.name)
+        ranks.broadcast(lambda: convert(source, folder / source.name))
+    engine.load(folder, source.name)
     ranks.barrier()
-    if ranks.first:
-        shutil.rmtree(place.checkpoint.parent / UNIVERSAL, ignore_errors=True)
+    if ranks.is_main:
+        shutil.rmtree(source.parent / UNIVERSAL, ignore_errors=True)
 
 
-def needs_conversion(place: Place, zero_stage: int, world_size: int) -> bool:
-    """Whether the shards of `place.checkpoint` are cut for another number of ranks."""
-    return place.checkpoint is not None and zero_stage > 0 and place.world_size != world_size
+# ------------------------------------------------------------------------------------------- saving
 
 
-def save(engine: Engine, ema: EMA, config: Config, data: Data, place: Place, ranks: Ranks) -> Path:
-    """Writes the checkpoint of `place` and removes old ones. Collective.
+def save_checkpoint(engine: Engine, ema: EMA, config: Config, data: TrainData, state: TrainState, ranks: Ranks) -> Path:
+    """Writes the checkpoint of `state` and removes old ones; collective. Earlier checkpoints stay intact on failure.
 
-    CheckpointError: a disk that is full, say. Only the rank that fails raises it; it must end the process, because
-    the others wait for it in DeepSpeed's barriers. The checkpoints before this one stay as they are.
+    CheckpointError (a full disk, say) is raised on the failing rank alone and must end the process: the other ranks wait
+    for it in DeepSpeed's barriers.
     """
-    folder = config.run_dir / FOLDER / tag_of(place.step)
-    if ranks.agree(lambda: (folder / checkpoint.MANIFEST).exists()):
+    folder = config.run_dir / FOLDER / folder_of_step(state.step)
+    if ranks.broadcast(lambda: (folder / checkpoint.MANIFEST).exists()):
         return folder
     try:
-        _write(engine, ema, config, data, place, ranks, folder)
+        _write(engine, ema, config, data, state, ranks, folder)
     except (OSError, RuntimeError, SafetensorError) as error:
         free = shutil.disk_usage(config.run_dir).free / 2**20
         raise CheckpointError(
@@ -175,47 +220,49 @@ def save(engine: Engine, ema: EMA, config: Config, data: Data, place: Place, ran
     return folder
 
 
-def _write(engine: Engine, ema: EMA, config: Config, data: Data, place: Place, ranks: Ranks, folder: Path) -> None:
-    # A folder without manifest that a save left behind which was cut off.
-    ranks.agree(lambda: shutil.rmtree(folder, ignore_errors=True))
+def _write(
+    engine: Engine, ema: EMA, config: Config, data: TrainData, state: TrainState, ranks: Ranks, folder: Path
+) -> None:
+    # Left behind by an interrupted save.
+    ranks.broadcast(lambda: shutil.rmtree(folder, ignore_errors=True))
     engine.save(folder.parent, folder.name)
-    kind = checkpoint.kind_of(config.train)
-    _write_trained(engine, folder / checkpoint.folder_name(kind, "model"))
+    kind = checkpoint.config_kind(config.train)
+    _write_weights(engine, folder / checkpoint.weights_folder(kind, "model"))
     with ema.swapped():
-        _write_trained(engine, folder / checkpoint.folder_name(kind, "ema"))
-    if ranks.first:
-        settings = adapters.parts(engine.module)[0].config
+        _write_weights(engine, folder / checkpoint.weights_folder(kind, "ema"))
+    if ranks.is_main:
+        architecture = adapters.submodels(engine.module)[0].config
         identity = checkpoint.make_identity(
             config,
-            architecture={k: v for k, v in settings.items() if not k.startswith("_")},
+            architecture={k: v for k, v in architecture.items() if not k.startswith("_")},
             data={
                 "video_encoder": data.video_encoder,
                 "text_encoder": data.text_encoder,
                 "classes": list(data.classes),
                 "features": data.fingerprint,
             },
-            step=place.step,
-            samples_seen=place.samples_seen,
-            data_position=place.data_position,
+            step=state.step,
+            samples_seen=state.samples_seen,
+            data_position=state.data_position,
             world_size=ranks.size,
-            base=place.base and asdict(place.base),
+            base=state.base and asdict(state.base),
         )
         atomic_write(folder / IDENTITY, json.dumps(identity, indent=1))
-        checkpoint.seal(folder)
+        checkpoint.write_manifest(folder)
         checkpoint.prune(config.run_dir, config.train.keep_checkpoints)
     ranks.barrier()
 
 
-def _write_trained(engine: Engine, folder: Path) -> None:
-    """What the engine trains, as its masters have it, on rank 0."""
-    state = engine.weights()
-    if engine.ranks.first:
-        adapters.write(engine.module, state, folder)
+def _write_weights(engine: Engine, folder: Path) -> None:
+    """Writes the masters of the trained weights, on rank 0."""
+    weights = engine.weights()
+    if engine.ranks.is_main:
+        adapters.save_trained(engine.module, weights, folder)
 
 
-def finish(config: Config, place: Place, ranks: Ranks) -> None:
-    """Writes done.json: the record, written last, that the run is complete."""
-    if ranks.first:
-        done = {"step": place.step, "samples_seen": place.samples_seen, "checkpoint": tag_of(place.step)}
+def write_done(config: Config, state: TrainState, ranks: Ranks) -> None:
+    """Writes done.json, which marks the run as complete."""
+    if ranks.is_main:
+        done = {"step": state.step, "samples_seen": state.samples_seen, "checkpoint": folder_of_step(state.step)}
         atomic_write(config.run_dir / DONE, json.dumps(done))
     ranks.barrier()

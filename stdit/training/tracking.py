@@ -1,4 +1,4 @@
-"""What a run records: metrics.jsonl always, TensorBoard and W&B if wanted, and a progress bar. Rank 0 alone."""
+"""Tracking of a run on rank 0: metrics.jsonl, TensorBoard, Weights & Biases, progress bar."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import math
 import sys
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from stdit.config import Config, ConfigError
-from stdit.files import atomic_write
+from stdit.media import write_png
 from stdit.metrics_log import MetricsLog
 
 
 def check_trackers(config: Config) -> None:
-    """ConfigError: W&B is wanted and not installed. Before a run starts."""
+    """ConfigError: wandb_project is set and wandb is not installed."""
     if config.train.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             f"train.wandb_project: {config.train.wandb_project!r}, but wandb is not installed (pip install stdit[wandb])"
@@ -24,15 +26,15 @@ def check_trackers(config: Config) -> None:
 
 
 class Tracker:
-    """Records of one run, beginning after `step`. On ranks other than the first (`active` False) it does nothing."""
+    """Records one run from after `step`. On ranks other than 0 (`active` False) it writes nothing."""
 
     def __init__(self, config: Config, step: int, active: bool) -> None:
         self.active = active
-        self.run_dir = config.run_dir
+        self.config, self.run_dir = config, config.run_dir
         self._log: MetricsLog | None = None
         self._board: Any = None
         self._wandb: Any = None
-        # In a file or a pipe one line every ten seconds, not ten a second.
+        # In a file or a pipe: a line every ten seconds.
         interval = 0.2 if sys.stderr.isatty() else 10.0
         self._bar = tqdm(
             total=config.train.steps, initial=step, desc=config.name, unit="step", disable=not active,
@@ -50,55 +52,63 @@ class Tracker:
         if config.train.wandb_project:
             import wandb  # pyright: ignore[reportMissingImports]
 
-            # The same id again continues the same W&B run.
-            name = hashlib.sha256(str(self.run_dir.resolve()).encode()).hexdigest()[:16]
+            # The same id again resumes the same W&B run.
+            id = hashlib.sha256(str(self.run_dir.resolve()).encode()).hexdigest()[:16]
             self._wandb = wandb.init(
-                project=config.train.wandb_project, name=config.name, id=name, resume="allow",
+                project=config.train.wandb_project, name=config.name, id=id, resume="allow",
                 dir=str(self.run_dir), config=config.model_dump(mode="json"),
             )  # fmt: skip
 
-    def log(self, entry: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, which must have "step"; numbers also go to TensorBoard and W&B."""
+    def step(self, metrics: dict[str, Any]) -> bool:
+        """Advances the progress bar by a step; logs its metrics every `train.log_every` steps, at the last step, with a
+        validation loss, and where weights were not updated. Returns whether it logged, the same on every rank."""
+        step, train = metrics["step"], self.config.train
+        bad_steps = metrics.get("bad_steps", 0)
+        if bad_steps:
+            self.print(f"step {step}: gradient not finite; no weights were updated ({bad_steps} in a row)")
+        logged = bool(bad_steps) or "validation_loss" in metrics or is_due(train.log_every, step, train.steps)
+        if logged:
+            self.log(metrics)
+        if self.active:
+            self._bar.set_postfix({"loss": f"{metrics['loss']:.4f}"}, refresh=False)
+            self._bar.update()
+        return logged
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Writes a line of metrics.jsonl, which must have "step"; numbers also go to TensorBoard and W&B."""
         if not self.active:
             return
         assert self._log is not None
-        self._log.write(entry)
-        numbers = {k: v for k, v in entry.items() if isinstance(v, int | float) and math.isfinite(v) and k != "step"}
+        self._log.write(metrics)
+        numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v) and k != "step"}
         if self._board:
             for key, value in numbers.items():
-                self._board.add_scalar(key, value, entry["step"])
+                self._board.add_scalar(key, value, metrics["step"])
         if self._wandb:
-            self._wandb.log(numbers, step=entry["step"])
+            self._wandb.log(numbers, step=metrics["step"])
 
-    def picture(self, name: str, image: Any, step: int) -> None:
-        """A PIL image, as samples/step-*.png and in TensorBoard."""
+    def image(self, name: str, image: Image.Image, step: int) -> None:
+        """Writes an image to samples/step-*.png and TensorBoard."""
         if not self.active:
             return
-        import io
-
-        import numpy as np
-
-        held = io.BytesIO()
-        image.save(held, format="PNG")
-        atomic_write(self.run_dir / "samples" / f"step-{step:08d}.png", held.getvalue())
+        write_png(self.run_dir / "samples" / f"step-{step:08d}.png", image)
         if self._board:
             self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
 
-    def advance(self, **shown: str) -> None:
-        """One step further on the progress bar, with `shown` behind it."""
-        if self.active:
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update()
-
-    def say(self, line: str) -> None:
-        """A line for people, above the progress bar."""
+    def print(self, line: str) -> None:
+        """Prints a line above the progress bar."""
         if self.active:
             self._bar.write(line, file=sys.stderr)
 
     def close(self) -> None:
         self._bar.close()
-        for held in (self._log, self._board):
-            if held:
-                held.close()
+        for writer in (self._log, self._board):
+            if writer:
+                writer.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def is_due(every: int | None, step: int, steps: int) -> bool:
+    """Whether something that happens `every` n steps, and at the last one, happens at `step`."""
+    return every is not None and (step == steps or step % every == 0)

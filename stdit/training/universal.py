@@ -1,6 +1,7 @@
-"""`python -m stdit.training.universal CHECKPOINT OUT`: DeepSpeed's shards made independent of the number of ranks.
+"""`python -m stdit.training.universal CHECKPOINT OUT`: converts a checkpoint to DeepSpeed's universal format, which any
+number of ranks can load.
 
-A process of its own: DeepSpeed's converter starts others, and all of them must refuse to unpickle anything but data.
+Runs in its own process: DeepSpeed's converter starts workers, and all must unpickle data only.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from stdit.training.checkpoint import CheckpointError
 
 
 def convert(checkpoint: Path, out: Path) -> None:
-    """Writes the universal form of `checkpoint` to `out`. CheckpointError: the converter failed; its last lines follow."""
+    """Writes `checkpoint` in universal format to `out`. CheckpointError: the converter failed, with its last lines."""
     command = [sys.executable, "-m", "stdit.training.universal", str(checkpoint), str(out)]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
@@ -26,21 +27,21 @@ def convert(checkpoint: Path, out: Path) -> None:
 
 
 def main(checkpoint: str, out: str) -> None:
-    from stdit.training.engine import allow_only_data
+    from stdit.training.engine import restrict_unpickling
 
-    allow_only_data()
+    restrict_unpickling()
     from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
 
     ds_to_universal(
         SimpleNamespace(
             input_folder=checkpoint,
             output_folder=out,
-            # In this process: a worker would not know which classes are data.
+            # In this process: workers would not restrict unpickling.
             num_extract_workers=1,
             num_merge_workers=1,
             keep_temp_folder=False,
             strict=True,
-            # ZeRO-1 and 2 write less than the converter asks for.
+            # ZeRO-1 and 2 do not write all that the converter requires.
             inject_missing_state=True,
         )
     )

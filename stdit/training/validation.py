@@ -1,7 +1,6 @@
-"""How a run is doing: the loss on held-out clips, at the same noise and times whenever it is asked, and drawn samples.
+"""Validation loss on held-out clips, with the same noise and timesteps each time, and sample grids; with EMA weights.
 
-Both use the moving average's weights. Every rank takes its share, and the same number
-of forward passes as the others, which ZeRO-3 needs.
+Every rank computes its share in the same number of forward passes, as ZeRO-3 requires.
 """
 
 from __future__ import annotations
@@ -9,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from stdit.config import Bucket, Config, latent_shape
@@ -20,74 +18,75 @@ from stdit.diffusion.guidance import guided
 from stdit.diffusion.objectives import with_scheduler_sign
 from stdit.diffusion.schedulers import make_scheduler, sample
 from stdit.encoders.video import VideoEncoder, video_encoder_from_identity
+from stdit.media import Cell, contact_sheet
 from stdit.models.control import Controlled
 from stdit.models.sampling import Sampled, micro_conditions
 from stdit.models.stdit import STDiT
-from stdit.training.checks import Data
+from stdit.training.data import TrainData
 from stdit.training.distributed import Ranks
 from stdit.training.ema import EMA
 from stdit.training.engine import Engine
-from stdit.training.inputs import Inputs, condition_of
-from stdit.training.tracking import Tracker
+from stdit.training.inputs import Inputs, batch_conditions
+from stdit.training.tracking import Tracker, is_due
 
-# What a rank adds to have as many samples as the others: it is computed and not counted.
-FILLER = -1
+# Pads a rank's share to the size of the others'; computed and not counted.
+PADDING = -1
 
 
-def shares(count: int, ranks: Ranks, batch_size: int) -> list[list[int]]:
-    """This rank's part of 0 … count - 1, in batches; every rank has batches of the same sizes, FILLER where numbers run out."""
+def shard_batches(count: int, ranks: Ranks, batch_size: int) -> list[list[int]]:
+    """This rank's share of 0 … count - 1, in batches of the same sizes on every rank, padded with PADDING."""
     each = ranks.size * batch_size
     batches = []
     for first in range(0, count, each):
         numbers = list(range(first, min(first + each, count)))
         size = -(-len(numbers) // ranks.size)
-        numbers += [FILLER] * (size * ranks.size - len(numbers))
+        numbers += [PADDING] * (size * ranks.size - len(numbers))
         batches.append(numbers[ranks.rank * size : (ranks.rank + 1) * size])
     return batches
 
 
-def chosen(data: Data, config: Config, buckets: Sequence[Bucket], count: int) -> dict[str, list[int]]:
-    """Ids of `count` validation clips by bucket key: one of each bucket in turn, drawn once by the seed."""
+def select_clips(data: TrainData, config: Config, buckets: Sequence[Bucket], count: int) -> dict[str, list[int]]:
+    """Ids of `count` validation clips by bucket key, one of each bucket in turn, in an order fixed by the seed."""
     ids = data.source.select(config.data.validation_split, buckets, config.data.where)
     streams = {b.key: Stream(ids[b.key], config.seed, b) for b in buckets if len(ids[b.key])}
-    taken: dict[str, list[int]] = {key: [] for key in streams}
-    while sum(map(len, taken.values())) < count:
-        left = [key for key in streams if len(taken[key]) < len(ids[key])]
+    selected: dict[str, list[int]] = {key: [] for key in streams}
+    while sum(map(len, selected.values())) < count:
+        left = [key for key in streams if len(selected[key]) < len(ids[key])]
         if not left:
             break
-        for key in left[: count - sum(map(len, taken.values()))]:
-            taken[key].append(streams[key].at(len(taken[key])))
-    return taken
+        for key in left[: count - sum(map(len, selected.values()))]:
+            selected[key].append(streams[key].at(len(selected[key])))
+    return selected
 
 
-class Preview:
-    """Validation loss and sample grids of one run."""
+class Validator:
+    """Computes validation loss and sample grids of one run."""
 
-    def __init__(self, config: Config, data: Data, inputs: Inputs, ranks: Ranks) -> None:
+    def __init__(self, config: Config, data: TrainData, inputs: Inputs, ranks: Ranks) -> None:
         self.config, self.data, self.inputs, self.ranks = config, data, inputs, ranks
         self._decoder: VideoEncoder | None = None
 
-    def look(self, engine: Engine, ema: EMA, tracker: Tracker, step: int, last: bool) -> dict[str, float]:
-        """What is due at `step`, with the moving average's weights: {"validation_loss": …} or {}, and a picture."""
-        validate, draw = self.config.validation.every, self.config.samples.every
-        validates, draws = (every is not None and (last or step % every == 0) for every in (validate, draw))
-        found: dict[str, float] = {}
-        if validates or draws:
+    def run(self, engine: Engine, ema: EMA, tracker: Tracker, step: int) -> dict[str, float]:
+        """{"validation_loss": …} if it is due at `step`, else {}; a sample grid, if it is due, goes to the tracker."""
+        config, steps = self.config, self.config.train.steps
+        validates, samples = (is_due(section.every, step, steps) for section in (config.validation, config.samples))
+        metrics: dict[str, float] = {}
+        if validates or samples:
             engine.module.eval()
-            with ema.swapped(engine.publish):
+            with ema.swapped(engine.sync_from_masters):
                 if validates:
-                    found["validation_loss"] = self.loss(engine.module)
-                if draws and (grid := self.grid(engine.module)) is not None:
-                    tracker.picture("samples", grid, step)
+                    metrics["validation_loss"] = self.loss(engine.module)
+                if samples and (grid := self.sample_grid(engine.module)) is not None:
+                    tracker.image("samples", grid, step)
             engine.module.train()
-        return found
+        return metrics
 
     def _batches(self, ids: list[int], bucket: Bucket, batch_size: int) -> list[tuple[Batch, Tensor]]:
-        """This rank's batches of `ids`, each with 1 where a sample counts and 0 where it fills (B,)."""
+        """This rank's batches of `ids`, each with weights (B,): 1 for samples, 0 for padding."""
         batches = []
-        for share in shares(len(ids), self.ranks, batch_size):
+        for share in shard_batches(len(ids), self.ranks, batch_size):
             samples = [self.data.source.sample(ids[max(n, 0)]) for n in share]
-            counts = torch.tensor([float(n != FILLER) for n in share], device=self.ranks.device)
+            counts = torch.tensor([float(n != PADDING) for n in share], device=self.ranks.device)
             batches.append((collate(samples, [max(n, 0) for n in share], bucket), counts))
         return batches
 
@@ -95,13 +94,13 @@ class Preview:
     def loss(self, model: Callable[..., Any]) -> float:
         """Mean loss over `validation.samples` clips at each of `validation.times`."""
         config, objective = self.config, self.inputs.objective
-        taken = chosen(self.data, config, config.data.buckets, config.validation.samples)
+        selected = select_clips(self.data, config, config.data.buckets, config.validation.samples)
         total, count = torch.zeros((), device=self.ranks.device), 0.0
         for bucket in config.data.buckets:
-            for batch, counts in self._batches(taken.get(bucket.key, []), bucket, bucket.batch_size):
+            for batch, counts in self._batches(selected.get(bucket.key, []), bucket, bucket.batch_size):
                 x0 = self.inputs.latents(batch, None)
                 noise = self.inputs.noise(x0, f"validation {bucket.key}", 0, batch.positions)
-                condition = condition_of(batch, config.model, self.ranks.device)
+                condition = batch_conditions(batch, config.model, self.ranks.device)
                 condition |= self.inputs.control(batch, x0, None)
                 for time in config.validation.times:
                     t = torch.full((len(batch),), time, device=self.ranks.device)
@@ -110,47 +109,47 @@ class Preview:
                     )
                     total += (each * counts).sum()
                     count += float(counts.sum())
-        summed, counted = self.ranks.total(total.item(), count)
+        summed, counted = self.ranks.all_reduce(total.item(), count)
         return summed / counted
 
     @torch.no_grad()
-    def grid(self, model: STDiT | Controlled) -> Image.Image | None:
-        """Clips drawn for captions or classes of the validation split, as one picture; on rank 0, else None."""
-        config, wanted = self.config, self.config.samples
-        # Conditions come from clips of any shape: what is drawn has the one that is asked for.
-        shape = wanted.bucket or config.data.buckets[0]
+    def sample_grid(self, model: STDiT | Controlled) -> Image.Image | None:
+        """Samples for captions or classes of the validation split, as one image; None on ranks other than 0."""
+        config, settings = self.config, self.config.samples
+        # Captions come from clips of any shape; only a control branch needs clips of the samples' own shape.
+        shape = settings.bucket or config.data.buckets[0]
         buckets = [b for b in config.data.buckets if not config.train.control or b.key == shape.key]
-        conditions = next((b for b in buckets if any(chosen(self.data, config, [b], 1).values())), None)
-        if conditions is None:  # of a control branch: it draws clips of a condition's own shape alone
+        conditions = next((b for b in buckets if any(select_clips(self.data, config, [b], 1).values())), None)
+        if conditions is None:
             return None
         latent = latent_shape(shape, tuple(self.data.video_encoder["compression"]))
-        ids = chosen(self.data, config, [conditions], wanted.count)[conditions.key]
+        ids = select_clips(self.data, config, [conditions], settings.count)[conditions.key]
         captions = [self.data.source.sample(i).caption for i in ids]
 
-        # Told of the clip that is drawn, not of those whose captions it has.
+        # Micro-conditions of the sampled clip, not of those whose captions it has.
         size = {k: v for k, v in micro_conditions(config.model, shape, 1.0, self.ranks.device).items() if k != "fps"}
-        drawn = []
+        latents = []
         for batch, _ in self._batches(ids, conditions, conditions.batch_size):
             start = torch.empty(len(batch), config.model.in_channels, *latent)
             x = self.inputs.noise(start, "samples", 0, batch.positions)
-            scheduler = make_scheduler(wanted.sampler, config.diffusion, latent, config.model.learned_variance)
+            scheduler = make_scheduler(settings.sampler, config.diffusion, latent, config.model.learned_variance)
             predict = Sampled(model.base, model.control) if isinstance(model, Controlled) else Sampled(model)
-            scale = wanted.sampler.guidance_scale if self._conditional else 1.0
+            scale = settings.sampler.guidance_scale if self._conditional else 1.0
             negative = self.inputs.empty(len(batch)) if scale != 1 else {}
             velocity = with_scheduler_sign(predict, config.diffusion)
-            steered = guided(velocity, scale, negative or None, channels=wanted.sampler.guidance_channels)
+            steered = guided(velocity, scale, negative or None, channels=settings.sampler.guidance_channels)
             generators = [torch.Generator().manual_seed(p) for p in batch.positions]
-            condition = condition_of(batch, config.model, self.ranks.device)
+            condition = batch_conditions(batch, config.model, self.ranks.device)
             if size:
                 condition["added_cond_kwargs"] = {**condition["added_cond_kwargs"], **size}
             condition |= self.inputs.control(batch, self.inputs.latents(batch, None), None)
-            part = sample(steered, scheduler, x, wanted.sampler.steps, condition, generators, ahead=predict.expect)
-            # All ranks' parts of these, in the order of the numbers.
-            drawn.append(self.ranks.joined(part).cpu())
-        if not self.ranks.first:
+            part = sample(steered, scheduler, x, settings.sampler.steps, condition, generators, ahead=predict.expect)
+            latents.append(self.ranks.all_gather(part).cpu())  # in order of their numbers
+        if not self.ranks.is_main:
             return None
-        # Fillers stand at the end of the last batch.
-        return draw_grid(self._decode(torch.cat(drawn)[: len(ids)]), captions)
+        pixels = self._decode(torch.cat(latents)[: len(ids)])  # padding is at the end
+        clips = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()
+        return contact_sheet([Cell(*cell) for cell in zip(clips, captions, strict=True)], strip=8)
 
     @property
     def _conditional(self) -> bool:
@@ -164,30 +163,3 @@ class Preview:
         if self._decoder is None:
             self._decoder = video_encoder_from_identity(self.data.video_encoder, self.ranks.device)
         return torch.cat([self._decoder.decode(one[None]).cpu() for one in latents])
-
-
-def draw_grid(
-    pixels: Tensor, captions: Sequence[str], frames: int = 8, least: int = 64, across: int = 1000
-) -> Image.Image:
-    """Pixels (B, 3, T, H, W) in [-1, 1] as a picture: each clip's frames, at most `frames`, in a row below its caption.
-
-    least: px to which a frame is enlarged. across: px that clips side by side fill.
-    """
-    count, _, length, height, width = pixels.shape
-    shown = np.linspace(0, length - 1, min(frames, length)).round().astype(int)
-    by = max(1, -(-least // min(height, width)))
-    values = ((pixels[:, :, shown].clamp(-1, 1) + 1) * 127.5).round().byte()
-    images = values.permute(0, 2, 3, 4, 1).numpy().repeat(by, 2).repeat(by, 3)  # (B, F, H, W, 3)
-    line, gap, letter = 14, 2, 6
-    cell = (max(len(shown) * (width * by + gap), 160), height * by + line + gap)
-    columns = min(count, max(1, across // cell[0]))
-    grid = Image.new("RGB", (columns * cell[0], -(-count // columns) * cell[1]), "white")
-    pen = ImageDraw.Draw(grid)
-    for clip in range(count):
-        left, top = clip % columns * cell[0], clip // columns * cell[1]
-        # Pillow's built-in face knows Latin-1.
-        caption = captions[clip].encode("latin-1", "replace").decode("latin-1")
-        pen.text((left + gap, top), caption[: cell[0] // letter - 1], fill="black")
-        for i in range(len(shown)):
-            grid.paste(Image.fromarray(images[clip, i]), (left + i * (width * by + gap), top + line))
-    return grid

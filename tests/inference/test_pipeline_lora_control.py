@@ -54,7 +54,7 @@ def shaken(parameters: Any, seed: int, std: float = 0.2) -> None:
 
 def adapter(run: Path, folder: Path, seed: int | None, **settings: Any) -> Path:
     """An adapter of the run's model; seed None: as it starts."""
-    model = STDiT.from_pretrained(checkpoint.trained_folder(run))
+    model = STDiT.from_pretrained(checkpoint.find_weights(run))
     lora.add(model, **{"rank": 2, **settings})
     if seed is not None:
         shaken((p for p in model.parameters() if p.requires_grad), seed)
@@ -177,7 +177,7 @@ def test_an_adapter_that_does_not_fit_is_refused(run: Path, style: Path, tmp_pat
 
 def trained_beside(base: Path, run: Path, kind: str) -> Path:
     """The run directory of an adapter's or a branch's training on `base`, without the training."""
-    source = checkpoint.trained_folder(base)
+    source = checkpoint.find_weights(base)
     config = Config(
         run_dir=run,
         model=model_config(**CLASSES),
@@ -189,20 +189,20 @@ def trained_beside(base: Path, run: Path, kind: str) -> Path:
         ),
         init=InitConfig(source=base),
     )
-    model = adapters.begin(adapters.open_base(source, config)[0], config)
+    model = adapters.add_trainable(adapters.load_base(source, config)[0], config)
     shaken((p for p in model.parameters() if p.requires_grad), 3)
-    folder = run / checkpoint.FOLDER / checkpoint.tag_of(1)
+    folder = run / checkpoint.FOLDER / checkpoint.folder_of_step(1)
     state = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     for weights in ("ema", "model"):
-        adapters.write(model, state, folder / checkpoint.folder_name(kind, weights))  # type: ignore[arg-type]
-    told = checkpoint.identity(base)
+        adapters.save_trained(model, state, folder / checkpoint.weights_folder(kind, weights))  # type: ignore[arg-type]
+    told = checkpoint.read_identity(base)
     data = {key: told[key] for key in ("video_encoder", "text_encoder", "classes", "features")}
-    found = adapters.base_of(source)
+    found = adapters.make_base(source)
     identity = checkpoint.make_identity(
         config, told["architecture"], data, 1, 1, {}, 1, {"folder": found.folder, "fingerprint": found.fingerprint}
     )
     (folder / checkpoint.IDENTITY).write_text(json.dumps(identity))
-    checkpoint.seal(folder)
+    checkpoint.write_manifest(folder)
     return run
 
 

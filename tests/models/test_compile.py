@@ -175,7 +175,7 @@ def test_inductor_gives_the_same(tiny: Tiny, noise: Noise, name: str, monkeypatc
 @pytest.mark.slow
 def test_what_train_compile_asks_for_trains(noise: Noise) -> None:
     config = load_config("configs/debug.yaml", Config, ["train.compile=true", "train.activation_checkpointing=true"])
-    model = prepare(STDiT.from_settings(config.model), config)
+    model = prepare(STDiT.from_settings(config.model), config, torch.device("cpu"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     told = {"class_labels": torch.arange(4)} if config.model.num_classes else {}
     if config.model.text_dim:

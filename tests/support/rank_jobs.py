@@ -78,22 +78,20 @@ def engine_steps(data: dict[str, Any], bad_rank: int) -> dict[str, Any]:
     loss of step 5 is. Losses, norms, weights, their average (also by the formula, from the weights after each step),
     and what the live model makes of both."""
     from stdit.data.loader import Loader
-    from stdit.diffusion.objectives import make_objective
     from stdit.models.stdit import STDiT
-    from stdit.train import backward
-    from stdit.training.checks import check
+    from stdit.training.data import open_data
     from stdit.training.ema import EMA, decay_at
-    from stdit.training.engine import Engine, start_ranks
+    from stdit.training.engine import Engine, init_distributed
     from stdit.training.inputs import Inputs
 
     config = config_of(data)
-    checked = check(config)
-    ranks = start_ranks()
+    checked = open_data(config)
+    ranks = init_distributed()
     model = STDiT.from_settings(config.model, config.seed)
     initial = {k: v.clone() for k, v in model.named_parameters()}
     engine = Engine(model, config, ranks)
     ema = EMA(engine.masters, config.train.ema)
-    inputs = Inputs(config, checked.video_encoder, make_objective(config.diffusion, False), ranks.device)
+    inputs = Inputs(config, checked.video_encoder, ranks.device)
     loader = Loader(
         checked.source, config.data, config.seed, ranks.rank, ranks.size, config.train.gradient_accumulation
     )
@@ -104,18 +102,22 @@ def engine_steps(data: dict[str, Any], bad_rank: int) -> dict[str, Any]:
     for number, step in zip(range(1, 6), loader, strict=False):
         spoiled = ranks.rank == bad_rank and number in (4, 5)
         hook = engine.module.register_forward_hook(SPOIL[number]) if spoiled else None
-        micro = [backward(engine, inputs, batch, number)[0] for batch in step.batches]
+        micro = []
+        for batch in step.batches:
+            loss = inputs.loss(engine, batch, number)
+            engine.backward(loss.total)
+            micro.append(float(loss.logged[0]))
         if hook:
             hook.remove()
         norms.append(engine.step(1e-3))
-        losses.append(ranks.total(float(sum(micro)) / len(micro) / ranks.size)[0])
+        losses.append(ranks.all_reduce(sum(micro) / len(micro) / ranks.size)[0])
         now = engine.weights()
         unchanged.append(all(torch.equal(now[k], weights[k]) for k in now))
         weights = now
         ema.update(number)
         decay = decay_at(config.train.ema, number)
         average = {k: decay * average[k] + (1 - decay) * weights[k] for k in average}
-    with ema.swapped(engine.publish):
+    with ema.swapped(engine.sync_from_masters):
         averaged, made_by_average = engine.weights(), _made(engine)
     after, made = engine.weights(), _made(engine)
     engine.close()

@@ -66,7 +66,7 @@ def make_run(
         train=TrainConfig(steps=step),
         **config,
     )
-    folder = run / checkpoint.FOLDER / checkpoint.tag_of(step)
+    folder = run / checkpoint.FOLDER / checkpoint.folder_of_step(step)
     transformer = STDiT.from_settings(model)
     for weights, name in checkpoint.TRANSFORMER.items():
         lively(transformer, step + (weights == "ema")).save_pretrained(folder / name)
@@ -87,5 +87,5 @@ def make_run(
         world_size=1,
     )
     (folder / checkpoint.IDENTITY).write_text(json.dumps(identity))
-    checkpoint.seal(folder)
+    checkpoint.write_manifest(folder)
     return run

@@ -11,31 +11,29 @@ import torch
 def grid(data: dict[str, Any]) -> tuple[np.ndarray | None, list[dict[str, Any]]]:
     """The sample grid of an engine whose weights are all drawn (rank 0's; None elsewhere), and the micro-conditions of
     each preparation of conditions ahead."""
-    from stdit.diffusion.objectives import make_objective
     from stdit.models import sampling
     from stdit.models.stdit import STDiT
-    from stdit.training.checks import check
-    from stdit.training.engine import Engine, start_ranks
+    from stdit.training.data import open_data
+    from stdit.training.engine import Engine, init_distributed
     from stdit.training.inputs import Inputs
-    from stdit.training.validation import Preview
+    from stdit.training.validation import Validator
     from tests.support.rank_jobs import config_of
 
     config = config_of(data)
-    checked = check(config)
-    ranks = start_ranks()
+    checked = open_data(config)
+    ranks = init_distributed()
     engine = Engine(STDiT.from_settings(config.model, config.seed), config, ranks)
     generator = torch.Generator().manual_seed(0)
     drawn = STDiT.from_settings(config.model).state_dict()
     engine.set_weights({k: torch.randn(v.shape, generator=generator) * 0.2 for k, v in drawn.items()})
-    objective = make_objective(config.diffusion, config.model.learned_variance)
-    preview = Preview(config, checked, Inputs(config, checked.video_encoder, objective, ranks.device), ranks)
+    validator = Validator(config, checked, Inputs(config, checked.video_encoder, ranks.device), ranks)
     engine.module.eval()
     added, encode = [], sampling.encode_static
     cast(Any, sampling).encode_static = lambda model, inputs: (
         added.append(inputs.added_cond_kwargs or {}) or encode(model, inputs)
     )
     try:
-        picture = preview.grid(engine.module)
+        picture = validator.sample_grid(engine.module)
     finally:
         sampling.encode_static = encode
     engine.close()

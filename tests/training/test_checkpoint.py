@@ -15,29 +15,29 @@ from stdit.training import checkpoint
 
 
 def make(run_dir: Path, step: int, whole: bool = True) -> Path:
-    folder = run_dir / "checkpoints" / checkpoint.tag_of(step)
+    folder = run_dir / "checkpoints" / checkpoint.folder_of_step(step)
     (folder / "transformer_ema").mkdir(parents=True)
     (folder / "shard.pt").write_bytes(bytes(range(256)) * 4)
     (folder / "transformer_ema/config.json").write_text('{"a": 1}')
     (folder / "identity.json").write_text(json.dumps({"step": step}))
     if whole:
-        checkpoint.seal(folder)
+        checkpoint.write_manifest(folder)
     return folder
 
 
 def test_the_newest_whole_one_wins_whatever_latest_says(tmp_path: Path) -> None:
-    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.find_latest(tmp_path) is None
     older = make(tmp_path, 9)
     newer = make(tmp_path, 10)
     (tmp_path / "checkpoints/latest").write_text(older.name)
-    assert checkpoint.newest(tmp_path) == newer
+    assert checkpoint.find_latest(tmp_path) == newer
     make(tmp_path, 11, whole=False)
-    assert checkpoint.newest(tmp_path) == newer
+    assert checkpoint.find_latest(tmp_path) == newer
     (tmp_path / "checkpoints/latest").unlink()
-    assert checkpoint.newest(tmp_path) == newer
-    assert checkpoint.identity(tmp_path) == {"step": 10}
-    assert checkpoint.trained_folder(tmp_path) == newer / "transformer_ema"
-    assert checkpoint.trained_folder(older, "model") == older / "transformer"
+    assert checkpoint.find_latest(tmp_path) == newer
+    assert checkpoint.read_identity(tmp_path) == {"step": 10}
+    assert checkpoint.find_weights(tmp_path) == newer / "transformer_ema"
+    assert checkpoint.find_weights(older, "model") == older / "transformer"
 
 
 @quick(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -53,37 +53,37 @@ def test_any_bit_flipped_in_any_file_is_noticed(tmp_path: Path, data: st.DataObj
     flipped = bytearray(content)
     flipped[bit // 8] ^= 1 << bit % 8
     path.write_bytes(flipped)
-    reason = checkpoint.problem(folder)
+    reason = checkpoint.verify(folder)
     path.write_bytes(content)
     assert reason is not None
     assert path.name in reason
-    assert checkpoint.problem(folder) is None
+    assert checkpoint.verify(folder) is None
 
 
 def test_missing_shortened_and_damaged_files_are_named(tmp_path: Path) -> None:
     folder = make(tmp_path, 1)
     (folder / "shard.pt").write_bytes(b"short")
-    assert checkpoint.problem(folder) == "shard.pt has 5 bytes, its manifest says 1024"
+    assert checkpoint.verify(folder) == "shard.pt has 5 bytes, its manifest says 1024"
     (folder / "shard.pt").unlink()
-    assert checkpoint.problem(folder) == "shard.pt is missing"
+    assert checkpoint.verify(folder) == "shard.pt is missing"
     (folder / "manifest.json").write_text('{"files": ')
-    assert "manifest.json is damaged" in str(checkpoint.problem(folder))
+    assert "manifest.json is damaged" in str(checkpoint.verify(folder))
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint is intact"):
-        checkpoint.newest(tmp_path)
+        checkpoint.find_latest(tmp_path)
 
 
 def test_pruning_keeps_the_newest_and_torn_ones_go(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         make(tmp_path, step, whole=step != 4)
     checkpoint.prune(tmp_path, 2)
-    assert [p.name[-1] for p in checkpoint.all_of(tmp_path)] == ["4", "3", "2"]
-    checkpoint.remove_torn(tmp_path)
-    assert [p.name[-1] for p in checkpoint.all_of(tmp_path)] == ["3", "2"]
+    assert [p.name[-1] for p in checkpoint.list_checkpoints(tmp_path)] == ["4", "3", "2"]
+    checkpoint.remove_incomplete(tmp_path)
+    assert [p.name[-1] for p in checkpoint.list_checkpoints(tmp_path)] == ["3", "2"]
 
 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither a checkpoint"):
-        checkpoint.trained_folder(tmp_path)
+        checkpoint.find_weights(tmp_path)
     torn = make(tmp_path, 1, whole=False)
     with pytest.raises(checkpoint.CheckpointError, match=r"no manifest.json"):
-        checkpoint.identity(torn)
+        checkpoint.read_identity(torn)

@@ -14,11 +14,10 @@ from stdit import extract
 from stdit.config import ConfigError
 from stdit.data.features import Sample
 from stdit.data.loader import collate
-from stdit.diffusion.objectives import make_objective
 from stdit.models.control import STDiTControl
 from stdit.models.stdit import STDiT
 from stdit.training import adapters, checkpoint
-from stdit.training.checks import check
+from stdit.training.data import open_data
 from stdit.training.inputs import Inputs, low_resolution
 from tests.support import clip_folder
 from tests.support.clip_folder import rows
@@ -54,7 +53,7 @@ def data_for(path: Path, base: Path, stage: int = 0, ranks: int = 2, control: di
 
 
 def place(run_dir: Path, step: int = 6) -> Path:
-    return run_dir / "checkpoints" / checkpoint.tag_of(step)
+    return run_dir / "checkpoints" / checkpoint.folder_of_step(step)
 
 
 def losses(found: dict[str, Any]) -> list[float]:
@@ -93,20 +92,18 @@ def test_a_checkpoint_is_the_base_with_its_branch_and_nothing_else(solo: Pool, b
     found = solo(run, {**data_for(tmp_path, base, 0, 1, {"blocks": 2}, steps=2), **look})[0]
     assert "validation_loss" in found["metrics"][-1]
     assert list((tmp_path / "samples").iterdir())
-    folder = checkpoint.trained_folder(tmp_path)
+    folder = checkpoint.find_weights(tmp_path)
     assert folder.name == "control_ema"
     said = json.loads((folder.parent / "identity.json").read_text())
     assert (said["trained"], said["base"]["folder"]) == ("control", str(base))
     assert said["architecture"]["depth"] == 2
-    model, control = adapters.open_trained(folder)
+    model, control = adapters.load_trained(folder)
     assert isinstance(control, STDiTControl)
     assert len(control.blocks) == 2
     original = STDiT.from_pretrained(base).state_dict()
     assert all(torch.equal(weight, original[n]) for n, weight in model.state_dict().items())
-    with pytest.raises(
-        ConfigError, match=f"trained a control branch, which is no whole model; begin from its base, {base}"
-    ):
-        adapters.weights_of(tmp_path, "ema")
+    with pytest.raises(ConfigError, match=f"trained a control branch, not a model; start from its base, {base}"):
+        adapters.resolve_weights(tmp_path, "ema")
 
 
 def test_the_condition_is_made_of_the_clip_or_comes_with_it(base: Path, tmp_path: Path) -> None:
@@ -123,7 +120,7 @@ def test_the_condition_is_made_of_the_clip_or_comes_with_it(base: Path, tmp_path
         data = data_for(tmp_path, base, 0, 1, {"condition": condition, **control})
         data["data"]["buckets"] = data["data"]["buckets"][:1]
         config = config_of(data)
-        made = Inputs(config, {"shift": [1.0], "scale": [0.5]}, make_objective(config.diffusion, False), CPU)
+        made = Inputs(config, {"shift": [1.0], "scale": [0.5]}, CPU)
         return made.control(batch, made.latents(batch, None), 1)["control"]
 
     assert torch.equal(told("first_frame")[0], (mean[:, :1] - 1) * 0.5)
@@ -139,9 +136,9 @@ def test_what_cannot_be_is_refused_by_key(base: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"train.control.condition is paired, but data.features synthetic holds no cond"
     ):
-        check(config_of(data_for(tmp_path, base, 0, 1, {"condition": "paired"})))
+        open_data(config_of(data_for(tmp_path, base, 0, 1, {"condition": "paired"})))
     with pytest.raises(ConfigError, match=r"train.control.factor 3 does not divide bucket 2x8x8's latents, 8x8"):
-        check(config_of(data_for(tmp_path, base, 0, 1, {"factor": 3})))
+        open_data(config_of(data_for(tmp_path, base, 0, 1, {"factor": 3})))
     with pytest.raises(ConfigError, match=r"first_frame: of an image \(bucket 1x8x8\)"):
         config_of(data_for(tmp_path, base, 0, 1, {"condition": "first_frame"}))
     with pytest.raises(ConfigError, match=r"train.control.blocks is 3, but the model has 2 blocks"):
@@ -166,4 +163,4 @@ def test_a_branch_learns_from_conditions_that_were_extracted(solo: Pool, tmp_pat
     }
     found = solo(run, data)[0]
     assert [line["step"] for line in found["metrics"]] == [1, 2]
-    assert adapters.open_trained(checkpoint.trained_folder(tmp_path / "run"))[1] is not None
+    assert adapters.load_trained(checkpoint.find_weights(tmp_path / "run"))[1] is not None

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from stdit.config import ConfigError, TrainConfig
-from stdit.training.deepspeed_config import ALLOWED, DECIDED, REFUSED, settings
+from stdit.training.deepspeed_config import ALLOWED, SET_BY_CONFIG, UNSUPPORTED, make_deepspeed_config
 from tests.support.paths import ROOT
 
 
 def made(raw: Any = None, **train: Any) -> dict[str, Any]:
-    return settings(TrainConfig(steps=1, deepspeed=raw, **train), 1000, "cpu")
+    return make_deepspeed_config(TrainConfig(steps=1, deepspeed=raw, **train), 1000, "cpu")
 
 
 def test_raw_settings_are_merged_key_by_key() -> None:
@@ -87,7 +87,7 @@ def test_every_key_on_our_lists_is_one_that_deepspeed_reads() -> None:
     import deepspeed
 
     source = "\n".join(p.read_text() for p in Path(deepspeed.__file__).parent.rglob("*.py"))
-    for key in sorted(ALLOWED | set(DECIDED) | REFUSED):
+    for key in sorted(ALLOWED | set(SET_BY_CONFIG) | UNSUPPORTED):
         assert re.search(rf"""["']{key}["']|^\s+{key}:""", source, re.MULTILINE), key
 
 

@@ -14,16 +14,16 @@ from tests.support.rank_pool import Pool, RankError
 
 def test_alone_there_is_nothing_to_agree_on() -> None:
     ranks = Ranks(0, 1, 0, torch.device("cpu"))
-    assert ranks.first
-    assert ranks.total(1.5, 2.0) == [1.5, 2.0]
-    assert ranks.agree(lambda: "x") == "x"
-    assert torch.equal(ranks.joined(torch.ones(2)), torch.ones(2))
+    assert ranks.is_main
+    assert ranks.all_reduce(1.5, 2.0) == [1.5, 2.0]
+    assert ranks.broadcast(lambda: "x") == "x"
+    assert torch.equal(ranks.all_gather(torch.ones(2)), torch.ones(2))
 
 
 def meet(fail: bool) -> list[object]:
-    from stdit.training.engine import start_ranks
+    from stdit.training.engine import init_distributed
 
-    ranks = start_ranks()
+    ranks = init_distributed()
 
     def look_up() -> int:
         if fail:
@@ -31,7 +31,11 @@ def meet(fail: bool) -> list[object]:
         return 10 + ranks.rank
 
     part = torch.full((2, 1), float(ranks.rank))
-    return [ranks.total(1.0, float(ranks.rank)), ranks.agree(look_up), ranks.joined(part).flatten().tolist()]
+    return [
+        ranks.all_reduce(1.0, float(ranks.rank)),
+        ranks.broadcast(look_up),
+        ranks.all_gather(part).flatten().tolist(),
+    ]
 
 
 @pytest.mark.distributed

@@ -11,7 +11,6 @@ import torch
 from pydantic import ValidationError
 
 from stdit.config import Config, ConfigError, DynamicConfig, merge, validate
-from stdit.diffusion.objectives import make_objective
 from stdit.models.dynamic import ComputeStats
 from stdit.training.dynamic_loss import flops_loss, flops_target
 from stdit.training.inputs import Inputs
@@ -107,7 +106,7 @@ def test_choices_are_each_samples_own() -> None:
     def choices(data: dict[str, Any], step: int, positions: tuple[int, ...]) -> dict[str, Any]:
         config = config_of(merge(settings("runs/x"), data))
         statistics = {"shift": [0.0], "scale": [1.0]}
-        return Inputs(config, statistics, make_objective(config.diffusion, False), CPU).choices(step, positions)
+        return Inputs(config, statistics, CPU).router_inputs(step, positions)
 
     assert choices({}, 1, (0, 1)) == {}
     assert set(choices({"model": {"drop_path": 0.1}}, 1, (0,))) == {"generator"}
@@ -143,7 +142,7 @@ def test_a_dynamic_run_resumes_bitwise(pair: Pool, tmp_path: Path, stage: int) -
         return made
 
     whole = pair(run, data("whole"))[0]["metrics"]
-    assert all(0.2 < line["compute"] <= 1 for line in whole)
+    assert all(0.2 < line["flops_ratio"] <= 1 for line in whole)
     pair(run_stopping_on_rank_1, data("broken"), 3)
     assert numbers(pair(run, data("broken"))[0]["metrics"]) == numbers(whole)
 
@@ -152,7 +151,7 @@ def test_a_dynamic_run_resumes_bitwise(pair: Pool, tmp_path: Path, stage: int) -
 def test_drop_path_resumes_bitwise(solo: Pool, tmp_path: Path) -> None:
     changes = {"model": {"drop_path": 0.5}}
     whole = solo(run, merge(settings(tmp_path / "whole"), changes))[0]["metrics"]
-    assert "compute" not in whole[0]
+    assert "flops_ratio" not in whole[0]
     solo(run, merge(settings(tmp_path / "broken"), changes), 3)
     assert numbers(solo(run, merge(settings(tmp_path / "broken"), changes))[0]["metrics"]) == numbers(whole)
 
@@ -173,7 +172,7 @@ def test_a_static_run_goes_on_dynamic_and_learns_its_target(solo: Pool, tmp_path
     }
     seen = solo(run, merge(settings(tmp_path / "dynamic"), changes))[0]
     assert "newly initialised: blocks.*.dynamic.heads.weight" in seen["said"]
-    shares = [line["compute"] for line in seen["metrics"]]
+    shares = [line["flops_ratio"] for line in seen["metrics"]]
     assert shares[0] > 0.95
     assert sum(shares[-10:]) / 10 == pytest.approx(0.6, abs=0.1)
     assert seen["metrics"][-1]["validation_loss"] < 5

@@ -12,12 +12,11 @@ from stdit.config import Bucket, Config, merge
 from stdit.data.features import EmptyCaption, Sample
 from stdit.data.loader import Batch, collate
 from stdit.diffusion.guidance import guided
-from stdit.diffusion.objectives import make_objective
 from stdit.models.stdit import STDiT
-from stdit.training.checks import check
+from stdit.training.data import open_data
 from stdit.training.distributed import Ranks
-from stdit.training.inputs import Inputs, condition_of
-from stdit.training.validation import Preview
+from stdit.training.inputs import Inputs, batch_conditions
+from stdit.training.validation import Validator
 from tests.support.rank_jobs import config_of, settings
 
 CPU = torch.device("cpu")
@@ -33,7 +32,7 @@ def config(**model: Any) -> Config:
 
 
 def inputs(settings: Config, empty: EmptyCaption | None = EMPTY) -> Inputs:
-    return Inputs(settings, STATISTICS, make_objective(settings.diffusion, False), CPU, empty)
+    return Inputs(settings, STATISTICS, CPU, empty)
 
 
 def batch_of(lengths: list[int]) -> Batch:
@@ -48,8 +47,10 @@ def batch_of(lengths: list[int]) -> Batch:
 @pytest.mark.parametrize("lengths", [[1, 2], [7, 2, 5], [2] * 40])
 def test_dropped_captions_are_replaced_by_the_empty_one(lengths: list[int]) -> None:
     made, batch = inputs(config()), batch_of(lengths)
-    own = inputs(config(null_text="token")).dropped(condition_of(batch, config().model, CPU), 3, batch.positions)
-    told = made.dropped(condition_of(batch, config().model, CPU), 3, batch.positions)
+    own = inputs(config(null_text="token")).drop_conditions(
+        batch_conditions(batch, config().model, CPU), 3, batch.positions
+    )
+    told = made.drop_conditions(batch_conditions(batch, config().model, CPU), 3, batch.positions)
     assert "drop_condition" not in told
     without = own["drop_condition"]
     assert without.any()
@@ -66,13 +67,13 @@ def test_dropped_captions_are_replaced_by_the_empty_one(lengths: list[int]) -> N
 
 def test_which_captions_are_dropped_does_not_depend_on_the_batch() -> None:
     made, whole = inputs(config()), batch_of([2] * 12)
-    told = made.dropped(condition_of(whole, config().model, CPU), 5, whole.positions)
+    told = made.drop_conditions(batch_conditions(whole, config().model, CPU), 5, whole.positions)
     assert whole.text is not None
     assert whole.text_mask is not None
     assert whole.pooled is not None
     half = replace(whole, text=whole.text[6:], text_mask=whole.text_mask[6:], pooled=whole.pooled[6:],
                    class_labels=whole.class_labels[6:], positions=whole.positions[6:])  # fmt: skip
-    part = made.dropped(condition_of(half, config().model, CPU), 5, half.positions)
+    part = made.drop_conditions(batch_conditions(half, config().model, CPU), 5, half.positions)
     assert torch.equal(part[POOLED], told[POOLED][6:])
     assert torch.equal(part["class_labels"], told["class_labels"][6:])
 
@@ -82,8 +83,8 @@ def test_nothing_dropped_changes_nothing() -> None:
         merge(config().model_dump(mode="json"), {"diffusion": {"caption_dropout": 0.0, "label_dropout": 0.0}})
     )
     batch = batch_of([1, 2])
-    condition = condition_of(batch, never.model, CPU)
-    told = inputs(never).dropped(condition, 1, batch.positions)
+    condition = batch_conditions(batch, never.model, CPU)
+    told = inputs(never).drop_conditions(condition, 1, batch.positions)
     assert all(torch.equal(told[name], condition[name]) for name in condition)
     assert told.keys() == condition.keys()
 
@@ -96,7 +97,7 @@ def test_text_is_cut_to_the_longest_prompt_before_it_is_sent() -> None:
         text_mask=torch.nn.functional.pad(batch.text_mask, (0, 6)),  # type: ignore[arg-type]
     )
     for one in (batch, wide):
-        condition = condition_of(one, config().model, CPU)
+        condition = batch_conditions(one, config().model, CPU)
         assert condition[TEXT].shape == (2, 4, 8)
         assert condition[MASK].shape == (2, 4)
 
@@ -113,7 +114,7 @@ def test_guidance_leaves_the_empty_caption() -> None:
     def predict(x: torch.Tensor, t: torch.Tensor, cond: Any) -> torch.Tensor:
         return model(x, t, **cond).sample
 
-    condition = condition_of(batch_of([2, 7]), settings.model, CPU)
+    condition = batch_conditions(batch_of([2, 7]), settings.model, CPU)
     with torch.no_grad():
         found = guided(predict, 0.0, made.empty(2))(x, t, condition)
         own = predict(x, t, made.empty(2))
@@ -125,9 +126,9 @@ def test_guidance_leaves_the_empty_caption() -> None:
 def test_such_a_model_trains_and_draws_on_synthetic_data(conditioning: str) -> None:
     change = {"samples": {"every": 1, "count": 2, "sampler": {"steps": 2}}, "validation": {"every": 1, "samples": 2}}
     told = config_of(merge(config(conditioning=conditioning).model_dump(mode="json"), change))
-    data = check(told)
-    made = Inputs(told, data.video_encoder, make_objective(told.diffusion, False), CPU, data.empty_caption)
+    data = open_data(told)
+    made = Inputs(told, data.video_encoder, CPU, data.empty_caption)
     model = STDiT.from_settings(told.model)
-    preview = Preview(told, data, made, Ranks(0, 1, 0, CPU))
-    assert preview.grid(model.eval()) is not None
+    preview = Validator(told, data, made, Ranks(0, 1, 0, CPU))
+    assert preview.sample_grid(model.eval()) is not None
     assert preview.loss(model) > 0

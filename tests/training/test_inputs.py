@@ -6,9 +6,8 @@ import torch
 from stdit.config import Bucket, merge
 from stdit.data.features import Sample
 from stdit.data.loader import collate
-from stdit.diffusion.objectives import make_objective
 from stdit.inference.inputs import given
-from stdit.training.inputs import Inputs, condition_of
+from stdit.training.inputs import Inputs, batch_conditions
 from tests.support.rank_jobs import config_of, settings
 
 CPU = torch.device("cpu")
@@ -17,7 +16,7 @@ STATISTICS = {"shift": [1.0, 2.0], "scale": [0.5, 0.25]}
 
 def inputs() -> Inputs:
     config = config_of(merge(settings("runs/x"), {"model": {"in_channels": 2, "micro_conditions": ["fps", "width"]}}))
-    return Inputs(config, STATISTICS, make_objective(config.diffusion, False), CPU)
+    return Inputs(config, STATISTICS, CPU)
 
 
 def samples(count: int) -> list[Sample]:
@@ -47,11 +46,11 @@ def test_what_a_sample_is_given_does_not_depend_on_its_batch() -> None:
     def given(batch: object) -> list[torch.Tensor]:
         x0 = made.latents(batch, 5)  # type: ignore[arg-type]
         positions = batch.positions  # type: ignore[attr-defined]
-        dropped = made.dropped(condition_of(batch, made.config.model, CPU), 5, positions)  # type: ignore[arg-type]
+        dropped = made.drop_conditions(batch_conditions(batch, made.config.model, CPU), 5, positions)  # type: ignore[arg-type]
         return [
             x0,
             made.noise(x0, "noise", 5, positions),
-            made.times(x0, 5, positions),
+            made.timesteps(x0, 5, positions),
             dropped["class_labels"],
             dropped["drop_condition"],
         ]
@@ -63,8 +62,8 @@ def test_what_a_sample_is_given_does_not_depend_on_its_batch() -> None:
 def test_conditions_are_dropped_as_often_as_asked() -> None:
     made = inputs()
     batch = collate(samples(4) * 500, range(2000), BUCKET)
-    condition = condition_of(batch, made.config.model, CPU)
-    dropped = made.dropped(condition, 1, batch.positions)
+    condition = batch_conditions(batch, made.config.model, CPU)
+    dropped = made.drop_conditions(condition, 1, batch.positions)
     for share in ((dropped["class_labels"] == -1).float().mean(), dropped["drop_condition"].float().mean()):
         assert abs(share - 0.3) < 0.05
     kept = dropped["class_labels"] != -1
@@ -74,35 +73,35 @@ def test_conditions_are_dropped_as_often_as_asked() -> None:
 def test_the_model_is_given_what_it_takes_and_no_more() -> None:
     made, batch = inputs(), collate(samples(2), [0, 1], BUCKET)
     names = {"class_labels", "encoder_hidden_states", "encoder_attention_mask", "added_cond_kwargs"}
-    found = condition_of(batch, made.config.model, CPU)
+    found = batch_conditions(batch, made.config.model, CPU)
     assert set(found) == names
     assert set(found["added_cond_kwargs"]) == {"fps", "width"}
     sized = made.config.model.model_copy(update={"micro_conditions": ("frames", "size")})
-    added = condition_of(batch, sized, CPU)["added_cond_kwargs"]
+    added = batch_conditions(batch, sized, CPU)["added_cond_kwargs"]
     assert {k: v.tolist() for k, v in added.items()} == {"frames": [1, 1], "height": [30, 30], "width": [40, 40]}
     # Coordinates are those of the clip as it is cut, not of its source.
     scaled = made.config.model.model_copy(update={"micro_conditions": (), "position_reference": 512})
-    added = condition_of(batch, scaled, CPU)["added_cond_kwargs"]
+    added = batch_conditions(batch, scaled, CPU)["added_cond_kwargs"]
     assert (added["height"].tolist(), added["width"].tolist()) == ([4], [4])
     plain = made.config.model.model_copy(update={"num_classes": None, "text_dim": None, "micro_conditions": ()})
-    assert condition_of(batch, plain, CPU) == {}
-    assert made.dropped({}, 1, batch.positions) == {}
+    assert batch_conditions(batch, plain, CPU) == {}
+    assert made.drop_conditions({}, 1, batch.positions) == {}
 
 
 def test_given_frames_are_the_same_at_the_same_step_whatever_the_batch() -> None:
     config = config_of(merge(settings("runs/x"), {"diffusion": {"frame_conditioning": {"first": 0.4, "random": 0.4}}}))
-    made = Inputs(config, STATISTICS, make_objective(config.diffusion, False), CPU)
+    made = Inputs(config, STATISTICS, CPU)
     x0 = torch.zeros(40, 2, 4, 4, 4)
-    whole, again, later = (made.given(x0, step, tuple(range(40))) for step in (1, 1, 2))
-    part = made.given(x0[10:], 1, tuple(range(10, 40)))
+    whole, again, later = (made.frame_mask(x0, step, tuple(range(40))) for step in (1, 1, 2))
+    part = made.frame_mask(x0[10:], 1, tuple(range(10, 40)))
     assert whole is not None
     assert again is not None
     assert part is not None
     assert torch.equal(whole, again)
     assert torch.equal(whole[10:], part)
     assert not torch.equal(whole, torch.as_tensor(later))
-    assert inputs().given(x0, 1, tuple(range(40))) is None
-    assert made.given(x0[:, :, :1], 1, tuple(range(40))) is None
+    assert inputs().frame_mask(x0, 1, tuple(range(40))) is None
+    assert made.frame_mask(x0[:, :, :1], 1, tuple(range(40))) is None
 
 
 @pytest.mark.parametrize("patch", [1, 2, 3])
@@ -110,9 +109,9 @@ def test_given_frames_are_the_same_at_the_same_step_whatever_the_batch() -> None
 def test_every_training_mask_is_one_that_the_pipeline_takes(patch: int, pattern: str) -> None:
     changes = {"model": {"patch_size": [patch, 2, 2]}, "diffusion": {"frame_conditioning": {pattern: 0.9}}}
     config = config_of(merge(settings("runs/x"), changes))
-    made = Inputs(config, STATISTICS, make_objective(config.diffusion, False), CPU)
+    made = Inputs(config, STATISTICS, CPU)
     shape = (64, 2, 12, 4, 4)
-    masks = made.given(torch.zeros(shape), 1, tuple(range(64)))
+    masks = made.frame_mask(torch.zeros(shape), 1, tuple(range(64)))
     assert masks is not None
     assert masks.any()
     assert not masks.all(1).any()
@@ -122,4 +121,4 @@ def test_every_training_mask_is_one_that_the_pipeline_takes(patch: int, pattern:
     if pattern == "first":
         assert masks[masks.any(1)].sum(1).eq(patch).all()
     # One patch of frames is a clip that has none to give.
-    assert made.given(torch.zeros(64, 2, patch, 4, 4), 1, tuple(range(64))) is None
+    assert made.frame_mask(torch.zeros(64, 2, patch, 4, 4), 1, tuple(range(64))) is None

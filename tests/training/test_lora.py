@@ -15,7 +15,7 @@ from stdit.config import Config, ConfigError, merge, validate
 from stdit.models import lora
 from stdit.models.stdit import STDiT
 from stdit.training import adapters, checkpoint
-from stdit.training.checks import check
+from stdit.training.data import open_data
 from tests.support.rank_jobs import for_ranks, run, run_stopping_on_rank_1, settings
 from tests.support.rank_pool import Pool, RankError
 
@@ -51,7 +51,7 @@ def data_for(path: Path, base: Path, stage: int = 0, ranks: int = 2, adapter: di
 
 
 def place(run_dir: Path, step: int = 6) -> Path:
-    return run_dir / "checkpoints" / checkpoint.tag_of(step)
+    return run_dir / "checkpoints" / checkpoint.folder_of_step(step)
 
 
 def result(run_dir: Path, step: int = 6) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def test_nothing_but_adapters_is_trained_or_saved(pair: Pool, base: Path, tmp_pa
     told = pair(run, data_for(tmp_path, base, 2, optimizer={"learning_rate": 3e-3}))[0]["said"]
     folder = place(tmp_path)
     count = sum(weight.numel() for weight in load_file(folder / "lora" / FILE).values())
-    assert f"trained: {count:,} weights, beside" in told
+    assert f"{count:,} trainable parameters, " in told
     assert not list(folder.rglob("diffusion_pytorch_model*"))
     state = load_file(folder / "lora" / FILE)
     assert {name.rsplit(".", 2)[1] for name in state} == {"lora_A", "lora_B"}
@@ -107,14 +107,14 @@ def test_nothing_but_adapters_is_trained_or_saved(pair: Pool, base: Path, tmp_pa
     assert sum(p.stat().st_size for p in folder.glob("*.pt")) < 4 * trained + 2**16 < whole + 2**17
     said = json.loads((folder / "identity.json").read_text())
     assert said["trained"] == "lora"
-    assert said["base"] == {"folder": str(base), "fingerprint": adapters.fingerprint(base)}
+    assert said["base"] == {"folder": str(base), "fingerprint": adapters.weights_fingerprint(base)}
 
 
 def test_the_result_is_base_plus_adapter_here_and_in_diffusers(solo: Pool, base: Path, tmp_path: Path) -> None:
     lively = {"rank": 2, "targets": ["attn.qkv", "mlp.fc1", "final_layer.linear"], "alpha": 4.0}
     solo(run, data_for(tmp_path, base, 0, 1, lively, steps=3, optimizer={"learning_rate": 0.1, "warmup_steps": 0}))
-    folder = checkpoint.trained_folder(tmp_path)
-    model, control = adapters.open_trained(folder)
+    folder = checkpoint.find_weights(tmp_path)
+    model, control = adapters.load_trained(folder)
     assert control is None
     plain = STDiT.from_pretrained(base)
     x = torch.linspace(-1, 1, 128).reshape(1, 1, 2, 8, 8)
@@ -132,7 +132,7 @@ def test_the_result_is_base_plus_adapter_here_and_in_diffusers(solo: Pool, base:
             layer.weight.data += 2.0 * state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]  # type: ignore
     torch.testing.assert_close(byhand(x, **told).sample, found, rtol=1e-4, atol=1e-5)
     # A later run begins with both in one.
-    merged = adapters.open_whole(folder)
+    merged = adapters.load_merged(folder)
     assert not lora.names(merged)
     torch.testing.assert_close(merged.eval()(x, **told).sample, found, rtol=1e-4, atol=1e-5)
 
@@ -169,7 +169,7 @@ def test_a_run_begins_from_an_adapter_as_from_a_model(solo: Pool, base: Path, tm
     assert json.loads((place(tmp_path / "again", 1) / "identity.json").read_text())["base"]["folder"].endswith(
         "lora_ema"
     )
-    adapters.open_trained(checkpoint.trained_folder(tmp_path / "again"))
+    adapters.load_trained(checkpoint.find_weights(tmp_path / "again"))
 
 
 def test_another_base_is_noticed(solo: Pool, base: Path, tmp_path: Path) -> None:
@@ -181,17 +181,15 @@ def test_another_base_is_noticed(solo: Pool, base: Path, tmp_path: Path) -> None
     with pytest.raises(RankError, match="not those that were trained on") as error:
         solo(run, data_for(tmp_path / "run", own, 0, 1, steps=4))
     assert error.value.kind == "ConfigError"
-    folder = checkpoint.trained_folder(tmp_path / "run")
+    folder = checkpoint.find_weights(tmp_path / "run")
     with pytest.raises(ConfigError, match="not those that were trained on"):
-        adapters.open_trained(folder)
+        adapters.load_trained(folder)
     with pytest.raises(ConfigError, match=r"^base .*nowhere: neither a checkpoint"):
-        adapters.open_trained(folder, tmp_path / "nowhere")
+        adapters.load_trained(folder, tmp_path / "nowhere")
     shutil.rmtree(own)
-    with pytest.raises(
-        ConfigError, match=r"own are gone, and init\.source .*say where they are now: with init\.source"
-    ):
-        adapters.open_trained(folder)
-    adapters.open_trained(folder, base)
+    with pytest.raises(ConfigError, match=r"own are gone, and init\.source .*if they were moved, set init\.source"):
+        adapters.load_trained(folder)
+    adapters.load_trained(folder, base)
 
 
 def test_a_run_goes_on_bitwise_from_a_base_that_was_moved(solo: Pool, base: Path, tmp_path: Path) -> None:
@@ -201,15 +199,15 @@ def test_a_run_goes_on_bitwise_from_a_base_that_was_moved(solo: Pool, base: Path
     whole = solo(run, data_for(tmp_path / "whole", own, 0, 1))[0]
     solo(run, data_for(tmp_path / "broken", own, 0, 1), 3)
     own.rename(moved)
-    with pytest.raises(RankError, match=r"own are gone, and init\.source .*say where they are now: with init\.source"):
+    with pytest.raises(RankError, match=r"own are gone, and init\.source .*if they were moved, set init\.source"):
         solo(run, data_for(tmp_path / "broken", own, 0, 1))
     resumed = solo(run, data_for(tmp_path / "broken", moved, 0, 1))[0]
     assert losses(resumed) == losses(whole)
     assert result(tmp_path / "broken") == result(tmp_path / "whole")
     # From now on it is known to lie there.
     said = json.loads((place(tmp_path / "broken") / "identity.json").read_text())
-    assert said["base"] == {"folder": str(moved), "fingerprint": adapters.fingerprint(moved)}
-    adapters.open_trained(checkpoint.trained_folder(tmp_path / "broken"))
+    assert said["base"] == {"folder": str(moved), "fingerprint": adapters.weights_fingerprint(moved)}
+    adapters.load_trained(checkpoint.find_weights(tmp_path / "broken"))
     # Other weights there are noticed as ever.
     shutil.copytree(base, own)
     shaken(STDiT.from_pretrained(own)).save_pretrained(own)
@@ -225,8 +223,8 @@ def test_what_cannot_be_is_refused_by_key(base: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"train\.lora\.targets: no linear layer is called attn\.q; there are .*attn\.qkv"
     ):
-        check(config(train={"lora": {"targets": ["attn.q", "mlp.fc1"]}}))
-    check(config(train={"lora": {"targets": ["mlp.fc1", "blocks.0.attn.qkv", "proj"]}}))
+        open_data(config(train={"lora": {"targets": ["attn.q", "mlp.fc1"]}}))
+    open_data(config(train={"lora": {"targets": ["mlp.fc1", "blocks.0.attn.qkv", "proj"]}}))
     with pytest.raises(ConfigError, match=r"train\.lora needs init\.source"):
         config(init=None)
     with pytest.raises(ConfigError, match="train.lora and train.control"):

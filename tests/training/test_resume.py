@@ -33,7 +33,7 @@ def numbers(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def weights(run_dir: Path, step: int) -> dict[str, bytes]:
-    folder = run_dir / "checkpoints" / checkpoint.tag_of(step)
+    folder = run_dir / "checkpoints" / checkpoint.folder_of_step(step)
     return {
         name: (folder / name / "diffusion_pytorch_model.safetensors").read_bytes()
         for name in ("transformer", "transformer_ema")
@@ -51,7 +51,7 @@ def test_resume_is_bitwise_equal(pair: Pool, stage: int, tmp_path: Path) -> None
     resumed = pair(run, broken)[0]
     assert numbers(resumed["metrics"]) == numbers(whole["metrics"])
     assert weights(tmp_path / "broken", 6) == weights(tmp_path / "whole", 6)
-    assert "goes on after step 3" in resumed["said"]
+    assert "resumes after step 3" in resumed["said"]
 
 
 def test_bfloat16_resumes_bitwise_too(pair: Pool, tmp_path: Path) -> None:
@@ -107,8 +107,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(solo: Pool,
     (tmp_path / "done.json").unlink()
     flip(next((tmp_path / "checkpoints/step-00000006").glob("zero_pp_rank_0*")))
     resumed = solo(run, data)[0]
-    assert "step-00000006 is not used: zero_pp_rank_0" in resumed["said"]
-    assert "goes on after step 4" in resumed["said"]
+    assert "step-00000006 is skipped: zero_pp_rank_0" in resumed["said"]
+    assert "resumes after step 4" in resumed["said"]
     assert numbers(resumed["metrics"]) == numbers(whole)
     # Both damaged: not a start from step 0.
     (tmp_path / "done.json").unlink()
@@ -131,7 +131,7 @@ def test_a_save_that_was_cut_off_counts_as_not_there(solo: Pool, tmp_path: Path)
     resumed = solo(run, data)[0]
     assert [m["step"] for m in resumed["metrics"]] == [1, 2, 3, 4]
     assert resumed["metrics"][2]["loss"] < 9
-    assert checkpoint.newest(tmp_path) == torn
+    assert checkpoint.find_latest(tmp_path) == torn
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_checkpoint_cannot_run_code(
     for shard in folder.glob("zero_pp_rank_0*"):
         torch.save({"optimizer_state_dict": Poison(tmp_path / "ran"), "ds_config": {}}, shard, pickle_module=pickle)
     (folder / "manifest.json").unlink()
-    checkpoint.seal(folder)
+    checkpoint.write_manifest(folder)
     # Two ranks: the shards go through DeepSpeed's converter, another process.
     data = {**small, "run_dir": str(copy), "data": {**small["data"], "buckets": for_ranks(ranks)}}
     with pytest.raises(RankError, match=r"weights_only|Weights only|Unsupported"):
@@ -195,7 +195,7 @@ def test_a_checkpoint_cannot_run_code(
 
 def test_not_a_number_for_too_long_ends_the_run(solo: Pool, tmp_path: Path) -> None:
     data = data_for(tmp_path, 0, 1, steps=9, max_bad_steps=2, optimizer={"learning_rate": 1e12, "warmup_steps": 0})
-    with pytest.raises(RankError, match=r"step 4: 3 steps in a row had a gradient .*max_bad_steps is 2") as error:
+    with pytest.raises(RankError, match=r"step 4: 3 consecutive steps had a gradient .*max_bad_steps is 2") as error:
         solo(run, data)
     assert error.value.kind == "Diverged"
     assert [m["step"] for m in metrics(tmp_path)] == [1, 2, 3, 4]
@@ -229,7 +229,7 @@ def test_a_checkpoint_says_what_it_is_and_every_rank_is_told_of_it(pair: Pool, t
     assert [[r["checkpoint"] for r in one["reports"]] for one in both] == [
         [None, None, str(tmp_path / "checkpoints/step-00000003")]
     ] * 2
-    told = checkpoint.identity(tmp_path)
+    told = checkpoint.read_identity(tmp_path)
     assert told["step"] == 3
     assert told["architecture"]["depth"] == 2
     assert told["video_encoder"]["kind"] == "pixels"

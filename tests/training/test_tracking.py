@@ -18,8 +18,7 @@ def test_a_tracker_writes_valid_json_pictures_and_tensorboard(tmp_path: Path) ->
     tracker = Tracker(config, 0, True)
     tracker.log({"step": 1, "loss": math.nan, "bucket": "1x8x8"})
     tracker.log({"step": 2, "loss": 0.5})
-    tracker.picture("samples", Image.new("RGB", (4, 4)), 2)
-    tracker.advance(loss="0.5")
+    tracker.image("samples", Image.new("RGB", (4, 4)), 2)
     tracker.close()
     assert metrics(tmp_path) == [{"step": 1, "loss": None, "bucket": "1x8x8"}, {"step": 2, "loss": 0.5}]
     assert Image.open(tmp_path / "samples/step-00000002.png").size == (4, 4)
@@ -34,9 +33,9 @@ def test_a_tracker_writes_valid_json_pictures_and_tensorboard(tmp_path: Path) ->
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     tracker = Tracker(config_of(settings(tmp_path)), 0, False)
     tracker.log({"step": 1})
-    tracker.picture("samples", None, 1)
-    tracker.advance()
-    tracker.say("x")
+    tracker.image("samples", Image.new("RGB", (4, 4)), 1)
+    tracker.step({"step": 1, "loss": 1.0})
+    tracker.print("x")
     tracker.close()
     assert list(tmp_path.iterdir()) == []
 

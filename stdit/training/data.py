@@ -1,4 +1,4 @@
-"""A config held against the features it names: what does not fit is found before ranks, weights and GPUs are."""
+"""Opens the data of a run and checks the config against it, before any rank, weight or GPU is set up."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from stdit.data.features import EmptyCaption, FeatureSet
 from stdit.data.loader import Loader, Source, Synthetic
 from stdit.diffusion.schedulers import check_sampler
 from stdit.encoders.video import PixelAutoencoder, VideoEncoder
-from stdit.training.adapters import check_targets
-from stdit.training.deepspeed_config import settings
+from stdit.training.adapters import check_lora_targets
+from stdit.training.deepspeed_config import make_deepspeed_config
 from stdit.training.tracking import check_trackers
 
 
 @dataclass(frozen=True)
-class Data:
-    """The samples of a run and what made them."""
+class TrainData:
+    """Samples of a run, and the identities of the encoders that made them."""
 
     source: Source
     video_encoder: dict[str, Any]  # identity (stdit.encoders.video)
@@ -28,17 +28,16 @@ class Data:
     classes: tuple[str, ...]
     fingerprint: str
     latents: dict[str, tuple[int, int, int]]  # latent (T, H, W) by bucket key
-    empty_caption: EmptyCaption | None = None  # where the model needs it
+    empty_caption: EmptyCaption | None = None  # if the model needs it
 
 
-def check(config: Config) -> Data:
-    """Opens the data of `config`. ConfigError names the key and both numbers where they do not fit the model, the
-    autoencoder, the text encoder or the sampler."""
+def open_data(config: Config) -> TrainData:
+    """Opens the data of `config`. ConfigError, with the key and both numbers, where model, autoencoder, text encoder or
+    sampler do not match."""
     check_trackers(config)
-    # Reads train.deepspeed, and refuses in it what does not fit.
-    settings(config.train, 1, "cpu")
+    make_deepspeed_config(config.train, 1, "cpu")  # checks train.deepspeed
     _check_names(config)
-    check_targets(config)
+    check_lora_targets(config)
     source, video, text, classes, fingerprint = _open(config)
     where = f"data.features {config.data.features}"
     model = config.model
@@ -68,8 +67,7 @@ def check(config: Config) -> Data:
             check_sampler(config.samples.sampler, config.diffusion)
         except ValueError as error:
             raise ConfigError(f"samples.{error}") from error
-    # Refuses buckets without samples.
-    Loader(source, config.data, config.seed)
+    Loader(source, config.data, config.seed)  # checks for buckets without samples
     if config.validation.every or config.samples.every:
         ids = source.select(config.data.validation_split, config.data.buckets, config.data.where)
         if not sum(map(len, ids.values())):
@@ -77,11 +75,11 @@ def check(config: Config) -> Data:
             raise ConfigError(
                 f"{key}: {where} holds no sample of split {config.data.validation_split!r} in this run's buckets"
             )
-    return Data(source, video, text, classes, fingerprint, latents, empty)
+    return TrainData(source, video, text, classes, fingerprint, latents, empty)
 
 
 def _check_text(model: ModelConfig, text: dict[str, Any] | None, where: str) -> None:
-    """What the model takes of captions against what was made of them. text: identity of the encoder, or None."""
+    """Checks the model against the text features. text: identity of the encoder, or None."""
     for key, value in (("text_dim", model.text_dim), ("pooled_dim", model.pooled_dim)):
         if value is not None and text is None:
             raise ConfigError(f"model.{key} is {value}, but {where} was extracted without a text encoder")
@@ -100,7 +98,7 @@ def _check_text(model: ModelConfig, text: dict[str, Any] | None, where: str) -> 
 
 
 def _empty_caption(config: Config, source: Source, where: str) -> EmptyCaption | None:
-    """The features of "", where they stand for no caption in this run. ConfigError: they were not kept."""
+    """Features of "", if they are this run's null caption. ConfigError: the extraction has none."""
     model, samples = config.model, config.samples
     if model.text_dim is None or model.null_text != "empty":
         return None
@@ -112,20 +110,20 @@ def _empty_caption(config: Config, source: Source, where: str) -> EmptyCaption |
         if value:
             what = f"diffusion.{key} is {value}" if key == "caption_dropout" else f"samples.sampler.{key} is not 1"
             raise ConfigError(
-                f"model.null_text is empty and {what}: that takes the text encoder's features of an empty caption, which "
+                f"model.null_text is empty and {what}: this needs the text encoder's features of an empty caption, which "
                 f"{where} does not have; run its extraction again, which adds them"
             )
     return None
 
 
 def _check_names(config: Config) -> None:
-    """Settings that name something outside the config."""
+    """Checks settings that name things outside the config."""
     backends = [b.value for b in AttentionBackendName]
     if config.train.attention_backend not in (None, *backends):
         raise ConfigError(
             f"train.attention_backend: {config.train.attention_backend!r} is none of diffusers': {', '.join(backends)}"
         )
-    # A run that has begun has no more need of what it began from.
+    # A run that is resumed no longer needs its initial weights.
     if config.init is not None and not (config.run_dir / "checkpoints").exists():
         source = config.init.source
         if not any((source / name).exists() for name in ("config.json", "identity.json", "checkpoints")):
@@ -135,7 +133,7 @@ def _check_names(config: Config) -> None:
 
 
 def _check_control(config: Config, source: Source, latents: dict[str, tuple[int, int, int]]) -> None:
-    """Whether the data has what a control branch is to be told."""
+    """Checks that the data has the control branch's condition."""
     control = config.train.control
     if control is None:
         return
@@ -152,7 +150,7 @@ def _check_control(config: Config, source: Source, latents: dict[str, tuple[int,
     shape = config.samples.bucket
     if config.samples.every and shape is not None and shape.key not in latents:
         raise ConfigError(
-            f"samples.bucket {shape.key}: samples are drawn for the conditions of clips, which have {', '.join(latents)}"
+            f"samples.bucket {shape.key}: samples use the conditions of clips, which have {', '.join(latents)}"
         )
 
 
@@ -172,7 +170,7 @@ def _open(config: Config) -> tuple[Source, dict[str, Any], dict[str, Any] | None
     if model.in_channels in (1, 3):
         video = VideoEncoder(PixelAutoencoder(model.in_channels)).identity
     else:
-        # Latents of no autoencoder: they train, and nothing decodes them.
+        # Latents of no autoencoder: trainable, not decodable.
         ones = [1.0] * model.in_channels
         video = {
             "kind": "synthetic",

@@ -11,14 +11,14 @@ import torch
 
 from stdit.config import Bucket, ConfigError, merge
 from stdit.data.features import EmptyCaption
-from stdit.training import checks
+from stdit.training import data as train_data
 from tests.support.rank_jobs import config_of, settings
 
 TOLD = {"class": "T5", "dim": 4096, "max_text_tokens": 120}
 
 
 class Features:
-    """What checks.py looks at of a FeatureSet."""
+    """What open_data reads of a FeatureSet."""
 
     def __init__(self, **changes: Any) -> None:
         shape = {
@@ -46,9 +46,9 @@ BASE = {
 }
 
 
-def check(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], **features: Any) -> checks.Data:
-    monkeypatch.setattr(checks, "FeatureSet", lambda path: Features(**features))
-    return checks.check(config_of(merge(merge(settings("runs/x"), BASE), change)))
+def check(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], **features: Any) -> train_data.TrainData:
+    monkeypatch.setattr(train_data, "FeatureSet", lambda path: Features(**features))
+    return train_data.open_data(config_of(merge(merge(settings("runs/x"), BASE), change)))
 
 
 def test_what_fits_passes_and_says_its_latents(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_told_with_both_numbers(
 def test_features_that_are_not_there_are_named(tmp_path: Path) -> None:
     data = merge(settings("runs/x"), {"data": {"features": str(tmp_path / "gone")}})
     with pytest.raises(ConfigError, match="gone: no such folder"):
-        checks.check(config_of(data))
+        train_data.open_data(config_of(data))
 
 
 def test_a_sampler_of_another_objective_is_refused() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from stdit.config import ConfigError, merge
 from stdit.config.diff import flatten
-from stdit.training.changes import check_resumable
+from stdit.training.resume import check_resumable
 from tests.support.rank_jobs import config_of, settings
 
 
