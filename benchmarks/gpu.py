@@ -51,37 +51,39 @@ def table(rounds: int) -> str:
     ):
         peer = make()
         x, time = peer.latents(batch).bfloat16().cuda(), torch.linspace(100, 900, batch, device="cuda")
-        told = {k: (v.bfloat16() if v.is_floating_point() else v).cuda() for k, v in peer.told(batch).items()}
+        conditions = {
+            k: (v.bfloat16() if v.is_floating_point() else v).cuda() for k, v in peer.conditions(batch).items()
+        }
         peer.theirs.to("cuda", torch.bfloat16)
         peer.ours.to("cuda", torch.bfloat16)
         for compiled in (False, True):
             both = peer.compiled() if compiled else copy.copy(peer)
             calls: list[Callable[[], Tensor]] = [
-                partial(both.run_theirs, x, time, told),
-                partial(both.run_ours, x, time, told),
+                partial(both.run_theirs, x, time, conditions),
+                partial(both.run_ours, x, time, conditions),
             ]
             with torch.no_grad():
                 apart = float((calls[0]() - calls[1]()).abs().max() / calls[0]().abs().max())
             if not apart < 0.1:
                 raise SystemExit(f"{peer.name} on CUDA: outputs differ by {apart:.1e} of the largest; not timed")
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                peer.run_ours(x, time, told)
+                peer.run_ours(x, time, conditions)
             flops, kind = counter.get_total_flops(), "compiled" if compiled else "eager"
-            for what, cost, runs in (
-                (f"forward, {kind}", flops, [_quiet(call) for call in calls]),
+            for row, cost, runs in (
+                (f"forward, {kind}", flops, [_without_grad(call) for call in calls]),
                 (
                     f"forward + backward, {kind}",
                     3 * flops,
                     [_training(both.theirs, calls[0]), _training(both.ours, calls[1])],
                 ),
             ):
-                lines.append(f"| {peer.name} | {what}, batch {batch} | {_row(runs, rounds, cost, best)} |")
+                lines.append(f"| {peer.name} | {row}, batch {batch} | {_row(runs, rounds, cost, best)} |")
                 print(lines[-1], flush=True)
         del peer
     return "\n".join(lines)
 
 
-def _quiet(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def _without_grad(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return torch.no_grad()(call)
 
 
@@ -93,15 +95,15 @@ def _training(model: nn.Module, call: Callable[[], Tensor]) -> Callable[[], None
     return run
 
 
-def _row(runs: list[Callable[[], Any]], rounds: int, flops: float, best: float) -> str:
+def _row(runs: list[Callable[[], Any]], rounds: int, flops: float, peak_flops: float) -> str:
     for run in runs:
         run()
-    taken: list[list[float]] = [[], []]
+    times: list[list[float]] = [[], []]
     for _ in range(rounds):
         for which in random.sample([0, 1], 2):
-            taken[which].append(seconds(runs[which]))
-    ratios = [a / b for a, b in zip(*taken, strict=True)]
+            times[which].append(seconds(runs[which]))
+    ratios = [a / b for a, b in zip(*times, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    theirs, ours = (statistics.median(t) for t in taken)
-    mfu = " | ".join(f"{flops / t / best:.0%}" for t in (theirs, ours))
+    theirs, ours = (statistics.median(t) for t in times)
+    mfu = " | ".join(f"{flops / t / peak_flops:.0%}" for t in (theirs, ours))
     return f"{middle:.2f} ({low:.2f} to {high:.2f}) | {ours:.4f} | {mfu}"

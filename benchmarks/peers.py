@@ -29,29 +29,29 @@ TEXT_TOKENS, TEXT_DIM = 120, 4096
 
 @dataclass(frozen=True)
 class Peer:
-    """One model of the table. `told`: keywords of ours beside latents and time, whose first axis is the batch."""
+    """One model of the table. `conditions`: a batch size to the model's conditioning keywords."""
 
     name: str
     theirs: nn.Module
     ours: STDiT
     frames: int = 1
-    told: Callable[[int], dict[str, Tensor]] = field(default=lambda batch: {})
+    conditions: Callable[[int], dict[str, Tensor]] = field(default=lambda batch: {})
 
     def latents(self, batch: int, side: int = SIDE) -> Tensor:
         return torch.randn(batch, 4, self.frames, side, side, generator=torch.Generator().manual_seed(1))
 
     def null(self) -> dict[str, Tensor]:
-        """What guidance compares one sample with: no class, or the features of an empty caption, one token long."""
-        told = self.told(1)
-        if "class_labels" in told:
+        """The null conditions of classifier-free guidance: no class, or the features of an empty caption, one token long."""
+        conditions = self.conditions(1)
+        if "class_labels" in conditions:
             return {"class_labels": torch.full((1,), 1000)}
-        told["encoder_hidden_states"] = told["encoder_hidden_states"].flip(1)
-        if "encoder_attention_mask" in told:
-            told["encoder_attention_mask"] = (torch.arange(TEXT_TOKENS) < 1).long()[None]
-        return told
+        conditions["encoder_hidden_states"] = conditions["encoder_hidden_states"].flip(1)
+        if "encoder_attention_mask" in conditions:
+            conditions["encoder_attention_mask"] = (torch.arange(TEXT_TOKENS) < 1).long()[None]
+        return conditions
 
     def compiled(self) -> Peer:
-        """The same weights in blocks compiled one by one."""
+        """Copies of both models whose blocks are compiled."""
         theirs, ours = copy.deepcopy(self.theirs), copy.deepcopy(self.ours)
         for block in theirs.modules():
             if isinstance(block, BasicTransformerBlock):
@@ -59,22 +59,22 @@ class Peer:
         ours.compile_repeated_blocks(dynamic=None)
         return replace(self, theirs=theirs, ours=ours)
 
-    def run_ours(self, latents: Tensor, timestep: Tensor, told: Mapping[str, Tensor], **more: Any) -> Tensor:
-        return self.ours(latents, timestep, **told, **more, return_dict=False)[0]
+    def run_ours(self, latents: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor], /, **kwargs: Any) -> Tensor:
+        return self.ours(latents, timestep, **conditions, **kwargs, return_dict=False)[0]
 
-    def run_theirs(self, latents: Tensor, timestep: Tensor, told: Mapping[str, Tensor]) -> Tensor:
-        """As diffusers' pipelines call it: times (B,), masks as the tokenizer gives them."""
-        words: dict[str, Any] = dict(told)
+    def run_theirs(self, latents: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+        """As diffusers' pipelines call it: timesteps (B,), masks of the tokenizer."""
+        kwargs: dict[str, Any] = dict(conditions)
         timestep = timestep.expand(latents.shape[0])
         if isinstance(self.theirs, PixArtTransformer2DModel):
-            words["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+            kwargs["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
         if isinstance(self.theirs, LatteTransformer3DModel):
-            return self.theirs(latents, timestep=timestep, **words, return_dict=False)[0]
-        return self.theirs(latents[:, :, 0], timestep=timestep, **words, return_dict=False)[0][:, :, None]
+            return self.theirs(latents, timestep=timestep, **kwargs, return_dict=False)[0]
+        return self.theirs(latents[:, :, 0], timestep=timestep, **kwargs, return_dict=False)[0][:, :, None]
 
 
 def make_tiny() -> None:
-    """All sizes as narrow and shallow as they can be, to see that everything runs."""
+    """Replaces all sizes by tiny ones, for a smoke test."""
     SIZES.update(dict.fromkeys(SIZES, (48, 2, 4)))
 
 
@@ -93,7 +93,7 @@ def captions(batch: int) -> dict[str, Tensor]:
     }
 
 
-def whole_captions(batch: int) -> dict[str, Tensor]:
+def full_captions(batch: int) -> dict[str, Tensor]:
     """120 tokens without a mask: diffusers' Latte takes none (its pipeline cuts a single caption, and pads others with zeros)."""
     return {"encoder_hidden_states": captions(batch)["encoder_hidden_states"]}
 
@@ -101,7 +101,7 @@ def whole_captions(batch: int) -> dict[str, Tensor]:
 def dit(size: str) -> Peer:
     shape = _shape(size)
     theirs = DiTTransformer2DModel(**shape, sample_size=SIDE)
-    return Peer(f"DiT-{size}/2", *_same_weights(theirs), told=labels)
+    return Peer(f"DiT-{size}/2", *_same_weights(theirs), conditions=labels)
 
 
 def pixart(size: str) -> Peer:
@@ -110,7 +110,7 @@ def pixart(size: str) -> Peer:
     theirs = PixArtTransformer2DModel(
         **shape, sample_size=SIDE, cross_attention_dim=width, caption_channels=TEXT_DIM, interpolation_scale=1
     )
-    return Peer(f"PixArt-{size}/2", *_same_weights(theirs), told=captions)
+    return Peer(f"PixArt-{size}/2", *_same_weights(theirs), conditions=captions)
 
 
 def latte(size: str, frames: int, pairs: int | None = None) -> Peer:
@@ -128,7 +128,7 @@ def latte(size: str, frames: int, pairs: int | None = None) -> Peer:
         norm_elementwise_affine=False,
         norm_eps=1e-6,
     )
-    return Peer(f"Latte-{size}/2", *_same_weights(theirs), frames, whole_captions)
+    return Peer(f"Latte-{size}/2", *_same_weights(theirs), frames, full_captions)
 
 
 def _shape(size: str) -> dict[str, Any]:

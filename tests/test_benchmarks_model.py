@@ -26,4 +26,15 @@ def test_the_benchmark_compares_and_prints_a_table() -> None:
         assert row in done.stdout
     for model in ("DiT-S/2", "DiT-B/2", "PixArt-B/2", "Latte-S/2"):
         assert model in done.stdout
+    assert "| torch |" in done.stdout
+    assert "auto is " in done.stdout
     assert (results.read_bytes() if results.exists() else None) == before
+
+
+def test_unknown_names_list_what_there_is() -> None:
+    for option in ("--only", "--rows"):
+        command = [sys.executable, "benchmarks/model.py", option, "DiT-Z/2"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 2
+        assert "DiT-S/2" in done.stderr if option == "--only" else "sampling" in done.stderr
+        assert "Traceback" not in done.stderr
