@@ -51,6 +51,7 @@ from stdit.inference.prompts import read_prompts
 from stdit.models.conditioning import ConditionInputs, encode_static, precompute_conditions
 from stdit.models.sampling import Sampled
 from stdit.models.stdit import STDiT
+from stdit.ops import onednn
 from stdit.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,7 +142,7 @@ def sampler_of(run: Path, batch: int) -> Callable[[], torch.Tensor]:
     pipe = STDiTPipeline.from_pretrained(run)
     model = pipe.transformer
     assert isinstance(model, STDiT)
-    model.eval()
+    onednn.set_backend(model.eval())
     labels, steps = torch.arange(batch) % 10, SAMPLER.steps
     noise = torch.randn(batch, 1, 1, SHAPE.height, SHAPE.width, generator=torch.Generator().manual_seed(0))
 
@@ -236,6 +237,7 @@ def published(size: str, batch: int) -> dict[str, Callable[[], torch.Tensor]]:
     for name, changes in (("static", {}), ("dynamic", WIDTH_AND_TOKENS)):
         settings = {"size": size, "conditioning": "adaln_zero", "num_classes": 1000, "temporal": False, **changes}
         model = STDiT.from_settings(validate(settings, ModelConfig, size)).eval()
+        onednn.set_backend(model)
         if changes:
             chosen_at_random(model, latents)
 

@@ -235,7 +235,8 @@ def product_ratio(width: int, rounds: int) -> str:
 
         fast = copy.deepcopy(layer)
         onednn.apply(fast)
-        run(layer), run(fast)
+        for warm_up in (layer, fast):
+            run(warm_up)
         quarters, _ = quartiles(partial(run, layer), partial(run, fast), rounds, time.process_time)
         ratios.append(f"{quarters[1]:.2f} ({quarters[0]:.2f} to {quarters[2]:.2f})")
     return f"width {width}: {ratios[0]} forward, {ratios[1]} forward + backward"
