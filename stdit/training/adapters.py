@@ -155,7 +155,8 @@ def save_trained(module: nn.Module, state: dict[str, Tensor], folder: Path) -> N
 
 def _save(kind: type[STDiT], settings: Any, state: dict[str, Tensor], folder: Path) -> None:
     with torch.device("meta"):
-        shell: STDiT = kind.from_config(dict(settings))
+        # Without the path that the weights were loaded from.
+        shell: STDiT = kind.from_config({k: v for k, v in dict(settings).items() if k != "_name_or_path"})
     shell.load_state_dict(state, assign=True)
     shell.save_pretrained(folder)
 

@@ -8,16 +8,20 @@
                         latest           name of the newest one, for people
 
 A folder without a manifest is an interrupted save and is ignored. One whose files differ from its manifest is damaged:
-it is reported, and the one before it is used.
+it is reported, and the one before it is used. A resumed run renames it to step-00000020.damaged, so that it counts for
+nothing and that step is saved again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +35,7 @@ Weights = Literal["ema", "model"]
 # What a run trains: all weights, LoRA adapters, or a control branch.
 Trained = Literal["transformer", "lora", "control"]
 TRANSFORMER: dict[Weights, str] = {"model": "transformer", "ema": "transformer_ema"}
+_NAME = re.compile(r"step-(\d{8,})")
 # Threads that hash files; hashlib releases the GIL.
 HASH_THREADS = 8
 
@@ -50,15 +55,20 @@ def step_of(checkpoint: Path) -> int:
 # ----------------------------------------------------------------------------------------- manifest
 
 
-def write_manifest(checkpoint: Path) -> None:
-    """Completes a checkpoint: syncs every file to disk, then writes the manifest, then `latest`."""
+def write_manifest(checkpoint: Path, expected: Iterable[str] = ()) -> None:
+    """Completes a checkpoint: syncs every file to disk, then writes the manifest, then `latest`.
+
+    CheckpointError: a file of `expected` (names in the folder) is missing.
+    """
+    if missing := sorted(name for name in expected if not (checkpoint / name).is_file()):
+        raise CheckpointError(f"{checkpoint}: {', '.join(missing)} missing; another process removed files there")
     files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MANIFEST)
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         entries = list(pool.map(_entry, files))
     for folder in {p.parent for p in files}:
         fsync_folder(folder)
     content = {str(p.relative_to(checkpoint)): entry for p, entry in zip(files, entries, strict=True)}
-    atomic_write(checkpoint / MANIFEST, json.dumps({"files": content}, indent=1))
+    atomic_write(checkpoint / MANIFEST, json.dumps({"files": content, "sha256": _digest(content)}, indent=1))
     atomic_write(checkpoint.parent / LATEST, checkpoint.name + "\n")
 
 
@@ -68,13 +78,25 @@ def _entry(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
+def _digest(files: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's own entries."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
 def verify(checkpoint: Path) -> str | None:
     """None if every file of `checkpoint` matches its manifest; else the reason why it can't be used."""
     manifest = checkpoint / MANIFEST
     if not manifest.is_file():
         return f"no {MANIFEST}: the save was interrupted"
     try:
-        files = json.loads(manifest.read_text())["files"]
+        content = json.loads(manifest.read_bytes())
+        files = content["files"]
+        if content["sha256"] != _digest(files):
+            return f"{MANIFEST} is damaged (its entries do not match its sha256)"
+        if IDENTITY not in files:
+            return f"{MANIFEST} is damaged (it does not list {IDENTITY})"
+    except OSError as error:
+        return f"{MANIFEST} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} is damaged ({type(error).__name__}: {error})"
     for name, entry in files.items():
@@ -92,7 +114,8 @@ def verify(checkpoint: Path) -> str | None:
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """All checkpoint folders of a run, newest first, complete or not."""
-    return sorted((p for p in (run_dir / FOLDER).glob("step-*") if p.is_dir()), key=step_of, reverse=True)
+    folders = (p for p in (run_dir / FOLDER).glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir())
+    return sorted(folders, key=step_of, reverse=True)
 
 
 def find_latest(run_dir: Path) -> Path | None:
@@ -121,12 +144,34 @@ def remove_incomplete(run_dir: Path) -> None:
             shutil.rmtree(checkpoint)
 
 
-def prune(run_dir: Path, keep: int) -> None:
-    """Removes all but the `keep` newest complete checkpoints."""
-    for checkpoint in [c for c in list_checkpoints(run_dir) if (c / MANIFEST).exists()][keep:]:
-        # The manifest first: a half-removed folder then counts as incomplete, not as damaged.
-        (checkpoint / MANIFEST).unlink()
-        shutil.rmtree(checkpoint)
+def set_aside_damaged(run_dir: Path, latest: Path) -> None:
+    """Renames complete checkpoints newer than `latest`, the newest intact one, to NAME.damaged."""
+    for checkpoint in list_checkpoints(run_dir):
+        if step_of(checkpoint) <= step_of(latest):
+            break
+        if not (checkpoint / MANIFEST).exists():
+            continue
+        number, target = 1, checkpoint.with_name(f"{checkpoint.name}.damaged")
+        while target.exists():
+            number += 1
+            target = checkpoint.with_name(f"{checkpoint.name}.damaged-{number}")
+        checkpoint.rename(target)
+        print(f"stdit: the damaged checkpoint {checkpoint.name} is now {target}", file=sys.stderr)
+
+
+def prune(run_dir: Path, keep: int, intact: Collection[Path]) -> None:
+    """Removes complete checkpoints older than the `keep` newest of `intact`, those that this process wrote or verified.
+
+    With fewer than `keep` of them nothing is removed: the others may be damaged.
+    """
+    kept = sorted((c for c in intact if (c / MANIFEST).exists()), key=step_of, reverse=True)[:keep]
+    if len(kept) < keep:
+        return
+    for checkpoint in list_checkpoints(run_dir):
+        if step_of(checkpoint) < step_of(kept[-1]) and (checkpoint / MANIFEST).exists():
+            # The manifest first: a half-removed folder then counts as incomplete, not as damaged.
+            (checkpoint / MANIFEST).unlink()
+            shutil.rmtree(checkpoint)
 
 
 # ----------------------------------------------------------------------------------------- identity

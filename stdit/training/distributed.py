@@ -70,6 +70,13 @@ class Ranks:
         dist.all_gather(parts, part.contiguous())
         return torch.cat(parts)
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value`, by rank, on every rank."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

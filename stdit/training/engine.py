@@ -214,6 +214,15 @@ class Engine:
         """Writes every rank's shards into folder/tag. An error must end the process: DeepSpeed's barriers wait for all ranks."""
         self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
 
+    def shard_names(self) -> list[str]:
+        """Names of the files that `save` writes on this rank."""
+        paths = []
+        if self.engine.save_non_zero_checkpoint:
+            paths.append(self.engine._get_ckpt_name("", ""))
+        if self.engine.save_zero_checkpoint:
+            paths.append(self.engine._get_zero_ckpt_name("", ""))
+        return [Path(path).name for path in paths]
+
     def load(self, folder: Path, tag: str) -> None:
         """Loads weights and optimizer state from folder/tag. ValueError: DeepSpeed found nothing there."""
         decays = [group["weight_decay"] for group in self.optimizer.param_groups]

@@ -51,6 +51,8 @@ class TrainState:
     notes: tuple[str, ...] = ()
     # Frozen weights of adapters or a control branch.
     base: Base | None = None
+    # Checkpoints that this run has written or verified.
+    intact: set[Path] = field(default_factory=set)
 
     def advance(self, samples: int, data_position: dict[str, int]) -> None:
         """Counts one step of `samples` samples."""
@@ -67,17 +69,22 @@ class TrainState:
 
 
 def is_finished(config: Config, data: TrainData, world_size: int) -> bool:
-    """Whether done.json says that the run is complete, with its checkpoint. ConfigError: run_dir holds another run."""
+    """Whether done.json says that the run is complete, and its checkpoint is intact. ConfigError: run_dir holds another
+    run."""
     path = config.run_dir / DONE
     if not path.is_file():
         return False
-    done = json.loads(path.read_text())
-    folder = config.run_dir / FOLDER / done["checkpoint"]
-    if done["step"] < config.train.steps or not (folder / checkpoint.MANIFEST).is_file():
+    try:
+        done = json.loads(path.read_text())
+        step, folder = int(done["step"]), config.run_dir / FOLDER / str(done["checkpoint"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"stdit: {path} is ignored: damaged ({type(error).__name__}: {error})", file=sys.stderr)
+        return False
+    if step < config.train.steps or checkpoint.verify(folder) is not None:
         return False
     check_resumable(json.loads((folder / IDENTITY).read_text()), config, world_size, data.fingerprint)
     if os.environ.get("RANK", "0") == "0":
-        print(f"{config.run_dir}: done already, at step {done['step']} of {config.train.steps}", file=sys.stderr)
+        print(f"{config.run_dir}: done already, at step {step} of {config.train.steps}", file=sys.stderr)
     return True
 
 
@@ -91,6 +98,7 @@ def find_resume_state(config: Config, data: TrainData, world_size: int) -> Train
     shutil.rmtree(config.run_dir / FOLDER / UNIVERSAL, ignore_errors=True)
     if latest is None:
         return TrainState()
+    checkpoint.set_aside_damaged(config.run_dir, latest)
     identity = json.loads((latest / IDENTITY).read_text())
     return TrainState(
         step=identity["step"],
@@ -100,6 +108,7 @@ def find_resume_state(config: Config, data: TrainData, world_size: int) -> Train
         world_size=identity["world_size"],
         notes=tuple(check_resumable(identity, config, world_size, data.fingerprint)),
         base=Base(**identity["base"]) if identity.get("base") else None,
+        intact={latest},
     )
 
 
@@ -207,8 +216,6 @@ def save_checkpoint(engine: Engine, ema: EMA, config: Config, data: TrainData, s
     for it in DeepSpeed's barriers.
     """
     folder = config.run_dir / FOLDER / folder_of_step(state.step)
-    if ranks.broadcast(lambda: (folder / checkpoint.MANIFEST).exists()):
-        return folder
     try:
         _write(engine, ema, config, data, state, ranks, folder)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -226,6 +233,7 @@ def _write(
     # Left behind by an interrupted save.
     ranks.broadcast(lambda: shutil.rmtree(folder, ignore_errors=True))
     engine.save(folder.parent, folder.name)
+    shards = [name for names in ranks.gather(engine.shard_names()) for name in names]
     kind = checkpoint.config_kind(config.train)
     _write_weights(engine, folder / checkpoint.weights_folder(kind, "model"))
     with ema.swapped():
@@ -248,8 +256,9 @@ def _write(
             base=state.base and asdict(state.base),
         )
         atomic_write(folder / IDENTITY, json.dumps(identity, indent=1))
-        checkpoint.write_manifest(folder)
-        checkpoint.prune(config.run_dir, config.train.keep_checkpoints)
+        checkpoint.write_manifest(folder, shards)
+        state.intact.add(folder)
+        checkpoint.prune(config.run_dir, config.train.keep_checkpoints, state.intact)
     ranks.barrier()
 
 

@@ -72,13 +72,76 @@ def test_missing_shortened_and_damaged_files_are_named(tmp_path: Path) -> None:
         checkpoint.find_latest(tmp_path)
 
 
+def steps(run_dir: Path) -> list[int]:
+    return [checkpoint.step_of(p) for p in checkpoint.list_checkpoints(run_dir)]
+
+
 def test_pruning_keeps_the_newest_and_torn_ones_go(tmp_path: Path) -> None:
-    for step in (1, 2, 3, 4):
-        make(tmp_path, step, whole=step != 4)
-    checkpoint.prune(tmp_path, 2)
-    assert [p.name[-1] for p in checkpoint.list_checkpoints(tmp_path)] == ["4", "3", "2"]
+    _, two, three, _ = (make(tmp_path, step, whole=step != 4) for step in (1, 2, 3, 4))
+    checkpoint.prune(tmp_path, 2, [two, three])
+    assert steps(tmp_path) == [4, 3, 2]
     checkpoint.remove_incomplete(tmp_path)
-    assert [p.name[-1] for p in checkpoint.list_checkpoints(tmp_path)] == ["3", "2"]
+    assert steps(tmp_path) == [3, 2]
+
+
+def test_pruning_counts_intact_checkpoints_alone(tmp_path: Path) -> None:
+    _, two, three = (make(tmp_path, step) for step in (1, 2, 3))
+    # Nothing is known of the older ones: none may go.
+    checkpoint.prune(tmp_path, 2, [three])
+    assert steps(tmp_path) == [3, 2, 1]
+    # A newer one that nobody has verified does not stand for one of those kept.
+    checkpoint.prune(tmp_path, 1, [two])
+    assert steps(tmp_path) == [3, 2]
+
+
+def test_damaged_checkpoints_are_renamed_and_count_for_nothing(tmp_path: Path) -> None:
+    latest = make(tmp_path, 1)
+    for _ in range(2):
+        make(tmp_path, 2)
+        (tmp_path / "checkpoints/step-00000002/shard.pt").write_bytes(b"")
+        checkpoint.set_aside_damaged(tmp_path, latest)
+        assert steps(tmp_path) == [1]
+    names = sorted(p.name for p in (tmp_path / "checkpoints").glob("step-00000002*"))
+    assert names == ["step-00000002.damaged", "step-00000002.damaged-2"]
+
+
+def test_folders_of_other_names_are_no_checkpoints(tmp_path: Path) -> None:
+    newest = make(tmp_path, 1)
+    for name in ("step-best", "step-00000002.bak", "step-3", "step-00000004.damaged"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    assert checkpoint.find_latest(tmp_path) == newest
+    checkpoint.remove_incomplete(tmp_path)
+    assert (tmp_path / "checkpoints/step-best").is_dir()
+
+
+def test_any_bit_flipped_in_a_manifest_is_damage(tmp_path: Path) -> None:
+    folder = make(tmp_path, 1)
+    manifest = folder / "manifest.json"
+    content = manifest.read_bytes()
+    for bit in range(0, len(content) * 8, 3):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        manifest.write_bytes(flipped)
+        # White space and the case of an escape are the only bits that say nothing.
+        if json_of(bytes(flipped)) != json_of(content):
+            assert checkpoint.verify(folder) is not None, bit
+    for nothing in ({}, [], {"files": {}}, {"files": {}, "sha256": checkpoint._digest({})}, None):
+        manifest.write_text(json.dumps(nothing))
+        assert "manifest.json is damaged" in str(checkpoint.verify(folder))
+
+
+def json_of(content: bytes) -> object:
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None
+
+
+def test_a_manifest_is_not_written_without_the_shards_of_every_rank(tmp_path: Path) -> None:
+    folder = make(tmp_path, 1, whole=False)
+    with pytest.raises(checkpoint.CheckpointError, match="shard-of-rank-1.pt missing"):
+        checkpoint.write_manifest(folder, ["shard.pt", "shard-of-rank-1.pt"])
+    assert not (folder / "manifest.json").exists()
 
 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:

@@ -110,13 +110,37 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(solo: Pool,
     assert "step-00000006 is skipped: zero_pp_rank_0" in resumed["said"]
     assert "resumes after step 4" in resumed["said"]
     assert numbers(resumed["metrics"]) == numbers(whole)
-    # Both damaged: not a start from step 0.
+    # Set aside and saved again, never passed off as saved.
+    assert (tmp_path / "checkpoints/step-00000006.damaged").is_dir()
+    assert checkpoint.verify(tmp_path / "checkpoints/step-00000006") is None
+    # A finished run whose checkpoint is damaged is not finished.
+    flip(tmp_path / "checkpoints/step-00000006/transformer_ema/diffusion_pytorch_model.safetensors")
+    mended = solo(run, data)[0]
+    assert "resumes after step 4" in mended["said"]
+    assert numbers(mended["metrics"]) == numbers(whole)
+    assert checkpoint.verify(tmp_path / "checkpoints/step-00000006") is None
+    # All damaged: not a start from step 0.
     (tmp_path / "done.json").unlink()
-    for folder in (tmp_path / "checkpoints").glob("step-*"):
+    for folder in checkpoint.list_checkpoints(tmp_path):
         flip(folder / "identity.json")
     with pytest.raises(RankError, match="no checkpoint is intact") as error:
         solo(run, data)
     assert error.value.kind == "CheckpointError"
+
+
+def test_damaged_checkpoints_never_cost_the_last_intact_one(solo: Pool, tmp_path: Path) -> None:
+    data = data_for(tmp_path, 2, 1, steps=6, checkpoint_every=2, keep_checkpoints=9)
+    solo(run, data)
+    (tmp_path / "done.json").write_text("")
+    flip(tmp_path / "checkpoints/step-00000006/identity.json")
+    flip(tmp_path / "checkpoints/step-00000002/identity.json")
+    stopped = solo(run, data_for(tmp_path, 2, 1, steps=8, keep_checkpoints=1), 6)[0]
+    assert "resumes after step 4" in stopped["said"]
+    assert f"{tmp_path / 'done.json'} is ignored: damaged" in stopped["said"]
+    assert [checkpoint.step_of(c) for c in checkpoint.list_checkpoints(tmp_path)] == [6]
+    assert checkpoint.find_latest(tmp_path) is not None
+    # The path of the checkpoint that it came from, which is gone, is nowhere in it.
+    assert "_name_or_path" not in (tmp_path / "checkpoints/step-00000006/transformer_ema/config.json").read_text()
 
 
 def test_a_save_that_was_cut_off_counts_as_not_there(solo: Pool, tmp_path: Path) -> None:
