@@ -42,14 +42,15 @@ from stdit.config import (
 )
 from stdit.data.digits import DigitsOptions, Shape, make_digits
 from stdit.diffusion.guidance import guided
-from stdit.diffusion.schedulers import make_scheduler, sample
+from stdit.diffusion.sample import sample
+from stdit.diffusion.schedulers import make_scheduler
 from stdit.evaluation.evaluator import evaluate_videos
 from stdit.evaluation.held_out import held_out_prompts, write_prompts
 from stdit.generate import generate
 from stdit.inference.pipeline import STDiTPipeline
 from stdit.inference.prompts import read_prompts
 from stdit.models.conditioning import ConditionInputs, encode_static, precompute_conditions
-from stdit.models.sampling import Sampled
+from stdit.models.sampling import CachedConditions
 from stdit.models.stdit import STDiT
 from stdit.ops import onednn
 from stdit.train import train
@@ -149,9 +150,8 @@ def sampler_of(run: Path, batch: int) -> Callable[[], torch.Tensor]:
     @torch.no_grad()
     def draw() -> torch.Tensor:
         scheduler = make_scheduler(SAMPLER, pipe.diffusion, (1, SHAPE.height, SHAPE.width))
-        prepared = Sampled(model)
-        steered = guided(prepared, SAMPLER.guidance_scale)
-        return sample(steered, scheduler, noise, steps, {"class_labels": labels}, ahead=prepared.expect)
+        steered = guided(CachedConditions(model), SAMPLER.guidance_scale)
+        return sample(steered, scheduler, noise, steps, {"class_labels": labels})
 
     return draw
 

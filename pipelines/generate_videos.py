@@ -96,9 +96,9 @@ def generate_groups(job: Job, workers: int, device: str | None = None, progress:
 def generate_videos(config: GenerateConfig, progress: bool = True) -> tuple[list[dict[str, Any]], list[Outcome]]:
     """Makes what is missing, writes the manifest; its rows and what failed. Joins the Ray that is connected, or one of
     its own (pipelines.workers.connect). ValueError, CheckpointError, OSError, RuntimeError: nothing more can be made."""
-    from stdit.generate import finish, job_of
+    from stdit.generate import finish, job_from_config
 
-    job = job_of(config)
+    job = job_from_config(config)
     outcomes: list[Outcome] = []
     if job.missing():
         started = connect(config.workers * config.threads)

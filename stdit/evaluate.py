@@ -44,9 +44,9 @@ class EvaluationPrompts(Frozen):
 
 def generate_missing(config: GenerateConfig) -> None:
     """Generates what is missing, in this process."""
-    from stdit.generate import finish, job_of, run_groups
+    from stdit.generate import finish, job_from_config, run_groups
 
-    job = job_of(config)
+    job = job_from_config(config)
     finish(job, run_groups(job, config.device, progress=sys.stderr.isatty()))
 
 

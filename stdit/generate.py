@@ -1,14 +1,14 @@
-"""Prompts in, files out: an MP4 (or a PNG for one frame) for each prompt and seed, a manifest and a contact sheet.
+"""Generates videos for a file of prompts: an MP4 (or PNG) for each prompt and seed, a manifest and a contact sheet.
 
     python -m stdit.generate --run runs/demo/clips --prompts prompts.txt --out videos --guidance 3
 
-The folder OUT then holds the videos, manifest.jsonl (a row for each: what was asked, the file or the error, how it was
-drawn), request.json (what was asked of the whole), contact_sheet.png and, for clips, contact_sheet.gif.
+OUT then holds the videos, manifest.jsonl (one row each: prompt, seed, settings, file or error), request.json (the job's
+settings), contact_sheet.png and, for videos, contact_sheet.gif.
 
-The same command again makes only what is missing. What a video is depends on its prompt and seed, on the settings, and,
-in the last bit, on the others of its group, whose sums share a batch: so groups are cut from the list of prompts alone,
-a group with a gap is drawn as a whole, and every worker uses equally many threads. The same command gives the same
-videos with any number of workers (`pipelines.generate_videos`).
+The same command again generates only what is missing, and gives the same videos with any number of workers
+(`pipelines.generate_videos`). A video depends on its prompt, seed and settings and, in the last bit, on its batch: batches
+are cut from the list of prompts alone, a batch with a gap is sampled again as a whole, and every worker has the same
+number of threads.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from stdit.data.decoding import open_clip
 from stdit.data.transforms import resize_crop
 from stdit.diffusion.randomness import seed_for
 from stdit.files import atomic_path, atomic_write
-from stdit.inference.job import MANIFEST, MOVING, SHEET, Job, job_of, open_job
+from stdit.inference.job import MANIFEST, MOVING, SHEET, Job, job_from_config, open_job
 from stdit.inference.pipeline import STDiTPipeline, STDiTPipelineOutput
 from stdit.inference.prompts import Item, Prompt, arguments, check_text, label_id, read_prompts, settings
 from stdit.media import Cell, contact_sheet, moving_sheet, write_clip, write_gif, write_png
 from stdit.training import checkpoint
 
-# Clips on the contact sheet: the first of the manifest.
+# Videos on the contact sheet, the first of the manifest.
 SHEET_CLIPS = 24
 
-__all__ = ["Job", "Prompt", "draw_group", "finish", "generate", "job_of", "load", "open_job", "read_prompts"]
+__all__ = ["Job", "Prompt", "draw_group", "finish", "generate", "job_from_config", "load", "open_job", "read_prompts"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one item that is not simply made: an error, or a note on a video that there is."""
+    """An error of one item, or a note on a video that was generated."""
 
     file: str
     error: str | None = None
@@ -54,20 +54,20 @@ class Outcome:
 
 
 def load(job: Job, device: str | None = None) -> STDiTPipeline:
-    """The job's pipeline with its sampler, silent, on `device` (None: cuda where there is one)."""
+    """The job's pipeline with its sampler, without progress bar, on `device` (None: cuda where there is one)."""
     base = {} if job.source.base is None else {"base": job.source.base}
     pipe = STDiTPipeline.from_pretrained(job.source.path, weights=job.source.weights, **base)
     for adapter in job.lora:
-        pipe.load_lora(adapter.path, scale=adapter.scale, weights=job.source.weights)
+        pipe.load_lora_weights(adapter.path, scale=adapter.scale, weights=job.source.weights)
     pipe.use(job.sampler)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def draw_group(pipe: STDiTPipeline, job: Job, number: int) -> list[Outcome]:
-    """Draws group `number` and writes what of it is missing. What fails is reported; the rest is made.
+    """Samples batch `number` and writes its missing videos. Failures are reported, the rest is generated.
 
-    OSError: a file can't be written (the disk is full), which would stop the others too.
+    OSError: a file can't be written (disk full), which would stop the other batches too.
     """
     outcomes: list[Outcome] = []
     able: list[Item] = []
@@ -82,14 +82,14 @@ def draw_group(pipe: STDiTPipeline, job: Job, number: int) -> list[Outcome]:
     with _threads(job.threads):
         failures = _draw(pipe, job, able)
         if failures and len(able) > 1:
-            # One may have taken the others with it: each by itself.
+            # One item may have failed the whole batch: each on its own.
             failed = {failure.file for failure in failures}
             failures = [f for item in able if item.file in failed for f in _draw(pipe, job, [item])]
     return outcomes + failures + _notes(pipe, able)
 
 
 def _draw(pipe: STDiTPipeline, job: Job, some: Sequence[Item]) -> list[Outcome]:
-    """Draws `some` items in one batch and writes what is missing; the errors of those that failed."""
+    """Samples items in one batch and writes what is missing; returns the failures."""
     try:
         output = pipe(
             **_conditions(pipe, some),
@@ -104,7 +104,7 @@ def _draw(pipe: STDiTPipeline, job: Job, some: Sequence[Item]) -> list[Outcome]:
             fps=job.fps if job.shape.frames > 1 else None,
             output_type="np",
         )
-    except Exception as error:  # Whatever one prompt meets, the others are not to be lost for it.
+    except Exception as error:  # One bad prompt must not cost the others.
         return [Outcome(item.file, f"{type(error).__name__}: {error}") for item in some]
     assert isinstance(output, STDiTPipelineOutput)
     failures = []
@@ -118,26 +118,26 @@ def _draw(pipe: STDiTPipeline, job: Job, some: Sequence[Item]) -> list[Outcome]:
 
 
 def noise_seed(item: Item) -> int:
-    """The seed of an item's generator: other prompts have other noise, and a prompt the same wherever it stands."""
+    """The seed of an item's noise: different for different prompts, independent of the position in the file."""
     return seed_for(item.seed, "generate", item.prompt.text, str(item.prompt.class_label))
 
 
 def _check_item(pipe: STDiTPipeline, item: Item) -> None:
-    """ValueError where the model can't be asked for this item."""
+    """ValueError: the model can't be conditioned on this item."""
     model = pipe.transformer.settings
     check_text(item.prompt.text, "prompt")
     if model.num_classes and item.prompt.class_label is not None:
         label_id(item.prompt.class_label, pipe.classes, model.num_classes)
     elif model.num_classes and not model.text_dim:
-        raise ValueError("this run draws classes; the prompt has none (a JSONL row with the key class has)")
+        raise ValueError("this run is class-conditional; the prompt has no class (use JSONL with the key class)")
     if pipe.control is not None and not isinstance(item.prompt.extra.get("control"), str):
         raise ValueError(
-            "this run draws for a condition; the prompt has none (a JSONL row with the key control, a path, has)"
+            "this run has a control branch; the prompt has no condition (use JSONL with the key control, a path)"
         )
 
 
 def _conditions(pipe: STDiTPipeline, some: Sequence[Item]) -> dict[str, Any]:
-    """The pipeline's arguments for these items: captions, classes or both, whatever the model takes."""
+    """The pipeline's arguments for these items: prompts, classes or both, as the model takes them."""
     model = pipe.transformer.settings
     found: dict[str, Any] = {}
     if model.text_dim:
@@ -149,7 +149,7 @@ def _conditions(pipe: STDiTPipeline, some: Sequence[Item]) -> dict[str, Any]:
 
 
 def _control(pipe: STDiTPipeline, job: Job, some: Sequence[Item]) -> dict[str, Any]:
-    """The conditions of these items, for a run of a control branch: images, repeated where others are videos."""
+    """Control conditions of these items: images, repeated over time where another item's is a video."""
     if pipe.control is None:
         return {}
     shape, clips = job.shape, []
@@ -166,7 +166,7 @@ def _control(pipe: STDiTPipeline, job: Job, some: Sequence[Item]) -> dict[str, A
 
 
 def _notes(pipe: STDiTPipeline, some: Sequence[Item]) -> list[Outcome]:
-    """Which captions were longer than the model reads."""
+    """Notes on captions that were truncated."""
     encoder = pipe.prompt_encoder
     if encoder is None:
         return []
@@ -180,7 +180,7 @@ def _notes(pipe: STDiTPipeline, some: Sequence[Item]) -> list[Outcome]:
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """`count` threads in torch's operators: their number decides in which order sums are taken."""
+    """Sets the number of torch's threads, which determines the order of summation."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -193,7 +193,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def finish(job: Job, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """Writes manifest.jsonl and the contact sheet of what there is; returns the manifest's rows.
+    """Writes manifest.jsonl and the contact sheet; returns the manifest's rows.
 
     A row has `file`, or `file` None and `error`.
     """
@@ -228,7 +228,7 @@ def _contact_sheet(job: Job, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def report(rows: Sequence[dict[str, Any]], outcomes: Sequence[Outcome], out: Path) -> int:
-    """Prints what was made and what failed; the exit code: 0 if all is there."""
+    """Prints what was generated and what failed; returns the exit code, 0 if nothing is missing."""
     failed = [row for row in rows if row["file"] is None]
     for row in failed:
         print(f"failed: prompt {row['index']} {row['prompt'][:60]!r}: {row['error']}", file=sys.stderr)
@@ -257,9 +257,9 @@ def generate(
     overwrite: bool = False,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
-    """Makes in this process what of the prompts' videos is missing in `out`; the manifest's rows.
+    """Generates the missing videos of `out` in this process; returns the manifest's rows.
 
-    Rows of prompts that failed have `error`, and `file` None. Arguments and errors as `open_job`'s.
+    Rows of failed prompts have `error`, and `file` None. Arguments and errors: as `open_job`.
     """
     job = open_job(
         run, prompts, out, shape, sampler, weights=weights, batch_size=batch_size, fps=fps, threads=threads,
@@ -269,7 +269,7 @@ def generate(
 
 
 def run_groups(job: Job, device: str | None = None, progress: bool = False) -> list[Outcome]:
-    """Draws the missing groups in this process."""
+    """Samples the missing batches in this process."""
     from tqdm import tqdm
 
     missing = job.missing()
@@ -281,11 +281,11 @@ def run_groups(job: Job, device: str | None = None, progress: bool = False) -> l
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line, in one process. Exit code 0: all made; 1: some prompts failed; 2: nothing could be done."""
+    """The command line, in one process. Exit code 0: all generated; 1: some prompts failed; 2: nothing was done."""
     options = arguments(__doc__).parse_args(argv)
     try:
         config = settings(options)
-        job = job_of(config)
+        job = job_from_config(config)
         outcomes = run_groups(job, config.device, progress=True)
         rows = finish(job, outcomes)
     except (ValueError, checkpoint.CheckpointError, OSError) as error:

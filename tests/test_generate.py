@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from stdit import generate as generation
 from stdit.config import Bucket, ConfigError, DiffusionConfig, GenerateConfig, SamplerConfig
 from stdit.data.decoding import open_clip
-from stdit.generate import Prompt, generate, job_of, noise_seed, read_prompts
+from stdit.generate import Prompt, generate, job_from_config, noise_seed, read_prompts
+from stdit.inference.job import default_bucket
 from stdit.inference.pipeline import STDiTPipeline, STDiTPipelineOutput
 from stdit.inference.prompts import SLUG_LENGTH, items, slug
 from stdit.models import lora
@@ -104,6 +105,12 @@ def test_a_file_holds_the_very_pixels_that_the_pipeline_draws(runs: dict[str, Pa
         assert abs(difference).max() <= 1
 
 
+def test_a_run_on_clips_and_images_generates_clips_by_default() -> None:
+    image, short, long = (Bucket(frames=t, height=h, width=h) for t, h in ((1, 64), (8, 32), (16, 32)))
+    assert default_bucket([image, short, long]) == long
+    assert default_bucket([image, Bucket(frames=1, height=32, width=32)]) == image
+
+
 def test_one_frame_is_a_png(runs: dict[str, Path], tmp_path: Path) -> None:
     rows = make(runs["text"], tmp_path, shape=Bucket(frames=1, height=8, width=24))
     assert all(row["file"].endswith(".png") for row in rows)
@@ -171,7 +178,7 @@ def test_a_changed_request_is_refused_unless_told(
 ) -> None:
     old = make(runs["text"], tmp_path)
     asked = {**change, "run": runs[change.get("run", "text")], "out": tmp_path}
-    with pytest.raises(ValueError, match=f"another request .*{told}.*--overwrite"):
+    with pytest.raises(ValueError, match=f"other settings .*{told}.*--overwrite"):
         make(**asked)
     assert {row["file"] for row in old} <= {p.name for p in tmp_path.iterdir()}
     (tmp_path / "mine.txt").write_text("of the user")
@@ -245,8 +252,8 @@ def test_what_fails_in_a_batch_is_drawn_alone(
             raise RuntimeError("out of memory")
         return encode(self, prompt)
 
-    def no_first(self: STDiTPipeline, encoder: Any, x: torch.Tensor, output_type: str) -> Any:
-        frames = decode(self, encoder, x, output_type)
+    def no_first(self: STDiTPipeline, x: torch.Tensor, output_type: str) -> Any:
+        frames = decode(self, x, output_type)
         frames[: int(len(x) == 2)] = np.nan
         return frames
 
@@ -256,7 +263,7 @@ def test_what_fails_in_a_batch_is_drawn_alone(
     monkeypatch.setattr(STDiTPipeline, "_decode", no_first)
     rows = make(runs["text"], tmp_path / "b", [Prompt("one"), Prompt("two")])
     assert [row.get("error") for row in rows] == [None, None]
-    monkeypatch.setattr(STDiTPipeline, "_decode", lambda self, e, x, form: np.full((len(x), 4, 16, 16, 3), np.nan))
+    monkeypatch.setattr(STDiTPipeline, "_decode", lambda self, x, form: np.full((len(x), 4, 16, 16, 3), np.nan))
     rows = make(runs["text"], tmp_path / "c", [Prompt("one"), Prompt("two")])
     assert all("not finite" in row["error"] for row in rows)
     assert not list((tmp_path / "c").glob("*.mp4"))
@@ -278,7 +285,7 @@ def test_a_run_of_classes_draws_by_class(runs: dict[str, Path], tmp_path: Path) 
     prompts = [Prompt(class_label="a/b"), Prompt(class_label=0), Prompt("no class"), Prompt(class_label="ten")]
     rows = make(runs["class"], tmp_path, prompts)
     assert [row["file"] for row in rows[:2]] == ["00000-class-a-b-seed0.mp4", "00001-class-0-seed0.mp4"]
-    assert "draws classes; the prompt has none" in rows[2]["error"]
+    assert "class-conditional; the prompt has no class" in rows[2]["error"]
     assert "class 'ten' is none of" in rows[3]["error"]
 
 
@@ -287,7 +294,7 @@ def test_a_run_of_classes_draws_by_class(runs: dict[str, Path], tmp_path: Path) 
     [
         ({"prompts": []}, "list is empty"),
         ({"shape": Bucket(frames=4, height=15, width=16)}, "height 15 is not divisible by model.patch_size 2"),
-        ({"sampler": SamplerConfig(scheduler="ddim")}, "ddim draws from objective ddpm"),
+        ({"sampler": SamplerConfig(scheduler="ddim")}, "ddim samples objective ddpm"),
         ({"sampler": SamplerConfig(guidance_channels=4)}, "guidance_channels 4 is more than the 3 latent channels"),
         ({"run": Path("/nowhere")}, "neither a checkpoint .* nor a run directory"),
     ],
@@ -328,10 +335,10 @@ def test_a_base_that_was_moved_is_named_and_draws_the_same(runs: dict[str, Path]
     assert np.array_equal(frames_of(tmp_path / "out" / before[0]["file"]), made)
     (tmp_path / "prompts.txt").write_text("a seven\n")
     told: dict[str, Any] = {"run": run, "prompts": tmp_path / "prompts.txt", "out": tmp_path / "more", "base": moved}
-    assert job_of(GenerateConfig(**told)).source.base == moved.resolve()
+    assert job_from_config(GenerateConfig(**told)).source.base == moved.resolve()
     with pytest.raises(ConfigError, match="are not those that were trained on"):
         make(run, tmp_path / "other", some, base=runs["other"])
-    with pytest.raises(ConfigError, match=f"base {moved}: .* holds a whole model, which has none"):
+    with pytest.raises(ConfigError, match=f"base {moved}: .* holds a complete model, which has no base"):
         make(runs["text"], tmp_path / "other", some, base=moved)
 
 
@@ -375,7 +382,7 @@ def test_the_command_line_refuses_with_exit_code_two(
     (tmp_path / "p.txt").write_text("a")
     base = ["--run", str(runs["text"]), "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "out")]
     for extra, told in (
-        (["--scheduler", "ddim"], "ddim draws from objective ddpm"),
+        (["--scheduler", "ddim"], "ddim samples objective ddpm"),
         (["--scheduler", "euler"], "command line: scheduler"),
         (["--set", "guidence=3"], "command line: guidence: unknown key"),
         (["--guidance", "-1"], "command line: guidance_scale"),

@@ -1,1 +1,1 @@
-"""What the model is asked to predict, at which times, and how samples are drawn from it."""
+"""Training objectives, timesteps, guidance and sampling. Knows no model: it meets them as callables."""

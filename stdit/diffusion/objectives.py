@@ -1,20 +1,22 @@
-"""What the model is asked to predict: flow matching's velocity, or DDPM's noise with or without learned variance.
+"""Training objectives: flow matching's velocity, or DDPM's noise with or without learned variance.
 
 B batch, C channels, T H W latent grid. Latents are (B, C, T, H, W), times (B,) with t = 0 data and t = 1 noise.
-Both objectives have the same five methods; neither knows the model, which comes as `predict(x_t, timestep)`.
+Both have the same methods; the model comes as a function `predict(x_t, timestep)`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
 from stdit.config import DiffusionConfig
-from stdit.diffusion.guidance import Model
+from stdit.diffusion.denoiser import Conditions, Denoiser, StepModel
+from stdit.diffusion.frame_conditioning import insert_frames
 from stdit.diffusion.timesteps import TIMESTEPS, sample_times
 
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -30,17 +32,12 @@ def _per_sample(values: Tensor, x: Tensor) -> Tensor:
     return values.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
-def _mean(x: Tensor, given: Tensor | None = None) -> Tensor:
-    """Mean over all but the batch, (B, C, T, H, W) -> (B,), of the frames that are not `given` (B, T)."""
-    if given is None:
+def _mean(x: Tensor, conditioning_frames: Tensor | None = None) -> Tensor:
+    """Mean over all but the batch, (B, C, T, H, W) -> (B,), over the frames that are not conditioning_frames (B, T)."""
+    if conditioning_frames is None:
         return x.flatten(1).mean(1)
-    drawn = (~given).to(x.dtype)
-    return (x.mean((1, 3, 4)) * drawn).sum(1) / drawn.sum(1).clamp(min=1)
-
-
-def _with_given(x_t: Tensor, x0: Tensor, given: Tensor | None) -> Tensor:
-    """x_t with the given frames (B, T) as they are in the data."""
-    return x_t if given is None else torch.where(given[:, None, :, None, None], x0, x_t)
+    noised = (~conditioning_frames).to(x.dtype)
+    return (x.mean((1, 3, 4)) * noised).sum(1) / noised.sum(1).clamp(min=1)
 
 
 def _check_prediction(prediction: Tensor, channels: int, x: Tensor) -> None:
@@ -75,14 +72,16 @@ class FlowMatching:
         """t on the model's scale, 0 to 1000."""
         return t * TIMESTEPS
 
-    def loss(self, predict: Predict, x0: Tensor, noise: Tensor, t: Tensor, given: Tensor | None = None) -> Tensor:
-        """Mean squared error of the velocity, (B,), in float32. given (B, T) bool: frames that keep their data and
-        are out of the loss."""
-        prediction = predict(_with_given(self.add_noise(x0, noise, t), x0, given), self.timestep(t))
+    def loss(
+        self, predict: Predict, x0: Tensor, noise: Tensor, t: Tensor, conditioning_frames: Tensor | None = None
+    ) -> Tensor:
+        """Mean squared error of the velocity, (B,), in float32. conditioning_frames (B, T) bool: frames that
+        stay clean and out of the loss."""
+        prediction = predict(insert_frames(self.add_noise(x0, noise, t), x0, conditioning_frames), self.timestep(t))
         channels = x0.shape[1]
         _check_prediction(prediction, 2 * channels if self.learned_variance else channels, x0)
         velocity = noise - x0 if self.config.velocity == "noise_minus_data" else x0 - noise
-        return _mean((prediction[:, :channels].float() - velocity.float()).square(), given)
+        return _mean((prediction[:, :channels].float() - velocity.float()).square(), conditioning_frames)
 
 
 class DDPM:
@@ -125,23 +124,31 @@ class DDPM:
         step = self.timestep(t)
         return self._at(self.signal, step, x0) * x0 + self._at(self.noise, step, x0) * noise
 
-    def loss(self, predict: Predict, x0: Tensor, noise: Tensor, t: Tensor, given: Tensor | None = None) -> Tensor:
+    def loss(
+        self, predict: Predict, x0: Tensor, noise: Tensor, t: Tensor, conditioning_frames: Tensor | None = None
+    ) -> Tensor:
         """Mean squared error of the noise, (B,), in float32; with learned variance plus 0.001 N times the bound's
-        term, in bits per dimension, from which the noise channels get no gradient. given: as flow matching's."""
+        term, in bits per dimension, from which the noise channels get no gradient. conditioning_frames: as in flow matching."""
         step, channels = self.timestep(t), x0.shape[1]
-        x_t = _with_given(self.add_noise(x0, noise, t), x0, given)
+        x_t = insert_frames(self.add_noise(x0, noise, t), x0, conditioning_frames)
         prediction = predict(x_t, step)
         _check_prediction(prediction, 2 * channels if self.learned_variance else channels, x0)
         prediction, x_t, x0 = prediction.float(), x_t.float(), x0.float()
-        error = _mean((prediction[:, :channels] - noise.float()).square(), given)
+        error = _mean((prediction[:, :channels] - noise.float()).square(), conditioning_frames)
         if not self.learned_variance:
             return error
         predicted_noise, fraction = prediction.split(channels, dim=1)
-        bound = self.variational_bound(predicted_noise.detach(), fraction, x0, x_t, step, given)
+        bound = self.variational_bound(predicted_noise.detach(), fraction, x0, x_t, step, conditioning_frames)
         return error + self.steps / 1000 * bound
 
     def variational_bound(
-        self, noise: Tensor, fraction: Tensor, x0: Tensor, x_t: Tensor, step: Tensor, given: Tensor | None = None
+        self,
+        noise: Tensor,
+        fraction: Tensor,
+        x0: Tensor,
+        x_t: Tensor,
+        step: Tensor,
+        conditioning_frames: Tensor | None = None,
     ) -> Tensor:
         """Term of the variational bound at `step` (B,), in bits per dimension, (B,).
 
@@ -157,14 +164,25 @@ class DDPM:
         truth = of_x0 * x0 + of_xt * x_t
         divergence = normal_kl(truth, log_smallest, mean, log_variance)
         decoder = -discretised_log_likelihood(x0, mean, 0.5 * log_variance)
-        return torch.where(step == 0, _mean(decoder, given), _mean(divergence, given)) / math.log(2)
+        return torch.where(
+            step == 0, _mean(decoder, conditioning_frames), _mean(divergence, conditioning_frames)
+        ) / math.log(2)
 
 
-def with_scheduler_sign(model: Model, config: DiffusionConfig) -> Model:
-    """`model` with the sign that diffusers' schedulers draw from, noise - x0."""
+def with_scheduler_sign(model: Denoiser, config: DiffusionConfig) -> Denoiser:
+    """`model` with the sign of velocity that diffusers' schedulers expect, noise - x0."""
     if config.objective == "ddpm" or config.velocity == "noise_minus_data":
         return model
-    return lambda x, t, cond: -model(x, t, cond)
+    return _Negated(model)
+
+
+@dataclass(frozen=True)
+class _Negated:
+    model: Denoiser
+
+    def bind(self, cond: Conditions, times: Tensor) -> StepModel:
+        step_model = self.model.bind(cond, times)
+        return lambda x, i: -step_model(x, i)
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:

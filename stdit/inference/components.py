@@ -1,5 +1,4 @@
-"""The parts of a pipeline: those of a run (the transformer of a checkpoint, and the encoders and the scheduler that its
-identity names), and whether parts belong together."""
+"""Components of a pipeline: loads those of a run (transformer, encoders, scheduler), and checks that they fit together."""
 
 from __future__ import annotations
 
@@ -20,25 +19,25 @@ from stdit.training.adapters import load_trained
 from stdit.training.checkpoint import Weights
 
 
-def parts_of(run: Path, weights: Weights, given: dict[str, Any]) -> dict[str, Any]:
-    """Keywords of STDiTPipeline. given: parts to use in place of the stored ones, `torch_dtype`, and `base`.
+def load_components(run: Path, weights: Weights, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keywords of STDiTPipeline. kwargs: components to use in place of the stored ones, `torch_dtype`, and `base`.
 
     ValueError: a keyword that is none of these; an encoder that is gone or changed, latents that nothing decodes.
     """
-    dtype = given.pop("torch_dtype", given.pop("dtype", None))
+    dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
     texts = [f"{name}{suffix}" for suffix in SUFFIXES for name in ("text_encoder", "tokenizer")]
-    parts = {name: given.pop(name) for name in ("scheduler", "vae", *texts, "text_layout") if name in given}
-    base = given.pop("base", None)
-    if given:
-        raise ValueError(f"{run}: a run takes no {', '.join(given)}")
-    # Asked for once: it reads every byte of the checkpoint to see that it is whole.
+    parts = {name: kwargs.pop(name) for name in ("scheduler", "vae", *texts, "text_layout") if name in kwargs}
+    base = kwargs.pop("base", None)
+    if kwargs:
+        raise ValueError(f"{run}: a run takes no {', '.join(kwargs)}")
+    # Once: it reads every byte of the checkpoint to verify it.
     place = checkpoint.find_weights(run, weights)
     identity = json.loads((place.parent / checkpoint.IDENTITY).read_text())
     transformer, control = load_trained(place, base and Path(base), dtype)
     diffusion = validate(identity["diffusion"], DiffusionConfig, f"{run}: identity.json: diffusion")
     if "vae" not in parts:
         if identity["video_encoder"]["kind"] == "synthetic":
-            raise ValueError(f"{run} was trained on latents made on the spot, which no autoencoder decodes; give vae=…")
+            raise ValueError(f"{run} was trained on synthetic latents, which no autoencoder decodes; give vae=…")
         parts["vae"] = video_encoder_from_identity(identity["video_encoder"]).vae
     # Features for a run of several stages have text, which a stage with class labels alone does not take.
     settings = transformer.settings
@@ -61,8 +60,8 @@ def parts_of(run: Path, weights: Weights, given: dict[str, Any]) -> dict[str, An
     }
 
 
-def check_parts(transformer: STDiT, vae: ModelMixin, control: STDiTControl | None, encoder: Any) -> None:
-    """ValueError: parts that don't belong together, with both numbers. encoder: of text, one or several, or None."""
+def check_components(transformer: STDiT, vae: ModelMixin, control: STDiTControl | None, encoder: Any) -> None:
+    """ValueError: components that don't fit together, with both numbers. encoder: the text encoder or encoders, or None."""
     settings, channels = transformer.settings, VideoEncoder(vae).channels
     if channels != settings.in_channels:
         raise ValueError(

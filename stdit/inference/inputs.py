@@ -1,4 +1,4 @@
-"""From the pipeline's arguments to what the transformer is told: captions, classes, what guidance moves away from, given frames.
+"""From the pipeline's arguments to the transformer's: text, classes, negative conditions, noise, conditioning frames, control.
 
 B videos · C latent channels · (t, h, w) latent frames, height, width · L text tokens
 """
@@ -19,10 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from stdit.config import Bucket, ModelConfig
-from stdit.diffusion.schedulers import FrameCondition
+from stdit.diffusion.frame_conditioning import FrameCondition
 from stdit.encoders.text import TextFeatures
 from stdit.encoders.video import VideoEncoder
 from stdit.inference.prompts import label_id
+from stdit.models.control import STDiTControl
 
 Prompts = str | Sequence[str]
 Labels = int | str | Sequence[int | str | None] | Tensor
@@ -34,8 +35,8 @@ TEXT, MASK, POOLED = "encoder_hidden_states", "encoder_attention_mask", "pooled_
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The conditions that one call of the pipeline is given, by the names of its arguments; `each`: videos a prompt."""
+class PipelineInputs:
+    """Text and class conditions of one call of the pipeline, by the names of its arguments."""
 
     prompt: Prompts | None = None
     class_labels: Labels | None = None
@@ -46,49 +47,51 @@ class Asked:
     negative_prompt_embeds: Tensor | None = None
     negative_prompt_attention_mask: Tensor | None = None
     negative_pooled_prompt_embeds: Tensor | None = None
-    each: int = 1
+    num_videos_per_prompt: int = 1
 
 
 @dataclass(frozen=True)
-class Teller:
-    """Makes the keywords of a transformer's forward. encode: None where there is no text encoder."""
+class ConditionEncoder:
+    """Encodes conditions as keywords of the transformer's forward. encode_prompt: None without a text encoder."""
 
     settings: ModelConfig
-    encode: Encode | None
+    encode_prompt: Encode | None
     classes: Mapping[str, int]
     device: torch.device
 
-    def condition(self, asked: Asked) -> tuple[dict[str, Any], int]:
-        """(keywords, B): every prompt's conditions, `each` times in a row. ValueError: what the model does not take."""
-        self._check(asked)
+    def encode(self, inputs: PipelineInputs) -> tuple[dict[str, Tensor], int]:
+        """(keywords, B): every prompt's conditions, num_videos_per_prompt times in a row. ValueError: what the model does
+        not take."""
+        self._check(inputs)
         cond: dict[str, Tensor] = {}
-        if asked.class_labels is not None:
-            cond["class_labels"] = self.label_ids(asked.class_labels)
-        prompt = asked.prompt
-        if (
-            prompt is None
-            and asked.prompt_embeds is None
-            and self.settings.text_dim
-            and self.settings.null_text == "empty"
-        ):
+        if inputs.class_labels is not None:
+            cond["class_labels"] = self.label_ids(inputs.class_labels)
+        prompt = inputs.prompt
+        no_text = prompt is None and inputs.prompt_embeds is None
+        if no_text and self.settings.text_dim and self.settings.null_text == "empty":
             prompt = [""] * len(cond["class_labels"])
-        cond |= self._text(prompt, asked.prompt_embeds, asked.prompt_attention_mask)
-        if asked.pooled_prompt_embeds is not None:
-            cond[POOLED] = asked.pooled_prompt_embeds
+        cond |= self._encode_text(prompt, inputs.prompt_embeds, inputs.prompt_attention_mask)
+        if inputs.pooled_prompt_embeds is not None:
+            cond[POOLED] = inputs.pooled_prompt_embeds
         counts = {name: len(value) for name, value in cond.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(f"prompts and class_labels must be equally many, found {counts}")
-        batch = next(iter(counts.values()), 1) * asked.each
-        return {name: value.to(self.device).repeat_interleave(asked.each, 0) for name, value in cond.items()}, batch
+        repeats = inputs.num_videos_per_prompt
+        batch = next(iter(counts.values()), 1) * repeats
+        return {name: value.to(self.device).repeat_interleave(repeats, 0) for name, value in cond.items()}, batch
 
-    def negative(self, asked: Asked, cond: Mapping[str, Tensor], batch: int) -> dict[str, Tensor] | None:
-        """The condition in whose place guidance else has the model's own null one; its class is null.
+    def encode_negative(
+        self, inputs: PipelineInputs, cond: Mapping[str, Tensor], batch: int
+    ) -> dict[str, Tensor] | None:
+        """Negative conditions for classifier-free guidance; None: the model's own null condition. Their class is null.
 
-        A model without a null caption of its own is given the text encoder's features of "" unless asked for others. The
-        pooled vector is the encoder's, or else zeros. ValueError: there is neither an encoder nor features.
+        A model without a null caption gets the text encoder's features of "" by default. The pooled vector is the
+        encoder's, or zeros. ValueError: there is neither an encoder nor features.
         """
-        embeds, mask, prompt = asked.negative_prompt_embeds, asked.negative_prompt_attention_mask, asked.negative_prompt
-        pooled, prompts = asked.negative_pooled_prompt_embeds, batch // asked.each
+        embeds, mask = inputs.negative_prompt_embeds, inputs.negative_prompt_attention_mask
+        prompt, pooled = inputs.negative_prompt, inputs.negative_pooled_prompt_embeds
+        repeats = inputs.num_videos_per_prompt
+        prompts = batch // repeats
         if mask is not None and embeds is None:
             raise ValueError("negative_prompt_attention_mask needs negative_prompt_embeds")
         if prompt is not None and embeds is not None:
@@ -97,20 +100,19 @@ class Teller:
             raise ValueError("negative_pooled_prompt_embeds needs pooled_prompt_embeds")
         if TEXT not in cond and (prompt is not None or embeds is not None):
             raise ValueError("negative_prompt needs prompt or prompt_embeds")
-        needed = TEXT in cond and self.settings.null_text == "empty"
-        if prompt is None and embeds is None and pooled is None and not needed:
-            return None
-        if prompt is None and embeds is None and needed:
-            if self.encode is None:
+        if prompt is None and embeds is None:
+            needed = TEXT in cond and self.settings.null_text == "empty"
+            if not needed and pooled is None:
+                return None
+            if needed and self.encode_prompt is None:
                 raise ValueError(
-                    "guidance needs what stands for no caption, of which this model has nothing of its own (null_text: "
-                    "empty), and the pipeline has no text_encoder: give negative_prompt_embeds and "
-                    "negative_prompt_attention_mask, or guidance_scale 1"
+                    "the model has no null caption (null_text: empty) and the pipeline no text_encoder: give "
+                    "negative_prompt_embeds and negative_prompt_attention_mask, or guidance_scale 1"
                 )
-            prompt = ""
+            prompt = "" if needed else None
         if prompt is not None and not isinstance(prompt, str) and len(prompt) != prompts:
             raise ValueError(f"{len(prompt)} negative prompts for {prompts} prompts")
-        negative = self._text(prompt, embeds, mask)
+        negative = self._encode_text(prompt, embeds, mask)
         if pooled is not None:
             negative[POOLED] = pooled
         elif POOLED in cond and POOLED not in negative:
@@ -118,70 +120,106 @@ class Teller:
         for name, value in negative.items():
             if len(value) not in (1, prompts):
                 raise ValueError(f"negative {name} of {len(value)} rows for {prompts} prompts; give 1 or {prompts}")
-        spread = {
-            name: (value if len(value) == prompts else value.expand(prompts, *value.shape[1:])).to(self.device)
-            for name, value in negative.items()
-        }
-        made = {name: value.repeat_interleave(asked.each, 0) for name, value in spread.items()}
+            expanded = value if len(value) == prompts else value.expand(prompts, *value.shape[1:])
+            negative[name] = expanded.to(self.device).repeat_interleave(repeats, 0)
         if "class_labels" in cond:
-            made["class_labels"] = torch.full_like(cond["class_labels"], -1)
-        return made
+            negative["class_labels"] = torch.full_like(cond["class_labels"], -1)
+        return negative
 
     def label_ids(self, labels: Labels) -> Tensor:
         """Class labels as numbers, (B,) int64. ValueError: a name or number that is no class, with those there are."""
         if isinstance(labels, Tensor):
             labels = labels.tolist()
-        given = [labels] if isinstance(labels, int | str) else list(cast(Sequence[int | str | None], labels))
+        values = [labels] if isinstance(labels, int | str) else list(cast(Sequence[int | str | None], labels))
         count = self.settings.num_classes or 0
-        if not given:
+        if not values:
             raise ValueError("class_labels is an empty list")
-        return torch.tensor([label_id(label, self.classes, count) for label in given])
+        return torch.tensor([label_id(label, self.classes, count) for label in values])
 
-    def _text(self, prompt: Prompts | None, embeds: Tensor | None, mask: Tensor | None) -> dict[str, Tensor]:
-        """The keywords of a caption, or of its features; the mask of None is one of real tokens alone."""
+    def _encode_text(self, prompt: Prompts | None, embeds: Tensor | None, mask: Tensor | None) -> dict[str, Tensor]:
+        """Keywords of captions, or of their embeddings; without a mask every token is valid."""
         if prompt is not None:
-            if self.encode is None:
+            if self.encode_prompt is None:
                 raise ValueError("this pipeline has no text_encoder; give prompt_embeds and prompt_attention_mask")
-            made = self.encode(prompt)
-            pooled = {POOLED: made.pooled} if self.settings.pooled_dim and made.pooled is not None else {}
-            return {TEXT: made.features, MASK: made.mask, **pooled}
+            encoded = self.encode_prompt(prompt)
+            pooled = {POOLED: encoded.pooled} if self.settings.pooled_dim and encoded.pooled is not None else {}
+            return {TEXT: encoded.features, MASK: encoded.mask, **pooled}
         if embeds is None:
             return {}
         return {TEXT: embeds, MASK: torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask.bool()}
 
-    def _check(self, asked: Asked) -> None:
-        """ValueError: conditions that this model, or one another, don't allow; none at all."""
+    def _check(self, inputs: PipelineInputs) -> None:
+        """ValueError: conditions that the model doesn't take, that exclude one another, or none at all."""
         settings = self.settings
-        told = asked.prompt is not None or asked.prompt_embeds is not None
-        if told and settings.text_dim is None:
+        text = inputs.prompt is not None or inputs.prompt_embeds is not None
+        if text and settings.text_dim is None:
             takes = "class_labels" if settings.num_classes else "no condition"
             raise ValueError(f"this model takes no text (text_dim None); it takes {takes}")
-        if asked.class_labels is not None and settings.num_classes is None:
+        if inputs.class_labels is not None and settings.num_classes is None:
             raise ValueError("this model takes no class_labels (num_classes None)")
-        if asked.pooled_prompt_embeds is not None and settings.pooled_dim is None:
+        if inputs.pooled_prompt_embeds is not None and settings.pooled_dim is None:
             raise ValueError("this model takes no pooled_prompt_embeds (pooled_dim None)")
-        if asked.prompt is not None and asked.prompt_embeds is not None:
+        if inputs.prompt is not None and inputs.prompt_embeds is not None:
             raise ValueError("give prompt or prompt_embeds, not both")
-        if asked.prompt_attention_mask is not None and asked.prompt_embeds is None:
+        if inputs.prompt_attention_mask is not None and inputs.prompt_embeds is None:
             raise ValueError("prompt_attention_mask needs prompt_embeds")
-        if not told and asked.class_labels is None and (settings.text_dim or settings.num_classes):
+        if not text and inputs.class_labels is None and (settings.text_dim or settings.num_classes):
             raise ValueError('give prompt or class_labels; prompt "" or class label -1 for no condition')
-        if asked.each < 1:
-            raise ValueError(f"num_videos_per_prompt must be 1 or more, found {asked.each}")
+        if inputs.num_videos_per_prompt < 1:
+            raise ValueError(f"num_videos_per_prompt must be 1 or more, found {inputs.num_videos_per_prompt}")
+        check_embeds(inputs, settings)
 
 
-# -------------------------------------------------------------------------------- numbers and noise
+def check_embeds(inputs: PipelineInputs, settings: ModelConfig) -> None:
+    """ValueError: embeddings or masks of another kind, dtype or shape than the model takes, or not finite."""
+    for prefix in ("", "negative_"):
+        embeds = getattr(inputs, f"{prefix}prompt_embeds")
+        mask = getattr(inputs, f"{prefix}prompt_attention_mask")
+        pooled = getattr(inputs, f"{prefix}pooled_prompt_embeds")
+        check_floats(f"{prefix}prompt_embeds", embeds, ("rows", "tokens", settings.text_dim))
+        check_floats(f"{prefix}pooled_prompt_embeds", pooled, ("rows", settings.pooled_dim))
+        if mask is None or embeds is None:
+            continue
+        name = f"{prefix}prompt_attention_mask"
+        if not isinstance(mask, Tensor):
+            raise ValueError(f"{name}: expected a tensor, found {type(mask).__name__}")
+        if mask.shape != embeds.shape[:2]:
+            raise ValueError(
+                f"{name} has shape {tuple(mask.shape)}; {prefix}prompt_embeds {tuple(embeds.shape)} needs {tuple(embeds.shape[:2])}"
+            )
+        if mask.is_complex() or not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError(f"{name}: expected bool, or 0 and 1; found {mask.dtype} with other values")
 
 
-def check_counts(**given: Any) -> None:
+def check_floats(name: str, value: Any, shape: Sequence[int | str | None]) -> None:
+    """ValueError: no floating-point tensor of this shape (None and strings: any size), or NaN or infinity in it."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a tensor, found {type(value).__name__}")
+    if not value.is_floating_point():
+        raise ValueError(f"{name}: expected floating point, found {value.dtype}")
+    sizes = [size if isinstance(size, int) else None for size in shape]
+    fits = value.ndim == len(sizes) and all(s in (None, n) for s, n in zip(sizes, value.shape, strict=True))
+    if not fits or 0 in value.shape:
+        expected = ", ".join(str(size) for size in shape)
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected ({expected})")
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"{name}: not finite (NaN or infinity)")
+
+
+# ---------------------------------------------------------------------------------- numbers, noise
+
+
+def check_counts(**counts: Any) -> None:
     """ValueError: anything but a whole number above 0."""
-    for name, value in given.items():
+    for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name} must be a whole number above 0, found {value!r}")
 
 
 def check_output(output_type: str, callback_inputs: Sequence[str]) -> None:
-    """ValueError: a form of output that there is not; something else than latents for callbacks."""
+    """ValueError: an unknown output_type; other callback tensors than latents."""
     if output_type not in ("pil", "np", "pt", "latent"):
         raise ValueError(f"output_type {output_type!r}: expected pil, np, pt or latent")
     if set(callback_inputs) - {"latents"}:
@@ -198,7 +236,7 @@ def checked_scale(scale: float) -> float:
 
 
 def checked_fps(fps: float | None, frames: int) -> float:
-    """Frames a second: of None 8, and 0 of an image, as training has it. ValueError: not a finite number above 0."""
+    """Frames per second; None: 8, and 0 for an image, as in training. ValueError: not a finite number above 0."""
     if fps is None:
         return 8.0 if frames > 1 else 0.0
     if not (math.isfinite(fps) and fps > 0):
@@ -206,24 +244,26 @@ def checked_fps(fps: float | None, frames: int) -> float:
     return fps
 
 
-def initial_noise(shape: tuple[int, ...], generator: Any, latents: Tensor | None, device: torch.device) -> Tensor:
-    """float32 noise to begin from: `latents`, or drawn from the generator (or one for each video). ValueError: of another shape."""
+def prepare_latents(shape: tuple[int, ...], generator: Any, latents: Tensor | None, device: torch.device) -> Tensor:
+    """Initial noise (B, C, t, h, w) float32: `latents`, or drawn from the generator (or one per video).
+
+    ValueError: latents of another shape or dtype, or not finite; another number of generators.
+    """
     if isinstance(generator, list) and len(generator) != shape[0]:
         raise ValueError(f"{len(generator)} generators for {shape[0]} videos")
     if latents is None:
         return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-    if tuple(latents.shape) != shape:
-        raise ValueError(f"latents have shape {tuple(latents.shape)}, these videos need {shape}")
+    check_floats("latents", latents, shape)
     return latents.to(device, torch.float32)
 
 
-# ------------------------------------------------------------------------------------ given frames
+# --------------------------------------------------------------------- conditioning frames, control
 
 
-def encoded(
+def encode_video(
     encoder: VideoEncoder, processor: VideoProcessor, video: Any, clip: Bucket, name: str = "conditioning_video"
 ) -> Tensor:
-    """An image or video in any form that diffusers knows -> normalised latents (B, C, t, h, w). ValueError: of another size."""
+    """An image or video in any of diffusers' forms -> normalised latents (B, C, t, h, w). ValueError: of another size."""
     if isinstance(video, Image.Image):
         video = [video]
     elif isinstance(video, Tensor | np.ndarray) and video.ndim in (3, 4):
@@ -232,42 +272,79 @@ def encoded(
     height, width = pixels.shape[3:]
     if (height, width) != (clip.height, clip.width):
         raise ValueError(f"{name} is {height}x{width} (height x width), the clip {clip.height}x{clip.width}")
+    check_floats(name, pixels, pixels.shape)
     return encoder.normalise(encoder.encode(pixels)[0])
 
 
-def given(
+def prepare_control_latents(
+    control: STDiTControl,
+    encoder: VideoEncoder,
+    processor: VideoProcessor,
+    conditions: Mapping[str, Any],
+    clip: Bucket,
+    latent: tuple[int, int, int],
+    batch: int,
+    num_videos_per_prompt: int,
+) -> Tensor:
+    """A control branch's condition (1 or B, C', t or 1, h, w), from control_image, control_video or control_latents.
+
+    An image is encoded as a clip of one frame. One condition serves all videos; or there is one per prompt, or per video.
+    ValueError: none or several are passed, or one of another size, with both numbers.
+    """
+    passed = [name for name, value in conditions.items() if value is not None]
+    if len(passed) != 1:
+        raise ValueError(f"a control branch needs one of {', '.join(conditions)}; found {', '.join(passed) or 'none'}")
+    name, value = passed[0], conditions[passed[0]]
+    if name == "control_latents":
+        latents = value
+    else:
+        frames = clip if name == "control_video" else Bucket(frames=1, height=clip.height, width=clip.width)
+        if name == "control_image":
+            value = processor.preprocess(value)[:, :, None].add(1).div(2)  # (B, 3, 1, H, W) in 0 to 1
+            value = list(value.movedim(2, 1))
+        latents = encode_video(encoder, processor, value, frames, name)
+    control.check_control(latents[:1], torch.empty(1, 1, *latent, device="meta"))
+    check_floats(name, latents, latents.shape)
+    prompts = batch // num_videos_per_prompt
+    if len(latents) not in (1, prompts, batch):
+        raise ValueError(
+            f"{len(latents)} conditions ({name}) for {prompts} prompts of {num_videos_per_prompt} videos; give 1 or as many"
+        )
+    return latents.repeat_interleave(num_videos_per_prompt, 0) if len(latents) == prompts else latents
+
+
+def prepare_frame_condition(
     frames: Frames | None, latents: Tensor | None, shape: tuple[int, ...], patch: int, device: torch.device
 ) -> FrameCondition | None:
-    """The frames that are not drawn, of latents of `shape` (B, C, T, h, w); patch: latent frames of one patch.
+    """Conditioning frames of latents of `shape` (B, C, T, h, w); patch: latent frames of one patch.
 
     frames: (B or 1, T) or (T,) bool, or latent frame numbers (-1 is the last); None: as many of the first as `latents`
-    has. latents (B or 1, C, t, h, w), normalised: the whole clip (t = T), of which the given frames are taken, or those
-    alone, in the order in which they are named. ValueError: one without the other, or what doesn't fit, with both numbers.
+    has. latents (B or 1, C, t, h, w), normalised: the whole clip (t = T), or the conditioning frames alone, in the order
+    in which they are listed. ValueError: one without the other, or what doesn't fit, with both numbers.
     """
     if latents is None:
         if frames is None:
             return None
-        raise ValueError(
-            "conditioning_frames needs conditioning_latents or conditioning_video, what stands in those frames"
-        )
+        raise ValueError("conditioning_frames needs conditioning_latents or conditioning_video")
     batch, channels, length, *plane = shape
     expected = f"(1 or {batch}, {channels}, frames, {', '.join(map(str, plane))})"
     fits = latents.ndim == 5 and latents.shape[0] in (1, batch) and latents.shape[1] == channels
     if not fits or list(latents.shape[3:]) != plane or not 0 < latents.shape[2] <= length:
         raise ValueError(
-            f"conditioning_latents have shape {tuple(latents.shape)}; expected {expected}, of 1 to {length} frames"
+            f"conditioning_latents has shape {tuple(latents.shape)}; expected {expected}, of 1 to {length} frames"
         )
-    numbers, mask = _given_numbers(frames, latents.shape[2], batch, length)
+    check_floats("conditioning_latents", latents, latents.shape)
+    numbers, mask = _frame_numbers(frames, latents.shape[2], batch, length)
     if (part := mask.unflatten(1, (-1, patch))).any(2).ne(part.all(2)).any():
         raise ValueError(
-            f"conditioning_frames {numbers[0]}: {patch} latent frames share a patch, which is given whole or not at all"
+            f"conditioning_frames {numbers[0]}: {patch} latent frames share a patch; condition on all of them or none"
         )
     whole = latents.to(device, torch.float32)
     if latents.shape[2] != length:
         count = latents.shape[2]
         if wrong := next((row for row in numbers if len(row) != count), None):
             raise ValueError(
-                f"conditioning_latents have {count} frames, conditioning_frames names {len(wrong)}; give as many, or the whole clip of {length}"
+                f"conditioning_latents has {count} frames, conditioning_frames lists {len(wrong)}; give as many, or the whole clip of {length}"
             )
         rows = max(len(numbers), len(whole))
         spread = torch.zeros(rows, channels, length, *plane, device=device)
@@ -277,8 +354,8 @@ def given(
     return FrameCondition(mask.to(device), whole)
 
 
-def _given_numbers(frames: Frames | None, count: int, batch: int, length: int) -> tuple[list[list[int]], Tensor]:
-    """Numbers of the given frames for each sample (or one for all), in their order, and the mask (B or 1, T) bool."""
+def _frame_numbers(frames: Frames | None, count: int, batch: int, length: int) -> tuple[list[list[int]], Tensor]:
+    """Numbers of the conditioning frames of each sample (or of all), in their order, and the mask (B or 1, T) bool."""
     if isinstance(frames, Tensor):
         mask = frames[None] if frames.ndim == 1 else frames
         if frames.dtype != torch.bool or mask.ndim != 2 or mask.shape[1] != length or len(mask) not in (1, batch):
@@ -290,11 +367,11 @@ def _given_numbers(frames: Frames | None, count: int, batch: int, length: int) -
     named = list(range(count)) if frames is None else [int(number) for number in frames]
     if wrong := [number for number in named if not -length <= number < length]:
         raise ValueError(
-            f"conditioning_frames names latent frame {wrong[0]}; this clip has {length}, 0 to {length - 1}"
+            f"conditioning_frames lists latent frame {wrong[0]}; this clip has {length}, 0 to {length - 1}"
         )
     numbers = [number % length for number in named]
     if len(set(numbers)) < len(numbers):
-        raise ValueError(f"conditioning_frames {named} names a frame twice")
+        raise ValueError(f"conditioning_frames {named} lists a frame twice")
     mask = torch.zeros(1, length, dtype=torch.bool)
     mask[0, numbers] = True
     return [numbers], mask

@@ -1,7 +1,7 @@
-"""What generation is asked to do, as one thing that is checked, remembered in the folder and sent to workers.
+"""A generation job: where the pipeline comes from and every video to generate, as one value that is sent to workers.
 
-A `Job` holds where the pipeline comes from and every video to make. `open_job` writes what was asked into OUT/request.json
-and refuses a folder in which something else was asked; no weights are loaded here.
+`open_job` validates it and records its settings in OUT/request.json; a folder of a job with other settings is refused. No
+weights are loaded here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MANIFEST, REQUEST, SHEET, MOVING = "manifest.jsonl", "request.json", "contact_sh
 
 @dataclass(frozen=True)
 class Source:
-    """Where the pipeline comes from. `facts` goes into every row; `fingerprint` tells whether it is still the same."""
+    """Where the pipeline comes from. `facts` go into every manifest row; `fingerprint` identifies the weights."""
 
     path: Path
     weights: Literal["ema", "model"]
@@ -46,14 +46,14 @@ class Source:
     diffusion: DiffusionConfig
     default: SamplerConfig
     largest: Bucket | None
-    # The base of adapters or a control branch: where it lies now, and the fingerprint of its weights.
+    # The base model of adapters or a control branch: its path, and the fingerprint of its weights.
     base: Path | None = None
     base_fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker must know, and nothing that can't be sent to one."""
+    """Everything that a worker needs; picklable."""
 
     source: Source
     out: Path
@@ -66,7 +66,7 @@ class Job:
     lora: tuple[LoRASource, ...] = ()
 
     def group(self, number: int) -> tuple[Item, ...]:
-        """The items that share a batch."""
+        """The items of one batch."""
         return self.items[number * self.batch_size : (number + 1) * self.batch_size]
 
     def is_made(self, item: Item) -> bool:
@@ -74,15 +74,15 @@ class Job:
         return file.is_file() and file.stat().st_size > 0
 
     def missing(self) -> list[int]:
-        """Numbers of the groups in which something is not made yet."""
+        """Numbers of the batches with missing videos."""
         count = -(-len(self.items) // self.batch_size)
         return [n for n in range(count) if not all(self.is_made(item) for item in self.group(n))]
 
 
 def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
-    """The newest whole checkpoint of a run directory, or the checkpoint or saved pipeline that `run` is.
+    """The newest complete checkpoint of a run directory; or `run` itself, a checkpoint or a saved pipeline.
 
-    ConfigError: none of these. CheckpointError: one whose files are damaged.
+    ConfigError: none of these. CheckpointError: damaged files.
     """
     if (run / "model_index.json").is_file():
         index = _read(run / "model_index.json")
@@ -99,7 +99,6 @@ def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
     facts = {"run": str(run), "checkpoint": place.name, "step": identity["step"], "weights": weights}
     sampler = validate(identity["config"]["samples"]["sampler"], SamplerConfig, f"{place}: samples.sampler")
     buckets = [Bucket(**{k: b[k] for k in Bucket.model_fields}) for b in identity["config"]["data"]["buckets"]]
-    largest = max(buckets, key=lambda b: (b.height * b.width, b.frames))
     return Source(
         place.resolve(),
         weights,
@@ -107,20 +106,25 @@ def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
         _fingerprint(transformer),
         diffusion,
         compatible_scheduler(sampler, diffusion),
-        largest,
+        default_bucket(buckets),
     )
 
 
-def _with_base(source: Source, base: Path | None) -> Source:
-    """`source` with the base that its adapters or control branch belong to; base: where that lies now, if it was moved.
+def default_bucket(buckets: Sequence[Bucket]) -> Bucket:
+    """The largest video bucket; of a run on images alone, the largest image bucket."""
+    return max(buckets, key=lambda b: (b.frames > 1, b.height * b.width, b.frames))
 
-    ConfigError: it is gone or changed; it is given where none is needed.
+
+def _with_base(source: Source, base: Path | None) -> Source:
+    """`source` with the base model of its adapters or control branch; base: its path, if it was moved.
+
+    ConfigError: it is missing or changed; one is passed for a complete model.
     """
     path = source.path / checkpoint.IDENTITY
     identity = _read(path) if path.is_file() else {}
     if not identity.get("base"):
         if base is not None:
-            raise ConfigError(f"base {base}: {source.path} holds a whole model, which has none")
+            raise ConfigError(f"base {base}: {source.path} holds a complete model, which has no base")
         return source
     held = adapters.Base(**identity["base"])
     found = adapters.find_base(held, validate(identity["config"], Config, f"{path}: config"), base)
@@ -139,7 +143,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _fingerprint(folder: Path) -> str:
-    """Hex SHA-256 over a diffusers folder's settings and weights."""
+    """Hex SHA-256 of a diffusers folder's config and weights."""
     files = sorted(p for p in folder.glob("*") if p.suffix in (".json", ".safetensors"))
     if not files:
         raise ConfigError(f"{folder}: holds no weights")
@@ -162,11 +166,11 @@ def open_job(
     base: Path | str | None = None,
     overwrite: bool = False,
 ) -> Job:
-    """Checks what is asked, and that `out` holds nothing else; writes request.json there. Loads no weights.
+    """Validates the job, claims `out` for it and writes request.json there. Loads no weights.
 
-    shape, sampler: None for the run's largest bucket and its own sampler. base: where the weights lie now that its adapters
-    or control branch belong to, if they were moved. ValueError: no prompts; a sampler of another objective; sizes that don't
-    divide; a folder with the videos of another request (overwrite: they are removed).
+    shape: None: the run's largest video bucket (or image bucket, if it has no other). sampler: None: the run's own. base:
+    path of the base model of adapters or a control branch, if it was moved. ValueError: no prompts; a sampler of another
+    objective; sizes that don't divide; a folder with the videos of another job (overwrite: they are removed).
     """
     if not prompts:
         raise ValueError("no prompts: the list is empty")
@@ -188,7 +192,7 @@ def open_job(
         int(threads),
         tuple(lora),
     )
-    # Of each adapter what its weights are: the same path may hold others tomorrow.
+    # By the weights: the same path may hold others tomorrow.
     added = [[adapters.weights_fingerprint(adapters.resolve_lora(one.path, weights))[:16], one.scale] for one in lora]
     asked = {
         "checkpoint": f"{source.facts['checkpoint'] or 'saved pipeline'} {source.fingerprint[:16]}",
@@ -201,7 +205,7 @@ def open_job(
         "batch_size": batch_size,
         "threads": job.threads,
         "lora": added or None,
-        # What it is, not where: a base that was moved draws the same.
+        # By the weights: a base that was moved samples the same.
         "base": source.base_fingerprint and source.base_fingerprint[:16],
     }
     _claim(job, asked, overwrite)
@@ -209,8 +213,8 @@ def open_job(
 
 
 def _check_shape(source: Source, shape: Bucket, sampler: SamplerConfig) -> None:
-    """Where the autoencoder or the patches don't divide the shape, or more channels are to be guided than there are:
-    ConfigError or ValueError, as far as can be told without weights."""
+    """ConfigError or ValueError: a shape that autoencoder or patches don't divide, more guided channels than the latents
+    have; as far as that is known without loading weights."""
     path = source.path / checkpoint.IDENTITY
     if path.is_file():
         identity = json.loads(path.read_text())
@@ -220,20 +224,20 @@ def _check_shape(source: Source, shape: Bucket, sampler: SamplerConfig) -> None:
 
 
 def _claim(job: Job, asked: dict[str, Any], overwrite: bool) -> None:
-    """Writes request.json. ValueError: `out` holds videos of another request, or files of unknown origin."""
+    """Writes request.json. ValueError: `out` holds videos of another job, or files of unknown origin."""
     path = job.out / REQUEST
     files = [item.file for item in job.items]
     if path.is_file():
         old = _read(path)
         if not {"asked", "files"} <= set(old):
-            raise ConfigError(f"{path}: not the request of a generation; give another folder")
+            raise ConfigError(f"{path}: not written by stdit.generate; give another folder")
         changed = changes(old["asked"], asked)
         if not changed:
             return
         if not overwrite:
             listed = "; ".join(map(str, changed))
             raise ValueError(
-                f"{job.out} holds videos of another request ({listed}); give another folder, or --overwrite"
+                f"{job.out} holds videos with other settings ({listed}); give another folder, or --overwrite"
             )
         for name in {*old["files"], MANIFEST, SHEET, MOVING}:
             (job.out / Path(name).name).unlink(missing_ok=True)
@@ -249,8 +253,8 @@ def _claim(job: Job, asked: dict[str, Any], overwrite: bool) -> None:
     atomic_write(path, json.dumps({"asked": asked, "files": files}, indent=1))
 
 
-def job_of(config: GenerateConfig) -> Job:
-    """The job that the settings describe; what they leave open is the run's. Errors as `open_job`'s."""
+def job_from_config(config: GenerateConfig) -> Job:
+    """The job of a config; defaults are the run's. Errors: as `open_job`."""
     source = find_source(config.run, config.weights)
     names = ("scheduler", "steps", "guidance_scale", "guidance_channels")
     given = {name: getattr(config, name) for name in names}

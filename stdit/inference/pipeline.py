@@ -10,7 +10,8 @@ B videos · C latent channels · (t, h, w) latent frames, height, width · (T, H
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,30 +28,32 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stdit.config import Bucket, DiffusionConfig, SamplerConfig, token_grid, validate
 from stdit.diffusion.guidance import check_channels, guided
 from stdit.diffusion.objectives import with_scheduler_sign
-from stdit.diffusion.schedulers import is_flow, make_scheduler, sample, shifted
+from stdit.diffusion.sample import sample
+from stdit.diffusion.schedulers import is_flow, make_scheduler, shifted
 from stdit.diffusion.timesteps import shift_for
 from stdit.encoders.source import folder_of
 from stdit.encoders.text import TextFeatures, onload
 from stdit.encoders.text_loading import from_components
 from stdit.encoders.video import VideoEncoder
-from stdit.inference.components import check_parts, parts_of
+from stdit.inference.components import check_components, load_components
 from stdit.inference.inputs import (
-    Asked,
+    ConditionEncoder,
     Frames,
     Labels,
-    Teller,
+    PipelineInputs,
     check_counts,
     check_output,
     checked_fps,
     checked_scale,
-    encoded,
-    given,
-    initial_noise,
+    encode_video,
+    prepare_control_latents,
+    prepare_frame_condition,
+    prepare_latents,
 )
-from stdit.inference.lora import LoRA, control_of
+from stdit.inference.lora import LoraMixin
 from stdit.inference.prompts import check_text
 from stdit.models.control import STDiTControl
-from stdit.models.sampling import Sampled, micro_conditions
+from stdit.models.sampling import CachedConditions, micro_conditions
 from stdit.models.stdit import STDiT
 from stdit.ops import onednn
 from stdit.training import checkpoint
@@ -66,7 +69,7 @@ class STDiTPipelineOutput(BaseOutput):
     frames: Any
 
 
-class STDiTPipeline(LoRA, DiffusionPipeline):
+class STDiTPipeline(LoraMixin, DiffusionPipeline):
     """A transformer with all that it takes to draw from it. `text_encoder` and `tokenizer`: None for runs without text.
 
     diffusion: the DiffusionConfig (or its JSON) that the transformer was trained with; None: the defaults of the objective
@@ -111,6 +114,7 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
         text_layout: dict | None = None,
     ) -> None:
         super().__init__()
+        self._interrupt = False
         self.register_modules(
             transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer,
             text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2, text_encoder_3=text_encoder_3, tokenizer_3=tokenizer_3,
@@ -129,7 +133,7 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
             text_layout=text_layout,
         )
         self.video_processor = VideoProcessor(do_resize=False)
-        check_parts(transformer, vae, control, self.prompt_encoder)
+        check_components(transformer, vae, control, self.prompt_encoder)
 
     # ---------------------------------------------------------------------------------- loading
 
@@ -147,7 +151,7 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
         folder = Path(pretrained_model_name_or_path)
         if not (folder / "model_index.json").is_file() and folder.exists():
             if (folder / checkpoint.IDENTITY).is_file() or (folder / checkpoint.FOLDER).is_dir():
-                pipe = cls(**parts_of(folder, weights, kwargs))
+                pipe = cls(**load_components(folder, weights, kwargs))
             else:
                 raise ValueError(
                     f"{folder}: no pipeline here (looked for model_index.json), no run (checkpoints/) and no checkpoint (identity.json)"
@@ -205,87 +209,108 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> STDiTPipelineOutput | tuple[Any]:
-        """Draws a video (`num_frames` 1: an image) for each prompt or class label.
+        """Generates a video (`num_frames` 1: an image) for each prompt or class label.
 
         Args:
-            prompt: captions, for runs with text; cut to `max_text_tokens`. None: the null caption.
-            num_frames, height, width: in pixels; the autoencoder and the patches must divide them.
-            guidance_scale: 1 is the conditional model alone; more costs twice as much.
-            guidance_channels: latent channels that are guided, from the first. None: all, as diffusers and Latte have it;
-                3 (of 4) is what DiT's and PixArt's own code does.
-            generator: on the CPU; a list has one for each video, which then does not depend on the others.
-            class_labels: numbers or names, for runs with classes; -1 or None is the null class.
-            negative_prompt: stands in the null caption's place in guidance; one, or one for each prompt. A model without a
-                null caption of its own (null_text: empty) has "" there.
-            fps: told to models that were trained with it; None: 8, and of images 0.
-            latents: the noise to begin from, (B, C, t, h, w), in place of the generator's.
-            prompt_embeds, prompt_attention_mask: features (B, L, D) and mask (B, L) in place of prompts;
+            prompt: captions, for text-conditional models; truncated to `max_text_tokens`. None: the null caption.
+            num_frames, height, width: in pixels; multiples of the autoencoder's compression and the patch size.
+            num_inference_steps: denoising steps.
+            guidance_scale: classifier-free guidance scale; 1 is no guidance, at half the cost.
+            guidance_channels: number of latent channels that are guided, from the first. None: all, as in diffusers and
+                Latte; 3 (of 4) is what DiT's and PixArt's own code does.
+            generator: on the CPU; a list has one per video, which makes each video independent of its batch.
+            class_labels: numbers or names, for class-conditional models; -1 or None is the null class.
+            negative_prompt: replaces the null caption in guidance; one, or one per prompt. Default of a model without a
+                null caption (null_text: empty): "".
+            fps: frames per second, for models with that micro-condition; None: 8, and 0 for images.
+            latents: initial noise (B, C, t, h, w) in place of the generator's.
+            prompt_embeds, prompt_attention_mask: text features (B, L, D) and mask (B, L) in place of prompts;
                 pooled_prompt_embeds (B, P) for models with a pooled vector. negative_…: likewise, of one row or B.
-            conditioning_frames: latent frames that are not drawn but given, as numbers or bool (B or 1, t): the first for
+            conditioning_frames: latent frames that are not generated, as numbers or bool (B or 1, t): the first for
                 image-to-video, the first few for extension, first and last ([0, -1]) for a loop, any for in-betweening.
-                None: as many of the first as are given.
-            conditioning_latents, conditioning_video: what stands in them: normalised latents (B or 1, C, frames, h, w), or an image or
-                video for the autoencoder in any form that diffusers knows, 0 to 1; the whole clip, or those frames alone.
+                None: as many of the first as there are latents or video.
+            conditioning_latents, conditioning_video: their content: normalised latents (B or 1, C, frames, h, w), or an
+                image or video in any of diffusers' forms, 0 to 1; of the whole clip, or of those frames alone.
             control: a control branch in place of the pipeline's own.
             control_image, control_video, control_latents: its condition, one of the three: an image for all frames; a
-                video of the clip's length; normalised latents (…, C', t or 1, h, w). One for all prompts, or one for each.
-            control_scale: of what the branch adds; at 0 it is not asked, and needs no condition.
-            callback_on_step_end: called as (pipe, step, timestep, {"latents": x_t}) after each step; returns the same
-                dict, perhaps with other latents. They are all that it can have (…_tensor_inputs).
+                video of the clip's length; normalised latents (…, C', t or 1, h, w). One for all prompts, or one each.
+            control_scale: factor on the control branch's residuals; at 0 it is not run.
+            callback_on_step_end: called as (pipe, step, timestep, {"latents": x_t}) after each step; returns a dict, from
+                which latents are taken. Setting `pipe._interrupt = True` ends sampling.
+            callback_on_step_end_tensor_inputs: ("latents",); no other tensors can be passed.
 
         Returns:
             STDiTPipelineOutput, or (frames,) without return_dict.
 
         Raises:
-            ValueError: an argument that this model or another argument does not allow, with both numbers.
+            ValueError: an argument that the model or another argument does not allow, with both numbers.
         """
         if height is None or width is None:
             raise ValueError(f"give height and width in pixels; found height {height}, width {width}")
         check_counts(num_frames=num_frames, height=height, width=width, num_inference_steps=num_inference_steps)
         check_output(output_type, callback_on_step_end_tensor_inputs)
         self._check_scheduler()
+        self._interrupt = False
         settings, device = self.transformer.settings, self._execution_device
         if device.type == "cpu":
             for part in filter(None, (self.transformer, self.control)):
                 onednn.set_backend(part, self.cpu_matmul_backend)
         check_channels(guidance_channels, settings.in_channels)
-        scale = checked_scale(guidance_scale)
+        guidance_scale = checked_scale(guidance_scale)
         clip = Bucket(frames=num_frames, height=height, width=width)
-        encoder = VideoEncoder(self.vae)
-        latent = encoder.check(clip)
+        latent = VideoEncoder(self.vae).check(clip)
         token_grid(latent, settings.patch_size, f"a clip of {clip.key}")
 
-        asked = Asked(
+        # 1. Text, class and micro-conditions
+        inputs = PipelineInputs(
             prompt, class_labels, negative_prompt, prompt_embeds, prompt_attention_mask, pooled_prompt_embeds,
             negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds, num_videos_per_prompt,
         )  # fmt: skip
-        teller = self._teller()
-        cond, batch = teller.condition(asked)
+        encoder = self._condition_encoder()
+        cond, batch = encoder.encode(inputs)
         if not cond:
-            scale = 1.0  # an unconditional model has nothing to be guided to
-        negative = None if scale == 1 else teller.negative(asked, cond, batch)
+            guidance_scale = 1.0  # an unconditional model
+        negative = None if guidance_scale == 1 else encoder.encode_negative(inputs, cond, batch)
+        arguments: dict[str, Any] = dict(cond)
         if added := micro_conditions(settings, clip, checked_fps(fps, num_frames), device):
-            cond["added_cond_kwargs"] = added
-        shape = (batch, encoder.channels, *latent)
+            arguments["added_cond_kwargs"] = added
+
+        # 2. Conditioning frames and control
         if conditioning_video is not None:
-            conditioning_latents = self._encode(encoder, conditioning_video, conditioning_latents, clip)
-        kept = given(conditioning_frames, conditioning_latents, shape, settings.patch_size[0], device)
-        if kept is not None:
-            cond["conditioning_frames"] = kept.frames.expand(batch, -1)
-        conditions = {
+            conditioning_latents = self._encode_video(conditioning_video, conditioning_latents, clip)
+        shape = (batch, settings.in_channels, *latent)
+        frame_condition = prepare_frame_condition(
+            conditioning_frames, conditioning_latents, shape, settings.patch_size[0], device
+        )
+        if frame_condition is not None:
+            arguments["conditioning_frames"] = frame_condition.frames.expand(batch, -1)
+        controls = {
             "control_image": control_image, "control_video": control_video, "control_latents": control_latents
         }  # fmt: skip
-        if (branch := self._branch(control, conditions, control_scale)) is not None:
+        branch = self._control_branch(control, controls, control_scale)
+        if branch is not None:
             onload(self.vae)
-            each = num_videos_per_prompt
-            made = control_of(branch, encoder, self.video_processor, conditions, clip, latent, batch, each)
-            cond["control"] = made.to(device)
-        noise = initial_noise(shape, generator, latents, device)
+            arguments["control"] = prepare_control_latents(
+                branch,
+                VideoEncoder(self.vae),
+                self.video_processor,
+                controls,
+                clip,
+                latent,
+                batch,
+                num_videos_per_prompt,
+            ).to(device)
+
+        # 3. Denoising
+        noise = prepare_latents(shape, generator, latents, device)
         scheduler = self.scheduler
         if is_flow(scheduler):
             scheduler = shifted(scheduler, shift_for(self.diffusion, latent))
-
-        with _evaluating(self.transformer, branch), cast(Any, self).progress_bar(total=num_inference_steps) as bar:
+        onload(self.transformer)
+        onload(branch)
+        model = with_scheduler_sign(CachedConditions(self.transformer, branch, scale=control_scale), self.diffusion)
+        model = guided(model, guidance_scale, negative, guidance_channels)
+        with _eval_mode(self.transformer, branch), cast(Any, self).progress_bar(total=num_inference_steps) as bar:
 
             def on_step(i: int, timestep: Tensor, x: Tensor) -> Tensor:
                 bar.update()
@@ -293,22 +318,30 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
                     return x
                 return callback_on_step_end(self, i, timestep, {"latents": x}).get("latents", x)
 
-            onload(self.transformer)
-            onload(branch)
-            model = Sampled(self.transformer, branch, scale=control_scale)
-            steered = guided(with_scheduler_sign(model, self.diffusion), scale, negative, guidance_channels)
             x = sample(
-                steered, scheduler, noise, num_inference_steps, cond, generator, on_step, given=kept, ahead=model.expect
-            )
-        frames = x if output_type == "latent" else self._decode(encoder, x, output_type)
+                model, scheduler, noise, num_inference_steps, arguments, generator, on_step, frame_condition,
+                interrupted=lambda: self.interrupt,
+            )  # fmt: skip
+
+        # 4. Decoding
+        frames = x if output_type == "latent" else self._decode(x, output_type)
         self.maybe_free_model_hooks()
         return STDiTPipelineOutput(frames=frames) if return_dict else (frames,)
 
-    def _branch(self, control: STDiTControl | None, conditions: Mapping[str, Any], scale: float) -> STDiTControl | None:
-        """The control branch that is asked, if any is. ValueError: conditions without a branch; one of another model."""
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has set `pipe._interrupt`: sampling ends after that step, with the latents as they are."""
+        return self._interrupt
+
+    def _control_branch(
+        self, control: STDiTControl | None, conditions: Mapping[str, Any], scale: float
+    ) -> STDiTControl | None:
+        """The control branch of this call. ValueError: conditions without a branch; a branch of another model."""
         branch = self.control if control is None else control
         if branch is None and any(value is not None for value in conditions.values()):
             raise ValueError("this pipeline has no control branch; give control=…")
+        if not math.isfinite(scale):
+            raise ValueError(f"control_scale must be a finite number, found {scale}")
         if branch is None or scale == 0:
             return None
         branch.check_base(self.transformer)
@@ -316,31 +349,32 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
             raise ValueError(f"the control branch is {branch.dtype}, the transformer {self.transformer.dtype}")
         return branch
 
-    def _encode(self, encoder: VideoEncoder, video: Any, latents: Tensor | None, clip: Bucket) -> Tensor:
-        """The latents of `video`. ValueError: there are latents already, or it is not of the clip's size."""
+    def _encode_video(self, video: Any, latents: Tensor | None, clip: Bucket) -> Tensor:
+        """The latents of `video`. ValueError: latents are passed too, or it is not of the clip's size."""
         if latents is not None:
             raise ValueError("give conditioning_latents or conditioning_video, not both")
         onload(self.vae)
-        return encoded(encoder, self.video_processor, video, clip)
+        return encode_video(VideoEncoder(self.vae), self.video_processor, video, clip)
 
-    def _decode(self, encoder: VideoEncoder, x: Tensor, output_type: str) -> Any:
-        """Latents (B, C, t, h, w) -> frames. One video at a time: it is the decoder that takes the memory."""
+    def _decode(self, x: Tensor, output_type: str) -> Any:
+        """Latents (B, C, t, h, w) -> frames, one video at a time: decoding takes the most memory."""
         onload(self.vae)
-        pixels = torch.cat([encoder.decode(one) for one in x.split(1)])  # (B, 3, T, H, W)
+        vae = VideoEncoder(self.vae)
+        pixels = torch.cat([vae.decode(one) for one in x.split(1)])  # (B, 3, T, H, W)
         return self.video_processor.postprocess_video(pixels, output_type)
 
     def _check_scheduler(self) -> None:
-        wanted, kind = self.diffusion.objective, "flow" if is_flow(self.scheduler) else "ddpm"
-        if kind != wanted:
+        expected, kind = self.diffusion.objective, "flow" if is_flow(self.scheduler) else "ddpm"
+        if kind != expected:
             raise ValueError(
-                f"scheduler {type(self.scheduler).__name__} draws from objective {kind}; the transformer was trained with objective {wanted}"
+                f"scheduler {type(self.scheduler).__name__} samples objective {kind}; the transformer was trained with objective {expected}"
             )
 
     # ------------------------------------------------------------------------------- conditions
 
-    def _teller(self) -> Teller:
+    def _condition_encoder(self) -> ConditionEncoder:
         encode = None if self.text_encoder is None else self.encode_prompt
-        return Teller(self.transformer.settings, encode, self.classes, self._execution_device)
+        return ConditionEncoder(self.transformer.settings, encode, self.classes, self._execution_device)
 
     @property
     def prompt_encoder(self) -> Any:
@@ -348,7 +382,9 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
         return from_components(self.components, self.text_layout, self.max_text_tokens)
 
     def encode_prompt(self, prompt: str | Sequence[str]) -> TextFeatures:
-        """(features (B, L, D) float32, mask (B, L)), and `.pooled`. ValueError: not text, no text encoder, no prompts at all."""
+        """(features (B, L, D) float32, mask (B, L)), and `.pooled`. ValueError: not text, no text encoder, no prompts."""
+        if isinstance(prompt, Mapping | bytes) or not isinstance(prompt, Iterable):
+            raise ValueError(f"prompt: expected text, or a list of texts; found {type(prompt).__name__}")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         encoder = self.prompt_encoder
         if encoder is None:
@@ -361,15 +397,15 @@ class STDiTPipeline(LoRA, DiffusionPipeline):
 
     def label_ids(self, labels: Labels) -> Tensor:
         """Class labels as numbers, (B,) int64. ValueError: a name or number that is no class, with those there are."""
-        return self._teller().label_ids(labels)
+        return self._condition_encoder().label_ids(labels)
 
 
 @contextmanager
-def _evaluating(*modules: nn.Module | None) -> Iterator[None]:
-    """Evaluation mode for a while: training may hand in the very model that it trains."""
-    given = [module for module in modules if module is not None]
-    training = [module for module in given if module.training]
-    for module in given:
+def _eval_mode(*modules: nn.Module | None) -> Iterator[None]:
+    """Evaluation mode inside; afterwards the mode that each module was in (training passes the model that it trains)."""
+    present = [module for module in modules if module is not None]
+    training = [module for module in present if module.training]
+    for module in present:
         module.eval()
     try:
         yield

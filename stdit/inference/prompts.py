@@ -1,7 +1,7 @@
-"""What is asked of generation: prompts in files, the command line, and the names of the files that answer. No torch.
+"""Prompt files, names of output files, and the command line of generation. No torch.
 
-A prompt file is text (a prompt a line) or JSONL (an object a line): `prompt`, and if wanted `class`, `seed`, `name`.
-Other keys are carried through into the manifest of what was made.
+A prompt file is text (one prompt per line) or JSONL (one object per line): `prompt`, and optionally `class`, `seed`,
+`name`. Other keys are copied to the manifest.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Any
 from stdit.config import GenerateConfig, apply_override, validate
 from stdit.files import parse_jsonl
 
-# Longest stem of a file name: with its directory entry's other parts well below the 255 bytes that file systems allow.
+# Longest slug of a file name; with index and seed well below the 255 bytes that file systems allow.
 SLUG_LENGTH = 60
 KEYS = ("prompt", "class", "seed", "name")
-# Keys of a manifest's row that are written by generation.
+# Keys of manifest rows that generation writes.
 RESERVED = ("index", "file", "error", "protocol")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One thing to draw. `class_label`: a class's name or number, for runs with classes; `seed`: of the first video."""
+    """A prompt. `class_label`: name or number, for class-conditional runs; `seed`: of its first video."""
 
     text: str = ""
     class_label: str | int | None = None
@@ -36,13 +36,13 @@ class Prompt:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
-        """As it stands in a manifest, and in JSONL that `read_prompts` reads back."""
+        """The row of a manifest or a prompt file; `read_prompts` reads it back."""
         return {**self.extra, "name": self.name, "prompt": self.text, "class": self.class_label, "seed": self.seed}
 
 
 @dataclass(frozen=True)
 class Item:
-    """One video to make: the prompt at `index` of the file, with the seed that it is drawn from."""
+    """One video to generate: the prompt at `index` of the file, and its seed."""
 
     index: int
     prompt: Prompt
@@ -54,7 +54,7 @@ class Item:
 
 
 def read_prompts(path: Path | str) -> list[Prompt]:
-    """The prompts in `path`: JSONL if it ends in .jsonl, else text, whose empty lines are passed over.
+    """The prompts of a file: JSONL if it ends in .jsonl, else text, whose empty lines are skipped.
 
     ValueError: unreadable, not UTF-8, no prompt in it, or (JSONL) a bad line, with file, line and key.
     """
@@ -87,18 +87,18 @@ def _parsed(row: dict[str, Any] | str, where: str) -> Prompt:
 
 
 def slug(text: str) -> str:
-    """`text` as a part of a file name: a to z, 0 to 9 and single hyphens, at most SLUG_LENGTH; "prompt" if none is left.
+    """`text` as part of a file name: a to z, 0 to 9, single hyphens, at most SLUG_LENGTH; "prompt" if nothing is left.
 
-    Accents are dropped; nothing of a path (separators, "..", a leading dot, NUL) can come through.
+    Accents are dropped; path separators, "..", leading dots and NUL can't get through.
     """
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9]+", "-", plain)[:SLUG_LENGTH].strip("-") or "prompt"
 
 
 def items(prompts: Sequence[Prompt], videos_per_prompt: int, suffix: str) -> list[Item]:
-    """All videos to make, in the order of the prompts: `videos_per_prompt` of each, from its own seed upwards.
+    """All videos to generate, in the order of the prompts: `videos_per_prompt` each, from consecutive seeds.
 
-    A name begins with the prompt's index, so that no two are the same whatever the prompts are.
+    File names begin with the prompt's index, so they are unique whatever the prompts are.
     """
     return [
         Item(i, p, p.seed + k, f"{i:05d}-{slug(p.name or p.text or f'class {p.class_label}')}-seed{p.seed + k}{suffix}")
@@ -108,7 +108,7 @@ def items(prompts: Sequence[Prompt], videos_per_prompt: int, suffix: str) -> lis
 
 
 def check_text(text: Any, name: str) -> None:
-    """ValueError where `text` is no string, or one that UTF-8 cannot hold (half of a surrogate pair)."""
+    """ValueError: not a string, or not encodable as UTF-8 (half of a surrogate pair)."""
     if not isinstance(text, str):
         raise ValueError(f"{name}: expected text, found {type(text).__name__}")
     try:
@@ -118,7 +118,7 @@ def check_text(text: Any, name: str) -> None:
 
 
 def label_id(label: int | str | None, classes: Mapping[str, int], count: int) -> int:
-    """The number of a class, 0 to count - 1, or -1 for null (None). A name comes first, then a number as text."""
+    """A class label as a number, 0 to count - 1; -1: null (None). A string is looked up as a name, then as a number."""
     if label is None:
         return -1
     if isinstance(label, str) and label in classes:
@@ -137,36 +137,36 @@ def label_id(label: int | str | None, classes: Mapping[str, int], count: int) ->
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """The command line of generation; every flag is a key of GenerateConfig."""
+    """Parser of the command line; every flag is a key of GenerateConfig."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, help="run directory, checkpoint, or folder of a saved pipeline")
     parser.add_argument(
-        "--prompts", required=True, help="text, a prompt a line; or JSONL with prompt, class, seed, name"
+        "--prompts", required=True, help="text, one prompt per line; or JSONL with prompt, class, seed, name"
     )
     parser.add_argument("--out", required=True, help="folder for the videos")
     for key, kind, help in (
-        ("frames", int, "frames; 1 makes images (default: of the largest bucket the run was trained on)"),
+        ("frames", int, "number of frames; 1 for images (default: of the run's largest video bucket)"),
         ("height", int, "pixels (default likewise)"),
         ("width", int, "pixels (default likewise)"),
         ("scheduler", str, "flow_euler, ddim, ddpm, dpm_solver or unipc (default: the run's)"),
         ("steps", int, "sampling steps (default: the run's)"),
         ("guidance", float, "guidance scale, 1 for none (default: the run's)"),
         ("videos-per-prompt", int, "videos for each prompt (default: 1)"),
-        ("fps", float, "frames a second of the files (default: 8)"),
-        ("batch-size", int, "videos drawn at a time (default: 8)"),
-        ("workers", int, "pipelines at work at a time, under Ray (default: 1)"),
+        ("fps", float, "frames per second (default: 8)"),
+        ("batch-size", int, "videos sampled at a time (default: 8)"),
+        ("workers", int, "pipelines in parallel, under Ray (default: 1)"),
         ("threads", int, "CPU threads of each worker (default: 1)"),
         ("weights", str, "ema or model (default: ema)"),
         ("device", str, "cpu or cuda (default: cuda where there is one)"),
     ):
         parser.add_argument(f"--{key}", type=kind, help=help, metavar=key.upper().replace("-", "_"))
-    parser.add_argument("--overwrite", action="store_true", help="remove what another request left in OUT")
+    parser.add_argument("--overwrite", action="store_true", help="remove videos that other settings left in OUT")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of GenerateConfig")
     return parser
 
 
 def settings(options: argparse.Namespace) -> GenerateConfig:
-    """What the command line asks for. ConfigError: a value that is none, with its key."""
+    """The config of a command line. ConfigError: an invalid value, with its key."""
     given = {key: value for key, value in vars(options).items() if value is not None and key != "set"}
     if "guidance" in given:
         given["guidance_scale"] = given.pop("guidance")

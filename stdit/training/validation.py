@@ -16,11 +16,12 @@ from stdit.config import Bucket, Config, latent_shape
 from stdit.data.loader import Batch, Stream, collate
 from stdit.diffusion.guidance import guided
 from stdit.diffusion.objectives import with_scheduler_sign
-from stdit.diffusion.schedulers import make_scheduler, sample
+from stdit.diffusion.sample import sample
+from stdit.diffusion.schedulers import make_scheduler
 from stdit.encoders.video import VideoEncoder, video_encoder_from_identity
 from stdit.media import Cell, contact_sheet
 from stdit.models.control import Controlled
-from stdit.models.sampling import Sampled, micro_conditions
+from stdit.models.sampling import CachedConditions, micro_conditions
 from stdit.models.stdit import STDiT
 from stdit.training.data import TrainData
 from stdit.training.distributed import Ranks
@@ -133,7 +134,11 @@ class Validator:
             start = torch.empty(len(batch), config.model.in_channels, *latent)
             x = self.inputs.noise(start, "samples", 0, batch.positions)
             scheduler = make_scheduler(settings.sampler, config.diffusion, latent, config.model.learned_variance)
-            predict = Sampled(model.base, model.control) if isinstance(model, Controlled) else Sampled(model)
+            predict = (
+                CachedConditions(model.base, model.control)
+                if isinstance(model, Controlled)
+                else CachedConditions(model)
+            )
             scale = settings.sampler.guidance_scale if self._conditional else 1.0
             negative = self.inputs.empty(len(batch)) if scale != 1 else {}
             velocity = with_scheduler_sign(predict, config.diffusion)
@@ -143,7 +148,7 @@ class Validator:
             if size:
                 condition["added_cond_kwargs"] = {**condition["added_cond_kwargs"], **size}
             condition |= self.inputs.control(batch, self.inputs.latents(batch, None), None)
-            part = sample(steered, scheduler, x, settings.sampler.steps, condition, generators, ahead=predict.expect)
+            part = sample(steered, scheduler, x, settings.sampler.steps, condition, generators)
             latents.append(self.ranks.all_gather(part).cpu())  # in order of their numbers
         if not self.ranks.is_main:
             return None

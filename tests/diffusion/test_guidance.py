@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from stdit.diffusion.denoiser import FunctionDenoiser
 from stdit.diffusion.guidance import guided
 
 X = torch.randn(3, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -36,16 +37,26 @@ class Linear:
         return torch.cat([prediction, prediction - 7], dim=1) if self.variance else prediction
 
 
+Predict = Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]
+
+
+def predict(model: Predict, *args: Any, **kwargs: Any) -> Predict:
+    """The guided model as a function of x, one time for the batch, and conditions."""
+    steered = guided(FunctionDenoiser(model), *args, **kwargs)
+    return lambda x, t, cond: steered.bind(cond, t[:1])(x, 0)
+
+
 def test_guidance_scale_one_is_the_conditional_model() -> None:
     model = Linear()
-    assert guided(model, 1.0) is model
-    near = guided(model, 1 + 1e-6)(X, T, COND)
+    denoiser = FunctionDenoiser(model)
+    assert guided(denoiser, 1.0) is denoiser
+    near = predict(model, 1 + 1e-6)(X, T, COND)
     assert torch.allclose(near, model(X, T, COND), atol=1e-4)
 
 
 def test_guidance_scale_zero_is_the_unconditional_model() -> None:
     dropped = {**COND, "drop_condition": torch.ones(3, dtype=torch.bool)}
-    assert torch.allclose(guided(Linear(), 0.0)(X, T, COND), Linear()(X, T, dropped))
+    assert torch.allclose(predict(Linear(), 0.0)(X, T, COND), Linear()(X, T, dropped))
 
 
 def test_guidance_goes_on_from_the_unconditional_through_the_conditional() -> None:
@@ -53,19 +64,19 @@ def test_guidance_goes_on_from_the_unconditional_through_the_conditional() -> No
     conditional = model(X, T, COND)
     unconditional = model(X, T, {**COND, "drop_condition": torch.ones(3, dtype=torch.bool)})
     expected = unconditional + 3 * (conditional - unconditional)
-    assert torch.allclose(guided(model, 3.0)(X, T, COND), expected)
+    assert torch.allclose(predict(model, 3.0)(X, T, COND), expected)
 
 
 def test_both_predictions_come_from_one_call() -> None:
     model = Linear()
-    guided(model, 3.0)(X, T, COND)
-    guided(model, 3.0)(X, torch.tensor(500.0).expand(3), COND)
+    predict(model, 3.0)(X, T, COND)
+    predict(model, 3.0)(X, torch.tensor(500.0).expand(3), COND)
     assert model.batches == [6, 6]
 
 
 def test_a_learned_variance_is_not_guided() -> None:
-    guided_prediction = guided(Linear(variance=True), 3.0)(X, T, COND)
-    assert torch.allclose(guided_prediction[:, :2], guided(Linear(), 3.0)(X, T, COND))
+    guided_prediction = predict(Linear(variance=True), 3.0)(X, T, COND)
+    assert torch.allclose(guided_prediction[:, :2], predict(Linear(), 3.0)(X, T, COND))
     assert torch.allclose(guided_prediction[:, 2:], Linear(variance=True)(X, T, COND)[:, 2:])
 
 
@@ -77,32 +88,32 @@ def test_a_negative_condition_takes_the_place_of_the_null(length: int) -> None:
     }
     model = Linear()
     expected = model(X, T, negative) + 2 * (model(X, T, COND) - model(X, T, negative))
-    assert torch.allclose(guided(model, 2.0, negative)(X, T, COND), expected)
+    assert torch.allclose(predict(model, 2.0, negative)(X, T, COND), expected)
 
 
 @pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf")])
 def test_a_scale_that_means_nothing_is_refused(scale: float) -> None:
     with pytest.raises(ValueError, match=f"found {scale}"):
-        guided(Linear(), scale)
+        guided(FunctionDenoiser(Linear()), scale)
 
 
 def test_the_first_channels_alone_are_guided_where_asked() -> None:
     """DiT's and PixArt's forward_with_cfg: `eps, rest = out[:, :3], out[:, 3:]`; only eps is guided, rest is each half's own."""
     x = torch.randn(3, 4, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     model = Linear(variance=True)
-    found = guided(model, 3.0, channels=3)(x, T, COND)
+    found = predict(model, 3.0, channels=3)(x, T, COND)
     with_condition = model(x, T, COND)
     without = model(x, T, {**COND, "drop_condition": torch.ones(3, dtype=torch.bool)})
     eps = without[:, :3] + 3.0 * (with_condition[:, :3] - without[:, :3])
     assert torch.allclose(found, torch.cat([eps, with_condition[:, 3:]], dim=1))
-    assert torch.equal(guided(model, 3.0, channels=4)(x, T, COND), guided(model, 3.0)(x, T, COND))
+    assert torch.equal(predict(model, 3.0, channels=4)(x, T, COND), predict(model, 3.0)(x, T, COND))
     with pytest.raises(ValueError, match="guidance_channels 5 is more than the 4 latent channels"):
-        guided(model, 3.0, channels=5)(x, T, COND)
+        predict(model, 3.0, channels=5)(x, T, COND)
     with pytest.raises(ValueError, match="found 0"):
-        guided(model, 3.0, channels=0)
+        guided(FunctionDenoiser(model), 3.0, channels=0)
 
 
-def test_the_doubled_conditions_are_the_same_tensors_at_every_step() -> None:
+def test_conditions_are_doubled_once_for_all_steps() -> None:
     seen: list[Mapping[str, Tensor]] = []
 
     def model(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
@@ -110,12 +121,12 @@ def test_the_doubled_conditions_are_the_same_tensors_at_every_step() -> None:
         return x
 
     cond, times = dict(COND), torch.tensor([900.0, 100.0])
-    steered = guided(model, 3.0)
-    for time in times:
-        steered(X, time.expand(3), cond)
+    step_model = guided(FunctionDenoiser(model), 3.0).bind(cond, times)
+    for i in range(2):
+        step_model(X, i)
     assert seen[0] is seen[1]
     cond["encoder_attention_mask"] = torch.zeros(3, 2, dtype=torch.bool)
-    steered(X, times[0].expand(3), cond)
+    guided(FunctionDenoiser(model), 3.0).bind(cond, times)(X, 0)
     assert not seen[2]["encoder_attention_mask"].any()
 
 
@@ -128,10 +139,17 @@ def test_what_samples_share_stays_shared() -> None:
 
     fps, frames = torch.tensor([8.0]), torch.tensor([[True, False]]).expand(3, -1)
     times = torch.tensor([900.0, 100.0])
-    added = {"fps": fps, "height": torch.arange(3.0)}
-    guided(model, 3.0)(X, times[1].expand(3), {"added_cond_kwargs": added, "conditioning_frames": frames})
+    steered = guided(FunctionDenoiser(model), 3.0)
+    steered.bind(
+        {
+            "class_labels": torch.arange(3),
+            "conditioning_frames": frames,
+            "added_cond_kwargs": {"fps": fps, "height": torch.arange(3.0)},
+        },
+        times,
+    )(X, 1)
     t, cond = seen[0]
-    assert (t.shape, t.stride(), t.data_ptr()) == ((6,), (0,), times[1].data_ptr())
+    assert (t.tolist(), t.stride()) == ([100.0] * 6, (0,))
     added = cond["added_cond_kwargs"]
     assert (added["fps"].shape, added["fps"].stride(0)) == ((6,), 0)
     assert (cond["conditioning_frames"].shape, cond["conditioning_frames"].stride(0)) == ((6, 2), 0)
@@ -148,5 +166,5 @@ def test_nothing_is_dropped_where_a_negative_stands_in() -> None:
         return x
 
     negative = {"encoder_hidden_states": torch.zeros(3, 2, 5), "encoder_attention_mask": COND["encoder_attention_mask"]}
-    guided(model, 3.0, negative)(X, T, COND)
+    predict(model, 3.0, negative)(X, T, COND)
     assert "drop_condition" not in seen[0]

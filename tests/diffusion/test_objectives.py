@@ -10,6 +10,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
 from stdit.config import DiffusionConfig
+from stdit.diffusion.denoiser import FunctionDenoiser
 from stdit.diffusion.objectives import DDPM, FlowMatching, make_objective, normal_kl, with_scheduler_sign
 from stdit.diffusion.randomness import normal, uniform
 
@@ -150,8 +151,9 @@ def test_open_soras_velocity_is_the_opposite() -> None:
     config = DiffusionConfig(velocity="data_minus_noise")
     flow = make_objective(config, learned_variance=False)
     assert torch.equal(flow.loss(lambda x, t: -velocity(x, t), DATA, NOISE, TIMES), torch.zeros(5))
-    model = with_scheduler_sign(lambda x, t, cond: -velocity(x, t), config)
-    assert torch.equal(model(DATA, TIMES, {}), velocity(DATA, TIMES))
+    model = FunctionDenoiser(lambda x, t, cond: -velocity(x, t))
+    step_model = with_scheduler_sign(model, config).bind({}, TIMES)
+    assert torch.equal(step_model(DATA, 2), velocity(DATA, TIMES[2].expand(5)))
     assert with_scheduler_sign(model, FLOW) is model
 
 

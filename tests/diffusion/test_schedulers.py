@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepSchedu
 from torch import Tensor
 
 from stdit.config import DiffusionConfig, SamplerConfig
-from stdit.diffusion.guidance import Model
+from stdit.diffusion.denoiser import FunctionDenoiser, StepModel
+from stdit.diffusion.frame_conditioning import FrameCondition
 from stdit.diffusion.randomness import normal
-from stdit.diffusion.schedulers import OBJECTIVES, FrameCondition, is_ours, make_scheduler, sample, set_steps, shifted
+from stdit.diffusion.sample import sample
+from stdit.diffusion.schedulers import OBJECTIVES, is_ours, make_scheduler, set_steps, shifted
 from stdit.diffusion.timesteps import shift_times
 
 MEAN, STD = 1.5, 0.5
@@ -35,7 +38,14 @@ def sampler(name: str, steps: int = 50) -> SamplerConfig:
     return SamplerConfig.model_validate({"scheduler": name, "steps": steps})
 
 
-def exact(config: DiffusionConfig) -> Model:
+Predict = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+
+
+def draw(predict: Predict, *args: Any, **kwargs: Any) -> Tensor:
+    return sample(FunctionDenoiser(predict), *args, **kwargs)
+
+
+def exact(config: DiffusionConfig) -> Predict:
     """What a perfect model of N(MEAN, STD^2) predicts: E[noise - x0 | x_t], or E[noise | x_t]."""
     totals = DDPMScheduler(beta_schedule=config.noise_schedule).alphas_cumprod.double()
 
@@ -59,7 +69,7 @@ def standard_noise() -> Tensor:
 def test_sampling_from_the_exact_prediction_recovers_mean_and_variance(name: str, config: DiffusionConfig) -> None:
     first_order = name in ("flow_euler", "ddim", "ddpm")
     steps = 400 if first_order else 30
-    x = sample(
+    x = draw(
         exact(config),
         make_scheduler(sampler(name, steps), config, LATENT),
         standard_noise(),
@@ -74,7 +84,7 @@ def test_sampling_from_the_exact_prediction_recovers_mean_and_variance(name: str
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 30, 150])
 @pytest.mark.parametrize(("name", "config"), PAIRS, ids=NAMES)
 def test_any_number_of_steps_ends_near_the_data(name: str, config: DiffusionConfig, steps: int) -> None:
-    x = sample(exact(config), make_scheduler(sampler(name), config, LATENT), standard_noise(), steps, {})
+    x = draw(exact(config), make_scheduler(sampler(name), config, LATENT), standard_noise(), steps, {})
     assert x.isfinite().all()
     assert x.mean().item() == pytest.approx(MEAN, abs=0.05)
     assert x.std().item() < STD + 0.05
@@ -85,8 +95,8 @@ def test_ddim_is_diffusers_ddim_where_steps_divide_the_schedule(config: Diffusio
     """Where they don't, DDIMScheduler goes to other timesteps than it says, and the mean is lost."""
     theirs = DDIMScheduler(beta_schedule=config.noise_schedule, clip_sample=False, timestep_spacing="trailing")
     for steps, equal in ((50, True), (150, False)):
-        x = sample(exact(config), make_scheduler(sampler("ddim"), config, LATENT), standard_noise(), steps, {})
-        y = sample(exact(config), theirs, standard_noise(), steps, {})
+        x = draw(exact(config), make_scheduler(sampler("ddim"), config, LATENT), standard_noise(), steps, {})
+        y = draw(exact(config), theirs, standard_noise(), steps, {})
         assert torch.allclose(x, y, atol=0.02) == equal
         assert x.mean().item() == pytest.approx(MEAN, abs=0.01)
 
@@ -95,7 +105,7 @@ def test_one_euler_step_lands_on_the_data() -> None:
     data = normal((1, *LATENT), 0, "data", 0, range(3))
     noise = normal((1, *LATENT), 0, "noise", 0, range(3))
     scheduler = make_scheduler(sampler("flow_euler", 1), FLOW, LATENT)
-    assert torch.allclose(sample(lambda x, t, c: noise - data, scheduler, noise, 1, {}), data, atol=1e-6)
+    assert torch.allclose(draw(lambda x, t, c: noise - data, scheduler, noise, 1, {}), data, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["flow_euler", "dpm_solver", "unipc"])
@@ -120,7 +130,7 @@ def test_the_model_is_told_the_very_time_of_its_input(name: str) -> None:
         return torch.zeros_like(x)
 
     scheduler = make_scheduler(sampler(name), FLOW, LATENT)
-    sample(model, scheduler, standard_noise(), 7, {})
+    draw(model, scheduler, standard_noise(), 7, {})
     sigmas = scheduler.sigmas
     assert isinstance(sigmas, Tensor)
     assert seen == (1000 * sigmas[:-1]).tolist()
@@ -131,7 +141,7 @@ def test_many_steps_under_a_great_shift_are_all_taken() -> None:
     config = DiffusionConfig(flow_shift=12.0)
     for name in ("dpm_solver", "unipc"):
         scheduler = make_scheduler(sampler(name, 100), config, LATENT)
-        x = sample(exact(config), scheduler, standard_noise(), 100, {})
+        x = draw(exact(config), scheduler, standard_noise(), 100, {})
         assert scheduler.step_index == 100
         assert x.std().item() == pytest.approx(STD, abs=0.02)
 
@@ -155,7 +165,7 @@ def test_ancestral_sampling_uses_the_learned_variance() -> None:
 
         scheduler = make_scheduler(sampler("ddpm", 20), LINEAR, LATENT, learned_variance=True)
         generator = torch.Generator().manual_seed(0)
-        results.append(sample(model, scheduler, standard_noise(), 20, {}, generator=generator).std().item())
+        results.append(draw(model, scheduler, standard_noise(), 20, {}, generator=generator).std().item())
     assert results[0] < results[1]
 
 
@@ -167,7 +177,7 @@ def test_other_schedulers_leave_the_variance_out(name: str) -> None:
 
     ways = [(exact(LINEAR), False), (both, True)]
     x = [
-        sample(model, make_scheduler(sampler(name), LINEAR, LATENT, learned), standard_noise(), 10, {})
+        draw(model, make_scheduler(sampler(name), LINEAR, LATENT, learned), standard_noise(), 10, {})
         for model, learned in ways
     ]
     assert torch.equal(x[0], x[1])
@@ -177,11 +187,11 @@ def test_a_generator_per_sample_makes_noise_independent_of_the_batch() -> None:
     scheduler = make_scheduler(sampler("ddpm", 5), LINEAR, LATENT)
     noise = standard_noise()[:4]
 
-    def draw(rows: list[int]) -> Tensor:
+    def rows_of(rows: list[int]) -> Tensor:
         generators = [torch.Generator().manual_seed(r) for r in rows]
-        return sample(exact(LINEAR), shifted(scheduler, 1.0), noise[rows], 5, {}, generator=generators)
+        return draw(exact(LINEAR), shifted(scheduler, 1.0), noise[rows], 5, {}, generator=generators)
 
-    assert torch.allclose(draw([0, 1, 2, 3]), torch.cat([draw([0, 1]), draw([2, 3])]), atol=1e-6)
+    assert torch.allclose(rows_of([0, 1, 2, 3]), torch.cat([rows_of([0, 1]), rows_of([2, 3])]), atol=1e-6)
 
 
 def test_a_scheduler_can_be_shifted_anew() -> None:
@@ -195,7 +205,7 @@ def test_a_scheduler_can_be_shifted_anew() -> None:
     ("name", "config", "other"), [("flow_euler", LINEAR, "flow"), ("ddim", FLOW, "ddpm"), ("ddpm", FLOW, "ddpm")]
 )
 def test_a_sampler_of_another_objective_is_refused(name: str, config: DiffusionConfig, other: str) -> None:
-    with pytest.raises(ValueError, match=rf"{name} draws from objective {other}; .*{config.objective}"):
+    with pytest.raises(ValueError, match=rf"{name} samples objective {other}; .*{config.objective}"):
         make_scheduler(sampler(name), config, LATENT)
 
 
@@ -208,7 +218,7 @@ def test_more_steps_than_the_schedule_has_are_refused(name: str, most: int) -> N
 
 
 @pytest.mark.parametrize(("name", "config"), PAIRS, ids=NAMES)
-def test_given_frames_stand_in_every_step_and_come_back_as_they_were(name: str, config: DiffusionConfig) -> None:
+def test_conditioning_frames_are_in_every_step_and_come_back_as_they_were(name: str, config: DiffusionConfig) -> None:
     clean = normal((1, *LATENT), 0, "data", 0, range(4))
     given = FrameCondition(torch.tensor([[True, False]]), clean)
     inputs: list[Tensor] = []
@@ -218,27 +228,41 @@ def test_given_frames_stand_in_every_step_and_come_back_as_they_were(name: str, 
         return exact(config)(x, t, cond)
 
     scheduler, noise = make_scheduler(sampler(name, 7), config, LATENT), normal((1, *LATENT), 0, "noise", 0, range(4))
-    x = sample(model, scheduler, noise, 7, {}, torch.Generator().manual_seed(0), given=given)
+    x = draw(model, scheduler, noise, 7, {}, torch.Generator().manual_seed(0), frame_condition=given)
     assert all(torch.equal(seen[:, :, 0], clean[:, :, 0]) for seen in [*inputs, x])
     if name != "ddpm":  # whose noise is drawn for all frames together
-        plain = sample(exact(config), make_scheduler(sampler(name, 7), config, LATENT), noise, 7, {})
+        plain = draw(exact(config), make_scheduler(sampler(name, 7), config, LATENT), noise, 7, {})
         assert torch.allclose(x[:, :, 1], plain[:, :, 1], atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "config"), PAIRS, ids=NAMES)
-def test_the_times_are_told_ahead_once(name: str, config: DiffusionConfig) -> None:
-    told: list[Tensor] = []
-    seen: list[Tensor] = []
+def test_a_model_is_bound_once_and_called_by_step(name: str, config: DiffusionConfig) -> None:
+    bound: list[tuple[Mapping[str, Any], Tensor]] = []
+    steps: list[int] = []
 
-    def model(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        assert len(told) == 1
-        seen.append(t)
-        return torch.zeros_like(x)
+    class Recorder:
+        def bind(self, cond: Mapping[str, Any], times: Tensor) -> StepModel:
+            bound.append((cond, times))
+            return lambda x, i: steps.append(i) or torch.zeros_like(x)
 
-    scheduler = make_scheduler(sampler(name, 5), config, LATENT)
-    sample(model, scheduler, standard_noise(), 5, {}, torch.Generator(), ahead=told.append)
-    assert [t.data_ptr() for t in seen] == [t.data_ptr() for t in told[0]]
-    assert all(t.shape == (64,) for t in seen)
+    scheduler, cond = make_scheduler(sampler(name, 5), config, LATENT), {"fps": torch.ones(1)}
+    sample(Recorder(), scheduler, standard_noise(), 5, cond, torch.Generator())
+    ((found, times),) = bound
+    assert found is cond
+    assert times.shape == (5,)
+    assert steps == [0, 1, 2, 3, 4]
+
+
+def test_an_interrupted_loop_returns_what_it_has() -> None:
+    done: list[int] = []
+
+    def on_step(i: int, timestep: Tensor, x: Tensor) -> Tensor:
+        done.append(i)
+        return x
+
+    scheduler = make_scheduler(sampler("flow_euler", 5), FLOW, LATENT)
+    draw(exact(FLOW), scheduler, standard_noise(), 5, {}, on_step=on_step, interrupted=lambda: len(done) == 2)
+    assert done == [0, 1]
 
 
 def test_schedulers_of_others_are_neither_shifted_nor_mended() -> None:

@@ -22,7 +22,9 @@ from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepSchedu
 from safetensors.torch import load_file, save_file
 
 from stdit.config import ConfigError, DiffusionConfig, SamplerConfig
-from stdit.diffusion.schedulers import make_scheduler, sample, set_steps
+from stdit.diffusion.denoiser import FunctionDenoiser
+from stdit.diffusion.sample import sample
+from stdit.diffusion.schedulers import make_scheduler, set_steps
 from stdit.encoders.text import TextEncoder
 from stdit.encoders.video import PixelAutoencoder
 from stdit.inference.pipeline import STDiTPipeline, STDiTPipelineOutput
@@ -115,7 +117,7 @@ def test_guidance_scale_one_is_the_conditional_model(pipes: dict[str, STDiTPipel
 
     scheduler = make_scheduler(SamplerConfig(), pipe.diffusion, (4, 16, 8))
     with torch.no_grad():
-        expected = sample(conditional, scheduler, noise, 3, {})
+        expected = sample(FunctionDenoiser(conditional), scheduler, noise, 3, {})
     found = draw(pipe, "a seven", guidance_scale=1.0, latents=noise, output_type="latent")
     assert torch.allclose(found, expected, atol=1e-4)
     # 2 x sqrt(16 x 8 / 64) x sqrt(4): the shift of this latent.
@@ -178,6 +180,20 @@ def test_a_callback_sees_every_step_and_may_change_the_latents(pipes: dict[str, 
     frames = draw(pipes["text"], "a", callback_on_step_end=callback)
     assert steps == [(i, (1, 3, 4, 16, 8)) for i in range(3)]
     assert np.array_equal(frames, np.full_like(frames, 0.5))
+
+
+def test_a_callback_may_interrupt(pipes: dict[str, STDiTPipeline]) -> None:
+    steps: list[int] = []
+
+    def callback(pipe: Any, i: int, timestep: torch.Tensor, kept: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        steps.append(i)
+        pipe._interrupt = i == 1
+        return kept
+
+    assert np.isfinite(draw(pipes["text"], "a", callback_on_step_end=callback)).all()
+    assert steps == [0, 1]
+    draw(pipes["text"], "a", callback_on_step_end=lambda pipe, i, t, kept: steps.append(i) or kept)
+    assert steps == [0, 1, 0, 1, 2]  # the next call runs to its end
 
 
 @pytest.mark.parametrize("caption", ["", "..\\../etc/passwd", "eine Sieben läuft 左へ 🎬", "long " * 400])
@@ -435,7 +451,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("text", {"prompt": "a", "num_videos_per_prompt": 0}, "found 0"),
     ("text", {"prompt": "a", "fps": 0}, "fps .* found 0"),
     ("text", {"prompt": "a", "prompt_embeds": torch.zeros(1, 2, 32)}, "not both"),
-    ("text", {"prompt": "a", "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "latents alone"),
+    ("text", {"prompt": "a", "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "only latents can be passed on"),
     ("class", {"prompt": "a"}, "takes no text .* class_labels"),
     ("class", {"class_labels": 3}, "class 3 is none of this model's 3 classes"),
     ("class", {"class_labels": "seven"}, "class 'seven' .* zero, one, a/b"),
@@ -456,10 +472,10 @@ def test_bad_input_is_refused_before_work(
 
 def test_a_scheduler_of_another_objective_is_refused(runs: dict[str, Path]) -> None:
     pipe = STDiTPipeline.from_pretrained(runs["text"])
-    with pytest.raises(ValueError, match="ddim draws from objective ddpm"):
+    with pytest.raises(ValueError, match="ddim samples objective ddpm"):
         pipe.use(SamplerConfig(scheduler="ddim"))
     pipe.scheduler = DDIMScheduler()
-    with pytest.raises(ValueError, match="DDIMScheduler draws from objective ddpm; .* flow"):
+    with pytest.raises(ValueError, match="DDIMScheduler samples objective ddpm; .* flow"):
         draw(pipe, "a")
 
 

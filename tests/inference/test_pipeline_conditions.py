@@ -20,7 +20,7 @@ from stdit.diffusion.schedulers import is_ours, make_scheduler
 from stdit.encoders.text import TextFeatures
 from stdit.encoders.text_loading import load_text_encoder
 from stdit.encoders.video import PixelAutoencoder
-from stdit.inference.inputs import Asked, Prompts, Teller
+from stdit.inference.inputs import ConditionEncoder, PipelineInputs, Prompts
 from stdit.inference.pipeline import STDiTPipeline, STDiTPipelineOutput
 from stdit.models.stdit import STDiT
 from tests.support.runs import CLASSES, TEXT, lively, model_config
@@ -122,21 +122,23 @@ def test_an_encoders_own_pooled_vectors_are_told_unless_others_are_given() -> No
         )
 
     settings = model_config(text_dim=4, max_text_tokens=8, null_text="empty", pooled_dim=5)
-    teller = Teller(settings, encode, {}, torch.device("cpu"))
-    asked = Asked(prompt=["a", "bbb"], each=2)
-    cond, batch = teller.condition(asked)
-    negative = teller.negative(asked, cond, batch)
+    encoder = ConditionEncoder(settings, encode, {}, torch.device("cpu"))
+    asked = PipelineInputs(prompt=["a", "bbb"], num_videos_per_prompt=2)
+    cond, batch = encoder.encode(asked)
+    negative = encoder.encode_negative(asked, cond, batch)
     assert negative is not None
     assert cond["pooled_projections"][:, 0].tolist() == [1, 1, 3, 3]
     assert negative["pooled_projections"][:, 0].tolist() == [0, 0, 0, 0]
-    other = teller.negative(Asked(prompt=["a", "bbb"], each=2, negative_prompt=["cc", "dddd"]), cond, batch)
+    other = encoder.encode_negative(
+        PipelineInputs(prompt=["a", "bbb"], num_videos_per_prompt=2, negative_prompt=["cc", "dddd"]), cond, batch
+    )
     assert other is not None
     assert other["pooled_projections"][:, 0].tolist() == [2, 2, 4, 4]
-    own = Asked(prompt=["a", "bbb"], pooled_prompt_embeds=torch.full((2, 5), 7.0))
-    assert teller.condition(own)[0]["pooled_projections"].eq(7).all()
+    own = PipelineInputs(prompt=["a", "bbb"], pooled_prompt_embeds=torch.full((2, 5), 7.0))
+    assert encoder.encode(own)[0]["pooled_projections"].eq(7).all()
     # A model without them is told none.
-    plain = Teller(model_config(text_dim=4, max_text_tokens=8), encode, {}, torch.device("cpu"))
-    assert "pooled_projections" not in plain.condition(asked)[0]
+    plain = ConditionEncoder(model_config(text_dim=4, max_text_tokens=8), encode, {}, torch.device("cpu"))
+    assert "pooled_projections" not in plain.encode(asked)[0]
 
 
 # ---------------------------------------------------------------------------- guided channels, size
@@ -282,8 +284,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"conditioning_latents": torch.zeros(1, 3, 5, 16, 8)}, r"\(1, 3, 5, 16, 8\).*of 1 to 4 frames"),
     ({"conditioning_latents": torch.zeros(1, 3, 1, 8, 8)}, r"\(1, 3, 1, 8, 8\); expected \(1 or 1, 3, frames, 16, 8\)"),
     ({"conditioning_latents": torch.zeros(1, 3, 1, 16, 8), "conditioning_frames": [4]}, "latent frame 4; this clip has 4"),
-    ({"conditioning_latents": torch.zeros(1, 3, 2, 16, 8), "conditioning_frames": [1]}, "have 2 frames, conditioning_frames names 1"),
-    ({"conditioning_latents": torch.zeros(1, 3, 2, 16, 8), "conditioning_frames": [1, -3]}, "names a frame twice"),
+    ({"conditioning_latents": torch.zeros(1, 3, 2, 16, 8), "conditioning_frames": [1]}, "has 2 frames, conditioning_frames lists 1"),
+    ({"conditioning_latents": torch.zeros(1, 3, 2, 16, 8), "conditioning_frames": [1, -3]}, "lists a frame twice"),
     ({"conditioning_latents": torch.zeros(1, 3, 4, 16, 8), "conditioning_frames": torch.ones(3, dtype=torch.bool)}, r"\(3,\).*\(1 or 1, 4\)"),
     ({"conditioning_latents": torch.zeros(1, 3, 4, 16, 8), "conditioning_video": torch.zeros(1, 1, 3, 16, 8)}, "not both"),
     ({"negative_prompt": "a", "negative_prompt_embeds": torch.zeros(1, 1, 32)}, "not both"),
@@ -292,9 +294,20 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"pooled_prompt_embeds": torch.zeros(1, 5)}, "takes no pooled_prompt_embeds"),
     ({"negative_pooled_prompt_embeds": torch.zeros(1, 5)}, "needs pooled_prompt_embeds"),
     ({"prompt_attention_mask": torch.ones(1, 5)}, "prompt_attention_mask needs prompt_embeds"),
+    ({"prompt": None, "prompt_embeds": torch.full((1, 4, 32), float("nan"))}, "prompt_embeds: not finite"),
+    ({"prompt": None, "prompt_embeds": torch.ones(1, 4, 32).bool()}, "expected floating point, found torch.bool"),
+    ({"prompt": None, "prompt_embeds": torch.ones(1, 4, 32).to(torch.complex64)}, "expected floating point, found torch.complex64"),
+    ({"prompt": None, "prompt_embeds": [[1.0]]}, "prompt_embeds: expected a tensor, found list"),
+    ({"prompt": None, "prompt_embeds": torch.ones(1, 4, 32), "prompt_attention_mask": torch.full((1, 4), 0.5)}, "found torch.float32 with other values"),
+    ({"negative_prompt_embeds": torch.full((1, 1, 32), float("inf"))}, "negative_prompt_embeds: not finite"),
+    ({"latents": torch.full((1, 3, 4, 16, 8), float("nan"))}, "latents: not finite"),
+    ({"latents": torch.ones(1, 3, 4, 16, 8).long()}, "latents: expected floating point, found torch.int64"),
+    ({"conditioning_latents": torch.full((1, 3, 1, 16, 8), float("nan"))}, "conditioning_latents: not finite"),
+    ({"guidance_scale": float("inf")}, "guidance_scale must be a finite number"),
+    ({"prompt": {"a": 1}}, "prompt: expected text, or a list of texts; found dict"),
     ({"guidance_channels": 0}, "guidance_channels must be 1 or more, found 0"),
-    ({"prompt": None, "prompt_embeds": torch.zeros(1, 4, 31)}, "31 wide.*text_dim 32"),
-    ({"prompt": None, "prompt_embeds": torch.zeros(1, 4, 32), "prompt_attention_mask": torch.ones(1, 3)}, r"\(2, 3\).*\(2, 4\)"),
+    ({"prompt": None, "prompt_embeds": torch.zeros(1, 4, 31)}, r"prompt_embeds has shape \(1, 4, 31\); expected \(rows, tokens, 32\)"),
+    ({"prompt": None, "prompt_embeds": torch.zeros(1, 4, 32), "prompt_attention_mask": torch.ones(1, 3)}, r"\(1, 3\).*\(1, 4\)"),
 ]  # fmt: skip
 
 

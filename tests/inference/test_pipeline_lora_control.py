@@ -86,17 +86,17 @@ def draw(pipe: STDiTPipeline, **changes: Any) -> Tensor:
 def test_an_adapter_that_learnt_nothing_changes_nothing(run: Path, tmp_path: Path) -> None:
     pipe = opened(run)
     plain = draw(pipe)
-    pipe.load_lora(adapter(run, tmp_path, None))
+    pipe.load_lora_weights(adapter(run, tmp_path, None))
     assert torch.equal(draw(pipe), plain)
 
 
 def test_adapters_add_up_and_merge_and_leave_no_trace(run: Path, style: Path, motion: Path) -> None:
     pipe = opened(run)
     plain, weights = draw(pipe), {n: w.clone() for n, w in pipe.transformer.state_dict().items()}
-    assert pipe.load_lora(style) == "lora_0"
+    assert pipe.load_lora_weights(style) == "lora_0"
     first = draw(pipe)
     assert not torch.allclose(first, plain, atol=1e-3)
-    pipe.load_lora(motion, name="motion", scale=0.5)
+    pipe.load_lora_weights(motion, adapter_name="motion", scale=0.5)
     assert pipe.adapters == {"lora_0": 1.0, "motion": 0.5}
     both = draw(pipe)
     assert not torch.allclose(both, first, atol=1e-3)
@@ -112,9 +112,9 @@ def test_adapters_add_up_and_merge_and_leave_no_trace(run: Path, style: Path, mo
     assert torch.equal(draw(pipe), plain)
     pipe.set_adapters({"lora_0": 1.0, "motion": 0.5})
     pipe.fuse_lora()
-    pipe.unload_lora("motion")
+    pipe.delete_adapters("motion")
     torch.testing.assert_close(draw(pipe), first, rtol=1e-5, atol=1e-5)
-    pipe.unload_lora()
+    pipe.unload_lora_weights()
     assert torch.equal(draw(pipe), plain)
     after = pipe.transformer.state_dict()
     assert list(after) == list(weights)
@@ -129,7 +129,7 @@ def test_the_scale_is_of_what_is_added(run: Path, style: Path) -> None:
     layer = block.attn.qkv
     code = torch.linspace(-1, 1, 64).reshape(2, 32)
     plain = layer(code)
-    pipe.load_lora(style, "style", scale=0.25)
+    pipe.load_lora_weights(style, "style", scale=0.25)
     wrapped = block.attn.qkv
     quarter = wrapped(code) - plain
     pipe.set_adapters("style", 1.0)
@@ -139,7 +139,7 @@ def test_the_scale_is_of_what_is_added(run: Path, style: Path) -> None:
 
 def test_what_is_fused_for_good_is_saved_as_a_plain_pipeline(run: Path, style: Path, tmp_path: Path) -> None:
     pipe = opened(run)
-    pipe.load_lora(style)
+    pipe.load_lora_weights(style)
     both = draw(pipe)
     with pytest.raises(ValueError, match=r"lora_0.*fuse_lora\(permanent=True\)"):
         pipe.save_pretrained(tmp_path)
@@ -152,26 +152,26 @@ def test_an_adapter_that_does_not_fit_is_refused(run: Path, style: Path, tmp_pat
     pipe = opened(run)
     plain = draw(pipe)
     with pytest.raises(ConfigError, match="neither a checkpoint"):
-        pipe.load_lora(tmp_path)
+        pipe.load_lora_weights(tmp_path)
     with pytest.raises(ConfigError, match="no adapter here: this run trained the transformer"):
-        pipe.load_lora(run)
+        pipe.load_lora_weights(run)
     other = make_run(tmp_path / "other", model_config(hidden_size=48, **CLASSES))
     wide = adapter(other, tmp_path / "wide", 1)
     with pytest.raises(ValueError, match=r"(?s)not an adapter of this model.*blocks.0.attn.qkv.lora_A.weight has shape \(2, 48\); the layer's weight has \(96, 32\)"):  # fmt: skip
-        pipe.load_lora(wide)
+        pipe.load_lora_weights(wide)
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "pytorch_lora_weights.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match="cannot be read"):
-        pipe.load_lora(tmp_path / "torn")
-    pipe.load_lora(style, "style")
+        pipe.load_lora_weights(tmp_path / "torn")
+    pipe.load_lora_weights(style, "style")
     for name, message in (("style", "is taken"), ("a.b", "expected letters")):
         with pytest.raises(ValueError, match=message):
-            pipe.load_lora(style, name)
+            pipe.load_lora_weights(style, name)
     with pytest.raises(ValueError, match="no adapter b; there are style"):
         pipe.set_adapters("b")
     with pytest.raises(ValueError, match="2 weights for 1 adapters"):
         pipe.set_adapters("style", [1.0, 2.0])
-    pipe.unload_lora()
+    pipe.unload_lora_weights()
     assert torch.equal(draw(pipe), plain)
 
 
@@ -210,7 +210,7 @@ def test_a_run_of_adapters_comes_with_its_base(run: Path, tmp_path: Path) -> Non
     made = trained_beside(run, tmp_path / "lora", "lora")
     whole, beside = opened(made), opened(run)
     assert list(whole.adapters) == ["default"]
-    beside.load_lora(made, "default")
+    beside.load_lora_weights(made, "default")
     assert torch.equal(draw(whole), draw(beside))
     shutil.copytree(run, tmp_path / "moved")
     shutil.copytree(run, tmp_path / "old")
@@ -229,7 +229,7 @@ def test_generation_adds_adapters(run: Path, style: Path, tmp_path: Path) -> Non
     assert rows[0]["protocol"]["lora"] == [{"path": str(style), "scale": 2.0}]
     a, b = ((tmp_path / which / rows[0]["file"]).read_bytes() for which in ("plain", "styled"))
     assert a != b
-    with pytest.raises(ValueError, match="another request .*lora"):
+    with pytest.raises(ValueError, match="other settings .*lora"):
         generate(run, prompts, tmp_path / "styled", **asked, lora=[LoRASource(path=style, scale=1.0)])
     made = trained_beside(run, tmp_path / "lora", "lora")
     assert generate(made, prompts, tmp_path / "whole", **asked)[0]["file"]

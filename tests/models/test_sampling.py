@@ -1,4 +1,4 @@
-"""Sampling with conditions prepared ahead: the same as without, for every member of the family, at less work."""
+"""Sampling with cached conditions: the same as without, for every member of the family, at less work."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from stdit.config import Bucket, DiffusionConfig, SamplerConfig
+from stdit.diffusion.denoiser import Denoiser, FunctionDenoiser
+from stdit.diffusion.frame_conditioning import FrameCondition
 from stdit.diffusion.guidance import guided
-from stdit.diffusion.schedulers import OBJECTIVES, FrameCondition, make_scheduler, sample
+from stdit.diffusion.sample import sample
+from stdit.diffusion.schedulers import OBJECTIVES, make_scheduler
 from stdit.models import sampling
 from stdit.models.control import STDiTControl
 from stdit.models.embeddings import trim_padding
-from stdit.models.sampling import Sampled, micro_conditions
+from stdit.models.sampling import CachedConditions, micro_conditions
 from stdit.models.stdit import STDiT
 from tests.support.models import MEMBERS, conditions_for, shaken
 
@@ -25,8 +28,9 @@ FLOW, DDPM = DiffusionConfig(), DiffusionConfig(objective="ddpm")
 SHAPE = (2, 3, 3, 8, 8)
 
 
-def plain(model: STDiT) -> Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]:
-    return lambda x, t, cond: model(x, t, **cond, return_dict=False)[0]
+def uncached(model: STDiT) -> Denoiser:
+    """The model, called with its conditions at every step."""
+    return FunctionDenoiser(lambda x, t, cond: model(x, t, **cond, return_dict=False)[0])
 
 
 def conditions(model: STDiT, noise: Noise, frames: bool) -> tuple[dict[str, Any], FrameCondition | None]:
@@ -58,7 +62,7 @@ def draw(
     model: STDiT,
     noise: Noise,
     name: str = "flow_euler",
-    ahead: bool = True,
+    cached: bool = True,
     frames: bool = True,
     limit: int = sampling.LIMIT,
 ) -> Tensor:
@@ -66,16 +70,14 @@ def draw(
     sampler = SamplerConfig.model_validate({"scheduler": name, "steps": 4})
     scheduler = make_scheduler(sampler, diffusion, SHAPE[2:], model.settings.learned_variance)  # pyright: ignore
     cond, given = conditions(model, noise, frames)
-    prepared = Sampled(model, limit=limit)
-    steered = guided(prepared if ahead else plain(model), 3.0, negative(model, noise))
-    return sample(
-        steered, scheduler, noise(*SHAPE), 4, cond, torch.Generator().manual_seed(0), given=given,
-        ahead=prepared.expect if ahead else None,
-    )  # fmt: skip
+    denoiser = CachedConditions(model, limit=limit) if cached else uncached(model)
+    steered = guided(denoiser, 3.0, negative(model, noise))
+    generator = torch.Generator().manual_seed(0)
+    return sample(steered, scheduler, noise(*SHAPE), 4, cond, generator, frame_condition=given)
 
 
 @pytest.mark.parametrize("member", MEMBERS.values(), ids=list(MEMBERS))
-def test_preparing_ahead_changes_nothing(tiny: Tiny, noise: Noise, member: dict[str, Any]) -> None:
+def test_cached_conditions_change_nothing(tiny: Tiny, noise: Noise, member: dict[str, Any]) -> None:
     model = tiny(**member)
     name = "ddim" if model.settings.learned_variance else "flow_euler"
     for frames in (True, False):
@@ -86,7 +88,7 @@ def test_preparing_ahead_changes_nothing(tiny: Tiny, noise: Noise, member: dict[
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))
 @pytest.mark.parametrize("learned", [False, True])
-def test_preparing_ahead_suits_every_scheduler(tiny: Tiny, noise: Noise, name: str, learned: bool) -> None:
+def test_cached_conditions_suit_every_scheduler(tiny: Tiny, noise: Noise, name: str, learned: bool) -> None:
     if learned and name == "flow_euler":
         pytest.skip("flow matching has no variance to learn")
     model = tiny(text_dim=6, num_classes=3, learned_variance=learned)
@@ -124,7 +126,7 @@ def test_text_is_projected_once_and_steps_are_modulated_together(tiny: Tiny, noi
     assert [counts[f"blocks.{i}.adaLN_modulation"] for i in range(2)] == [1, 1]
 
 
-def test_what_is_held_ahead_is_bounded(tiny: Tiny, noise: Noise, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precomputed_modulation_is_bounded(tiny: Tiny, noise: Noise, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(text_dim=6, num_classes=3, conditioning="adaln_zero")
     asked: list[int] = []
     precompute = sampling.precompute_conditions
@@ -153,11 +155,11 @@ def test_what_is_held_ahead_is_bounded(tiny: Tiny, noise: Noise, monkeypatch: py
 
 @torch.no_grad()
 def steered(
-    model: STDiT, branch: STDiTControl, noise: Noise, ahead: bool = True, limit: int = sampling.LIMIT
+    model: STDiT, branch: STDiTControl, noise: Noise, cached: bool = True, limit: int = sampling.LIMIT
 ) -> Tensor:
-    """Four guided steps with a control branch; without `ahead` both parts are told everything at every step."""
+    """Four guided steps with a control branch; uncached, both are called with all conditions at every step."""
 
-    def told_at_every_step(x: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
+    def predict(x: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
         told = dict(cond)
         residuals = branch(x, t, told.pop("control"), 0.7, **told)
         return model(x, t, **told, block_residuals=residuals, return_dict=False)[0]
@@ -167,11 +169,10 @@ def steered(
     sampler = SamplerConfig.model_validate({"scheduler": name, "steps": 4})
     scheduler = make_scheduler(sampler, diffusion, SHAPE[2:], model.settings.learned_variance)  # pyright: ignore
     cond, given = conditions(model, noise, True)
-    prepared = Sampled(model, branch, scale=0.7, limit=limit)
-    predict = guided(prepared if ahead else told_at_every_step, 3.0, negative(model, noise))
+    denoiser = CachedConditions(model, branch, scale=0.7, limit=limit) if cached else FunctionDenoiser(predict)
     return sample(
-        predict, scheduler, noise(*SHAPE), 4, cond | {"control": noise(2, 3, 1, 8, 8, seed=3)},
-        torch.Generator().manual_seed(0), given=given, ahead=prepared.expect if ahead else None,
+        guided(denoiser, 3.0, negative(model, noise)), scheduler, noise(*SHAPE), 4, cond | {"control": noise(2, 3, 1, 8, 8, seed=3)},
+        torch.Generator().manual_seed(0), frame_condition=given,
     )  # fmt: skip
 
 
@@ -182,15 +183,15 @@ def branch_of(model: STDiT) -> STDiTControl:
 
 
 @pytest.mark.parametrize("member", MEMBERS.values(), ids=list(MEMBERS))
-def test_preparing_a_branch_ahead_changes_nothing(tiny: Tiny, noise: Noise, member: dict[str, Any]) -> None:
+def test_cached_conditions_of_a_branch_change_nothing(tiny: Tiny, noise: Noise, member: dict[str, Any]) -> None:
     model = tiny(**member)
     branch = branch_of(model)
-    expected = steered(model, branch, noise, ahead=False)
+    expected = steered(model, branch, noise, cached=False)
     torch.testing.assert_close(steered(model, branch, noise), expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(draw(model, noise, "ddim" if model.settings.learned_variance else "flow_euler"), expected)
 
 
-def test_a_branch_is_told_once_for_a_prompt_as_its_model_is(tiny: Tiny, noise: Noise) -> None:
+def test_a_branch_embeds_its_conditions_once_as_its_model_does(tiny: Tiny, noise: Noise) -> None:
     model = tiny(text_dim=6, num_classes=3)
     branch = branch_of(model)
     both = (counted(model), counted(branch))
@@ -213,7 +214,7 @@ def test_a_branch_is_told_once_for_a_prompt_as_its_model_is(tiny: Tiny, noise: N
     assert counts["blocks.0.adaLN_modulation"] == 1
 
 
-def test_what_is_held_ahead_is_bounded_for_both_together(
+def test_precomputed_modulation_is_bounded_for_both_together(
     tiny: Tiny, noise: Noise, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny(text_dim=6, num_classes=3, conditioning="adaln_zero")
@@ -222,7 +223,7 @@ def test_what_is_held_ahead_is_bounded_for_both_together(
     monkeypatch.setattr(
         sampling,
         "precompute_conditions",
-        lambda model, times, *rest: asked.append((type(model), len(times))) or precompute(model, times, *rest),
+        lambda part, times, *rest: asked.append((type(part), len(times))) or precompute(part, times, *rest),
     )
     whole = steered(model, branch, noise)
     assert asked == [(STDiT, 4), (STDiTControl, 4)]
@@ -260,11 +261,10 @@ def test_samples_share_what_they_are_told_alike(tiny: Tiny, noise: Noise) -> Non
     model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["conditions"]), with_kwargs=True)
     mask = torch.ones(4, 5, dtype=torch.bool)
     cond: dict[str, Any] = {"encoder_hidden_states": noise(4, 5, 6), "encoder_attention_mask": mask}
-    cpu = torch.device("cpu")
-    cond["added_cond_kwargs"] = micro_conditions(model.settings, Bucket(frames=1, height=8, width=16), 8.0, cpu)
-    prepared = Sampled(model)
+    added = micro_conditions(model.settings, Bucket(frames=1, height=8, width=16), 8.0, torch.device("cpu"))
     scheduler = make_scheduler(SamplerConfig(), FLOW, (1, 4, 8))
-    sample(guided(prepared, 2.0), scheduler, noise(4, 3, 1, 4, 8), 3, cond, ahead=prepared.expect)
+    cond["added_cond_kwargs"] = added
+    sample(guided(CachedConditions(model), 2.0), scheduler, noise(4, 3, 1, 4, 8), 3, cond)
     assert [c.modulation.video.shape for c in seen] == [(1, 1, 6 * 48)] * 3
     assert seen[0].text.shape == (8, 5, 48)
 
@@ -279,63 +279,28 @@ def test_no_product_sees_padding(tiny: Tiny, noise: Noise) -> None:
     assert (text.shape[1], mask.shape[1]) == (1, 1)
 
 
-def test_other_conditions_are_noticed(tiny: Tiny, noise: Noise) -> None:
-    model = tiny(text_dim=6)
-    prepared, x, times = Sampled(model), noise(*SHAPE), torch.tensor([900.0, 400.0])
-    prepared.expect(times)
-    cond, _ = conditions(model, noise, False)
-    for _ in range(2):
-        for i, t in enumerate(times):
-            expected = plain(model)(x, t, cond)
-            torch.testing.assert_close(prepared(x, times[i].expand(2), cond), expected, rtol=1e-4, atol=1e-5)
-        cond["encoder_hidden_states"] = noise(2, 5, 6, seed=11)
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("scale", [1.0, 2.0])
-@pytest.mark.parametrize("against", [False, True])
-def test_a_condition_that_is_changed_in_place_is_noticed(tiny: Tiny, noise: Noise, scale: float, against: bool) -> None:
-    model = tiny(text_dim=6, num_classes=3)
-    times, x = torch.tensor([900.0, 400.0]), noise(*SHAPE)
-    cond, _ = conditions(model, noise, False)
-    other = {"encoder_hidden_states": noise(2, 5, 6, seed=4)} if against else None
-    prepared, last = Sampled(model), x
-    prepared.expect(times)
-    predict, text = guided(prepared, scale, other), cond["encoder_hidden_states"]
-    changes = [text, text[1:], cond["class_labels"]]  # a view's change is one of the whole
-    if other is not None and scale != 1:
-        changes.append(other["encoder_hidden_states"])
-    for changed in (None, *changes):
-        if changed is not None:
-            changed.add_(1).remainder_(3)
-        found = torch.cat([predict(x, t.expand(2), cond) for t in times])
-        expected = torch.cat([guided(plain(model), scale, other)(x, t, cond) for t in times])
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-        assert not torch.equal(found, last)
-        last = found
+def test_bindings_of_one_model_do_not_disturb_each_other(tiny: Tiny, noise: Noise) -> None:
+    model = tiny(text_dim=6)
+    denoiser, x, times = CachedConditions(model), noise(*SHAPE), torch.tensor([900.0, 400.0])
+    first, _ = conditions(model, noise, False)
+    second = {**first, "encoder_hidden_states": noise(2, 5, 6, seed=11)}
+    bound = [(cond, denoiser.bind(cond, times)) for cond in (first, second)]
+    for i in (0, 1, 0):  # in any order
+        for cond, step_model in bound:
+            expected = uncached(model).bind(cond, times)(x, i)
+            torch.testing.assert_close(step_model(x, i), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_tensors_that_do_not_count_their_changes_are_held_too(tiny: Tiny, noise: Noise) -> None:
+def test_conditions_are_bound_in_inference_mode_too(tiny: Tiny, noise: Noise) -> None:
     model = tiny(text_dim=6)
     with torch.inference_mode():
-        cond = {"encoder_hidden_states": noise(2, 5, 6)}
-        prepared, x, times = Sampled(model), noise(*SHAPE), torch.tensor([900.0, 400.0])
-        prepared.expect(times)
+        cond, x, times = {"encoder_hidden_states": noise(2, 5, 6)}, noise(*SHAPE), torch.tensor([900.0, 400.0])
         counts = counted(model)
-        _, found = (prepared(x, t.expand(2), cond) for t in times)
+        step_model = CachedConditions(model).bind(cond, times)
+        _, found = (step_model(x, i) for i in range(2))
         assert counts["y_embedder.y_proj"] == 1
-        torch.testing.assert_close(found, plain(model)(x, times[1], cond), rtol=1e-4, atol=1e-5)
-
-
-def test_a_time_that_was_not_announced_is_computed_all_the_same(tiny: Tiny, noise: Noise) -> None:
-    model = tiny(text_dim=6)
-    prepared, x, times = Sampled(model), noise(*SHAPE), torch.tensor([900.0, 400.0])
-    cond, _ = conditions(model, noise, False)
-    for t in (torch.tensor([900.0, 900.0]), torch.tensor([900.0, 10.0]), times, torch.tensor(123.0)):
-        expected = plain(model)(x, t, cond)
-        assert torch.equal(prepared(x, t, cond), expected)
-        prepared.expect(times)
-        assert torch.equal(prepared(x, t, cond), expected)
+        torch.testing.assert_close(found, uncached(model).bind(cond, times)(x, 1), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -361,15 +326,17 @@ def test_weights_that_only_a_forward_fetches_are_left_to_it(tiny: Tiny, noise: N
 def test_what_does_not_fit_is_refused_before_anything_is_computed(tiny: Tiny, noise: Noise) -> None:
     model = tiny(text_dim=6)
     counts = counted(model)
-    prepared = Sampled(model)
-    prepared.expect(torch.tensor([500.0]))
+    times = torch.tensor([500.0])
     with pytest.raises(ValueError, match=r"5 wide.*text_dim 6"):
-        prepared(noise(*SHAPE), torch.tensor(500.0), {"encoder_hidden_states": noise(2, 3, 5)})
-    assert not counts
-    prepared = Sampled(tiny(text_dim=6, null_text="empty"))
+        CachedConditions(model).bind({"encoder_hidden_states": noise(2, 3, 5)}, times)
+    with pytest.raises(ValueError, match=r"for 2 (samples|captions); hidden_states has 3"):
+        CachedConditions(model).bind({"encoder_hidden_states": noise(2, 3, 6)}, times)(noise(3, 3, 3, 8, 8), 0)
+    assert counts.pop("") == 1
+    assert "x_embedder" not in counts
+    model = tiny(text_dim=6, null_text="empty")
     cond = {"encoder_hidden_states": noise(2, 3, 6), "encoder_attention_mask": torch.tensor([[1, 0, 0], [0, 0, 0]])}
     with pytest.raises(ValueError, match="caption 1 has no token.*null_text: empty"):
-        prepared(noise(*SHAPE), torch.tensor(500.0), cond)
+        CachedConditions(model).bind(cond, times)
 
 
 def test_a_model_is_told_the_clip_that_it_draws(settings: Callable[..., Any]) -> None:

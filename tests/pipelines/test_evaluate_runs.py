@@ -92,7 +92,7 @@ def re_line(text: str, start: str) -> bool:
 def test_other_settings_do_not_overwrite_videos_unasked(run, manifest, tmp_path: Path, capsys) -> None:
     assert call(run, manifest, tmp_path) == 0
     assert call(run, manifest, tmp_path, "--guidance", "2") == 1
-    assert "another request" in capsys.readouterr().out
+    assert "other settings" in capsys.readouterr().out
     assert call(run, manifest, tmp_path, "--guidance", "2", "--overwrite") == 0
 
 

@@ -64,13 +64,13 @@ def videos(out: Path) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def made(ray: None, run: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Made]:
     """What one worker made, what two made, and (0) what was made without Ray."""
-    from stdit.generate import finish, job_of, run_groups
+    from stdit.generate import finish, job_from_config, run_groups
 
     found = {}
     for workers in (1, 2):
         out = tmp_path_factory.mktemp(f"by{workers}")
         found[workers] = Made(out, *generate_videos(config(run, prompts, out, workers=workers), progress=False))
-    job = job_of(config(run, prompts, tmp_path_factory.mktemp("here")))
+    job = job_from_config(config(run, prompts, tmp_path_factory.mktemp("here")))
     outcomes = run_groups(job, "cpu")
     found[0] = Made(job.out, finish(job, outcomes), outcomes)
     return found
@@ -112,9 +112,9 @@ def test_a_second_command_makes_only_what_is_missing(
 
 @pytest.mark.usefixtures("ray")
 def test_a_worker_that_can_not_load_stops_all_and_says_why(run: Path, prompts: Path, tmp_path: Path) -> None:
-    from stdit.generate import job_of
+    from stdit.generate import job_from_config
 
-    job = job_of(config(run, prompts, tmp_path))
+    job = job_from_config(config(run, prompts, tmp_path))
     gone = replace(job, source=replace(job.source, path=tmp_path / "gone"))
     with pytest.raises(RuntimeError, match="a worker stopped: .*gone"):
         generate_groups(gone, 1, "cpu", progress=False)

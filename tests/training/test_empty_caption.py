@@ -11,6 +11,7 @@ import torch
 from stdit.config import Bucket, Config, merge
 from stdit.data.features import EmptyCaption, Sample
 from stdit.data.loader import Batch, collate
+from stdit.diffusion.denoiser import FunctionDenoiser
 from stdit.diffusion.guidance import guided
 from stdit.models.stdit import STDiT
 from stdit.training.data import open_data
@@ -116,7 +117,7 @@ def test_guidance_leaves_the_empty_caption() -> None:
 
     condition = batch_conditions(batch_of([2, 7]), settings.model, CPU)
     with torch.no_grad():
-        found = guided(predict, 0.0, made.empty(2))(x, t, condition)
+        found = guided(FunctionDenoiser(predict), 0.0, made.empty(2)).bind(condition, t)(x, 0)
         own = predict(x, t, made.empty(2))
     torch.testing.assert_close(found, own, atol=1e-5, rtol=1e-4)
     assert inputs(config(null_text="token")).empty(2) == {}

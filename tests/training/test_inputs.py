@@ -6,7 +6,7 @@ import torch
 from stdit.config import Bucket, merge
 from stdit.data.features import Sample
 from stdit.data.loader import collate
-from stdit.inference.inputs import given
+from stdit.inference.inputs import prepare_frame_condition
 from stdit.training.inputs import Inputs, batch_conditions
 from tests.support.rank_jobs import config_of, settings
 
@@ -115,7 +115,7 @@ def test_every_training_mask_is_one_that_the_pipeline_takes(patch: int, pattern:
     assert masks is not None
     assert masks.any()
     assert not masks.all(1).any()
-    told = given(masks, torch.zeros(shape), shape, patch, CPU)
+    told = prepare_frame_condition(masks, torch.zeros(shape), shape, patch, CPU)
     assert told is not None
     assert torch.equal(told.frames, masks)
     if pattern == "first":
