@@ -30,6 +30,7 @@ from stdit.files import atomic_folder, atomic_path
 from stdit.models.checks import check_config
 from stdit.models.stdit import STDiT
 from stdit.weights.layouts import LAYOUTS, detect_layout
+from stdit.weights.layouts.diffusers import DIFFUSERS_NULL_CAPTION
 from stdit.weights.layouts.layout import (
     Layout,
     Rule,
@@ -41,13 +42,13 @@ from stdit.weights.layouts.layout import (
     same,
     unsupported,
 )
+from stdit.weights.layouts.original import NULL_CAPTION
 from stdit.weights.layouts.position_tables import check_tables, table_grid, tables_for_grid
 from stdit.weights.state_dict import DIFFUSERS_FILES, PICKLED, SUFFIXES, read_config, read_state_dict
 
 # Values of --layout beside the names of LAYOUTS.
 OURS = "stdit"
 ANY_DIFFUSERS = "diffusers"  # whichever diffusers class fits the model
-NULL_CAPTION = "y_embedder.y_embedding"
 # Key of our config.json for values of the source that do not affect outputs but are exported again.
 PUBLISHED = "_published"
 
@@ -91,8 +92,8 @@ def load_published(source: Path | str, overrides: Mapping[str, Any] | None = Non
 
 def _load(path: Path, overrides: Mapping[str, Any], ema: bool | None) -> tuple[STDiT, str, tuple[str, ...]]:
     """The model, the title of its source's layout, and remarks."""
-    state, config, where = read_state_dict(path, ema)
-    remarks = []
+    state, config, where, notes = read_state_dict(path, ema)
+    remarks = list(notes)
     if config.get("_class_name") == STDiT.__name__:
         check_config(config, STDiT.__name__)
         values = {key: value for key, value in config.items() if not key.startswith("_")}
@@ -109,16 +110,13 @@ def _load(path: Path, overrides: Mapping[str, Any], ema: bool | None) -> tuple[S
         _check_expressible(settings, layout, rules, where)
         check_tables(source, tables, settings)
         published = _published_values(source, settings, tables)
-        remarks += [
-            f"{key} {getattr(settings, key)} is assumed, as the file does not determine it; change it with --set {key}=…"
-            for key in layout.assumed
-            if key not in overrides and not (key == "null_class" and settings.num_classes is None)
-        ]
+        remarks += [*source.notes, *layout.differences(settings)]
         if settings.positions == "learned" and layout.fixed.get("positions") != "learned":
             remarks.append("the position table is not a sine-cosine one, and is kept as learned positions")
-    if overrides.get("null_text") == "empty" and NULL_CAPTION in state:
-        del state[NULL_CAPTION]
-        remarks.append(f"{NULL_CAPTION} is dropped: guidance needs the text encoder's features of an empty caption")
+    if settings.text_dim is not None and settings.null_text == "empty":
+        for name in {NULL_CAPTION, DIFFUSERS_NULL_CAPTION} & state.keys():
+            del state[name]
+            remarks.append(f"{name} is dropped: guidance needs the text encoder's features of an empty caption")
     model = build_model(state, settings, rules, tables, where)
     if published:
         model.register_to_config(**{PUBLISHED: published})
@@ -233,6 +231,7 @@ def convert(
         chosen = _layout(target, model.settings)
         title = chosen.title
         _write(model, export(model, chosen.name), chosen, out)
+        remarks = tuple(dict.fromkeys((*remarks, *chosen.differences(model.settings))))
     return Conversion(source_title, title, model.settings, sum(p.numel() for p in model.parameters()), remarks)
 
 
@@ -265,7 +264,7 @@ def _check_out(source: Path, out: Path, is_folder: bool, target: str) -> None:
 def _check_replaceable(out: Path) -> None:
     """ValueError: the existing file is not in a layout that a conversion writes."""
     try:
-        detect_layout(read_state_dict(out)[0], str(out))
+        detect_layout(read_state_dict(out).state, str(out))
     except ValueError as error:
         raise ValueError(f"{out}: exists and is not an earlier conversion; choose another file ({error})") from error
 

@@ -10,9 +10,12 @@ import argparse
 import json
 import pickle
 import re
+import struct
+import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -35,10 +38,32 @@ MODEL_KEYS = ("state_dict", "model", "module", "model_state_dict", "net")
 # Prefixes and infixes that training wrappers add to names.
 PREFIXES = ("module.", "model.", "net.", "ema_model.", "diffusion_model.", "transformer.")
 INFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# What a damaged or hostile file makes torch.load raise.
+LOAD_ERRORS = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError),
+    *(AssertionError, ArithmeticError, MemoryError, struct.error, zipfile.BadZipFile),
+)
+# First bytes of files that are often saved or renamed in place of weights.
+SIGNATURES = (
+    (rb"\s*<(!doctype html|html)", "an HTML page, not weights: the download saved a web page in place of the file"),
+    (rb"\s*<\?xml", "an XML file, not weights: the download probably saved an error message"),
+    (rb"version https://git-lfs", "a Git LFS pointer, not the weights themselves: run `git lfs pull`"),
+    (rb"\x1f\x8b", "a gzip archive: unpack it"),
+    (rb"GGUF", "a GGUF file, which is not supported"),
+)
 
 
-def read_state_dict(source: Path, ema: bool | None = None) -> tuple[State, dict[str, Any], str]:
-    """The state dict of a file or folder, the config.json beside it ({} if none), and the path of the file that was read.
+class WeightsFile(NamedTuple):
+    """A state dict, the config.json beside its file ({} if none), the file's path, and notes on which weights were taken."""
+
+    state: State
+    config: dict[str, Any]
+    where: str
+    notes: tuple[str, ...]
+
+
+def read_state_dict(source: Path, ema: bool | None = None) -> WeightsFile:
+    """Reads the state dict of a file or folder.
 
     Args:
         source: a file, a diffusers folder, a pipeline, a checkpoint of ours or a run directory.
@@ -50,13 +75,21 @@ def read_state_dict(source: Path, ema: bool | None = None) -> tuple[State, dict[
     if not source.exists():
         raise ValueError(f"{source}: no such file or folder")
     file = _find_weights(source, ema) if source.is_dir() else source
+    notes: tuple[str, ...] = ()
     if file.parent not in (source, source.parent) and (file.parent.parent / EMA_TRANSFORMER).is_dir():
         ema = None  # the folder was the choice
+        notes = (_choice_note(str(file.parent.parent), file.parent.name, (EMA_TRANSFORMER, TRANSFORMER)),)
     config_path = file.parent / "config.json"
     config = read_config(config_path) if config_path.is_file() else {}
     if file.name.endswith(".index.json"):
-        return _strip_wrappers(_read_shards(file)), config, str(file)
-    return _strip_wrappers(_unwrap(_read_file(file), str(file), ema)), config, str(file)
+        return WeightsFile(_strip_wrappers(_read_shards(file)), config, str(file), notes)
+    state, chosen = _unwrap(_read_file(file), str(file), ema)
+    return WeightsFile(_strip_wrappers(state), config, str(file), (*notes, *chosen))
+
+
+def _choice_note(where: str, taken: str, available: tuple[str, ...]) -> str:
+    """Which of several weights was read."""
+    return f"{where} has weights under {' and '.join(available)}: {taken} was taken (--weights ema or model chooses)"
 
 
 def _find_weights(folder: Path, ema: bool | None) -> Path:
@@ -111,7 +144,7 @@ def _read_shards(index: Path) -> State:
         shard = index.parent / name
         if Path(name).name != name or not shard.is_file():
             raise ValueError(f"{index}: {name}, which it lists, is not a file in the same folder")
-        state |= _unwrap(_read_file(shard), str(shard), None)
+        state |= _unwrap(_read_file(shard), str(shard), None)[0]
     missing, extra = [n for n in weight_map if n not in state], [n for n in state if n not in weight_map]
     if missing or extra:
         raise ValueError(
@@ -122,67 +155,82 @@ def _read_shards(index: Path) -> State:
 
 def _read_file(path: Path) -> Any:
     """A file's content: a state dict, or a checkpoint that holds one."""
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: not a valid safetensors file ({error})") from error
-    if path.suffix not in PICKLED:
+    if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: not a weight file by its suffix ({', '.join(SUFFIXES)})")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty")
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         # DiT's training script stores its argparse.Namespace in the checkpoint.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
-        if "Weights only load failed" not in reason:
-            raise ValueError(f"{path}: not a valid weight file ({reason})") from error
-        detail = next(
-            (line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "invalid load key" in line), reason
-        )
-        raise ValueError(
-            f"{path}: refused: damaged, or contains more than tensors, such as code that unpickling would run ({detail}). "
+    except (SafetensorError, *LOAD_ERRORS) as error:
+        raise ValueError(f"{path}: {_describe_failure(path, error)}") from error
+
+
+def _describe_failure(path: Path, error: Exception) -> str:
+    """Why a file could not be read, from its content. torch's own messages advise to load without weights_only."""
+    with path.open("rb") as file:
+        start = file.read(4096)
+    for pattern, description in SIGNATURES:
+        if re.match(pattern, start, re.IGNORECASE):
+            return description
+    if _is_text(start):
+        return "a text file, not weights"
+    if path.suffix == ".safetensors":
+        return f"not a valid safetensors file: damaged or cut short ({error})"
+    if re.match(rb".{6}\x00\x00\{", start, re.DOTALL):
+        return "a safetensors file: give it the suffix .safetensors"
+    if start.startswith(b"PK"):
+        if not zipfile.is_zipfile(path):
+            return "damaged or cut short: a PyTorch archive without its directory, which is at the end"
+        with zipfile.ZipFile(path) as archive:
+            names = {name.rpartition("/")[2] for name in archive.namelist()}
+        if "constants.pkl" in names:
+            return "a TorchScript archive, which is code: save the model's state dict instead"
+        if "data.pkl" not in names:
+            return "a zip archive without PyTorch's data.pkl: unpack it"
+    if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return (
+            f"refused: damaged, or contains more than tensors, such as code that unpickling would run ({found[1]}). "
             "If you trust it, load it where it was written, save its state dict alone, and convert that"
-        ) from error
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        IndexError,
-        TypeError,
-        AssertionError,
-    ) as error:
-        raise ValueError(
-            f"{path}: not a valid weight file ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-        ) from error
+        )
+    return "not a valid weight file: damaged, or not written by torch.save"
 
 
-def _unwrap(content: Any, where: str, ema: bool | None) -> State:
-    """The state dict of a checkpoint. ValueError: there is none, or it has values that are not tensors."""
+def _is_text(start: bytes) -> bool:
+    """Whether a file that starts with these bytes is text: UTF-8 (a last character may be cut) without control codes."""
+    text = start.decode(errors="ignore")
+    return 0 <= len(start) - len(text.encode()) < min(4, len(start)) and all(
+        c.isprintable() or c.isspace() for c in text
+    )
+
+
+def _unwrap(content: Any, where: str, ema: bool | None) -> tuple[State, tuple[str, ...]]:
+    """The state dict of a checkpoint, and a note where it has several.
+
+    ValueError: there is none, or it has values that are not tensors.
+    """
     if not isinstance(content, Mapping):
         raise ValueError(f"{where}: expected a state dict, found {type(content).__name__}")
-    choices = [
-        (any(key in EMA_KEYS for key in path), path, state)
-        for path, state in _state_dicts(content, ())
-        if ema is None or ema == any(key in EMA_KEYS for key in path)
-    ]
+    available = [(any(key in EMA_KEYS for key in path), path, state) for path, state in _state_dicts(content, ())]
+    choices = [choice for choice in available if ema is None or ema == choice[0]]
     if not choices:
         keys = {None: (*EMA_KEYS, *MODEL_KEYS), True: EMA_KEYS, False: MODEL_KEYS}[ema]
         raise ValueError(
             f"{where}: no weights at the top level or under {', '.join(keys)}; keys: {format_names(map(str, content))}"
         )
     _, path, state = max(choices, key=lambda choice: choice[0])  # the first EMA one, or the first
+    names = tuple(".".join(keys) for _, keys, _ in available)
+    notes = (_choice_note(where, ".".join(path), names),) if len(names) > 1 else ()
     where = where + "".join(f"[{key!r}]" for key in path)
     if others := [f"{name} ({type(value).__name__})" for name, value in state.items() if not isinstance(value, Tensor)]:
         raise ValueError(f"{where}: the state dict has values that are not tensors: {format_names(others)}")
     if meta := [str(name) for name, tensor in state.items() if tensor.is_meta]:
         raise ValueError(f"{where}: tensors on the meta device have no values: {format_names(meta)}")
-    return {str(name): tensor.detach() for name, tensor in state.items()}
+    return {str(name): tensor.detach() for name, tensor in state.items()}, notes
 
 
 def _state_dicts(

@@ -42,10 +42,10 @@ from stdit.files import atomic_folder
 from stdit.models.stdit import STDiT
 from stdit.weights import transitions
 from stdit.weights.convert import load_published
+from stdit.weights.layouts.original import NULL_CAPTION
 
 # The timestep at which per-block and shared modulation agree after adaln_to_single (PixArt-α, section 2.3).
 ADALN_SINGLE_TIMESTEP = 500.0
-NULL_CAPTION = "y_embedder.y_embedding"
 
 
 @dataclass(frozen=True)

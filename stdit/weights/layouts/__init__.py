@@ -27,6 +27,12 @@ def detect_layout(keys: Iterable[str], where: str) -> Layout:
     def part(text: str) -> bool:
         return any(text in name for name in names)
 
+    for matches, title, supported in (
+        (prefix("t_block_temp.") or part(".scale_shift_table_temporal"), "Open-Sora STDiT2 (1.1)", (V1, V3)),
+    ):
+        if matches:
+            others = " and ".join(layout.title for layout in supported)
+            raise ValueError(f"{where}: weights of {title}, which is not supported; {others} are")
     # The first match wins: keys unique to a layout come before those that it shares with the next.
     tests = (
         (prefix("first_layer."), RINEAU),

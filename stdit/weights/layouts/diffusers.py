@@ -23,11 +23,12 @@ from stdit.weights.layouts.layout import (
     linear,
     replicated,
     same,
+    tensor_shape,
 )
-from stdit.weights.layouts.original import CLASSES, DIMENSIONS, TEXT
+from stdit.weights.layouts.original import CLASSES, DIMENSIONS, MAX_TOKENS, NULL_CAPTION, TEXT
 
-# Caption length of the diffusers pipelines of these classes.
-PIXART_TOKENS = 300
+# PixArt's learned null caption in folders of diffusers 0.22 to 0.25; later classes do not have it, nor used it.
+DIFFUSERS_NULL_CAPTION = "caption_projection.y_embedding"
 
 
 # ------------------------------------------------------------------------------------------- rules
@@ -67,6 +68,8 @@ def single_embedders(c: ModelConfig) -> list[Rule]:
     rules += linear("t_block.1", "adaln_single.linear")
     rules += linear("y_embedder.y_proj.fc1", "caption_projection.linear_1")
     rules += linear("y_embedder.y_proj.fc2", "caption_projection.linear_2")
+    if c.null_text == "sequence":
+        rules.append(same(NULL_CAPTION, DIFFUSERS_NULL_CAPTION))
     return [
         *rules,
         *linear("final_layer.linear", "proj_out"),
@@ -190,7 +193,19 @@ def _captioned(v: DiffusersConfig, width: int, fixed: Mapping[str, Any]) -> dict
         v.errors.append(
             f"caption_channels: {v['caption_channels']!r}; expected the width of text features, which are projected"
         )
-    return {"text_dim": v["caption_channels"], "norm_eps": v.number("norm_eps"), "max_text_tokens": PIXART_TOKENS}
+    return {"text_dim": v["caption_channels"], "norm_eps": v.number("norm_eps")}
+
+
+def _infer_null_caption(source: SourceWeights, default: str) -> dict[str, Any]:
+    """The null caption, and with a learned one the caption length. default: what a folder that has a learned one uses."""
+    if DIFFUSERS_NULL_CAPTION not in source.state or source.overrides.get("null_text", default) == "empty":
+        return {"null_text": "empty", "max_text_tokens": MAX_TOKENS}
+    if "null_text" not in source.overrides:
+        source.notes.append(
+            f"{DIFFUSERS_NULL_CAPTION} is PixArt's learned null caption, and is used (null_text: sequence); --set "
+            "null_text=empty drops it, as diffusers does"
+        )
+    return {"null_text": "sequence", "max_text_tokens": tensor_shape(source, DIFFUSERS_NULL_CAPTION, 2)[0]}
 
 
 def _captioned_config(c: ModelConfig) -> dict[str, Any]:
@@ -224,10 +239,8 @@ def _infer_pixart(source: SourceWeights) -> dict[str, Any]:
         v.errors.append(f"use_additional_conditions: {additional!r}; expected True, False or None")
     v.check()
     sized = v["sample_size"] == 128 if additional is None else additional
-    return found | {
-        "position_interpolation": scale,
-        "micro_conditions": ("size",) if sized else (),
-    }
+    found |= {"position_interpolation": scale, "micro_conditions": ("size",) if sized else ()}
+    return found | _infer_null_caption(source, "sequence")
 
 
 def _pixart_rules(c: ModelConfig) -> list[Rule]:
@@ -245,7 +258,7 @@ def _pixart_limits(c: ModelConfig) -> list[str]:
 DIFFUSERS_PIXART = Layout(
     name="diffusers-pixart",
     title="diffusers' PixArt",
-    fixed={"conditioning": "adaln_single", "temporal": False, "null_text": "empty"},
+    fixed={"conditioning": "adaln_single", "temporal": False},
     free=(DIMENSIONS - {"mlp_ratio"})
     | TEXT
     | {"position_base", "position_interpolation", "micro_conditions", "norm_eps", "null_text"},
@@ -271,11 +284,16 @@ def _infer_latte(source: SourceWeights) -> dict[str, Any]:
     if not isinstance(v["video_length"], int) or v["video_length"] < 1:
         v.errors.append(f"video_length: {v['video_length']!r}; expected the number of frames")
     v.check()
-    return found | {
-        "depth": 2 * v["num_layers"],
-        "position_interpolation": float(max(v["sample_size"] // 64, 1)),
-        "position_frames": v["video_length"],
-    }
+    # Latte's pipelines guide with the empty caption; what its own file has is left from PixArt, where it started.
+    return (
+        found
+        | _infer_null_caption(source, "empty")
+        | {
+            "depth": 2 * v["num_layers"],
+            "position_interpolation": float(max(v["sample_size"] // 64, 1)),
+            "position_frames": v["video_length"],
+        }
+    )
 
 
 def _latte_rules(c: ModelConfig) -> list[Rule]:
@@ -310,7 +328,6 @@ DIFFUSERS_LATTE = Layout(
         "attention": "alternating",
         "temporal_text": False,
         "temporal_position_injection": "residual",
-        "null_text": "empty",
     },
     free=(DIMENSIONS - {"mlp_ratio"})
     | TEXT

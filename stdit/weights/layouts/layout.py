@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -25,13 +25,26 @@ Tables = dict[str, Tensor | None]
 MAX_NAMES = 20
 
 
-class SourceWeights(NamedTuple):
-    """A state dict as read, the config.json beside it, the user's `--set` overrides, and the file's name for messages."""
+@dataclass(frozen=True)
+class SourceWeights:
+    """A state dict as read, the config.json beside it, the user's `--set` overrides, and the file's name for messages.
+
+    notes: what was assumed because the file does not determine it; a conversion prints them.
+    """
 
     state: State
     config: Mapping[str, Any]
     overrides: Mapping[str, Any]
     where: str
+    notes: list[str] = field(default_factory=list)
+
+    def assume(self, key: str, value: Any) -> Any:
+        """The value, with a note on how to change it, unless `--set` has the key."""
+        if key not in self.overrides:
+            self.notes.append(
+                f"{key} {value} is assumed, as the file does not determine it; change it with --set {key}=…"
+            )
+        return value
 
 
 class Rule(NamedTuple):
@@ -53,7 +66,7 @@ class Layout:
     infer: values of the free keys, from tensors and config.json. rules: for a config. tables: position tables that the
     file stores, computed from the config. limits: what else the layout cannot express, a line each. diffusers_class: the
     diffusers class, and diffusers_config its config.json. wrapper_key: the key that holds the state dict in published
-    files. assumed: keys that the file does not determine; a note says so.
+    files. differences: how the layout's own code would compute this model otherwise; notes of imports and exports.
     """
 
     name: str
@@ -67,7 +80,7 @@ class Layout:
     diffusers_class: str | None = None
     diffusers_config: Callable[[ModelConfig], dict[str, Any]] | None = None
     wrapper_key: str | None = None
-    assumed: tuple[str, ...] = ()
+    differences: Callable[[ModelConfig], list[str]] = lambda _: []
 
 
 # ------------------------------------------------------------------------------------------ rules
@@ -215,11 +228,11 @@ def export_state_dict(model: STDiT, rules: list[Rule], tables: Tables) -> State:
 def unsupported(config: ModelConfig, layout: Layout, grid: tuple[int, int] | None = None) -> list[str]:
     """What the layout cannot express, a line each: key and both values. grid: of the source's position table, if known."""
     inactive, lines = _inactive_keys(config), []
-    for key, field in ModelConfig.model_fields.items():
+    for key, info in ModelConfig.model_fields.items():
         if key in layout.free or key in inactive:
             continue
         value = _effective_value(config, key, getattr(config, key))
-        expected = _effective_value(config, key, layout.fixed.get(key, field.get_default()))
+        expected = _effective_value(config, key, layout.fixed.get(key, info.get_default()))
         if value != expected:
             lines.append(f"{key} is {value!r}; {layout.title} has {expected!r}")
     if layout.diffusers_class is None and grid is None and any(t is None for t in layout.tables(config).values()):

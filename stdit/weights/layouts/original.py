@@ -36,6 +36,9 @@ SPATIAL = frozenset({"positions", "position_base", "position_interpolation", "po
 TEMPORAL = frozenset({"temporal_positions", "temporal_interpolation", "position_frames"})
 CLASSES = frozenset({"num_classes", "null_class"})
 TEXT = frozenset({"text_dim", "max_text_tokens"})
+NULL_CAPTION = "y_embedder.y_embedding"
+# Caption length where neither a learned null caption nor a config determines it: PixArt-Σ's, and diffusers' pipelines'.
+MAX_TOKENS = 300
 
 
 # --------------------------------------------------------------------------- settings, from tensors
@@ -60,7 +63,7 @@ def infer_num_heads(source: SourceWeights, width: int, depth: int, head_tensors:
                 return width // head
     for size, blocks, heads in SIZES.values():
         if (size, blocks) == (width, depth):
-            return heads
+            return source.assume("num_heads", heads)
     raise ValueError(
         f"{source.where}: the file does not determine the number of heads, and hidden size {width} with {depth} blocks is "
         "not a published size; give --set num_heads=…"
@@ -105,15 +108,22 @@ def infer_classes(
     if table not in source.state:
         return {"num_classes": None, "null_class": True}
     null = bool(source.overrides.get("null_class", null_class))
+    if null_class:
+        source.assume("null_class", null)
     return {"num_classes": tensor_shape(source, table, 2)[0] - null, "null_class": null}
 
 
 def infer_text(source: SourceWeights) -> dict[str, Any]:
     """Caption width and length, from PixArt's caption embedder."""
-    found: dict[str, Any] = {"text_dim": tensor_shape(source, "y_embedder.y_proj.fc1.weight", 2)[1]}
-    if "y_embedder.y_embedding" in source.state:
-        found["max_text_tokens"] = tensor_shape(source, "y_embedder.y_embedding", 2)[0]
-    return found
+    text_dim = tensor_shape(source, "y_embedder.y_proj.fc1.weight", 2)[1]
+    if NULL_CAPTION in source.state:
+        return {"text_dim": text_dim, "max_text_tokens": tensor_shape(source, NULL_CAPTION, 2)[0]}
+    if source.overrides.get("null_text") != "empty":
+        raise ValueError(
+            f"{source.where}: no {NULL_CAPTION}, the learned null caption; give --set null_text=empty to use the text "
+            "encoder's features of an empty caption instead"
+        )
+    return {"text_dim": text_dim, "max_text_tokens": source.assume("max_text_tokens", MAX_TOKENS)}
 
 
 # ------------------------------------------------------------------------------------------- rules
@@ -132,7 +142,7 @@ def embedders_and_final_layer(c: ModelConfig) -> list[Rule]:
         rules.append(same("y_embedder.embedding_table.weight"))
     if c.text_dim is not None:
         rules += linear("y_embedder.y_proj.fc1") + linear("y_embedder.y_proj.fc2")
-        rules += [same("y_embedder.y_embedding")] if c.null_text != "empty" else []
+        rules += [same(NULL_CAPTION)] if c.null_text != "empty" else []
     for name in c.micro_conditions:
         for embedder in ("csize_embedder", "ar_embedder") if name == "size" else (f"{name}_embedder",):
             rules += linear(f"{embedder}.mlp.0") + linear(f"{embedder}.mlp.2")
@@ -192,7 +202,6 @@ DIT = Layout(
     rules=_rules,
     tables=spatial_table,
     limits=lambda c: _limits("DiT", c),
-    assumed=("null_class",),
 )
 
 
@@ -218,7 +227,6 @@ LATTE = Layout(
     rules=_rules,
     tables=_latte_tables,
     limits=lambda c: _limits("Latte", c) + temporal_limits(c, "Latte"),
-    assumed=("null_class",),
 )
 
 
@@ -241,6 +249,15 @@ def _infer_pixart(source: SourceWeights) -> dict[str, Any]:
         found |= {"window_size": side, "window_blocks": None if len(relative) == depth else tuple(relative)}
         found["relative_positions"] = True
     return found
+
+
+def _pixart_differences(c: ModelConfig) -> list[str]:
+    if c.window_size is None:
+        return []
+    return [
+        f"PixArt-α's released code ignores window_size {c.window_size} and relative positions: its attention spans the "
+        "image. Here, windows are used; --set window_size=null window_blocks=null relative_positions=false ignores them"
+    ]
 
 
 def _pixart_limits(c: ModelConfig) -> list[str]:
@@ -275,4 +292,5 @@ PIXART = Layout(
     tables=spatial_table,
     limits=_pixart_limits,
     wrapper_key="state_dict",
+    differences=_pixart_differences,
 )

@@ -63,11 +63,9 @@ def _infer(source: SourceWeights) -> dict[str, Any]:
             f"{source.where}: first_layer.pos_embed has {positions} positions, not those of position_grid {grid}; "
             "give --set position_grid=[H,W], in patches"
         )
-    heads = (
-        DEFAULT[2]
-        if (width, depth) == DEFAULT[:2] and "num_heads" not in overrides
-        else infer_num_heads(source, width, depth)
-    )
+    source.assume("in_channels", channels)
+    published = (width, depth) == DEFAULT[:2] and "num_heads" not in overrides
+    heads = source.assume("num_heads", DEFAULT[2]) if published else infer_num_heads(source, width, depth)
     return {
         "hidden_size": width,
         "depth": depth,
@@ -136,5 +134,4 @@ RINEAU = Layout(
     infer=_infer,
     rules=_rules,
     limits=_limits,
-    assumed=("in_channels",),
 )
