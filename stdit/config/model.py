@@ -68,6 +68,9 @@ class ModelConfig(Frozen):
     """Key/value token compression of spatial attention: patches per side that one key stands for (PixArt-Σ)."""
     kv_compress_blocks: tuple[NonNegative, ...] | None = None
     """Indices of the blocks with key/value compression. None: all."""
+    kv_compress_sampling: Literal["conv", "ave", "uniform", "uniform_every"] = "conv"
+    """How key/value tokens are compressed: a depth-wise convolution and a norm; or, without weights, the first patch of
+    each square (`ave` and `uniform`), or every n-th token in reading order (PixArt-Σ)."""
     qk_norm: QKNorm | None = None
     """Normalisation of queries and keys in self-attention: `rms` per head, or `layer` (LayerNorm over the full width)."""
     cross_qk_norm: QKNorm | None = None
@@ -206,6 +209,8 @@ class ModelConfig(Frozen):
                 raise ValueError(
                     f"block {min(both)} has both window_size {self.window_size} and kv_compress {self.kv_compress}"
                 )
+        if self.kv_compress is None and self.kv_compress_sampling != "conv":
+            raise ValueError(f"kv_compress_sampling {self.kv_compress_sampling} needs kv_compress")
         if self.relative_positions and self.window_size is None:
             raise ValueError("relative_positions needs window_size")
 

@@ -112,7 +112,7 @@ class Attention(nn.Module, AttentionModuleMixin):
     window_size: windowed attention, patches per side. relative: decomposed relative position bias in the windows, by row
     and by column (`rel_pos_h`, `rel_pos_w`; Li et al. 2022, ViTDet).
     kv_compress: keys and values of kv_compress² patches are merged by a depth-wise convolution (`sr`) and a LayerNorm
-    (`norm`; Chen et al. 2024, PixArt-Σ, section 2.3).
+    (`norm`; Chen et al. 2024, PixArt-Σ, section 2.3), or sampled (`kv_sampling`, ModelConfig.kv_compress_sampling).
     """
 
     _default_processor_cls = AttentionProcessor
@@ -128,9 +128,11 @@ class Attention(nn.Module, AttentionModuleMixin):
         window_size: int | None = None,
         relative: bool = False,
         kv_compress: int | None = None,
+        kv_sampling: str = "conv",
     ) -> None:
         super().__init__()
         self.num_heads, self.window_size = num_heads, window_size
+        self.kv_compress, self.kv_sampling = kv_compress, kv_sampling
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.q_norm = _head_norm(qk_norm, hidden_size, num_heads)
         self.k_norm = _head_norm(qk_norm, hidden_size, num_heads)
@@ -140,7 +142,7 @@ class Attention(nn.Module, AttentionModuleMixin):
             self.rel_pos_h = nn.Parameter(torch.zeros(2 * window_size - 1, hidden_size // num_heads))
             self.rel_pos_w = nn.Parameter(torch.zeros(2 * window_size - 1, hidden_size // num_heads))
         self.sr = self.norm = None
-        if kv_compress:
+        if kv_compress and kv_sampling == "conv":
             self.sr = nn.Conv2d(hidden_size, hidden_size, kv_compress, stride=kv_compress, groups=hidden_size)
             self.norm = nn.LayerNorm(hidden_size)
         self.processor: Any = AttentionProcessor()
@@ -175,14 +177,14 @@ class Attention(nn.Module, AttentionModuleMixin):
         self, x: Tensor, rope: Rope | None, plane: tuple[int, int] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, N, H, d), keys and values (B, M, H, d) of x (B, N, D); M is N without key/value compression."""
-        if self.sr is None and not isinstance(self.q_norm, nn.LayerNorm):
+        if self.kv_compress is None and not isinstance(self.q_norm, nn.LayerNorm):
             q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b n h d", qkv=3, h=self.num_heads).unbind(0)
             if self.q_norm is not None and self.k_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
         else:
             q, k, v = self.qkv(x).chunk(3, dim=-1)
             q, k = split_heads(q, self.q_norm, self.num_heads), split_heads(k, self.k_norm, self.num_heads)
-            if self.sr is not None:
+            if self.kv_compress is not None:
                 k, v = (
                     self._compress_kv(k.flatten(2), plane).unflatten(-1, (self.num_heads, -1)),
                     self._compress_kv(v, plane),
@@ -199,10 +201,15 @@ class Attention(nn.Module, AttentionModuleMixin):
         return self.processor(q, k, v, mask).flatten(2)
 
     def _compress_kv(self, x: Tensor, plane: tuple[int, int] | None) -> Tensor:
-        """(B, H W, D) -> (B, H W / r², D)."""
+        """(B, H W, D) -> (B, H W / r², D), or (B, H W / r, D) for every r-th token."""
         assert plane is not None
-        assert self.sr is not None
-        assert self.norm is not None
+        r = self.kv_compress
+        if self.kv_sampling == "uniform_every":
+            return x[:, ::r]
+        if (
+            self.sr is None or self.norm is None
+        ):  # PixArt-Σ's "ave" interpolates to the nearest patch, so it is "uniform"
+            return x.unflatten(1, plane)[:, ::r, ::r].flatten(1, 2)
         pooled = self.sr(rearrange(x, "b (h w) d -> b d h w", h=plane[0], w=plane[1]))
         return self.norm(rearrange(pooled, "b d h w -> b (h w) d"))
 

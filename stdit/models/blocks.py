@@ -177,7 +177,8 @@ class STDiTBlock(nn.Module):
         spatial = not self.over_time and not self.full
         window = config.window_size if spatial and _includes(config.window_blocks, index) else None
         compress = config.kv_compress if spatial and _includes(config.kv_compress_blocks, index) else None
-        self.attn = Attention(width, heads, config.qk_norm, window, config.relative_positions, compress)
+        sampling = config.kv_compress_sampling
+        self.attn = Attention(width, heads, config.qk_norm, window, config.relative_positions, compress, sampling)
         self.attn_temp = None
         if config.attention == "factorized" and config.temporal:
             self.attn_temp = Attention(width, heads, config.qk_norm)

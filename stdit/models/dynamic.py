@@ -198,8 +198,8 @@ class DynamicSTDiTBlock(STDiTBlock):
         keys = t * s if c.attention == "full" else t if self.over_time else s
         if self.attn.window_size is not None:
             keys = self.attn.window_size**2
-        if self.attn.sr is not None and c.kv_compress:
-            keys = s / c.kv_compress**2
+        if self.attn.kv_compress is not None:
+            keys = s / self.attn.kv_compress ** (1 if self.attn.kv_sampling == "uniform_every" else 2)
         n, products = t * s, 3 if c.mlp == "swiglu" else 2
         projections = 4 * width**2
         temporal = n * (projections + 2 * t * width) if c.attention == "factorized" and c.temporal else 0.0

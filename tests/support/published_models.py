@@ -121,8 +121,9 @@ def _affine(s: State, name: str, x: Tensor, eps: float = 1e-5) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], s[f"{name}.weight"], s[f"{name}.bias"], eps)
 
 
-def _pixart_attention(s: State, b: str, x: Tensor, plane: tuple[int, int], heads: int) -> Tensor:
-    """Σ's: norm over the full width, keys and values pooled by a convolution; α's windows with relative positions."""
+def _pixart_attention(s: State, b: str, x: Tensor, plane: tuple[int, int], heads: int, sampling: str) -> Tensor:
+    """Σ's: norm over the full width, keys and values pooled by a convolution, or by `sampling` in factors of 2; α's windows
+    with relative positions."""
     q, k, v = lin(s, f"{b}.qkv", x).chunk(3, dim=-1)
     if f"{b}.q_norm.weight" in s:
         q, k = _affine(s, f"{b}.q_norm", q), _affine(s, f"{b}.k_norm", k)
@@ -134,6 +135,16 @@ def _pixart_attention(s: State, b: str, x: Tensor, plane: tuple[int, int], heads
             return _affine(s, f"{b}.norm", z.flatten(2).transpose(1, 2))
 
         k, v = pooled(k), pooled(v)
+    if sampling == "uniform_every":
+        k, v = k[:, ::2], v[:, ::2]
+    elif sampling:
+
+        def sampled(z: Tensor) -> Tensor:
+            z = z.transpose(1, 2).unflatten(2, plane)
+            z = F.interpolate(z, scale_factor=0.5, mode="nearest") if sampling == "ave" else z[:, :, ::2, ::2]
+            return z.flatten(2).transpose(1, 2)
+
+        k, v = sampled(k), sampled(v)
     if f"{b}.rel_pos_h" in s:
         return lin(s, f"{b}.proj", _windowed(s, b, q, k, v, plane, heads))
     return lin(s, f"{b}.proj", attend(q, k, v, heads))
@@ -174,8 +185,9 @@ def pixart(
     scale: float = 2.0,
     sizes: tuple[Tensor, Tensor] | None = None,
     heads: int = 4,
+    sampling: tuple[str, ...] = ("", ""),
 ) -> Tensor:
-    """PixArtMS. y (B, L, 10) with the null rows in it already; sizes: (B, 2) heights and widths, and (B, 1) aspect ratios."""
+    """PixArtMS. sampling: of each block's keys and values. y (B, L, 10) with the null rows in it already; sizes: (B, 2) heights and widths, and (B, 1) aspect ratios."""
     plane = (x.shape[2] // 2, x.shape[3] // 2)
     tokens = image_tokens(s, x) + plane_code(s["t_block.1.weight"].shape[1], *plane, base, scale)
     code = embedder(s, "t_embedder", t)
@@ -186,7 +198,8 @@ def pixart(
     for i in range(count(s, "blocks")):
         b = f"blocks.{i}"
         m = (s[f"{b}.scale_shift_table"][None] + six.unflatten(1, (6, -1))).chunk(6, dim=1)
-        tokens = tokens + m[2] * _pixart_attention(s, f"{b}.attn", norm(tokens) * (1 + m[1]) + m[0], plane, heads)
+        inputs = norm(tokens) * (1 + m[1]) + m[0]
+        tokens = tokens + m[2] * _pixart_attention(s, f"{b}.attn", inputs, plane, heads, sampling[i])
         tokens = tokens + cross(s, f"{b}.cross_attn", tokens, words, lengths, heads)
         tokens = tokens + m[5] * mlp(s, f"{b}.mlp", norm(tokens) * (1 + m[4]) + m[3])
     return picture(_single_final(s, tokens, code), *plane)

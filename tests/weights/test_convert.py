@@ -248,6 +248,43 @@ def test_older_folders_of_diffusers_are_read(tmp_path: Path, kind: str) -> None:
     assert load_published(tmp_path).settings == settings
 
 
+NULL_CAPTION = "caption_projection.y_embedding"
+
+
+def with_null_caption(kind: str, folder: Path) -> Tensor:
+    """Writes a folder of diffusers 0.22 to 0.25, with PixArt's learned null caption, which later classes do not have."""
+    HUB[kind]().save_pretrained(folder)
+    file, null = folder / "diffusion_pytorch_model.safetensors", torch.randn(120, 10)
+    save_file(load_file(file) | {NULL_CAPTION: null}, file)
+    return null
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize(("kind", "default"), [("diffusers-pixart", "sequence"), ("diffusers-latte", "empty")])
+def test_the_null_caption_of_older_folders_is_used_or_dropped_and_a_note_says_which(
+    tmp_path: Path, kind: str, default: str, alone: bool
+) -> None:
+    null = with_null_caption(kind, tmp_path / "old")
+    source, sizes = tmp_path / "old", {}
+    if alone:  # Latte's own t2v.pt
+        source, sizes = tmp_path / "t2v.pt", {"num_heads": 4, "position_base": 4}
+        torch.save({"ema": load_file(tmp_path / "old" / "diffusion_pytorch_model.safetensors")}, source)
+    for choice in (None, "sequence", "empty"):
+        done = convert(source, tmp_path / "ours", overrides=sizes | ({} if choice is None else {"null_text": choice}))
+        state = load_file(tmp_path / "ours" / "diffusion_pytorch_model.safetensors")
+        assert done.settings.null_text == (choice or default)
+        if done.settings.null_text == "sequence":
+            assert torch.equal(state["y_embedder.y_embedding"], null)
+            assert done.settings.max_text_tokens == 120
+        else:
+            assert "y_embedder.y_embedding" not in state
+        assert (NULL_CAPTION in str(done)) == (choice != "sequence")
+    convert(tmp_path / "ours", tmp_path / "theirs", kind)  # the last one, without the learned null caption
+    HUB[kind]().save_pretrained(tmp_path / "new")
+    theirs = (load_file(tmp_path / name / "diffusion_pytorch_model.safetensors") for name in ("theirs", "new"))
+    assert_same(*theirs)
+
+
 def test_the_ema_weights_of_our_checkpoints_are_the_default(tmp_path: Path, tiny: Tiny) -> None:
     model = tiny(temporal=False, conditioning="adaln_zero", num_classes=3, position_base=4)
     model.save_pretrained(tmp_path / "step-00000007" / "transformer")
@@ -256,7 +293,8 @@ def test_the_ema_weights_of_our_checkpoints_are_the_default(tmp_path: Path, tiny
     model.save_pretrained(tmp_path / "step-00000007" / "transformer_ema")
     bias = model.state_dict()["t_embedder.mlp.0.bias"]
     for ema, expected in ((None, bias), (True, bias), (False, bias - 1)):
-        convert(tmp_path / "step-00000007", tmp_path / "dit.pt", "dit", ema=ema)
+        done = convert(tmp_path / "step-00000007", tmp_path / "dit.pt", "dit", ema=ema)
+        assert f"{'transformer' if ema is False else 'transformer_ema'} was taken" in str(done)
         found = torch.load(tmp_path / "dit.pt", weights_only=True)["t_embedder.mlp.0.bias"]
         assert torch.allclose(found, expected, atol=1e-6)
 
@@ -289,6 +327,57 @@ def test_heads_are_those_of_the_published_size_or_an_override(tmp_path: Path) ->
         load_published(tmp_path / "tiny.pt")
     torch.save(published_weights.v3_weights(heads=2), tmp_path / "v3.pt")
     assert load_published(tmp_path / "v3.pt").settings.num_heads == 2
+
+
+ASSUMED: list[tuple[Callable[[], State], dict[str, Any], str]] = [
+    (lambda: published_weights.dit_weights(width=384, depth=12, grid=2), {"num_heads": 12}, "num_heads 6 is assumed"),
+    (published_weights.dit_weights, {"null_class": True}, "null_class True is assumed"),
+    (published_weights.dit_weights, {"position_base": 4}, "of 4x4 patches: other grids are rescaled"),
+    (
+        published_weights.latte_weights,
+        {"position_base": 4},
+        "of 4x4 patches: patches of other grids are counted from 0",
+    ),
+    (published_weights.v1_weights, {"position_base": 4}, "of 4x4 patches: patches of other grids are counted from 0"),
+    (
+        published_weights.pixart_weights,
+        {"kv_compress": 2, "kv_compress_sampling": "uniform"},
+        "no key/value compression is assumed",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "overrides", "note"), ASSUMED)
+def test_what_the_file_does_not_determine_is_noted_with_its_override_until_it_is_set(
+    tmp_path: Path, make: Callable[[], State], overrides: dict[str, Any], note: str
+) -> None:
+    torch.save(make(), tmp_path / "x.pt")
+    heads = {} if "num_heads" in overrides else {"num_heads": 4}
+    said = str(convert(tmp_path / "x.pt", tmp_path / "ours", overrides=heads))
+    assert note in said
+    assert all(f"{key}=" in said for key in overrides)
+    assert note not in str(convert(tmp_path / "x.pt", tmp_path / "ours", overrides=heads | overrides))
+
+
+def test_windows_that_the_published_code_ignores_are_noted_in_both_directions(tmp_path: Path) -> None:
+    torch.save(published_weights.pixart_weights(windowed=(0,)), tmp_path / "x.pth")
+    note = "PixArt-α's released code ignores window_size 2 and relative positions"
+    assert note in str(convert(tmp_path / "x.pth", tmp_path / "ours", overrides={"num_heads": 4}))
+    assert note in str(convert(tmp_path / "ours", tmp_path / "back.pth", "pixart"))
+    torch.save(published_weights.pixart_weights(), tmp_path / "y.pth")
+    assert note not in str(convert(tmp_path / "y.pth", tmp_path / "plain", overrides={"num_heads": 4}))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "averaged only"])
+def test_a_note_names_which_of_several_weights_was_taken(tmp_path: Path, kind: str) -> None:
+    torch.save(wrapped(kind, published_weights.dit_weights()), tmp_path / "x.pt")
+    taken = {
+        "DiT's training": "ema and model: ema",
+        "PixArt's training": "state_dict_ema and state_dict: state_dict_ema",
+    }
+    said = str(convert(tmp_path / "x.pt", tmp_path / "ours", overrides={"num_heads": 4}))
+    assert ("has weights under" in said) == (kind in taken)
+    assert f"{taken.get(kind, '')}" in said
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 2.0, 4.0, 1.5, 0.3])

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import datetime
+import gzip
+import io
 import json
 import os
 import pickle
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from stdit.models.stdit import STDiT
@@ -227,6 +233,81 @@ def test_damaged_files_are_named(tmp_path: Path, suffix: str) -> None:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"file{suffix}"):
             load_published(path, HEADS)
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def torch_file(content: object, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
+
+def torchscript() -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), buffer)
+    return buffer.getvalue()
+
+
+TENSORS = {"blocks.0.weight": torch.zeros(64)}
+FOREIGN: dict[str, tuple[Callable[[], bytes], str]] = {
+    "HTML": (lambda: b"\n<!DOCTYPE html><html><body>404</body></html>", "an HTML page"),
+    "html in capitals": (lambda: b"<HTML>", "an HTML page"),
+    "XML": (lambda: b"<?xml version='1.0'?><Error>AccessDenied</Error>", "an XML file"),
+    "text": (lambda: b"hello, these are no weights\n", "a text file"),
+    "text of another alphabet": (lambda: ("重み" * 9000).encode(), "a text file"),
+    "JSON": (lambda: b'{"a": 1}', "a text file"),
+    "Git LFS pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
+    "gzip": (lambda: gzip.compress(torch_file(TENSORS)), "a gzip archive"),
+    "GGUF": (lambda: b"GGUF\x03\x00\x00\x00", "a GGUF file"),
+    "safetensors": (lambda: save(TENSORS), "a safetensors file: give it the suffix .safetensors"),
+    "TorchScript": (torchscript, "a TorchScript archive"),
+    "cut archive": (lambda: cut(torch_file(TENSORS)), "damaged or cut short"),
+    "cut, of old": (lambda: cut(torch_file(TENSORS, _use_new_zipfile_serialization=False)), "refused: damaged"),
+    "model": (lambda: torch_file(torch.nn.Linear(2, 2)), "refused.*torch.nn.modules.linear.Linear"),
+    "date": (lambda: torch_file({**TENSORS, "at": datetime.datetime(2024, 1, 1)}), "refused.*datetime.datetime"),
+    "NumPy": (lambda: torch_file({**TENSORS, "n": np.float64(1)}), "refused.*numpy"),
+    "pickle": (lambda: pickle.dumps(TENSORS), "not a valid weight file: damaged, or not written by torch.save"),
+    "noise": (lambda: bytes(range(256)) * 16, "not a valid weight file: damaged, or not written by torch.save"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_file_that_is_not_weights_is_called_what_it_is(tmp_path: Path, kind: str) -> None:
+    make, expected = FOREIGN[kind]
+    path = tmp_path / "weights.pt"
+    path.write_bytes(make())
+    with pytest.raises(ValueError, match=rf"weights\.pt: {expected}") as caught:
+        load_published(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert not re.search("weights_only|weights only|\x1b|torch.load", message, re.IGNORECASE)
+
+
+def test_stdit2_is_named_as_not_supported(tmp_path: Path) -> None:
+    state = published_weights.v1_weights() | {"blocks.0.scale_shift_table_temporal": torch.zeros(3, 32)}
+    for name in ("t_block_temp.1.weight", "fl_embedder.mlp.0.weight"):
+        state[name] = torch.zeros(4, 4)
+    with pytest.raises(ValueError, match=r"weights\.pt: weights of Open-Sora STDiT2 \(1\.1\), which is not supported"):
+        load_published(saved(state, tmp_path), HEADS)
+
+
+@pytest.mark.parametrize(
+    "make", [published_weights.pixart_weights, published_weights.v1_weights, published_weights.v3_weights]
+)
+def test_a_file_without_a_null_caption_names_the_override_that_works(
+    tmp_path: Path, make: Callable[[], dict[str, Tensor]]
+) -> None:
+    state = make()
+    del state["y_embedder.y_embedding"]
+    path = saved(state, tmp_path)
+    with pytest.raises(ValueError, match=r"weights\.pt: no y_embedder\.y_embedding.*--set null_text=empty"):
+        load_published(path, HEADS)
+    assert load_published(path, {**HEADS, "null_text": "empty"}).settings.max_text_tokens == 300
 
 
 def test_things_that_are_no_weights_are_refused(tmp_path: Path) -> None:

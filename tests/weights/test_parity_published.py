@@ -86,6 +86,20 @@ def test_class_conditional_latte_equals_the_published_arithmetic(tmp_path: Path,
     assert found.below(LIMIT), found
 
 
+@pytest.mark.parametrize("shape", [(4, 6), (6, 2)])
+def test_latte_counts_the_patches_of_other_grids_as_published(
+    tmp_path: Path, noise: Noise, shape: tuple[int, int]
+) -> None:
+    state = published_weights.latte_weights(frames=4)
+    model = loaded(state, tmp_path, num_heads=4)
+    x, t, y = noise(2, 3, 3, 2 * shape[0], 2 * shape[1]), torch.tensor([3, 981]), torch.tensor([0, 4])
+    tables = {"pos_embed": published_weights.plane_code(32, *shape), "temp_embed": published_weights.time_table(32, 3)}
+    found = against(
+        state, model, x, lambda s, z: published_models.latte(s | tables, z, t, y), timestep=t, class_labels=y
+    )
+    assert found.below(LIMIT), found
+
+
 # ------------------------------------------------------------------------------------------ PixArt
 
 PIXARTS: dict[str, dict[str, Any]] = {
@@ -116,6 +130,21 @@ def test_pixart_equals_the_published_arithmetic(
     found = against(
         state, model, x, lambda s, z: published_models.pixart(s, z, t, y, lengths, 4, scale, sizes), **inputs
     )
+    assert found.below(LIMIT), found
+
+
+@pytest.mark.parametrize("sampling", ["ave", "uniform", "uniform_every"])
+def test_sampled_keys_and_values_equal_the_published_arithmetic(tmp_path: Path, noise: Noise, sampling: str) -> None:
+    state = published_weights.pixart_weights(norm=True)
+    compression = {"kv_compress": 2, "kv_compress_sampling": sampling, "kv_compress_blocks": (1,)}
+    model = loaded(state, tmp_path, num_heads=4, **compression)
+    x, y, t, lengths = noise(3, 3, 8, 12), noise(3, 7, 10, seed=1), torch.tensor([3, 981, 500]), [7, 2, 5]
+    inputs = {"timestep": t, "encoder_hidden_states": y, "encoder_attention_mask": ragged(lengths, 7)}
+
+    def theirs(s: published_models.State, z: Tensor) -> Tensor:
+        return published_models.pixart(s, z, t, y, lengths, sampling=("", sampling))
+
+    found = against(state, model, x, theirs, **inputs)
     assert found.below(LIMIT), found
 
 
@@ -156,6 +185,21 @@ def test_stdit_v1_equals_the_published_arithmetic(
     )
     inputs = {"timestep": t, "encoder_hidden_states": y, "encoder_attention_mask": ragged(lengths, 7)}
     found = against(state, model, x, lambda s, z: published_models.v1(s, z, t, y, lengths), **inputs)
+    assert found.below(LIMIT), found
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (2, 6)])
+def test_stdit_v1_counts_the_patches_of_other_grids_as_published(
+    tmp_path: Path, noise: Noise, shape: tuple[int, int]
+) -> None:
+    state = published_weights.v1_weights(grid=(3, 4, 4), scales=(0.5, 0.75))
+    model = loaded(state, tmp_path, num_heads=4)
+    x, y = noise(2, 3, 5, 2 * shape[0], 2 * shape[1]), noise(2, 7, 10, seed=1)
+    t, lengths = torch.tensor([3, 981]), [7, 2]
+    tables = {"pos_embed": published_weights.plane_code(32, *shape, None, 0.5)}
+    tables["pos_embed_temporal"] = published_weights.time_table(32, 5, 0.75)
+    inputs = {"timestep": t, "encoder_hidden_states": y, "encoder_attention_mask": ragged(lengths, 7)}
+    found = against(state, model, x, lambda s, z: published_models.v1(s | tables, z, t, y, lengths), **inputs)
     assert found.below(LIMIT), found
 
 

@@ -267,7 +267,7 @@ def _inactive_keys(c: ModelConfig) -> set[str]:
     if c.window_size is None:
         inactive |= {"window_blocks", "relative_positions"}
     if c.kv_compress is None:
-        inactive |= {"kv_compress_blocks"}
+        inactive |= {"kv_compress_blocks", "kv_compress_sampling"}
     return inactive
 
 

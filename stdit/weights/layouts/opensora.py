@@ -19,6 +19,7 @@ from stdit.weights.layouts.original import (
     infer_text,
 )
 from stdit.weights.layouts.position_tables import (
+    choose_other_grids,
     infer_spatial_positions,
     infer_temporal_positions,
     spatial_limits,
@@ -32,7 +33,8 @@ from stdit.weights.layouts.position_tables import (
 
 def _infer_v1(source: SourceWeights) -> dict[str, Any]:
     found = infer_dimensions(source, count_blocks(source, "blocks."), "blocks.0") | infer_text(source)
-    return found | infer_spatial_positions(source) | infer_temporal_positions(source, "pos_embed_temporal")
+    found |= choose_other_grids(source, infer_spatial_positions(source), "STDiT v1", rescaled=False)
+    return found | infer_temporal_positions(source, "pos_embed_temporal")
 
 
 def _v1_rules(c: ModelConfig) -> list[Rule]:

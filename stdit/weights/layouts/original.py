@@ -21,6 +21,7 @@ from stdit.weights.layouts.layout import (
     tensor_shape,
 )
 from stdit.weights.layouts.position_tables import (
+    choose_other_grids,
     infer_spatial_positions,
     infer_temporal_positions,
     spatial_limits,
@@ -161,7 +162,7 @@ def block(c: ModelConfig, index: int, theirs: str | None = None) -> list[Rule]:
         names += ["attn.q_norm", "attn.k_norm"]
     elif c.qk_norm == "rms":
         tensors += ["attn.q_norm.weight", "attn.k_norm.weight"]
-    if _applies(c.kv_compress, c.kv_compress_blocks, index):
+    if c.kv_compress_sampling == "conv" and _applies(c.kv_compress, c.kv_compress_blocks, index):
         names += ["attn.sr", "attn.norm"]
     if c.relative_positions and _applies(c.window_size, c.window_blocks, index):
         tensors += ["attn.rel_pos_h", "attn.rel_pos_w"]
@@ -190,7 +191,8 @@ def _limits(title: str, c: ModelConfig) -> list[str]:
 
 def _infer_dit(source: SourceWeights) -> dict[str, Any]:
     depth = count_blocks(source, "blocks.")
-    return infer_dimensions(source, depth, "blocks.0") | infer_classes(source) | infer_spatial_positions(source)
+    found = infer_dimensions(source, depth, "blocks.0") | infer_classes(source)
+    return found | choose_other_grids(source, infer_spatial_positions(source), "DiT", rescaled=True)
 
 
 DIT = Layout(
@@ -211,7 +213,8 @@ DIT = Layout(
 def _infer_latte(source: SourceWeights) -> dict[str, Any]:
     depth = count_blocks(source, "blocks.")
     found = infer_dimensions(source, depth, "blocks.0") | infer_classes(source)
-    return found | infer_spatial_positions(source) | infer_temporal_positions(source, "temp_embed")
+    found |= choose_other_grids(source, infer_spatial_positions(source), "Latte", rescaled=False)
+    return found | infer_temporal_positions(source, "temp_embed")
 
 
 def _latte_tables(c: ModelConfig) -> Tables:
@@ -238,12 +241,20 @@ def _infer_pixart(source: SourceWeights) -> dict[str, Any]:
     relative = [i for i in range(depth) if f"blocks.{i}.attn.rel_pos_h" in source.state]
     pooled = [i for i in range(depth) if f"blocks.{i}.attn.sr.weight" in source.state]
     head = tuple(f"blocks.{i}.attn.rel_pos_h" for i in relative)
-    found = infer_dimensions(source, depth, "blocks.0", head) | infer_text(source) | infer_spatial_positions(source)
+    found = infer_dimensions(source, depth, "blocks.0", head) | infer_text(source)
+    found |= infer_spatial_positions(source)
     found["micro_conditions"] = ("size",) if any(n.startswith("csize_embedder.") for n in source.state) else ()
     found["qk_norm"] = "layer" if any(".attn.q_norm." in n for n in source.state) else None
     if pooled:
         side = tensor_shape(source, f"blocks.{pooled[0]}.attn.sr.weight", 4)[-1]
         found |= {"kv_compress": side, "kv_compress_blocks": None if len(pooled) == depth else tuple(pooled)}
+    elif (
+        not relative and not found["micro_conditions"] and "kv_compress" not in source.overrides
+    ):  # else it is PixArt-α
+        source.notes.append(
+            "no key/value compression is assumed: PixArt-Σ's sampling by ave, uniform or uniform_every has no weights; for "
+            "it, --set kv_compress=2 kv_compress_sampling=uniform kv_compress_blocks=[…]"
+        )
     if relative:
         side = (tensor_shape(source, head[0], 2)[0] + 1) // 2
         found |= {"window_size": side, "window_blocks": None if len(relative) == depth else tuple(relative)}
@@ -283,6 +294,7 @@ PIXART = Layout(
         "qk_norm",
         "kv_compress",
         "kv_compress_blocks",
+        "kv_compress_sampling",
         "window_size",
         "window_blocks",
         "relative_positions",

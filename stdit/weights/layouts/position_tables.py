@@ -36,7 +36,7 @@ class SpatialTable(NamedTuple):
 
 
 def infer_spatial_positions(source: SourceWeights, name: str = "pos_embed") -> dict[str, Any]:
-    """`positions` and its parameters, from a table (1, S, D); {} where the user set them.
+    """`positions` and its parameters, from a table (1, S, D); {} where the user set another kind.
 
     The side of a square grid becomes position_base, to which other grids are rescaled, as in PixArt and diffusers.
     ValueError: no table and no override, or a table that is not finite or not square.
@@ -45,7 +45,8 @@ def infer_spatial_positions(source: SourceWeights, name: str = "pos_embed") -> d
     if table is not None:
         _check_finite(source, name)
     keys = {"positions", "position_base", "position_interpolation", "position_grid", "position_reference"}
-    if keys & set(source.overrides):
+    changed = keys & set(source.overrides)
+    if changed - {"position_base"} or (changed and table is None):
         return {}
     if table is None:
         raise ValueError(
@@ -53,6 +54,8 @@ def infer_spatial_positions(source: SourceWeights, name: str = "pos_embed") -> d
             f"give --set position_base=… position_interpolation=… ({PUBLISHED})"
         )
     detected = detect_spatial_table(table)
+    if changed:
+        return {} if detected is None else {"position_interpolation": detected.interpolation}
     if detected is None:
         side = math.isqrt(table.shape[-2])
         if side * side != table.shape[-2]:
@@ -63,6 +66,23 @@ def infer_spatial_positions(source: SourceWeights, name: str = "pos_embed") -> d
         return {"positions": "learned", "position_grid": (side, side)}
     base = detected.height if detected.height == detected.width else None
     return {"positions": "sincos", "position_base": base, "position_interpolation": detected.interpolation}
+
+
+def choose_other_grids(source: SourceWeights, found: dict[str, Any], title: str, rescaled: bool) -> dict[str, Any]:
+    """`found` positions for layouts whose code has one grid: on others, patches are rescaled to it, or counted from 0 as
+    that code does when constructed for them. A note names the choice."""
+    side = found.get("position_base")
+    if side is None:
+        return found
+    rule = (
+        f"other grids are rescaled to it; --set position_base=null counts their patches from 0, as {title}'s code does"
+    )
+    if not rescaled:
+        rule = (
+            f"patches of other grids are counted from 0, as in {title}'s code; --set position_base={side} rescales them"
+        )
+    source.notes.append(f"positions are those of {side}x{side} patches: {rule}")
+    return found if rescaled else found | {"position_base": None}
 
 
 def _check_finite(source: SourceWeights, name: str) -> None:
