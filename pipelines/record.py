@@ -6,7 +6,6 @@ matches the plan.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from pipelines.changes import Settings
 from stdit.config import ConfigError
-from stdit.files import atomic_write
+from stdit.files import FolderLock, atomic_write
 
 FILE, FORMAT = "plan.json", 1
 
@@ -88,14 +87,13 @@ def set_aside(path: Path, run_dir: Path) -> Path | None:
 @contextmanager
 def lock_run_dir(run_dir: Path) -> Iterator[None]:
     """Locks RUN_DIR for this process. ConfigError: another process holds the lock."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            raise ConfigError(f"{run_dir}: another train_stages is running there ({lock.read().strip()})") from error
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {os.uname().nodename}")
-        lock.flush()
+    lock = FolderLock(run_dir)
+    try:
+        lock.acquire()
+    except BlockingIOError as error:
+        lock.release()
+        raise ConfigError(f"{run_dir}: another train_stages is running there ({error})") from error
+    try:
         yield
+    finally:
+        lock.release()

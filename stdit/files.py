@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import stat
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -95,6 +97,55 @@ def read_text(path: Path | str, limit: int) -> str:
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"more than the {limit:,} bytes allowed", str(path))
     return content.decode("utf-8")
+
+
+class FolderLock:
+    """Advisory lock on FOLDER/.lock, held by one process or shared by those of one run.
+
+    The kernel releases it with the last holder's death. Where the file system has no locks it does nothing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / ".lock").open("a+")
+
+    def acquire(self, wait_s: float = 0.0, waiting: Callable[[str], None] = lambda owner: None) -> None:
+        """Takes the lock for this process alone, waiting up to `wait_s`; `waiting` is called once with the owner.
+
+        BlockingIOError, with the owner as its message: it is still taken.
+        """
+        until, told = time.monotonic() + wait_s, False
+        while not self._lock(fcntl.LOCK_EX):
+            self._file.seek(0)
+            owner = self._file.read().strip()
+            if time.monotonic() >= until:
+                raise BlockingIOError(owner)
+            if not told:
+                waiting(owner)
+                told = True
+            time.sleep(0.2)
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        self._file.flush()
+
+    def share(self) -> None:
+        """Shares the lock with other processes that call this. BlockingIOError: one holds it alone."""
+        if not self._lock(fcntl.LOCK_SH):
+            raise BlockingIOError
+
+    def release(self) -> None:
+        """Releases this process's hold."""
+        self._file.close()
+
+    def _lock(self, kind: int) -> bool:
+        try:
+            fcntl.flock(self._file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+        return True
 
 
 def sha256(path: Path | str) -> str:

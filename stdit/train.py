@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,11 +69,13 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
     if resume.is_finished(config, data, world_size()):
         return config.run_dir
     ranks = init_distributed()
-    state = ranks.broadcast(lambda: resume.find_resume_state(config, data, ranks.size))
-    ranks.broadcast(lambda: resume.write_config(config))
     steps, accumulation = config.train.steps, config.train.gradient_accumulation
 
-    with closing(Tracker(config, state.step, ranks.is_main)) as tracker:
+    with ExitStack() as stack:
+        stack.enter_context(resume.lock_run_dir(config, ranks))
+        state = ranks.broadcast(lambda: resume.find_resume_state(config, data, ranks.size))
+        ranks.broadcast(lambda: resume.write_config(config))
+        tracker = stack.enter_context(closing(Tracker(config, state.step, ranks.is_main)))
         tracker.print(describe(config, state, ranks))
         model = prepare(resume.build_model(config, state, ranks, tracker.print), config, ranks.device)
         engine = Engine(model, config, ranks, state.needs_conversion(config.train.zero_stage, ranks.size))

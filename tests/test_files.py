@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from stdit.files import atomic_folder, atomic_path, atomic_write, fingerprint_files, read_jsonl, sha256
+from stdit.files import FolderLock, atomic_folder, atomic_path, atomic_write, fingerprint_files, read_jsonl, sha256
 
 
 def names(folder: Path) -> list[str]:
@@ -81,3 +84,37 @@ def test_a_line_that_holds_no_object_is_named(line: str, message: str, tmp_path:
     path.write_text(f'{{"a": 1}}\n{line}\n')
     with pytest.raises(ValueError, match=rf"a\.jsonl:{message}"):
         read_jsonl(path)
+
+
+def test_a_lock_is_held_by_one_or_shared_and_free_once_all_have_left(tmp_path: Path) -> None:
+    first, second, third = (FolderLock(tmp_path / "run") for _ in range(3))
+    first.acquire()
+    owners: list[str] = []
+    with pytest.raises(BlockingIOError, match=f"process {os.getpid()} on "):
+        second.acquire(0.3, owners.append)
+    assert len(owners) == 1
+    with pytest.raises(BlockingIOError):
+        second.share()
+    first.share()
+    second.share()
+    first.release()
+    with pytest.raises(BlockingIOError):
+        third.acquire()
+    second.release()
+    third.acquire()
+
+
+def test_a_dead_owners_lock_is_free(tmp_path: Path) -> None:
+    program = "import sys; from pathlib import Path; from stdit.files import FolderLock\n"
+    program += "lock = FolderLock(Path(sys.argv[1])); lock.acquire(); print('locked', flush=True); sys.stdin.read()"
+    owner = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout is not None
+    assert owner.stdout.readline() == "locked\n"
+    lock = FolderLock(tmp_path)
+    with pytest.raises(BlockingIOError):
+        lock.acquire()
+    owner.kill()
+    owner.wait()
+    lock.acquire(10)

@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 
 from stdit.config import Config, ConfigError, dump, validate
 from stdit.config.diff import TRAINING_RUNTIME_KEYS, changes, global_batch_sizes, matches
-from stdit.files import atomic_write
+from stdit.files import FolderLock, atomic_write
 from stdit.models.control import Controlled
 from stdit.models.stdit import STDiT
 from stdit.training import adapters, checkpoint
@@ -31,6 +32,8 @@ from stdit.training.engine import Engine
 from stdit.training.universal import convert
 
 DONE = "done.json"
+# A new run waits this long for the ranks of a stopped one, which may be saving.
+LOCK_WAIT_S = 60.0
 # Universal copy of a checkpoint, for another number of ranks; removed once loaded.
 UNIVERSAL = ".universal"
 # Changes that a resumed run may have: all that leave the weights alone, and the length of the run.
@@ -145,6 +148,32 @@ def check_resumable(identity: dict[str, Any], config: Config, world_size: int, f
     elif identity["world_size"] != world_size:
         notes.append(f"ranks: {identity['world_size']} -> {world_size}; the global batch is the same")
     return notes
+
+
+@contextmanager
+def lock_run_dir(config: Config, ranks: Ranks) -> Iterator[None]:
+    """Locks the run directory for the ranks of this run, until the last of them has left or died; collective.
+
+    A run that was stopped a moment ago may still be saving: this waits LOCK_WAIT_S for it. ConfigError: another run trains
+    there.
+    """
+    lock = FolderLock(config.run_dir)
+
+    def acquire() -> None:
+        try:
+            lock.acquire(LOCK_WAIT_S, lambda owner: print(f"{config.run_dir}: waiting for {owner}", file=sys.stderr))
+            lock.share()
+        except BlockingIOError as error:
+            raise ConfigError(f"{config.run_dir}: another run is training there ({error})") from error
+
+    try:
+        ranks.broadcast(acquire)
+        if not ranks.is_main:
+            lock.share()
+        ranks.barrier()
+        yield
+    finally:
+        lock.release()
 
 
 def write_config(config: Config) -> None:

@@ -178,11 +178,11 @@ def test_another_base_is_noticed(solo: Pool, base: Path, tmp_path: Path) -> None
     own = shutil.copytree(base, tmp_path / "own")
     solo(run, data_for(tmp_path / "run", own, 0, 1, steps=2))
     shaken(STDiT.from_pretrained(own)).save_pretrained(own)
-    with pytest.raises(RankError, match="not those that were trained on") as error:
+    with pytest.raises(RankError, match="not those of the training") as error:
         solo(run, data_for(tmp_path / "run", own, 0, 1, steps=4))
     assert error.value.kind == "ConfigError"
     folder = checkpoint.find_weights(tmp_path / "run")
-    with pytest.raises(ConfigError, match="not those that were trained on"):
+    with pytest.raises(ConfigError, match="not those of the training"):
         adapters.load_trained(folder)
     with pytest.raises(ConfigError, match=r"^base .*nowhere: neither a checkpoint"):
         adapters.load_trained(folder, tmp_path / "nowhere")
@@ -212,7 +212,7 @@ def test_a_run_goes_on_bitwise_from_a_base_that_was_moved(solo: Pool, base: Path
     shutil.copytree(base, own)
     shaken(STDiT.from_pretrained(own)).save_pretrained(own)
     shutil.rmtree(moved)
-    with pytest.raises(RankError, match="not those that were trained on"):
+    with pytest.raises(RankError, match="not those of the training"):
         solo(run, data_for(tmp_path / "broken", own, 0, 1, steps=8))
 
 

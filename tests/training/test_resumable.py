@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from stdit.config import ConfigError, merge
 from stdit.config.diff import flatten
+from stdit.training import resume
+from stdit.training.distributed import Ranks
 from stdit.training.resume import check_resumable
 from tests.support.rank_jobs import config_of, settings
 
@@ -83,3 +87,14 @@ def test_features_extracted_anew_are_other_data() -> None:
     old = settings("runs/x")
     with pytest.raises(ConfigError, match="data.features: not the features of the checkpoint"):
         check_resumable(identity(old), config_of(old), 2, "g")
+
+
+def test_two_runs_in_one_run_dir_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(resume, "LOCK_WAIT_S", 0.1)
+    config, alone = config_of(settings(tmp_path)), Ranks(0, 1, 0, torch.device("cpu"))
+    with resume.lock_run_dir(config, alone):
+        with pytest.raises(ConfigError, match=r"another run is training there \(process \d+ on "):
+            resume.lock_run_dir(config, alone).__enter__()
+        assert f"{tmp_path}: waiting for process" in capsys.readouterr().err
+    with resume.lock_run_dir(config, alone):
+        pass
