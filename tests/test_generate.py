@@ -353,11 +353,11 @@ def lora_run(run: Path, base: Path) -> Path:
     for weights, name in checkpoint.TRANSFORMER.items():
         shutil.rmtree(place / name)
         model = STDiT.from_pretrained(base)
-        lora.add(model, 2)
+        lora.add_adapter(model, 2)
         for key, weight in model.named_parameters():
             if "lora_B" in key:
                 weight.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(key)))
-        lora.write(model, place / checkpoint.weights_folder("lora", weights))
+        lora.save_adapter(model, place / checkpoint.weights_folder("lora", weights))
     (place / checkpoint.MANIFEST).unlink()
     checkpoint.write_manifest(place)
     return run

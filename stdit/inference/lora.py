@@ -36,17 +36,17 @@ class LoraMixin:
         Raises:
             ValueError: no adapter there, one that does not fit this model (with the layers), a name that is taken.
         """
-        loaded = lora.names(self.transformer)
+        loaded = lora.adapter_names(self.transformer)
         if adapter_name is None:
             adapter_name = next(free for n in range(len(loaded) + 1) if (free := f"lora_{n}") not in loaded)
-        lora.read(self.transformer, adapters.resolve_lora(Path(path), weights), adapter_name, scale)
+        lora.load_adapter(self.transformer, adapters.resolve_lora(Path(path), weights), adapter_name, scale)
         return adapter_name
 
     @property
     def adapters(self) -> dict[str, float]:
         """Scales of the loaded adapters; 0: not active."""
-        active = lora.active(self.transformer)
-        return {name: active.get(name, 0.0) for name in lora.names(self.transformer)}
+        active = lora.active_adapters(self.transformer)
+        return {name: active.get(name, 0.0) for name in lora.adapter_names(self.transformer)}
 
     def set_adapters(
         self, names: str | Sequence[str] | Mapping[str, float], weights: float | Sequence[float] | None = None
@@ -56,13 +56,13 @@ class LoraMixin:
         ValueError: an adapter that is not loaded; another number of weights than of names.
         """
         if isinstance(names, Mapping):
-            lora.stack(self.transformer, names)
+            lora.set_adapters(self.transformer, names)
             return
         chosen = [names] if isinstance(names, str) else list(names)
         scales = [weights] * len(chosen) if isinstance(weights, int | float) else list(weights or [1.0] * len(chosen))
         if len(scales) != len(chosen):
             raise ValueError(f"{len(scales)} weights for {len(chosen)} adapters ({', '.join(chosen)})")
-        lora.stack(self.transformer, dict(zip(chosen, map(float, scales), strict=True)))
+        lora.set_adapters(self.transformer, dict(zip(chosen, map(float, scales), strict=True)))
 
     def fuse_lora(self, permanent: bool = False) -> None:
         """Adds the active adapters to the weights, so that they cost nothing.
@@ -70,23 +70,23 @@ class LoraMixin:
         The original weights are kept, and restored bit for bit by `unfuse_lora` and `unload_lora_weights`. permanent:
         they are not, as before `save_pretrained`.
         """
-        lora.merge(self.transformer, keep=not permanent)
+        lora.merge_adapters(self.transformer, keep=not permanent)
 
     def unfuse_lora(self) -> None:
         """Takes fused adapters out of the weights; they stay loaded and active."""
-        lora.unmerge(self.transformer)
+        lora.unmerge_adapters(self.transformer)
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Removes adapters, fused or not. ValueError: one that is not loaded."""
-        lora.remove(self.transformer, [adapter_names] if isinstance(adapter_names, str) else adapter_names)
+        lora.delete_adapters(self.transformer, [adapter_names] if isinstance(adapter_names, str) else adapter_names)
 
     def unload_lora_weights(self) -> None:
         """Removes all adapters, fused or not: the weights are bit for bit what they were before."""
-        lora.remove(self.transformer, None)
+        lora.delete_adapters(self.transformer, None)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As diffusers'. ValueError: adapters are loaded, which a pipeline's folder can't hold."""
-        if loaded := lora.names(self.transformer):
+        if loaded := lora.adapter_names(self.transformer):
             raise ValueError(
                 f"adapters are loaded ({', '.join(loaded)}): fuse_lora(permanent=True) or unload_lora_weights() before saving the pipeline"
             )

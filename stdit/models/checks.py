@@ -137,15 +137,15 @@ def check_conditions(settings: ModelConfig, batch: int, inputs: ConditionInputs)
 
 
 def _check_scalars(settings: ModelConfig, batch: int, values: Mapping[str, Any]) -> None:
-    wanted = {"timestep", *settings.micro_conditions} - {"size"}
+    required = {"timestep", *settings.micro_conditions} - {"size"}
     pixels = {"height", "width"} if settings.position_reference or "size" in settings.micro_conditions else set()
-    for name in sorted(wanted | pixels):
+    for name in sorted(required | pixels):
         if values.get(name) is None:
             why = f"position_reference {settings.position_reference}"
             if settings.micro_conditions:
                 why = f"micro_conditions {', '.join(settings.micro_conditions)}"
             raise ValueError(f"{name} is missing" + ("" if name == "timestep" else f"; the model has {why}"))
-    for name in sorted((wanted | pixels | {"aspect_ratio"}) & values.keys()):
+    for name in sorted((required | pixels | {"aspect_ratio"}) & values.keys()):
         value = values[name]
         if value is None:
             continue
@@ -241,8 +241,8 @@ def check_config(config: Mapping[str, Any], class_name: str, own: tuple[str, ...
     other = config.get("_class_name", class_name)
     if other != class_name:
         raise ValueError(f"these are weights of {other}, not of {class_name}")
-    known = {*ModelConfig.model_fields, *own} - {"size"}
-    unknown = sorted(key for key in config if not key.startswith("_") and key not in known)
+    fields = {*ModelConfig.model_fields, *own} - {"size"}
+    unknown = sorted(key for key in config if not key.startswith("_") and key not in fields)
     missing = sorted({"hidden_size", "depth", "num_heads", *own} - set(config))
     if unknown or missing:
         raise ValueError(f"config of {class_name}: unknown keys {unknown}, missing keys {missing}")

@@ -1,13 +1,16 @@
-"""A control branch: copies of a model's first blocks that read a condition and add to the model's own, at first nothing.
+"""Control branch (ControlNet): a trainable copy of a model's first blocks that reads a control signal.
 
-B batch · C' channels of the condition · (T, H, W) latent frames, height, width, then patches · S = H W · D hidden size
+B           batch
+C'          channels of the control latents
+T, H, W     latent frames, height, width; after patching, the grid of patches;  S = H W
+D           hidden size
 
-    h = x_embedder(x_t) + positions + control_proj(control_embedder(control))       control_proj starts at zero
-    for i in the first n blocks: h = block_i(h); residual_i = joins_i(h)            joins start at zero
+    x = x_embedder(x_t) + positions + control_proj(control_embedder(control))       control_proj starts at zero
+    x = block_i(x);  residual_i = joins_i(x)                                        joins start at zero
 
 The frozen model adds residual_i after its block i (Zhang et al. 2023, ControlNet; for transformers Chen et al. 2024,
-PixArt-δ, section 2.3). The condition is latents, as a rule of the model's own autoencoder: an image, the same for every
-frame, or a video; depth, edges, poses and the like are encoded as the pictures that they are.
+PixArt-δ, section 2.3). The control signal is latents, usually of the model's own autoencoder: an image, for every frame,
+or a video; depth, edges and poses are encoded as images.
 """
 
 from __future__ import annotations
@@ -29,12 +32,12 @@ from stdit.models.init import takes_model_config
 from stdit.models.positions import Grid
 from stdit.models.stdit import STDiT
 
-# ModelMixin: a pipeline that loads the branch asks the module of its class for it, to see what kind of part it is.
-__all__ = ["Controlled", "ModelMixin", "STDiTControl", "plain"]
+# ModelMixin: DiffusionPipeline looks it up in the module of a component's class.
+__all__ = ["Controlled", "ModelMixin", "STDiTControl", "static_settings"]
 
 # Keys of its config beside the model's own.
 OWN = ("control_blocks", "control_channels")
-# Parts that no base model has.
+# Modules that no base model has.
 NEW = ("control_embedder.", "control_proj.", "joins.")
 
 
@@ -57,7 +60,7 @@ class STDiTControl(STDiT):
         self.control_channels = control_channels
         self.blocks = self.blocks[:control_blocks]
         last: Any = self.blocks[-1]
-        if last.context is not None:  # its text goes no further
+        if last.context is not None:  # its text ends here
             last.context = TextStream(self.settings, last=True)
         del self.final_layer
         self.control_embedder = PatchEmbed3D(control_channels, width, self.settings.patch_size)
@@ -78,23 +81,23 @@ class STDiTControl(STDiT):
         blocks: None for half of the base's (at least one). channels: None for those of the base's own latents, whose
         patch embedding then is copied for the condition too. What is new is drawn from `seed`. ValueError: too many blocks.
         """
-        settings = plain(base.settings)
+        settings = static_settings(base.settings)
         width, depth, _ = settings.dimensions
         kwargs = settings.model_kwargs()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             count = max(1, depth // 2) if blocks is None else blocks
             control = cls(control_blocks=count, control_channels=channels or settings.in_channels, **kwargs)
-        held, state = base.state_dict(), control.state_dict()
+        source, state = base.state_dict(), control.state_dict()
         for name, own in state.items():
             if name.startswith(NEW):
                 continue
-            # The last block's text needs the first two of the base's six modulations, if it is not the base's last too.
-            cut = ".context.adaLN_modulation." in name and own.shape != held[name].shape
-            own.copy_(held[name][: 2 * width] if cut else held[name])
+            # The last block's text stream has the first two of six modulation vectors, unless it is the base's last too.
+            cut = ".context.adaLN_modulation." in name and own.shape != source[name].shape
+            own.copy_(source[name][: 2 * width] if cut else source[name])
         if control.control_channels == settings.in_channels:
             for part in ("weight", "bias"):
-                state[f"control_embedder.proj.{part}"].copy_(held[f"x_embedder.proj.{part}"])
+                state[f"control_embedder.proj.{part}"].copy_(source[f"x_embedder.proj.{part}"])
         control = control.to(base.device).train(base.training)
         return control.to(base.dtype) if control.dtype != base.dtype else control
 
@@ -109,7 +112,7 @@ class STDiTControl(STDiT):
         """ValueError where this is the branch of a model of other settings than `base`'s; they are listed.
 
         Of drop_path each may have its own: it is a matter of their training."""
-        own, other = (settings.model_kwargs() for settings in (self.settings, plain(base.settings)))
+        own, other = (settings.model_kwargs() for settings in (self.settings, static_settings(base.settings)))
         other["drop_path"] = own["drop_path"]
         if wrong := [f"{key}: {own[key]}, the model has {other[key]}" for key in own if own[key] != other[key]]:
             raise ValueError("this control branch is of another model:\n  " + "\n  ".join(wrong))
@@ -124,10 +127,10 @@ class STDiTControl(STDiT):
             raise ValueError(
                 f"control has {control.shape[1]} channels; the branch takes control_channels {self.control_channels}"
             )
-        wanted, found = tuple(latents.shape[2:]), tuple(control.shape[2:])
-        if found != wanted and found != (1, *wanted[1:]):
+        expected, found = tuple(latents.shape[2:]), tuple(control.shape[2:])
+        if found != expected and found != (1, *expected[1:]):
             raise ValueError(
-                f"control is {found} (frames, height, width); the latents are {wanted}: give as many frames, or one, of their size"
+                f"control is {found} (frames, height, width); the latents are {expected}: pass as many frames, or one, of their size"
             )
         if control.shape[0] not in (1, latents.shape[0]):
             raise ValueError(f"control has {control.shape[0]} samples; hidden_states has {latents.shape[0]}")
@@ -170,20 +173,19 @@ class STDiTControl(STDiT):
         frames, patch = control.shape[2], self.settings.patch_size[0]
         if frames == 1:
             control = control.expand(-1, -1, patch, -1, -1)
-        made = self.control_proj(self.control_embedder(control.to(self.control_proj.weight.dtype)))
-        return made.unflatten(1, (1 if frames == 1 else grid[0], -1))
+        x = self.control_proj(self.control_embedder(control.to(self.control_proj.weight.dtype)))
+        return x.unflatten(1, (1 if frames == 1 else grid[0], -1))
 
 
-def plain(settings: ModelConfig) -> ModelConfig:
-    """A base's settings as its branch has them: all of its blocks run, whole. drop_path stays: the branch is trained as the
-    base's config says, its copies of the first blocks dropped as rarely as they are."""
+def static_settings(settings: ModelConfig) -> ModelConfig:
+    """A base's settings without dynamic compute and early exit, as its branch has them."""
     fields = ModelConfig.model_fields.items()
     off = {name: field.get_default() for name, field in fields if name.startswith(("dynamic_", "exit_"))}
     return settings.model_copy(update=off)
 
 
 class Controlled(nn.Module):
-    """A frozen model with its control branch, as one model that is told `control` too."""
+    """A frozen model and its control branch as one model that takes `control` too."""
 
     def __init__(self, base: STDiT, control: STDiTControl) -> None:
         super().__init__()
@@ -191,7 +193,7 @@ class Controlled(nn.Module):
         self.base, self.control = base.requires_grad_(False), control
 
     def train(self, mode: bool = True) -> Controlled:
-        """As any module's; the base, which does not learn, computes as it will in use."""
+        """As nn.Module's; the frozen base stays in eval mode."""
         super().train(mode)
         self.base.eval()
         return self
@@ -205,6 +207,6 @@ class Controlled(nn.Module):
         return_dict: bool = True,
         **inputs: Any,
     ) -> Any:
-        """As `STDiT.forward`, with the condition and its scale as `STDiTControl.forward` takes them."""
+        """As `STDiT.forward`, with `control` and `control_scale` as in `STDiTControl.forward`."""
         residuals = self.control(hidden_states, timestep, control, control_scale, **inputs)
         return self.base(hidden_states, timestep, block_residuals=residuals, return_dict=return_dict, **inputs)

@@ -195,9 +195,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _table(args: argparse.Namespace) -> str:
     """What the command prints. ValueError: the config, or an argument."""
     for name in ("latent", "pixels", "compression"):
-        given = getattr(args, name)
-        if given and min(given) < 1:
-            raise ValueError(f"--{name} {' '.join(map(str, given))}: expected whole numbers, 1 or more")
+        values = getattr(args, name)
+        if values and min(values) < 1:
+            raise ValueError(f"--{name} {' '.join(map(str, values))}: expected whole numbers, 1 or more")
     if args.text_length < 0:
         raise ValueError(f"--text-length {args.text_length}: expected 0 (the null caption) or more")
     data = read_extended(args.config)

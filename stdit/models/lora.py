@@ -1,11 +1,11 @@
-"""Low-rank adapters (Hu et al. 2021, LoRA) through peft: W x + scale · alpha / rank · B A x, with B at zero at the start.
+"""Low-rank adapters (Hu et al. 2021, LoRA) through peft: W x + scale · alpha / rank · B A x, with B initialised at zero.
 
-    add(model, rank=8, seed=0)                 the model is frozen, and A and B of every target are trained
-    write(model, folder)                       pytorch_lora_weights.safetensors, as diffusers' save_lora_adapter has it
-    read(other, folder, "style", scale=0.8)    beside other adapters; their sum is what the model then adds
-    merge(other) · remove(other)               into the weights, and away again, to the last bit
+    add_adapter(model, rank=8, seed=0)                        freezes the model; A and B of every target layer train
+    save_adapter(model, folder)                               pytorch_lora_weights.safetensors, as diffusers writes it
+    load_adapter(other, folder, "style", scale=0.8)           several adapters add up
+    merge_adapters(other), delete_adapters(other)             into the weights, and out again bit-exactly
 
-A target is the name of a linear layer, or the end of one: `attn.qkv` is that of every block.
+A target is the name of a linear layer or its suffix: `attn.qkv` matches that of every block.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from stdit.models.stdit import STDiT
 
 # The name of the adapter that training adds.
 TRAINED = "default"
-# Where the weights that `merge` has changed are kept for `remove`.
-_KEPT = "_unmerged_weights"
+# Attribute that holds the unmerged weights between `merge_adapters` and `unmerge_adapters`.
+_UNMERGED = "_unmerged_weights"
 
 
-def layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every layer that can have an adapter, or has, by its whole name."""
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer, with or without an adapter, by its full name."""
     return {
         name.removesuffix(".base_layer"): module
         for name, module in model.named_modules()
@@ -47,45 +47,45 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def targets(model: nn.Module) -> list[str]:
-    """What may be called a target: the names of linear layers, those of all blocks once, without `blocks.N`."""
-    return list(dict.fromkeys(re.sub(r"^blocks\.\d+\.", "", name) for name in layers(model)))
+def target_names(model: nn.Module) -> list[str]:
+    """Names that can be targets: linear layers, those of the blocks once, without `blocks.N`."""
+    return list(dict.fromkeys(re.sub(r"^blocks\.\d+\.", "", name) for name in linear_layers(model)))
 
 
 def attention_layers(model: nn.Module) -> list[str]:
-    """Names of the projections of every attention: queries, keys, values and output."""
+    """Names of the query, key, value and output projections of every attention."""
     parts = [name for name, module in model.named_modules() if isinstance(module, Attention | CrossAttention)]
-    return [name for name in layers(model) if name.rpartition(".")[0] in parts]
+    return [name for name in linear_layers(model) if name.rpartition(".")[0] in parts]
 
 
-def chosen(model: nn.Module, wanted: Sequence[str] | None) -> list[str]:
-    """Names of the layers that `wanted` means (None: every attention's). ValueError: one that means none; what there is."""
-    if wanted is None:
+def match_targets(model: nn.Module, target_modules: Sequence[str] | None) -> list[str]:
+    """Names of the layers that match (None: every attention's). ValueError: a target without a match, listing all names."""
+    if target_modules is None:
         return attention_layers(model)
-    names = layers(model)
-    found = {target: [n for n in names if n == target or n.endswith(f".{target}")] for target in wanted}
-    if absent := [target for target, of in found.items() if not of]:
-        raise ValueError(f"no linear layer is called {', '.join(absent)}; there are {', '.join(targets(model))}")
-    meant = {name for of in found.values() for name in of}
-    return [name for name in names if name in meant]
+    names = linear_layers(model)
+    found = {target: [n for n in names if n == target or n.endswith(f".{target}")] for target in target_modules}
+    if absent := [target for target, layers in found.items() if not layers]:
+        raise ValueError(f"no linear layer is called {', '.join(absent)}; there are {', '.join(target_names(model))}")
+    matched = {name for layers in found.values() for name in layers}
+    return [name for name in names if name in matched]
 
 
 # ------------------------------------------------------------------------------- training, files
 
 
-def add(
+def add_adapter(
     model: STDiT,
     rank: int,
-    wanted: Sequence[str] | None = None,
+    target_modules: Sequence[str] | None = None,
     alpha: float | None = None,
     dropout: float = 0.0,
     seed: int = 0,
 ) -> None:
-    """Freezes `model` and gives it adapters to train, drawn from `seed`. alpha: None for the rank (a factor of 1).
+    """Freezes `model` and adds a trainable adapter, initialised from `seed`. alpha: None for the rank (a factor of 1).
 
-    ValueError: a target that is none. torch's global random state is left alone.
+    ValueError: a target without a match. torch's global random state is left alone.
     """
-    names = chosen(model, wanted)
+    names = match_targets(model, target_modules)
     model.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha or rank, lora_dropout=dropout, target_modules=names)  # pyright: ignore
     with torch.random.fork_rng(devices=[]):
@@ -93,54 +93,54 @@ def add(
         model.add_adapter(config, TRAINED)
 
 
-def write(model: STDiT, folder: Path, name: str = TRAINED, state: dict[str, Tensor] | None = None) -> None:
-    """Writes adapter `name` as diffusers' save_lora_adapter does. state: its weights by their names in the model, where the
-    model's own are not whole (ZeRO)."""
-    held: Mapping[str, Tensor] = get_peft_model_state_dict(model, state_dict=state, adapter_name=name)  # pyright: ignore
+def save_adapter(model: STDiT, folder: Path, name: str = TRAINED, state: dict[str, Tensor] | None = None) -> None:
+    """Writes adapter `name` as diffusers' save_lora_adapter does. state: gathered weights by parameter name, where the
+    model's own are partitioned (ZeRO)."""
+    weights: Mapping[str, Tensor] = get_peft_model_state_dict(model, state_dict=state, adapter_name=name)  # pyright: ignore
     config = {k: sorted(v) if isinstance(v, set) else v for k, v in _configs(model)[name].to_dict().items()}
-    told = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)}
+    metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().contiguous().cpu() for k, v in held.items()}, folder / LORA_WEIGHT_NAME_SAFE, told)
+    save_file({k: v.detach().contiguous().cpu() for k, v in weights.items()}, folder / LORA_WEIGHT_NAME_SAFE, metadata)
 
 
 @torch.no_grad()
-def restore(model: STDiT, folder: Path) -> None:
-    """The adapter in `folder` into the one that `add` made. ValueError: it is not of the same layers and rank."""
-    held, own = load_file(folder / LORA_WEIGHT_NAME_SAFE), dict(model.named_parameters())
-    into = {name: name.replace(".weight", f".{TRAINED}.weight") for name in held}
-    wanted = {name for name, parameter in own.items() if parameter.requires_grad}
-    if set(into.values()) != wanted or any(own[into[n]].shape != weight.shape for n, weight in held.items()):
+def restore_adapter(model: STDiT, folder: Path) -> None:
+    """Loads the adapter in `folder` into the one being trained. ValueError: other layers, or another rank."""
+    weights, own = load_file(folder / LORA_WEIGHT_NAME_SAFE), dict(model.named_parameters())
+    into = {name: name.replace(".weight", f".{TRAINED}.weight") for name in weights}
+    trained = {name for name, parameter in own.items() if parameter.requires_grad}
+    if set(into.values()) != trained or any(own[into[n]].shape != weight.shape for n, weight in weights.items()):
         raise ValueError(f"{folder}: not the adapter that this config trains (other layers, or another rank)")
-    for name, weight in held.items():
+    for name, weight in weights.items():
         own[into[name]].copy_(weight)
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether `folder` holds an adapter, as `write` or diffusers leaves it."""
+    """Whether `folder` holds an adapter, as `save_adapter` or diffusers writes it."""
     return (folder / LORA_WEIGHT_NAME_SAFE).is_file()
 
 
-def read(model: STDiT, folder: Path, name: str, scale: float = 1.0) -> None:
-    """Gives `model` the adapter in `folder`, called `name`, active beside those that are active.
+def load_adapter(model: STDiT, folder: Path, name: str, scale: float = 1.0) -> None:
+    """Adds the adapter in `folder` as `name`, active beside the active ones.
 
-    ValueError: no adapter there; one of other layers or widths, which are listed; a name that is taken or has a dot.
+    ValueError: no adapter there; other layers or widths, which are listed; a name that is taken or has a dot.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ValueError(f"adapter name {name!r}: expected letters, digits, _ and -")
     if name in _configs(model):
         raise ValueError(f"adapter name {name!r} is taken; there are {', '.join(_configs(model))}")
-    if merged(model):
+    if merged_adapters(model):
         raise ValueError(
             f"{folder}: adapters are merged into the weights; unmerge or remove them before adding another"
         )
     if not math.isfinite(scale):  # before anything is loaded
         raise ValueError(f"adapter {name}: scale {scale}; expected a finite number")
     _check_file(model, folder / LORA_WEIGHT_NAME_SAFE)
-    scales, training = active(model), model.training
+    scales, training = active_adapters(model), model.training
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     with _quiet():
         cast(Any, model).load_lora_adapter(folder, prefix=None, adapter_name=name, use_safetensors=True)
-    stack(model, {**scales, name: scale})
+    set_adapters(model, {**scales, name: scale})
     for parameter in model.parameters():
         if id(parameter) in trained:  # peft has frozen it
             parameter.requires_grad_(True)
@@ -149,139 +149,140 @@ def read(model: STDiT, folder: Path, name: str, scale: float = 1.0) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what peft and diffusers say of a second adapter: that there is one, and that its file lacks the first."""
-    loud = logging.getLogger("diffusers.utils.peft_utils")
-    before = loud.level
-    loud.setLevel(logging.ERROR)
+    """Without peft's and diffusers' warnings about a second adapter."""
+    logger = logging.getLogger("diffusers.utils.peft_utils")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        loud.setLevel(before)
+        logger.setLevel(before)
 
 
 def _check_file(model: STDiT, file: Path) -> None:
-    """ValueError where the adapter in `file` is not one of `model`'s layers."""
+    """ValueError if the adapter in `file` does not fit `model`'s layers."""
     if not file.is_file():
         raise ValueError(f"{file.parent}: no adapter here ({file.name})")
     try:
-        with safe_open(file, framework="pt") as held:
-            shapes = {name: tuple(held.get_slice(name).get_shape()) for name in held.keys()}  # noqa: SIM118
+        with safe_open(file, framework="pt") as file_weights:
+            shapes = {name: tuple(file_weights.get_slice(name).get_shape()) for name in file_weights.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: cannot be read ({error})") from error
-    known = layers(model)
+    layers = linear_layers(model)
     wrong: list[str] = []
     for key, shape in shapes.items():
         name, _, part = key.partition(".lora_")
-        layer: Any = known.get(name)
+        layer: Any = layers.get(name)
         if layer is None or part not in ("A.weight", "B.weight"):
             wrong.append(f"{key}: no such layer")
         elif shape[int(part[0] == "A")] != (layer.in_features if part[0] == "A" else layer.out_features):
-            wide = (layer.out_features, layer.in_features)
-            wrong.append(f"{key} has shape {shape}; the layer's weight has {wide}")
+            expected = (layer.out_features, layer.in_features)
+            wrong.append(f"{key} has shape {shape}; the layer's weight has {expected}")
     if wrong or not shapes:
         lines = "\n  ".join(wrong[:20] or ["it is empty"])
         raise ValueError(f"{file}: not an adapter of this model\n  {lines}")
 
 
-# ---------------------------------------------------------------------------------- several at once
+# ------------------------------------------------------------------------------- several adapters
 
 
 def _configs(model: STDiT) -> dict[str, Any]:
     return getattr(model, "peft_config", None) or {}
 
 
-def _adapted(model: STDiT) -> dict[str, LoraLayer]:
+def _lora_layers(model: STDiT) -> dict[str, LoraLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def names(model: STDiT) -> list[str]:
-    """Adapters that the model has, in the order in which they came."""
+def adapter_names(model: STDiT) -> list[str]:
+    """Names of the model's adapters, in the order they were added."""
     return list(_configs(model))
 
 
-def active(model: STDiT) -> dict[str, float]:
-    """Adapters that are added, and by how much."""
+def active_adapters(model: STDiT) -> dict[str, float]:
+    """Active adapters and their scales."""
     found: dict[str, float] = {}
-    for layer in _adapted(model).values():
+    for layer in _lora_layers(model).values():
         for name in layer.active_adapters:
             if name in layer.scaling:
                 found[name] = layer.scaling[name] * layer.r[name] / layer.lora_alpha[name]
-    return {name: found[name] for name in names(model) if name in found}
+    return {name: found[name] for name in adapter_names(model) if name in found}
 
 
-def stack(model: STDiT, scales: Mapping[str, float]) -> None:
-    """Makes these adapters the ones that are added, each times its scale; others stay in wait. ValueError: one there is not."""
+def set_adapters(model: STDiT, scales: Mapping[str, float]) -> None:
+    """Activates these adapters with their scales, and deactivates the others. ValueError: an unknown adapter."""
     if absent := [name for name in scales if name not in _configs(model)]:
-        raise ValueError(f"no adapter {', '.join(absent)}; there are {', '.join(names(model)) or 'none'}")
+        raise ValueError(f"no adapter {', '.join(absent)}; there are {', '.join(adapter_names(model)) or 'none'}")
     if wrong := [f"{name} {scale}" for name, scale in scales.items() if not math.isfinite(scale)]:
         raise ValueError(f"scales of adapters are finite numbers; found {', '.join(wrong)}")
-    if merged(model):
+    if merged_adapters(model):
         raise ValueError("adapters are merged into the weights; unmerge them before choosing others")
-    for layer in _adapted(model).values():
-        # In the order in which they came, so that sums are taken in one order.
-        here = [name for name in names(model) if name in scales and name in layer.scaling]
-        # Not its inference mode: by whether weights want gradients torch chooses how products are taken.
+    for layer in _lora_layers(model).values():
+        # In the order they were added, so that sums are reproducible.
+        here = [name for name in adapter_names(model) if name in scales and name in layer.scaling]
+        # Not with inference_mode: requires_grad affects which matrix product torch picks.
         layer.set_adapter(here)
         for name in here:
             layer.scaling[name] = scales[name] * layer.lora_alpha[name] / layer.r[name]
 
 
-def merged(model: STDiT) -> list[str]:
-    """Adapters that are in the weights."""
-    return list(dict.fromkeys(name for layer in _adapted(model).values() for name in layer.merged_adapters))
+def merged_adapters(model: STDiT) -> list[str]:
+    """Adapters that are merged into the weights."""
+    return list(dict.fromkeys(name for layer in _lora_layers(model).values() for name in layer.merged_adapters))
 
 
 @torch.no_grad()
-def merge(model: STDiT, keep: bool = True) -> None:
-    """Adds the active adapters into the weights, where they cost nothing; what they change is kept beside.
+def merge_adapters(model: STDiT, keep: bool = True) -> None:
+    """Merges the active adapters into the weights, where they cost nothing; the original weights are stored.
 
-    keep: False forgets the weights as they were, and the adapters: a plain model is left. ValueError: nothing to merge.
+    keep: False drops the originals and the adapters: a plain model is left. ValueError: nothing to merge.
     """
-    if not active(model):
+    if not active_adapters(model):
         raise ValueError("no adapter is active; load one first")
-    if not merged(model):
-        kept = {
-            name: cast(Any, layer).get_base_layer().weight.detach().clone() for name, layer in _adapted(model).items()
+    if not merged_adapters(model):
+        original = {
+            name: cast(Any, layer).get_base_layer().weight.detach().clone()
+            for name, layer in _lora_layers(model).items()
         }
-        setattr(model, _KEPT, kept if keep else {})
-        for layer in _adapted(model).values():
+        setattr(model, _UNMERGED, original if keep else {})
+        for layer in _lora_layers(model).values():
             layer.merge()  # pyright: ignore[reportCallIssue]
     if not keep:
         _unwrap(model)
 
 
 @torch.no_grad()
-def unmerge(model: STDiT) -> None:
-    """Takes merged adapters out of the weights, which are then as they were, to the last bit."""
-    kept: dict[str, Tensor] = getattr(model, _KEPT, {})
-    for name, layer in _adapted(model).items():
+def unmerge_adapters(model: STDiT) -> None:
+    """Restores the weights from before merging, bit-exactly."""
+    original: dict[str, Tensor] = getattr(model, _UNMERGED, {})
+    for name, layer in _lora_layers(model).items():
         if layer.merged_adapters:
-            cast(Any, layer).get_base_layer().weight.data.copy_(kept[name])
+            cast(Any, layer).get_base_layer().weight.data.copy_(original[name])
             layer.merged_adapters.clear()
-    setattr(model, _KEPT, {})
+    setattr(model, _UNMERGED, {})
 
 
-def remove(model: STDiT, some: Sequence[str] | None = None) -> None:
-    """Takes adapters away (None: all), merged or not; the weights are then as they were, to the last bit."""
-    gone = names(model) if some is None else list(some)
+def delete_adapters(model: STDiT, some: Sequence[str] | None = None) -> None:
+    """Deletes adapters (None: all), merged or not, and restores the weights bit-exactly."""
+    gone = adapter_names(model) if some is None else list(some)
     if absent := [name for name in gone if name not in _configs(model)]:
-        raise ValueError(f"no adapter {', '.join(absent)}; there are {', '.join(names(model)) or 'none'}")
-    left, were_merged = {n: s for n, s in active(model).items() if n not in gone}, bool(merged(model))
-    unmerge(model)
-    if set(gone) == set(names(model)):
+        raise ValueError(f"no adapter {', '.join(absent)}; there are {', '.join(adapter_names(model)) or 'none'}")
+    left, were_merged = {n: s for n, s in active_adapters(model).items() if n not in gone}, bool(merged_adapters(model))
+    unmerge_adapters(model)
+    if set(gone) == set(adapter_names(model)):
         _unwrap(model)
         return
     model.delete_adapters(gone)
-    stack(model, left)
+    set_adapters(model, left)
     if were_merged and left:
-        merge(model)
+        merge_adapters(model)
 
 
 def _unwrap(model: STDiT) -> None:
-    """Plain layers in the adapted ones' place."""
+    """Replaces LoRA layers by their plain base layers."""
     if _configs(model):
         model.unload_lora()
         model._hf_peft_config_loaded = False
-    setattr(model, _KEPT, {})
+    setattr(model, _UNMERGED, {})

@@ -128,16 +128,16 @@ def _shallow_copy(module: Any) -> Any:
     return pruned
 
 
-def _prune_linear(layer: nn.Linear, kept: Tensor, groups: int, stacked: int | None) -> nn.Linear:
-    """`layer` with the groups `kept` (indices): groups of rows in each of `stacked` equal matrices, or of columns (None).
+def _prune_linear(layer: nn.Linear, indices: Tensor, groups: int, stacked: int | None) -> nn.Linear:
+    """`layer` with the groups `indices` (indices): groups of rows in each of `stacked` equal matrices, or of columns (None).
     Copying by groups is five times as fast as by columns."""
     weight, bias = layer.weight, layer.bias
-    kept = kept.to(weight.device)
+    indices = indices.to(weight.device)
     if stacked is None:
-        weight = weight.unflatten(1, (groups, -1)).index_select(1, kept).flatten(1)
+        weight = weight.unflatten(1, (groups, -1)).index_select(1, indices).flatten(1)
     else:
         weight, bias = (
-            None if p is None else p.unflatten(0, (stacked, groups, -1)).index_select(1, kept).flatten(0, 2)
+            None if p is None else p.unflatten(0, (stacked, groups, -1)).index_select(1, indices).flatten(0, 2)
             for p in (weight, bias)
         )
     pruned = _shallow_copy(layer)
@@ -151,28 +151,28 @@ def _prune_linear(layer: nn.Linear, kept: Tensor, groups: int, stacked: int | No
 
 def _prune_attention(attn: Attention, heads: Tensor) -> Attention:
     """`attn` with the heads that are on, (H,)."""
-    kept = heads.nonzero().flatten()
-    if len(kept) == len(heads):
+    indices = heads.nonzero().flatten()
+    if len(indices) == len(heads):
         return attn
     pruned = _shallow_copy(attn)
-    pruned.num_heads = len(kept)
-    pruned.qkv = _prune_linear(attn.qkv, kept, len(heads), stacked=3)
-    pruned.proj = _prune_linear(attn.proj, kept, len(heads), stacked=None)
+    pruned.num_heads = len(indices)
+    pruned.qkv = _prune_linear(attn.qkv, indices, len(heads), stacked=3)
+    pruned.proj = _prune_linear(attn.proj, indices, len(heads), stacked=None)
     return pruned
 
 
 def _prune_mlp(mlp: Mlp | SwiGLU, groups: Tensor) -> Mlp | SwiGLU:
     """`mlp` with the groups of inner channels that are on, (H,)."""
-    kept, count = groups.nonzero().flatten(), len(groups)
-    if len(kept) == count:
+    indices, count = groups.nonzero().flatten(), len(groups)
+    if len(indices) == count:
         return mlp
     pruned = _shallow_copy(mlp)
     if isinstance(mlp, SwiGLU):
-        pruned.w12 = _prune_linear(mlp.w12, kept, count, stacked=2)
-        pruned.w3 = _prune_linear(mlp.w3, kept, count, stacked=None)
+        pruned.w12 = _prune_linear(mlp.w12, indices, count, stacked=2)
+        pruned.w3 = _prune_linear(mlp.w3, indices, count, stacked=None)
     else:
-        pruned.fc1 = _prune_linear(mlp.fc1, kept, count, stacked=1)
-        pruned.fc2 = _prune_linear(mlp.fc2, kept, count, stacked=None)
+        pruned.fc1 = _prune_linear(mlp.fc1, indices, count, stacked=1)
+        pruned.fc2 = _prune_linear(mlp.fc2, indices, count, stacked=None)
     return pruned
 
 

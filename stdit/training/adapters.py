@@ -32,7 +32,7 @@ def check_lora_targets(config: Config) -> None:
     with torch.device("meta"):
         model = STDiT(**kwargs)
     try:
-        lora.chosen(model, config.train.lora.targets)
+        lora.match_targets(model, config.train.lora.targets)
     except ValueError as error:
         raise ConfigError(f"train.lora.targets: {error}") from error
 
@@ -109,7 +109,7 @@ def load_merged(folder: Path) -> STDiT:
     if not lora.is_adapter(folder):
         return STDiT.from_pretrained(folder)
     model, _ = load_trained(folder)
-    lora.merge(model, keep=False)
+    lora.merge_adapters(model, keep=False)
     return model.requires_grad_(True)
 
 
@@ -119,7 +119,7 @@ def load_merged(folder: Path) -> STDiT:
 def add_trainable(base: STDiT, config: Config) -> STDiT | Controlled:
     """`base` with new LoRA adapters or a new control branch, and otherwise frozen, if the config trains one; else `base`."""
     if (settings := config.train.lora) is not None:
-        lora.add(base, settings.rank, settings.targets, settings.alpha, settings.dropout, config.seed)
+        lora.add_adapter(base, settings.rank, settings.targets, settings.alpha, settings.dropout, config.seed)
         return base
     if (control := config.train.control) is not None:
         return Controlled(base, STDiTControl.of(base, control.blocks, seed=config.seed))
@@ -132,7 +132,7 @@ def load_trainable(base: STDiT, trained: Path, config: Config) -> STDiT | Contro
     if isinstance(model, Controlled):
         model.control = STDiTControl.from_pretrained(trained)
     else:
-        lora.restore(model, trained)
+        lora.restore_adapter(model, trained)
     return model
 
 
@@ -146,8 +146,8 @@ def save_trained(module: nn.Module, state: dict[str, Tensor], folder: Path) -> N
     if isinstance(module, Controlled):
         own = {name.removeprefix("control."): weight for name, weight in state.items()}
         _save(STDiTControl, module.control.config, own, folder)
-    elif isinstance(module, STDiT) and lora.names(module):
-        lora.write(module, folder, state=state)
+    elif isinstance(module, STDiT) and lora.adapter_names(module):
+        lora.save_adapter(module, folder, state=state)
     else:
         assert isinstance(module, STDiT)
         _save(STDiT, module.config, state, folder)
@@ -180,7 +180,7 @@ def load_trained(
     config = validate(identity["config"], Config, f"{folder.parent}: identity.json: config")
     model, _ = load_base(find_base(Base(**identity["base"]), config, base), config)
     if kind == "lora":
-        lora.read(model, folder, lora.TRAINED)
+        lora.load_adapter(model, folder, lora.TRAINED)
         return model.to(dtype) if dtype else model, None
     control = STDiTControl.from_pretrained(folder, torch_dtype=dtype)
     return model.to(dtype) if dtype else model, control

@@ -55,10 +55,10 @@ def shaken(parameters: Any, seed: int, std: float = 0.2) -> None:
 def adapter(run: Path, folder: Path, seed: int | None, **settings: Any) -> Path:
     """An adapter of the run's model; seed None: as it starts."""
     model = STDiT.from_pretrained(checkpoint.find_weights(run))
-    lora.add(model, **{"rank": 2, **settings})
+    lora.add_adapter(model, **{"rank": 2, **settings})
     if seed is not None:
         shaken((p for p in model.parameters() if p.requires_grad), seed)
-    lora.write(model, folder)
+    lora.save_adapter(model, folder)
     return folder
 
 
@@ -69,7 +69,7 @@ def style(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def motion(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return adapter(run, tmp_path_factory.mktemp("motion"), 2, rank=3, wanted=["attn_temp.qkv", "mlp.fc1"], alpha=6.0)
+    return adapter(run, tmp_path_factory.mktemp("motion"), 2, rank=3, target_modules=["attn_temp.qkv", "mlp.fc1"], alpha=6.0)
 
 
 def opened(run: Path, **kwargs: Any) -> STDiTPipeline:

@@ -56,13 +56,17 @@ def nothing_compiled() -> Iterator[None]:
 def inputs(model: STDiT, noise: Noise, bucket: tuple[int, int, int, int, int]) -> dict[str, Any]:
     batch, frames, height, width, tokens = bucket
     frames = frames if model.settings.has_time else 1
-    told: dict[str, Any] = {}
+    conditions: dict[str, Any] = {}
     if model.settings.text_dim:
-        told["encoder_hidden_states"] = noise(batch, tokens, 6, seed=1)
-        told["encoder_attention_mask"] = torch.arange(tokens) < (torch.arange(batch)[:, None] % 2 + 2)
+        conditions["encoder_hidden_states"] = noise(batch, tokens, 6, seed=1)
+        conditions["encoder_attention_mask"] = torch.arange(tokens) < (torch.arange(batch)[:, None] % 2 + 2)
     if model.settings.num_classes:
-        told["class_labels"] = torch.arange(batch) % 3
-    return {"hidden_states": noise(batch, 3, frames, height, width), "timestep": 100.0 + torch.arange(batch), **told}
+        conditions["class_labels"] = torch.arange(batch) % 3
+    return {
+        "hidden_states": noise(batch, 3, frames, height, width),
+        "timestep": 100.0 + torch.arange(batch),
+        **conditions,
+    }
 
 
 def graphs() -> int:
@@ -177,13 +181,13 @@ def test_what_train_compile_asks_for_trains(noise: Noise) -> None:
     config = load_config("configs/debug.yaml", Config, ["train.compile=true", "train.activation_checkpointing=true"])
     model = prepare(STDiT.from_settings(config.model), config, torch.device("cpu"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    told = {"class_labels": torch.arange(4)} if config.model.num_classes else {}
+    conditions = {"class_labels": torch.arange(4)} if config.model.num_classes else {}
     if config.model.text_dim:
-        told["encoder_hidden_states"] = noise(4, 6, config.model.text_dim)
+        conditions["encoder_hidden_states"] = noise(4, 6, config.model.text_dim)
     losses = []
     for _ in range(8):
         x = noise(4, config.model.in_channels, 2, 8, 8)
-        loss = (model(x, torch.arange(4) * 200.0, **told).sample - 1).square().mean()
+        loss = (model(x, torch.arange(4) * 200.0, **conditions).sample - 1).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -40,7 +40,7 @@ def shaken(module: torch.nn.Module, seed: int = 1) -> Any:
     return module
 
 
-def told(model: STDiT, noise: Noise, batch: int = 2) -> dict[str, Any]:
+def condition_inputs(model: STDiT, noise: Noise, batch: int = 2) -> dict[str, Any]:
     c, found = model.settings, {}
     if c.text_dim:
         found["encoder_hidden_states"] = noise(batch, 5, c.text_dim, seed=9)
@@ -63,7 +63,7 @@ def base(request: pytest.FixtureRequest, tiny: Tiny) -> STDiT:
 
 
 def test_a_new_branch_changes_nothing(base: STDiT, noise: Noise) -> None:
-    x, conditions = latents(base, noise), told(base, noise)
+    x, conditions = latents(base, noise), condition_inputs(base, noise)
     plain = base(x, 300.0, **conditions).sample
     for blocks in (1, None, 4):
         both = Controlled(base, STDiTControl.of(base, blocks))
@@ -77,7 +77,7 @@ def test_a_new_branch_changes_nothing(base: STDiT, noise: Noise) -> None:
 
 def test_gradients_reach_all_of_the_branch_and_nothing_of_the_base(base: STDiT, noise: Noise) -> None:
     both = Controlled(base, shaken(STDiTControl.of(base))).train()
-    x, conditions = latents(base, noise), told(base, noise)
+    x, conditions = latents(base, noise), condition_inputs(base, noise)
     if base.settings.text_dim:
         conditions["drop_condition"] = torch.tensor([False, True])  # so that the null caption is read
     both(x, 300.0, latents(base, noise, 3), **conditions).sample.square().mean().backward()
@@ -94,7 +94,7 @@ def test_gradients_reach_all_of_the_branch_and_nothing_of_the_base(base: STDiT, 
 
 def test_recomputed_activations_give_the_same_gradients(base: STDiT, noise: Noise) -> None:
     both = Controlled(base, shaken(STDiTControl.of(base))).train()
-    x, conditions, control = latents(base, noise), told(base, noise), latents(base, noise, 3)
+    x, conditions, control = latents(base, noise), condition_inputs(base, noise), latents(base, noise, 3)
     both(x, 300.0, control, **conditions).sample.square().mean().backward()
     plain = {n: p.grad.clone() for n, p in both.control.named_parameters() if p.grad is not None}
     both.zero_grad()
@@ -106,7 +106,7 @@ def test_recomputed_activations_give_the_same_gradients(base: STDiT, noise: Nois
 
 def test_one_frame_stands_for_all_and_one_sample_too(base: STDiT, noise: Noise) -> None:
     both = Controlled(base, shaken(STDiTControl.of(base)))
-    x, conditions = latents(base, noise), told(base, noise)
+    x, conditions = latents(base, noise), condition_inputs(base, noise)
     image = noise(1, 3, 1, 8, 8, seed=4)
     one = both(x, 300.0, image, **conditions).sample
     repeated = both(x, 300.0, image.expand(2, -1, x.shape[2], -1, -1), **conditions).sample
@@ -156,7 +156,7 @@ def test_saved_and_loaded_it_is_the_same_to_the_last_bit(base: STDiT, noise: Noi
     assert all(
         torch.equal(a, b) for a, b in zip(control.state_dict().values(), again.state_dict().values(), strict=True)
     )
-    x, conditions, condition = latents(base, noise), told(base, noise), noise(2, 5, 1, 8, 8)
+    x, conditions, condition = latents(base, noise), condition_inputs(base, noise), noise(2, 5, 1, 8, 8)
     for a, b in zip(control(x, 1.0, condition, **conditions), again(x, 1.0, condition, **conditions), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match="these are weights of STDiTControl, not of STDiT"):

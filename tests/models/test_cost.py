@@ -40,14 +40,14 @@ BATCH = 2
 
 def inputs(model: ModelConfig, grid: tuple[int, int, int], length: int) -> dict[str, Any]:
     size = [n * p for n, p in zip(grid, model.patch_size, strict=True)]
-    given: dict[str, Any] = {
+    conditions: dict[str, Any] = {
         "hidden_states": torch.ones(BATCH, model.in_channels, *size),
         "timestep": torch.ones(BATCH),
     }
-    given |= {"encoder_hidden_states": torch.ones(BATCH, length, model.text_dim)} if model.text_dim else {}
-    given |= {"class_labels": torch.zeros(BATCH, dtype=torch.int64)} if model.num_classes else {}
-    given |= {"pooled_projections": torch.ones(BATCH, model.pooled_dim)} if model.pooled_dim else {}
-    return given | {"added_cond_kwargs": dict.fromkeys(("fps", "width", "height"), torch.full((1,), 32.0))}
+    conditions |= {"encoder_hidden_states": torch.ones(BATCH, length, model.text_dim)} if model.text_dim else {}
+    conditions |= {"class_labels": torch.zeros(BATCH, dtype=torch.int64)} if model.num_classes else {}
+    conditions |= {"pooled_projections": torch.ones(BATCH, model.pooled_dim)} if model.pooled_dim else {}
+    return conditions | {"added_cond_kwargs": dict.fromkeys(("fps", "width", "height"), torch.full((1,), 32.0))}
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -49,14 +49,14 @@ def routed(model: STDiT, seed: int = 0) -> STDiT:
     return model
 
 
-def told(model: STDiT, noise: Noise, batch: int = 3) -> dict[str, Any]:
-    given: dict[str, Any] = {}
+def condition_inputs(model: STDiT, noise: Noise, batch: int = 3) -> dict[str, Any]:
+    inputs: dict[str, Any] = {}
     if model.settings.text_dim:
-        given["encoder_hidden_states"] = noise(batch, 5, 6, seed=1)
-        given["encoder_attention_mask"] = torch.arange(5) < torch.tensor([[5], [2], [3]])
+        inputs["encoder_hidden_states"] = noise(batch, 5, 6, seed=1)
+        inputs["encoder_attention_mask"] = torch.arange(5) < torch.tensor([[5], [2], [3]])
     if model.settings.num_classes:
-        given["class_labels"] = torch.tensor([0, 3, -1])
-    return given
+        inputs["class_labels"] = torch.tensor([0, 3, -1])
+    return inputs
 
 
 def precomputed(
@@ -65,8 +65,8 @@ def precomputed(
     return precompute_conditions(model, times, encode_static(model, ConditionInputs(**inputs)), frames)
 
 
-def part(given: dict[str, Any], i: int) -> dict[str, Any]:
-    return {name: value[i : i + 1] for name, value in given.items()}
+def part(inputs: dict[str, Any], i: int) -> dict[str, Any]:
+    return {name: value[i : i + 1] for name, value in inputs.items()}
 
 
 def flops(call: Callable[[], Any]) -> int:
@@ -92,9 +92,9 @@ def test_a_new_dynamic_model_is_the_static_one(tiny: Tiny, settings: Settings, n
     missing, unexpected = model.load_state_dict(static.state_dict(), strict=False)
     assert {name.split(".")[2] for name in missing} == {"dynamic"}
     assert not unexpected
-    x, given = noise(3, 3, 2, 4, 4), told(static, noise)
+    x, inputs = noise(3, 3, 2, 4, 4), condition_inputs(static, noise)
     for t in (TIMES, 300.0):
-        torch.testing.assert_close(model(x, t, **given).sample, static(x, t, **given).sample, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(x, t, **inputs).sample, static(x, t, **inputs).sample, rtol=1e-5, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------- less is computed
@@ -106,16 +106,16 @@ def test_what_is_pruned_and_gathered_equals_what_is_masked(
     tiny: Tiny, noise: Noise, kind: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = routed(tiny(**kind, **BOTH))
-    x, given = noise(3, 3, 2, 4, 4), told(model, noise)
-    prepared = precomputed(model, TIMES, **given)
+    x, inputs = noise(3, 3, 2, 4, 4), condition_inputs(model, noise)
+    prepared = precomputed(model, TIMES, **inputs)
     for i, t in enumerate(TIMES):
         # One time for all: cut and gathered; through a prepared step; a batch of mixed times; everything masked.
-        shared = model(x, t, **given).sample
+        shared = model(x, t, **inputs).sample
         ahead = model(x, t, conditions=prepared[i]).sample
-        mixed = model(x, TIMES, **given).sample[i]
+        mixed = model(x, TIMES, **inputs).sample[i]
         with monkeypatch.context() as patched:
             patched.setattr("torch.compiler.is_compiling", lambda: True)
-            masked = model(x, t, **given).sample
+            masked = model(x, t, **inputs).sample
         torch.testing.assert_close(shared, masked, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(ahead, masked, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(mixed, masked[i], rtol=1e-4, atol=1e-5)
@@ -246,8 +246,8 @@ def test_as_many_generators_as_samples(tiny: Tiny, noise: Noise) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(map(str, k.values())))
 def test_routers_are_trained_by_the_loss_and_by_the_compute(tiny: Tiny, noise: Noise, kind: dict) -> None:
     model = routed(tiny(**kind, **BOTH)).train()
-    given = told(model, noise)
-    out = model(noise(3, 3, 2, 4, 4), TIMES, generator=torch.Generator().manual_seed(0), **given)
+    inputs = condition_inputs(model, noise)
+    out = model(noise(3, 3, 2, 4, 4), TIMES, generator=torch.Generator().manual_seed(0), **inputs)
     assert out.compute_stats.compute.shape == (3,)
     assert out.compute_stats.tokens.shape == (2, 3)
     assert ((out.compute_stats.compute > 0) & (out.compute_stats.compute < 1)).all()
@@ -352,11 +352,11 @@ def test_blocks_beyond_the_exit_are_not_run(tiny: Tiny, noise: Noise) -> None:
 @pytest.mark.parametrize("kind", [{}, {"conditioning": "joint", "text_dim": 6}, *KINDS], ids=str)
 def test_a_sample_that_has_left_stays_as_it_is(tiny: Tiny, noise: Noise, kind: dict) -> None:
     model = tiny(**kind, **EXITS)
-    x, given = noise(3, 3, 2, 4, 4), told(model, noise)
+    x, inputs = noise(3, 3, 2, 4, 4), condition_inputs(model, noise)
     for training in (False, True):
-        whole = model.train(training)(x, TIMES, **given).sample
+        whole = model.train(training)(x, TIMES, **inputs).sample
         for i in range(3):
-            one = model(x[i : i + 1], TIMES[i : i + 1], **part(given, i)).sample
+            one = model(x[i : i + 1], TIMES[i : i + 1], **part(inputs, i)).sample
             torch.testing.assert_close(one[0], whole[i], rtol=1e-4, atol=1e-5)
 
 
@@ -403,10 +403,10 @@ def test_a_forced_sample_does_not_leave_early(tiny: Tiny, noise: Noise, routers:
 @pytest.mark.slow
 def test_a_forced_sample_stays_in_a_compiled_model(tiny: Tiny, noise: Noise) -> None:
     model, x = routed(tiny(**EXITS, **BOTH)).train(), noise(3, 3, 2, 4, 4)
-    given = {"force_full": torch.tensor([True, False, True])}
-    expected = model(x, TIMES, **given, generator=torch.Generator().manual_seed(0))
+    inputs = {"force_full": torch.tensor([True, False, True])}
+    expected = model(x, TIMES, **inputs, generator=torch.Generator().manual_seed(0))
     model.compile_repeated_blocks(fullgraph=True)
-    found = model(x, TIMES, **given, generator=torch.Generator().manual_seed(0))
+    found = model(x, TIMES, **inputs, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(found.sample, expected.sample, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.compute_stats.compute, expected.compute_stats.compute)
 

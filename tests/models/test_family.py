@@ -28,9 +28,9 @@ def blocks_of(model: STDiT) -> list[Any]:
     return list(model.blocks)
 
 
-def row(given: dict[str, Any], i: int) -> dict[str, Any]:
+def row(inputs: dict[str, Any], i: int) -> dict[str, Any]:
     """Sample i of a batch of conditions."""
-    rows = {k: v[i : i + 1] if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    rows = {k: v[i : i + 1] if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     return {k: row(v, i) if isinstance(v, dict) else v for k, v in rows.items()}
 
 
@@ -43,11 +43,11 @@ def test_a_new_model_predicts_zero(settings: Callable[..., ModelConfig], noise: 
 
 def test_samples_do_not_see_each_other(tiny: Tiny, noise: Noise, member: dict[str, Any]) -> None:
     model = tiny(**member)
-    x, given = noise(3, 3, 2, 8, 8), conditions_for(model.settings, 3, noise)
-    together = model(x, **given).sample
+    x, inputs = noise(3, 3, 2, 8, 8), conditions_for(model.settings, 3, noise)
+    together = model(x, **inputs).sample
     for i in range(3):
         torch.testing.assert_close(
-            model(x[i : i + 1], **row(given, i)).sample, together[i : i + 1], rtol=1e-4, atol=1e-5
+            model(x[i : i + 1], **row(inputs, i)).sample, together[i : i + 1], rtol=1e-4, atol=1e-5
         )
 
 
@@ -55,28 +55,28 @@ def test_padding_does_not_change_the_output(tiny: Tiny, noise: Noise, member: di
     if "text_dim" not in member:
         pytest.skip("no text")
     model = tiny(**member)
-    x, given = noise(3, 3, 2, 8, 8), conditions_for(model.settings, 3, noise)
-    other = dict(given)
-    hidden = ~given["encoder_attention_mask"][..., None]
-    other["encoder_hidden_states"] = given["encoder_hidden_states"].masked_fill(hidden, 7.0)
-    assert torch.equal(model(x, **given).sample, model(x, **other).sample)
+    x, inputs = noise(3, 3, 2, 8, 8), conditions_for(model.settings, 3, noise)
+    other = dict(inputs)
+    hidden = ~inputs["encoder_attention_mask"][..., None]
+    other["encoder_hidden_states"] = inputs["encoder_hidden_states"].masked_fill(hidden, 7.0)
+    assert torch.equal(model(x, **inputs).sample, model(x, **other).sample)
     longer = {
-        "encoder_hidden_states": torch.cat([given["encoder_hidden_states"], noise(3, 2, 6, seed=9)], 1),
-        "encoder_attention_mask": torch.cat([given["encoder_attention_mask"], torch.zeros(3, 2, dtype=torch.bool)], 1),
+        "encoder_hidden_states": torch.cat([inputs["encoder_hidden_states"], noise(3, 2, 6, seed=9)], 1),
+        "encoder_attention_mask": torch.cat([inputs["encoder_attention_mask"], torch.zeros(3, 2, dtype=torch.bool)], 1),
     }
-    assert torch.equal(model(x, **given).sample, model(x, **{**given, **longer}).sample)
+    assert torch.equal(model(x, **inputs).sample, model(x, **{**inputs, **longer}).sample)
 
 
 def test_conditions_prepared_ahead_are_the_same(tiny: Tiny, noise: Noise, member: dict[str, Any]) -> None:
     model = tiny(**member)
-    x, given = noise(3, 3, 2, 8, 8), conditions_for(model.settings, 3, noise)
+    x, inputs = noise(3, 3, 2, 8, 8), conditions_for(model.settings, 3, noise)
     frames = None if member.get("conditioning") == "cross_attention" else torch.eye(3, 2, dtype=torch.bool)
     times = torch.tensor([900.0, 500.0, 20.0])
-    given.pop("timestep")
-    pixels = {k: v for k, v in given.items() if k == "added_cond_kwargs"}
-    static = encode_static(model, ConditionInputs(**given))
+    inputs.pop("timestep")
+    pixels = {k: v for k, v in inputs.items() if k == "added_cond_kwargs"}
+    static = encode_static(model, ConditionInputs(**inputs))
     for t, conditions in zip(times, precompute_conditions(model, times, static, frames), strict=True):
-        plain = model(x, t, conditioning_frames=frames, **given).sample
+        plain = model(x, t, conditioning_frames=frames, **inputs).sample
         torch.testing.assert_close(model(x, t, conditions=conditions, **pixels).sample, plain, rtol=1e-4, atol=1e-5)
 
 
@@ -84,24 +84,24 @@ def test_conditioning_frames_have_timestep_zero(tiny: Tiny, noise: Noise, member
     if member.get("conditioning") == "cross_attention":
         pytest.skip("one time for all frames")
     model = tiny(**member)
-    x, given = noise(2, 3, 3, 8, 8), conditions_for(model.settings, 2, noise)
-    plain = model(x, **given).sample
+    x, inputs = noise(2, 3, 3, 8, 8), conditions_for(model.settings, 2, noise)
+    plain = model(x, **inputs).sample
     none, some, all_ = (torch.tensor([mask, mask], dtype=torch.bool) for mask in ([0, 0, 0], [1, 0, 0], [1, 1, 1]))
-    torch.testing.assert_close(model(x, conditioning_frames=none, **given).sample, plain, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(model(x, conditioning_frames=some, **given).sample, plain, atol=1e-4)
+    torch.testing.assert_close(model(x, conditioning_frames=none, **inputs).sample, plain, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(model(x, conditioning_frames=some, **inputs).sample, plain, atol=1e-4)
     if member.get("conditioning") != "joint":  # there the text keeps the time of what is drawn
-        at_zero = model(x, **{**given, "timestep": torch.zeros(2)}).sample
-        torch.testing.assert_close(model(x, conditioning_frames=all_, **given).sample, at_zero, rtol=1e-4, atol=1e-5)
+        at_zero = model(x, **{**inputs, "timestep": torch.zeros(2)}).sample
+        torch.testing.assert_close(model(x, conditioning_frames=all_, **inputs).sample, at_zero, rtol=1e-4, atol=1e-5)
 
 
 def test_recomputed_activations_give_the_same_gradients(tiny: Tiny, noise: Noise, member: dict[str, Any]) -> None:
     model = tiny(**member)
-    x, given = noise(2, 3, 2, 8, 8), conditions_for(model.settings, 2, noise)
+    x, inputs = noise(2, 3, 2, 8, 8), conditions_for(model.settings, 2, noise)
     again = copy.deepcopy(model)
     again.enable_gradient_checkpointing()
     for m in (model, again):
         m.train()
-        m(x, **given).sample.square().mean().backward()
+        m(x, **inputs).sample.square().mean().backward()
     for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
         assert p.grad is not None, name
         assert torch.equal(p.grad, torch.as_tensor(q.grad)), name
@@ -112,8 +112,8 @@ def test_a_saved_model_comes_back(tiny: Tiny, noise: Noise, member: dict[str, An
     model.save_pretrained(tmp_path)
     again = STDiT.from_pretrained(tmp_path).eval()
     assert again.settings == model.settings
-    x, given = noise(1, 3, 2, 8, 8), conditions_for(model.settings, 1, noise)
-    assert torch.equal(again(x, **given).sample, model(x, **given).sample)
+    x, inputs = noise(1, 3, 2, 8, 8), conditions_for(model.settings, 1, noise)
+    assert torch.equal(again(x, **inputs).sample, model(x, **inputs).sample)
 
 
 def test_windows_do_not_see_each_other(tiny: Tiny, noise: Noise) -> None:

@@ -1,4 +1,4 @@
-"""Kernels of one forward at published sizes, counted on the meta device: what a GPU would have to be told to run.
+"""Kernels of one forward at published sizes, counted on the meta device: what a GPU would have to launch.
 
 Attention counts as one, views as none. Counted so, diffusers' own classes come to what was counted for them elsewhere
 (1,147, 871 and 1,547), give or take what its pipelines do to the timesteps and masks.
@@ -142,7 +142,7 @@ def count(run: Callable[[], Any]) -> int:
     return kernels.names.total()
 
 
-def told(name: str, batch: int) -> dict[str, Tensor]:
+def condition_inputs(name: str, batch: int) -> dict[str, Tensor]:
     with torch.device("meta"):
         if name == "dit":
             return {"class_labels": torch.empty(batch, dtype=torch.long)}
@@ -169,9 +169,11 @@ def test_the_rule_gives_what_is_known_of_diffusers() -> None:
         latte = LatteTransformer3DModel(**LATTE).eval()
     size = {"resolution": None, "aspect_ratio": None}
     runs: dict[int, Callable[[], Any]] = {
-        1147: lambda: dit(latents("dit", 2)[:, :, 0], timestep=time, **told("dit", 2)),
-        871: lambda: pixart(latents("pixart", 2)[:, :, 0], timestep=time, added_cond_kwargs=size, **told("pixart", 2)),
-        1547: lambda: latte(latents("latte", 2), timestep=time, **told("latte", 2)),
+        1147: lambda: dit(latents("dit", 2)[:, :, 0], timestep=time, **condition_inputs("dit", 2)),
+        871: lambda: pixart(
+            latents("pixart", 2)[:, :, 0], timestep=time, added_cond_kwargs=size, **condition_inputs("pixart", 2)
+        ),
+        1547: lambda: latte(latents("latte", 2), timestep=time, **condition_inputs("latte", 2)),
     }
     for known, run in runs.items():
         assert count(run) == pytest.approx(known, rel=0.03)
@@ -181,15 +183,18 @@ def test_the_rule_gives_what_is_known_of_diffusers() -> None:
 @pytest.mark.parametrize("name", OURS)
 def test_a_forward_takes_few_kernels(ours: dict[str, STDiT], name: str, batch: int) -> None:
     model, x = ours[name], latents(name, batch)
-    words: dict[str, Any] = dict(told(name, batch))
+    inputs: dict[str, Any] = dict(condition_inputs(name, batch))
     with torch.device("meta"):
-        conditions = precompute_conditions(model, torch.empty(10), encode_static(model, ConditionInputs(**words)))[0]
+        conditions = precompute_conditions(model, torch.empty(10), encode_static(model, ConditionInputs(**inputs)))[0]
     assert count(lambda: model(x, 500.0, conditions=conditions)) <= MOST[name]
     shared = torch.empty(1, device="meta")
-    assert count(lambda: model(x, shared, **words)) <= MOST_WITHOUT[name]
+    assert count(lambda: model(x, shared, **inputs)) <= MOST_WITHOUT[name]
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_times_of_their_own_cost_no_kernels(ours: dict[str, STDiT], name: str) -> None:
     times = torch.empty(4, device="meta")
-    assert count(lambda: ours[name](latents(name, 4), times, **told(name, 4))) <= MOST_WITHOUT[name] + 2 * 56 + 2
+    assert (
+        count(lambda: ours[name](latents(name, 4), times, **condition_inputs(name, 4)))
+        <= MOST_WITHOUT[name] + 2 * 56 + 2
+    )

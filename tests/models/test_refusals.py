@@ -80,14 +80,14 @@ INPUTS: list[tuple[dict[str, Any], tuple[int, ...], dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("changes", "shape", "given", "message"), INPUTS, ids=[case[-1] for case in INPUTS])
+@pytest.mark.parametrize(("changes", "shape", "inputs", "message"), INPUTS, ids=[case[-1] for case in INPUTS])
 def test_inputs_that_do_not_fit_are_refused_before_any_product(
-    tiny: Tiny, changes: dict[str, Any], shape: tuple[int, ...], given: dict[str, Any], message: str
+    tiny: Tiny, changes: dict[str, Any], shape: tuple[int, ...], inputs: dict[str, Any], message: str
 ) -> None:
     model = tiny(**changes)
     model.x_embedder.register_forward_pre_hook(lambda *_: pytest.fail("computed something first"))
     with pytest.raises(ValueError, match=re.escape(message)):
-        model(torch.zeros(shape), 300, **given)
+        model(torch.zeros(shape), 300, **inputs)
 
 
 PREPARED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
@@ -107,12 +107,12 @@ PREPARED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "given", "message"), PREPARED, ids=[case[-1] for case in PREPARED])
+@pytest.mark.parametrize(("changes", "inputs", "message"), PREPARED, ids=[case[-1] for case in PREPARED])
 def test_what_is_prepared_ahead_is_checked_then(
-    tiny: Tiny, changes: dict[str, Any], given: dict[str, Any], message: str
+    tiny: Tiny, changes: dict[str, Any], inputs: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        encode_static(tiny(**changes), ConditionInputs(**given))
+        encode_static(tiny(**changes), ConditionInputs(**inputs))
 
 
 def test_conditions_of_other_samples_are_refused(tiny: Tiny, noise: Noise) -> None:
@@ -146,9 +146,9 @@ ODD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("changes", "given", "message"), ODD, ids=[case[-1] for case in ODD])
+@pytest.mark.parametrize(("changes", "inputs", "message"), ODD, ids=[case[-1] for case in ODD])
 def test_values_of_another_kind_are_refused_with_what_was_expected(
-    tiny: Tiny, changes: dict[str, Any], given: dict[str, Any], message: str
+    tiny: Tiny, changes: dict[str, Any], inputs: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        tiny(**changes)(torch.zeros(2, 3, 1, 8, 8), 300, **given)
+        tiny(**changes)(torch.zeros(2, 3, 1, 8, 8), 300, **inputs)

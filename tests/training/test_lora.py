@@ -133,7 +133,7 @@ def test_the_result_is_base_plus_adapter_here_and_in_diffusers(solo: Pool, base:
     torch.testing.assert_close(byhand(x, **told).sample, found, rtol=1e-4, atol=1e-5)
     # A later run begins with both in one.
     merged = adapters.load_merged(folder)
-    assert not lora.names(merged)
+    assert not lora.adapter_names(merged)
     torch.testing.assert_close(merged.eval()(x, **told).sample, found, rtol=1e-4, atol=1e-5)
 
 
