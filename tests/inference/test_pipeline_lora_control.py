@@ -69,7 +69,9 @@ def style(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def motion(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return adapter(run, tmp_path_factory.mktemp("motion"), 2, rank=3, target_modules=["attn_temp.qkv", "mlp.fc1"], alpha=6.0)
+    return adapter(
+        run, tmp_path_factory.mktemp("motion"), 2, rank=3, target_modules=["attn_temp.qkv", "mlp.fc1"], alpha=6.0
+    )
 
 
 def opened(run: Path, **kwargs: Any) -> STDiTPipeline:
