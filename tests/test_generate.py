@@ -323,7 +323,7 @@ def test_a_base_that_was_moved_is_named_and_draws_the_same(runs: dict[str, Path]
     run = lora_run(tmp_path / "style", base)
     some = PROMPTS[:1]
     before = make(run, tmp_path / "out", some)
-    asked = json.loads((tmp_path / "out" / "request.json").read_text())["asked"]
+    asked = json.loads((tmp_path / "out" / "request.json").read_text())["settings"]
     assert asked["base"] == adapters.weights_fingerprint(base)[:16]
     made = frames_of(tmp_path / "out" / before[0]["file"])
     moved = base.rename(tmp_path / "moved")

@@ -1,6 +1,6 @@
 """Noise and times that are a function of (seed, purpose, step, position) and of nothing else.
 
-One generator per sample: what a sample is given does not depend on how many ranks there are, nor on which
+One generator per sample: a sample's noise depends neither on how many ranks there are, nor on which
 others share its batch. torch's CPU generator keeps 32 bits of its seed, so that two of some 77,000 samples
 share their noise by chance: harmless in training, where each also has its own data and time.
 """
@@ -41,7 +41,7 @@ def normal(
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Standard normal float32 of shape (B, *each), one sample for each of B `positions`. Drawn on the CPU, so that
-    every device is given the same."""
+    every device has the same."""
     drawn = [torch.randn(each, generator=g) for g in _generators(seed, purpose, step, positions)]
     return (torch.stack(drawn) if drawn else torch.empty(0, *each)).to(device)
 

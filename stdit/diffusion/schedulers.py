@@ -12,6 +12,7 @@ Any other scheduler, say of a published pipeline, steps exactly as in diffusers'
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, cast
 
 import numpy as np
@@ -112,8 +113,9 @@ def _make(name: str, diffusion: DiffusionConfig, latent: tuple[int, int, int], l
 
 def is_flow(scheduler: Any) -> bool:
     """Whether it is a scheduler of flow matching."""
-    config = scheduler.config
-    return isinstance(scheduler, FLOW_SCHEDULERS) or bool(config.get("use_flow_sigmas", False))
+    # from_config passes use_flow_sigmas on to schedulers that ignore it, such as DDIM.
+    reads = "use_flow_sigmas" in inspect.signature(type(scheduler).__init__).parameters
+    return isinstance(scheduler, FLOW_SCHEDULERS) or (reads and bool(scheduler.config.get("use_flow_sigmas", False)))
 
 
 def is_ours(scheduler: Any) -> bool:

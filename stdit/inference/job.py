@@ -126,9 +126,9 @@ def _with_base(source: Source, base: Path | None) -> Source:
         if base is not None:
             raise ConfigError(f"base {base}: {source.path} holds a complete model, which has no base")
         return source
-    held = adapters.Base(**identity["base"])
-    found = adapters.find_base(held, validate(identity["config"], Config, f"{path}: config"), base)
-    return replace(source, base=found.resolve(), base_fingerprint=held.fingerprint)
+    recorded = adapters.Base(**identity["base"])
+    found = adapters.find_base(recorded, validate(identity["config"], Config, f"{path}: config"), base)
+    return replace(source, base=found.resolve(), base_fingerprint=recorded.fingerprint)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def open_job(
     )
     # By the weights: the same path may hold others tomorrow.
     added = [[adapters.weights_fingerprint(adapters.resolve_lora(one.path, weights))[:16], one.scale] for one in lora]
-    asked = {
+    settings = {
         "checkpoint": f"{source.facts['checkpoint'] or 'saved pipeline'} {source.fingerprint[:16]}",
         "prompts": hashlib.sha256(json.dumps([p.row() for p in prompts]).encode()).hexdigest(),
         "shape": shape.key,
@@ -208,7 +208,7 @@ def open_job(
         # By the weights: a base that was moved samples the same.
         "base": source.base_fingerprint and source.base_fingerprint[:16],
     }
-    _claim(job, asked, overwrite)
+    _claim(job, settings, overwrite)
     return job
 
 
@@ -223,15 +223,15 @@ def _check_shape(source: Source, shape: Bucket, sampler: SamplerConfig) -> None:
         check_channels(sampler.guidance_channels, identity["architecture"]["in_channels"])
 
 
-def _claim(job: Job, asked: dict[str, Any], overwrite: bool) -> None:
+def _claim(job: Job, settings: dict[str, Any], overwrite: bool) -> None:
     """Writes request.json. ValueError: `out` holds videos of another job, or files of unknown origin."""
     path = job.out / REQUEST
     files = [item.file for item in job.items]
     if path.is_file():
         old = _read(path)
-        if not {"asked", "files"} <= set(old):
+        if not {"settings", "files"} <= set(old):
             raise ConfigError(f"{path}: not written by stdit.generate; give another folder")
-        changed = changes(old["asked"], asked)
+        changed = changes(old["settings"], settings)
         if not changed:
             return
         if not overwrite:
@@ -250,15 +250,15 @@ def _claim(job: Job, asked: dict[str, Any], overwrite: bool) -> None:
         )
     for name in strangers:
         (job.out / name).unlink()
-    atomic_write(path, json.dumps({"asked": asked, "files": files}, indent=1))
+    atomic_write(path, json.dumps({"settings": settings, "files": files}, indent=1))
 
 
 def job_from_config(config: GenerateConfig) -> Job:
     """The job of a config; defaults are the run's. Errors: as `open_job`."""
     source = find_source(config.run, config.weights)
     names = ("scheduler", "steps", "guidance_scale", "guidance_channels")
-    given = {name: getattr(config, name) for name in names}
-    sampler = source.default.model_copy(update={k: v for k, v in given.items() if v is not None})
+    options = {name: getattr(config, name) for name in names}
+    sampler = source.default.model_copy(update={k: v for k, v in options.items() if v is not None})
     sizes = {"frames": config.frames, "height": config.height, "width": config.width}
     known = source.largest.model_dump() if source.largest else {}
     known |= {k: v for k, v in sizes.items() if v is not None}

@@ -78,7 +78,7 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
     classes: names of the classes and their labels; None: classes have numbers only.
     text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3, text_layout: more text encoders, and how the features of all
         are concatenated (the `layout` of stdit.encoders.text); None: there is one.
-    control: a control branch of the transformer, which is then told a condition too.
+    control: a control branch of the transformer.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->vae"

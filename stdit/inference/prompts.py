@@ -167,9 +167,9 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 def settings(options: argparse.Namespace) -> GenerateConfig:
     """The config of a command line. ConfigError: an invalid value, with its key."""
-    given = {key: value for key, value in vars(options).items() if value is not None and key != "set"}
-    if "guidance" in given:
-        given["guidance_scale"] = given.pop("guidance")
+    values = {key: value for key, value in vars(options).items() if value is not None and key != "set"}
+    if "guidance" in values:
+        values["guidance_scale"] = values.pop("guidance")
     for text in options.set:
-        given = apply_override(given, text)
-    return validate(given, GenerateConfig, "command line")
+        values = apply_override(values, text)
+    return validate(values, GenerateConfig, "command line")
