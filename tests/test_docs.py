@@ -153,7 +153,7 @@ def test_the_summary_command_of_the_readme_runs(
     monkeypatch.chdir(ROOT)
     command = next(c for page, c in FOUND if page.name == "README.md" and c.startswith("stdit summary"))
     assert cli.main(shlex.split(command)[1:]) == 0
-    assert "675" in capsys.readouterr().out
+    assert "674.83 M" in capsys.readouterr().out
 
 
 def test_the_cluster_stage_trains_on_the_features_of_its_extraction() -> None:
