@@ -116,7 +116,8 @@ def forecast(
     element = 2 if config.train.precision == "bf16" else 4
     buckets, flops, activations, parameters = [], 0, 0, 0
     for bucket in config.data.buckets:
-        grid = token_grid(latent_shape(bucket, compression), config.model.patch_size, f"data.buckets {bucket.key}")
+        latent, model = latent_shape(bucket, compression), config.model
+        grid = token_grid(latent, model.patch_size, f"data.buckets {bucket.key}", model.pad_latents)
         try:
             cost = model_cost(config.model, grid, text, element, min(2, bucket.batch_size))
         except ValueError as error:

@@ -288,7 +288,8 @@ def check_shapes(stage: ResolvedStage, compression: tuple[int, int, int], channe
     try:
         for bucket in stage.config.data.buckets:
             latent = latent_shape(bucket, compression)
-            token_grid(latent, stage.config.model.patch_size, f"data.buckets {bucket.key}")
+            model = stage.config.model
+            token_grid(latent, model.patch_size, f"data.buckets {bucket.key}", model.pad_latents)
     except ConfigError as error:
         raise ConfigError(f"{stage.source}: {error}") from error
     if stage.config.model.in_channels != channels:

@@ -298,12 +298,16 @@ def latent_shape(bucket: Bucket, compression: tuple[int, int, int]) -> tuple[int
     return (1 + (bucket.frames - 1) // t, bucket.height // h, bucket.width // w)
 
 
-def token_grid(latent: tuple[int, int, int], patch: tuple[int, int, int], name: str) -> tuple[int, int, int]:
-    """Grid (T, H, W) of patches of a latent; ConfigError with both numbers where they don't divide."""
+def token_grid(
+    latent: tuple[int, int, int], patch: tuple[int, int, int], name: str, pad: bool = False
+) -> tuple[int, int, int]:
+    """Grid (T, H, W) of patches of a latent; ConfigError with both numbers where they don't divide, unless `pad`."""
     for axis, size, p in zip(("frames", "height", "width"), latent, patch, strict=True):
-        if size % p:
-            raise ConfigError(f"{name}: latent {axis} {size} is not divisible by model.patch_size {p}")
-    return (latent[0] // patch[0], latent[1] // patch[1], latent[2] // patch[2])
+        if size % p and not pad:
+            raise ConfigError(
+                f"{name}: latent {axis} {size} is not divisible by model.patch_size {p} (model.pad_latents pads it)"
+            )
+    return (-(-latent[0] // patch[0]), -(-latent[1] // patch[1]), -(-latent[2] // patch[2]))
 
 
 def tokens(latent: tuple[int, int, int], patch: tuple[int, int, int], name: str) -> int:

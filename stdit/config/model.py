@@ -40,6 +40,9 @@ class ModelConfig(Frozen):
     """Channels of the latents."""
     patch_size: tuple[Positive, Positive, Positive] = (1, 2, 2)
     """Latent frames, rows and columns per patch (t, h, w)."""
+    pad_latents: bool = False
+    """Latents that patches do not fill are padded with zeros at the end, and the output is cropped (STDiT3). False: they
+    are refused."""
     learned_variance: bool = False
     """Predict the variance too (2 * in_channels outputs), as DiT and PixArt do under DDPM."""
 

@@ -335,7 +335,8 @@ def prepare_frame_condition(
         )
     check_floats("conditioning_latents", latents, latents.shape)
     numbers, mask = _frame_numbers(frames, latents.shape[2], batch, length)
-    if (part := mask.unflatten(1, (-1, patch))).any(2).ne(part.all(2)).any():
+    full = torch.cat([mask, mask[:, -1:].expand(-1, -length % patch)], dim=1)  # a last patch may be partly padding
+    if (part := full.unflatten(1, (-1, patch))).any(2).ne(part.all(2)).any():
         raise ValueError(
             f"conditioning_frames {numbers[0]}: {patch} latent frames share a patch; condition on all of them or none"
         )

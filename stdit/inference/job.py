@@ -219,7 +219,8 @@ def _check_shape(source: Source, shape: Bucket, sampler: SamplerConfig) -> None:
     if path.is_file():
         identity = json.loads(path.read_text())
         t, h, w = identity["video_encoder"]["compression"]
-        token_grid(latent_shape(shape, (t, h, w)), tuple(identity["architecture"]["patch_size"]), f"shape {shape.key}")
+        latent, model = latent_shape(shape, (t, h, w)), identity["architecture"]
+        token_grid(latent, tuple(model["patch_size"]), f"shape {shape.key}", model.get("pad_latents", False))
         check_channels(sampler.guidance_channels, identity["architecture"]["in_channels"])
 
 

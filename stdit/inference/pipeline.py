@@ -259,7 +259,7 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
         guidance_scale = checked_scale(guidance_scale)
         clip = Bucket(frames=num_frames, height=height, width=width)
         latent = VideoEncoder(self.vae).check(clip)
-        token_grid(latent, settings.patch_size, f"a clip of {clip.key}")
+        token_grid(latent, settings.patch_size, f"a clip of {clip.key}", settings.pad_latents)
 
         # 1. Text, class and micro-conditions
         inputs = PipelineInputs(

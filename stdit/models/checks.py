@@ -79,9 +79,9 @@ def check_latents(settings: ModelConfig, latents: Tensor, name: str = "hidden_st
     if channels != settings.in_channels:
         raise ValueError(f"{name} has {channels} channels; the model takes in_channels {settings.in_channels}")
     for axis, size, patch in zip(("frames", "height", "width"), sizes, settings.patch_size, strict=True):
-        if size % patch or not size:
+        if not size or (size % patch and not settings.pad_latents):
             raise ValueError(f"{name}: {axis} {size} is not divisible by patch_size {patch}")
-    t, h, w = (size // patch for size, patch in zip(sizes, settings.patch_size, strict=True))
+    t, h, w = (-(-size // patch) for size, patch in zip(sizes, settings.patch_size, strict=True))
     _check_grid(settings, (t, h, w), name)
     return t, h, w
 

@@ -177,7 +177,9 @@ def _clean_frames(model: STDiT, embedding: Tensor, conditioning_frames: Tensor |
     """
     if conditioning_frames is None:
         return embedding
-    patches = conditioning_frames.bool().unflatten(1, (-1, model.patch_size[0])).all(2)  # (B, T)
+    patch = model.patch_size[0]
+    frames = F.pad(conditioning_frames.bool(), (0, -conditioning_frames.shape[1] % patch), value=True)
+    patches = frames.unflatten(1, (-1, patch)).all(2)  # (B, T)
     zero = model.t_embedder(torch.zeros(1, device=embedding.device), embedding.dtype)
     return torch.where(patches[..., None], zero, embedding)
 

@@ -209,7 +209,7 @@ def _table(args: argparse.Namespace) -> str:
         frames, height, width = args.pixels
         latent = latent_shape(Bucket(frames=frames, height=height, width=width), tuple(args.compression))
         name = f"--pixels {tuple(args.pixels)}, latent {latent}"
-    grid = token_grid(latent, model.patch_size, name)
+    grid = token_grid(latent, model.patch_size, name, model.pad_latents)
     cost = model_cost(model, grid, args.text_length, 2 if args.precision == "bf16" else 4)
     return f"latent (T, H, W)              {' x '.join(map(str, latent)):>12}\n{cost}"
 

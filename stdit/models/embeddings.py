@@ -10,6 +10,7 @@ D           hidden size
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -44,14 +45,18 @@ class PatchEmbed3D(nn.Module):
         self.proj = PatchConv(channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """(B, C, T pt, H ph, W pw) -> (B, N, D)."""
+        """(B, C, T pt, H ph, W pw) -> (B, N, D). Latents that patches do not fill are padded with zeros at the end."""
+        t, h, w = (-size % patch for size, patch in zip(latents.shape[2:], self.proj.kernel_size, strict=True))
+        if t or h or w:
+            latents = F.pad(latents, (0, w, 0, h, 0, t))
         return rearrange(self.proj(latents), "b d t h w -> b (t h w) d")
 
 
-def unpatchify(tokens: Tensor, grid: Grid, patch_size: Grid) -> Tensor:
-    """(B, N, pt ph pw C), channels innermost as DiT has them -> (B, C, T pt, H ph, W pw)."""
+def unpatchify(tokens: Tensor, grid: Grid, patch_size: Grid, size: Sequence[int]) -> Tensor:
+    """(B, N, pt ph pw C), channels innermost as DiT has them -> (B, C, *size), cropped from (B, C, T pt, H ph, W pw)."""
     (t, h, w), (pt, ph, pw) = grid, patch_size
-    return rearrange(tokens, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
+    x = rearrange(tokens, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
+    return x[:, :, : size[0], : size[1], : size[2]]
 
 
 # ---------------------------------------------------------------------------------------- scalars

@@ -159,7 +159,7 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         compute_stats = model_stats(self.block_list(), x, stats)  # None except for dynamic models in training
 
         x = self.final_layer(x[:, :, : grid[1] * grid[2]], cond.embedding, cond.final_modulation)
-        sample = unpatchify(x.flatten(1, 2), grid, self.patch_size)  # (B, C, T, H, W)
+        sample = unpatchify(x.flatten(1, 2), grid, self.patch_size, hidden_states.shape[2:])  # (B, C, T, H, W)
         return self.output(sample, compute_stats, return_dict)
 
     def embed_latents(

@@ -54,7 +54,7 @@ def open_data(config: Config) -> TrainData:
     latents = {}
     for i, bucket in enumerate(config.data.buckets):
         latents[bucket.key] = latent_shape(bucket, tuple(video["compression"]))
-        token_grid(latents[bucket.key], model.patch_size, f"data.buckets[{i}] {bucket.key}")
+        token_grid(latents[bucket.key], model.patch_size, f"data.buckets[{i}] {bucket.key}", model.pad_latents)
         if not model.temporal and latents[bucket.key][0] > 1:
             raise ConfigError(
                 f"data.buckets[{i}]: {bucket.frames} frames, but model.temporal is false: an image model takes 1"
@@ -62,7 +62,8 @@ def open_data(config: Config) -> TrainData:
     _check_control(config, source, latents)
     if config.samples.every:
         shape = config.samples.bucket or config.data.buckets[0]
-        token_grid(latent_shape(shape, tuple(video["compression"])), model.patch_size, "samples.bucket")
+        latent = latent_shape(shape, tuple(video["compression"]))
+        token_grid(latent, model.patch_size, "samples.bucket", model.pad_latents)
         try:
             check_sampler(config.samples.sampler, config.diffusion)
         except ValueError as error:

@@ -91,7 +91,10 @@ def _buckets(config: Config, facts: FeatureFacts, clips: Mapping[str, int]) -> l
             f"data.buckets is left out, but no bucket{kind} of {config.data.features} holds a clip of split "
             f"{config.data.train_split!r}; its buckets: {', '.join(facts.latents)}"
         )
-    tokens = {key: math.prod(token_grid(facts.latents[key], model.patch_size, f"bucket {key}")) for key in usable}
+    tokens = {
+        key: math.prod(token_grid(facts.latents[key], model.patch_size, f"bucket {key}", model.pad_latents))
+        for key in usable
+    }
     most, size = max(tokens.values()), config.data.batch_size or 1
     made: list[TrainBucket] = []
     for key in usable:

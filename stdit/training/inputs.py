@@ -142,7 +142,7 @@ class Inputs:
         """Conditioning frames (B, T) bool, in whole temporal patches, by the shares of diffusion.frame_conditioning; None
         if there are none."""
         shares, patch = self.config.diffusion.frame_conditioning, self.config.model.patch_size[0]
-        patches = x0.shape[2] // patch
+        patches = -(-x0.shape[2] // patch)
         if patches == 1 or shares == FrameConditioningConfig():
             return None
         seed = self.config.seed
@@ -151,7 +151,7 @@ class Inputs:
         )
         order = normal((patches,), seed, "given order", step, positions, self.device)
         mask = sample_frame_mask(shares, pattern, length, order)
-        return None if mask is None else mask.repeat_interleave(patch, 1)
+        return None if mask is None else mask.repeat_interleave(patch, 1)[:, : x0.shape[2]]
 
     def drop_conditions(self, conditions: dict[str, Any], step: int, positions: tuple[int, ...]) -> dict[str, Any]:
         """Drops conditions of some samples, for classifier-free guidance: labels alone by label_dropout, caption and label

@@ -111,7 +111,7 @@ def _candidate_changes(old: ModelConfig, new: ModelConfig, inactive: set[str]) -
 
 def _inactive_keys(config: ModelConfig) -> set[str]:
     """Keys without effect in this model, or on its inference outputs."""
-    inactive = {"drop_path"} | (set() if config.has_time else TEMPORAL)
+    inactive = {"drop_path", "pad_latents"} | (set() if config.has_time else TEMPORAL)
     inactive |= TEXT if config.text_dim is None else set()
     inactive |= set() if any(config.block_text) else {"cross_qk_norm"}
     inactive |= set() if config.attention == "alternating" and config.text_dim is not None else {"temporal_text"}

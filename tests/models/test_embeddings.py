@@ -42,7 +42,12 @@ def test_unpatchify_inverts_patchify(grid: tuple[int, int, int], patch: tuple[in
         embed.proj.bias.zero_()
     tokens = embed(x)
     assert tokens.shape == (2, grid[0] * grid[1] * grid[2], size)
-    assert torch.equal(unpatchify(tokens, grid, patch), x)
+    assert torch.equal(unpatchify(tokens, grid, patch, x.shape[2:]), x)
+    # Latents that patches do not fill: padded, and cropped again.
+    part = x[:, :, : t - patch[0] + 1, : h - patch[1] + 1, : w - patch[2] + 1]
+    tokens = embed(part)
+    assert tokens.shape == (2, grid[0] * grid[1] * grid[2], size)
+    assert torch.equal(unpatchify(tokens, grid, patch, part.shape[2:]), part)
 
 
 @pytest.mark.parametrize("patch", [(1, 2, 2), (2, 2, 3), (1, 1, 1), (2, 4, 1)])

@@ -300,6 +300,23 @@ def v3(
     heads: int = 4,
 ) -> Tensor:
     """Open-Sora STDiT3 (v1.2). pixels: height and width; mask (B, T): x_mask, True where a frame is drawn."""
+    height, width = x.shape[3:]
+    x = F.pad(x, (0, width % 2, 0, height % 2))
+    out = _v3_padded(s, x, t, y, lengths, fps, pixels, mask, heads)
+    return out[..., :height, :width]
+
+
+def _v3_padded(
+    s: State,
+    x: Tensor,
+    t: Tensor,
+    y: Tensor,
+    lengths: list[int],
+    fps: Tensor,
+    pixels: tuple[float, float],
+    mask: Tensor | None,
+    heads: int,
+) -> Tensor:
     rows, columns, width = x.shape[3] // 2, x.shape[4] // 2, s["t_block.1.weight"].shape[1]
     base, scale = round((rows * columns) ** 0.5), (pixels[0] * pixels[1]) ** 0.5 / 512
     tokens = video_tokens(s, x) + plane_code(width, rows, columns, base, scale)[:, None]

@@ -225,7 +225,17 @@ def test_stdit_v1_gates_conditioning_frames_by_their_own_timestep(tmp_path: Path
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("pixels", "shape"), [((512, 512), (8, 8)), ((240, 426), (4, 12)), ((144, 90), (12, 6))])
+@pytest.mark.parametrize(
+    ("pixels", "shape"),
+    [
+        ((512, 512), (8, 8)),
+        ((240, 426), (4, 12)),
+        ((144, 90), (12, 6)),
+        ((360, 640), (5, 8)),
+        ((240, 426), (8, 13)),
+        ((72, 40), (9, 5)),
+    ],
+)
 def test_stdit3_equals_the_published_arithmetic(
     tmp_path: Path, noise: Noise, masked: bool, pixels: tuple[int, int], shape: tuple[int, int]
 ) -> None:

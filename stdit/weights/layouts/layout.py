@@ -251,7 +251,7 @@ def _effective_value(c: ModelConfig, key: str, value: Any) -> Any:
 
 def _inactive_keys(c: ModelConfig) -> set[str]:
     """Keys without effect in this config, or on how the weights are used."""
-    inactive = {"size", "drop_path"}
+    inactive = {"size", "drop_path", "pad_latents"}
     if c.text_dim is None:
         inactive |= {"max_text_tokens", "text_projection", "null_text", "cross_qk_norm"}
     elif c.null_text == "empty":

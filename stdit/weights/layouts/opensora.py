@@ -115,6 +115,7 @@ V3 = Layout(
         "attention": "alternating",
         "temporal_positions": "rope",
         "position_reference": 512,
+        "pad_latents": True,
         "micro_conditions": ("fps",),
         "null_text": "sequence",
     },
