@@ -336,7 +336,7 @@ def test_a_base_that_was_moved_is_named_and_draws_the_same(runs: dict[str, Path]
     (tmp_path / "prompts.txt").write_text("a seven\n")
     told: dict[str, Any] = {"run": run, "prompts": tmp_path / "prompts.txt", "out": tmp_path / "more", "base": moved}
     assert job_from_config(GenerateConfig(**told)).source.base == moved.resolve()
-    with pytest.raises(ConfigError, match="are not those that were trained on"):
+    with pytest.raises(ConfigError, match="are not those of the training"):
         make(run, tmp_path / "other", some, base=runs["other"])
     with pytest.raises(ConfigError, match=f"base {moved}: .* holds a complete model, which has no base"):
         make(runs["text"], tmp_path / "other", some, base=moved)
