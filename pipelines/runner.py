@@ -145,12 +145,13 @@ class PlanRunner:
 
     def is_finished(self, stage: ResolvedStage) -> bool:
         """Whether the stage's run is complete, on the current features."""
-        done, features = stage.config.run_dir / "done.json", self.extract.out / "index.json"
-        if not done.is_file():
+        from stdit.training.checkpoint import find_final
+
+        checkpoint = find_final(stage.config.run_dir)
+        if checkpoint is None:
             return False
-        checkpoint = stage.config.run_dir / "checkpoints" / json.loads(done.read_text())["checkpoint"]
         identity = json.loads((checkpoint / "identity.json").read_text())
-        fingerprint = json.loads(features.read_text())["fingerprint"]
+        fingerprint = json.loads((self.extract.out / "index.json").read_text())["fingerprint"]
         if identity["features"] != fingerprint:
             raise ConfigError(
                 f"{stage.config.run_dir} was trained on features that have been re-extracted since, because clips "

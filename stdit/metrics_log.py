@@ -25,7 +25,10 @@ class MetricsLog:
     def write(self, entry: Mapping[str, Any]) -> None:
         """One line. NaN and infinity become null: JSON has neither, and every reader must read every line."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-        self._file.write(json.dumps(clean) + "\n")
+        try:
+            self._file.write(json.dumps(clean) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, f"metrics could not be written ({error.strerror})", str(self.path)) from error
 
     def close(self) -> None:
         self._file.close()

@@ -4,6 +4,8 @@ import json
 import math
 from pathlib import Path
 
+import pytest
+
 from stdit import metrics_log
 from stdit.metrics_log import MetricsLog
 
@@ -37,3 +39,12 @@ def test_entries_after_a_step_are_dropped_and_logged_again(tmp_path: Path) -> No
     assert path.read_text() == '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null, "bucket": "1x8x8"}\n'
     metrics_log.truncate(path, 0)
     assert path.read_text() == ""
+
+
+def test_a_failed_write_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / metrics_log.FILE).symlink_to("/dev/full")
+    log = MetricsLog.__new__(MetricsLog)
+    log.path = tmp_path / metrics_log.FILE
+    log._file = log.path.open("w", buffering=1)
+    with pytest.raises(OSError, match=f"No space left.*{metrics_log.FILE}"):
+        log.write({"step": 1})

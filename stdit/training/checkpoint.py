@@ -30,6 +30,7 @@ from stdit import __version__
 from stdit.config import Config, ConfigError, TrainConfig
 from stdit.files import atomic_write, fsync_folder, sha256
 
+DONE = "done.json"
 FOLDER, MANIFEST, IDENTITY, LATEST = "checkpoints", "manifest.json", "identity.json", "latest"
 Weights = Literal["ema", "model"]
 # What a run trains: all weights, LoRA adapters, or a control branch.
@@ -134,6 +135,24 @@ def find_latest(run_dir: Path) -> Path | None:
         raise CheckpointError(
             f"{run_dir / FOLDER}: no checkpoint is intact (see above). Remove the folder to start from step 0"
         )
+    return None
+
+
+def find_final(run_dir: Path) -> Path | None:
+    """The intact checkpoint that done.json names; None if the run is not complete, or file or checkpoint are damaged."""
+    path = run_dir / DONE
+    if not path.is_file():
+        return None
+    try:
+        checkpoint = run_dir / FOLDER / str(json.loads(path.read_text())["checkpoint"])
+        reason = verify(checkpoint) if _NAME.fullmatch(checkpoint.name) else "it names no checkpoint"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"damaged ({type(error).__name__}: {error})"
+    else:
+        if reason is None:
+            return checkpoint
+        reason = f"{checkpoint.name}: {reason}"
+    print(f"stdit: {path} is ignored: {reason}", file=sys.stderr)
     return None
 
 

@@ -5,6 +5,7 @@ What makes a checkpoint folder complete is in stdit.training.checkpoint.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from safetensors import SafetensorError
 
 from stdit.config import Config, ConfigError, dump, validate
@@ -24,14 +26,13 @@ from stdit.models.control import Controlled
 from stdit.models.stdit import STDiT
 from stdit.training import adapters, checkpoint
 from stdit.training.adapters import Base
-from stdit.training.checkpoint import FOLDER, IDENTITY, TRANSFORMER, CheckpointError, folder_of_step
+from stdit.training.checkpoint import DONE, FOLDER, IDENTITY, TRANSFORMER, CheckpointError, folder_of_step
 from stdit.training.data import TrainData
 from stdit.training.distributed import Ranks
 from stdit.training.ema import EMA
 from stdit.training.engine import Engine
 from stdit.training.universal import convert
 
-DONE = "done.json"
 # A new run waits this long for the ranks of a stopped one, which may be saving.
 LOCK_WAIT_S = 60.0
 # Universal copy of a checkpoint, for another number of ranks; removed once loaded.
@@ -74,16 +75,8 @@ class TrainState:
 def is_finished(config: Config, data: TrainData, world_size: int) -> bool:
     """Whether done.json says that the run is complete, and its checkpoint is intact. ConfigError: run_dir holds another
     run."""
-    path = config.run_dir / DONE
-    if not path.is_file():
-        return False
-    try:
-        done = json.loads(path.read_text())
-        step, folder = int(done["step"]), config.run_dir / FOLDER / str(done["checkpoint"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"stdit: {path} is ignored: damaged ({type(error).__name__}: {error})", file=sys.stderr)
-        return False
-    if step < config.train.steps or checkpoint.verify(folder) is not None:
+    folder = checkpoint.find_final(config.run_dir)
+    if folder is None or (step := checkpoint.step_of(folder)) < config.train.steps:
         return False
     check_resumable(json.loads((folder / IDENTITY).read_text()), config, world_size, data.fingerprint)
     if os.environ.get("RANK", "0") == "0":
@@ -248,12 +241,33 @@ def save_checkpoint(engine: Engine, ema: EMA, config: Config, data: TrainData, s
     try:
         _write(engine, ema, config, data, state, ranks, folder)
     except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(config.run_dir).free / 2**20
         raise CheckpointError(
-            f"{folder}: the checkpoint could not be written ({type(error).__name__}: {str(error).strip().splitlines()[0]}); "
-            f"{free:,.0f} MiB are free there. Checkpoints before it are as they were: make room and run the same command again"
+            f"{folder}: the checkpoint could not be written ({_cause(error, folder.parent)}). "
+            "Earlier checkpoints are intact: the same command resumes from them"
         ) from error
     return folder
+
+
+# torch and safetensors report a failed write without its cause; a file of this size, written there, tells.
+_PROBE_BYTES = 2**20
+
+
+def _cause(error: Exception, folder: Path) -> str:
+    """Cause of a failed save: the file system's own error, if writing to `folder` fails; else what `error` says."""
+    free = f"{shutil.disk_usage(folder.parent).free / 2**20:,.0f} MiB are free"
+    try:
+        atomic_write(folder / ".probe", bytes(_PROBE_BYTES))
+        (folder / ".probe").unlink()
+    except OSError as failed:
+        full = failed.errno in (errno.ENOSPC, errno.EDQUOT)
+        return f"{failed.strerror}; {free}: make room" if full else str(failed.strerror)
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    if isinstance(error, OSError) or "writ" in text.lower():  # the file that did not fit may have been larger
+        return f"{text}; {free}"
+    if isinstance(error, dist.DistError) or "connection" in text.lower():
+        return f"{text}; another rank has died, and its own message says why"
+    return text
 
 
 def _write(

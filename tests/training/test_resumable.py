@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +101,22 @@ def test_two_runs_in_one_run_dir_are_refused(tmp_path: Path, monkeypatch: pytest
         assert f"{tmp_path}: waiting for process" in capsys.readouterr().err
     with resume.lock_run_dir(config, alone):
         pass
+
+
+def test_a_failed_save_names_its_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "checkpoints"
+    died = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234")
+    assert "another rank has died" in resume._cause(died, folder)
+    assert "room" not in resume._cause(died, folder)
+    assert resume._cause(ValueError("shapes differ"), folder) == "ValueError: shapes differ"
+    hidden = RuntimeError("Parent directory runs/x does not exist.")
+    for code, cause in (
+        (errno.EROFS, "Read-only file system"),
+        (errno.ENOSPC, r"No space left on device; .* free: make room"),
+    ):
+
+        def fail(*_: Any, code: int = code) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(resume, "atomic_write", fail)
+        assert re.fullmatch(cause, resume._cause(hidden, folder))
