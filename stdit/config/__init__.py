@@ -22,7 +22,6 @@ from stdit.config.data import (
     Where,
     latent_shape,
     token_grid,
-    tokens,
 )
 from stdit.config.diffusion import DiffusionConfig, FrameConditioningConfig, SamplerConfig
 from stdit.config.evaluate import EvaluationConfig
@@ -97,6 +96,5 @@ __all__ = [
     "read_extended",
     "read_yaml",
     "token_grid",
-    "tokens",
     "validate",
 ]

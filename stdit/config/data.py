@@ -5,7 +5,6 @@ stdit.config passes these names on; import them from there.
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -308,8 +307,3 @@ def token_grid(
                 f"{name}: latent {axis} {size} is not divisible by model.patch_size {p} (model.pad_latents pads it)"
             )
     return (-(-latent[0] // patch[0]), -(-latent[1] // patch[1]), -(-latent[2] // patch[2]))
-
-
-def tokens(latent: tuple[int, int, int], patch: tuple[int, int, int], name: str) -> int:
-    """Number of patches of a latent."""
-    return math.prod(token_grid(latent, patch, name))
