@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
@@ -138,3 +139,25 @@ def test_no_file_under_stdit_shadows_a_module() -> None:
 
 def test_no_room_is_called_common() -> None:
     assert not [f for f in files() if f.stem in ("utils", "common", "helpers", "misc")]
+
+
+def packages() -> dict[str, set[str]]:
+    """Modules of each package, by its folder."""
+    found: dict[str, set[str]] = {}
+    for file in files():
+        if file.name != "__init__.py" and file.parts[len(ROOT.parts)] != "cluster":
+            found.setdefault(f"{file.parent.relative_to(ROOT)}/", set()).add(file.stem)
+    return found
+
+
+def test_the_architecture_page_lists_every_module() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text().split("## Packages")[1].split("```")[1]
+    listed: dict[str, set[str]] = {}
+    package = ""
+    for line in page.splitlines():
+        if line.startswith(("stdit/", "pipelines/")):
+            package = line.split()[0]
+            listed[package] = set()
+        elif line.startswith("    ") and package in listed:
+            listed[package] |= set(re.findall(r"\w+", line))
+    assert listed == packages()

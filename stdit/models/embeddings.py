@@ -42,11 +42,12 @@ class PatchEmbed3D(nn.Module):
 
     def __init__(self, channels: int, hidden_size: int, patch_size: Grid) -> None:
         super().__init__()
+        self.patch_size = patch_size
         self.proj = PatchConv(channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, latents: Tensor) -> Tensor:
         """(B, C, T pt, H ph, W pw) -> (B, N, D). Latents that patches do not fill are padded with zeros at the end."""
-        t, h, w = (-size % patch for size, patch in zip(latents.shape[2:], self.proj.kernel_size, strict=True))
+        t, h, w = (-size % patch for size, patch in zip(latents.shape[2:], self.patch_size, strict=True))
         if t or h or w:
             latents = F.pad(latents, (0, w, 0, h, 0, t))
         return rearrange(self.proj(latents), "b d t h w -> b (t h w) d")

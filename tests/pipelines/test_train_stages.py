@@ -100,7 +100,7 @@ class Run:
                 cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
-    def until(self, condition: Callable[[], Any], timeout_s: float = 120) -> Any:
+    def until(self, condition: Callable[[], Any], timeout_s: float = 240) -> Any:
         """Waits for a condition while the run lives."""
         end = time.monotonic() + timeout_s
         while not (found := condition()):
@@ -146,7 +146,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 @pytest.mark.ray
 @pytest.mark.distributed
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(560)
 def test_a_plan_survives_its_driver_and_its_workers_and_then_does_nothing(tmp_path: Path, capsys) -> None:
     plan = write_plan(tmp_path)
     out = tmp_path / "run"
