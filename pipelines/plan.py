@@ -27,6 +27,7 @@ from stdit.config import (
     SamplerConfig,
     Transition,
     apply_override,
+    default_bucket,
     latent_shape,
     merge,
     read_extended,
@@ -213,9 +214,8 @@ class ResolvedStage:
 
     @property
     def largest(self) -> Bucket:
-        """The shape of its evaluation: most pixels, then most frames."""
-        b = max(self.config.data.buckets, key=lambda b: (b.height * b.width, b.frames))
-        return Bucket(frames=b.frames, height=b.height, width=b.width)
+        """The shape of its evaluation, as of generation: the largest video bucket."""
+        return default_bucket(self.config.data.buckets)
 
 
 def read(path: Path | str, overrides: Sequence[str] = ()) -> Plan:

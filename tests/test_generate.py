@@ -15,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stdit import generate as generation
-from stdit.config import Bucket, ConfigError, DiffusionConfig, GenerateConfig, SamplerConfig
+from stdit.config import Bucket, ConfigError, DiffusionConfig, GenerateConfig, SamplerConfig, default_bucket
 from stdit.data.decoding import open_clip
 from stdit.generate import Prompt, generate, job_from_config, noise_seed, read_prompts
-from stdit.inference.job import default_bucket
 from stdit.inference.pipeline import STDiTPipeline, STDiTPipelineOutput
 from stdit.inference.prompts import SLUG_LENGTH, items, slug
 from stdit.models import lora

@@ -20,6 +20,7 @@ from stdit.config.data import (
     TrainBucket,
     VideoEncoderConfig,
     Where,
+    default_bucket,
     latent_shape,
     token_grid,
 )
@@ -88,6 +89,7 @@ __all__ = [
     "VideoEncoderConfig",
     "Where",
     "apply_override",
+    "default_bucket",
     "dump",
     "latent_shape",
     "load_config",

@@ -6,6 +6,7 @@ stdit.config passes these names on; import them from there.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -277,6 +278,12 @@ class DataConfig(Frozen):
 
 
 # --------------------------------------------------------------------------------- shapes of clips
+
+
+def default_bucket(buckets: Sequence[Bucket]) -> Bucket:
+    """The shape that a run generates by default: the largest video bucket; of a run on images alone, the largest image."""
+    b = max(buckets, key=lambda b: (b.frames > 1, b.height * b.width, b.frames))
+    return Bucket(frames=b.frames, height=b.height, width=b.width)
 
 
 def latent_shape(bucket: Bucket, compression: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -21,6 +21,7 @@ from stdit.config import (
     GenerateConfig,
     LoRASource,
     SamplerConfig,
+    default_bucket,
     latent_shape,
     token_grid,
     validate,
@@ -108,11 +109,6 @@ def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
         compatible_scheduler(sampler, diffusion),
         default_bucket(buckets),
     )
-
-
-def default_bucket(buckets: Sequence[Bucket]) -> Bucket:
-    """The largest video bucket; of a run on images alone, the largest image bucket."""
-    return max(buckets, key=lambda b: (b.frames > 1, b.height * b.width, b.frames))
 
 
 def _with_base(source: Source, base: Path | None) -> Source:
