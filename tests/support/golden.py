@@ -39,12 +39,11 @@ def fingerprint() -> dict[str, Any]:
     """What decides the last bit: processor, its vector instructions, torch, threads."""
     import torch
 
-    cpu = next(
-        (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
+    fields = dict(line.replace("\t", "").split(": ", 1) for line in _lines("/proc/cpuinfo") if ": " in line)
+    # Virtual machines name every generation alike ("AMD EPYC"); family and model tell them apart.
+    cpu = [fields.get(key, "") for key in ("model name", "cpu family", "model")]
     return {
-        "cpu": cpu,
+        "cpu": " ".join(cpu).strip() or platform.processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -57,6 +56,7 @@ def _lines(path: str) -> list[str]:
 
 def losses(name: str, folder: Path) -> list[float]:
     """Trains one golden run into `folder`; the loss of each step."""
+    from stdit import metrics_log
     from stdit.config import Config, load_config, validate
     from stdit.train import train
 
@@ -69,7 +69,7 @@ def losses(name: str, folder: Path) -> list[float]:
             data["init"] = {**data["init"], "source": str(_base_weights(folder / "base"))}
         config = validate(data, Config, name)
     train(config)
-    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [entry["loss"] for entry in metrics_log.read(run_dir / metrics_log.FILE)]
 
 
 def _base_weights(folder: Path) -> Path:
