@@ -77,7 +77,7 @@ def draw_group(pipe: STDiTPipeline, job: Job, number: int) -> list[Outcome]:
             able.append(item)
         except ValueError as error:
             outcomes.append(Outcome(item.file, str(error)))
-    if all(job.is_made(item) for item in able):
+    if all(job.is_complete(item) for item in able):
         return outcomes
     with _threads(job.threads):
         failures = _draw(pipe, job, able)
@@ -111,7 +111,7 @@ def _draw(pipe: STDiTPipeline, job: Job, some: Sequence[Item]) -> list[Outcome]:
     for item, video in zip(some, output.frames, strict=True):  # (T, H, W, 3), 0 to 1
         if not np.isfinite(video).all():
             failures.append(Outcome(item.file, "the model's output is not finite (NaN or infinity)"))
-        elif not job.is_made(item):
+        elif not job.is_complete(item):
             with atomic_path(job.out / item.file) as part:
                 write_clip(part, (video * 255).round().astype(np.uint8), job.fps)
     return failures
@@ -205,7 +205,7 @@ def finish(job: Job, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     for item in job.items:
         row = {**item.row(), "frames": job.shape.frames, "height": job.shape.height, "width": job.shape.width}
         row |= {"fps": job.fps, "protocol": how}
-        if not job.is_made(item):
+        if not job.is_complete(item):
             error = of[item.file].error if item.file in of else "was not made; run the same command again"
             row |= {"file": None, "error": error}
         rows.append(row)

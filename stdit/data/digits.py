@@ -170,7 +170,7 @@ def make_digits(
         raise ValueError(f"workers {workers}: at least 1 is needed")
     out = Path(out)
     record = json.dumps({"format": FORMAT, "options": asdict(options)}, indent=2) + "\n"
-    if _is_made(out, record, overwrite):
+    if _is_complete(out, record, overwrite):
         return out / MANIFEST
     for name in (MANIFEST, RECORD):
         (out / name).unlink(missing_ok=True)
@@ -184,7 +184,7 @@ def make_digits(
     return out / MANIFEST
 
 
-def _is_made(out: Path, record: str, overwrite: bool) -> bool:
+def _is_complete(out: Path, record: str, overwrite: bool) -> bool:
     """Whether `out` holds exactly this already. ValueError where it holds anything else, and may not be overwritten."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file, not a folder")

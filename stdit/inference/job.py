@@ -70,14 +70,14 @@ class Job:
         """The items of one batch."""
         return self.items[number * self.batch_size : (number + 1) * self.batch_size]
 
-    def is_made(self, item: Item) -> bool:
+    def is_complete(self, item: Item) -> bool:
         file = self.out / item.file
         return file.is_file() and file.stat().st_size > 0
 
     def missing(self) -> list[int]:
         """Numbers of the batches with missing videos."""
         count = -(-len(self.items) // self.batch_size)
-        return [n for n in range(count) if not all(self.is_made(item) for item in self.group(n))]
+        return [n for n in range(count) if not all(self.is_complete(item) for item in self.group(n))]
 
 
 def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
