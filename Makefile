@@ -30,6 +30,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@# Compiling all of 21,000 files takes a core a minute and a half; those imported are compiled then.
 	@$(BIN)/python -m pip install --quiet --no-compile $(PIP_ARGS) --constraint constraints.txt --editable '.[dev]'
+	@# For comparisons in tests. Apart from the packages: it wants torchvision, and brings a package called tests.
+	@$(BIN)/python -m pip install --quiet --no-compile --no-deps $(PIP_ARGS) --target $(VENV)/oracles torch-fidelity==0.4.0
 	@touch $@
 
 demo: setup

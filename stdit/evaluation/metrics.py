@@ -1,17 +1,21 @@
-"""Metrics as pure functions of arrays (numpy, float64): accuracy with its interval, Fréchet distance, kernel distance.
+"""Metrics as pure functions of arrays (numpy, float64): accuracy with its interval, Fréchet and kernel distance,
+Inception Score, precision and recall; bootstrap intervals.
 
 Features: (n, D) of n generated and (m, D) of m real clips. Distances depend on the feature space: with a classifier
 trained on the same manifest they compare runs on that manifest and are not the FID, FVD or KID of the literature.
+tests/evaluation/test_against_torch_fidelity.py compares them with torch-fidelity's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.spatial.distance import cdist
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,140 @@ def kernel_distance(generated: ArrayLike, real: ArrayLike) -> float:
     return within(a) + within(b) - 2 * float(kernel(a, b).mean())
 
 
+def kernel_inception_distance(
+    generated: ArrayLike, real: ArrayLike, subsets: int = 100, size: int = 1000, seed: int = 2020
+) -> float:
+    """KID as reported: the mean of `kernel_distance` over `subsets` pairs of random subsets of at most `size` samples.
+
+    Subsets are torch-fidelity's for the same seed. With fewer samples than `size`, all of the smaller set are taken.
+    """
+    a, b = _features(generated, real)
+    size = min(size, len(a), len(b))
+    rng = np.random.RandomState(seed)
+    draws = ((rng.choice(len(a), size, replace=False), rng.choice(len(b), size, replace=False)) for _ in range(subsets))
+    return float(np.mean([kernel_distance(a[i], b[j]) for i, j in draws]))
+
+
+def inception_score(logits: ArrayLike, splits: int = 10, seed: int = 2020) -> float:
+    """exp E KL(p(y|x) || p(y)), the mean over `splits` parts of the shuffled samples (Salimans et al. 2016).
+
+    logits: (n, classes). ValueError: fewer samples than splits, logits that are not finite.
+    """
+    x = np.asarray(logits, np.float64)
+    if x.ndim != 2 or len(x) < splits:
+        raise ValueError(
+            f"an Inception Score of {splits} splits needs logits (n, classes), n >= {splits}, found {x.shape}"
+        )
+    _check_finite("generated", x)
+    x = x[np.random.RandomState(seed).permutation(len(x))]
+    log_p = x - np.logaddexp.reduce(x, axis=1, keepdims=True)
+    scores = []
+    for i in range(splits):
+        part = log_p[i * len(x) // splits : (i + 1) * len(x) // splits]
+        log_q = np.logaddexp.reduce(part, axis=0) - math.log(len(part))
+        scores.append(math.exp(float((np.exp(part) * (part - log_q)).sum(1).mean())))
+    return float(np.mean(scores))
+
+
+def precision_recall(
+    generated: ArrayLike, real: ArrayLike, neighbors: int = 3
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019), sample by sample; the scores are the means.
+
+    precision[i]: generated sample i lies within the `neighbors`-th neighbour's distance of a real one; recall[j]: real
+    sample j within that of a generated one. ValueError: no more samples than `neighbors`.
+    """
+    a, b = _features(generated, real)
+    if min(len(a), len(b)) <= neighbors:
+        raise ValueError(
+            f"precision and recall with {neighbors} neighbours need at least {neighbors + 1} samples of each, "
+            f"found {len(a)} and {len(b)}"
+        )
+
+    def radius(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        # A sample is its own nearest neighbour, at distance 0.
+        return np.concatenate([np.partition(block, neighbors, 1)[:, neighbors] for block in _distances(x, x)])
+
+    def covered(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.bool_]:
+        reach = radius(y)
+        return np.concatenate([(block <= reach).any(1) for block in _distances(x, y)])
+
+    return covered(a, b), covered(b, a)
+
+
+def _distances(x: NDArray[np.float64], y: NDArray[np.float64], rows: int = 512) -> Iterator[NDArray[np.float64]]:
+    """Euclidean distances (rows, m) in blocks, from differences: |x|^2 + |y|^2 - 2 x.y would not be 0 for equal rows."""
+    for first in range(0, len(x), rows):
+        yield cdist(x[first : first + rows], y)
+
+
+# ------------------------------------------------------------------------------------- statistics
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean (D,) and covariance (D, D) of features, over `count` samples (None: not recorded)."""
+
+    mean: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+    count: int | None = None
+
+
+def statistics_of(features: ArrayLike) -> Statistics:
+    """Mean and unbiased covariance. ValueError: fewer than 2 samples, features that are not finite."""
+    x, _ = _features(features, features)
+    return Statistics(x.mean(0), np.atleast_2d(np.cov(x, rowvar=False)), len(x))
+
+
+def frechet_distance_of_statistics(a: Statistics, b: Statistics) -> float:
+    """As `frechet_distance`, from means and covariances. ValueError: other dimensions, not finite, not a covariance."""
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"statistics of {len(a.mean)} and of {len(b.mean)} dimensions: of different networks")
+    root = _matrix_root(a.covariance)
+    _matrix_root(b.covariance)  # checks it
+    roots = np.sqrt(np.linalg.eigvalsh(root @ b.covariance @ root).clip(0)).sum()
+    shift = a.mean - b.mean
+    return float(max(shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * roots, 0.0))
+
+
+def _matrix_root(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
+    if not np.isfinite(covariance).all():
+        raise ValueError("a covariance that is not finite")
+    values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
+    if not np.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-6 * max(1.0, abs(values[-1]))):
+        raise ValueError("a covariance that is not symmetric")
+    if values[0] < -1e-4 * max(abs(values[-1]), 1e-12):
+        raise ValueError(f"a covariance with a negative eigenvalue, {values[0]:.3g} (the largest is {values[-1]:.3g})")
+    return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+
+
+# -------------------------------------------------------------------------------------- intervals
+
+
+def bootstrap_interval(
+    score: Callable[..., float],
+    *samples: NDArray[Any],
+    value: float,
+    resamples: int = 50,
+    seed: int = 0,
+    z: float = 1.959964,
+) -> tuple[float, float]:
+    """95 % interval value ± z times the standard deviation of `score` over resampled `samples` (Efron 1979).
+
+    Each array is resampled by rows, by itself. Centred on `value` and not by percentiles: Fréchet distances of
+    resampled sets are biased upwards, since resampling repeats samples.
+    """
+    rng = np.random.default_rng(seed)
+    scores = [score(*(x[rng.integers(len(x), size=len(x))] for x in samples)) for _ in range(resamples)]
+    half = z * float(np.std(scores, ddof=1))
+    return value - half, value + half
+
+
+def in_canonical_order(features: NDArray[Any]) -> NDArray[Any]:
+    """Rows in lexicographic order: sums over them, and random subsets, no longer depend on the order of files."""
+    return features[np.lexsort(features.T[::-1])]
+
+
 def _features(generated: ArrayLike, real: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     a, b = np.asarray(generated, np.float64), np.asarray(real, np.float64)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
@@ -97,7 +235,11 @@ def _features(generated: ArrayLike, real: ArrayLike) -> tuple[NDArray[np.float64
         raise ValueError(
             f"a distance between distributions needs at least 2 samples of each, found {len(a)} and {len(b)}"
         )
-    for name, x in (("generated", a), ("real", b)):
-        if not np.isfinite(x).all():
-            raise ValueError(f"{int((~np.isfinite(x)).any(1).sum())} of {len(x)} {name} features are not finite")
+    _check_finite("generated", a)
+    _check_finite("real", b)
     return a, b
+
+
+def _check_finite(name: str, x: NDArray[np.float64]) -> None:
+    if not np.isfinite(x).all():
+        raise ValueError(f"{int((~np.isfinite(x)).any(1).sum())} of {len(x)} {name} features are not finite")
