@@ -197,7 +197,7 @@ def _matrix_root(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
         raise ValueError("a covariance that is not symmetric")
     if values[0] < -1e-4 * max(abs(values[-1]), 1e-12):
         raise ValueError(f"a covariance with a negative eigenvalue, {values[0]:.3g} (the largest is {values[-1]:.3g})")
-    return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    return np.asarray((vectors * np.sqrt(values.clip(0))) @ vectors.T, np.float64)
 
 
 # -------------------------------------------------------------------------------------- intervals

@@ -37,8 +37,10 @@ def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.8, 1.2)
             torch.nn.init.normal_(module.bias, std=0.1)
-            torch.nn.init.uniform_(module.running_var, 0.8, 1.2)
-            torch.nn.init.normal_(module.running_mean, std=0.1)
+            assert module.running_var is not None
+            assert module.running_mean is not None
+            module.running_var.uniform_(0.8, 1.2)
+            module.running_mean.normal_(std=0.1)
     path = tmp_path_factory.mktemp("inception") / "random.pth"
     torch.save(net.state_dict(), path)
     return path

@@ -8,7 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 
-from stdit.evaluation.metrics import accuracy, confusion_matrix, frechet_distance, kernel_distance
+from stdit.evaluation.metrics import (
+    Statistics,
+    accuracy,
+    bootstrap_interval,
+    confusion_matrix,
+    frechet_distance,
+    frechet_distance_of_statistics,
+    in_canonical_order,
+    inception_score,
+    kernel_distance,
+    kernel_inception_distance,
+    precision_recall,
+    statistics_of,
+)
 
 
 def by_matrix_root(a: np.ndarray, b: np.ndarray) -> float:
@@ -121,3 +134,106 @@ def test_confusion_counts_every_pair_once() -> None:
     assert table == [[1, 1], [0, 1]]
     with pytest.raises(ValueError, match=r"\['c'\]"):
         confusion_matrix(["c"], ["a"], ["a", "b"])
+
+
+# --------------------------------------------------------------------------- statistics and samples
+
+
+def test_the_frechet_distance_of_gaussians_is_the_closed_form() -> None:
+    # Commuting covariances: |mu - nu|^2 + sum (sqrt s - sqrt r)^2 over their common axes.
+    rng = np.random.default_rng(0)
+    axes = np.linalg.qr(rng.normal(size=(8, 8)))[0]
+    s, r, mu, nu = rng.uniform(0.1, 4, 8), rng.uniform(0.1, 4, 8), rng.normal(size=8), rng.normal(size=8)
+    a, b = Statistics(mu, (axes * s) @ axes.T), Statistics(nu, (axes * r) @ axes.T)
+    expected = ((mu - nu) ** 2).sum() + ((np.sqrt(s) - np.sqrt(r)) ** 2).sum()
+    assert frechet_distance_of_statistics(a, b) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize(("count", "width"), [(200, 12), (20, 64)])
+def test_statistics_give_the_distance_of_their_features(count: int, width: int) -> None:
+    a, b = correlated(count, width, 0), correlated(count, width, 1)
+    expected = frechet_distance(a, b)
+    assert frechet_distance_of_statistics(statistics_of(a), statistics_of(b)) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance_of_statistics(statistics_of(a), statistics_of(a)) < 1e-6 * expected
+
+
+def test_statistics_that_are_none_are_refused() -> None:
+    good = Statistics(np.zeros(3), np.eye(3))
+    with pytest.raises(ValueError, match="of 3 and of 2 dimensions: of different networks"):
+        frechet_distance_of_statistics(good, Statistics(np.zeros(2), np.eye(2)))
+    with pytest.raises(ValueError, match="negative eigenvalue, -1"):
+        frechet_distance_of_statistics(good, Statistics(np.zeros(3), np.diag([1.0, 1.0, -1.0])))
+    with pytest.raises(ValueError, match="not symmetric"):
+        frechet_distance_of_statistics(good, Statistics(np.zeros(3), np.eye(3) + np.triu(np.ones((3, 3)), 1)))
+    with pytest.raises(ValueError, match="not finite"):
+        frechet_distance_of_statistics(good, Statistics(np.zeros(3), np.full((3, 3), np.nan)))
+
+
+def test_a_set_has_full_precision_and_recall_of_itself_even_with_repeated_samples() -> None:
+    a = np.repeat(correlated(30, 4, 0), 5, 0)
+    precision, recall = precision_recall(a, a)
+    assert precision.all()
+    assert recall.all()
+
+
+def test_precision_falls_with_strangers_and_recall_with_what_is_missing() -> None:
+    rng = np.random.default_rng(0)
+    real = np.concatenate([rng.normal(size=(100, 2)), rng.normal(size=(100, 2)) + 50])
+    half = rng.normal(size=(100, 2))
+    precision, recall = (float(x.mean()) for x in precision_recall(half, real))
+    assert precision > 0.9
+    assert recall == pytest.approx(0.5, abs=0.05)
+    precision, recall = (float(x.mean()) for x in precision_recall(np.concatenate([real, half + 500]), real))
+    assert precision == pytest.approx(2 / 3, abs=0.05)
+    assert recall > 0.9
+
+
+def test_the_inception_score_is_the_number_of_evenly_used_certain_classes() -> None:
+    certain = np.repeat(np.eye(8) * 100, 100, 0)
+    assert inception_score(certain, splits=1) == pytest.approx(8, rel=1e-9)
+    assert inception_score(np.zeros((50, 8))) == pytest.approx(1)
+
+
+def test_the_kernel_distance_of_a_set_to_itself_counts_its_diagonal() -> None:
+    # Unbiased: pairs of a sample with itself are left out within a set, and there is one of each across.
+    a = correlated(20, 3, 0)
+    k = (a @ a.T / 3 + 1) ** 3
+    n = len(a)
+    expected = 2 * ((k.sum() - np.trace(k)) / (n * (n - 1)) - k.mean())
+    assert kernel_inception_distance(a, a, subsets=3) == pytest.approx(expected, rel=1e-9)
+    assert expected < 0
+
+
+SCORES = {
+    "frechet": frechet_distance,
+    "kid": lambda a, b: kernel_inception_distance(a, b, 5, 40),
+    "precision": lambda a, b: float(precision_recall(a, b)[0].mean()),
+    "recall": lambda a, b: float(precision_recall(a, b)[1].mean()),
+    "inception_score": lambda a, b: inception_score(a),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_the_order_of_samples_does_not_change_a_score(name: str) -> None:
+    a, b = correlated(60, 6, 0).astype("f4"), correlated(50, 6, 1).astype("f4")
+    rng = np.random.default_rng(0)
+    shuffled = [in_canonical_order(x[rng.permutation(len(x))]) for x in (a, b)]
+    assert SCORES[name](*shuffled) == SCORES[name](in_canonical_order(a), in_canonical_order(b))
+
+
+@pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
+def test_a_distance_grows_with_noise_and_with_a_shift(distance) -> None:
+    a, b = correlated(200, 6, 0), correlated(200, 6, 0) + 1e-3
+    noise = np.random.default_rng(1).normal(size=a.shape)
+    for worse in (noise, 1.0):
+        values = [distance(a + amount * worse, b) for amount in (0, 1, 2, 4)]
+        assert values == sorted(values)
+        assert values[0] < values[-1]
+
+
+def test_a_bootstrap_interval_of_a_mean_has_the_width_of_theory() -> None:
+    x = np.random.default_rng(0).normal(size=400)
+    low, high = bootstrap_interval(lambda s: float(s.mean()), x, value=float(x.mean()), resamples=400)
+    assert (low + high) / 2 == pytest.approx(x.mean())
+    assert (high - low) / 2 == pytest.approx(1.96 * x.std() / 20, rel=0.15)
+    assert (low, high) == bootstrap_interval(lambda s: float(s.mean()), x, value=float(x.mean()), resamples=400)
