@@ -3,8 +3,9 @@
     with open_clip("a.mp4") as reader:
         frames = reader.get([0, 4, 8])  # uint8 (3, H, W, 3)
 
-Frames are what a player shows: upright (rotation in the container's matrix or in EXIF is applied),
-RGB, 8 bits, transparency over white. Pixels are taken as square, interlaced frames as they are.
+Frames are what ffmpeg shows: upright (rotation in the container's matrix or in EXIF is applied),
+RGB, 8 bits, transparency over white, without those that an edit list hides. Pixels are taken as square,
+interlaced frames as they are.
 A still image is a clip of one frame at 0 fps; an animated GIF, PNG or WebP is a clip.
 
 Readers run in the calling process; `stdit.data.subprocess_decoder` runs them where they can be killed.
@@ -13,15 +14,17 @@ Readers run in the calling process; `stdit.data.subprocess_decoder` runs them wh
 from __future__ import annotations
 
 import bisect
+import functools
 import importlib.util
+import itertools
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import av
 import numpy as np
@@ -37,6 +40,13 @@ PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image
 # How the containers begin that decord reads faithfully.
 MATROSKA = b"\x1aE\xdf\xa3"
 MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
+# Containers that keep the time at which each frame is shown, as libav names them. In others (AVI, raw streams) libav
+# guesses times from the order of decoding, which with B-frames is another.
+TIMED_CONTAINERS = {"mov", "matroska", "mpegts", "mpeg", "flv", "asf", "nut"}
+# Decoders that read the transparency of VP8 and VP9, which libav's own ones leave out.
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+# After a key frame, frames that are shown before it come within so many packets (H.264 reorders at most 16).
+REORDERED = 32
 DECORD_INSTALLED = importlib.util.find_spec("decord") is not None
 # Frames that one call may hold, in bytes: more is a mistake (or an attack), not a training clip.
 MAX_BYTES = 4 << 30
@@ -204,8 +214,43 @@ class ImageReader(ClipReader):
 # ------------------------------------------------------------------------------------------ PyAV
 
 
+def open_container(path: Path) -> tuple[Any, Any]:
+    """libav's container of `path` and its video stream. DecodeError: it has none; FFmpegError."""
+    container = av.open(str(path), options={"protocol_whitelist": "file"})
+    video = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
+    if not video or video[0].codec_context is None:
+        container.close()
+        raise DecodeError(path, "its codec is unknown" if video else "holds no video")
+    return container, video[0]
+
+
+def decode_frames(container: Any, stream: Any, has_keys: bool) -> Iterator[av.VideoFrame]:
+    """Frames from where `container` stands, from the first key frame on if the stream marks any. FFmpegError: damaged."""
+    context = stream.codec_context
+    if stream.metadata.get("alpha_mode") == "1" and context.name in ALPHA_DECODERS:
+        context = av.CodecContext.create(ALPHA_DECODERS[context.name], "r")
+    if not context.is_open:
+        context.thread_count = 1
+        context.options = {"err_detect": "explode"}
+    packets = container.demux(stream)
+    if has_keys:  # after a cut, what comes before refers to frames that are gone
+        packets = itertools.dropwhile(lambda packet: packet.size and not packet.is_keyframe, packets)
+    for packet in packets:
+        yield from context.decode(packet)
+
+
+def has_alpha(format: Any) -> bool:
+    """Whether a pixel format of libav (None: unknown) has transparency."""
+    return format is not None and any(component.is_alpha for component in format.components)
+
+
 class PyAVReader(ClipReader):
-    """PyAV, on its own ffmpeg. Packets are listed once (not decoded): their times give every frame its index."""
+    """PyAV, on its own ffmpeg. Packets are listed once (not decoded): their times give every frame its index.
+
+    Without reliable times, frames are counted by decoding them all.
+    """
+
+    _has_keys = True
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -214,45 +259,52 @@ class PyAVReader(ClipReader):
             count = self._list_packets()
             self._open()
             frame = next(self._decoder)
+            if self._index is not None:
+                count = self._drop_undecodable(-1 if frame.pts is None else frame.pts)
+            if self._index is None:
+                state = path.stat()
+                count = _count_frames(path, self._has_keys, state.st_size, state.st_mtime_ns)
             first = self._upright(frame)
             rate = self._stream.average_rate or self._stream.guessed_rate or Fraction(0)
         except StopIteration:
             raise DecodeError(path, "holds no frame that can be decoded") from None
         except (FFmpegError, ValueError) as error:
             raise error if isinstance(error, DecodeError) else DecodeError(path, f"PyAV: {error}") from error
-        at = self._index.get(-1 if frame.pts is None else frame.pts, 0) if self._index else 0
-        self._next, self._run_start = at + 1, 0
-        self._last = (at, first)
+        self._next, self._run_start = 1, 0
+        self._last = (0, first)
         super().__init__(path, ClipInfo(count, float(rate), *first.shape[:2]))
 
     def _open(self) -> None:
         if hasattr(self, "_container"):
             self._container.close()
-        self._container = av.open(str(self.path), options={"protocol_whitelist": "file"})
-        video = [s for s in self._container.streams.video if not s.disposition & s.disposition.attached_pic]
-        if not video:
-            raise DecodeError(self.path, "holds no video")
-        self._stream = video[0]
-        if self._stream.codec_context is None:
-            raise DecodeError(self.path, "its codec is unknown")
-        self._stream.codec_context.thread_count = 1
-        self._stream.codec_context.options = {"err_detect": "explode"}
+        self._container, self._stream = open_container(self.path)
         self._reformatter = VideoReformatter()
-        self._decoder = self._container.decode(self._stream)
+        self._decoder = decode_frames(self._container, self._stream, self._has_keys)
 
     def _list_packets(self) -> int:
-        """Lists times and key frames; returns the number of frames."""
+        """Lists times and key frames; returns the number of frames. `_index` stays None without reliable times."""
         # Of each packet its time and kind alone: the data of a long video would fill the memory.
         packets = [(p.pts, p.is_keyframe, p.is_discard) for p in self._container.demux(self._stream) if p.size]
-        if "mp4" in self._container.format.name and len(packets) < self._stream.frames:
-            raise DecodeError(self.path, f"is truncated: {len(packets)} of {self._stream.frames} frames are there")
+        names = set(self._container.format.name.split(","))
+        stated = len(self._stream.index_entries) if "mp4" in names else 0
+        if len(packets) < stated:
+            raise DecodeError(self.path, f"is truncated: {len(packets)} of {stated} frames are there")
         shown = [(pts, key) for pts, key, discard in packets if not discard]
         self._times = sorted({pts for pts, _ in shown if pts is not None})
-        # Without a distinct time for each packet (raw streams), frames are counted from the beginning.
-        distinct = len(self._times) == len(shown)
-        self._index = {time: i for i, time in enumerate(self._times)} if distinct else None
-        self._keys = sorted(self._index[pts] for pts, key in shown if key and pts is not None) if self._index else []
+        timed = bool(names & TIMED_CONTAINERS) and len(self._times) == len(shown)
+        self._index = {time: i for i, time in enumerate(self._times)} if timed else None
+        self._has_keys = any(key for _, key, _ in packets)
+        self._key_times = [pts for pts, key in shown if key]
+        self._keys = sorted({0, *(self._index[pts] for pts in self._key_times)}) if self._index else []
         return len(shown)
+
+    def _drop_undecodable(self, first: int) -> int:
+        """Drops the frames before the time `first` of the first one that can be decoded: a cut left them without those that
+        they refer to. Returns the number of frames."""
+        self._times = [time for time in self._times if time >= first]
+        self._index = {time: i for i, time in enumerate(self._times)} if first in self._times[:1] else None
+        self._keys = sorted({0, *(self._index[t] for t in self._key_times if t in self._index)}) if self._index else []
+        return len(self._times)
 
     def _get(self, indices: Sequence[int]) -> np.ndarray:
         found: dict[int, np.ndarray] = {}
@@ -290,7 +342,7 @@ class PyAVReader(ClipReader):
             key = 0
         else:
             self._container.seek(self._times[key], stream=self._stream)
-            self._decoder = self._container.decode(self._stream)
+            self._decoder = decode_frames(self._container, self._stream, self._has_keys)
         self._next = self._run_start = key
 
     def _reach(self, index: int) -> av.VideoFrame | None:
@@ -299,7 +351,7 @@ class PyAVReader(ClipReader):
             if frame.is_corrupt:
                 raise DecodeError(self.path, f"frame {self._next} of {self.frame_count} is damaged")
             at = self._next if self._index is None else self._index.get(-1 if frame.pts is None else frame.pts)
-            if at is None:  # a frame that the container says is not to be shown
+            if at is None:  # a frame that is not to be shown
                 continue
             self._next = at + 1
             if at >= index:
@@ -308,11 +360,23 @@ class PyAVReader(ClipReader):
 
     def _upright(self, frame: av.VideoFrame) -> np.ndarray:
         """RGB (H, W, 3). One thread: swscale's thread pool costs 20 ms a frame however small the frame."""
-        rgb = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        alpha = has_alpha(frame.format)
+        rgb = self._reformatter.reformat(frame, format="rgba" if alpha else "rgb24", threads=1).to_ndarray()
+        if alpha:
+            opacity = rgb[..., 3:].astype(np.uint16)
+            rgb = ((rgb[..., :3] * opacity + 255 * (255 - opacity) + 127) // 255).astype(np.uint8)
         return np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90) % 4))
 
     def close(self) -> None:
         self._container.close()
+
+
+@functools.lru_cache(maxsize=16)
+def _count_frames(path: Path, has_keys: bool, size: int, mtime_ns: int) -> int:
+    """Number of frames, by decoding them all. size, mtime_ns: of the file, so that a changed one is counted again."""
+    container, stream = open_container(path)
+    with container:
+        return sum(1 for _ in decode_frames(container, stream, has_keys))
 
 
 def closed_gops(path: Path) -> bool:
@@ -352,8 +416,8 @@ def _has_idr(packet: bytes) -> bool:
 class DecordReader(ClipReader):
     """decord 0.6, on its own ffmpeg 4.1: fast at random access; can hang on damaged files (dmlc/decord#373).
 
-    Two kinds of file in which it gives other frames than those asked for, without a word, are refused:
-    containers without times (AVI), and open GOPs (x265's default) where a frame behind the first GOP is wanted.
+    Files of which it gives other frames than those asked for, without a word, are refused: containers without times
+    (AVI), edit lists, transparency, and open GOPs (x265's default) where a frame behind the first GOP is wanted.
     """
 
     def __init__(self, path: Path) -> None:
@@ -364,6 +428,8 @@ class DecordReader(ClipReader):
             head = file.read(8)
         if head[:4] != MATROSKA and head[4:8] not in MP4_BOXES:
             raise DecodeError(path, "decord: not MP4, MOV, MKV or WebM, the containers it is trusted with")
+        if problem := _decord_problem(path):
+            raise DecodeError(path, f"decord: {problem}")
         try:
             # fault_tol: a frame that decord patched up is an error, not a frame.
             self._video = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-6)  # pyright: ignore
@@ -385,7 +451,22 @@ class DecordReader(ClipReader):
             raise DecodeError(self.path, f"decord: {_first_line(error)}") from error
 
     def close(self) -> None:
-        del self._video
+        self._video = None
+
+
+def _decord_problem(path: Path) -> str | None:
+    """Why decord would show other frames than ffmpeg, as far as the beginning of the file tells."""
+    try:
+        container, stream = open_container(path)
+        with container:
+            if has_alpha(stream.codec_context.format) or stream.metadata.get("alpha_mode") == "1":
+                return "leaves transparency out"
+            if any(entry.is_discard for entry in stream.index_entries):
+                return "shows frames that the edit list hides"
+            times = [p.pts for p in itertools.islice(container.demux(stream), REORDERED) if p.pts is not None]
+            return "counts frames that cannot be decoded" if times and min(times) < times[0] else None
+    except FFmpegError as error:
+        return str(error)
 
 
 class AutoReader(ClipReader):
@@ -411,9 +492,13 @@ class AutoReader(ClipReader):
         except DecodeError as error:
             if isinstance(self._reader, PyAVReader):
                 raise
+            pyav = self._pyav(self.path, error)
             self._reader.close()
-            self._reader = self._pyav(self.path, error)
-            return self._reader.get(indices)
+            self._reader = pyav
+            if pyav.frame_count != self.frame_count:
+                counts = f"decord counts {self.frame_count} frames, PyAV {pyav.frame_count}"
+                raise DecodeError(self.path, f"{counts}; {error.reason}") from error
+            return pyav.get(indices)
 
     def close(self) -> None:
         self._reader.close()

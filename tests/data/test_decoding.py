@@ -5,11 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
-from stdit.data.decoding import DECORD_INSTALLED, AutoReader, DecodeError, PyAVReader, open_clip
+from stdit.data.decoding import DECORD_INSTALLED, AutoReader, DecodeError, DecordReader, PyAVReader, open_clip
 from tests.support.videos import encode, lossless, smooth
 
 DECODERS = ["auto", "pyav"] + (["decord"] if DECORD_INSTALLED else [])
@@ -78,7 +79,7 @@ def test_decord_and_pyav_agree(
 
 @pytest.mark.parametrize(
     ("name", "codec", "options"),
-    [("a.avi", "libx264", {"g": "12"}), ("a.ts", "libx264", {"g": "12"}), ("a.mp4", "libsvtav1", {"preset": "12"})],
+    [("a.avi", "libx264", {"g": "12", "bf": "0"}), ("a.ts", "libx264", {"g": "12"}), ("a.mp4", "libsvtav1", {"preset": "12"})],
 )
 def test_pyav_takes_over_what_decord_cannot_be_trusted_with(
     tmp_path: Path, name: str, codec: str, options: dict[str, str]
@@ -134,6 +135,142 @@ def test_rotation_in_the_container_is_applied(
         assert (reader.get([2, 0]) == upright[[2, 0]]).all()
 
 
+# ------------------------------------------------------------------------------- what ffmpeg shows
+
+
+def assert_shows(path: Path, expected: np.ndarray, decoder: str, tolerance: int = 0) -> None:
+    """The reader of `path` has exactly the frames `expected`: whole, strided, backwards and alone."""
+    with open_clip(path, decoder) as reader:
+        assert reader.frame_count == len(expected)
+        for indices in (range(len(expected)), range(0, len(expected), 3), range(len(expected))[::-5], [7]):
+            found = reader.get(indices).astype(int)
+            assert np.abs(found - expected[list(indices)]).max() <= tolerance
+
+
+@pytest.mark.parametrize("decoder", ["auto", "pyav"])
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("a.avi", "libx264", {"g": "12", "bf": "3"}),
+        ("a.avi", "mpeg4", {"g": "12", "bf": "2"}),
+        ("a.h264", "libx264", {"g": "12", "bf": "3"}),
+        ("a.m2v", "mpeg2video", {"g": "12", "bf": "2"}),
+        ("a.ts", "libx264", {"g": "12", "bf": "3"}),
+    ],
+)
+def test_frames_are_in_the_order_shown_where_the_container_has_no_times(
+    tmp_path: Path, decoder: str, name: str, codec: str, options: dict[str, str]
+) -> None:
+    frames = smooth(25, 64, 80)
+    encode(tmp_path / name, frames, codec, **options)
+    with av.open(str(tmp_path / name)) as container:
+        expected = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    assert len(expected) == 25
+    assert np.abs(expected.astype(int) - frames).mean() < 15
+    assert_shows(tmp_path / name, expected, decoder)
+
+
+def cut_without_decoding(source: Path, path: Path, start: int, packets: int | None = None) -> None:
+    """As `ffmpeg -ss START -c copy`: packets from the key frame before frame `start`, which an edit list hides up to it."""
+    with av.open(str(source)) as container, av.open(str(path), "w", options={"use_editlist": "1"}) as out:
+        stream = container.streams.video[0]
+        copied: Any = out.add_stream_from_template(stream)
+        found = [packet for packet in container.demux(stream) if packet.size]
+        times = sorted(packet.pts or 0 for packet in found)
+        key = max(i for i, packet in enumerate(found) if packet.is_keyframe and (packet.pts or 0) <= times[start])
+        for packet in found[key:][:packets]:
+            assert packet.pts is not None
+            assert packet.dts is not None
+            packet.pts, packet.dts = packet.pts - times[start], packet.dts - times[start]
+            packet.stream = copied
+            out.mux(packet)
+
+
+@pytest.mark.parametrize("decoder", ["auto", "pyav"])
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov"])
+@pytest.mark.parametrize("options", [{"bf": "3"}, {"bf": "0"}])
+def test_frames_that_an_edit_list_hides_are_not_there(
+    tmp_path: Path, decoder: str, name: str, options: dict[str, str]
+) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (30, 64, 80, 3), np.uint8)
+    source = encode(tmp_path / "source.mp4", frames, "libx264rgb", "rgb24", qp="0", g="12", sc_threshold="0", **options)
+    cut_without_decoding(source, tmp_path / name, start=17)
+    assert_shows(tmp_path / name, frames[17:], decoder)
+    if DECORD_INSTALLED:
+        assert reason_of(tmp_path / name, "decord") == "decord: shows frames that the edit list hides"
+
+
+@pytest.mark.parametrize("decoder", ["auto", "pyav"])
+def test_frames_behind_the_end_of_an_edit_list_are_not_there(tmp_path: Path, decoder: str) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (24, 64, 80, 3), np.uint8)
+    path = encode(tmp_path / "a.mp4", frames, "libx264rgb", "rgb24", qp="0", bf="0", g="12")
+    raw = bytearray(path.read_bytes())
+    at = raw.index(b"elst") + 12  # ISO 14496-12, 8.6.6: duration and media time of the first edit
+    duration, media_time = struct.unpack(">Ii", raw[at : at + 8])
+    raw[at : at + 8] = struct.pack(">Ii", duration // 2, media_time)
+    path.write_bytes(raw)
+    assert_shows(path, frames[:12], decoder)
+
+
+def test_frames_that_a_cut_left_without_their_key_frame_are_not_there(tmp_path: Path) -> None:
+    frames = smooth(40, 64, 80)
+    raw = encode(tmp_path / "a.ts", frames, g="12", bf="0").read_bytes()
+    whole = frames_of(tmp_path / "a.ts")
+    (tmp_path / "a.ts").write_bytes(raw[len(raw) // 188 // 4 * 188 :])
+    found = frames_of(tmp_path / "a.ts")
+    assert len(found) in (16, 28)
+    assert (found == whole[-len(found) :]).all()
+
+
+@pytest.mark.parametrize("decoder", ["auto", "pyav"])
+@pytest.mark.parametrize(
+    ("name", "codec", "pixels", "options"),
+    [
+        ("a.webm", "libvpx-vp9", "yuva420p", {"lossless": "1"}),
+        ("a.webm", "libvpx", "yuva420p", {"auto-alt-ref": "0", "b": "4M"}),
+        ("a.mov", "prores_ks", "yuva444p10le", {"profile": "4444"}),
+        ("a.mov", "qtrle", "argb", {}),
+        ("a.mov", "png", "rgba", {}),
+    ],
+)
+def test_transparent_video_lies_over_white(
+    tmp_path: Path, decoder: str, name: str, codec: str, pixels: str, options: dict[str, str]
+) -> None:
+    rgba = np.zeros((8, 64, 80, 4), np.uint8)
+    rgba[:, :, :40] = (255, 0, 0, 128)
+    rgba[:, :, 40:] = (0, 0, 255, 0)
+    with av.open(str(tmp_path / name), "w") as container:
+        stream: Any = container.add_stream(codec, rate=24, options=options)
+        stream.height, stream.width, stream.pix_fmt = 64, 80, pixels
+        for frame in rgba:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgba")))
+        container.mux(stream.encode())
+    found = frames_of(tmp_path / name, decoder=decoder).astype(int)
+    assert np.abs(found[:, :, :32] - [255, 127, 127]).max() <= 8
+    assert np.abs(found[:, :, 48:] - 255).max() <= 8
+    if DECORD_INSTALLED:
+        assert reason_of(tmp_path / name, "decord") == "decord: leaves transparency out"
+
+
+@needs_decord
+def test_a_clip_that_neither_decoder_reads_is_refused_and_closed(tmp_path: Path, monkeypatch: Any) -> None:
+    path = lossless(tmp_path / "a.mp4", smooth(8, 64, 80))
+
+    def fails(self: Any, indices: Any) -> np.ndarray:
+        raise DecodeError(self.path, "decord: damaged")
+
+    def refuses(self: Any, path: Path) -> None:
+        raise DecodeError(path, "PyAV: damaged")
+
+    monkeypatch.setattr(DecordReader, "_get", fails)
+    monkeypatch.setattr(PyAVReader, "__init__", refuses)
+    with open_clip(path) as reader:
+        for _ in range(2):
+            with pytest.raises(DecodeError, match="PyAV: damaged; decord: damaged"):
+                reader.get([0])
+        reader.close()
+
+
 # ---------------------------------------------------------------------------------------- bad files
 
 
@@ -174,8 +311,6 @@ def test_a_clip_that_ends_early_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("decoder", ["auto", "pyav"])
 def test_sound_alone_is_refused(tmp_path: Path, decoder: str) -> None:
-    import av
-
     with av.open(str(tmp_path / "a.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=44100)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
