@@ -171,9 +171,9 @@ class ManifestSource:
 
     def __init__(self, config: ExtractConfig) -> None:
         from stdit.data import manifest
-        from stdit.data.buckets import assign, tally
-        from stdit.data.probe import probe_clips
-        from stdit.data.transforms import frames_available
+        from stdit.data.buckets import assign_clip, tally
+        from stdit.data.decoding import ClipInfo
+        from stdit.data.probe import probe_clips, stated_info
 
         self._manifest = manifest.read(config.manifest)
         manifest.check_where(self._manifest, config.where)
@@ -181,7 +181,8 @@ class ManifestSource:
         outcomes: list[Any] = []
         kept = [clip for clip in self._manifest if manifest.matches(clip, config.where)]
         self._filtered = len(self._manifest) - len(kept)
-        unstated = [clip for clip in kept if None in (clip.frames, clip.height, clip.width)]
+        rated = config.target_fps is not None or any(b.min_fps or b.max_fps for b in config.buckets)
+        unstated = [clip for clip in kept if stated_info(clip, rated) is None]
         probed = probe_clips(unstated, config.decoder, config.decode_timeout_s) if unstated else []
         by_key = dict(zip((clip.key for clip in unstated), probed, strict=True))
         self.failures = {key: found for key, found in by_key.items() if isinstance(found, str)}
@@ -189,19 +190,9 @@ class ManifestSource:
             found = by_key.get(clip.key)
             if isinstance(found, str):
                 continue
-            frame_count, height, width = (
-                (clip.frames, clip.height, clip.width)
-                if found is None
-                else (found.frame_count, found.height, found.width)
-            )
-            assert frame_count is not None
-            assert height is not None
-            assert width is not None
-            frames = frames_available(frame_count, config.frame_stride)
-            outcome = assign(
-                frames, height, width, config.buckets,
-                key=clip.key, min_area_ratio=config.min_area_ratio, seed=config.seed,
-            )  # fmt: skip
+            info = stated_info(clip, rated) or found
+            assert isinstance(info, ClipInfo)
+            outcome = assign_clip(info, config, clip.key)
             outcomes.append(outcome)
             if isinstance(outcome, Bucket):
                 self._clips.append((clip, outcome.key))

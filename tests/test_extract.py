@@ -137,7 +137,59 @@ def test_a_stride_takes_every_nth_frame_and_slows_the_clip_down(tmp_path: Path) 
     with open_clip(tmp_path / "5.mp4") as reader:
         assert np.array_equal(sample.mean.numpy(), to_pixels(reader.get([0, 2, 4, 6, 8])))
     assert sample.fps == 12
-    assert features.rows["bucket"][2].as_py() == "1x16x16"  # 5 frames give 3 at stride 2
+    # 5 frames give 3 at stride 2: too few, and a video becomes no still unless the config says so.
+    assert [(clip["path"], clip["reason"]) for clip in report(config)["dropped_clips"]] == [("2.mp4", "too_short")]
+    config = config.model_copy(update={"out": tmp_path / "stills", "images_from_videos": True})
+    assert FeatureSet(extract.run(config)).rows["bucket"][2].as_py() == "1x16x16"
+
+
+def test_target_fps_takes_the_frames_that_are_shown_at_those_times(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = rows(tmp_path, 6, stated=False)
+    half = clip_folder.config(tmp_path, clips, target_fps=10.0, out=tmp_path / "ten")
+    sample = FeatureSet(extract.run(half)).sample(5)
+    with open_clip(tmp_path / "5.mp4") as reader:
+        assert reader.fps == 24
+        with pytest.raises(KeyError):
+            FeatureSet(half.out).sample(2)
+        assert np.array_equal(sample.mean.numpy(), to_pixels(reader.get([0, 2, 4, 7])))
+    assert sample.fps == 10
+
+
+def test_the_file_is_right_where_the_manifest_states_another_length_or_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = rows(tmp_path, 6)
+    clips[2]["frames"], clips[2]["fps"] = 1, None
+    clips[3]["height"], clips[4]["width"], clips[5]["frames"] = 900, 4, 400
+    features = FeatureSet(extract.run(clip_folder.config(tmp_path, clips)))
+    truth = FeatureSet(
+        extract.run(clip_folder.config(tmp_path, rows(tmp_path, 6, stated=False), out=tmp_path / "true"))
+    )
+    names = ["path", "bucket", "frames", "height", "width"]
+    assert features.rows.select(names).to_pylist() == truth.rows.select(names).to_pylist()
+    assert "the manifest says 400 frames of 16x32, the file has 9 frames of 16x32" in capsys.readouterr().err
+    assert len(json.loads((features.path / "report.json").read_text())["misstated_clips"]) >= 3
+
+
+def test_the_report_says_what_cropping_keeps_and_whether_frame_rates_differ(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = rows(tmp_path, 6)
+    clips[5]["fps"] = 30
+    wide = np.zeros((16, 64, 3), np.uint8)
+    clip_folder.Image.fromarray(wide).save(tmp_path / "wide.png")
+    clips.append({"path": "wide.png", "caption": "wide"})
+    config = clip_folder.config(tmp_path, clips)
+    extract.run(config)
+    told = report(config)
+    assert told["kept_share_by_bucket"] == {"1x16x16": pytest.approx(0.7433, abs=1e-3), "5x16x16": 1, "5x16x32": 1}
+    assert told["most_cropped_clips"][0] == {"path": "wide.png", "bucket": "1x16x16", "kept": 0.25}
+    assert told["frame_rates"] == {"24": 1, "30": 1}
+    lines = capsys.readouterr().err
+    assert "most cropped: wide.png (25% in 1x16x16)" in lines
+    assert "frame rates differ: 24 (1 clips), 30 (1 clips)" in lines
 
 
 def test_features_of_several_encoders_and_their_pooled_vectors_are_kept(tmp_path: Path) -> None:

@@ -44,6 +44,22 @@ class ExtractBucket(Bucket):
 
     keep_probability: Share = 1.0
     """Share of the clips fitting this bucket that it keeps; the others go to the next bucket that they fit."""
+    min_fps: float | None = Field(default=None, gt=0, le=1000)
+    """Lowest frame rate of videos that go here, after `frame_stride` or `target_fps`. null: any."""
+    max_fps: float | None = Field(default=None, gt=0, le=1000)
+    """Highest frame rate of videos that go here. null: any."""
+
+    @model_validator(mode="after")
+    def _check_rates(self) -> ExtractBucket:
+        if self.min_fps is not None and self.max_fps is not None and self.min_fps > self.max_fps:
+            raise ValueError(f"min_fps {self.min_fps:g} is above max_fps {self.max_fps:g}")
+        return self
+
+    def takes_rate(self, fps: float) -> bool:
+        """Whether videos of this frame rate may go here (to within a rounding: 29.97 passes for 30)."""
+        return (self.min_fps is None or fps >= 0.99 * self.min_fps) and (
+            self.max_fps is None or fps <= 1.01 * self.max_fps
+        )
 
 
 class TrainBucket(Bucket):
@@ -216,9 +232,13 @@ class ExtractConfig(Frozen):
     out: Path
     """Folder of the features."""
     buckets: Annotated[tuple[ExtractBucket, ...], Field(min_length=1), AfterValidator(_unique)]
-    """Clip shapes. A clip goes to the largest resolution that it covers, then to the longest bucket that it fits."""
+    """Clip shapes. A clip goes to the size that keeps most of it, crop and scale together, of those that it covers; then to
+    the longest bucket that it fits."""
+    images_from_videos: bool = False
+    """Videos that are too short for the other buckets go to buckets of one frame, which take their first. false: these
+    take still images alone (where all buckets have one frame, videos too)."""
     min_area_ratio: Share = 0.0
-    """Smallest area of a bucket, relative to the largest bucket that the clip covers; smaller ones are not tried."""
+    """Smallest area of a bucket, relative to the best bucket that the clip covers; smaller ones are not tried."""
     where: tuple[Where, ...] = ()
     """Filters on columns of the manifest; a clip must pass all."""
     video_encoder: VideoEncoderConfig = VideoEncoderConfig()
@@ -233,6 +253,9 @@ class ExtractConfig(Frozen):
     """Which frames of a clip longer than its bucket are taken."""
     frame_stride: Positive = 1
     """Take every n-th frame; the frame rate is divided by n."""
+    target_fps: float | None = Field(default=None, gt=0, le=1000)
+    """Take frames at this rate, of videos of any higher one; slower videos are dropped. null: at the videos' own rates,
+    which a bucket's `min_fps` and `max_fps` can keep apart."""
     clips_per_shard: Positive = 512
     """Clips per shard, the unit of work and of resuming."""
     batch_size: Positive = 16
@@ -246,6 +269,12 @@ class ExtractConfig(Frozen):
     """Processes that extract (Ray actors under `pipelines.extract_features`)."""
     seed: NonNegative = 0
     """Seed of keep_probability."""
+
+    @model_validator(mode="after")
+    def _check_rate(self) -> ExtractConfig:
+        if self.target_fps is not None and self.frame_stride != 1:
+            raise ValueError(f"target_fps {self.target_fps:g} decides which frames are taken; leave frame_stride out")
+        return self
 
 
 class DataConfig(Frozen):

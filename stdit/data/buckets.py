@@ -1,9 +1,10 @@
-"""Which bucket a clip goes to: as Open-Sora means it, without its two traps.
+"""Which bucket a clip goes to: as Open-Sora means it, without its traps.
 
-The buckets that a clip fits (long enough, and no side enlarged) are tried from large resolution to
-small, and at one resolution from long to short; `keep_probability` sends the rest of the clips on
-to the next. So a clip as long as its bucket is in (Open-Sora's strict `>` drops it), and a
-bucket that keeps nobody passes a clip to fewer frames of the same resolution before a lower one.
+The buckets that a clip fits (long enough, and no side enlarged) are tried by `kept_pixels`, best resolution first, and at
+one resolution from long to short; `keep_probability` sends the rest of the clips on to the next. So a clip as long as
+its bucket is in (Open-Sora's strict `>` drops it), a large bucket that would crop most of a clip comes after a smaller one
+of its aspect (Open-Sora takes the largest), and a bucket that keeps nobody passes a clip to fewer frames of the same
+resolution before another one. Videos become stills only where the config says so.
 
 Every clip gets a bucket or a `Dropped` with its reason; the same clip always the same one.
 """
@@ -17,13 +18,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from stdit.config import ExtractBucket
+from stdit.config import Bucket, ExtractBucket, ExtractConfig
+from stdit.data.decoding import ClipInfo
+from stdit.data.transforms import frame_step, frames_available
 
 # Buckets whose areas differ by less than this share are one resolution in several aspects.
 SAME_RESOLUTION = 0.9
 
-Reason = Literal["too_small", "too_short", "not_kept"]
-REASONS: tuple[Reason, ...] = ("too_small", "too_short", "not_kept")
+Reason = Literal["too_small", "too_short", "frame_rate", "not_kept"]
+REASONS: tuple[Reason, ...] = ("too_small", "too_short", "frame_rate", "not_kept")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,27 @@ class Dropped:
 
     reason: Reason
     detail: str
+
+
+def assign_clip(info: ClipInfo, config: ExtractConfig, key: str) -> ExtractBucket | Dropped:
+    """The bucket of a clip under an extraction's config. key: the clip's path in the manifest."""
+    video = info.frame_count > 1
+    if video and config.target_fps is not None and info.fps < 0.99 * config.target_fps:
+        found = f"{info.fps:g} frames a second" if info.fps else "its frame rate is not known"
+        return Dropped("frame_rate", f"{found}, target_fps is {config.target_fps:g}, and frames are never repeated")
+    buckets = list(config.buckets)
+    if video and not config.images_from_videos:
+        # Where all buckets have one frame, videos are asked for their first.
+        buckets = [b for b in buckets if b.frames > 1] or buckets
+    step = frame_step(info.fps, config.frame_stride, config.target_fps)
+    if video and (rated := [b for b in buckets if b.takes_rate(info.fps / step)]) != buckets:
+        if not rated:
+            rate = f"{info.fps / step:g} frames a second"
+            return Dropped("frame_rate", f"{rate}, which no bucket takes (min_fps, max_fps)")
+        buckets = rated
+    frames = frames_available(info.frame_count, step)
+    ratio, seed = config.min_area_ratio, config.seed
+    return assign(frames, info.height, info.width, buckets, key=key, min_area_ratio=ratio, seed=seed)
 
 
 def assign(
@@ -47,24 +71,28 @@ def assign(
     """The bucket of a clip of `frames` (those there at the stride wanted), `height`, `width` px.
 
     key: the clip's identity, which with `seed` decides where a keep_probability sends it.
-    min_area_ratio: buckets below this share of the largest area that the clip covers are not tried.
+    min_area_ratio: buckets below this share of the area of the best one that the clip covers are not tried.
     ValueError: a clip without pixels, no buckets, or a bucket listed twice.
     """
     if min(frames, height, width) < 1:
         raise ValueError(f"clip {key!r}: {frames} frames of {height}x{width} px")
     resolutions = _resolutions(tuple(buckets))
     covered = [[b for b in group if b.height <= height and b.width <= width] for group in resolutions]
-    covered = [group for group in covered if group]
+
+    def worth(bucket: ExtractBucket) -> tuple[float, int, str]:
+        return kept_pixels(height, width, bucket), _area(bucket), bucket.key
+
+    covered = sorted((group for group in covered if group), key=lambda group: max(map(worth, group)), reverse=True)
     if not covered:
         return Dropped("too_small", f"{height}x{width} px covers none of {_sizes(buckets)}")
-    largest = max(b.height * b.width for b in covered[0])
+    smallest = min_area_ratio * _area(max(covered[0], key=worth))
     fitting: list[ExtractBucket] = []
-    shortest = min(b.frames for group in covered for b in group if _area(b) >= min_area_ratio * largest)
+    shortest = min(b.frames for group in covered for b in group if _area(b) >= smallest)
     for group in covered:
         for length in sorted({b.frames for b in group if b.frames <= frames}, reverse=True):
-            # One resolution and length: the aspect that crops least, never several in turn.
-            best = min((b for b in group if b.frames == length), key=lambda b: (_cropped(height, width, b), b.key))
-            if _area(best) >= min_area_ratio * largest:
+            # One resolution and length: the aspect that keeps most, never several in turn.
+            best = max((b for b in group if b.frames == length), key=worth)
+            if _area(best) >= smallest:
                 fitting.append(best)
     if not fitting:
         return Dropped("too_short", f"{frames} frames, the shortest bucket of its size has {shortest}")
@@ -104,10 +132,16 @@ def _resolutions(buckets: tuple[ExtractBucket, ...]) -> tuple[tuple[ExtractBucke
     return tuple(map(tuple, groups))
 
 
-def _cropped(height: int, width: int, bucket: ExtractBucket) -> float:
-    """The share of a frame that cropping to the bucket's aspect loses."""
+def kept_share(height: int, width: int, bucket: Bucket) -> float:
+    """The share of a picture of `height` x `width` px that cropping to the bucket's aspect keeps."""
     scale = min(height / bucket.height, width / bucket.width)
-    return 1 - _area(bucket) * scale**2 / (height * width)
+    return bucket.height * bucket.width * scale**2 / (height * width)
+
+
+def kept_pixels(height: int, width: int, bucket: Bucket) -> float:
+    """What a bucket keeps of a picture, crop and scale together: its pixels times the square of the share that is not
+    cropped. With the share alone, all buckets in which the picture's shorter side is as long would tie."""
+    return round(bucket.height * bucket.width * kept_share(height, width, bucket) ** 2, 6)
 
 
 def _uniform(seed: int, *parts: str) -> float:

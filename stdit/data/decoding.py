@@ -65,6 +65,14 @@ class DecodeTimeout(DecodeError):
     """Decoding took longer than its limit and was stopped."""
 
 
+class InfoMismatch(DecodeError):
+    """A clip of another size or length than was stated. `found`: those of the file."""
+
+    def __init__(self, path: Path | str, stated: ClipInfo, found: ClipInfo) -> None:
+        super().__init__(path, f"the manifest says {_size_of(stated)}, the file has {_size_of(found)}")
+        self.found = found
+
+
 @dataclass(frozen=True)
 class ClipInfo:
     """What is known of a clip without its frames. `fps` is 0 for a still image; sizes in px, as shown."""
@@ -73,6 +81,16 @@ class ClipInfo:
     fps: float
     height: int
     width: int
+
+
+def check_info(path: Path | str, stated: ClipInfo, found: ClipInfo) -> None:
+    """InfoMismatch: length or size differ. Frame rates may: a manifest can set another one."""
+    if (stated.frame_count, stated.height, stated.width) != (found.frame_count, found.height, found.width):
+        raise InfoMismatch(path, stated, found)
+
+
+def _size_of(info: ClipInfo) -> str:
+    return f"{info.frame_count} frames of {info.height}x{info.width}"
 
 
 class ClipReader:

@@ -30,6 +30,8 @@ from stdit.data.records import ReportTotals, ShardSpec
 from stdit.files import atomic_path, atomic_write
 
 SETTINGS = "extraction.json"
+# A bucket, or a clip, that keeps less of its pictures than this is mentioned at the end.
+MENTIONED_CROP = 0.8
 # Threads that check sources for changes: they wait for the disk.
 CHECK_THREADS = 16
 
@@ -82,9 +84,15 @@ def plan_extraction(config: ExtractConfig, encoders: Mapping[str, Any]) -> Extra
     settings = json.loads(
         json.dumps({"format": FORMAT, **config.model_dump(mode="json", exclude=excluded), **encoders})
     )
-    if config.control_column is None:
-        del settings["control_column"]  # as features had it before there was one
-    elif config.control_column not in manifest.columns:
+    # Left out where they change nothing, as features had it before there were these keys.
+    for key in ("control_column", "target_fps", "images_from_videos"):
+        if not settings[key]:
+            del settings[key]
+    for bucket in settings["buckets"]:
+        for key in ("min_fps", "max_fps"):
+            if bucket[key] is None:
+                del bucket[key]
+    if config.control_column is not None and config.control_column not in manifest.columns:
         raise ConfigError(
             f"control_column: {config.manifest} has no column {config.control_column!r}; columns: {', '.join(sorted(manifest.columns))}"
         )
@@ -213,10 +221,26 @@ def report_lines(report: Mapping[str, Any], shown: int = 5) -> list[str]:
         + f" + {report['bad']:,} that can't be used"
     ]
     for key, splits in report["kept_by_bucket"].items():
-        lines.append(f"  {key:<12} " + (", ".join(f"{count:,} {split}" for split, count in splits.items()) or "none"))
+        kept = report["kept_share_by_bucket"].get(key, 1.0)
+        crop = f"; cropping keeps {kept:.0%} of their pictures" if kept < MENTIONED_CROP else ""
+        counts = ", ".join(f"{count:,} {split}" for split, count in splits.items())
+        lines.append(f"  {key:<12} {counts or 'none'}{crop}")
     lines += [f"  {clip['path']}: {clip['reason']}" for clip in report["bad_clips"][:shown]]
     if len(report["bad_clips"]) > shown:
         lines.append(f"  … and {len(report['bad_clips']) - shown} more, all in {REPORT}")
+    cropped = [clip for clip in report["most_cropped_clips"] if clip["kept"] < MENTIONED_CROP]
+    if cropped:
+        named = ", ".join(f"{clip['path']} ({clip['kept']:.0%} in {clip['bucket']})" for clip in cropped[:shown])
+        lines.append(f"most cropped: {named}; a bucket of their aspect would keep more")
+    if len(rates := report["frame_rates"]) > 1:
+        named = ", ".join(f"{rate} ({count:,} clips)" for rate, count in list(rates.items())[:shown])
+        more = f" and {len(rates) - shown} more" if len(rates) > shown else ""
+        lines.append(
+            f"frame rates differ: {named}{more}; target_fps resamples, min_fps and max_fps of buckets keep them apart"
+        )
+    if misstated := report["misstated_clips"]:
+        first = f"{misstated[0]['path']}: {misstated[0]['detail']}"
+        lines.append(f"{len(misstated):,} clips are not as the manifest says, and were taken as they are ({first})")
     if report["captions_cut"]:
         lines.append(f"captions: {report['captions_cut']:,} of {report['kept']:,} cut at text_encoder.max_text_tokens")
     if report.get("uncaptioned"):

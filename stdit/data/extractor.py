@@ -18,14 +18,15 @@ from torch import Tensor
 
 from stdit.config import ExtractBucket, ExtractConfig
 from stdit.data import records
-from stdit.data.buckets import Dropped, assign
+from stdit.data.buckets import Dropped, assign_clip
 from stdit.data.control import control_state, read_control
-from stdit.data.decoding import ClipInfo, DecodeError
+from stdit.data.decoding import ClipInfo, DecodeError, InfoMismatch, check_info
 from stdit.data.features import EMPTY_CAPTION, INDEX, digest_of, shard_path, unpad, write_shard
 from stdit.data.manifest import Clip, file_problem
+from stdit.data.probe import stated_info
 from stdit.data.records import ShardResult, ShardSpec
 from stdit.data.subprocess_decoder import SubprocessDecoder
-from stdit.data.transforms import frame_indices, frames_available, to_pixels
+from stdit.data.transforms import frame_indices, frame_step, to_pixels
 
 _Item = TypeVar("_Item")
 
@@ -139,33 +140,46 @@ class Extractor:
 
     def _clips(self, spec: ShardSpec) -> Iterator[_Clip]:
         """The shard's clips in order, decoded and cropped."""
-        config = self.config
         for number, clip in zip(spec.ids, spec.clips, strict=True):
             row = _row(spec.number, number, clip)
             if reason := file_problem(clip):
                 yield _Clip({**row, "status": "bad", "reason": reason})
                 continue
             try:
-                info = _stated_info(clip) or self.decoder.probe(clip.file)
-                size = {"frames": info.frame_count, "height": info.height, "width": info.width}
-                row |= {**size, "fps": info.fps / config.frame_stride}
-                bucket = assign(
-                    frames_available(info.frame_count, config.frame_stride), info.height, info.width, config.buckets,
-                    key=clip.key, min_area_ratio=config.min_area_ratio, seed=config.seed,
-                )  # fmt: skip
-                if isinstance(bucket, Dropped):
-                    yield _Clip({**row, "status": "dropped", "reason": bucket.reason, "detail": bucket.detail})
-                    continue
-                indices = frame_indices(info.frame_count, bucket.frames, config.frame_stride, config.clip_window)
-                frames, control = self.decoder.read(clip.file, indices, (bucket.height, bucket.width)), None
-                if column := config.control_column:
-                    read = read_control(self.decoder, clip, column, info, indices, bucket)
-                    control = torch.from_numpy(to_pixels(read))
+                yield self._clip(clip, row)
             except DecodeError as error:
                 yield _Clip({**row, "status": "bad", "reason": error.reason})
-                continue
-            row |= {"status": "kept", "bucket": bucket.key}
-            yield _Clip(row, bucket, torch.from_numpy(to_pixels(frames)), control)
+
+    def _clip(self, clip: Clip, row: dict[str, Any]) -> _Clip:
+        """One clip, decoded and cropped. Where file and manifest differ in length or size, the file is right. DecodeError."""
+        stated = stated_info(clip)
+        if stated is None:
+            return self._clip_of_size(clip, row, self.decoder.probe(clip.file))
+        try:
+            found = self._clip_of_size(clip, row, stated)
+            if found.bucket is None:  # to be dropped for what the manifest says
+                check_info(clip.file, stated, self.decoder.probe(clip.file))
+            return found
+        except InfoMismatch as error:
+            return self._clip_of_size(clip, {**row, "detail": error.reason}, error.found)
+
+    def _clip_of_size(self, clip: Clip, row: dict[str, Any], info: ClipInfo) -> _Clip:
+        """One clip of length and size `info`. DecodeError; InfoMismatch: the file has others."""
+        config = self.config
+        step = frame_step(info.fps, config.frame_stride, config.target_fps)
+        size = {"frames": info.frame_count, "height": info.height, "width": info.width}
+        row = {**row, **size, "fps": info.fps / step}
+        bucket = assign_clip(info, config, clip.key)
+        if isinstance(bucket, Dropped):
+            return _Clip({**row, "status": "dropped", "reason": bucket.reason, "detail": bucket.detail})
+        indices = frame_indices(info.frame_count, bucket.frames, step, config.clip_window)
+        frames, control = self.decoder.read(clip.file, indices, (bucket.height, bucket.width), info), None
+        if column := config.control_column:
+            read = read_control(self.decoder, clip, column, info, indices, bucket)
+            control = torch.from_numpy(to_pixels(read))
+        return _Clip(
+            {**row, "status": "kept", "bucket": bucket.key}, bucket, torch.from_numpy(to_pixels(frames)), control
+        )
 
     def _encode(self, clips: Iterable[_Clip], tensors: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
         """Encodes `clips` in batches of one bucket into `tensors`; yields their rows."""
@@ -243,14 +257,6 @@ def _row(shard: int, number: int, clip: Clip) -> dict[str, Any]:
     stated = {"path": clip.key, "caption": clip.caption, "class": clip.class_name, "split": clip.split}
     size = {"fps": clip.fps, "frames": clip.frames, "height": clip.height, "width": clip.width}
     return {**clip.extra, **sample, **stated, **size, "reason": None, "detail": None, **records.source_state(clip.file)}
-
-
-def _stated_info(clip: Clip) -> ClipInfo | None:
-    """A clip's info from the manifest, if it states all of it: that saves opening the file twice."""
-    fps = 0.0 if clip.frames == 1 else clip.fps
-    if clip.frames is None or fps is None or clip.height is None or clip.width is None:
-        return None
-    return ClipInfo(clip.frames, fps, clip.height, clip.width)
 
 
 def prefetch(items: Iterable[_Item], count: int) -> Iterator[_Item]:

@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from stdit.config import ConfigError, ExtractBucket
-from stdit.data.buckets import assign
+from stdit.config import ConfigError, ExtractBucket, ExtractConfig
+from stdit.data.buckets import assign_clip
 from stdit.data.decoding import ClipInfo, DecodeError
 from stdit.data.manifest import Clip, file_problem, read
 from stdit.data.subprocess_decoder import SubprocessDecoder
@@ -63,6 +63,14 @@ class Probe:
         """Clips of more than one frame by frame rate (rounded to 1/1000), the most common first."""
         rates = Counter(round(clip.fps, 3) for clip in self.clips if clip.frames > 1)
         return dict(sorted(rates.items(), key=lambda item: (-item[1], item[0])))
+
+
+def stated_info(clip: Clip, rate: bool = True) -> ClipInfo | None:
+    """A clip's info from the manifest, if it states all of it. rate: of a video, its frame rate too."""
+    fps = 0.0 if clip.frames == 1 or not rate else clip.fps
+    if clip.frames is None or fps is None or clip.height is None or clip.width is None:
+        return None
+    return ClipInfo(clip.frames, fps, clip.height, clip.width)
 
 
 def probe(
@@ -191,9 +199,9 @@ def _assigned(
     """How many clips extraction would put into each bucket, and why it would drop the others."""
     counts: Counter[str] = Counter()
     dropped: dict[str, str] = {}
+    config = ExtractConfig(manifest=Path(), out=Path(), buckets=tuple(buckets), frame_stride=frame_stride)
     for clip in clips:
-        frames = frames_available(clip.frames, frame_stride)
-        found = assign(frames, clip.height, clip.width, buckets, key=clip.path)
+        found = assign_clip(ClipInfo(clip.frames, clip.fps, clip.height, clip.width), config, clip.path)
         if isinstance(found, ExtractBucket):
             counts[found.key] += 1
         else:

@@ -21,7 +21,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from stdit.config import ConfigError
+from stdit.config import Bucket, ConfigError
+from stdit.data.buckets import kept_share
 from stdit.data.features import MANIFEST_COLUMNS, SAMPLE_COLUMNS, shard_path
 from stdit.data.manifest import Clip, Manifest
 from stdit.files import atomic_path, fingerprint_file
@@ -32,6 +33,8 @@ STATUS = {"status": pa.string(), "reason": pa.string(), "detail": pa.string(), "
 SOURCE = {"size": pa.int64(), "mtime_ns": pa.int64(), "digest": pa.string()}
 # Integers up to here are exact as 64-bit floats.
 EXACT = 2**53
+# Clips that the report names as those of which cropping loses most.
+MOST_CROPPED = 20
 # `stale_reason` of a shard that has not been extracted yet.
 NEW = "new"
 
@@ -185,6 +188,13 @@ class ReportTotals:
     dropped: Counter[str] = field(default_factory=Counter)
     dropped_clips: list[dict[str, str]] = field(default_factory=list)
     bad: list[dict[str, str]] = field(default_factory=list)
+    # Kept clips whose file has another length or size than the manifest says.
+    misstated: list[dict[str, str]] = field(default_factory=list)
+    # bucket -> the sum of the shares of their pictures that its clips keep when they are cropped
+    kept_shares: Counter[str] = field(default_factory=Counter)
+    most_cropped: list[dict[str, Any]] = field(default_factory=list)
+    # frame rate of kept videos, to a thousandth -> clips
+    frame_rates: Counter[float] = field(default_factory=Counter)
     captions_cut: int = 0
     tokens: int = 0
     # SHA-256 over the sources' fingerprints.
@@ -194,11 +204,18 @@ class ReportTotals:
         """Adds one record."""
         self.clips += len(rows)
         self.sources = hashlib.sha256(json.dumps([self.sources, rows["digest"].to_pylist()]).encode()).hexdigest()
-        for row in rows.select(
-            ["status", "reason", "detail", "bucket", "split", "path", "cut", "text_length"]
-        ).to_pylist():
+        columns = ["status", "reason", "detail", "bucket", "split", "path", "cut", "text_length"]
+        for row in rows.select([*columns, "height", "width", "fps"]).to_pylist():
             if row["status"] == "kept":
                 self.kept.setdefault(row["bucket"], Counter())[row["split"]] += 1
+                share = kept_share(row["height"], row["width"], Bucket.parse(row["bucket"]))
+                self.kept_shares[row["bucket"]] += share
+                if share < 1:
+                    self.most_cropped.append({"path": row["path"], "bucket": row["bucket"], "kept": round(share, 4)})
+                if row["fps"]:
+                    self.frame_rates[round(row["fps"], 3)] += 1
+                if row["detail"]:
+                    self.misstated.append({"path": row["path"], "detail": row["detail"]})
                 self.captions_cut += row["cut"]
                 self.tokens += row["text_length"]
             elif row["status"] == "dropped":
@@ -206,6 +223,7 @@ class ReportTotals:
                 self.dropped_clips.append({key: row[key] for key in ("path", "reason", "detail")})
             else:
                 self.bad.append({"path": row["path"], "reason": row["reason"] or "unknown"})
+        self.most_cropped = sorted(self.most_cropped, key=lambda clip: (clip["kept"], clip["path"]))[:MOST_CROPPED]
 
     @property
     def kept_count(self) -> int:
@@ -218,6 +236,15 @@ class ReportTotals:
             "clips": self.clips + filtered,
             "kept": self.kept_count,
             "kept_by_bucket": {key: dict(sorted(self.kept.get(key, Counter()).items())) for key in buckets},
+            # Mean share of the pictures that is left after cropping to a bucket's aspect; the clips of which least is left.
+            "kept_share_by_bucket": {
+                key: round(self.kept_shares[key] / counts.total(), 4)
+                for key in buckets
+                if (counts := self.kept.get(key))
+            },
+            "most_cropped_clips": self.most_cropped,
+            "frame_rates": {f"{rate:g}": count for rate, count in self.frame_rates.most_common()},
+            "misstated_clips": self.misstated,
             "dropped": sum(reasons.values()),
             "dropped_by_reason": reasons,
             "dropped_clips": self.dropped_clips,

@@ -29,7 +29,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from stdit.data.decoding import ClipInfo, DecodeError, DecodeTimeout
+from stdit.data.decoding import ClipInfo, DecodeError, DecodeTimeout, check_info
 
 # decord leaks a little with each clip: a fresh child now and then keeps memory flat.
 CLIPS_PER_CHILD = 5000
@@ -53,14 +53,23 @@ class SubprocessDecoder:
     def probe(self, path: Path | str) -> ClipInfo:
         """Frame count, fps, height and width of a clip. DecodeError; DecodeTimeout."""
         answer, _ = self._ask(path, None, None)
-        return ClipInfo(answer["frame_count"], answer["fps"], answer["height"], answer["width"])
+        return ClipInfo(**answer["info"])
 
-    def read(self, path: Path | str, indices: Sequence[int], size: tuple[int, int] | None = None) -> np.ndarray:
+    def read(
+        self,
+        path: Path | str,
+        indices: Sequence[int],
+        size: tuple[int, int] | None = None,
+        stated: ClipInfo | None = None,
+    ) -> np.ndarray:
         """Frames `indices` as uint8 (T, H, W, 3); with `size` (height, width) resized and cropped to it, never upsampled.
 
-        Raises DecodeError: cannot be decoded, too small for `size`, frames out of range; DecodeTimeout.
+        Raises DecodeError: cannot be decoded, too small for `size`, frames out of range; DecodeTimeout; InfoMismatch: the
+        clip has another length or size than `stated`.
         """
-        answer, payload = self._ask(path, [int(i) for i in indices], size)
+        answer, payload = self._ask(path, [int(i) for i in indices], size, stated)
+        if stated is not None:
+            check_info(path, stated, ClipInfo(**answer["info"]))
         return np.frombuffer(payload, np.uint8).reshape(answer["shape"])
 
     def close(self) -> None:
@@ -87,9 +96,14 @@ class SubprocessDecoder:
         self.close()
 
     def _ask(
-        self, path: Path | str, indices: list[int] | None, size: tuple[int, int] | None
+        self,
+        path: Path | str,
+        indices: list[int] | None,
+        size: tuple[int, int] | None,
+        stated: ClipInfo | None = None,
     ) -> tuple[dict[str, Any], bytearray]:
         request = {"path": os.path.abspath(path), "indices": indices, "size": size, "decoder": self.decoder}
+        request["stated"] = stated and [stated.frame_count, stated.height, stated.width]
         try:
             return self._exchange(request)
         except DecodeError as error:
@@ -188,15 +202,17 @@ def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]
 
     with open_clip(request["path"], request["decoder"]) as reader:
         indices, size = request["indices"], request["size"]
-        if indices is None:
-            return dict(vars(reader.info)), None
+        info = {"info": dict(vars(reader.info))}
+        found = [reader.frame_count, reader.height, reader.width]
+        if indices is None or (request["stated"] or found) != found:
+            return info, None
         if size is None:
             frames = reader.get(indices)
         else:
             step = max(1, CHUNK_BYTES // (reader.height * reader.width * 3))
             chunks = [indices[i : i + step] for i in range(0, len(indices), step)]
             frames = np.concatenate([resize_crop(reader.get(chunk), *size) for chunk in chunks])
-        return {"shape": frames.shape}, np.ascontiguousarray(frames)
+        return {**info, "shape": frames.shape}, np.ascontiguousarray(frames)
 
 
 def main() -> None:

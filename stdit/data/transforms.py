@@ -5,24 +5,39 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+# Of a product of a fractional stride, so that 3 * (50 / 30) is 5.
+ROUNDING = 1e-6
+# Frame rates that differ by less than this share are one rate: 23.976 and 24.
+SAME_RATE = 0.01
 
-def frames_available(frame_count: int, stride: int) -> int:
+
+def frame_step(fps: float, stride: int = 1, target_fps: float | None = None) -> float:
+    """Source frames from one frame taken to the next: `stride`, or fps / target_fps, which may be a fraction."""
+    if target_fps is None or fps < (1 + SAME_RATE) * target_fps:
+        return stride
+    return fps / target_fps
+
+
+def frames_available(frame_count: int, stride: float) -> int:
     """How many frames a clip gives when every `stride`-th is taken."""
-    return 1 + (frame_count - 1) // stride
+    return 1 + int((frame_count - 1) / stride + ROUNDING)
 
 
-def frame_indices(frame_count: int, frames: int, stride: int = 1, mode: str = "first") -> list[int]:
+def frame_indices(frame_count: int, frames: int, stride: float = 1, mode: str = "first") -> list[int]:
     """Indices of `frames` frames, every `stride`-th: from the clip's beginning ("first") or its middle ("center").
+
+    A fractional stride takes the frame that is shown at that time.
 
     Raises ValueError where the clip is too short: a frame is never repeated to fill a bucket.
     """
     if mode not in ("first", "center"):
         raise ValueError(f"clip_window {mode!r}: expected first or center")
-    span = (frames - 1) * stride + 1
+    offsets = [int(i * stride + ROUNDING) for i in range(frames)]
+    span = offsets[-1] + 1
     if span > frame_count:
-        raise ValueError(f"{frames} frames at stride {stride} span {span} frames, the clip has {frame_count}")
+        raise ValueError(f"{frames} frames at stride {stride:g} span {span} frames, the clip has {frame_count}")
     start = 0 if mode == "first" else (frame_count - span) // 2
-    return list(range(start, start + span, stride))
+    return [start + offset for offset in offsets]
 
 
 def crop_box(height: int, width: int, to: tuple[int, int]) -> tuple[float, float, float, float]:

@@ -1,11 +1,15 @@
 """Buckets: total, deterministic, never larger than the clip, and every clip counted."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stdit.config import ExtractBucket
-from stdit.data.buckets import Dropped, assign, tally
+from stdit.config import ExtractBucket, ExtractConfig
+from stdit.data.buckets import Dropped, assign, assign_clip, kept_share, tally
+from stdit.data.decoding import ClipInfo
 
 
 def bucket(key: str, keep: float = 1.0) -> ExtractBucket:
@@ -54,7 +58,7 @@ def test_every_clip_is_kept_or_counted_as_dropped(
     counts = tally([assign(*clip, buckets, key=str(i)) for i, clip in enumerate(clips)], buckets)
     assert sum(counts["kept"].values()) + sum(counts["dropped"].values()) == len(clips)
     assert set(counts["kept"]) == {b.key for b in buckets}
-    assert set(counts["dropped"]) == {"too_small", "too_short", "not_kept"}
+    assert set(counts["dropped"]) == {"too_small", "too_short", "frame_rate", "not_kept"}
 
 
 def test_a_clip_exactly_as_long_as_its_bucket_is_in() -> None:
@@ -79,6 +83,83 @@ def test_at_one_resolution_the_aspect_that_crops_least_is_taken() -> None:
     assert assign(4, 72, 128, buckets, key="a") == bucket("4x36x64")
     assert assign(4, 128, 72, buckets, key="a") == bucket("4x64x36")
     assert assign(4, 100, 110, buckets, key="a") == bucket("4x49x49")
+
+
+def keys(*found: str) -> list[ExtractBucket]:
+    return [bucket(key) for key in found]
+
+
+@pytest.mark.parametrize(
+    ("buckets", "height", "width", "expected"),
+    [
+        # Areas are not within 10 % of one another: none is chosen by its area alone.
+        (keys("8x48x64", "8x64x48", "8x48x96", "8x48x48"), 1920, 1080, "8x64x48"),
+        (keys("8x48x64", "8x64x48", "8x48x96", "8x48x48"), 1080, 1080, "8x48x48"),
+        (keys("8x48x64", "8x64x48", "8x48x96", "8x48x48"), 480, 640, "8x48x64"),
+        (keys("8x48x64", "8x64x48", "8x48x96", "8x48x48"), 500, 1000, "8x48x96"),
+        (keys("49x480x832", "49x480x480"), 1080, 1080, "49x480x480"),
+        (keys("49x480x832", "49x480x480"), 1080, 1920, "49x480x832"),
+        # A much smaller size of the right aspect keeps less than a large one that crops.
+        (keys("49x480x832", "49x128x128"), 1080, 1080, "49x480x832"),
+    ],
+)
+def test_the_size_that_keeps_most_of_the_clip_is_taken_never_the_largest_area_alone(
+    buckets: list[ExtractBucket], height: int, width: int, expected: str
+) -> None:
+    found = assign(60, height, width, buckets, key="a")
+    assert isinstance(found, ExtractBucket)
+    assert found.key == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(64, 512), st.integers(64, 512), st.lists(st.tuples(sizes, sizes), min_size=1, unique=True))
+def test_no_other_size_is_larger_and_crops_less(height: int, width: int, shapes: list[tuple[int, int]]) -> None:
+    buckets = [bucket(f"1x{h}x{w}") for h, w in shapes]
+    found = assign(1, height, width, buckets, key="a")
+    assert isinstance(found, ExtractBucket)
+    for other in buckets:
+        larger = other.height * other.width > found.height * found.width / 0.9
+        assert not (larger and kept_share(height, width, other) > kept_share(height, width, found))
+
+
+def extraction(buckets: list[ExtractBucket], **changes: Any) -> ExtractConfig:
+    return ExtractConfig(manifest=Path("m"), out=Path("o"), buckets=tuple(buckets), **changes)
+
+
+def test_videos_become_stills_only_if_the_config_says_so() -> None:
+    short, still = ClipInfo(3, 24.0, 64, 64), ClipInfo(1, 0.0, 64, 64)
+    buckets = keys("8x64x64", "4x64x64", "1x64x64")
+    found = assign_clip(short, extraction(buckets), "a")
+    assert found == Dropped("too_short", "3 frames, the shortest bucket of its size has 4")
+    assert assign_clip(short, extraction(buckets, images_from_videos=True), "a") == buckets[2]
+    assert assign_clip(still, extraction(buckets), "a") == buckets[2]
+    assert assign_clip(short, extraction(buckets[2:]), "a") == buckets[2]
+
+
+def test_a_video_of_which_a_stride_leaves_one_frame_is_no_still() -> None:
+    found = assign_clip(ClipInfo(3, 24.0, 64, 64), extraction(keys("2x64x64", "1x64x64"), frame_stride=4), "a")
+    assert isinstance(found, Dropped)
+
+
+def test_target_fps_counts_the_frames_at_that_rate_and_drops_slower_videos() -> None:
+    config = extraction(keys("25x64x64", "13x64x64", "1x64x64"), target_fps=12)
+    assert assign_clip(ClipInfo(50, 24.0, 64, 64), config, "a") == bucket("25x64x64")
+    assert assign_clip(ClipInfo(50, 30.0, 64, 64), config, "a") == bucket("13x64x64")
+    assert assign_clip(ClipInfo(25, 11.988, 64, 64), config, "a") == bucket("25x64x64")
+    assert assign_clip(ClipInfo(1, 0.0, 64, 64), config, "a") == bucket("1x64x64")
+    assert assign_clip(ClipInfo(50, 10.0, 64, 64), config, "a") == Dropped(
+        "frame_rate", "10 frames a second, target_fps is 12, and frames are never repeated"
+    )
+
+
+def test_buckets_of_a_frame_rate_take_videos_of_that_rate_alone() -> None:
+    slow = ExtractBucket(frames=8, height=64, width=64, max_fps=30)
+    fast = ExtractBucket(frames=16, height=64, width=64, min_fps=50)
+    config = extraction([slow, fast])
+    assert assign_clip(ClipInfo(99, 29.97, 64, 64), config, "a") == slow
+    assert assign_clip(ClipInfo(99, 59.94, 64, 64), config, "a") == fast
+    found = assign_clip(ClipInfo(99, 40.0, 64, 64), config, "a")
+    assert found == Dropped("frame_rate", "40 frames a second, which no bucket takes (min_fps, max_fps)")
 
 
 def test_a_longer_clip_is_not_cut_to_an_image_for_a_better_aspect() -> None:

@@ -79,7 +79,11 @@ def test_decord_and_pyav_agree(
 
 @pytest.mark.parametrize(
     ("name", "codec", "options"),
-    [("a.avi", "libx264", {"g": "12", "bf": "0"}), ("a.ts", "libx264", {"g": "12"}), ("a.mp4", "libsvtav1", {"preset": "12"})],
+    [
+        ("a.avi", "libx264", {"g": "12", "bf": "0"}),
+        ("a.ts", "libx264", {"g": "12"}),
+        ("a.mp4", "libsvtav1", {"preset": "12"}),
+    ],
 )
 def test_pyav_takes_over_what_decord_cannot_be_trusted_with(
     tmp_path: Path, name: str, codec: str, options: dict[str, str]

@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stdit.data.transforms import crop_box, frame_indices, frames_available, from_pixels, resize_crop, to_pixels
+from stdit.data.transforms import (
+    crop_box,
+    frame_indices,
+    frame_step,
+    frames_available,
+    from_pixels,
+    resize_crop,
+    to_pixels,
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -28,6 +36,8 @@ def test_windows_begin_at_the_beginning_or_lie_in_the_middle() -> None:
     assert frame_indices(9, 3, 1, "first") == [0, 1, 2]
     assert frame_indices(9, 3, 1, "center") == [3, 4, 5]
     assert frame_indices(9, 3, 4, "center") == [0, 4, 8]
+    assert frame_indices(50, 4, frame_step(50, target_fps=30)) == [0, 1, 3, 5]
+    assert frame_indices(50, 5, frame_step(25, target_fps=24.9)) == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="clip_window 'last'"):
         frame_indices(9, 3, 1, "last")
 
