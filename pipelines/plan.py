@@ -103,8 +103,8 @@ class Evaluation(Frozen):
     """Weights to generate with."""
     batch_size: Positive = 25
     """Videos per batch."""
-    fps: Positive = 8
-    """Frames per second of the files."""
+    fps: Positive | None = None
+    """Frames per second of the files. null: of most videos that the stage was trained on."""
     workers: Positive = 1
     """Ray actors that generate, each with one pipeline; 1: in the driver."""
     threads: Positive | Literal["auto"] = 1

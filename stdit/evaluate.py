@@ -144,7 +144,7 @@ _FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("scheduler", str, "flow_euler, ddim, ddpm, dpm_solver or unipc (default: the run's)"),
     ("steps", int, "sampling steps (default: the run's)"),
     ("guidance_scale", float, "classifier-free guidance, 1 for none (default: the run's)"),
-    ("fps", float, "frames per second of the files (default: 8)"),
+    ("fps", float, "frames per second of the files (default: of most training videos)"),
     ("batch_size", int, "videos per batch (default: 8)"),
     ("threads", int, "CPU threads of a pipeline (default: 1)"),
     ("device", str, "cpu or cuda (default: cuda where available)"),

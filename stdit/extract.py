@@ -61,13 +61,15 @@ def expected_facts(config: ExtractConfig) -> FeatureFacts:
     """
     from stdit.data import manifest
     from stdit.data.features import feature_facts
+    from stdit.data.transforms import frame_step
     from stdit.encoders.text_loading import feature_sizes
     from stdit.encoders.video import load_video_encoder
 
     clips = manifest.read(config.manifest)
     video = load_video_encoder(config.video_encoder).identity
     text = feature_sizes(config.text_encoder) if config.text_encoder else None
-    rates = [clip.fps / config.frame_stride for clip in clips if clip.fps and clip.frames != 1]
+    moving = [clip.fps for clip in clips if clip.fps and clip.frames != 1]
+    rates = [fps / frame_step(fps, config.frame_stride, config.target_fps) for fps in moving]
     return feature_facts(video, text, config.buckets, len(clips.classes), rates)
 
 

@@ -191,12 +191,12 @@ def fingerprint_files(files: Iterable[Path], digest: Callable[[Path], str] = fin
 # ------------------------------------------------------------------------------------------ JSON lines
 
 
-def parse_jsonl(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(line number from 1, its object or what is wrong with it) for every line that is not blank.
+def parse_jsonl(lines: str | Iterable[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """(line number from 1, its object or what is wrong with it) for every line that is not blank. lines: or a text of them.
 
     Strict: a repeated key, NaN and infinity, or a value that is no object are errors.
     """
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(lines.split("\n") if isinstance(lines, str) else lines, 1):
         if not line.strip():
             continue
         try:

@@ -248,7 +248,7 @@ def generate(
     *,
     weights: Literal["ema", "model"] = "ema",
     batch_size: int = 8,
-    fps: float = 8.0,
+    fps: float | None = None,
     threads: int = 1,
     device: str | None = None,
     videos_per_prompt: int = 1,

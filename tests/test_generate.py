@@ -368,6 +368,32 @@ def test_shape_and_sampler_are_the_runs_unless_told(runs: dict[str, Path], tmp_p
     assert (rows[0]["protocol"]["scheduler"], rows[0]["protocol"]["steps"]) == ("ddim", 50)
 
 
+def test_the_frame_rate_is_that_of_most_training_videos(tmp_path: Path) -> None:
+    model = model_config(**TEXT, micro_conditions=("fps",))
+    run = make_run(tmp_path / "run", model, frame_rates={"25": 9, "8": 2})
+    assert {row["fps"] for row in make(run, tmp_path / "out", PROMPTS[:2])} == {25}
+    assert {row["fps"] for row in make(run, tmp_path / "slow", PROMPTS[:2], fps=8.0)} == {8}
+    with open_clip(tmp_path / "out" / "00000-a-seven-seed0.mp4", "pyav") as reader:
+        assert reader.fps == 25
+    pipe = STDiTPipeline.from_pretrained(run)
+    pipe.save_pretrained(tmp_path / "saved")
+    assert generation.open_job(tmp_path / "saved", PROMPTS, tmp_path / "again", SHAPE, SAMPLER).fps == 25
+
+    def drawn(pipe: STDiTPipeline, **fps: float) -> np.ndarray:
+        generator = torch.Generator().manual_seed(0)
+        size = {"num_frames": 4, "height": 16, "width": 16, "num_inference_steps": 2}
+        output = pipe("a seven", generator=generator, output_type="np", **size, **fps)  # pyright: ignore[reportArgumentType]
+        assert isinstance(output, STDiTPipelineOutput)
+        return output.frames
+
+    saved = STDiTPipeline.from_pretrained(tmp_path / "saved")
+    assert np.array_equal(drawn(pipe), drawn(pipe, fps=25))
+    assert np.array_equal(drawn(saved), drawn(pipe, fps=25))
+    assert not np.array_equal(drawn(pipe), drawn(pipe, fps=8))
+    unknown = make_run(tmp_path / "unknown", model)
+    assert generation.open_job(unknown, PROMPTS, tmp_path / "eight", SHAPE, SAMPLER).fps == 8
+
+
 def test_a_cut_caption_is_noted(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "p.txt").write_text("word " * 300)
     out = ["--out", str(tmp_path / "out"), "--steps", "1", "--device", "cpu"]

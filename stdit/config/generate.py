@@ -52,8 +52,9 @@ class GenerateConfig(Frozen):
     """Number of latent channels that are guided, from the first."""
     videos_per_prompt: Positive = 1
     """Videos for each prompt, from consecutive seeds."""
-    fps: float = Field(default=8.0, gt=0, le=1000)
-    """Frames per second: of the files, and the condition of models with an fps micro-condition."""
+    fps: float | None = Field(default=None, gt=0, le=1000)
+    """Frames per second: of the files, and the condition of models with an fps micro-condition. null: that of most videos
+    that the run was trained on; 8 where that is not known."""
     batch_size: Positive = 8
     """Videos sampled at a time. Batches are cut from the file of prompts, so the same settings give the same videos."""
     workers: Positive = 1

@@ -244,7 +244,7 @@ def open_container(path: Path) -> tuple[Any, Any]:
 
 def decode_frames(container: Any, stream: Any, has_keys: bool) -> Iterator[av.VideoFrame]:
     """Frames from where `container` stands, from the first key frame on if the stream marks any. FFmpegError: damaged."""
-    context = stream.codec_context
+    context: Any = stream.codec_context
     if stream.metadata.get("alpha_mode") == "1" and context.name in ALPHA_DECODERS:
         context = av.CodecContext.create(ALPHA_DECODERS[context.name], "r")
     if not context.is_open:
@@ -450,7 +450,7 @@ class DecordReader(ClipReader):
             raise DecodeError(path, f"decord: {problem}")
         try:
             # fault_tol: a frame that decord patched up is an error, not a frame.
-            self._video = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-6)  # pyright: ignore
+            self._video: Any = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-6)  # pyright: ignore
             height, width = self._video.get_batch([0]).shape[1:3]
             super().__init__(path, ClipInfo(len(self._video), float(self._video.get_avg_fps()), height, width))
         except self._errors as error:

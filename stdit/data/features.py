@@ -283,6 +283,11 @@ class FeatureSet:
             pooled=pooled,
         )
 
+    def frame_rates(self, ids: np.ndarray) -> dict[str, int]:
+        """Frame rates (to a thousandth) of the videos among `ids`, the most common first, with their counts."""
+        rates = Counter(round(float(rate), 3) for rate in self._columns["fps"][np.searchsorted(self.ids, ids)] if rate)
+        return {f"{rate:.6g}": count for rate, count in sorted(rates.items(), key=lambda item: (-item[1], item[0]))}
+
     def text_lengths(self, ids: np.ndarray) -> np.ndarray:
         """Tokens of each caption of `ids`; reads no shard."""
         return self._columns["text_length"][np.searchsorted(self.ids, ids)]

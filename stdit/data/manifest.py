@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import posixpath
 import re
 import unicodedata
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from stdit.config import Where
-from stdit.data.rows import READERS, ManifestError, Row, folder_rows, scan_folder
+from stdit.data.rows import MAX_COLUMNS, MAX_ROWS, READERS, ManifestError, Row, folder_rows, scan_folder
 from stdit.files import atomic_write, sha256
 
 Scalar = str | int | float | bool | None
@@ -33,6 +34,7 @@ ERRORS_SHOWN = 20
 INT32, INT64 = 2**31, 2**63
 # Digits of a class that is ordered as a number; Python reads no longer ones.
 CLASS_DIGITS = 4000
+WHOLE_NUMBER = re.compile(r"([-+]?)([0-9]+)(?:\.0*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class Clip:
     """
 
     key: str
-    file: Path
+    folder: Path  # the manifest's
     caption: str
     class_name: str | None = None
     split: str = "train"
@@ -57,6 +59,11 @@ class Clip:
     row: int = 0
     extra: Mapping[str, Scalar] = field(default_factory=dict)
 
+    @property
+    def file(self) -> Path:
+        """Full path."""
+        return self.folder / self.key
+
     def value(self, column: str) -> Scalar:
         """The value of a column, known or free; None where the row has none."""
         known = {"path": self.key, "caption": self.caption, "class": self.class_name, "split": self.split}
@@ -66,7 +73,7 @@ class Clip:
 
     def beside(self, path: Scalar) -> Path:
         """The file that a column's value names, as `path` is named: below the manifest's folder. ValueError: it is no such path."""
-        return self.file.parents[len(Path(self.key).parts) - 1] / _path(path)
+        return self.folder / _path(path, self.folder)
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ class Manifest:
     def classes(self) -> list[str]:
         """The class names in the order of their labels: by number where all are numbers, else by code point."""
         names = {clip.class_name for clip in self.clips if clip.class_name is not None}
-        numbers = all(re.fullmatch(rf"-?\d{{1,{CLASS_DIGITS}}}", n) for n in names)
+        numbers = all(re.fullmatch(rf"-?[0-9]{{1,{CLASS_DIGITS}}}", n) for n in names)
         return sorted(names, key=int) if numbers else sorted(names)
 
     @property
@@ -134,19 +141,35 @@ def read(path: Path | str) -> Manifest:
 def _checked(path: Path, folder: Path, rows: Iterable[Row]) -> tuple[Clip, ...]:
     """The clips of `rows`, with files below `folder`. ManifestError: rows that are wrong, up to 20 of them; no rows."""
     clips: list[Clip] = []
-    errors: list[str] = []
-    for row, found in rows:
-        if isinstance(found, str):
-            errors.append(f"{path}:{row}: {found}")
-            continue
-        clip, complaints = _clip(row, found, folder)
-        errors.extend(f"{path}:{row}: {complaint}" for complaint in complaints)
-        if clip is not None:
-            clips.append(clip)
-    errors += [f"{path}:{row}: {text}" for row, text in [*_repeated(clips), *_mixed(clips)]]
+    errors: list[tuple[int, str]] = []
+    uncaptioned: list[int] = []
+    columns: set[str] = set()
+    number = 0
+    try:
+        for number, (row, found) in enumerate(rows, 1):
+            if isinstance(found, str):
+                errors.append((row, found))
+                continue
+            columns.update(found)
+            if number > MAX_ROWS or len(columns) > MAX_COLUMNS:
+                raise ManifestError(
+                    f"{path}:{row}: more than {MAX_ROWS:,} rows or {MAX_COLUMNS:,} columns, the most that a manifest has"
+                )
+            clip, complaints = _clip(row, found, folder)
+            errors.extend((row, complaint) for complaint in complaints)
+            if "caption" not in found:
+                uncaptioned.append(row)
+            if clip is not None:
+                clips.append(clip)
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(uncaptioned) < number:  # without any caption there is no such column, which models of classes do without
+        errors += [(row, "caption: missing (an empty one is written as an empty text)") for row in uncaptioned]
+    errors += [*_repeated(clips), *_mixed(clips)]
     if errors:
-        hidden = len(errors) - ERRORS_SHOWN
-        raise ManifestError("\n".join(errors[:ERRORS_SHOWN] + ([f"… and {hidden} more errors"] if hidden > 0 else [])))
+        lines = [f"{path}:{row}: {text}" for row, text in sorted(errors, key=lambda error: error[0])]
+        hidden = len(lines) - ERRORS_SHOWN
+        raise ManifestError("\n".join(lines[:ERRORS_SHOWN] + ([f"… and {hidden} more errors"] if hidden > 0 else [])))
     if not clips:
         raise ManifestError(f"{path}: the manifest is empty: 0 clips")
     return tuple(clips)
@@ -234,22 +257,19 @@ def _clip(row: int, found: dict[str, Any], folder: Path) -> tuple[Clip | None, l
             errors.append(f"{column}: {error}")
             return None
 
-    if "caption" not in found:
-        errors.append("caption: missing (an empty one is written as an empty text)")
-    key = take("path", _path)
+    key = take("path", lambda value: _path(value, folder))
     split = take("split", _split)
     values = {name: take(name, _count) for name in ("frames", "height", "width")}
     caption, class_name, fps = take("caption", _caption), take("class", _class), take("fps", _fps)
     extra = {name: take(name, _free) for name in found if name not in STANDARD_COLUMNS}
     if errors:
         return None, errors
-    captioned = found["caption"] is not None
-    return Clip(
-        key, folder / key, caption, class_name, split, fps, **values, captioned=captioned, row=row, extra=extra
-    ), []
+    captioned = found.get("caption") is not None
+    return Clip(key, folder, caption, class_name, split, fps, **values, captioned=captioned, row=row, extra=extra), []
 
 
-def _path(value: Any) -> str:
+def _path(value: Any, folder: Path) -> str:
+    """A path below `folder`, relative to it. ValueError: another one."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"expected a path, found {value!r}")
     if "\0" in value or _surrogate(value):
@@ -257,6 +277,9 @@ def _path(value: Any) -> str:
     if "://" in value:
         raise ValueError(f"{value!r} is an address; clips are files beside the manifest")
     path = posixpath.normpath(value)
+    for root in (os.path.abspath(folder), os.path.realpath(folder)) if posixpath.isabs(path) else ():
+        if path.startswith(root.rstrip("/") + "/"):
+            path = posixpath.relpath(path, root)
     if posixpath.isabs(path) or path == "." or path.split("/")[0] == "..":
         raise ValueError(
             f"{value!r} leaves the manifest's folder; give a path below it (a link there may lead elsewhere)"
@@ -278,6 +301,10 @@ def _caption(value: Any) -> str:
 def _class(value: Any) -> str | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
+    if isinstance(value, str) and (number := WHOLE_NUMBER.fullmatch(value.strip())):
+        # One class, one name, whichever program wrote it: 7, 07, "7.0".
+        digits = number[2].lstrip("0") or "0"
+        value = digits if digits == "0" or number[1] != "-" else f"-{digits}"
     if value is None or value == "":
         return None
     if isinstance(value, bool) or not isinstance(value, (str, int)):

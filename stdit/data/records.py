@@ -191,7 +191,7 @@ class ReportTotals:
     # Kept clips whose file has another length or size than the manifest says.
     misstated: list[dict[str, str]] = field(default_factory=list)
     # bucket -> the sum of the shares of their pictures that its clips keep when they are cropped
-    kept_shares: Counter[str] = field(default_factory=Counter)
+    kept_shares: dict[str, float] = field(default_factory=dict)
     most_cropped: list[dict[str, Any]] = field(default_factory=list)
     # frame rate of kept videos, to a thousandth -> clips
     frame_rates: Counter[float] = field(default_factory=Counter)
@@ -209,7 +209,7 @@ class ReportTotals:
             if row["status"] == "kept":
                 self.kept.setdefault(row["bucket"], Counter())[row["split"]] += 1
                 share = kept_share(row["height"], row["width"], Bucket.parse(row["bucket"]))
-                self.kept_shares[row["bucket"]] += share
+                self.kept_shares[row["bucket"]] = self.kept_shares.get(row["bucket"], 0.0) + share
                 if share < 1:
                     self.most_cropped.append({"path": row["path"], "bucket": row["bucket"], "kept": round(share, 4)})
                 if row["fps"]:

@@ -6,7 +6,7 @@ Each reader yields (row number, the row or what is wrong with it).
 from __future__ import annotations
 
 import csv
-import io
+import errno
 import math
 import os
 import re
@@ -16,11 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stdit.files import parse_jsonl
+from stdit.files import open_regular, parse_jsonl
 
 # Columns of a CSV that are text whatever their cells look like, and those that are numbers.
 TEXT = ("path", "caption", "class", "split")
 NUMBERS = ("fps", "frames", "height", "width")
+
+
+# A manifest beyond these is a mistake: whole, it has to fit into memory.
+MAX_BYTES, MAX_ROWS, MAX_COLUMNS = 2 << 30, 10_000_000, 1000
 
 
 class ManifestError(ValueError):
@@ -30,23 +34,31 @@ class ManifestError(ValueError):
 Row = tuple[int, "dict[str, Any] | str"]  # line number, and what stands there or what is wrong with it
 
 
-def _text(path: Path) -> str:
-    """The file as text. ManifestError with the line, where it is not UTF-8."""
-    raw = path.read_bytes()
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ManifestError(f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}: {error.reason})") from None
+def text_lines(path: Path, limit: int = MAX_BYTES) -> Iterator[str]:
+    """The lines of a regular file of at most `limit` bytes, one at a time, each with its line break.
+
+    ManifestError with the line, where it is not UTF-8; OSError: another kind of file, or a larger one.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise OSError(errno.EFBIG, f"{size:,} bytes, more than the {limit:,} allowed", str(path))
+        for number, raw in enumerate(file, 1):
+            try:
+                yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                found = f"byte 0x{raw[error.start]:02x}: {error.reason}"
+                raise ManifestError(f"{path}:{number}: not UTF-8 ({found})") from None
 
 
 def jsonl_rows(path: Path) -> Iterator[Row]:
-    yield from parse_jsonl(_text(path))
+    yield from parse_jsonl(text_lines(path))
 
 
 def csv_rows(path: Path) -> Iterator[Row]:
     """Cells as text; an empty cell is None, and a free column that holds numbers alone is one of numbers."""
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    csv.field_size_limit(MAX_BYTES)  # captions of any length; the default is 131,072 characters
+    reader = csv.reader(text_lines(path), strict=True)
     rows: list[tuple[int, list[str]]] = []
     errors: list[Row] = []
     try:
@@ -56,7 +68,7 @@ def csv_rows(path: Path) -> Iterator[Row]:
                 rows.append((reader.line_num, cells))
             elif cells:
                 errors.append((reader.line_num, f"{len(cells)} cells under a header of {len(header)}"))
-    except csv.Error as error:
+    except (csv.Error, OverflowError) as error:
         yield max(reader.line_num, 1), f"not valid CSV ({error})"
         return
     twice = [name for name, count in Counter(header).items() if count > 1]
@@ -90,14 +102,37 @@ def _number(text: str) -> int | float | None:
 def parquet_rows(path: Path) -> Iterator[Row]:
     import pyarrow.parquet as parquet
 
+    number = 0
     try:
-        table = parquet.read_table(path)
-    except (ValueError, OSError, NotImplementedError) as error:
+        with parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if "path" not in columns:
+                raise ManifestError(f"{path}: no column 'path'; columns: {', '.join(columns[:MAX_COLUMNS])}")
+            if len(columns) > MAX_COLUMNS or file.metadata.num_rows > MAX_ROWS:
+                raise ManifestError(f"{path}: {_too_large(file.metadata.num_rows, len(columns))}")
+            for batch in file.iter_batches(batch_size=10_000):
+                for row in _python_values(batch):
+                    number += 1
+                    yield number, {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+    except ManifestError:
+        raise
+    except (ValueError, OSError, NotImplementedError, ArithmeticError) as error:
         raise ManifestError(f"{path}: not a readable Parquet file ({error})") from error
-    if "path" not in table.column_names:
-        raise ManifestError(f"{path}: no column 'path'; columns: {', '.join(table.column_names)}")
-    for number, row in enumerate(table.to_pylist(), 1):
-        yield number, {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+
+
+def _python_values(batch: Any) -> list[dict[str, Any]]:
+    """Rows of a record batch. Dates beyond Python's years come as text."""
+    import pyarrow as pa
+
+    try:
+        return batch.to_pylist()
+    except (ValueError, ArithmeticError):
+        names = [column.cast(pa.string()) if pa.types.is_temporal(column.type) else column for column in batch.columns]
+        return pa.RecordBatch.from_arrays(names, names=batch.schema.names).to_pylist()
+
+
+def _too_large(rows: int, columns: int) -> str:
+    return f"{rows:,} rows of {columns:,} columns; a manifest has at most {MAX_ROWS:,} rows and {MAX_COLUMNS:,} columns"
 
 
 # --------------------------------------------------------------------------------------- folders of clips
@@ -176,11 +211,7 @@ def folder_rows(folder: Path, found: ClipFolder) -> Iterator[Row]:
 
 def _read_caption(path: Path) -> str:
     try:
-        if not path.is_file():
-            raise ManifestError(f"{path.name}: is not a file")
-        if (size := path.stat().st_size) > MAX_CAPTION_BYTES:
-            raise ManifestError(f"{path.name}: {size:,} bytes are no caption (at most {MAX_CAPTION_BYTES:,})")
-        return _text(path)
+        return "".join(text_lines(path, MAX_CAPTION_BYTES))
     except OSError as error:
         raise ManifestError(f"{path.name}: cannot be read ({error.strerror})") from error
 

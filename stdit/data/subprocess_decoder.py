@@ -204,7 +204,7 @@ def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]
         indices, size = request["indices"], request["size"]
         info = {"info": dict(vars(reader.info))}
         found = [reader.frame_count, reader.height, reader.width]
-        if indices is None or (request["stated"] or found) != found:
+        if indices is None or (request.get("stated") or found) != found:
             return info, None
         if size is None:
             frames = reader.get(indices)

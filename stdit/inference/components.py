@@ -56,6 +56,7 @@ def load_components(run: Path, weights: Weights, kwargs: dict[str, Any]) -> dict
         "max_text_tokens": of_text["max_text_tokens"] if of_text else None,
         "classes": {name: i for i, name in enumerate(identity.get("classes") or [])} or None,
         "control": control,
+        "fps": checkpoint.common_frame_rate(identity),
         **parts,
     }
 

@@ -235,10 +235,17 @@ def checked_scale(scale: float) -> float:
     return scale
 
 
-def checked_fps(fps: float | None, frames: int) -> float:
-    """Frames per second; None: 8, and 0 for an image, as in training. ValueError: not a finite number above 0."""
+# Frames per second where neither caller nor training says.
+DEFAULT_FPS = 8.0
+
+
+def checked_fps(fps: float | None, frames: int, trained: float | None) -> float:
+    """Frames per second; None: those of most training videos (None: 8), and 0 for an image, as in training.
+
+    ValueError: not a finite number above 0.
+    """
     if fps is None:
-        return 8.0 if frames > 1 else 0.0
+        return (trained or DEFAULT_FPS) if frames > 1 else 0.0
     if not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"fps must be a positive number, found {fps}")
     return fps

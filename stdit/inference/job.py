@@ -30,6 +30,7 @@ from stdit.config.diff import changes
 from stdit.diffusion.guidance import check_channels
 from stdit.diffusion.schedulers import check_sampler, compatible_scheduler
 from stdit.files import atomic_write, fingerprint_files
+from stdit.inference.inputs import DEFAULT_FPS
 from stdit.inference.prompts import Item, Prompt, items, read_prompts
 from stdit.training import adapters, checkpoint
 
@@ -47,6 +48,8 @@ class Source:
     diffusion: DiffusionConfig
     default: SamplerConfig
     largest: Bucket | None
+    # Frames per second of most videos that the run was trained on.
+    fps: float | None = None
     # The base model of adapters or a control branch: its path, and the fingerprint of its weights.
     base: Path | None = None
     base_fingerprint: str | None = None
@@ -92,7 +95,9 @@ def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
         diffusion = validate(index["diffusion"], DiffusionConfig, f"{run}/model_index.json: diffusion")
         default = compatible_scheduler(SamplerConfig(), diffusion)
         facts = {"run": str(run), "checkpoint": None, "step": None, "weights": None}
-        return Source(run.resolve(), weights, facts, _fingerprint(run / "transformer"), diffusion, default, None)
+        return Source(
+            run.resolve(), weights, facts, _fingerprint(run / "transformer"), diffusion, default, None, index.get("fps")
+        )
     transformer = checkpoint.find_weights(run, weights)
     place = transformer.parent
     identity = json.loads((place / checkpoint.IDENTITY).read_text())
@@ -108,6 +113,7 @@ def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
         diffusion,
         compatible_scheduler(sampler, diffusion),
         default_bucket(buckets),
+        checkpoint.common_frame_rate(identity),
     )
 
 
@@ -155,7 +161,7 @@ def open_job(
     *,
     weights: Literal["ema", "model"] = "ema",
     batch_size: int = 8,
-    fps: float = 8.0,
+    fps: float | None = None,
     threads: int = 1,
     videos_per_prompt: int = 1,
     lora: Sequence[LoRASource] = (),
@@ -164,7 +170,8 @@ def open_job(
 ) -> Job:
     """Validates the job, claims `out` for it and writes request.json there. Loads no weights.
 
-    shape: None: the run's largest video bucket (or image bucket, if it has no other). sampler: None: the run's own. base:
+    shape: None: the run's largest video bucket (or image bucket, if it has no other). sampler: None: the run's own. fps:
+    None: of most videos that the run was trained on (8 if not known). base:
     path of the base model of adapters or a control branch, if it was moved. ValueError: no prompts; a sampler of another
     objective; sizes that don't divide; a folder with the videos of another job (overwrite: they are removed).
     """
@@ -184,7 +191,7 @@ def open_job(
         shape,
         sampler,
         batch_size,
-        float(fps),
+        float(fps or source.fps or DEFAULT_FPS),
         int(threads),
         tuple(lora),
     )

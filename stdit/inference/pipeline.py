@@ -79,6 +79,7 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
     text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3, text_layout: more text encoders, and how the features of all
         are concatenated (the `layout` of stdit.encoders.text); None: there is one.
     control: a control branch of the transformer.
+    fps: frames per second of most of the videos that the transformer was trained on; None: not known.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->vae"
@@ -112,6 +113,7 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
         text_encoder_3: PreTrainedModel | None = None,
         tokenizer_3: PreTrainedTokenizerBase | None = None,
         text_layout: dict | None = None,
+        fps: float | None = None,
     ) -> None:
         super().__init__()
         self._interrupt = False
@@ -126,11 +128,13 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
         self.max_text_tokens = max_text_tokens or transformer.settings.max_text_tokens
         self.classes: dict[str, int] = dict(classes or {})
         self.text_layout = text_layout
+        self.fps = fps
         self.register_to_config(
             diffusion=self.diffusion.model_dump(mode="json"),
             max_text_tokens=max_text_tokens,
             classes=classes,
             text_layout=text_layout,
+            fps=fps,
         )
         self.video_processor = VideoProcessor(do_resize=False)
         check_components(transformer, vae, control, self.prompt_encoder)
@@ -222,7 +226,8 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
             class_labels: numbers or names, for class-conditional models; -1 or None is the null class.
             negative_prompt: replaces the null caption in guidance; one, or one per prompt. Default of a model without a
                 null caption (null_text: empty): "".
-            fps: frames per second, for models with that micro-condition; None: 8, and 0 for images.
+            fps: frames per second, for models with that micro-condition; None: that of most training videos (or 8), and
+                0 for images.
             latents: initial noise (B, C, t, h, w) in place of the generator's.
             prompt_embeds, prompt_attention_mask: text features (B, L, D) and mask (B, L) in place of prompts;
                 pooled_prompt_embeds (B, P) for models with a pooled vector. negative_…: likewise, of one row or B.
@@ -272,7 +277,7 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
             guidance_scale = 1.0  # an unconditional model
         negative = None if guidance_scale == 1 else encoder.encode_negative(inputs, cond, batch)
         arguments: dict[str, Any] = dict(cond)
-        if added := micro_conditions(settings, clip, checked_fps(fps, num_frames), device):
+        if added := micro_conditions(settings, clip, checked_fps(fps, num_frames, self.fps), device):
             arguments["added_cond_kwargs"] = added
 
         # 2. Conditioning frames and control

@@ -152,7 +152,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
         ("steps", int, "sampling steps (default: the run's)"),
         ("guidance", float, "guidance scale, 1 for none (default: the run's)"),
         ("videos-per-prompt", int, "videos for each prompt (default: 1)"),
-        ("fps", float, "frames per second (default: 8)"),
+        ("fps", float, "frames per second (default: of most training videos)"),
         ("batch-size", int, "videos sampled at a time (default: 8)"),
         ("workers", int, "pipelines in parallel, under Ray (default: 1)"),
         ("threads", int, "CPU threads of each worker (default: 1)"),

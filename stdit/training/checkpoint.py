@@ -206,8 +206,8 @@ def make_identity(
     world_size: int,
     base: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Content of identity.json. architecture: the diffusers config. data: video_encoder, text_encoder, classes, and the
-    fingerprint of the features. base: folder and fingerprint of a fine-tuning run's frozen weights."""
+    """Content of identity.json. architecture: the diffusers config. data: video_encoder, text_encoder, classes, frame_rates,
+    and the fingerprint of the features. base: folder and fingerprint of a fine-tuning run's frozen weights."""
     return {
         "version": __version__,
         "architecture": architecture,
@@ -238,6 +238,11 @@ def config_kind(train: TrainConfig) -> Trained:
     if train.lora is not None:
         return "lora"
     return "transformer" if train.control is None else "control"
+
+
+def common_frame_rate(identity: dict[str, Any]) -> float | None:
+    """The most common frame rate of the videos that a run was trained on; None: of stills alone, or not recorded."""
+    return next(map(float, identity.get("frame_rates") or ()), None)
 
 
 def trained_kind(identity: dict[str, Any]) -> Trained:

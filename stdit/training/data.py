@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from diffusers.models.attention_dispatch import AttentionBackendName
 
 from stdit.config import Config, ConfigError, ModelConfig, latent_shape, token_grid
@@ -29,6 +30,8 @@ class TrainData:
     fingerprint: str
     latents: dict[str, tuple[int, int, int]]  # latent (T, H, W) by bucket key
     empty_caption: EmptyCaption | None = None  # if the model needs it
+    # frame rates of the videos that are trained on, the most common first: {"25": 730, "30": 12}
+    frame_rates: dict[str, int] = field(default_factory=dict)
 
 
 def open_data(config: Config) -> TrainData:
@@ -76,7 +79,7 @@ def open_data(config: Config) -> TrainData:
             raise ConfigError(
                 f"{key}: {where} holds no sample of split {config.data.validation_split!r} in this run's buckets"
             )
-    return TrainData(source, video, text, classes, fingerprint, latents, empty)
+    return TrainData(source, video, text, classes, fingerprint, latents, empty, _frame_rates(config, source))
 
 
 def _check_text(model: ModelConfig, text: dict[str, Any] | None, where: str) -> None:
@@ -96,6 +99,15 @@ def _check_text(model: ModelConfig, text: dict[str, Any] | None, where: str) -> 
     if model.pooled_dim is not None and pooled != model.pooled_dim:
         found = f"pooled vectors {pooled} wide" if pooled else "no pooled vectors (pooled: true of a CLIP encoder)"
         raise ConfigError(f"model.pooled_dim is {model.pooled_dim}, but {where} has {found}")
+
+
+def _frame_rates(config: Config, source: Source) -> dict[str, int]:
+    """Frame rates of the training clips of more than one frame, by their number."""
+    count = getattr(source, "frame_rates", None)
+    if count is None:  # random data
+        return {}
+    ids = source.select(config.data.train_split, [b for b in config.data.buckets if b.frames > 1], config.data.where)
+    return count(np.concatenate([*ids.values(), np.empty(0, np.int64)]))
 
 
 def _empty_caption(config: Config, source: Source, where: str) -> EmptyCaption | None:

@@ -291,6 +291,7 @@ def _write(
                 "text_encoder": data.text_encoder,
                 "classes": list(data.classes),
                 "features": data.fingerprint,
+                "frame_rates": data.frame_rates,
             },
             step=state.step,
             samples_seen=state.samples_seen,

@@ -70,7 +70,7 @@ def test_the_fingerprint_is_of_paths_and_captions(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("z.txt", b"caf\xe9", r"clips:4: .*z\.txt:1: not UTF-8"),
-        ("z.txt", b"word " * 300_000, r"z\.txt: 1,500,000 bytes are no caption"),
+        ("z.txt", b"word " * 300_000, r"z\.txt: cannot be read \(1,500,000 bytes, more than the 1,048,576 allowed\)"),
         ("z.png", b"", r"z\.mp4 and z\.png share the caption file z\.txt"),
         ("manifest.jsonl", b"", r"clips: holds manifest\.jsonl; give .*clips/manifest\.jsonl"),
     ],

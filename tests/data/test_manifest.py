@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,80 @@ def test_classes_are_ordered_by_number_where_they_are_numbers(tmp_path: Path) ->
     assert classes("b", 10, "a", 9) == ["10", "9", "a", "b"]
 
 
+def write_formats(folder: Path, rows: list[dict[str, Any]]) -> list[Manifest]:
+    """`rows` as each of the formats, as pandas writes them: CSV of an integer column with gaps has 1.0."""
+    (folder / "m.csv").write_text(
+        ",".join(rows[0])
+        + "\n"
+        + "".join(",".join("" if v is None else str(v) for v in r.values()) + "\n" for r in rows)
+    )
+    pq.write_table(pa.Table.from_pylist(rows), folder / "m.parquet")
+    return [read(folder / "m.csv"), read(folder / "m.parquet"), read(jsonl(folder, *rows))]
+
+
+def test_a_class_has_one_name_in_every_format(tmp_path: Path) -> None:
+    rows = [row(path=f"{i}.mp4", **{"class": name}) for i, name in enumerate([1.0, 2.0, None, 10.0])]
+    assert [made.classes for made in write_formats(tmp_path, rows)] == [["1", "2", "10"]] * 3
+    spelt = ["7", "07", "+7", "7.0", "7.", 7, 7.0, "-0", "0", "-3"]
+    made = read(jsonl(tmp_path, *(row(path=f"{i}.mp4", **{"class": name}) for i, name in enumerate(spelt))))
+    assert made.classes == ["-3", "0", "7"]
+    # Digits of another script, and what only begins with a number, are names.
+    made = read(jsonl(tmp_path, *(row(path=f"{i}.mp4", **{"class": name}) for i, name in enumerate(["٧", "7", "7a"]))))
+    assert made.classes == ["7", "7a", "٧"]
+
+
+def test_absolute_paths_below_the_manifests_folder_are_those_clips(tmp_path: Path) -> None:
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    for root in (folder, tmp_path / "link"):
+        made = read(jsonl(root, row(path=str(folder / "a" / "b.mp4")), row(path=str(root / "c.mp4"))))
+        assert [clip.key for clip in made] == ["a/b.mp4", "c.mp4"]
+        assert made.clips[0].file == root / "a" / "b.mp4"
+    error = error_of(jsonl(folder, row(path=str(tmp_path / "clips2" / "a.mp4"))))
+    assert "leaves the manifest's folder" in error
+
+
+def test_a_manifest_without_a_caption_column_has_clips_without_captions(tmp_path: Path) -> None:
+    made = read(jsonl(tmp_path, {"path": "a.mp4", "class": 1}, {"path": "b.mp4", "class": 2}))
+    assert made.uncaptioned == ["a.mp4", "b.mp4"]
+
+
+def test_csv_cells_may_be_of_any_length(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text(f"path,caption\na.mp4,{'x' * 200_000}\n")
+    assert len(read(tmp_path / "m.csv").clips[0].caption) == 200_000
+
+
+def test_dates_beyond_pythons_years_are_text(tmp_path: Path) -> None:
+    dates = pa.array([2**62, 0], pa.timestamp("us"))
+    pq.write_table(pa.table({"path": ["a", "b"], "caption": ["", ""], "date": dates}), tmp_path / "m.parquet")
+    assert read(tmp_path / "m.parquet").clips[1].extra["date"] == "1970-01-01 00:00:00.000000"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_manifests_too_large_for_memory_are_refused_before_they_fill_it(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"m{suffix}"
+    with path.open("wb") as file:
+        file.truncate(20 << 30)  # sparse
+    assert ("21,474,836,480 bytes, more than" if suffix != ".parquet" else "not a readable") in error_of(path)
+    columns = {"path": "a.mp4", "caption": "", **{f"c{i}": 1 for i in range(2000)}}
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist([columns]), path)
+    elif suffix == ".csv":
+        path.write_text(",".join(columns) + "\n" + ",".join(map(str, columns.values())) + "\n")
+    else:
+        path = jsonl(tmp_path, columns)
+    assert "1,000 columns" in error_of(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_pipe_or_a_device_is_no_manifest(tmp_path: Path, suffix: str) -> None:
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    (tmp_path / f"zero{suffix}").symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        assert "is not a file" in error_of(tmp_path / f"{name}{suffix}")
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 def test_an_empty_manifest_is_an_error(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"m{suffix}"
@@ -116,6 +191,7 @@ def test_a_manifest_that_is_not_there_or_of_no_known_kind_is_an_error(tmp_path: 
         (row(path="../a.mp4"), "leaves the manifest's folder"),
         (row(path="b/../../a.mp4"), "leaves the manifest's folder"),
         (row(path="/etc/passwd"), "leaves the manifest's folder"),
+        (row(path="/"), "leaves the manifest's folder"),
         (row(path="https://example.org/a.mp4"), "is an address"),
         (row(path="a\0.mp4"), "no path can have"),
         (row(caption=7), "caption: expected text, found 7"),

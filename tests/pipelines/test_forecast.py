@@ -158,7 +158,8 @@ def test_every_clip_of_a_report_is_told() -> None:
         "clips": 12, "kept": 4, "kept_by_bucket": {"1x8x8": {"train": 3, "validation": 1}, "4x8x8": {}},
         "dropped": 1, "dropped_by_reason": {"too_short": 1}, "bad": 7,
         "bad_clips": [{"path": f"{i}.mp4", "reason": "no frames"} for i in range(7)],
-        "captions_cut": 0, "uncaptioned": 0, "uncaptioned_clips": [],
+        "captions_cut": 0, "uncaptioned": 0, "uncaptioned_clips": [], "kept_share_by_bucket": {"1x8x8": 0.9},
+        "most_cropped_clips": [], "frame_rates": {}, "misstated_clips": [],
     }  # fmt: skip
     lines = report_lines(report)
     assert lines[0] == "clips: 12 = 4 kept + 1 dropped (1 too_short) + 7 that can't be used"

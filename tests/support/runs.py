@@ -48,6 +48,7 @@ def make_run(
     diffusion: DiffusionConfig | None = None,
     step: int = 20,
     text: TextEncoderConfig | None = None,
+    frame_rates: dict[str, int] | None = None,
     **config: Any,
 ) -> Path:
     """A run directory with one whole checkpoint. EMA weights differ from the model's. text: what read its captions."""
@@ -76,6 +77,7 @@ def make_run(
         "text_encoder": load_text_encoder(text).identity,
         "classes": NAMES,
         "features": "none",
+        "frame_rates": frame_rates or {},
     }
     identity = checkpoint.make_identity(
         settings,
