@@ -98,16 +98,18 @@ def _results(config: ExtractConfig, todo: Sequence[ShardSpec]) -> Iterator[Shard
         yield pickle.loads(row["result"])
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    from stdit.extract import arguments
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code as `stdit.extract.main`."""
+    from stdit.extract import arguments, report_error
 
     options = arguments("python -m pipelines.extract_features").parse_args(argv)
     try:
         out = extract_features(load_config(options.config, ExtractConfig, options.set), options.overwrite)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        return report_error(error)
     print(out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pipelines.workers import connect, disconnect
 from stdit.config import ConfigError, GenerateConfig
+from stdit.files import printable
 
 if TYPE_CHECKING:
     from stdit.generate import Job, Outcome
@@ -119,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = settings(options)
         rows, outcomes = generate_videos(config)
     except (ConfigError, ValueError, OSError, RuntimeError) as error:
-        print(f"generate_videos: {error}", file=sys.stderr)
+        print(printable(f"generate_videos: {error}"), file=sys.stderr)
         return 2
     from stdit.generate import report
 

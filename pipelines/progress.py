@@ -8,6 +8,7 @@ from typing import TextIO
 
 from stdit import metrics_log
 from stdit.config import Config
+from stdit.files import printable
 
 
 class Clock:
@@ -18,7 +19,7 @@ class Clock:
         self._start = time.monotonic()
 
     def say(self, line: str) -> None:
-        print(f"[{time.monotonic() - self._start:7.1f} s] {line}", file=self.out, flush=True)
+        print(f"[{time.monotonic() - self._start:7.1f} s] {printable(line)}", file=self.out, flush=True)
 
 
 class StepLine:
@@ -48,7 +49,7 @@ class StepLine:
         line = self._line(now, entry["loss"])
         if self.terminal:
             self._shown = True
-            print(f"\r\x1b[K{line}", end="", file=self.clock.out, flush=True)
+            print(f"\r\x1b[K{printable(line)}", end="", file=self.clock.out, flush=True)
         else:
             self.clock.say(line)
 

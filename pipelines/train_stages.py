@@ -21,6 +21,7 @@ from pipelines import checks, job, workers
 from pipelines import plan as plans
 from pipelines.record import lock_run_dir
 from pipelines.runner import PlanFailed, PlanRunner
+from stdit.files import printable
 
 STOPPED = 75  # stdit.training.distributed.STOPPED, without importing torch.
 
@@ -41,7 +42,7 @@ def run_plan(
     if plan.extract.manifest.exists():
         checks.check_held_out(plan)
     if only_forecast:
-        print("\n".join(checks.forecast_lines(plan, stages)), flush=True)
+        print(printable("\n".join(checks.forecast_lines(plan, stages))), flush=True)
         return {}
     checks.check_manifest(plan)
     with lock_run_dir(plan.run_dir):
@@ -80,22 +81,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         paths = run_plan(args.plan, args.set, allow_changes=args.allow_changes, only_forecast=args.forecast)
     except workers.StageStopped as stopped:
-        print(stopped, file=sys.stderr)
+        print(printable(stopped), file=sys.stderr)
         return STOPPED
     except (RuntimeError, OSError) as error:
         if not isinstance(error, workers.StageFailed | PlanFailed | OSError):
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+            print(printable(traceback.format_exc()), file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 1
     except ValueError as error:  # ConfigError, ManifestError, ExtractionError: errors of the input.
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to resume", file=sys.stderr)
         return 130
     if paths:
         width = max(map(len, paths))
-        print("\n".join(f"{name:<{width}}  {path}" for name, path in paths.items()))
+        print(printable("\n".join(f"{name:<{width}}  {path}" for name, path in paths.items())))
     return 0
 
 

@@ -27,7 +27,7 @@ from stdit.config import (
     apply_override,
     validate,
 )
-from stdit.files import atomic_write
+from stdit.files import atomic_write, printable
 
 Generate = Callable[[GenerateConfig], object]
 
@@ -179,13 +179,13 @@ def run_command(options: argparse.Namespace, generate: Generate, **settings: Any
             overwrite=options.overwrite, **flags, **settings,
         )  # fmt: skip
     except (ValueError, OSError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
+        print(printable(f"evaluate: {error}"), file=sys.stderr)
         return 2
     from stdit.evaluation.tables import metrics_table
 
-    print(metrics_table(results))
+    print(printable(metrics_table(results)))
     failed = [name for name, result in results.items() if isinstance(result, str)]
-    print(f"metrics of {len(results) - len(failed)} of {len(results)} runs are in {options.out}")
+    print(printable(f"metrics of {len(results) - len(failed)} of {len(results)} runs are in {options.out}"))
     return 1 if failed else 0
 
 

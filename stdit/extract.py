@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stdit.config import ExtractConfig, load_config
+from stdit.files import printable
 
 # Imported late, so that --help answers at once.
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def prepare(config: ExtractConfig, overwrite: bool = False) -> tuple[ExtractionP
     write_settings(plan, overwrite)
     todo, line = pending_shards(plan)
     if todo:
-        print(f"{config.out}: {line}", file=sys.stderr)
+        print(printable(f"{config.out}: {line}"), file=sys.stderr)
     return plan, todo
 
 
@@ -136,7 +137,7 @@ def collect(plan: ExtractionPlan, todo: Sequence[ShardSpec], results: Iterable[S
                 break
     out = finish(plan)
     if todo:
-        print("\n".join(report_lines(read_report(out))), file=sys.stderr)
+        print(printable("\n".join(report_lines(read_report(out)))), file=sys.stderr)
     return out
 
 
@@ -165,14 +166,24 @@ def arguments(program: str) -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0: complete; 1: too many bad clips, or a write that failed; 2: unusable config, manifest or folder."""
     args = arguments("python -m stdit.extract").parse_args(argv)
     try:
         out = run(load_config(args.config, ExtractConfig, args.set), args.overwrite)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        return report_error(error)
     print(out)
+    return 0
+
+
+def report_error(error: Exception) -> int:
+    """Prints why an extraction ended; its exit code: 2 for a config, manifest or folder that cannot be used, else 1."""
+    from stdit.data.extraction import ExtractionError
+
+    print(printable(f"error: {error}"), file=sys.stderr)
+    return 1 if isinstance(error, OSError | ExtractionError) else 2
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Files: atomic writes, hashes and fingerprints, JSON lines. Standard library only."""
+"""Files: atomic writes, hashes and fingerprints, JSON, text for terminals. Standard library only."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import stat
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -45,12 +48,17 @@ def atomic_write(path: Path | str, content: bytes | str) -> None:
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, for a writer that wants a file name; renamed on success, removed on error."""
+    """Yields a temporary path beside `path`, for a writer that wants a file name; renamed on success, removed on error.
+
+    The file has the mode of any new one, whatever the writer gave it (safetensors: 0600).
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.part.{path.name}")
     try:
+        mode = _new_file_mode(temporary)
         yield temporary
+        os.chmod(temporary, mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -70,6 +78,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        apply_umask(temporary)
         for file in temporary.rglob("*"):
             if file.is_file():
                 with file.open("rb") as handle:
@@ -81,6 +90,60 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_folder(path.parent)
+
+
+def _new_file_mode(path: Path) -> int:
+    """Mode of a new file as the umask has it. Creates `path`; the umask itself cannot be read without changing it for all threads."""
+    path.touch()
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def apply_umask(folder: Path) -> None:
+    """Gives all files below `folder` the mode of new ones: safetensors and Hugging Face's writers make them 0600."""
+    probe = folder / f".{os.getpid()}.mode"
+    try:
+        mode = _new_file_mode(probe)
+    finally:
+        probe.unlink(missing_ok=True)
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink() and stat.S_IMODE(file.stat().st_mode) != mode:
+            os.chmod(file, mode)
+
+
+def check_writable(folder: Path) -> None:
+    """ValueError, naming it: no file could be created in `folder`, which need not exist yet. Nothing is left behind."""
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists() or p.is_symlink())
+    probe = nearest / f".{os.getpid()}.probe"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = "is not a folder" if not nearest.is_dir() else error.strerror
+        place = "" if nearest == folder else f"{nearest}: "
+        raise ValueError(f"{folder}: cannot be written to ({place}{reason})") from error
+
+
+# Libraries report a failed write without its cause; a file of this size, written to the same place, tells.
+_PROBE_BYTES = 2**20
+
+
+def describe_failed_write(error: Exception, folder: Path) -> str:
+    """Cause of a failed write into `folder`, on one line: the file system's own error if writing there fails, else what
+    `error` says, with the free space."""
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
+    free = f"{shutil.disk_usage(nearest).free / 2**20:,.0f} MiB are free"
+    probe = nearest / f".{os.getpid()}.probe"
+    try:
+        atomic_write(probe, bytes(_PROBE_BYTES))
+        probe.unlink()
+    except OSError as failed:
+        full = failed.errno in (errno.ENOSPC, errno.EDQUOT)
+        return f"{failed.strerror}; {free}: make room" if full else str(failed.strerror)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # the file was larger than the probe
+        return f"{error.strerror}; {free}: make room"
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    return f"{text}; {free}" if isinstance(error, OSError) or "writ" in text.lower() else text
 
 
 def open_regular(path: Path | str) -> BinaryIO:
@@ -154,6 +217,13 @@ def sha256(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def seal(value: dict[str, Any]) -> dict[str, Any]:
+    """`value` with `sha256`, the SHA-256 of all its other keys in any order: a file that is only read by its writer's
+    program says so of itself when it is damaged or edited (stdit.config.read_json checks it)."""
+    rest = {key: child for key, child in value.items() if key != "sha256"}
+    return {**rest, "sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+
+
 # Of a large file, the fingerprint reads this much.
 _BLOCK_BYTES = 16 * 1024
 _BLOCKS = 64
@@ -188,7 +258,60 @@ def fingerprint_files(files: Iterable[Path], digest: Callable[[Path], str] = fin
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
-# ------------------------------------------------------------------------------------------ JSON lines
+# ------------------------------------------------------------------------------------------------ JSON
+
+# Limits of one JSON file. The largest that stdit writes is the report of an extraction that names every clip.
+MAX_JSON_BYTES = 256 * 2**20
+MAX_JSON_DEPTH = 100
+MAX_JSON_DIGITS = 64
+
+
+def parse_json(text: str) -> Any:
+    """The JSON document `text`. ValueError, one line: not JSON, a repeated key, NaN, infinity, nested or numbers too long."""
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_unique_keys,
+            parse_constant=_no_nan,
+            parse_float=_finite,
+            parse_int=_integer,
+        )
+    except RecursionError:
+        raise ValueError(f"nested more than {MAX_JSON_DEPTH} deep") from None
+    level: list[Any] = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+        if not level:
+            return value
+    raise ValueError(f"nested more than {MAX_JSON_DEPTH} deep")
+
+
+def read_json(path: Path | str) -> dict[str, Any]:
+    """The JSON object in a regular file. ValueError, one line with the path: unreadable, or no JSON object.
+
+    A file that stdit has written is read by `stdit.config.read_json`, which also checks its keys.
+    """
+    text = ""
+    try:
+        text = read_text(path, MAX_JSON_BYTES)
+        found = parse_json(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    except json.JSONDecodeError as error:
+        reason = f"not valid JSON ({error.msg} at line {error.lineno}, column {error.colno})" if text else "is empty"
+        raise ValueError(f"{path}: {reason}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
 
 
 def parse_jsonl(lines: str | Iterable[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -200,10 +323,10 @@ def parse_jsonl(lines: str | Iterable[str]) -> Iterator[tuple[int, dict[str, Any
         if not line.strip():
             continue
         try:
-            row = json.loads(line, object_pairs_hook=_unique_keys, parse_constant=_no_nan)
+            row = parse_json(line)
         except json.JSONDecodeError as error:
             yield number, f"not valid JSON ({error.msg} at column {error.colno})"
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             yield number, f"not a usable row ({error})"
         else:
             yield number, row if isinstance(row, dict) else f"expected an object, found {type(row).__name__}"
@@ -212,7 +335,7 @@ def parse_jsonl(lines: str | Iterable[str]) -> Iterator[tuple[int, dict[str, Any
 def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
     """The objects of a JSONL file. ValueError: it cannot be read; the first line that holds no object, with its number."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_text(path, MAX_JSON_BYTES).removeprefix("\ufeff")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from error
     rows = []
@@ -224,11 +347,49 @@ def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-    if repeated:
-        raise ValueError(f"key {repeated[0]!r} is given twice")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"key {repeated!r} is given twice")
+    return found
 
 
 def _no_nan(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:MAX_JSON_DIGITS]} is beyond the largest number")
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > MAX_JSON_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits; at most {MAX_JSON_DIGITS}")
+    return int(text)
+
+
+# -------------------------------------------------------------------------------- text for people
+
+# In messages, a word (a path, say) is cut to so many characters, and everything to MAX_MESSAGE.
+MAX_WORD = 300
+MAX_MESSAGE = 100_000
+
+
+def printable(text: object) -> str:
+    """`text` for a terminal or a log: control characters, terminal escapes and marks that reorder text appear as in "\\x1b",
+    line breaks and tabs stay; words and texts that are too long are cut in the middle. Applied to all that is printed."""
+    found = str(text)
+    if len(found) > MAX_MESSAGE:
+        found = f"{found[: MAX_MESSAGE // 2]}… ({len(found):,} characters) …{found[-MAX_MESSAGE // 4 :]}"
+    if not found.isprintable():
+        found = "".join(c if _is_harmless(c) else c.encode("unicode_escape").decode() for c in found)
+    return re.sub(
+        rf"\S{{{MAX_WORD + 1},}}", lambda word: f"{word[0][: MAX_WORD * 2 // 3]}…{word[0][-MAX_WORD // 4 :]}", found
+    )
+
+
+def _is_harmless(character: str) -> bool:
+    """Printable, a space of any script, a line break or tab, or a joiner, which emoji and several scripts need."""
+    return character.isprintable() or character in "\n\t\u200c\u200d" or unicodedata.category(character) == "Zs"

@@ -28,7 +28,7 @@ from stdit.config import Bucket, LoRASource, SamplerConfig
 from stdit.data.decoding import open_clip
 from stdit.data.transforms import resize_crop
 from stdit.diffusion.randomness import seed_for
-from stdit.files import atomic_path, atomic_write
+from stdit.files import atomic_path, atomic_write, printable
 from stdit.inference.job import MANIFEST, MOVING, SHEET, Job, job_from_config, open_job
 from stdit.inference.pipeline import STDiTPipeline, STDiTPipelineOutput
 from stdit.inference.prompts import Item, Prompt, arguments, check_text, label_id, read_prompts, settings
@@ -231,11 +231,11 @@ def report(rows: Sequence[dict[str, Any]], outcomes: Sequence[Outcome], out: Pat
     """Prints what was generated and what failed; returns the exit code, 0 if nothing is missing."""
     failed = [row for row in rows if row["file"] is None]
     for row in failed:
-        print(f"failed: prompt {row['index']} {row['prompt'][:60]!r}: {row['error']}", file=sys.stderr)
+        print(printable(f"failed: prompt {row['index']} {row['prompt'][:60]!r}: {row['error']}"), file=sys.stderr)
     for outcome in outcomes:
         if outcome.note:
-            print(f"note: {outcome.file}: {outcome.note}", file=sys.stderr)
-    print(f"{len(rows) - len(failed)} of {len(rows)} videos are in {out} (see {MANIFEST} and {SHEET})")
+            print(printable(f"note: {outcome.file}: {outcome.note}"), file=sys.stderr)
+    print(printable(f"{len(rows) - len(failed)} of {len(rows)} videos are in {out} (see {MANIFEST} and {SHEET})"))
     return 1 if failed else 0
 
 
@@ -289,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         outcomes = run_groups(job, config.device, progress=True)
         rows = finish(job, outcomes)
     except (ValueError, checkpoint.CheckpointError, OSError) as error:
-        print(f"stdit.generate: {error}", file=sys.stderr)
+        print(printable(f"stdit.generate: {error}"), file=sys.stderr)
         return 2
     return report(rows, outcomes, job.out)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stdit.config import ConfigError
-from stdit.files import atomic_write
+from stdit.files import atomic_write, printable
 
 if TYPE_CHECKING:
     from stdit.data.probe import BucketProposal, Probe, ProbedClip
@@ -272,10 +272,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         lines = init(Choices(**vars(options)))
     except (ValueError, OSError) as error:
-        print(f"stdit init: {error}", file=sys.stderr)
+        print(printable(f"stdit init: {error}"), file=sys.stderr)
         return 2
-    print("\n".join(lines))
-    print(f"next: stdit train-stages --plan {options.out}/plan.yaml")
+    print(printable("\n".join(lines)))
+    print(printable(f"next: stdit train-stages --plan {options.out}/plan.yaml"))
     return 0
 
 

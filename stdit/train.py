@@ -24,6 +24,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from stdit.config import Config, ConfigError, load_config
+from stdit.files import printable
 
 if TYPE_CHECKING:
     import torch
@@ -204,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Also raised on a rank when another one has died, whose own message says why.
         import traceback
 
-        traceback.print_exc()
+        print(printable(traceback.format_exc()), file=sys.stderr)
         complain(f"error: {error}")
     # Not sys.exit: a rank that fails must not wait, in libraries' exit handlers, for others that wait for it.
     sys.stdout.flush()
@@ -215,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def complain(message: str) -> None:
     """Prints an error to stderr, with the rank if there are several."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    print(f"[rank {os.environ.get('RANK', 0)}] {message}" if several else message, file=sys.stderr)
+    print(printable(f"[rank {os.environ.get('RANK', 0)}] {message}" if several else message), file=sys.stderr)
 
 
 if __name__ == "__main__":

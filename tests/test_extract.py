@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as parquet
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -228,32 +227,6 @@ def test_the_empty_captions_features_are_kept(several: bool, tmp_path: Path) -> 
         assert len(empty.text) == 1
 
 
-def test_features_from_before_the_empty_caption_was_kept_are_read_and_completed(tmp_path: Path) -> None:
-    config = clip_folder.config(tmp_path, rows(tmp_path, 7))
-    out = extract.run(config)
-    before = times(out / "shards")
-    # As they were: neither in the shards, nor in what the records and the index say.
-    for number in range(3):
-        shard, record = out / "shards" / f"{number:05d}.safetensors", out / "parts" / f"{number:05d}.parquet"
-        save_file({k: v for k, v in load_file(shard).items() if not k.startswith("empty")}, shard)
-        table = parquet.read_table(record)
-        told = {k: v for k, v in table.schema.metadata.items() if k != b"empty_caption"}
-        told[b"shard_bytes"] = str(shard.stat().st_size).encode()
-        parquet.write_table(table.replace_schema_metadata(told), record)
-    index = json.loads((out / "index.json").read_text())
-    del index["empty_caption"]
-    (out / "index.json").write_text(json.dumps(index))
-    features = FeatureSet(out)
-    assert features.empty_caption is None
-    assert features.sample(0).pooled is None
-    before = times(out / "shards")
-    again = FeatureSet(extract.run(config))
-    assert again.empty_caption is not None
-    after = times(out / "shards")
-    assert [name for name in before if before[name] != after[name]] == ["00000.safetensors"]
-    assert again.index["fingerprint"] == index["fingerprint"]
-
-
 def test_a_damaged_empty_caption_is_named(tmp_path: Path) -> None:
     config = clip_folder.config(tmp_path, rows(tmp_path, 2))
     shard = extract.run(config) / "shards" / "00000.safetensors"
@@ -438,8 +411,24 @@ def test_a_damaged_index_is_written_again(name: str, damage: str | None, tmp_pat
 def test_damaged_settings_are_named(tmp_path: Path) -> None:
     config = clip_folder.config(tmp_path, rows(tmp_path, 2))
     (extract.run(config) / "extraction.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"extraction\.json: damaged"):
+    with pytest.raises(ConfigError, match=r"extraction\.json: not valid JSON .*--overwrite"):
         extract.run(config)
+    assert len(FeatureSet(extract.run(config, overwrite=True))) == 2
+
+
+@pytest.mark.parametrize("file", ["shards/00001.safetensors", "parts/00001.parquet"])
+@pytest.mark.parametrize("at", [0.05, 0.5, 0.95])
+def test_a_shard_or_record_damaged_at_equal_length_is_extracted_again(file: str, at: float, tmp_path: Path) -> None:
+    config = clip_folder.config(tmp_path, rows(tmp_path, 7))
+    damaged_file = extract.run(config) / file
+    whole = damaged_file.read_bytes()
+    middle = int(at * len(whole))
+    times_before = damaged_file.stat()
+    damaged_file.write_bytes(whole[:middle] + bytes(255 - b for b in whole[middle : middle + 9]) + whole[middle + 9 :])
+    os.utime(damaged_file, ns=(times_before.st_atime_ns, times_before.st_mtime_ns))
+    features = FeatureSet(extract.run(config))
+    assert damaged_file.read_bytes() == whole
+    assert [features.sample(i).id for i in features.ids] == list(range(7))
 
 
 @pytest.mark.parametrize(

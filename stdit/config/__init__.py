@@ -8,7 +8,7 @@ file, the key and the numbers.
 
 from __future__ import annotations
 
-from stdit.config.base import Frozen, NonNegative, Positive, Share
+from stdit.config.base import FileSchema, Frozen, NonNegative, Positive, SealedSchema, Sha256, Share
 from stdit.config.data import (
     MOST_TEXT_ENCODERS,
     Bucket,
@@ -30,11 +30,13 @@ from stdit.config.generate import GenerateConfig, LoRASource
 from stdit.config.load import (
     ConfigError,
     apply_override,
+    check,
     dump,
     load_config,
     merge,
     parse_yaml,
     read_extended,
+    read_json,
     read_yaml,
     validate,
 )
@@ -68,6 +70,7 @@ __all__ = [
     "EvaluationConfig",
     "ExtractBucket",
     "ExtractConfig",
+    "FileSchema",
     "FrameConditioningConfig",
     "Frozen",
     "GenerateConfig",
@@ -80,6 +83,8 @@ __all__ = [
     "Positive",
     "SampleGridConfig",
     "SamplerConfig",
+    "SealedSchema",
+    "Sha256",
     "Share",
     "TextEncoderConfig",
     "TrainBucket",
@@ -89,6 +94,7 @@ __all__ = [
     "VideoEncoderConfig",
     "Where",
     "apply_override",
+    "check",
     "default_bucket",
     "dump",
     "latent_shape",
@@ -96,6 +102,7 @@ __all__ = [
     "merge",
     "parse_yaml",
     "read_extended",
+    "read_json",
     "read_yaml",
     "token_grid",
     "validate",

@@ -30,3 +30,18 @@ class Frozen(BaseModel):
             if isinstance(number, int | float) and abs(number) > limit:
                 raise ValueError(f"{number:g} is beyond ±{limit:g}")
         return value
+
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class FileSchema(BaseModel):
+    """Base of the schemas of files that stdit writes, and reads by `stdit.config.read_json`: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class SealedSchema(FileSchema):
+    """Of a file that nobody may edit: it is written by `stdit.files.seal`, and refused if its content does not match."""
+
+    sha256: Sha256

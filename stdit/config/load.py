@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from stdit import files
+from stdit.config.base import SealedSchema
 from stdit.files import read_text
 
 _Section = TypeVar("_Section", bound=BaseModel)
@@ -27,6 +29,8 @@ class ConfigError(ValueError):
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 40
 MAX_DIGITS = 64
+# Of what is wrong with a file, so many lines are shown.
+MAX_LINES = 20
 
 _CORE_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")}
 
@@ -175,7 +179,29 @@ def validate(data: dict[str, Any], schema: type[_Section], name: str) -> _Sectio
             else:
                 found = "" if e["type"] in ("missing", "value_error") else f", found {shorten(repr(e['input']), 200)}"
                 lines.append(f"{name}: {where}: {e['msg'].removeprefix('Value error, ')}{found}")
-        raise ConfigError("\n".join(lines)) from None
+        more = [f"{name}: and {len(lines) - MAX_LINES} more"] if len(lines) > MAX_LINES else []
+        raise ConfigError("\n".join(lines[:MAX_LINES] + more)) from None
+
+
+def read_json(path: Path | str, schema: type[BaseModel]) -> dict[str, Any]:
+    """The JSON object in `path`, checked against `schema`: the one reader of the files that stdit writes.
+
+    ConfigError, one line for each thing that is wrong: the file cannot be read, is no JSON object, or has a key that is
+    missing, unknown or of another kind.
+    """
+    try:
+        found = files.read_json(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    check(found, schema, str(path))
+    return found
+
+
+def check(found: dict[str, Any], schema: type[BaseModel], name: str) -> None:
+    """ConfigError unless `found` is a `schema`, and what was sealed if that is a SealedSchema. `name`: the file, for messages."""
+    validate(found, schema, name)
+    if issubclass(schema, SealedSchema) and found != files.seal(found):
+        raise ConfigError(f"{name}: was changed after it was written (its content does not match its sha256)")
 
 
 def load_config(path: Path | str, schema: type[_Section], overrides: Sequence[str] = ()) -> _Section:

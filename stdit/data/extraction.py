@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,20 +20,70 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
+from pydantic import ConfigDict
 
-from stdit.config import ConfigError, ExtractConfig
+from stdit.config import ConfigError, ExtractConfig, FileSchema, NonNegative, Share, read_json
 from stdit.config.diff import EXTRACTION_RUNTIME_KEYS, changes
 from stdit.data import records
-from stdit.data.features import FORMAT, INDEX, REPORT, SAMPLES, samples_schema, shard_path
+from stdit.data.features import (
+    FORMAT,
+    INDEX,
+    REPORT,
+    SAMPLES,
+    read_index,
+    samples_schema,
+    shard_path,
+)
 from stdit.data.manifest import check_where, matches, read
 from stdit.data.records import ReportTotals, ShardSpec
-from stdit.files import atomic_path, atomic_write
+from stdit.files import atomic_path, atomic_write, check_writable, seal, sha256
 
 SETTINGS = "extraction.json"
 # A bucket, or a clip, that keeps less of its pictures than this is mentioned at the end.
 MENTIONED_CROP = 0.8
 # Threads that check sources for changes: they wait for the disk.
 CHECK_THREADS = 16
+
+
+class ExtractionSettings(FileSchema):
+    """extraction.json: the keys of ExtractConfig that determine features, and the encoders' settings. Compared key by key."""
+
+    model_config = ConfigDict(extra="allow")
+
+    format: int
+    video_encoder: dict[str, Any]
+    text_encoder: dict[str, Any] | None
+
+
+class BadClip(FileSchema):
+    path: str
+    reason: str
+
+
+class DroppedClip(FileSchema):
+    path: str
+    reason: str | None
+    detail: str | None
+
+
+class ExtractionReport(FileSchema):
+    """report.json: counts of clips, and those that were dropped, bad or without a caption by name."""
+
+    clips: NonNegative
+    kept: NonNegative
+    kept_by_bucket: dict[str, dict[str, NonNegative]]
+    dropped: NonNegative
+    dropped_by_reason: dict[str, NonNegative]
+    dropped_clips: tuple[DroppedClip, ...]
+    bad: NonNegative
+    bad_share: Share
+    max_bad_share: Share
+    bad_clips: tuple[BadClip, ...]
+    captions_cut: NonNegative
+    text_tokens: NonNegative
+    uncaptioned: NonNegative
+    uncaptioned_clips: tuple[str, ...]
+    missing_parts: NonNegative
 
 
 class ExtractionError(ValueError):
@@ -122,23 +172,28 @@ def write_settings(plan: ExtractionPlan, overwrite: bool = False) -> None:
     """
     out = plan.config.out
     file = out / SETTINGS
-    if file.is_file():
+    if file.exists():
         try:
-            changed = changes(json.loads(file.read_text(encoding="utf-8")), plan.settings)
-        except ValueError as error:
-            raise ConfigError(f"{file}: damaged ({error}); remove {out} and extract again") from error
-        if not changed:
-            return
+            changed = changes(read_json(file, ExtractionSettings), plan.settings)
+        except ConfigError as error:
+            if not overwrite:
+                raise ConfigError(f"{error}; discard the features there with --overwrite") from error
+            changed = []
+        else:
+            if not changed:
+                return
         if not overwrite:
             lines = "\n".join(f"  {change}" for change in changed)
             raise ConfigError(
                 f"{out} holds features of another config:\n{lines}\nChoose another out, or discard them with --overwrite"
             )
+        check_writable(out)
         # From here on the folder is incomplete.
         for path in (out / INDEX, *(out / "parts").glob("*.parquet")):
             path.unlink(missing_ok=True)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out: {out} exists and holds no extraction; features go into a folder of their own")
+    check_writable(out)
     atomic_write(file, json.dumps(plan.settings, indent=2) + "\n")
 
 
@@ -147,23 +202,9 @@ def pending_shards(plan: ExtractionPlan) -> tuple[list[ShardSpec], str]:
     with ThreadPoolExecutor(CHECK_THREADS) as pool:
         reasons = list(pool.map(lambda spec: records.stale_reason(plan.config.out, spec), plan.shards))
     todo = [spec for spec, reason in zip(plan.shards, reasons, strict=True) if reason is not None]
-    if not todo and plan.config.text_encoder and _empty_caption(plan.config.out, plan.shards) is None:
-        # Features from before it was stored: extracting one shard again adds it.
-        todo = [spec for spec in plan.shards if shard_path(plan.config.out, spec.number).is_file()][:1]
-        if todo:
-            return todo, f"{len(todo)} of {len(plan.shards)} shards to extract again, for the empty caption's features"
     again = [reason for reason in reasons if reason not in (None, records.NEW)]
     line = f"{len(todo)} of {len(plan.shards)} shards to extract"
     return todo, f"{line}, {len(again)} of them again ({again[0]})" if again else line
-
-
-def _empty_caption(out: Path, shards: Sequence[ShardSpec]) -> dict[str, Any] | None:
-    """Location of the empty caption's features: {"shard": number, "sha256": …} of the first shard that has them."""
-    for spec in shards:
-        record = records.record_path(out, spec.number)
-        if record.is_file() and (digest := records.record_metadata(record).get("empty_caption")):
-            return {"shard": spec.number, "sha256": digest}
-    return None
 
 
 def finish(plan: ExtractionPlan) -> Path:
@@ -193,23 +234,24 @@ def finish(plan: ExtractionPlan) -> Path:
         dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped_by_reason"].items())
         raise ExtractionError(f"none of {plan.clips} clips is kept ({dropped or 'all bad'}); see {out / REPORT}")
     expected = encoder_settings(plan.settings)
-    if other := next((metadata for metadata in found if json.loads(metadata["settings"]) != expected), None):
+    if other := next((info for info in found.values() if info["settings"] != expected), None):
         raise ExtractionError(
             f"{out}: a shard was extracted with other encoders (other weights on one of the machines?); extract again with "
-            f"--overwrite. Expected {json.dumps(expected)}, found {other['settings']}"
+            f"--overwrite. Expected {json.dumps(expected)}, found {json.dumps(other['settings'])}"
         )
     index = _index(plan, totals, found, report)
     if not _is_complete(out, index):
         (out / INDEX).unlink(missing_ok=True)
         _write_samples(plan)
         _remove_stale_files(plan)
-        _write_json(out / INDEX, index)
+        index["samples_sha256"] = sha256(out / SAMPLES)
+        _write_json(out / INDEX, seal(index))
     return out
 
 
 def read_report(out: Path) -> dict[str, Any]:
-    """An extraction's report.json."""
-    return json.loads((out / REPORT).read_text(encoding="utf-8"))
+    """An extraction's report.json. ConfigError: gone or damaged."""
+    return read_json(out / REPORT, ExtractionReport)
 
 
 def report_lines(report: Mapping[str, Any], shown: int = 5) -> list[str]:
@@ -243,7 +285,7 @@ def report_lines(report: Mapping[str, Any], shown: int = 5) -> list[str]:
         lines.append(f"{len(misstated):,} clips are not as the manifest says, and were taken as they are ({first})")
     if report["captions_cut"]:
         lines.append(f"captions: {report['captions_cut']:,} of {report['kept']:,} cut at text_encoder.max_text_tokens")
-    if report.get("uncaptioned"):
+    if report["uncaptioned"]:
         names = report["uncaptioned_clips"]
         more = f", … ({REPORT} has all)" if len(names) > shown else ""
         lines.append(f"captions: {len(names):,} clips have none: {', '.join(names[:shown])}{more}")
@@ -251,22 +293,26 @@ def report_lines(report: Mapping[str, Any], shown: int = 5) -> list[str]:
 
 
 def _is_complete(out: Path, index: Mapping[str, Any]) -> bool:
-    """Whether index.json equals `index`, and samples.parquet has as many samples."""
+    """Whether index.json says what `index` does, and samples.parquet is what index.json says."""
     try:
-        found = json.loads((out / INDEX).read_text(encoding="utf-8"))
-        return found == index and parquet.read_metadata(out / SAMPLES).num_rows == index["samples"]
-    except (OSError, ValueError):  # not there, or damaged
+        found = read_index(out)
+        return all(found[key] == value for key, value in index.items()) and found["samples_sha256"] == sha256(
+            out / SAMPLES
+        )
+    except (OSError, ConfigError):  # not there, or damaged
         return False
 
 
-def _read_records(plan: ExtractionPlan) -> tuple[ReportTotals, list[dict[str, str]]]:
-    """Totals over the records that exist, and the metadata of each."""
-    totals, found = ReportTotals(), []
+def _read_records(plan: ExtractionPlan) -> tuple[ReportTotals, dict[int, dict[str, Any]]]:
+    """Totals over the records that are there and whole, and the info of each by its shard's number."""
+    totals, found = ReportTotals(), {}
     for spec in plan.shards:
-        record = records.record_path(plan.config.out, spec.number)
-        if record.is_file() and (metadata := records.record_metadata(record))["key"] == spec.key:
-            found.append(metadata)
-            totals.add(parquet.read_table(record))
+        try:
+            info, rows = records.read_record(plan.config.out, spec)
+        except ValueError:  # finish says that it is missing
+            continue
+        found[spec.number] = info
+        totals.add(rows)
     return totals, found
 
 
@@ -276,20 +322,22 @@ def encoder_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _index(
-    plan: ExtractionPlan, totals: ReportTotals, found: list[dict[str, str]], report: dict[str, Any]
+    plan: ExtractionPlan, totals: ReportTotals, found: Mapping[int, dict[str, Any]], report: dict[str, Any]
 ) -> dict[str, Any]:
-    control_states = [row["digest"] for metadata in found for row in records.control_states(metadata)]
+    """index.json but for what follows from samples.parquet. found: the shards' infos, by number."""
+    control_states = [state["digest"] for info in found.values() for state in info["controls"]]
     digest_input = json.dumps([plan.classes, [spec.key for spec in plan.shards], totals.sources, *control_states])
-    empty = _empty_caption(plan.config.out, plan.shards)
+    # Every shard with text has the empty caption.
+    empty = next(({"shard": n, "sha256": i["empty_caption"]} for n, i in found.items() if i["empty_caption"]), None)
     return {
         "format": FORMAT,
         "fingerprint": hashlib.sha256(digest_input.encode()).hexdigest(),
         "samples": totals.kept_count,
         "buckets": report["kept_by_bucket"],
         "classes": list(plan.classes),
-        "posterior": any(metadata["posterior"] == "true" for metadata in found),
-        **json.loads(found[0]["encoders"]),
-        **({"empty_caption": empty} if empty else {}),
+        "posterior": any(info["posterior"] for info in found.values()),
+        **found[plan.shards[0].number]["encoders"],
+        "empty_caption": empty,
         "manifest": {"path": str(plan.config.manifest), "sha256": plan.manifest},
         "config": plan.settings,
     }
@@ -301,7 +349,7 @@ def _write_samples(plan: ExtractionPlan) -> None:
     labels = {name: label for label, name in enumerate(plan.classes)}
     with atomic_path(plan.config.out / SAMPLES) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
         for spec in plan.shards:
-            table = parquet.read_table(records.record_path(plan.config.out, spec.number))
+            table = records.read_record(plan.config.out, spec)[1]
             table = table.filter(pa.array([status == "kept" for status in table["status"].to_pylist()], pa.bool_()))
             label = pa.array([labels.get(name, -1) for name in table["class"].to_pylist()], pa.int32())
             table = table.append_column("class_label", label)

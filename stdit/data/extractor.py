@@ -5,7 +5,6 @@ T, H, W pixels of the bucket · C latent channels · t, h, w latents · L tokens
 
 from __future__ import annotations
 
-import json
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,12 +20,13 @@ from stdit.data import records
 from stdit.data.buckets import Dropped, assign_clip
 from stdit.data.control import control_state, read_control
 from stdit.data.decoding import ClipInfo, DecodeError, InfoMismatch, check_info
-from stdit.data.features import EMPTY_CAPTION, INDEX, digest_of, shard_path, unpad, write_shard
+from stdit.data.features import EMPTY_CAPTION, INDEX, digest_of, sample_digest, shard_path, unpad, write_shard
 from stdit.data.manifest import Clip, file_problem
 from stdit.data.probe import stated_info
 from stdit.data.records import ShardResult, ShardSpec
 from stdit.data.subprocess_decoder import SubprocessDecoder
 from stdit.data.transforms import frame_indices, frame_step, to_pixels
+from stdit.files import sha256
 
 _Item = TypeVar("_Item")
 
@@ -120,22 +120,25 @@ class Extractor:
         tensors: dict[str, Tensor] = {}
         rows = list(self._encode(prefetch(self._clips(spec), self.config.batch_size), tensors))
         empty = self._add_text([row for row in rows if row["status"] == "kept"], tensors)
+        self._add_digests(rows, tensors)
         shard = shard_path(out, spec.number)
-        shard_bytes = 0
         if tensors:
-            shard_bytes = write_shard(shard, tensors)
+            write_shard(shard, tensors)
         else:
             shard.unlink(missing_ok=True)
-        video, text = self.video.identity, self.text.identity if self.text else None
-        metadata = {
-            "encoders": json.dumps({"video_encoder": video, "text_encoder": text}),
-            "settings": json.dumps(self.settings),
-            "posterior": json.dumps(any(name.endswith(".std") for name in tensors)),
-            **({"empty_caption": empty} if empty else {}),
+        column = self.config.control_column
+        info = {
+            "shard_sha256": sha256(shard) if tensors else None,
+            "posterior": any(name.endswith(".std") for name in tensors),
+            "empty_caption": empty,
+            "controls": [control_state(clip, column) for clip in spec.clips] if column else [],
+            "encoders": {
+                "video_encoder": self.video.identity,
+                "text_encoder": self.text.identity if self.text else None,
+            },
+            "settings": dict(self.settings),
         }
-        if column := self.config.control_column:
-            metadata["controls"] = json.dumps([control_state(clip, column) for clip in spec.clips])
-        records.write_record(out, spec, rows, shard_bytes, metadata)
+        records.write_record(out, spec, rows, info)
         return ShardResult(spec.number, len(rows), sum(row["status"] == "bad" for row in rows))
 
     def _clips(self, spec: ShardSpec) -> Iterator[_Clip]:
@@ -233,6 +236,17 @@ class Extractor:
         for row in rows:
             row |= {"text_length": len(found[row["caption"]]["text"]), "cut": cut[row["caption"]] is not None}
         return digest_of(found[""])
+
+    @staticmethod
+    def _add_digests(rows: Sequence[dict[str, Any]], tensors: Mapping[str, Tensor]) -> None:
+        """Adds the digest of its tensors to the row of each kept clip."""
+        by_id: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            id, _, kind = name.partition(".")
+            by_id.setdefault(id, {})[kind] = tensor
+        for row in rows:
+            if row["status"] == "kept":
+                row["tensors_digest"] = sample_digest(by_id[str(row["id"])])
 
     def _encode_texts(self, captions: list[str]) -> Iterator[dict[str, Tensor]]:
         """text (L, D), and pooled (P,) where the encoder makes it, of each caption, in the encoder's own precision.

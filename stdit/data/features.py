@@ -9,33 +9,48 @@
 
 Shards are memory-mapped and nothing is pickled. Text features are unpadded. Latents are raw: their statistics are in
 the autoencoder's identity, in the index.
+
+The index has the SHA-256 of itself and of samples.parquet, which has a digest of every sample's tensors: a sample is
+compared with it when a process first reads it, before it is trained on.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import torch
+from pydantic import Field, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stdit.config import Bucket, ConfigError, Where, latent_shape
+from stdit.config import (
+    Bucket,
+    ConfigError,
+    FileSchema,
+    NonNegative,
+    Positive,
+    SealedSchema,
+    Sha256,
+    Where,
+    latent_shape,
+    read_json,
+)
+from stdit.config.identity import TextIdentity, VideoIdentity
 from stdit.data.manifest import satisfies
-from stdit.files import atomic_path
+from stdit.files import atomic_path, sha256
 
-FORMAT = 1
+FORMAT: Literal[2] = 2
 # Takes the place of a sample's id for the features of the empty caption, in every shard with text.
 EMPTY_CAPTION = "empty"
 INDEX, SAMPLES, REPORT = "index.json", "samples.parquet", "report.json"
@@ -46,6 +61,8 @@ SAMPLE_COLUMNS = {
     "bucket": pa.string(),
     "class_label": pa.int32(),
     "text_length": pa.int32(),
+    # Of the sample's tensors: `sample_digest`.
+    "tensors_digest": pa.int64(),
 }
 MANIFEST_COLUMNS = {
     "path": pa.string(), "caption": pa.string(), "class": pa.string(), "split": pa.string(),
@@ -53,6 +70,44 @@ MANIFEST_COLUMNS = {
 }  # fmt: skip
 # Shards open at a time per process: each has a memory map and a header of some 100 KB.
 OPEN_SHARDS = 64
+# Ends messages about damage.
+REMEDY = "run the extraction again, which mends it"
+
+
+class EmptyCaptionPlace(FileSchema):
+    """Where the empty caption's features are read, and their `digest_of`."""
+
+    shard: NonNegative
+    sha256: Sha256
+
+
+class ManifestFingerprint(FileSchema):
+    path: str
+    sha256: str
+
+
+class FeatureIndex(SealedSchema):
+    """index.json."""
+
+    format: int
+    fingerprint: Sha256
+    samples: Positive
+    samples_sha256: Sha256
+    buckets: dict[Annotated[str, Field(pattern=r"^[1-9]\d{0,6}(x[1-9]\d{0,6}){2}$")], dict[str, NonNegative]]
+    classes: tuple[str, ...]
+    posterior: bool
+    video_encoder: VideoIdentity
+    text_encoder: TextIdentity | None
+    empty_caption: EmptyCaptionPlace | None
+    manifest: ManifestFingerprint
+    config: dict[str, Any]
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, value: int) -> int:
+        if value != FORMAT:
+            raise ValueError(f"{value}, this version reads {FORMAT}")
+        return value
 
 
 def shard_path(out: Path, number: int) -> Path:
@@ -155,12 +210,18 @@ class FeatureSet:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.index = read_index(self.path)
-        self.rows: pa.Table = parquet.read_table(self.path / SAMPLES, memory_map=True)
+        self.rows = _read_samples(self.path, self.index)
         self.ids: np.ndarray = self.rows["id"].to_numpy()
         self._columns = {
             name: self.rows[name].to_numpy()
-            for name in ("shard", "class_label", "fps", "height", "width", "text_length")
+            for name in ("shard", "class_label", "fps", "height", "width", "text_length", "tensors_digest")
         }
+        self._shapes = {
+            key: (self.video_encoder["channels"], *latent_shape(Bucket.parse(key), self.video_encoder["compression"]))
+            for key in self.index["buckets"]
+        }
+        # Samples whose tensors this process has compared with their digests.
+        self._verified = np.zeros(len(self.ids), bool)
         self._open: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -199,8 +260,8 @@ class FeatureSet:
 
     @property
     def empty_caption(self) -> EmptyCaption | None:
-        """The empty caption's features; None if they were not stored. ConfigError: missing or damaged."""
-        place = self.index.get("empty_caption")
+        """The empty caption's features; None where no text was extracted. ConfigError: missing or damaged."""
+        place = self.index["empty_caption"]
         if place is None:
             return None
         path = shard_path(self.path, place["shard"])
@@ -213,7 +274,7 @@ class FeatureSet:
             raise ConfigError(f"{path}: the empty caption cannot be read ({error})") from error
         if (digest := digest_of(found)) != place["sha256"]:
             raise ConfigError(
-                f"{path}: the empty caption is not what was written (sha256 {digest[:12]}…, {INDEX} says {place['sha256'][:12]}…)"
+                f"{path}: the empty caption is not what was written (sha256 {digest[:12]}…, {INDEX} says {place['sha256'][:12]}…); {REMEDY}"
             )
         return EmptyCaption(**{name: tensor.float() for name, tensor in found.items()})
 
@@ -258,35 +319,55 @@ class FeatureSet:
         row = int(np.searchsorted(self.ids, id))
         if row == len(self) or self.ids[row] != id:
             raise KeyError(f"{self.path} has no sample {id}")
-        number = int(self._columns["shard"][row])
-        with self._lock:
-            shard = self._shard(number)
-            try:
-                mean = _copy(shard.get_tensor(f"{id}.mean"))
-                std = _copy(shard.get_tensor(f"{id}.std")) if self.index["posterior"] else None
-                text = _copy(shard.get_tensor(f"{id}.text")) if self.text_encoder else None
-                pooled = _copy(shard.get_tensor(f"{id}.pooled")) if self.has_pooled else None
-                control = _copy(shard.get_tensor(f"{id}.control")) if self.has_control else None
-            except SafetensorError as error:
-                raise ConfigError(f"{shard_path(self.path, number)}: sample {id} cannot be read ({error})") from error
+        found = self._read(id, row)
+        tensors = {kind: _copy(tensor) for kind, tensor in found.items()}
         return Sample(
             id=int(id),
-            mean=mean,
-            std=std,
-            text=text,
+            mean=tensors["mean"],
+            std=tensors.get("std"),
+            text=tensors.get("text"),
             class_label=int(self._columns["class_label"][row]),
             fps=float(self._columns["fps"][row]),
             height=int(self._columns["height"][row]),
             width=int(self._columns["width"][row]),
             caption=self.rows["caption"][row].as_py(),
-            control=control,
-            pooled=pooled,
+            control=tensors.get("control"),
+            pooled=tensors.get("pooled"),
         )
 
     def frame_rates(self, ids: np.ndarray) -> dict[str, int]:
         """Frame rates (to a thousandth) of the videos among `ids`, the most common first, with their counts."""
         rates = Counter(round(float(rate), 3) for rate in self._columns["fps"][np.searchsorted(self.ids, ids)] if rate)
         return {f"{rate:.6g}": count for rate, count in sorted(rates.items(), key=lambda item: (-item[1], item[0]))}
+
+    def _read(self, id: int, row: int) -> dict[str, Tensor]:
+        """The stored tensors of a sample by kind, as the shard's memory. ConfigError: gone, or not what was written."""
+        number = int(self._columns["shard"][row])
+        where = f"{shard_path(self.path, number)}: sample {id}"
+        kinds = {
+            "mean": True,
+            "std": self.index["posterior"],
+            "text": self.text_encoder is not None,
+            "pooled": self.has_pooled,
+            "control": self.has_control,
+        }
+        with self._lock:
+            shard = self._shard(number)
+            try:
+                found = {kind: shard.get_tensor(f"{id}.{kind}") for kind, stored in kinds.items() if stored}
+            except SafetensorError as error:
+                raise ConfigError(f"{where} cannot be read ({error}); {REMEDY}") from error
+        if self._verified[row]:
+            return found
+        expected = self._shapes[self.rows["bucket"][row].as_py()]
+        if tuple(found["mean"].shape) != expected:
+            raise ConfigError(
+                f"{where}: latents of shape {tuple(found['mean'].shape)}, its bucket has {expected}; {REMEDY}"
+            )
+        if sample_digest(found) != self._columns["tensors_digest"][row]:
+            raise ConfigError(f"{where} is not what was written (its digest is not that in {SAMPLES}); {REMEDY}")
+        self._verified[row] = True
+        return found
 
     def text_lengths(self, ids: np.ndarray) -> np.ndarray:
         """Tokens of each caption of `ids`; reads no shard."""
@@ -301,22 +382,33 @@ class FeatureSet:
         try:
             self._open[number] = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{path}: damaged or gone ({error}); run the extraction again") from error
+            raise ConfigError(f"{path}: damaged or gone ({error}); {REMEDY}") from error
         if len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)
         return self._open[number]
 
 
 def read_index(path: Path | str) -> dict[str, Any]:
-    """index.json of the features in `path`. ConfigError: not there, or of another format."""
+    """index.json of the features in `path`. ConfigError: not there, damaged or edited, or of another format."""
     file = Path(path) / INDEX
-    if not file.is_file():
+    if not file.is_file() and not file.exists():
         missing = "no such folder" if not file.parent.is_dir() else f"no {INDEX}: the extraction into it has not ended"
         raise ConfigError(f"{path}: {missing} (python -m pipelines.extract_features --config … makes or completes it)")
-    index = json.loads(file.read_text(encoding="utf-8"))
-    if index.get("format") != FORMAT:
-        raise ConfigError(f"{file}: format {index.get('format')!r}, this version reads {FORMAT}; extract again")
-    return index
+    try:
+        return read_json(file, FeatureIndex)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {REMEDY}") from error
+
+
+def _read_samples(path: Path, index: Mapping[str, Any]) -> pa.Table:
+    """samples.parquet. ConfigError: gone, or not what was written."""
+    file = path / SAMPLES
+    try:
+        if sha256(file) != index["samples_sha256"]:
+            raise ConfigError(f"{file}: is not what was written (its sha256 is not that in {INDEX}); {REMEDY}")
+        return parquet.read_table(file, memory_map=True)
+    except (OSError, pa.ArrowException) as error:
+        raise ConfigError(f"{file}: cannot be read ({error}); {REMEDY}") from error
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -329,8 +421,13 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(memoryview(tensor.contiguous().view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def sample_digest(tensors: Mapping[str, Tensor]) -> int:
+    """First 8 bytes of the SHA-256 of a sample's tensors by kind (mean, std, text, …), as a signed integer."""
+    return int.from_bytes(bytes.fromhex(digest_of(tensors)[:16]), "big", signed=True)
 
 
 def unpad(features: Tensor, mask: Tensor) -> list[Tensor]:

@@ -3,7 +3,7 @@
     out/parts/00000.parquet    a row per clip of the shard: status, reason, and size, time and hash of its file
 
 A record is written after its shard, so a shard with a record is complete. It is up to date while its rows of
-the manifest, and the files that they name, are unchanged.
+the manifest, and the files that they name, are unchanged, and the shard has the SHA-256 that the record says.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from stdit.config import Bucket, ConfigError
+from stdit.config import Bucket, ConfigError, FileSchema, SealedSchema, Sha256, check
+from stdit.config.identity import TextIdentity, VideoIdentity
 from stdit.data.buckets import kept_share
 from stdit.data.features import MANIFEST_COLUMNS, SAMPLE_COLUMNS, shard_path
 from stdit.data.manifest import Clip, Manifest
-from stdit.files import atomic_path, fingerprint_file
+from stdit.files import atomic_path, fingerprint_file, parse_json, seal, sha256
 
 # Beside the columns of samples.parquet. status: kept, dropped (fits no bucket) or bad (cannot be decoded).
 RECORD = {name: kind for name, kind in SAMPLE_COLUMNS.items() if name != "class_label"}
@@ -37,6 +38,41 @@ EXACT = 2**53
 MOST_CROPPED = 20
 # `stale_reason` of a shard that has not been extracted yet.
 NEW = "new"
+# Key of a record's Parquet metadata that holds its RecordInfo.
+_INFO = b"stdit"
+
+
+class Encoders(FileSchema):
+    """Identities of the encoders, in full."""
+
+    video_encoder: VideoIdentity
+    text_encoder: TextIdentity | None
+
+
+class ControlState(FileSchema):
+    """A clip's control input: its path in the manifest, and `source_state` of the file."""
+
+    path: str | None
+    size: int
+    mtime_ns: int
+    digest: str
+
+
+class RecordInfo(SealedSchema):
+    """What a record says of its shard, beside a row per clip."""
+
+    key: Sha256
+    """ShardSpec.key."""
+    shard_sha256: Sha256 | None
+    """null: no clip is kept, there is no shard."""
+    posterior: bool
+    empty_caption: Sha256 | None
+    """`digest_of` its features, where there is text."""
+    controls: tuple[ControlState, ...]
+    """One for each clip with control_column, else none."""
+    encoders: Encoders
+    settings: dict[str, Any]
+    """Of the encoders, as far as they determine features."""
 
 
 @dataclass(frozen=True)
@@ -117,38 +153,62 @@ def record_path(out: Path, number: int) -> Path:
     return out / "parts" / f"{number:05d}.parquet"
 
 
-def write_record(
-    out: Path, spec: ShardSpec, rows: Sequence[Mapping[str, Any]], shard_bytes: int, metadata: Mapping[str, str]
-) -> None:
-    """Writes the record that marks a shard as complete. metadata: further entries. OSError: no space, no permission."""
+def write_record(out: Path, spec: ShardSpec, rows: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> None:
+    """Writes the record that marks a shard as complete. info: RecordInfo without `key`. OSError: no space, no permission."""
     schema = pa.schema({**RECORD, **MANIFEST_COLUMNS, **STATUS, **SOURCE, **spec.extra})
-    schema = schema.with_metadata({"key": spec.key, "shard_bytes": str(shard_bytes), **metadata})
+    schema = schema.with_metadata({_INFO: json.dumps(seal({"key": spec.key, **info}))})
     with atomic_path(record_path(out, spec.number)) as temporary:
-        parquet.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema), temporary)
+        table = pa.Table.from_pylist([dict(row) for row in rows], schema)
+        parquet.write_table(table, temporary, write_page_checksum=True)
+
+
+def read_record(out: Path, spec: ShardSpec) -> tuple[dict[str, Any], pa.Table]:
+    """A shard's RecordInfo and its rows, one for each clip. ValueError, with the path: it cannot be read, or is of other clips."""
+    record = record_path(out, spec.number)
+    schema = pa.schema({**RECORD, **MANIFEST_COLUMNS, **STATUS, **SOURCE, **spec.extra})
+    try:
+        table = parquet.read_table(record, page_checksum_verification=True)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ValueError(f"{record} cannot be read ({error})") from error
+    text = (table.schema.metadata or {}).get(_INFO)
+    if text is None:
+        raise ValueError(f"{record} is no record of an extraction")
+    try:
+        info = parse_json(text.decode())
+        check(info, RecordInfo, str(record))
+    except ValueError as error:
+        raise ValueError(f"{record} is damaged ({error})") from error
+    if info["key"] != spec.key:
+        raise ValueError("the settings, or what the manifest says of its clips, have changed")
+    if not table.schema.equals(schema) or table["id"].to_pylist() != list(spec.ids):
+        raise ValueError(f"{record} has other rows or columns than were written")
+    return info, table
 
 
 def stale_reason(out: Path, spec: ShardSpec) -> str | None:
     """Why a shard has to be extracted (again); None if shard and record are complete and nothing has changed.
 
-    A source with another time but the same size is compared by fingerprint: copying a dataset costs no extraction.
+    Reads every byte of the shard. A source with another time but the same size is compared by fingerprint: copying a
+    dataset costs no extraction.
     """
-    record = record_path(out, spec.number)
-    if not record.is_file():
+    if not record_path(out, spec.number).exists():
         return NEW
     try:
-        metadata = record_metadata(record)
-        rows = parquet.read_table(record, columns=["path", *SOURCE]).to_pylist()
-    except (OSError, ValueError) as error:
-        return f"{record} cannot be read ({error})"
-    if metadata["key"] != spec.key:
-        return "the settings, or what the manifest says of its clips, have changed"
+        info, table = read_record(out, spec)
+    except ValueError as error:
+        return str(error)
     shard = shard_path(out, spec.number)
-    if (shard.stat().st_size if shard.is_file() else 0) != int(metadata["shard_bytes"]):
+    try:
+        found = sha256(shard) if shard.exists() else None
+    except OSError as error:
+        return f"{shard} cannot be read ({error.strerror})"
+    if found != info["shard_sha256"]:
         return f"{shard} is gone or damaged"
+    rows = table.select(["path", *SOURCE]).to_pylist()
     for row, clip in zip(rows, spec.clips, strict=True):
         if _is_changed(row, clip.file):
             return f"{clip.file} has changed"
-    for row, clip in zip(control_states(metadata), spec.clips, strict=False):
+    for row, clip in zip(info["controls"], spec.clips, strict=False):
         if row["path"] is not None and _is_changed(row, clip.beside(row["path"])):
             return f"{clip.beside(row['path'])} has changed"
     return None
@@ -164,17 +224,6 @@ def _is_changed(row: Mapping[str, Any], file: Path) -> bool:
     if row["size"] != -1 and stat.st_mtime_ns == row["mtime_ns"]:
         return False
     return source_state(file)["digest"] != row["digest"]
-
-
-def control_states(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Path and file state of each clip's control input, from a record's metadata; [] without control_column."""
-    return json.loads(metadata.get("controls", "[]"))
-
-
-def record_metadata(record: Path) -> dict[str, str]:
-    """A record's metadata: key, shard_bytes and what the extractor added. OSError, ValueError: it cannot be read."""
-    found = parquet.read_schema(record).metadata or {}
-    return {name.decode(): value.decode() for name, value in found.items()}
 
 
 @dataclass

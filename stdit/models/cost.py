@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stdit import arguments
 from stdit.config import Bucket, ConfigError, ModelConfig, latent_shape, read_extended, token_grid, validate
+from stdit.files import printable
 from stdit.models.attention import Attention, CrossAttention
 from stdit.models.stdit import STDiT
 
@@ -188,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         print(_table(args))
     except (ConfigError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
 
 

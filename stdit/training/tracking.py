@@ -13,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from stdit.config import Config, ConfigError
+from stdit.files import printable
 from stdit.media import write_png
 from stdit.metrics_log import MetricsLog
 
@@ -37,7 +38,7 @@ class Tracker:
         # In a file or a pipe: a line every ten seconds.
         interval = 0.2 if sys.stderr.isatty() else 10.0
         self._bar = tqdm(
-            total=config.train.steps, initial=step, desc=config.name, unit="step", disable=not active,
+            total=config.train.steps, initial=step, desc=printable(config.name), unit="step", disable=not active,
             mininterval=interval, maxinterval=max(interval, 10.0), dynamic_ncols=True,
         )  # fmt: skip
         if not active:
@@ -98,7 +99,7 @@ class Tracker:
     def print(self, line: str) -> None:
         """Prints a line above the progress bar."""
         if self.active:
-            self._bar.write(line, file=sys.stderr)
+            self._bar.write(printable(line), file=sys.stderr)
 
     def close(self) -> None:
         self._bar.close()

@@ -26,7 +26,7 @@ from torch import Tensor
 from stdit import arguments
 from stdit.config import ConfigError, ModelConfig
 from stdit.config.load import apply_override, validate
-from stdit.files import atomic_folder, atomic_path
+from stdit.files import atomic_folder, atomic_path, printable
 from stdit.models.checks import check_config
 from stdit.models.stdit import STDiT
 from stdit.weights.layouts import LAYOUTS, detect_layout
@@ -314,9 +314,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         overrides: dict[str, Any] = {}
         for text in args.overrides:
             overrides = apply_override(overrides, text)
-        print(convert(args.source, args.out, args.layout, overrides, ema))
+        print(printable(convert(args.source, args.out, args.layout, overrides, ema)))
     except (ConfigError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     return 0
 

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from stdit import arguments
 from stdit.config import ConfigError, ModelConfig, Transition, apply_override, read_extended, validate
-from stdit.files import atomic_folder
+from stdit.files import atomic_folder, printable
 from stdit.models.stdit import STDiT
 from stdit.weights import transitions
 from stdit.weights.convert import load_published
@@ -365,9 +365,11 @@ def _format_indices(blocks: list[int]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments.transfer().parse_args(argv)
     try:
-        print(transfer_file(args.source, args.out, args.config, args.overrides, tuple(args.allow), args.seed))
+        print(
+            printable(transfer_file(args.source, args.out, args.config, args.overrides, tuple(args.allow), args.seed))
+        )
     except (ConfigError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     return 0
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from stdit import extract
 from stdit.config import Bucket, ConfigError, Where
@@ -135,28 +139,81 @@ def test_a_folder_without_whole_features_is_refused(folder: Path, tmp_path: Path
     with pytest.raises(ConfigError, match=r"no index\.json"):
         FeatureSet(tmp_path)
     (tmp_path / "index.json").write_text(json.dumps({**FeatureSet(folder).index, "format": 99}))
-    with pytest.raises(ConfigError, match="format 99, this version reads"):
+    with pytest.raises(ConfigError, match="format: 99, this version reads 2"):
         FeatureSet(tmp_path)
 
 
-@pytest.mark.parametrize("fault", ["truncated", "gone", "another"])
+def copy_of(folder: Path, target: Path) -> Path:
+    shutil.copytree(folder, target)
+    return target
+
+
+@pytest.mark.parametrize("fault", ["truncated", "gone", "another", "header"])
 def test_a_damaged_shard_is_named(fault: str, folder: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for file in folder.rglob("*"):
-        if file.is_file():
-            target = copy / file.relative_to(folder)
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(file.read_bytes())
+    copy = copy_of(folder, tmp_path / "copy")
     shard = copy / "shards" / "00001.safetensors"
     if fault == "another":
         write_shard(shard, {"7.mean": torch.zeros(1)})
+    elif fault == "gone":
+        shard.unlink()
     else:
-        shard.unlink() if fault == "gone" else shard.write_bytes(shard.read_bytes()[:-100])
+        content = shard.read_bytes()
+        shard.write_bytes(content[:-100] if fault == "truncated" else content.replace(b'"F32"', b'"I32"'))
     features = FeatureSet(copy)
     assert features.sample(0).id == 0
-    with pytest.raises(ConfigError, match=r"00001\.safetensors: (damaged or gone|sample 4 cannot be read)"):
+    with pytest.raises(
+        ConfigError, match=r"00001\.safetensors: (damaged or gone|sample 4 (cannot be read|is not what))"
+    ):
         features.sample(4)
+
+
+@pytest.mark.parametrize("kind", ["mean", "text"])
+def test_one_flipped_bit_of_a_sample_is_noticed_before_it_is_used(kind: str, folder: Path, tmp_path: Path) -> None:
+    copy = copy_of(folder, tmp_path / "copy")
+    shard = copy / "shards" / "00001.safetensors"
+    tensors = load_file(shard)
+    tensors[f"4.{kind}"].view(-1).view(torch.uint8)[5] ^= 1
+    size = shard.stat().st_size
+    write_shard(shard, tensors)
+    assert shard.stat().st_size == size
+    features = FeatureSet(copy)
+    assert features.sample(3).id == 3
+    with pytest.raises(ConfigError, match=r"00001\.safetensors: sample 4 is not what was written.*extraction again"):
+        features.sample(4)
+
+
+def test_latents_of_another_size_than_their_buckets_are_refused(folder: Path, tmp_path: Path) -> None:
+    copy = copy_of(folder, tmp_path / "copy")
+    shard = copy / "shards" / "00001.safetensors"
+    tensors = load_file(shard)
+    tensors["4.mean"] = tensors["4.mean"][..., ::2].contiguous()
+    write_shard(shard, tensors)
+    with pytest.raises(
+        ConfigError, match=r"sample 4: latents of shape \(3, 1, 16, 8\), its bucket has \(3, 1, 16, 16\)"
+    ):
+        FeatureSet(copy).sample(4)
+
+
+@pytest.mark.parametrize("change", ["removed", "doubled", "edited"])
+def test_rows_that_were_not_written_are_refused(change: str, folder: Path, tmp_path: Path) -> None:
+    copy = copy_of(folder, tmp_path / "copy")
+    table = parquet.read_table(copy / "samples.parquet")
+    if change == "edited":
+        table = table.set_column(0, "id", pa.array(range(1, len(table) + 1)))
+    else:
+        table = table.slice(1) if change == "removed" else pa.concat_tables([table.slice(0, 1), table])
+    parquet.write_table(table, copy / "samples.parquet")
+    with pytest.raises(ConfigError, match=r"samples\.parquet: is not what was written"):
+        FeatureSet(copy)
+
+
+def test_an_edited_index_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = copy_of(folder, tmp_path / "copy")
+    index = json.loads((copy / "index.json").read_text())
+    index["video_encoder"]["scale"][0] *= 2
+    (copy / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=r"index\.json: was changed after it was written"):
+        FeatureSet(copy)
 
 
 @pytest.mark.parametrize("several", [False, True])
