@@ -66,12 +66,27 @@ class DroppedClip(FileSchema):
     detail: str | None
 
 
+class CroppedClip(FileSchema):
+    path: str
+    bucket: str
+    kept: Share
+
+
+class MisstatedClip(FileSchema):
+    path: str
+    detail: str
+
+
 class ExtractionReport(FileSchema):
     """report.json: counts of clips, and those that were dropped, bad or without a caption by name."""
 
     clips: NonNegative
     kept: NonNegative
     kept_by_bucket: dict[str, dict[str, NonNegative]]
+    kept_share_by_bucket: dict[str, Share]
+    most_cropped_clips: tuple[CroppedClip, ...]
+    frame_rates: dict[str, NonNegative]
+    misstated_clips: tuple[MisstatedClip, ...]
     dropped: NonNegative
     dropped_by_reason: dict[str, NonNegative]
     dropped_clips: tuple[DroppedClip, ...]
