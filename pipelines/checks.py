@@ -18,6 +18,10 @@ def check_early(plan: Plan, stages: Sequence[ResolvedStage]) -> None:
         if encoder.kind == "pixels":  # The compression of an autoencoder is known once it is loaded, at extraction.
             plans.check_shapes(stage, (1, 1, 1), encoder.channels)
         _check_text(stage, plan.extract.text_encoder)
+        try:
+            stage.config.train.data_ranks(plan.resources.workers)
+        except ConfigError as error:
+            raise ConfigError(f"{stage.source}: {error} (resources.workers)") from error
         if stage.after is not None:
             check_transition(by_name[stage.after], stage)
         check_evaluation(plan, stage)

@@ -31,6 +31,8 @@ class BucketForecast:
     samples_per_step: int
     steps: int
     tokens: int
+    # That a rank sends to those which share its clips, in a step.
+    exchanged_bytes: int = 0
 
     @property
     def epochs(self) -> float:
@@ -68,6 +70,7 @@ class Forecast:
     parameters: int
     flops: int
     memory: Memory
+    sequence_parallel: int = 1
 
     def __str__(self) -> str:
         samples = sum(b.steps * b.samples_per_step for b in self.buckets)
@@ -80,8 +83,11 @@ class Forecast:
             kept = f"{b.clips:,} clips" + (f" ({b.left_out:,} left out: not {self.where})" if self.where else "")
             lines.append(
                 f"  {b.key:<12} {kept}; {b.tokens} tokens; {b.steps} steps of {b.samples_per_step}, {b.epochs:.1f} epochs"
+                + (f"; {_bytes(b.exchanged_bytes)} a step sent by a rank" if self.sequence_parallel > 1 else "")
             )
-        m = self.memory
+        m, shared = self.memory, self.sequence_parallel
+        if shared > 1:
+            lines.append(f"  {self.ranks} ranks = {self.ranks // shared} data parallel x {shared} sequence parallel")
         lines.append(
             f"  memory of a rank (ZeRO-{self.zero_stage}, {self.precision}): {_bytes(m.total)} = weights {_bytes(m.weights)}"
             f" + gradients {_bytes(m.gradients)} + optimizer {_bytes(m.optimizer)} + average {_bytes(m.average)}"
@@ -100,11 +106,16 @@ def forecast(
     """
     from stdit.data.loader import Loader
     from stdit.models.cost import model_cost
+    from stdit.training.data import check_sequence_parallel
 
-    config = stage.config
-    loader = Loader(
-        source, config.data, config.seed, ranks=resources.workers, accumulation=config.train.gradient_accumulation
+    config, shared, accumulation = (
+        stage.config,
+        stage.config.train.sequence_parallel,
+        stage.config.train.gradient_accumulation,
     )
+    data_ranks = config.train.data_ranks(resources.workers)
+    loader = Loader(source, config.data, config.seed, ranks=data_ranks, accumulation=accumulation)
+    check_sequence_parallel(config, {b.key: latent_shape(b, compression) for b in config.data.buckets})
     everything = source.select(config.data.train_split, config.data.buckets)
     taken = dict.fromkeys(loader.counts, 0)
     steps = dict.fromkeys(loader.counts, 0)
@@ -120,14 +131,17 @@ def forecast(
         grid = token_grid(latent, model.patch_size, f"data.buckets {bucket.key}", model.pad_latents)
         try:
             cost = model_cost(config.model, grid, text, element, min(2, bucket.batch_size))
+            own = cost if shared == 1 else model_cost(config.model, grid, text, element, bucket.batch_size, shared)
         except ValueError as error:
             raise ConfigError(f"{stage.source}: data.buckets {bucket.key}: {error}") from error
         kept, size = loader.counts[bucket.key], loader.step_size(bucket)
         left_out = len(everything[bucket.key]) - kept
-        buckets.append(BucketForecast(bucket.key, kept, left_out, size, steps[bucket.key], cost.tokens))
-        flops += steps[bucket.key] * size * cost.training_flops
         checkpointed = config.train.activation_checkpointing
-        each = cost.activation_bytes_checkpointed if checkpointed else cost.activation_bytes
+        exchanged = own.exchanged_bytes_checkpointed if checkpointed else own.exchanged_bytes
+        exchanged *= bucket.batch_size * accumulation
+        buckets.append(BucketForecast(bucket.key, kept, left_out, size, steps[bucket.key], cost.tokens, exchanged))
+        flops += steps[bucket.key] * size * cost.training_flops
+        each = own.activation_bytes_checkpointed if checkpointed else own.activation_bytes
         activations = max(activations, bucket.batch_size * each)
         parameters = cost.parameters
     return Forecast(
@@ -142,6 +156,7 @@ def forecast(
         parameters=parameters,
         flops=flops,
         memory=memory(parameters, config.train, resources.workers, activations),
+        sequence_parallel=shared,
     )
 
 

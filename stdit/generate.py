@@ -9,11 +9,14 @@ The same command again generates only what is missing, and gives the same videos
 (`pipelines.generate_videos`). A video depends on its prompt, seed and settings and, in the last bit, on its batch: batches
 are cut from the list of prompts alone, a batch with a gap is sampled again as a whole, and every worker has the same
 number of threads.
+
+Under a launcher (`torchrun --nproc_per_node 4 -m stdit.generate …`) the ranks share each video's tokens.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,10 +33,12 @@ from stdit.data.transforms import resize_crop
 from stdit.diffusion.randomness import seed_for
 from stdit.files import atomic_path, atomic_write, printable
 from stdit.inference.job import MANIFEST, MOVING, SHEET, Job, job_from_config, open_job
+from stdit.inference.parallel import launched_ranks
 from stdit.inference.pipeline import STDiTPipeline, STDiTPipelineOutput
 from stdit.inference.prompts import Item, Prompt, arguments, check_text, label_id, read_prompts, settings
 from stdit.media import Cell, contact_sheet, moving_sheet, write_clip, write_gif, write_png
 from stdit.training import checkpoint
+from stdit.training.distributed import Ranks, sequence_group
 
 # Videos on the contact sheet, the first of the manifest.
 SHEET_CLIPS = 24
@@ -53,14 +58,18 @@ class Outcome:
 # ------------------------------------------------------------------------------------------ drawing
 
 
-def load(job: Job, device: str | None = None) -> STDiTPipeline:
-    """The job's pipeline with its sampler, without progress bar, on `device` (None: cuda where there is one)."""
+def load(job: Job, device: str | None = None, ranks: Ranks | None = None) -> STDiTPipeline:
+    """The job's pipeline with its sampler, without progress bar, on `device` (None: cuda where there is one). ranks: those
+    that share each video's tokens; None: this process has them all."""
     base = {} if job.source.base is None else {"base": job.source.base}
     pipe = STDiTPipeline.from_pretrained(job.source.path, weights=job.source.weights, **base)
     for adapter in job.lora:
         pipe.load_lora_weights(adapter.path, scale=adapter.scale, weights=job.source.weights)
     pipe.use(job.sampler)
     pipe.set_progress_bar_config(disable=True)
+    if ranks is not None:
+        pipe.set_sequence_parallel(sequence_group(ranks))
+        return pipe.to(ranks.device)
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -107,11 +116,13 @@ def _draw(pipe: STDiTPipeline, job: Job, some: Sequence[Item]) -> list[Outcome]:
     except Exception as error:  # One bad prompt must not cost the others.
         return [Outcome(item.file, f"{type(error).__name__}: {error}") for item in some]
     assert isinstance(output, STDiTPipelineOutput)
+    shared = pipe.transformer.sequence_parallel
+    writes = shared is None or shared.rank == 0
     failures = []
     for item, video in zip(some, output.frames, strict=True):  # (T, H, W, 3), 0 to 1
         if not np.isfinite(video).all():
             failures.append(Outcome(item.file, "the model's output is not finite (NaN or infinity)"))
-        elif not job.is_complete(item):
+        elif writes and not job.is_complete(item):
             with atomic_path(job.out / item.file) as part:
                 write_clip(part, (video * 255).round().astype(np.uint8), job.fps)
     return failures
@@ -268,29 +279,37 @@ def generate(
     return finish(job, run_groups(job, device, progress))
 
 
-def run_groups(job: Job, device: str | None = None, progress: bool = False) -> list[Outcome]:
-    """Samples the missing batches in this process."""
+def run_groups(
+    job: Job, device: str | None = None, progress: bool = False, ranks: Ranks | None = None
+) -> list[Outcome]:
+    """Samples the missing batches in this process, or over `ranks`, which share each video and all call this."""
     from tqdm import tqdm
 
-    missing = job.missing()
+    missing = job.missing() if ranks is None else ranks.broadcast(job.missing)
     if not missing:
         return []
-    pipe = load(job, device)
+    pipe = load(job, device, ranks)
+    progress = progress and (ranks is None or ranks.is_main)
     bar = tqdm(missing, desc="generate", unit="batch", disable=not progress)
     return [outcome for number in bar for outcome in draw_group(pipe, job, number)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line, in one process. Exit code 0: all generated; 1: some prompts failed; 2: nothing was done."""
+    """The command line, in one process or on every rank of a launcher. Exit code 0: all generated; 1: some prompts failed;
+    2: nothing was done."""
     options = arguments(__doc__).parse_args(argv)
     try:
         config = settings(options)
-        job = job_from_config(config)
-        outcomes = run_groups(job, config.device, progress=True)
-        rows = finish(job, outcomes)
+        with launched_ranks(config.device) as ranks:
+            job = ranks.broadcast(lambda: job_from_config(config))
+            outcomes = run_groups(job, config.device, True, ranks if ranks.size > 1 else None)
+            rows = ranks.broadcast(lambda: finish(job, outcomes))
     except (ValueError, checkpoint.CheckpointError, OSError) as error:
-        print(printable(f"stdit.generate: {error}"), file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(printable(f"stdit.generate: {error}"), file=sys.stderr)
         return 2
+    if not ranks.is_main:
+        return int(any(row["file"] is None for row in rows))
     return report(rows, outcomes, job.out)
 
 

@@ -29,6 +29,7 @@ from stdit.files import printable
 if TYPE_CHECKING:
     import torch
 
+    from stdit.models.sequence_parallel import SequenceParallel
     from stdit.training.distributed import Ranks, Stop
     from stdit.training.resume import TrainState
 
@@ -57,7 +58,7 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
     from stdit.training import resume
     from stdit.training.data import open_data
     from stdit.training.derive import complete
-    from stdit.training.distributed import world_size
+    from stdit.training.distributed import sequence_group, world_size
     from stdit.training.ema import EMA
     from stdit.training.engine import Engine, init_distributed
     from stdit.training.inputs import Inputs
@@ -66,10 +67,11 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
     from stdit.training.validation import Validator
 
     config = complete(config)
+    config.train.data_ranks(world_size())  # checked before any work
     data = open_data(config)
     if resume.is_finished(config, data, world_size()):
         return config.run_dir
-    ranks = init_distributed()
+    ranks = init_distributed(config.train.sequence_parallel)
     steps, accumulation = config.train.steps, config.train.gradient_accumulation
 
     with ExitStack() as stack:
@@ -78,14 +80,15 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
         ranks.broadcast(lambda: resume.write_config(config))
         tracker = stack.enter_context(closing(Tracker(config, state.step, ranks.is_main)))
         tracker.print(describe(config, state, ranks))
-        model = prepare(resume.build_model(config, state, ranks, tracker.print), config, ranks.device)
+        model = resume.build_model(config, state, ranks, tracker.print)
+        model = prepare(model, config, ranks.device, sequence_group(ranks))
         engine = Engine(model, config, ranks, state.needs_conversion(config.train.zero_stage, ranks.size))
         ema = EMA(engine.masters, config.train.ema)
         resume.load_checkpoint(engine, state, ranks)
-        inputs = Inputs(config, data.video_encoder, ranks.device, data.empty_caption)
+        inputs = Inputs(config, data.video_encoder, ranks.device, data.empty_caption, ranks.sequence_rank)
         validator = Validator(config, data, inputs, ranks)
         loader = Loader(
-            data.source, config.data, config.seed, ranks.rank, ranks.size, accumulation, state.data_position
+            data.source, config.data, config.seed, ranks.data_rank, ranks.data_size, accumulation, state.data_position
         )
         bad_steps, start = 0, time.perf_counter()
 
@@ -138,8 +141,9 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
     return config.run_dir
 
 
-def prepare(model: Any, config: Config, device: torch.device) -> Any:
-    """Applies the run's settings to `model`: activation checkpointing, attention and matmul backends, compilation."""
+def prepare(model: Any, config: Config, device: torch.device, parallel: SequenceParallel | None = None) -> Any:
+    """Applies the run's settings to `model`: sequence parallelism, activation checkpointing, attention and matmul backends,
+    compilation."""
     import torch
 
     from stdit.ops import onednn
@@ -149,6 +153,7 @@ def prepare(model: Any, config: Config, device: torch.device) -> Any:
     torch.set_float32_matmul_precision(config.train.matmul_precision)
     model.train()
     for part in submodels(model):
+        part.set_sequence_parallel(parallel)
         if config.train.activation_checkpointing:
             part.enable_gradient_checkpointing()
         if config.train.attention_backend:
@@ -164,6 +169,8 @@ def prepare(model: Any, config: Config, device: torch.device) -> Any:
 def describe(config: Config, state: TrainState, ranks: Ranks) -> str:
     """First lines of the log."""
     setup = f"{ranks.size} x {ranks.device.type}, {config.train.precision}, ZeRO-{config.train.zero_stage}"
+    if ranks.sequence_parallel > 1:
+        setup += f", {ranks.data_size} data parallel x {ranks.sequence_parallel} sequence parallel"
     lines = [f"{config.name}: {config.train.steps} steps on {setup}, into {config.run_dir}"]
     if state.checkpoint:
         lines.append(f"resumes after step {state.step}, from {state.checkpoint}")

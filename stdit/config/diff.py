@@ -26,6 +26,7 @@ TRAINING_RUNTIME_KEYS = (
     "train.wandb_project",
     "train.max_bad_steps",
     "train.activation_checkpointing",
+    "train.sequence_parallel",
     "train.attention_backend",
     "train.matmul_precision",
     "train.cpu_matmul_backend",
@@ -76,4 +77,5 @@ def matches(key: str, keys: Sequence[str]) -> bool:
 
 def global_batch_sizes(config: Config, world_size: int) -> dict[str, int]:
     """Samples per optimizer step of each bucket, over all ranks and accumulated micro-batches."""
-    return {b.key: b.batch_size * config.train.gradient_accumulation * world_size for b in config.data.buckets}
+    data_ranks = config.train.data_ranks(world_size)
+    return {b.key: b.batch_size * config.train.gradient_accumulation * data_ranks for b in config.data.buckets}

@@ -272,6 +272,14 @@ class ModelConfig(Frozen):
                     f"exit_depths: times must fall and blocks rise, found {list(self.exit_depths[i - 1])} before {[time, blocks]}"
                 )
 
+    def check_sequence_parallel(self, ranks: int) -> None:
+        """ValueError: attention or MLP of this architecture can't be divided over so many ranks."""
+        _, _, heads = self.dimensions
+        if self.attention == "full" and heads < ranks:
+            raise ValueError(f"sequence_parallel {ranks}: full attention divides heads, and num_heads is {heads}")
+        if ranks > 1 and self.mlp == "conv3d":
+            raise ValueError(f"sequence_parallel {ranks}: mlp conv3d needs every frame of every patch on one rank")
+
     @property
     def dynamic(self) -> bool:
         """Whether parts of the blocks are chosen, by routers that are trained."""

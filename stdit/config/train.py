@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from stdit.config.base import Frozen, NonNegative, Positive, Share
 from stdit.config.data import Bucket, DataConfig
 from stdit.config.diffusion import DiffusionConfig, FrameConditioningConfig, SamplerConfig
+from stdit.config.load import ConfigError
 from stdit.config.model import ModelConfig
 
 
@@ -120,6 +121,9 @@ class TrainConfig(Frozen):
     slower; else torch."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage: 1 shards the optimizer state, 2 gradients too, 3 weights too."""
+    sequence_parallel: Positive = 1
+    """Ranks that share the tokens of one clip; must divide the number of ranks, and the rest is data parallel
+    (docs/cluster.md)."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     attention_backend: str | None = None
@@ -140,6 +144,14 @@ class TrainConfig(Frozen):
     """Log to this Weights & Biases project."""
     max_bad_steps: NonNegative = 10
     """Consecutive steps that may be skipped for a gradient that is not finite; one more ends the run."""
+
+    def data_ranks(self, ranks: int) -> int:
+        """Ranks that read different samples, of `ranks`. ConfigError: sequence_parallel does not divide them."""
+        if ranks % self.sequence_parallel:
+            raise ConfigError(
+                f"train.sequence_parallel is {self.sequence_parallel}, which does not divide the number of ranks, {ranks}"
+            )
+        return ranks // self.sequence_parallel
 
 
 class ValidationConfig(Frozen):
@@ -232,6 +244,14 @@ class Config(Frozen):
             raise ValueError(
                 f"train.control.condition first_frame: of an image (bucket {short[0]}) the first frame is all of it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_divided(self) -> Config:
+        try:
+            self.model.check_sequence_parallel(self.train.sequence_parallel)
+        except ValueError as error:
+            raise ValueError(f"train.{error}") from error
         return self
 
     @model_validator(mode="after")

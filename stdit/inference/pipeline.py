@@ -54,6 +54,7 @@ from stdit.inference.lora import LoraMixin
 from stdit.inference.prompts import check_text
 from stdit.models.control import STDiTControl
 from stdit.models.sampling import CachedConditions, micro_conditions
+from stdit.models.sequence_parallel import SequenceParallel
 from stdit.models.stdit import STDiT
 from stdit.ops import onednn
 from stdit.training import checkpoint
@@ -174,6 +175,12 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
     def use(self, sampler: SamplerConfig) -> None:
         """Takes the scheduler that `sampler` names. ValueError: one of another objective, or too many steps."""
         self.scheduler = make_scheduler(sampler, self.diffusion, (1, 1, 1), self.transformer.settings.learned_variance)
+
+    def set_sequence_parallel(self, parallel: SequenceParallel | None) -> None:
+        """Divides the tokens of each video over a group of ranks, which all call the pipeline with equal arguments and
+        generators; each gets the videos (stdit.inference.parallel). ValueError: the architecture does not allow it."""
+        for part in filter(None, (self.transformer, self.control)):
+            part.set_sequence_parallel(parallel)
 
     # --------------------------------------------------------------------------------- sampling
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from stdit.config.model import QKNorm
 from stdit.models.positions import Rope, apply_rope
+from stdit.models.sequence_parallel import TokenShards, from_heads, to_heads
 
 # Back ends that take boolean masks (xformers would add them as 0 and 1); all others leave masked attention to NATIVE.
 MASKED = frozenset(
@@ -70,6 +71,8 @@ class AttentionProcessor:
     _parallel_config = None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        if not torch.compiler.is_compiling() and len(query) == 0:  # a rank without frames: not every kernel takes it
+            return plain_attention(query, key, value, mask)
         backend = self._attention_backend
         active = backend or _AttentionBackendRegistry.get_active_backend()[0]
         unnamed = backend is None and active == AttentionBackendName.NATIVE and self._parallel_config is None
@@ -154,20 +157,26 @@ class Attention(nn.Module, AttentionModuleMixin):
         mask: Tensor | None = None,
         plane: tuple[int, int] | None = None,
         head_mask: Tensor | None = None,
+        shards: TokenShards | None = None,
     ) -> Tensor:
         """(B, N, D) -> (B, N, D). rope of the N tokens; mask (B, 1, 1, N) bool over keys; plane: (rows, columns) of the N
         patches, for windows and key/value compression; head_mask (samples or 1, H), 0 for heads whose output is dropped
-        (samples divides B)."""
+        (samples divides B). shards: the N tokens are this rank's, and attend to those of all ranks (mask: of all)."""
         x = hidden_states
         if self.window_size is not None:
             assert plane is not None
             w, (rows, columns) = self.window_size, (plane[0] // self.window_size, plane[1] // self.window_size)
             x = rearrange(x, "b (i h j w) d -> (b i j) (h w) d", i=rows, j=columns, h=w, w=w)
             y = rearrange(
-                self._attention(x, rope, mask, None), "(b i j) (h w) d -> b (i h j w) d", i=rows, j=columns, h=w, w=w
+                self._attention(x, rope, mask, None, None),
+                "(b i j) (h w) d -> b (i h j w) d",
+                i=rows,
+                j=columns,
+                h=w,
+                w=w,
             )
         else:
-            y = self._attention(x, rope, mask, plane)
+            y = self._attention(x, rope, mask, plane, shards)
         if head_mask is not None:
             factors = head_mask.repeat_interleave(y.shape[0] // head_mask.shape[0], 0)
             y = (y.unflatten(-1, (self.num_heads, -1)) * factors[:, None, :, None]).flatten(2)
@@ -194,11 +203,18 @@ class Attention(nn.Module, AttentionModuleMixin):
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         return q, k, v
 
-    def _attention(self, x: Tensor, rope: Rope | None, mask: Tensor | None, plane: tuple[int, int] | None) -> Tensor:
-        q, k, v = self.qkv_heads(x, rope, plane)
+    def _attention(
+        self,
+        x: Tensor,
+        rope: Rope | None,
+        mask: Tensor | None,
+        plane: tuple[int, int] | None,
+        shards: TokenShards | None,
+    ) -> Tensor:
+        q, k, v = to_heads(self.qkv_heads(x, rope, plane), shards)
         if self.rel_pos_h is not None and self.rel_pos_w is not None:
             mask = self._relative_bias(q, self.rel_pos_h, self.rel_pos_w)
-        return self.processor(q, k, v, mask).flatten(2)
+        return from_heads(self.processor(q, k, v, mask), self.num_heads, shards).flatten(2)
 
     def _compress_kv(self, x: Tensor, plane: tuple[int, int] | None) -> Tensor:
         """(B, H W, D) -> (B, H W / r², D), or (B, H W / r, D) for every r-th token."""

@@ -33,6 +33,17 @@ from stdit.models.attention import Attention, CrossAttention
 from stdit.models.mlp import feed_forward
 from stdit.models.positions import Grid, PositionEmbeddings
 from stdit.models.pruning import BlockModules
+from stdit.models.sequence_parallel import (
+    TokenShards,
+    all_heads,
+    from_frames,
+    from_heads,
+    own_frames,
+    own_heads,
+    per_frame,
+    to_frames,
+    to_heads,
+)
 
 if TYPE_CHECKING:
     from stdit.models.dynamic import ComputeStats, RouterNoise
@@ -75,6 +86,7 @@ class BlockState(NamedTuple):
     router_noise    and force_full (B,) bool, samples that skip nothing: routers in training (stdit.models.dynamic)
     residual        (B, T, S, D), added after the block: a control branch's
     active          (B or 1, 1, 1, 1) bool: samples that have not exited yet
+    shards          sequence parallelism: the tokens are this rank's, S / n of each frame
     """
 
     grid: Grid
@@ -87,6 +99,7 @@ class BlockState(NamedTuple):
     force_full: Tensor | None = None
     residual: Tensor | None = None
     active: Tensor | None = None
+    shards: TokenShards | None = None
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -207,7 +220,7 @@ class STDiTBlock(nn.Module):
             x = gated_add(x, gate_msa, y, drop_temp)
         if self.cross_attn is not None:
             x = x + self.text_attention(x, text, state, cache)
-        y = self.mlp(self.norm_mlp(x, shift_mlp, scale_mlp), state.grid)
+        y = self.feed_forward(self.norm_mlp(x, shift_mlp, scale_mlp), state)
         x = gated_add(x, gate_mlp, y, drop_mlp)
         return x, text, None
 
@@ -266,15 +279,16 @@ class STDiTBlock(nn.Module):
             return self._joint_attention(x, text, state, cache)
         if self.over_time:
             return self.temporal_attention(attn, x, state), text
-        t = state.grid[0]
+        t, shards = state.grid[0], state.shards
         mask = state.mask if self.cross_attn is None else None  # else it is the text's
         if self.full:
             if mask is not None:  # every frame has its own copy of the in-context tokens
                 mask = mask.repeat(1, 1, 1, t)
-            return attn(x.flatten(1, 2), state.positions.rope, mask).unflatten(1, (t, -1)), text
-        if mask is not None and t > 1:
-            mask = mask.repeat_interleave(t, 0)
-        return attn(x.flatten(0, 1), state.positions.rope, mask, state.grid[1:]).unflatten(0, (-1, t)), text
+            return attn(x.flatten(1, 2), state.positions.rope, mask, shards=shards).unflatten(1, (t, -1)), text
+        if mask is not None:
+            mask = per_frame(mask, t, shards)
+        y = attn(to_frames(x, shards), state.positions.rope, mask, state.grid[1:])
+        return from_frames(y, t, shards), text
 
     def temporal_attention(self, attn: Callable[..., Tensor], x: Tensor, state: BlockState) -> Tensor:
         """(B, T, S, D) -> (B, T, S, D), over the frames at each of the S positions.
@@ -312,26 +326,30 @@ class STDiTBlock(nn.Module):
         assert self.context is not None
         assert text is not None
         assert cache.text_modulation is not None
-        t, mask = state.grid[0], state.mask
-        video = x.flatten(1, 2) if self.full else x.flatten(0, 1)  # (groups, N, D)
-        groups, n = video.shape[:2]
-        if text.shape[0] != groups:
-            text = text.expand(x.shape[0], -1, -1).repeat_interleave(groups // x.shape[0], 0)
-        if mask is not None:
-            mask = mask.expand(x.shape[0], -1, -1, -1).repeat_interleave(groups // x.shape[0], 0)
-            mask = F.pad(mask, (n, 0), value=True)
+        t, mask, heads = state.grid[0], state.mask, self.attn.num_heads
+        # Sharded by frames, with their texts, or by heads.
+        by_frames, by_heads = (None, state.shards) if self.full else (state.shards, None)
+        video = x.flatten(1, 2) if self.full else to_frames(x, by_frames)  # (groups, N, D)
+        texts = 1 if self.full else t  # of a sample
+        if self.index == 0 or text.shape[0] != video.shape[0]:
+            text = per_frame(text.expand(x.shape[0], -1, -1), texts, by_frames)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (
-            self._per_text(m, x, groups) for m in cache.text_modulation
+            self._per_text(m, x, by_frames) for m in cache.text_modulation
         )
         assert shift is not None
         assert scale is not None
-        video_qkv = self.attn.qkv_heads(video, state.positions.rope)
+        video_qkv = to_heads(self.attn.qkv_heads(video, state.positions.rope), by_heads)
         text_qkv = self.context.attn.qkv_heads(modulate(text[:, None], shift, scale, self.eps)[:, 0], None)
-        q, k, v = (torch.cat(both, dim=1) for both in zip(video_qkv, text_qkv, strict=True))
-        y, text_y = self.attn.processor(q, k, v, mask).flatten(2).split([n, text.shape[1]], dim=1)
-        y = self.attn.proj(y).unflatten(1 if self.full else 0, (t, -1) if self.full else (-1, t))
+        q, k, v = (torch.cat(both, dim=1) for both in zip(video_qkv, own_heads(text_qkv, by_heads), strict=True))
+        n, length = video_qkv[0].shape[1], text.shape[1]
+        if mask is not None:
+            mask = F.pad(per_frame(mask.expand(x.shape[0], -1, -1, -1), texts, by_frames), (n, 0), value=True)
+        y, text_y = self.attn.processor(q, k, v, mask).split([n, length], dim=1)
+        y = self.attn.proj(from_heads(y, heads, by_heads).flatten(2))
+        y = y.unflatten(1, (t, -1)) if self.full else from_frames(y, t, by_frames)
         if self.context.mlp is None:
             return y, text
+        text_y = all_heads(text_y, heads, by_heads).flatten(2)
         assert gate is not None
         assert shift_mlp is not None
         assert scale_mlp is not None
@@ -339,12 +357,21 @@ class STDiTBlock(nn.Module):
         text = gated_add(text, gate_mlp, self.context.mlp(modulate(text, shift_mlp, scale_mlp, self.mlp_eps)))
         return y, text[:, 0]
 
-    @staticmethod
-    def _per_text(vector: Tensor | None, x: Tensor, groups: int) -> Tensor | None:
-        """Modulation (B or 1, T or 1, 1, D) for texts (groups, 1, L, D), groups being B or B T."""
-        if vector is None or vector.shape[:2] == (1, 1) or groups == x.shape[0]:
+    def _per_text(self, vector: Tensor | None, x: Tensor, shards: TokenShards | None) -> Tensor | None:
+        """Modulation (B or 1, T or 1, 1, D) for texts (groups, 1, L, D), groups being B, or B T (of this rank)."""
+        if vector is None or vector.shape[:2] == (1, 1) or self.full:
             return vector
-        return vector.expand(x.shape[0], x.shape[1], -1, -1).flatten(0, 1)[:, None]
+        return own_frames(vector.expand(x.shape[0], x.shape[1], -1, -1).flatten(0, 1)[:, None], shards)
+
+    # ----------------------------------------------------------------------------------------- mlp
+
+    def feed_forward(self, x: Tensor, state: BlockState) -> Tensor:
+        """`mlp` of x (B, T, S, D); one with a convolution within frames reads whole frames."""
+        t, shards = state.grid[0], state.shards
+        if shards is None or self.config.mlp != "conv2d":
+            return self.mlp(x, state.grid)
+        y = self.mlp(to_frames(x, shards)[:, None], (1, *state.grid[1:]))
+        return from_frames(y[:, 0], t, shards)
 
 
 def _includes(blocks: tuple[int, ...] | None, index: int) -> bool:

@@ -30,6 +30,7 @@ from stdit.models.dynamic import Generators
 from stdit.models.embeddings import PatchEmbed3D
 from stdit.models.init import takes_model_config
 from stdit.models.positions import Grid
+from stdit.models.sequence_parallel import shard_tokens
 from stdit.models.stdit import STDiT
 
 # ModelMixin: DiffusionPipeline looks it up in the module of a component's class.
@@ -158,9 +159,12 @@ class STDiTControl(STDiT):
         x, positions = self.embed_latents(hidden_states, grid, cond_inputs.added_cond_kwargs)  # (B, T, S, D)
         x = x + self.embed_control(control, grid).to(x.dtype)
         cond = conditions or embed_conditions(self, cond_inputs, x.device, x.dtype)
-        x, cond, positions = append_context_tokens(x, cond, positions, grid, self.settings.attention == "full")
+        full = self.settings.attention == "full"
+        x, cond, positions = append_context_tokens(x, cond, positions, grid, full)
+        x, positions, shards = shard_tokens(x, positions, self.sequence_parallel, full)
 
-        blocks = self.run_blocks(x, cond.text, self.block_states(x, cond, positions, grid, generator=generator))
+        states = self.block_states(x, cond, positions, grid, generator=generator, shards=shards)
+        blocks = self.run_blocks(x, cond.text, states)
         residuals = (join(x) for join, (x, _) in zip(self.joins, blocks, strict=True))
         return tuple(r * control_scale if control_scale != 1 else r for r in residuals)
 

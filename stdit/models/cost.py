@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,6 +27,7 @@ from stdit import arguments
 from stdit.config import Bucket, ConfigError, ModelConfig, latent_shape, read_extended, token_grid, validate
 from stdit.files import printable
 from stdit.models.attention import Attention, CrossAttention
+from stdit.models.sequence_parallel import SequenceParallel
 from stdit.models.stdit import STDiT
 
 META = torch.device("meta")
@@ -34,7 +36,11 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Cost per sample. Activations: bytes saved for backward, with fused attention (no score matrix)."""
+    """Cost per sample. Activations: bytes saved for backward, with fused attention (no score matrix).
+
+    Under sequence parallelism multiply-adds, activations and exchanged bytes (sent to other ranks in forward and backward)
+    are those of the rank with the largest share.
+    """
 
     parameters: int
     tokens: int
@@ -42,6 +48,8 @@ class ModelCost:
     training_flops: int
     activation_bytes: int
     activation_bytes_checkpointed: int
+    exchanged_bytes: int = 0
+    exchanged_bytes_checkpointed: int = 0
 
     def __str__(self) -> str:
         return "\n".join(
@@ -57,34 +65,49 @@ class ModelCost:
 
 
 def model_cost(
-    model: ModelConfig, grid: tuple[int, int, int], text_length: int = 0, bytes_per_element: int = 4, batch: int = 2
+    model: ModelConfig,
+    grid: tuple[int, int, int],
+    text_length: int = 0,
+    bytes_per_element: int = 4,
+    batch: int = 2,
+    sequence_parallel: int = 1,
 ) -> ModelCost:
     """Cost of `model` on a grid (T, H, W) of patches (`stdit.config.token_grid`) with captions of `text_length` tokens
     (0: the null caption), in float32 (bytes_per_element 4) or bfloat16 (2).
 
     batch: samples measured together, each with its own timestep; the result is per sample. (Alone, a sample saves less:
-    norm and modulation are one kernel.) Dynamic models count in full. ValueError: arguments that the model rejects.
+    norm and modulation are one kernel.) sequence_parallel: ranks that share each sample. Dynamic models count in full.
+    ValueError: arguments that the model rejects.
     """
     if bytes_per_element not in DTYPES:
         raise ValueError(f"bytes_per_element {bytes_per_element}; activations take 2 (bfloat16) or 4 (float32)")
-    for name, value, least in (("text_length", text_length, 0), ("batch", batch, 1), ("grid", min(grid), 1)):
+    least_of = {"text_length": (text_length, 0), "batch": (batch, 1), "grid": (min(grid), 1)}
+    least_of["sequence_parallel"] = (sequence_parallel, 1)
+    for name, (value, least) in least_of.items():
         if value < least:
             raise ValueError(f"{name} {value}; expected {least} or more")
     t, h, w = grid
-    return _measure(model.model_dump_json(), (t, h, w), text_length, DTYPES[bytes_per_element], batch)
+    return _measure(
+        model.model_dump_json(), (t, h, w), text_length, DTYPES[bytes_per_element], batch, sequence_parallel
+    )
 
 
 @lru_cache(maxsize=256)
-def _measure(settings: str, grid: tuple[int, int, int], text_length: int, dtype: torch.dtype, batch: int) -> ModelCost:
+def _measure(
+    settings: str, grid: tuple[int, int, int], text_length: int, dtype: torch.dtype, batch: int, ranks: int
+) -> ModelCost:
     model = ModelConfig.model_validate_json(settings)
     built = _build(model.model_copy(update={"exit_depths": ()})).train()
     torch.nn.Module.to(built, dtype)  # diffusers' own warns
     for module in built.modules():
         if isinstance(module, (Attention, CrossAttention)):
             module.processor = _fused_attention
+    if ranks > 1:  # on the meta device the exchanges need no process group
+        built.set_sequence_parallel(SequenceParallel("none", 0, ranks))
     saved = _SavedTensors(built)
     keeping = torch.autograd.graph.saved_tensors_hooks(saved.save, lambda x: x)
-    with torch.enable_grad(), FlopCounterMode(display=False) as counter, keeping:
+    exchanged = _Exchanged(saved)
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter, exchanged, keeping:
         built(**_inputs(model, grid, text_length, batch, dtype))
     macs = counter.get_total_flops() // 2 // batch
     plain, checkpointed = saved.totals()
@@ -95,6 +118,8 @@ def _measure(settings: str, grid: tuple[int, int, int], text_length: int, dtype:
         training_flops=6 * macs,
         activation_bytes=plain // batch,
         activation_bytes_checkpointed=checkpointed // batch,
+        exchanged_bytes=2 * (exchanged.in_blocks + exchanged.elsewhere) // batch,
+        exchanged_bytes_checkpointed=(3 * exchanged.in_blocks + 2 * exchanged.elsewhere) // batch,
     )
 
 
@@ -160,6 +185,25 @@ class _SavedTensors:
 
     def _leave(self, block: Any, args: tuple[Any, ...], output: Any) -> None:
         self.block = None
+
+
+class _Exchanged(TorchDispatchMode):
+    """Counts the bytes of a forward that rank 0 sends to others; backward sends as many."""
+
+    def __init__(self, saved: _SavedTensors) -> None:
+        super().__init__()
+        self.saved = saved
+        self.in_blocks = self.elsewhere = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops._c10d_functional.all_to_all_single.default:
+            x, _, sent, _ = args
+            size = sum(sent[1:]) * x.element_size()
+            if self.saved.block is None:
+                self.elsewhere += size
+            else:
+                self.in_blocks += size
+        return func(*args, **(kwargs or {}))
 
 
 def _inputs(

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from stdit.config.model import ModelConfig
 from stdit.models.blocks import BLOCK_METADATA, BlockState, Modulation, STDiTBlock, gated_add
 from stdit.models.pruning import BlockModules, RouterMask, apply_to_tokens, prune
+from stdit.models.sequence_parallel import TokenShards, mean_over_tokens, own_tokens, per_frame
 
 # Temperature of the Gumbel sigmoid, as published.
 TEMPERATURE = 5.0
@@ -135,7 +136,10 @@ class DynamicSTDiTBlock(STDiTBlock):
 
         if self.over_time:
             x = self.add_temporal_positions(x, state)
-        attn = partial(modules.attn, head_mask=mask.heads)
+        heads = mask.heads
+        if heads is not None and state.shards is not None and not (self.full or self.over_time):
+            heads = per_frame(heads.expand(len(x), -1), state.grid[0], state.shards)
+        attn = partial(modules.attn, head_mask=heads)
         y, text = self.self_attention(attn, self.norm_msa(x, shift_msa, scale_msa), text, state, cache)
         x = gated_add(x, gate_msa, y, drop_attn)
         if modules.attn_temp is not None:
@@ -146,7 +150,7 @@ class DynamicSTDiTBlock(STDiTBlock):
         if self.cross_attn is not None:
             x = x + self.text_attention(x, text, state, cache)
         x, tokens = self._selected_tokens_mlp(modules.mlp, x, cache.modulation, mask.groups, drop_mlp, state)
-        return x, text, self.compute_stats(mask, tokens, x) if self.training else None
+        return x, text, self.compute_stats(mask, tokens, x, state.shards) if self.training else None
 
     def _select_modules(self, state: BlockState, pruned: BlockModules | None) -> tuple[BlockModules, RouterMask]:
         """The modules to run, and masks over their outputs.
@@ -191,9 +195,9 @@ class DynamicSTDiTBlock(STDiTBlock):
 
     # ---------------------------------------------------------------------------------------- compute
 
-    def costs(self, x: Tensor) -> Costs:
+    def costs(self, x: Tensor, shards: TokenShards | None = None) -> Costs:
         """Multiply-adds of attn, attn_temp and the MLP for one sample of tokens x (B, T, S, D), all selected."""
-        c, (t, s) = self.config, x.shape[1:3]
+        c, t, s = self.config, x.shape[1], x.shape[2] if shards is None else shards.tokens
         width, _, _ = c.dimensions
         keys = t * s if c.attention == "full" else t if self.over_time else s
         if self.attn.window_size is not None:
@@ -205,10 +209,12 @@ class DynamicSTDiTBlock(STDiTBlock):
         temporal = n * (projections + 2 * t * width) if c.attention == "factorized" and c.temporal else 0.0
         return n * (projections + 2 * keys * width), temporal, float(n * products * width * c.mlp_width)
 
-    def compute_stats(self, mask: RouterMask, tokens: Tensor | None, x: Tensor) -> ComputeStats:
+    def compute_stats(
+        self, mask: RouterMask, tokens: Tensor | None, x: Tensor, shards: TokenShards | None = None
+    ) -> ComputeStats:
         """What the routers' choices cost each sample of x (B, T, S, D), in float32."""
-        ones, costs = x.new_ones(len(x), dtype=torch.float32), self.costs(x)
-        share = ones if tokens is None else tokens.float().mean((1, 2, 3))
+        ones, costs = x.new_ones(len(x), dtype=torch.float32), self.costs(x, shards)
+        share = ones if tokens is None else mean_over_tokens(tokens.float(), shards)
         heads, temp, groups = (ones if m is None else ones * m.float().flatten(1).mean(1) for m in mask)
         return ComputeStats(costs[0] * heads + costs[1] * temp + costs[2] * groups * share, share)
 
@@ -250,18 +256,22 @@ def uniform(shape: tuple[int, ...], batch: int, generator: Generators, device: t
     return torch.stack([torch.rand(shape, generator=g, device=g.device) for g in generator]).to(device)
 
 
-def router_noise(config: ModelConfig, x: Tensor, temporal: bool, generator: Generators) -> list[RouterNoise]:
+def router_noise(
+    config: ModelConfig, x: Tensor, temporal: bool, generator: Generators, shards: TokenShards | None = None
+) -> list[RouterNoise]:
     """Every block's noise for tokens x (B, T, S, D): logistic, as the difference of two Gumbel variables."""
     _, depth, heads = config.dimensions
-    widths = (heads - 1 if config.dynamic_width else 0, x.shape[1] * x.shape[2] if config.dynamic_tokens else 0)
+    batch, t, s = x.shape[0], x.shape[1], x.shape[2] if shards is None else shards.tokens
+    widths = (heads - 1 if config.dynamic_width else 0, t * s if config.dynamic_tokens else 0)
     routers = 3 if temporal else 2
-    drawn = uniform((depth, routers * widths[0] + widths[1]), len(x), generator, x.device)
+    drawn = uniform((depth, routers * widths[0] + widths[1]), batch, generator, x.device)
     noise = []
     for block in torch.logit(drawn, eps=1e-6).to(x.dtype).unbind(1):
         wide, tokens = block.split([routers * widths[0], widths[1]], dim=1)
         groups = [*wide.chunk(routers, dim=1)] if widths[0] else [None] * routers
         temp = groups.pop(1) if temporal else None
-        noise.append(RouterNoise(groups[0], temp, groups[1], tokens.view(*x.shape[:3], 1) if widths[1] else None))
+        own = own_tokens(tokens.view(batch, t, s, 1), shards) if widths[1] else None
+        noise.append(RouterNoise(groups[0], temp, groups[1], own))
     return noise
 
 
@@ -287,11 +297,13 @@ def is_shared(timesteps: Tensor) -> bool:
     return not torch.compiler.is_compiling() and bool((timesteps == timesteps[:1]).all())
 
 
-def model_stats(blocks: Sequence[Any], x: Tensor, stats: Sequence[ComputeStats | None]) -> ComputeStats | None:
+def model_stats(
+    blocks: Sequence[Any], x: Tensor, stats: Sequence[ComputeStats | None], shards: TokenShards | None = None
+) -> ComputeStats | None:
     """A model's statistics from those of its blocks, run on tokens x (B, T, S, D); None without any."""
     found = [s for s in stats if s is not None]
     if not found:
         return None
     compute = torch.stack([s.compute for s in found]).sum(0)
-    full = sum(sum(block.costs(x)) for block in blocks)
+    full = sum(sum(block.costs(x, shards)) for block in blocks)
     return ComputeStats(compute / full, torch.stack([s.tokens for s in found]))

@@ -45,6 +45,7 @@ from stdit.models.dynamic import (
 from stdit.models.embeddings import ConditionEmbedder, PatchEmbed3D, TimestepEmbedder, micro_embedders, unpatchify
 from stdit.models.init import init_weights, takes_model_config
 from stdit.models.positions import Grid, PositionEmbeddings, add_positions
+from stdit.models.sequence_parallel import SequenceParallel, TokenShards, gather_tokens, shard_tokens
 
 
 class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
@@ -69,6 +70,7 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         self.settings = c = ModelConfig(**settings)
         width, depth, _ = c.dimensions
         self.gradient_checkpointing = False
+        self.sequence_parallel: SequenceParallel | None = None
         self.patch_size: Grid = c.patch_size
         pt, ph, pw = c.patch_size
         self.out_channels = 2 * c.in_channels if c.learned_variance else c.in_channels
@@ -149,17 +151,20 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
 
         x, positions = self.embed_latents(hidden_states, grid, added_cond_kwargs)  # (B, T, S, D)
         cond = conditions or embed_conditions(self, inputs, x.device, x.dtype)
-        x, cond, positions = append_context_tokens(x, cond, positions, grid, self.settings.attention == "full")
+        full = self.settings.attention == "full"
+        x, cond, positions = append_context_tokens(x, cond, positions, grid, full)
+        x, positions, shards = shard_tokens(x, positions, self.sequence_parallel, full)
 
-        states = self.block_states(x, cond, positions, grid, block_residuals, generator, force_full)
+        states = self.block_states(x, cond, positions, grid, block_residuals, generator, force_full, shards)
         stats = []
         for hidden, block_stats in self.run_blocks(x, cond.text, states):
             x = hidden
             stats.append(block_stats)
-        compute_stats = model_stats(self.block_list(), x, stats)  # None except for dynamic models in training
+        compute_stats = model_stats(self.block_list(), x, stats, shards)  # None except for dynamic models in training
 
-        x = self.final_layer(x[:, :, : grid[1] * grid[2]], cond.embedding, cond.final_modulation)
-        sample = unpatchify(x.flatten(1, 2), grid, self.patch_size, hidden_states.shape[2:])  # (B, C, T, H, W)
+        x = gather_tokens(self.final_layer(x, cond.embedding, cond.final_modulation), shards)
+        x = x[:, :, : grid[1] * grid[2]].flatten(1, 2)  # without in-context tokens
+        sample = unpatchify(x, grid, self.patch_size, hidden_states.shape[2:])  # (B, C, T, H, W)
         return self.output(sample, compute_stats, return_dict)
 
     def embed_latents(
@@ -205,6 +210,7 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         residuals: Sequence[Tensor] = (),
         generator: Generators = None,
         force_full: Tensor | None = None,
+        shards: TokenShards | None = None,
     ) -> list[BlockState]:
         """The inputs of each block that runs, for tokens x (B, T, S, D)."""
         count, depth = len(self.blocks), cond.depth
@@ -213,7 +219,7 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         noise, force = None, None
         if self.training and self.settings.dynamic:
             noise, force = (
-                router_noise(self.settings, x, self.block_list()[0].attn_temp is not None, generator),
+                router_noise(self.settings, x, self.block_list()[0].attn_temp is not None, generator, shards),
                 force_full,
             )
         if self.training and force_full is not None and depth is not None:
@@ -232,6 +238,7 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
                 force_full=force,
                 residual=residuals[i] if i < len(residuals) else None,
                 active=(depth > i)[:, None, None, None] if isinstance(depth, Tensor) else None,
+                shards=shards,
             )
             for i in range(depth if isinstance(depth, int) else count)
         ]
@@ -268,6 +275,13 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         drawn = uniform((depth, 3), x.shape[0], generator, x.device).permute(1, 2, 0)
         keep = keep.to(x.device)[:, None, None]
         return ((drawn < keep) / keep).to(x.dtype)[..., None, None, None]
+
+    def set_sequence_parallel(self, parallel: SequenceParallel | None) -> None:
+        """Divides the tokens of every forward pass over a group of ranks, which must all call the model, with equal inputs;
+        each gets the whole prediction (stdit.models.sequence_parallel). ValueError: the architecture does not allow it."""
+        if parallel is not None:
+            self.settings.check_sequence_parallel(parallel.size)
+        self.sequence_parallel = parallel
 
     # -------------------------------------------------------------------------- construction, loading
 

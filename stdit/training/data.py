@@ -62,6 +62,7 @@ def open_data(config: Config) -> TrainData:
             raise ConfigError(
                 f"data.buckets[{i}]: {bucket.frames} frames, but model.temporal is false: an image model takes 1"
             )
+    check_sequence_parallel(config, latents)
     _check_control(config, source, latents)
     if config.samples.every:
         shape = config.samples.bucket or config.data.buckets[0]
@@ -80,6 +81,21 @@ def open_data(config: Config) -> TrainData:
                 f"{key}: {where} holds no sample of split {config.data.validation_split!r} in this run's buckets"
             )
     return TrainData(source, video, text, classes, fingerprint, latents, empty, _frame_rates(config, source))
+
+
+def check_sequence_parallel(config: Config, latents: dict[str, tuple[int, int, int]]) -> None:
+    """ConfigError: a bucket has fewer tokens, or a micro-batch of it fewer frames, than ranks that share them."""
+    size, model = config.train.sequence_parallel, config.model
+    for i, bucket in enumerate(config.data.buckets):
+        t, h, w = token_grid(latents[bucket.key], model.patch_size, f"data.buckets[{i}]", model.pad_latents)
+        where = f"train.sequence_parallel is {size}, but data.buckets[{i}] {bucket.key} has"
+        if h * w < size:
+            raise ConfigError(f"{where} {h * w} patches a frame ({h} x {w}); every rank needs one or more")
+        if model.attention != "full" and bucket.batch_size * t < size:
+            raise ConfigError(
+                f"{where} {bucket.batch_size * t} frames a micro-batch (batch_size {bucket.batch_size}, {t} frames of "
+                "patches); attention within frames needs one or more for every rank"
+            )
 
 
 def _check_text(model: ModelConfig, text: dict[str, Any] | None, where: str) -> None:

@@ -12,12 +12,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from stdit.models.sequence_parallel import SequenceParallel
 
 T = TypeVar("T")
 
@@ -34,6 +37,23 @@ class Ranks:
     size: int
     local_rank: int
     device: torch.device
+    # Ranks that share each clip's tokens (train.sequence_parallel), neighbours, which read the same samples.
+    sequence_parallel: int = 1
+
+    @property
+    def data_rank(self) -> int:
+        """This rank's number among those that read different samples."""
+        return self.rank // self.sequence_parallel
+
+    @property
+    def sequence_rank(self) -> int:
+        """This rank's number among those that share its clips' tokens."""
+        return self.rank % self.sequence_parallel
+
+    @property
+    def data_size(self) -> int:
+        """Number of ranks that read different samples."""
+        return self.size // self.sequence_parallel
 
     @property
     def is_main(self) -> bool:
@@ -63,12 +83,12 @@ class Ranks:
         return result[0]
 
     def all_gather(self, part: Tensor) -> Tensor:
-        """Concatenates every rank's `part` (n, …), all of one shape, by rank: (ranks · n, …)."""
+        """Concatenates every data-parallel rank's `part` (n, …), all of one shape, by rank: (data_size · n, …)."""
         if self.size == 1:
             return part
         parts = [torch.empty_like(part) for _ in range(self.size)]
         dist.all_gather(parts, part.contiguous())
-        return torch.cat(parts)
+        return torch.cat(parts[:: self.sequence_parallel])
 
     def gather(self, value: T) -> list[T]:
         """Every rank's `value`, by rank, on every rank."""
@@ -123,10 +143,10 @@ def limit_threads() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
 
 
-def init_process_group(initialise: Callable[[], None], accelerator: str) -> Ranks:
+def init_process_group(initialise: Callable[[], None], accelerator: str, sequence_parallel: int = 1) -> Ranks:
     """Ranks of this run: of an existing process group (Ray Train's), else of one that `initialise` creates.
 
-    accelerator: "cuda" or "cpu".
+    accelerator: "cuda" or "cpu". sequence_parallel: must divide the number of ranks.
     """
     if not dist.is_initialized():
         complete_environment()
@@ -136,7 +156,25 @@ def init_process_group(initialise: Callable[[], None], accelerator: str) -> Rank
     device = torch.device(accelerator, local_rank) if accelerator == "cuda" else torch.device(accelerator)
     if accelerator == "cuda":
         torch.cuda.set_device(device)
-    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device, sequence_parallel)
+
+
+def sequence_group(ranks: Ranks) -> SequenceParallel | None:
+    """This rank's group of neighbours that share a clip's tokens; None where each has its own. Collective."""
+    size = ranks.sequence_parallel
+    if size == 1:
+        return None
+    assert dist.group.WORLD is not None
+    group = _neighbours(dist.group.WORLD, size)
+    return SequenceParallel(group.group_name, ranks.sequence_rank, size)
+
+
+@lru_cache(maxsize=8)
+def _neighbours(world: dist.ProcessGroup, size: int) -> dist.ProcessGroup:
+    """The group of `size` consecutive ranks that this rank is in; one for all runs in a process group."""
+    group, _ = dist.new_subgroups(size, group=world, timeout=TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 # Rank 0 alone writes and hashes checkpoints, which takes minutes for large models; the others wait in a collective.

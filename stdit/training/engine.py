@@ -24,8 +24,12 @@ from stdit.training.distributed import TIMEOUT, Ranks, init_process_group
 from stdit.training.optimizer import parameter_groups
 
 
-def init_distributed() -> Ranks:
-    """Initialises DeepSpeed and the process group (NCCL with CUDA, else gloo)."""
+def init_distributed(sequence_parallel: int = 1) -> Ranks:
+    """Initialises DeepSpeed and the process group (NCCL with CUDA, else gloo).
+
+    sequence_parallel: DeepSpeed is not told: ZeRO partitions over all ranks, and averages gradients over all of them
+    (stdit.models.sequence_parallel says why that is right).
+    """
     set_accelerator()
     import deepspeed
     import deepspeed.ops
@@ -42,7 +46,9 @@ def init_distributed() -> Ranks:
     backend = "nccl" if accelerator == "cuda" else "gloo"
     restrict_unpickling()
     ranks = init_process_group(
-        lambda: deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, verbose=False), accelerator
+        lambda: deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, verbose=False),
+        accelerator,
+        sequence_parallel,
     )
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return ranks

@@ -35,7 +35,7 @@ class Inputs:
     """Prepares inputs and losses of one run on one device.
 
     video_encoder: identity of the autoencoder, with the latents' shift and scale. empty_caption: features of "", for a
-    model without a null caption of its own (null_text: empty).
+    model without a null caption of its own (null_text: empty). sequence_rank: among the ranks that share a clip's tokens.
     """
 
     def __init__(
@@ -44,13 +44,14 @@ class Inputs:
         video_encoder: dict[str, Any],
         device: torch.device,
         empty_caption: EmptyCaption | None = None,
+        sequence_rank: int = 0,
     ) -> None:
         model = config.model
         self._empty: EmptyCaption | None = None
         if empty_caption is not None and model.text_dim is not None and model.null_text == "empty":
             pooled = empty_caption.pooled if model.pooled_dim is not None else None
             self._empty = EmptyCaption(empty_caption.text.to(device), None if pooled is None else pooled.to(device))
-        self.config, self.device = config, device
+        self.config, self.device, self.sequence_rank = config, device, sequence_rank
         self.objective = make_objective(config.diffusion, model.learned_variance)
         self._shift, self._scale = (
             torch.tensor(video_encoder[k], device=device).view(1, -1, 1, 1, 1) for k in ("shift", "scale")
@@ -112,10 +113,12 @@ class Inputs:
 
     def seed_dropout(self, step: int, positions: tuple[int, ...]) -> None:
         """Seeds torch's global generator, from which peft's LoRA layers draw dropout for a micro-batch as a whole. The same
-        step with the same ranks draws the same, so a resume does; other micro-batches draw differently."""
+        step with the same ranks draws the same, so a resume does; other micro-batches draw differently, as do the ranks that
+        share a clip's tokens."""
         lora = self.config.train.lora
         if lora is not None and lora.dropout:
-            torch.manual_seed(seed_for(self.config.seed, "layers", step, positions[0]))
+            shard = (self.sequence_rank,) if self.sequence_rank else ()
+            torch.manual_seed(seed_for(self.config.seed, "layers", step, positions[0], *shard))
 
     def router_inputs(self, step: int, positions: tuple[int, ...]) -> dict[str, Any]:
         """Per-sample generators for drop path and routers, and `force_full` (B,) bool: samples that run the full model, as

@@ -36,13 +36,13 @@ PADDING = -1
 
 def shard_batches(count: int, ranks: Ranks, batch_size: int) -> list[list[int]]:
     """This rank's share of 0 … count - 1, in batches of the same sizes on every rank, padded with PADDING."""
-    each = ranks.size * batch_size
+    each = ranks.data_size * batch_size
     batches = []
     for first in range(0, count, each):
         numbers = list(range(first, min(first + each, count)))
-        size = -(-len(numbers) // ranks.size)
-        numbers += [PADDING] * (size * ranks.size - len(numbers))
-        batches.append(numbers[ranks.rank * size : (ranks.rank + 1) * size])
+        size = -(-len(numbers) // ranks.data_size)
+        numbers += [PADDING] * (size * ranks.data_size - len(numbers))
+        batches.append(numbers[ranks.data_rank * size : (ranks.data_rank + 1) * size])
     return batches
 
 
