@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pipelines.plan import Plan
-from stdit.config import Config, EvaluationConfig, ExtractConfig, Frozen, GenerateConfig
+from stdit.config import Config, EvaluateConfig, ExtractConfig, Frozen, GenerateConfig
 from stdit.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +31,10 @@ DOCUMENTS: dict[str, tuple[type[BaseModel], str]] = {
     "extract": (ExtractConfig, "`stdit extract --config FILE`; the `extraction` of a plan"),
     "plan": (Plan, "`stdit train-stages --plan FILE`"),
     "generate": (GenerateConfig, "`stdit generate`, each key as a flag or as `--set KEY=VALUE`"),
-    "evaluate": (EvaluationConfig, "`stdit evaluate --set KEY=VALUE`; `evaluation.metrics` of a plan"),
+    "evaluate": (
+        EvaluateConfig,
+        "`stdit evaluate --config FILE`; its `metrics` are those of `stdit evaluate --run … --set KEY=VALUE`",
+    ),
 }
 
 # One line for each section; tests/config/test_reference.py validates them.

@@ -5,6 +5,10 @@
 
 OUT/NAME holds the prompts, the videos and the metrics.json of a run; OUT/metrics.json those of all. The same command
 again generates only what is missing. `python -m pipelines.evaluate_runs` does the same on several Ray workers.
+
+    python -m stdit.evaluate --config configs/evaluate/media.yaml
+
+scores a folder of images or videos that exist, with published metrics, into OUT/scores.json.
 """
 
 from __future__ import annotations
@@ -19,12 +23,14 @@ from typing import Any
 from stdit.config import (
     Bucket,
     ConfigError,
+    EvaluateConfig,
     EvaluationConfig,
     Frozen,
     GenerateConfig,
     NonNegative,
     Positive,
     apply_override,
+    load_config,
     validate,
 )
 from stdit.files import atomic_write, printable
@@ -153,19 +159,51 @@ _FLAGS: tuple[tuple[str, Any, str], ...] = (
 
 def arguments(prog: str = "stdit.evaluate") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", nargs="+", type=Path, required=True, help="run directories, checkpoints or pipelines")
-    parser.add_argument("--manifest", type=Path, required=True, help="the dataset's manifest")
-    parser.add_argument("--out", type=Path, required=True, help="folder for videos and metrics")
+    parser.add_argument(
+        "--config", type=Path, help="YAML of EvaluateConfig: scores media that exist; the other flag is --set"
+    )
+    parser.add_argument("--run", nargs="+", type=Path, help="run directories, checkpoints or pipelines")
+    parser.add_argument("--manifest", type=Path, help="the dataset's manifest")
+    parser.add_argument("--out", type=Path, help="folder for videos and metrics")
     for key, kind, text in _FLAGS:
         flag = {"guidance_scale": "guidance"}.get(key, key).replace("_", "-")
         parser.add_argument(f"--{flag}", dest=key, type=kind, help=text, metavar=flag.upper().replace("-", "_"))
     parser.add_argument("--overwrite", action="store_true", help="delete videos of another request in OUT")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of EvaluationConfig")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a key of EvaluationConfig; of EvaluateConfig with --config",
+    )
     return parser
+
+
+def evaluate_config(options: argparse.Namespace, workers: int | None = None) -> EvaluateConfig:
+    """The config of `--config`. ConfigError: an unusable file, or flags that belong to `--run`."""
+    others = ("run", "manifest", "out", "overwrite", *(key for key, _, _ in _FLAGS))
+    if given := [key for key in others if getattr(options, key)]:
+        raise ConfigError(f"--{given[0].replace('_', '-')} is for --run; with --config give --set KEY=VALUE")
+    more = [] if workers is None else [f"workers={workers}"]
+    return load_config(options.config, EvaluateConfig, [*options.set, *more])
+
+
+def score_command(config: EvaluateConfig, compute: Any = None) -> int:
+    """Scores media that exist; prints the table. Exit code 0: at least one score; 1: none; ValueError: unusable input."""
+    from stdit.evaluation.feature_cache import compute_features
+    from stdit.evaluation.scores import evaluate_media, scores_table
+
+    result = evaluate_media(config, compute or compute_features)
+    print(scores_table(result))
+    print(f"{len(result['scores'])} scores are in {config.out}")
+    return 0 if result["scores"] else 1
 
 
 def run_command(options: argparse.Namespace, generate: Generate, **settings: Any) -> int:
     """Runs parsed `arguments`; prints the table. Exit code as `main`."""
+    if absent := [flag for flag in ("run", "manifest", "out") if getattr(options, flag) is None]:
+        print(f"evaluate: give --config, or --run, --manifest and --out; --{absent[0]} is missing", file=sys.stderr)
+        return 2
     flags = {key: getattr(options, key) for key, _, _ in _FLAGS if getattr(options, key) is not None}
     selection = {key: flags.pop(key) for key in list(flags) if key in EvaluationPrompts.model_fields}
     overrides: dict[str, Any] = {}
@@ -191,7 +229,14 @@ def run_command(options: argparse.Namespace, generate: Generate, **settings: Any
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0: all runs evaluated; 1: some failed; 2: unusable arguments."""
-    return run_command(arguments().parse_args(argv), generate_missing)
+    options = arguments().parse_args(argv)
+    if options.config is None:
+        return run_command(options, generate_missing)
+    try:
+        return score_command(evaluate_config(options))
+    except (ValueError, OSError) as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ LEVELS = {
 CONFINED = {
     "deepspeed": ("stdit/training/",),
     "flash_attn": ("stdit/models/attention.py",),
-    "transformers": ("stdit/encoders/", "stdit/inference/pipeline.py"),
+    "transformers": ("stdit/encoders/", "stdit/inference/pipeline.py", "stdit/evaluation/networks.py"),
     "ray": ("pipelines/", "cluster/submit.py"),
     "decord": ("stdit/data/decoding.py",),
 }

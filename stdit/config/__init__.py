@@ -25,7 +25,14 @@ from stdit.config.data import (
     token_grid,
 )
 from stdit.config.diffusion import DiffusionConfig, FrameConditioningConfig, SamplerConfig
-from stdit.config.evaluate import EvaluationConfig
+from stdit.config.evaluate import (
+    EvaluateConfig,
+    EvaluationConfig,
+    NetworkPaths,
+    ReferenceConfig,
+    ScoreConfig,
+    ScoreName,
+)
 from stdit.config.generate import GenerateConfig, LoRASource
 from stdit.config.load import (
     ConfigError,
@@ -67,6 +74,7 @@ __all__ = [
     "DiffusionConfig",
     "DynamicConfig",
     "EMAConfig",
+    "EvaluateConfig",
     "EvaluationConfig",
     "ExtractBucket",
     "ExtractConfig",
@@ -78,11 +86,15 @@ __all__ = [
     "LoRAConfig",
     "LoRASource",
     "ModelConfig",
+    "NetworkPaths",
     "NonNegative",
     "OptimizerConfig",
     "Positive",
+    "ReferenceConfig",
     "SampleGridConfig",
     "SamplerConfig",
+    "ScoreConfig",
+    "ScoreName",
     "SealedSchema",
     "Sha256",
     "Share",

@@ -8,6 +8,7 @@ tests/evaluation/test_against_torch_fidelity.py compares them with torch-fidelit
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ def precision_recall(
 def _distances(x: NDArray[np.float64], y: NDArray[np.float64], rows: int = 512) -> Iterator[NDArray[np.float64]]:
     """Euclidean distances (rows, m) in blocks, from differences: |x|^2 + |y|^2 - 2 x.y would not be 0 for equal rows."""
     for first in range(0, len(x), rows):
-        yield cdist(x[first : first + rows], y)
+        yield np.asarray(cdist(x[first : first + rows], y), np.float64)
 
 
 # ------------------------------------------------------------------------------------- statistics
@@ -223,8 +224,9 @@ def bootstrap_interval(
 
 
 def in_canonical_order(features: NDArray[Any]) -> NDArray[Any]:
-    """Rows in lexicographic order: sums over them, and random subsets, no longer depend on the order of files."""
-    return features[np.lexsort(features.T[::-1])]
+    """Rows in an order that they alone decide: sums over them, and random subsets, don't depend on the order of files."""
+    rows = np.ascontiguousarray(features)
+    return rows[sorted(range(len(rows)), key=lambda i: hashlib.blake2b(rows[i]).digest())]
 
 
 def _features(generated: ArrayLike, real: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from stdit.evaluation.inception import InceptionV3, load_inception, resize_as_tensorflow1
+from stdit.evaluation.inception import load_inception, resize_as_tensorflow1
 from stdit.evaluation.metrics import (
     frechet_distance,
     frechet_distance_of_statistics,
@@ -18,6 +18,7 @@ from stdit.evaluation.metrics import (
     precision_recall,
     statistics_of,
 )
+from tests.support.feature_networks import save_inception
 from tests.support.fidelity import torch_fidelity
 
 
@@ -28,22 +29,7 @@ def features(seed: int, count: int, width: int = 16, shift: float = 0.0) -> np.n
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights in the layout of pt_inception-2015-12-05, with activations that neither vanish nor explode."""
-    torch.manual_seed(0)
-    net = InceptionV3()
-    for module in net.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.weight, 0.8, 1.2)
-            torch.nn.init.normal_(module.bias, std=0.1)
-            assert module.running_var is not None
-            assert module.running_mean is not None
-            module.running_var.uniform_(0.8, 1.2)
-            module.running_mean.normal_(std=0.1)
-    path = tmp_path_factory.mktemp("inception") / "random.pth"
-    torch.save(net.state_dict(), path)
-    return path
+    return save_inception(tmp_path_factory.mktemp("inception") / "random.pth")
 
 
 def pictures(seed: int, count: int, side: int = 40) -> torch.Tensor:

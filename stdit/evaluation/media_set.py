@@ -1,0 +1,193 @@
+"""A set of media to be scored, or to score against: a folder, what stdit.generate wrote, a manifest's split, an .npz.
+
+Only paths and fingerprints are held; frames are read one medium at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stdit.config import ReferenceConfig
+from stdit.data import manifest as manifests
+from stdit.data.decoding import DecodeError, open_clip
+from stdit.data.transforms import frame_indices, resize_crop
+from stdit.evaluation.adm import read_adm, read_samples
+from stdit.files import fingerprint_file, read_jsonl, sha256
+
+Shape = tuple[int, int, int]  # frames, height, width
+MANIFEST = "manifest.jsonl"
+
+
+@dataclass(frozen=True)
+class Medium:
+    """One image or video. row: its row in an .npz; prompt: None if unknown."""
+
+    file: Path
+    fingerprint: str
+    prompt: str | None = None
+    row: int | None = None
+
+
+@dataclass(frozen=True)
+class MediaSet:
+    """Media of one shape. `shape`: of all of them, after cropping. rows: of stdit.generate's manifest, one for each."""
+
+    source: Path
+    media: tuple[Medium, ...]
+    shape: Shape
+    crop: bool = False
+    rows: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+
+    def __len__(self) -> int:
+        return len(self.media)
+
+    @property
+    def is_video(self) -> bool:
+        return self.shape[0] > 1
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the contents and prompts, whatever their order and names."""
+        listed = sorted([m.fingerprint, m.prompt or ""] for m in self.media)
+        return hashlib.sha256(json.dumps([listed, self.shape, self.crop]).encode()).hexdigest()
+
+    def frames(self, media: Sequence[Medium]) -> Iterator[NDArray[np.uint8]]:
+        """Frames (T, H, W, 3) of each. ValueError: a file that cannot be decoded."""
+        rows = {m.row for m in media if m.row is not None}
+        if rows:  # in the file's order
+            for i, image in enumerate(read_samples(self.source)):
+                if i in rows:
+                    yield image[None]
+                if i >= max(rows):
+                    return
+        for medium in media:
+            if medium.row is None:
+                yield read_frames(medium.file, self.shape, self.crop)
+
+
+def read_frames(file: Path, shape: Shape, crop: bool) -> NDArray[np.uint8]:
+    """The first frames of a file, resized and centre-cropped if `crop`. ValueError: damaged, or of another shape."""
+    try:
+        with open_clip(file, "pyav") as reader:
+            frames = reader.get(frame_indices(reader.frame_count, shape[0]))
+    except DecodeError as error:
+        raise ValueError(str(error)) from error
+    if crop:
+        return resize_crop(frames, shape[1], shape[2])
+    if frames.shape[:3] != shape:
+        raise ValueError(f"{file}: is {size_of(frames.shape[:3])}, expected {size_of(shape)}")
+    return frames
+
+
+def size_of(shape: Sequence[int]) -> str:
+    """8x256x256: frames, height and width."""
+    return "x".join(map(str, shape))
+
+
+# ----------------------------------------------------------------------------------------- opening
+
+
+def open_generated(path: Path) -> MediaSet:
+    """Media of a folder or an .npz, all of one shape. ValueError: none, damaged ones, several shapes."""
+    return _checked(path, *_listed(path, None))
+
+
+def open_reference(config: ReferenceConfig, shape: Shape) -> MediaSet:
+    """Reference media, of `shape` or cropped to it. ValueError: as `open_generated`, or another shape without `crop`."""
+    media, rows = _listed(config.path, config.split)
+    return _checked(config.path, media, rows, shape, config.crop)
+
+
+def _listed(path: Path, split: str | None) -> tuple[list[Medium], list[dict[str, Any]]]:
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    if path.is_file() and path.suffix == ".npz":
+        samples = read_adm(path).samples
+        if samples is None:
+            raise ValueError(f"{path}: holds statistics and no samples (arr_0)")
+        digest = sha256(path)
+        return [Medium(path, f"{digest} {i}", row=i) for i in range(samples[0])], []
+    if path.is_dir() and (path / MANIFEST).is_file():
+        rows = read_jsonl(path / MANIFEST)
+        if any("file" in row for row in rows):
+            rows = [row for row in rows if row.get("file")]
+            return [_medium(path / str(row["file"]), _text(row.get("prompt"))) for row in rows], rows
+        path = path / MANIFEST
+    source = manifests.read(path)
+    clips = [clip for clip in source if split is None or clip.split == split]
+    if not clips:
+        raise ValueError(f"{path}: no clip of split {split!r}; splits: {source.splits}")
+    return [_medium(clip.file, clip.caption if clip.captioned else None) for clip in clips], []
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _medium(file: Path, prompt: str | None) -> Medium:
+    try:
+        return Medium(file, fingerprint_file(file), prompt)
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def _checked(
+    path: Path, media: list[Medium], rows: list[dict[str, Any]], shape: Shape | None = None, crop: bool = False
+) -> MediaSet:
+    if not media:
+        raise ValueError(f"{path}: holds no image or video")
+    if media[0].row is not None:
+        samples = read_adm(path).samples
+        assert samples is not None
+        shapes, damaged = Counter({(1, *samples[1:3]): samples[0]}), []
+    else:
+        shapes, damaged = _shapes(media)
+    if damaged:
+        more = f" (and {len(damaged) - 3} more)" if len(damaged) > 3 else ""
+        raise ValueError(
+            f"{path}: {len(damaged)} of {len(media)} files cannot be decoded: {'; '.join(damaged[:3])}{more}"
+        )
+    listed = ", ".join(f"{count} of {size_of(s)}" for s, count in shapes.most_common(5))
+    if shape is None and len(shapes) > 1:
+        raise ValueError(f"{path}: {len(shapes)} shapes (frames x height x width): {listed}; score each by itself")
+    target: Shape = shape or next(iter(shapes))
+    short = [s for s in shapes if s[0] < target[0]]
+    if crop and short:
+        raise ValueError(f"{path}: clips of {short[0][0]} frames ({listed}); generated ones have {target[0]}")
+    if not crop and any(s != target for s in shapes):
+        raise ValueError(
+            f"{path}: {listed}; generated media are {size_of(target)}: set reference.crop, or resize them yourself"
+        )
+    return MediaSet(path, tuple(media), target, crop, tuple(rows))
+
+
+def _shapes(media: Sequence[Medium]) -> tuple[Counter[Shape], list[str]]:
+    """How many media have each shape, and what is wrong with the others."""
+    shapes: Counter[Shape] = Counter()
+    damaged = []
+    for medium in media:
+        try:
+            with open_clip(medium.file, "pyav") as reader:
+                shapes[reader.frame_count, reader.height, reader.width] += 1
+        except DecodeError as error:
+            damaged.append(str(error))
+    return shapes, damaged
+
+
+def overlap(reference: MediaSet, training: ReferenceConfig) -> int:
+    """How many reference media are also in the training set, by content."""
+    sizes = {m.file.stat().st_size for m in reference.media}
+    source = manifests.read(training.path)
+    clips = [clip.file for clip in source if training.split is None or clip.split == training.split]
+    same_size = [file for file in clips if file.is_file() and file.stat().st_size in sizes]
+    known = {fingerprint_file(file) for file in same_size}
+    return sum(m.fingerprint in known for m in reference.media)

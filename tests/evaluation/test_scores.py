@@ -1,0 +1,356 @@
+"""Laws of `stdit evaluate --config`: what is scored, what is refused, what a score carries; no download, random networks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from pipelines import evaluate_runs
+from stdit.config import EvaluateConfig, ReferenceConfig, validate
+from stdit.evaluation import feature_cache, networks
+from stdit.evaluation.adm import read_adm, write_samples
+from stdit.evaluation.feature_cache import FeatureJob, compute_features, load_features
+from stdit.evaluation.media_set import open_generated
+from stdit.evaluation.scores import ProtocolMismatch, check_comparable, evaluate_media
+from stdit.files import sha256
+from stdit.media import write_video
+from tests.support.feature_networks import save_inception, save_video_net
+
+FRAMES, SIDE = 10, 16
+
+
+def clips(seed: int, count: int) -> list[np.ndarray]:
+    """Videos of a bright square that moves over a gradient."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        video = np.zeros((FRAMES, SIDE, SIDE, 3)) + np.linspace(0, 90, SIDE)[:, None]
+        top, left, colour = rng.integers(0, SIDE - 5), rng.integers(0, 3), rng.uniform(120, 255, 3)
+        for t in range(FRAMES):
+            video[t, top : top + 5, left + t : left + t + 5] = colour
+        found.append(video.clip(0, 255).astype(np.uint8))
+    return found
+
+
+def save_clips(folder: Path, videos: list[np.ndarray], **protocol: Any) -> Path:
+    """A folder as stdit.generate leaves it, with `protocol` in every row."""
+    folder.mkdir(parents=True)
+    rows = []
+    for i, video in enumerate(videos):
+        write_video(folder / f"{i:03d}.mp4", video, 8)
+        rows.append(
+            {"file": f"{i:03d}.mp4", "prompt": f"clip {i}", "class": None, "seed": i, "fps": 8, "protocol": protocol}
+        )
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def save_images(folder: Path, seed: int, count: int, side: int = 12) -> Path:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def i3d(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_video_net(tmp_path_factory.mktemp("i3d") / "i3d_torchscript.pt")
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_inception(tmp_path_factory.mktemp("inception") / "pt_inception.pth")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_clips(tmp_path_factory.mktemp("real") / "clips", clips(0, 24))
+
+
+@pytest.fixture
+def score(tmp_path: Path, reference: Path, i3d: Path):
+    """Scores videos against the reference by FVD and the measures that need no network."""
+
+    def run(generated: Path | list[np.ndarray], name: str = "out", **settings: Any) -> dict[str, Any]:
+        if isinstance(generated, list):
+            generated = save_clips(tmp_path / f"{name}-videos", generated)
+        data = {
+            "generated": str(generated), "reference": {"path": str(reference)}, "out": str(tmp_path / name), "bootstrap": 5,
+            "networks": {"i3d": str(i3d)}, "cache": str(tmp_path / "cache"),
+        }  # fmt: skip
+        return evaluate_media(validate({**data, **settings}, EvaluateConfig, "test"))
+
+    return run
+
+
+# ------------------------------------------------------------------------------------ what is scored
+
+
+def test_a_set_is_at_no_distance_from_itself(score, reference: Path) -> None:
+    found = score(reference)["scores"]
+    assert abs(found["fvd"]["value"]) < 1e-9
+    assert "singular covariance: 24 generated and 24 reference samples in 400 dimensions" in found["fvd"]["notes"][0]
+
+
+@pytest.mark.parametrize("damage", ["blur", "noise", "shuffle", "freeze"])
+def test_worse_videos_are_farther(score, damage: str) -> None:
+    rng = np.random.default_rng(1)
+    noise, order = rng.normal(size=(FRAMES, SIDE, SIDE, 3)), rng.permutation(FRAMES)
+
+    def worsened(video: np.ndarray, amount: int) -> np.ndarray:
+        if damage == "blur":
+            return gaussian_filter(video, (0, amount, amount, 0)) if amount else video
+        if damage == "noise":
+            return (video + 30 * amount * noise).clip(0, 255).astype(np.uint8)
+        if damage == "shuffle":  # of ever more frames
+            chosen = np.arange(FRAMES)
+            chosen[: 3 * amount + 1] = np.random.default_rng(0).permutation(3 * amount + 1)
+            return video[chosen]
+        kept = FRAMES - 3 * amount
+        return video[np.minimum(np.arange(FRAMES), kept - 1)]
+
+    assert len(order) == FRAMES
+    videos = clips(0, 24)
+    values = [score([worsened(v, a) for v in videos], f"{damage}{a}")["scores"]["fvd"]["value"] for a in range(4)]
+    assert values == sorted(values)
+    assert values[3] > values[0] + 1e-6
+
+
+def test_order_names_and_workers_do_not_change_a_score(score, tmp_path: Path, reference: Path) -> None:
+    videos = clips(5, 20)
+    first = score(videos, "one")
+    order = np.random.default_rng(0).permutation(20)
+    second = score(save_clips(tmp_path / "renamed", [videos[i] for i in order]), "two", cache=str(tmp_path / "other"))
+    for name, found in first["scores"].items():
+        assert found["value"] == second["scores"][name]["value"], name
+        assert found["interval"] == second["scores"][name]["interval"], name
+
+
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_the_size_of_a_chunk_does_not_change_features(
+    reference: Path, i3d: Path, tmp_path: Path, chunk: int, monkeypatch
+) -> None:
+    network, media = networks.I3D(i3d), open_generated(reference)
+    expected = FeatureJob(network, media, tmp_path / "a")
+    compute_features(expected)
+    features = load_features(expected)["features"]
+    monkeypatch.setattr(feature_cache, "CHUNK", chunk)
+    other = FeatureJob(network, media, tmp_path / "b")
+    compute_features(other)
+    np.testing.assert_array_equal(load_features(other)["features"], features)
+
+
+@pytest.mark.ray
+def test_workers_give_the_statistics_of_one(score, reference: Path, i3d: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(feature_cache, "CHUNK", 64)
+    videos = save_clips(tmp_path / "many", clips(6, 70))
+    data = {
+        "generated": str(videos), "reference": {"path": str(reference)}, "networks": {"i3d": str(i3d)}, "bootstrap": 2,
+        "scores": ["fvd", "vmaf_motion"],
+    }  # fmt: skip
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(data))
+    for workers in (1, 2):
+        out = f"--set=out={tmp_path / str(workers)}"
+        assert evaluate_runs.main(["--config", str(config), out, "--workers", str(workers)]) == 0
+    one, two = (json.loads((tmp_path / n / "scores.json").read_text())["scores"] for n in "12")
+    assert one == two
+
+
+def test_features_are_computed_once_and_only_those_that_are_missing(score, tmp_path: Path, monkeypatch) -> None:
+    videos = save_clips(tmp_path / "videos", clips(7, 6))
+    score(videos)
+    calls = []
+    monkeypatch.setattr(feature_cache, "compute_chunk", lambda *args: calls.append(args))
+    assert score(videos, "again")["scores"]["fvd"]
+    assert not calls
+
+
+def test_every_score_carries_its_protocol_and_interval(score, tmp_path: Path, i3d: Path) -> None:
+    sampling = {
+        "run": "runs/a",
+        "step": 9,
+        "weights": "ema",
+        "scheduler": "flow_euler",
+        "steps": 20,
+        "guidance_scale": 3.0,
+    }
+    result = score(save_clips(tmp_path / "v", clips(1, 12), **sampling))
+    assert result["subject"] | {"run": "runs/a", "step": 9} == result["subject"]
+    for found in result["scores"].values():
+        low, high = found["interval"]
+        assert low <= found["value"] <= high
+        generated = found["protocol"]["generated"]
+        expected = {
+            "count": 12,
+            "shape": [FRAMES, SIDE, SIDE],
+            "steps": 20,
+            "guidance_scale": 3.0,
+            "weights": "ema",
+            "fps": 8,
+        }
+        assert generated | expected == generated
+        assert len(generated["prompts_sha256"]) == 64
+        assert generated["seeds"][:2] == [0, 11]
+        assert "run" not in generated
+    fvd = result["scores"]["fvd"]["protocol"]
+    assert fvd["network"] == {"network": "i3d", "sha256": sha256(i3d), "resizing": networks.I3D.resizing}
+    assert fvd["reference"]["count"] == 24
+
+
+def test_results_of_other_protocols_are_not_compared(score, tmp_path: Path) -> None:
+    videos = clips(1, 12)
+    a, b, c = (
+        score(save_clips(tmp_path / str(i), videos, run=f"runs/{i}", steps=steps, guidance_scale=3.0), f"out{i}")
+        for i, steps in enumerate((20, 20, 50))
+    )
+    check_comparable({"a": a, "b": b})  # another run is what one compares
+    with pytest.raises(ProtocolMismatch, match=r"fvd: a -> c: generated\.steps: 20 -> 50"):
+        check_comparable({"a": a, "c": c})
+
+
+# --------------------------------------------------------------------------------- networks and files
+
+
+def test_a_missing_network_skips_its_scores_and_the_rest_runs(score) -> None:
+    result = score(clips(1, 4), networks={"clip": "/nowhere"})
+    assert result["skipped"]["fvd"] == "no weights: networks.i3d is not set"
+    assert result["skipped"]["clip_score"] == "networks.clip: /nowhere: no such file or folder"
+    assert "AMT-S" in result["skipped"]["vbench_motion_smoothness"]
+    assert set(result["scores"]) == {"vbench_temporal_flickering", "linear_motion_smoothness", "vmaf_motion"}
+
+
+def test_a_score_is_not_computed_with_another_network(tmp_path: Path, inception: Path) -> None:
+    data = {
+        "generated": str(save_images(tmp_path / "a", 0, 3)),
+        "out": str(tmp_path / "out"),
+        "networks": {"inception": str(inception)},
+    }
+    result = evaluate_media(validate(data, EvaluateConfig, "test"))
+    assert "refused: networks.inception" in result["skipped"]["inception_score"]
+    assert not result["scores"]
+    with pytest.raises(ValueError, match=r"inception_score: networks\.inception: .* SHA-256 .* define FID"):
+        evaluate_media(validate(data | {"scores": ["inception_score"]}, EvaluateConfig, "test"))
+
+
+def test_images_are_scored_by_inception_and_through_adms_files(tmp_path: Path, inception: Path, monkeypatch) -> None:
+    monkeypatch.setattr(networks, "ORIGINAL_SHA256", sha256(inception)[:8])
+    real, made = save_images(tmp_path / "real", 0, 6), save_images(tmp_path / "made", 1, 5)
+    data = {
+        "generated": str(made), "reference": {"path": str(real)}, "out": str(tmp_path / "out"), "splits": 2, "bootstrap": 2,
+        "networks": {"inception": str(inception)}, "save_samples": True,
+    }  # fmt: skip
+    first = evaluate_media(validate(data, EvaluateConfig, "test"))
+    assert set(first["scores"]) == {"fid", "kid", "inception_score", "precision", "recall"}
+    # The samples that were written, against the statistics that were written: the same FID.
+    statistics = tmp_path / "out" / "statistics-inception-reference.npz"
+    again = data | {
+        "generated": str(tmp_path / "out" / "samples.npz"), "reference": {"path": str(statistics)},
+        "out": str(tmp_path / "again"), "scores": ["fid", "kid"],
+    }  # fmt: skip
+    second = evaluate_media(validate(again, EvaluateConfig, "test"))
+    assert second["scores"]["fid"]["value"] == pytest.approx(first["scores"]["fid"]["value"], rel=1e-4)
+    assert second["skipped"]["kid"] == "the reference holds statistics, not samples"
+    assert read_adm(statistics).statistics is not None
+    # The same statistics without our note on the network, as ADM's are: still the original Inception's.
+    with np.load(statistics) as arrays:
+        np.savez(tmp_path / "adm.npz", mu=arrays["mu"], sigma=arrays["sigma"])
+        np.savez(tmp_path / "narrow.npz", mu=arrays["mu"][:64], sigma=arrays["sigma"][:64, :64])
+        np.savez(tmp_path / "other.npz", mu=arrays["mu"], sigma=arrays["sigma"], network=np.array("f" * 64))
+    for file, message in (("narrow", "64 dimensions, inception has 2048"), ("other", "ffff")):
+        bad = again | {"reference": {"path": str(tmp_path / f"{file}.npz")}, "scores": ["fid"]}
+        with pytest.raises(ValueError, match=rf"fid: .*{file}\.npz: statistics of another network.*{message}"):
+            evaluate_media(validate(bad, EvaluateConfig, "test"))
+
+
+# -------------------------------------------------------------------------------------------- bad input
+
+
+def config_of(generated: Path, **more: Any) -> EvaluateConfig:
+    return validate({"generated": str(generated), "out": str(generated.parent / "out"), **more}, EvaluateConfig, "test")
+
+
+def test_an_empty_folder_and_one_image_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no clip in this folder"):
+        evaluate_media(config_of(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="holds 1 of the 2 or more media"):
+        evaluate_media(config_of(save_images(tmp_path / "one", 0, 1)))
+    with pytest.raises(ValueError, match="absent: no such file or folder"):
+        evaluate_media(config_of(tmp_path / "absent"))
+
+
+def test_media_of_several_shapes_are_refused_and_unequal_counts_are_said(
+    score, tmp_path: Path, reference: Path
+) -> None:
+    mixed = save_images(tmp_path / "mixed", 0, 2)
+    Image.new("RGB", (9, 9)).save(mixed / "x.png")
+    with pytest.raises(ValueError, match=r"2 shapes .*: 2 of 1x12x12, 1 of 1x9x9"):
+        evaluate_media(config_of(mixed))
+    small = save_images(tmp_path / "small", 0, 2, 8)
+    big = {"path": str(save_images(tmp_path / "big", 0, 2, 12))}
+    with pytest.raises(ValueError, match=r"big: 2 of 1x12x12; generated media are 1x8x8: set reference\.crop"):
+        evaluate_media(config_of(small, reference=big))
+    assert evaluate_media(config_of(small, reference=big | {"crop": True}))["scores"] == {}
+    assert "12 generated against 24 reference media" in score(clips(1, 12))["warnings"][0]
+
+
+def test_a_half_written_video_is_named(score, tmp_path: Path) -> None:
+    folder = save_clips(tmp_path / "v", clips(0, 3))
+    content = (folder / "001.mp4").read_bytes()
+    (folder / "001.mp4").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"1 of 3 files cannot be decoded: .*001\.mp4"):
+        score(folder)
+
+
+def test_features_that_are_not_finite_name_the_file(score, tmp_path: Path, monkeypatch) -> None:
+    def broken(self, frames, prompt):
+        return {"features": np.full(400, np.nan, np.float32)}
+
+    monkeypatch.setattr(networks.I3D, "rows", broken)
+    with pytest.raises(ValueError, match=r"000\.mp4: features of i3d are not finite"):
+        score(clips(8, 3))
+
+
+def test_a_reference_within_the_training_set_is_counted(tmp_path: Path) -> None:
+    images = save_images(tmp_path / "data", 0, 6)
+    shutil.copy(images / "0.png", images / "copy.png")
+    rows = [{"path": f"{i}.png", "caption": "", "split": "train" if i < 3 else "validation"} for i in range(6)]
+    rows.append({"path": "copy.png", "caption": "", "split": "validation"})
+    manifest = images / "list.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generated = save_images(tmp_path / "made", 1, 4)
+    found = evaluate_media(config_of(generated, reference={"path": str(manifest), "split": "validation"}))
+    assert any("1 of 4 reference media are also in the training set" in text for text in found["warnings"])
+
+
+def test_the_command_names_what_is_wrong_and_exits_with_2(tmp_path: Path, capsys) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(f"generated: {tmp_path / 'absent'}\nout: {tmp_path / 'out'}\n")
+    assert evaluate_runs.main(["--config", str(config)]) == 2
+    assert "absent: no such file" in capsys.readouterr().err
+    assert evaluate_runs.main(["--config", str(config), "--set", "scores=[fidd]"]) == 2
+    assert "scores.0" in capsys.readouterr().err
+    assert evaluate_runs.main(["--config", str(config), "--manifest", "m.jsonl"]) == 2
+    assert "--manifest is for --run" in capsys.readouterr().err
+    assert evaluate_runs.main([]) == 2
+    assert "give --config, or --run" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_of_an_npz_are_scored(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    write_samples(tmp_path / "x.npz", iter(images), 4)
+    media = open_generated(tmp_path / "x.npz")
+    assert (len(media), media.shape) == (4, (1, 8, 8))
+    np.testing.assert_array_equal(np.stack([f[0] for f in media.frames(media.media[1:3])]), images[1:3])
+    assert ReferenceConfig(path=tmp_path / "x.npz").split is None
