@@ -25,6 +25,7 @@ def check_early(plan: Plan, stages: Sequence[ResolvedStage]) -> None:
         if stage.after is not None:
             check_transition(by_name[stage.after], stage)
         check_evaluation(plan, stage)
+    check_scores(plan)
 
 
 def _check_text(stage: ResolvedStage, encoder: TextEncoderConfig | None) -> None:
@@ -64,6 +65,24 @@ def check_evaluation(plan: Plan, stage: ResolvedStage) -> None:
             f"{where}.metrics.class_column is null, but the stage is class-conditional (model.num_classes "
             f"{model.num_classes}): its prompts need the class of held-out clips. Set class_column: class"
         )
+
+
+def check_scores(plan: Plan) -> None:
+    """ConfigError where a score that the plan names has other weights than those that define it."""
+    scores = None if plan.evaluation is None else plan.evaluation.scores
+    if scores is None or scores.scores is None:
+        return
+    from stdit.evaluation.networks import MissingWeights, NetworkError, find_network
+    from stdit.evaluation.scores import SPECS
+
+    for name in scores.scores:
+        if name in SPECS and SPECS[name].kind != "accuracy":
+            try:
+                find_network(SPECS[name].network, scores.networks)
+            except MissingWeights:
+                continue  # the score is skipped, with the reason
+            except NetworkError as error:
+                raise ConfigError(f"evaluation.scores: {name}: {error}") from error
 
 
 def check_held_out(plan: Plan) -> None:

@@ -69,6 +69,10 @@ EXAMPLES: dict[str, str] = {
     "Stage": "{config: configs/stages/demo-2-clips.yaml, after: images, allow: [class_to_text]}",
     "Evaluation": "{prompts: 64, sampler: {steps: 30, guidance_scale: 5.0}}",
     "EvaluationConfig": "{class_column: null, direction_column: null}",
+    "EvaluateConfig": "{generated: videos, reference: {path: clips/}, out: scores, networks: {i3d: weights/i3d_torchscript.pt}}",
+    "ScoreConfig": "{scores: [fvd, clip_score], networks: {i3d: weights/i3d_torchscript.pt, clip: weights/clip}}",
+    "NetworkPaths": "{inception: weights/pt_inception-2015-12-05-6726825d.pth}",
+    "ReferenceConfig": "{path: runs/data/manifest.jsonl, split: validation, crop: true}",
     "GenerateConfig": "{run: runs/a, prompts: prompts.txt, out: videos, steps: 30}",
     "LoRASource": "{path: runs/style, scale: 0.8}",
 }

@@ -25,6 +25,7 @@ from stdit.config import (
     NonNegative,
     Positive,
     SamplerConfig,
+    ScoreConfig,
     Transition,
     apply_override,
     default_bucket,
@@ -113,6 +114,8 @@ class Evaluation(Frozen):
     """Also evaluates the stage before at this stage's shape, where it differs: what the stage has added."""
     metrics: EvaluationConfig = EvaluationConfig()
     """How clips are measured."""
+    scores: ScoreConfig | None = None
+    """Published scores of the same clips against the held-out split, into evaluation/STAGE/scores; null: none."""
 
     @property
     def threads_each(self) -> int:

@@ -15,7 +15,7 @@ from pipelines import changes, checks, workers
 from pipelines.plan import Plan, ResolvedStage, available_cpus, resolve
 from pipelines.progress import Clock, StepLine
 from pipelines.record import Record, set_aside
-from stdit.config import Config, ConfigError, load_config
+from stdit.config import Config, ConfigError, EvaluateConfig, ReferenceConfig, load_config
 
 
 class PlanFailed(RuntimeError):
@@ -202,6 +202,7 @@ class PlanRunner:
         start = time.monotonic()
         metrics, computed = self._evaluate_run(stage, stage)
         self.clock.say(f"{name}: {summarize(metrics)}")
+        self._score(stage)
         if evaluation.compare_with_previous and before is not None and comparable(before, stage):
             previous, more = self._evaluate_run(before, stage)
             metrics["previous"], computed = {"name": before.name, **previous}, computed or more
@@ -233,6 +234,29 @@ class PlanRunner:
             fps=evaluation.fps, workers=evaluation.workers, threads=evaluation.threads_each, overwrite=True,
         )  # fmt: skip
         return metrics, _mtime(file) != before
+
+    def _score(self, stage: ResolvedStage) -> None:
+        """Published scores of the stage's clips, if the plan has any; features that exist are kept."""
+        evaluation = self.plan.evaluation
+        if evaluation is None or evaluation.scores is None:
+            return
+        from pipelines.evaluate_runs import FeaturePool
+        from stdit.evaluation.feature_cache import compute_features
+        from stdit.evaluation.scores import evaluate_media, scores_table
+
+        folder = self.plan.run_dir / "evaluation"
+        compute = compute_features
+        if evaluation.workers > 1:
+            self.connect()
+            compute = FeaturePool(evaluation.workers)
+        split = evaluation.metrics.validation_split
+        config = EvaluateConfig(
+            **dict(evaluation.scores), generated=folder / stage.name / "videos", out=folder / stage.name / "scores",
+            reference=ReferenceConfig(path=self.extract.manifest, split=split, crop=True), cache=folder / "cache",
+            metrics=evaluation.metrics, threads=evaluation.threads_each,
+        )  # fmt: skip
+        for line in scores_table(evaluate_media(config, compute)).splitlines():
+            self.clock.say(f"{stage.name}/scores: {line}")
 
     def previous(self, stage: ResolvedStage) -> ResolvedStage | None:
         """The stage that initialises this one."""

@@ -86,6 +86,13 @@ def _evaluate(arguments: list[str]) -> int | None:
     return _pipeline("evaluate_runs", "stdit evaluate", arguments)
 
 
+def _compare(arguments: list[str]) -> int | None:
+    from stdit.compare import arguments as parser
+
+    parser("stdit compare").parse_args(arguments)
+    return _main("stdit.compare", arguments)
+
+
 def _convert(arguments: list[str]) -> int | None:
     from stdit.arguments import convert
 
@@ -114,7 +121,8 @@ VERBS = {
     "train-stages": Verb("run a plan: extract, train each stage, generate, evaluate", _train_stages),
     "forecast": Verb("clips per bucket, tokens, FLOPs and memory of a plan; starts nothing", _forecast),
     "generate": Verb("videos or images for a file of prompts", _generate),
-    "evaluate": Verb("generate clips for held-out captions and compute metrics", _evaluate),
+    "evaluate": Verb("score generated media; or generate clips for held-out captions and compute metrics", _evaluate),
+    "compare": Verb("several runs on one page: scores, losses, clips; blind votes", _compare),
     "convert": Verb("convert weights between published layouts and ours", _convert),
     "transfer": Verb("initialise a model of another architecture from trained weights", _transfer),
     "summary": Verb("parameters, FLOPs and activation memory of a model", _summary),

@@ -41,6 +41,7 @@ LEVELS = {
     "stdit.generate": 4,
     # Generates what is missing.
     "stdit.evaluate": 4.2,
+    "stdit.compare": 4.3,
     "stdit.cli": 4.5,
     "pipelines": 5,
     "cluster": 6,

@@ -36,6 +36,12 @@ def evaluate(prog: str) -> argparse.ArgumentParser:
     return parser(prog)
 
 
+def compare(prog: str) -> argparse.ArgumentParser:
+    from stdit.compare import arguments as parser
+
+    return parser(prog)
+
+
 def training(prog: str) -> argparse.ArgumentParser:
     parser = train.arguments(prog)
     parser.add_argument("--nproc", type=int)
@@ -50,6 +56,7 @@ PARSERS: dict[str, Callable[[str], argparse.ArgumentParser]] = {
     "forecast": train_stages.arguments,
     "generate": prompts.arguments,
     "evaluate": evaluate,
+    "compare": compare,
     "convert": arguments.convert,
     "transfer": arguments.transfer,
     "summary": arguments.summary,
@@ -58,6 +65,7 @@ MODULES = {
     "stdit.extract": "extract",
     "stdit.generate": "generate",
     "stdit.evaluate": "evaluate",
+    "stdit.compare": "compare",
     "stdit.weights.convert": "convert",
     "stdit.weights.transfer": "transfer",
     "stdit.models.cost": "summary",

@@ -81,6 +81,7 @@ def write_plan(folder: Path) -> Path:
             "prompts": 4,
             "sampler": {"steps": 2},
             "metrics": {"classifier_steps": 5, "direction_column": None},
+            "scores": {"bootstrap": 2},
         },
     }
     path = folder / "plan.yaml"
@@ -171,6 +172,7 @@ def test_a_plan_survives_its_driver_and_its_workers_and_then_does_nothing(tmp_pa
         assert steps(out / name) == list(range(1, STEPS + 1)), "every step once, none twice, none missing"
 
     # What it leaves behind.
+    assert "class_accuracy" in json.loads((out / "evaluation/two/scores/scores.json").read_text())["scores"]
     report = json.loads((out / "report.json").read_text())
     assert [s["name"] for s in report["stages"]] == ["one", "two"]
     assert all(s["steps"] == STEPS and s["counts"]["generated"] == 4 for s in report["stages"])
@@ -234,6 +236,7 @@ def refused(capsys, plan: Path, *sets: str) -> str:
             "evaluation.metrics.class_column=null",
             "evaluation.metrics.class_column is null, but the stage is class-cond",
         ),
+        ("evaluation.scores={scores: [fid], networks: {inception: README.md}}", "README.md has SHA-256 "),
         ("evaluation.sampler.scheduler=ddim", "evaluation.sampler: sampler.scheduler ddim "),
         ("evaluation.metrics.validation_split=test", "evaluation.metrics.validation_split 'test': no clip of "),
         ("evaluation.metrics.direction_column=heading", "direction_column: no column 'heading'; columns: "),
