@@ -45,6 +45,7 @@ class FeaturePool:
     def __call__(self, job: FeatureJob) -> None:
         """Computes the job's missing chunks. ValueError: a worker's error."""
         import ray
+        from ray.exceptions import RayTaskError
         from ray.util import ActorPool
         from tqdm import tqdm
 
@@ -55,8 +56,8 @@ class FeaturePool:
             return
         started = connect(self.workers * job.threads)
         try:
-            gpus = {"num_gpus": 1} if job.network.device == "cuda" else {}
-            actor: Any = ray.remote(num_cpus=job.threads, **gpus)(FeatureWorker)
+            gpus = 1 if job.network.device == "cuda" else 0
+            actor: Any = ray.remote(num_cpus=job.threads, num_gpus=gpus)(FeatureWorker)
             shared = ray.put(job)
             pool = ActorPool([actor.remote(shared) for _ in range(min(self.workers, len(missing)))])
             done = pool.map_unordered(lambda one, number: one.compute.remote(number), missing)
@@ -64,7 +65,7 @@ class FeaturePool:
                 done, total=len(missing), desc=job.network.key, unit="chunk", disable=not sys.stderr.isatty()
             ):
                 pass
-        except ray.exceptions.RayTaskError as error:
+        except RayTaskError as error:
             raise error.cause if isinstance(error.cause, ValueError) else RuntimeError(str(error.cause)) from error
         finally:
             if started == "started":

@@ -7,7 +7,7 @@ Statistics that we write also say of which network they are: `network`, `count`.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class AdmFile:
 
 
 def read_adm(path: Path) -> AdmFile:
-    """Statistics, and the shape of the samples, which `read_samples` reads. ValueError: damaged, or neither is in it."""
+    """Statistics, and the shape of the samples, which SampleReader reads. ValueError: damaged, or neither is in it."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = set(archive.namelist())
@@ -74,16 +74,31 @@ def _samples_shape(path: Path, member: Any) -> tuple[int, int, int, int]:
     return shape
 
 
-def read_samples(path: Path) -> Iterator[NDArray[np.uint8]]:
-    """The images (H, W, 3) of `arr_0`, one after the other, without reading the whole file. ValueError: cut off."""
-    with zipfile.ZipFile(path) as archive, archive.open(f"{SAMPLES}.npy") as member:
-        count, height, width, _ = _samples_shape(path, member)
-        size = height * width * 3
-        for i in range(count):
-            content = member.read(size)
-            if len(content) < size:
-                raise ValueError(f"{path}: arr_0 ends within image {i} of {count}")
-            yield np.frombuffer(content, np.uint8).reshape(height, width, 3)
+class SampleReader:
+    """Images of `arr_0` by row, without reading the whole file: rows ahead of the last one are read on from there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._archive = zipfile.ZipFile(path)
+        self._rewind()
+
+    def _rewind(self) -> None:
+        self._member = self._archive.open(f"{SAMPLES}.npy")
+        self.count, self.height, self.width, _ = _samples_shape(self.path, self._member)
+        self._next = 0
+
+    def __getitem__(self, row: int) -> NDArray[np.uint8]:
+        """Image (H, W, 3). ValueError: the file ends before it."""
+        if row < self._next:
+            self._member.close()
+            self._rewind()
+        while True:
+            content = self._member.read(self.height * self.width * 3)
+            if len(content) < self.height * self.width * 3:
+                raise ValueError(f"{self.path}: arr_0 ends within image {self._next} of {self.count}")
+            self._next += 1
+            if self._next > row:
+                return np.frombuffer(content, np.uint8).reshape(self.height, self.width, 3)
 
 
 def write_samples(path: Path, images: Iterable[NDArray[np.uint8]], count: int) -> None:

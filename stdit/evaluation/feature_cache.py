@@ -55,6 +55,8 @@ class FeatureJob:
 
 def compute_chunk(job: FeatureJob, number: int) -> None:
     """Computes and writes one chunk. ValueError: a file that cannot be decoded, features that are not finite."""
+    if job.network.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda, but torch finds no GPU here")
     before = torch.get_num_threads()
     torch.set_num_threads(job.threads)
     found: dict[str, list[NDArray[np.float32]]] = {}

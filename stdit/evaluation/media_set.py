@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from stdit.config import ReferenceConfig
 from stdit.data import manifest as manifests
 from stdit.data.decoding import DecodeError, open_clip
 from stdit.data.transforms import frame_indices, resize_crop
-from stdit.evaluation.adm import read_adm, read_samples
+from stdit.evaluation.adm import SampleReader, read_adm
 from stdit.files import fingerprint_file, read_jsonl, sha256
 
 Shape = tuple[int, int, int]  # frames, height, width
@@ -62,16 +63,17 @@ class MediaSet:
 
     def frames(self, media: Sequence[Medium]) -> Iterator[NDArray[np.uint8]]:
         """Frames (T, H, W, 3) of each. ValueError: a file that cannot be decoded."""
-        rows = {m.row for m in media if m.row is not None}
-        if rows:  # in the file's order
-            for i, image in enumerate(read_samples(self.source)):
-                if i in rows:
-                    yield image[None]
-                if i >= max(rows):
-                    return
         for medium in media:
             if medium.row is None:
                 yield read_frames(medium.file, self.shape, self.crop)
+            else:
+                image = _reader(medium.file)[medium.row][None]
+                yield resize_crop(image, *self.shape[1:]) if self.crop else image
+
+
+@lru_cache(maxsize=4)
+def _reader(path: Path) -> SampleReader:
+    return SampleReader(path)
 
 
 def read_frames(file: Path, shape: Shape, crop: bool) -> NDArray[np.uint8]:

@@ -377,7 +377,10 @@ NETWORKS: dict[str, type[Network]] = {
 
 def find_network(key: str, paths: NetworkPaths, device: str = "cpu") -> Network:
     """MissingWeights: no path, or nothing there. NetworkError: other weights than the ones that define its scores."""
-    path = getattr(paths, key, None)
+    path = {
+        "inception": paths.inception, "dinov2": paths.dinov2, "clip": paths.clip, "dino": paths.dino, "i3d": paths.i3d,
+        "videomae": paths.videomae, "vjepa2": paths.vjepa2,
+    }.get(key)  # fmt: skip
     if path is None and key != "none":
         raise MissingWeights(f"no weights: networks.{key} is not set")
     network = NETWORKS[key](path, device)

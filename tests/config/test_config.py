@@ -248,6 +248,8 @@ def schema_of(data: dict[str, Any]) -> type[BaseModel] | None:
         return Plan
     if "manifest" in data:
         return c.ExtractConfig
+    if "generated" in data:
+        return c.EvaluateConfig
     if {"model", "data", "train"} <= set(data):
         return c.Config
     return None

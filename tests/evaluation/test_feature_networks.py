@@ -30,7 +30,7 @@ from stdit.evaluation.networks import VJEPA2, Clip, Dino, DinoV2, MissingWeights
 from tests.support.encoders import clip_tokenizer
 from tests.support.feature_networks import save_video_net
 
-WIDTH = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+WIDTH: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 CLIP = np.random.default_rng(0).integers(0, 256, (6, 40, 30, 3), dtype=np.uint8)
 
 
