@@ -199,15 +199,15 @@ class ManifestSource:
         rated = config.target_fps is not None or any(b.min_fps or b.max_fps for b in config.buckets)
         unstated = [clip for clip in kept if stated_info(clip, rated) is None]
         probed = probe_clips(unstated, config.decoder, config.decode_timeout_s) if unstated else []
-        by_key = dict(zip((clip.key for clip in unstated), probed, strict=True))
+        by_key = dict(zip((clip.id for clip in unstated), probed, strict=True))
         self.failures = {key: found for key, found in by_key.items() if isinstance(found, str)}
         for clip in kept:
-            found = by_key.get(clip.key)
+            found = by_key.get(clip.id)
             if isinstance(found, str):
                 continue
             info = stated_info(clip, rated) or found
             assert isinstance(info, ClipInfo)
-            outcome = assign_clip(info, config, clip.key)
+            outcome = assign_clip(info, config, clip.id)
             outcomes.append(outcome)
             if isinstance(outcome, Bucket):
                 self._clips.append((clip, outcome.key))

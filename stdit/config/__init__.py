@@ -9,6 +9,14 @@ file, the key and the numbers.
 from __future__ import annotations
 
 from stdit.config.base import FileSchema, Frozen, NonNegative, Positive, SealedSchema, Sha256, Share
+from stdit.config.curate import (
+    CaptionConfig,
+    CaptionServer,
+    CurateConfig,
+    CutsConfig,
+    DuplicatesConfig,
+    ScorerConfig,
+)
 from stdit.config.data import (
     MOST_TEXT_ENCODERS,
     Bucket,
@@ -67,11 +75,16 @@ __all__ = [
     "SIZES",
     "Bucket",
     "ByteT5Config",
+    "CaptionConfig",
+    "CaptionServer",
     "Config",
     "ConfigError",
     "ControlConfig",
+    "CurateConfig",
+    "CutsConfig",
     "DataConfig",
     "DiffusionConfig",
+    "DuplicatesConfig",
     "DynamicConfig",
     "EMAConfig",
     "EvaluateConfig",
@@ -95,6 +108,7 @@ __all__ = [
     "SamplerConfig",
     "ScoreConfig",
     "ScoreName",
+    "ScorerConfig",
     "SealedSchema",
     "Sha256",
     "Share",

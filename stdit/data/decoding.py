@@ -166,6 +166,15 @@ def open_clip(path: Path | str, decoder: str = "auto") -> ClipReader:
     return DecordReader(path) if decoder == "decord" else AutoReader(path)
 
 
+def open_part(path: Path | str, decoder: str = "auto") -> ClipReader:
+    """As `open_clip`, of a file of which only a part is used: a video that breaks off has the frames before that. "auto" is PyAV."""
+    path = Path(os.path.abspath(path))
+    if decoder == "decord" or path.suffix.lower() in IMAGE_SUFFIXES:
+        return open_clip(path, decoder)
+    _look(path)
+    return PyAVReader(path, partial=True)
+
+
 def _look(path: Path) -> None:
     """Refuses what is plainly no clip. A text file can be a playlist, through which libav would open other files."""
     try:
@@ -270,8 +279,10 @@ class PyAVReader(ClipReader):
 
     _has_keys = True
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, partial: bool = False) -> None:
         self.path = path
+        # Whether a file that breaks off has the frames before that, or none; frames that it lacks.
+        self.partial, self.missing = partial, 0
         try:
             self._open()
             count = self._list_packets()
@@ -305,7 +316,8 @@ class PyAVReader(ClipReader):
         packets = [(p.pts, p.is_keyframe, p.is_discard) for p in self._container.demux(self._stream) if p.size]
         names = set(self._container.format.name.split(","))
         stated = len(self._stream.index_entries) if "mp4" in names else 0
-        if len(packets) < stated:
+        self.missing = stated - len(packets)
+        if self.missing > 0 and not self.partial:
             raise DecodeError(self.path, f"is truncated: {len(packets)} of {stated} frames are there")
         shown = [(pts, key) for pts, key, discard in packets if not discard]
         self._times = sorted({pts for pts, _ in shown if pts is not None})
@@ -375,6 +387,28 @@ class PyAVReader(ClipReader):
             if at >= index:
                 return frame if at == index else None
         return None
+
+    def stream(self, start: int = 0) -> Iterator[tuple[int, av.VideoFrame]]:
+        """(index, frame as libav has it) of every frame from `start` on, one at a time. DecodeError: damaged."""
+        self._jump(self._keys[max(bisect.bisect_right(self._keys, start) - 1, 0)] if self._keys else 0)
+        self._last = (-1, self._last[1])
+        try:
+            for frame in self._decoder:
+                if frame.is_corrupt:
+                    raise DecodeError(self.path, f"frame {self._next} of {self.frame_count} is damaged")
+                at = self._next if self._index is None else self._index.get(-1 if frame.pts is None else frame.pts)
+                if at is None:
+                    continue
+                self._next = at + 1
+                if at >= start:
+                    yield at, frame
+        except (FFmpegError, ValueError) as error:
+            raise error if isinstance(error, DecodeError) else DecodeError(self.path, f"PyAV: {error}") from error
+
+    def next_key(self, index: int) -> int | None:
+        """The first key frame behind frame `index`."""
+        at = bisect.bisect_right(self._keys, index)
+        return self._keys[at] if at < len(self._keys) else None
 
     def _upright(self, frame: av.VideoFrame) -> np.ndarray:
         """RGB (H, W, 3). One thread: swscale's thread pool costs 20 ms a frame however small the frame."""

@@ -168,7 +168,7 @@ def plan_extraction(config: ExtractConfig, encoders: Mapping[str, Any]) -> Extra
         ShardSpec(number, tuple(i for i, _ in chunk), tuple(clip for _, clip in chunk), columns, settings_digest)
         for number, chunk in enumerate(chunks)
     )
-    uncaptioned = tuple(clip.key for _, clip in kept if not clip.captioned)
+    uncaptioned = tuple(clip.id for _, clip in kept if not clip.captioned)
     if config.text_encoder and len(uncaptioned) == len(kept):
         raise ConfigError(
             f"text_encoder: none of the {len(kept)} clips of {config.manifest} has a caption; give captions, or leave "

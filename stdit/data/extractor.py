@@ -22,7 +22,7 @@ from stdit.data.control import control_state, read_control
 from stdit.data.decoding import ClipInfo, DecodeError, InfoMismatch, check_info
 from stdit.data.features import EMPTY_CAPTION, INDEX, digest_of, sample_digest, shard_path, unpad, write_shard
 from stdit.data.manifest import Clip, file_problem
-from stdit.data.probe import stated_info
+from stdit.data.probe import part_info, stated_info
 from stdit.data.records import ShardResult, ShardSpec
 from stdit.data.subprocess_decoder import SubprocessDecoder
 from stdit.data.transforms import frame_indices, frame_step, to_pixels
@@ -157,7 +157,9 @@ class Extractor:
         """One clip, decoded and cropped. Where file and manifest differ in length or size, the file is right. DecodeError."""
         stated = stated_info(clip)
         if stated is None:
-            return self._clip_of_size(clip, row, self.decoder.probe(clip.file))
+            return self._clip_of_size(clip, row, part_info(clip, self.decoder.probe(clip.file)))
+        if clip.is_part:  # a file that breaks off has clips, too: it is not probed
+            return self._clip_of_size(clip, row, stated)
         try:
             found = self._clip_of_size(clip, row, stated)
             if found.bucket is None:  # to be dropped for what the manifest says
@@ -172,11 +174,16 @@ class Extractor:
         step = frame_step(info.fps, config.frame_stride, config.target_fps)
         size = {"frames": info.frame_count, "height": info.height, "width": info.width}
         row = {**row, **size, "fps": info.fps / step}
-        bucket = assign_clip(info, config, clip.key)
+        bucket = assign_clip(info, config, clip.id)
         if isinstance(bucket, Dropped):
             return _Clip({**row, "status": "dropped", "reason": bucket.reason, "detail": bucket.detail})
         indices = frame_indices(info.frame_count, bucket.frames, step, config.clip_window)
-        frames, control = self.decoder.read(clip.file, indices, (bucket.height, bucket.width), info), None
+        shape, control = (bucket.height, bucket.width), None
+        if clip.is_part:
+            inside = [(clip.start_frame or 0) + index for index in indices]
+            frames = self.decoder.read_part(clip.file, inside, shape, clip.crop)
+        else:
+            frames = self.decoder.read(clip.file, indices, shape, info)
         if column := config.control_column:
             read = read_control(self.decoder, clip, column, info, indices, bucket)
             control = torch.from_numpy(to_pixels(read))
@@ -270,7 +277,16 @@ def _row(shard: int, number: int, clip: Clip) -> dict[str, Any]:
     sample = {"id": number, "shard": shard, "bucket": None, "text_length": 0, "cut": False}
     stated = {"path": clip.key, "caption": clip.caption, "class": clip.class_name, "split": clip.split}
     size = {"fps": clip.fps, "frames": clip.frames, "height": clip.height, "width": clip.width}
-    return {**clip.extra, **sample, **stated, **size, "reason": None, "detail": None, **records.source_state(clip.file)}
+    return {
+        **clip.extra,
+        **records.part_columns(clip),
+        **sample,
+        **stated,
+        **size,
+        "reason": None,
+        "detail": None,
+        **records.source_state(clip.file),
+    }
 
 
 def prefetch(items: Iterable[_Item], count: int) -> Iterator[_Item]:

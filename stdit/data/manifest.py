@@ -29,7 +29,13 @@ from stdit.data.rows import MAX_COLUMNS, MAX_ROWS, READERS, ManifestError, Row, 
 from stdit.files import atomic_write, sha256
 
 Scalar = str | int | float | bool | None
-STANDARD_COLUMNS = ("path", "caption", "class", "fps", "frames", "height", "width", "split")
+STANDARD_COLUMNS = (
+    "path", "caption", "class", "fps", "frames", "height", "width", "split", "start_frame", "end_frame", "crop",
+)  # fmt: skip
+# Columns that features add themselves (stdit.data.features, .records); a manifest may not have them.
+RESERVED_COLUMNS = (
+    "id", "shard", "bucket", "class_label", "text_length", "status", "reason", "detail", "cut", "size", "mtime_ns", "digest",
+)  # fmt: skip
 ERRORS_SHOWN = 20
 INT32, INT64 = 2**31, 2**63
 # Digits of a class that is ordered as a number; Python reads no longer ones.
@@ -39,10 +45,11 @@ WHOLE_NUMBER = re.compile(r"([-+]?)([0-9]+)(?:\.0*)?")
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One row. `key`, the path as the manifest spells it (normalised), is the clip's identity; `file` is its full path.
+    """One row. `key`, the path as the manifest spells it (normalised), names its file; `file` is its full path.
 
     `fps`, `frames`, `height` (px), `width` (px) are None where the manifest leaves them to be read
-    from the file. `row` counts lines of the file (rows, for Parquet), from 1.
+    from the file; they are the clip's, not the file's, where it is a part of it: frames `start_frame` to `end_frame`
+    (exclusive), pixels `crop` (top, left, height, width). `row` counts lines of the file (rows, for Parquet), from 1.
     """
 
     key: str
@@ -58,6 +65,19 @@ class Clip:
     captioned: bool = True
     row: int = 0
     extra: Mapping[str, Scalar] = field(default_factory=dict)
+    start_frame: int | None = None
+    end_frame: int | None = None
+    crop: tuple[int, int, int, int] | None = None
+
+    @property
+    def id(self) -> str:
+        """The clip's name: its path, and its frames where it is a part of a file: films/a.mp4[240:312]."""
+        return self.key if self.end_frame is None else f"{self.key}[{self.start_frame}:{self.end_frame}]"
+
+    @property
+    def is_part(self) -> bool:
+        """Whether the clip is a part of its file."""
+        return self.end_frame is not None or self.crop is not None
 
     @property
     def file(self) -> Path:
@@ -69,6 +89,8 @@ class Clip:
         known = {"path": self.key, "caption": self.caption, "class": self.class_name, "split": self.split}
         if column in known:
             return known[column]
+        if column == "crop":
+            return crop_text(self.crop)
         return getattr(self, column) if column in STANDARD_COLUMNS else self.extra.get(column)
 
     def beside(self, path: Scalar) -> Path:
@@ -102,7 +124,7 @@ class Manifest:
     @property
     def uncaptioned(self) -> list[str]:
         """Paths of the clips without a caption, which count as clips with an empty one."""
-        return [clip.key for clip in self.clips if not clip.captioned]
+        return [clip.id for clip in self.clips if not clip.captioned]
 
     @property
     def splits(self) -> dict[str, int]:
@@ -261,11 +283,40 @@ def _clip(row: int, found: dict[str, Any], folder: Path) -> tuple[Clip | None, l
     split = take("split", _split)
     values = {name: take(name, _count) for name in ("frames", "height", "width")}
     caption, class_name, fps = take("caption", _caption), take("class", _class), take("fps", _fps)
+    part = {
+        "start_frame": take("start_frame", _index),
+        "end_frame": take("end_frame", _count),
+        "crop": take("crop", _crop),
+    }
     extra = {name: take(name, _free) for name in found if name not in STANDARD_COLUMNS}
+    errors += _part_errors(part, values)
     if errors:
         return None, errors
+    if part["end_frame"] is not None:
+        part["start_frame"] = part["start_frame"] or 0
+        values["frames"] = part["end_frame"] - part["start_frame"]
+    if part["crop"] is not None:
+        values |= {"height": part["crop"][2], "width": part["crop"][3]}
     captioned = found.get("caption") is not None
-    return Clip(key, folder, caption, class_name, split, fps, **values, captioned=captioned, row=row, extra=extra), []
+    return Clip(
+        key, folder, caption, class_name, split, fps, **values, captioned=captioned, row=row, extra=extra, **part
+    ), []
+
+
+def _part_errors(part: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
+    """What contradicts itself in a row's frame range and crop."""
+    start, end, crop = part["start_frame"], part["end_frame"], part["crop"]
+    errors = []
+    if start and end is None:
+        errors.append(f"start_frame: {start} needs an end_frame (exclusive)")
+    if end is not None and end <= (start or 0):
+        errors.append(f"end_frame: {end} is not behind start_frame {start or 0}")
+    elif end is not None and values["frames"] not in (None, end - (start or 0)):
+        errors.append(f"frames: {values['frames']}, but frames {start or 0} to {end} are {end - (start or 0)}")
+    for name, size in (("height", crop and crop[2]), ("width", crop and crop[3])):
+        if size is not None and values[name] not in (None, size):
+            errors.append(f"{name}: {values[name]}, but crop {crop_text(crop)} has {size}")
+    return errors
 
 
 def _path(value: Any, folder: Path) -> str:
@@ -344,6 +395,29 @@ def _count(value: Any) -> int | None:
     return int(value)
 
 
+def _index(value: Any) -> int | None:
+    return 0 if value == 0 and not isinstance(value, bool) else _count(value)
+
+
+def _crop(value: Any) -> tuple[int, int, int, int] | None:
+    """Of a list, or of the text of one, as CSV and features have it."""
+    if value is None:
+        return None
+    try:
+        found = json.loads(value) if isinstance(value, str) else list(value)
+    except (TypeError, ValueError):
+        found = None
+    whole = isinstance(found, list) and len(found) == 4 and all(type(n) is int and 0 <= n < INT32 for n in found)
+    if not isinstance(found, list) or not whole or not found[2] * found[3]:
+        raise ValueError(f"expected [top, left, height, width] in px, found {value!r}")
+    return found[0], found[1], found[2], found[3]
+
+
+def crop_text(crop: tuple[int, int, int, int] | None) -> str | None:
+    """A crop as text, "[top, left, height, width]"."""
+    return None if crop is None else json.dumps(list(crop))
+
+
 def _free(value: Any) -> Scalar:
     """A free column's value; what is no scalar is kept as JSON text."""
     if isinstance(value, (list, dict)):
@@ -365,9 +439,9 @@ def _repeated(clips: Sequence[Clip]) -> Iterator[tuple[int, str]]:
     """A clip listed twice would be counted twice, or stand in two splits."""
     first: dict[str, int] = {}
     for clip in clips:
-        if clip.key in first:
-            yield clip.row, f"path: {clip.key!r} is listed already, in row {first[clip.key]}"
-        first.setdefault(clip.key, clip.row)
+        if clip.id in first:
+            yield clip.row, f"path: {clip.id!r} is listed already, in row {first[clip.id]}"
+        first.setdefault(clip.id, clip.row)
 
 
 def _mixed(clips: Sequence[Clip]) -> Iterator[tuple[int, str]]:

@@ -83,7 +83,7 @@ def probe(
     found = probe_clips(manifest.clips, decoder, timeout_s, workers, progress)
     for clip, info in zip(manifest, found, strict=True):
         if isinstance(info, str):
-            failures[clip.key] = info
+            failures[clip.id] = info
         else:
             caption = clip.caption if clip.captioned else None
             clips.append(ProbedClip(clip.key, info.frame_count, info.fps, info.height, info.width, caption, clip.split))
@@ -113,7 +113,7 @@ def probe_clips(
 
     def look(clip: Clip) -> ClipInfo | str:
         try:
-            return file_problem(clip) or own.decoder.probe(clip.file)
+            return file_problem(clip) or part_info(clip, own.decoder.probe(clip.file))
         except DecodeError as error:
             return error.reason
 
@@ -124,6 +124,18 @@ def probe_clips(
     finally:
         for started in decoders:
             started.close()
+
+
+def part_info(clip: Clip, info: ClipInfo) -> ClipInfo:
+    """`info` of a clip's whole file -> of the clip. DecodeError: its frames or its crop lie outside the file."""
+    start, end = clip.start_frame or 0, clip.end_frame or info.frame_count
+    top, left, height, width = clip.crop or (0, 0, info.height, info.width)
+    if end > info.frame_count:
+        raise DecodeError(clip.file, f"frames {start} to {end} were asked for, the file has {info.frame_count}")
+    if top + height > info.height or left + width > info.width:
+        raise DecodeError(clip.file, f"crop {list(clip.crop or ())} is not within {info.height}x{info.width}")
+    fps = 0.0 if end - start == 1 else info.fps
+    return ClipInfo(end - start, fps, height, width)
 
 
 # --------------------------------------------------------------------------------------------- buckets

@@ -25,7 +25,7 @@ from stdit.config import Bucket, ConfigError, FileSchema, SealedSchema, Sha256, 
 from stdit.config.identity import TextIdentity, VideoIdentity
 from stdit.data.buckets import kept_share
 from stdit.data.features import MANIFEST_COLUMNS, SAMPLE_COLUMNS, shard_path
-from stdit.data.manifest import Clip, Manifest
+from stdit.data.manifest import RESERVED_COLUMNS, Clip, Manifest
 from stdit.files import atomic_path, fingerprint_file, parse_json, seal, sha256
 
 # Beside the columns of samples.parquet. status: kept, dropped (fits no bucket) or bad (cannot be decoded).
@@ -92,6 +92,7 @@ class ShardSpec:
         """SHA-256 of the settings and of what the manifest says of these clips."""
         rows = [
             (i, c.key, c.caption, c.class_name, c.split, c.fps, c.frames, c.height, c.width, sorted(c.extra.items()))
+            + ((c.start_frame, c.end_frame, c.crop) if c.end_frame or c.crop else ())
             for i, c in zip(self.ids, self.clips, strict=True)
         ]
         return hashlib.sha256(json.dumps([rows, self.columns, self.settings]).encode()).hexdigest()
@@ -118,17 +119,23 @@ def extra_columns(manifest: Manifest) -> tuple[tuple[str, str], ...]:
     kinds: dict[str, set[type]] = {}
     long: dict[str, int] = {}
     for clip in manifest:
-        for name, value in clip.extra.items():
+        for name, value in [*clip.extra.items(), *part_columns(clip).items()]:
             kinds.setdefault(name, set()).add(type(value))
             if isinstance(value, int) and abs(value) > EXACT:
                 long.setdefault(name, value)
-    if taken := sorted(set(kinds) & {*SAMPLE_COLUMNS, *STATUS, *SOURCE}):
+    if taken := sorted(set(kinds) & set(RESERVED_COLUMNS)):
         raise ConfigError(f"{manifest.path}: column {taken[0]!r} has a name that features use themselves; rename it")
     if lossy := [name for name in long if float in kinds[name]]:
         raise ConfigError(
             f"{manifest.path}: column {lossy[0]!r} holds fractions and {long[lossy[0]]}, which no 64-bit fraction holds exactly"
         )
     return tuple((name, _type(found - {type(None)})) for name, found in sorted(kinds.items()))
+
+
+def part_columns(clip: Clip) -> dict[str, Any]:
+    """The columns that say which part of its file a clip is, where it is one."""
+    part = {name: clip.value(name) for name in ("start_frame", "end_frame", "crop")}
+    return {name: value for name, value in part.items() if value is not None}
 
 
 def _type(kinds: set[type]) -> str:

@@ -19,8 +19,8 @@ from typing import Any
 from stdit.files import open_regular, parse_jsonl
 
 # Columns of a CSV that are text whatever their cells look like, and those that are numbers.
-TEXT = ("path", "caption", "class", "split")
-NUMBERS = ("fps", "frames", "height", "width")
+TEXT = ("path", "caption", "class", "split", "crop")
+NUMBERS = ("fps", "frames", "height", "width", "start_frame", "end_frame")
 
 
 # A manifest beyond these is a mistake: whole, it has to fit into memory.
@@ -204,12 +204,12 @@ def folder_rows(folder: Path, found: ClipFolder) -> Iterator[Row]:
             yield number, f"{owner} and {clip} share the caption file {text}; give clips in one folder different names"
         else:
             try:
-                yield number, {"path": clip, "caption": _read_caption(folder / text), **split}
+                yield number, {"path": clip, "caption": read_caption(folder / text), **split}
             except ManifestError as error:
                 yield number, str(error)
 
 
-def _read_caption(path: Path) -> str:
+def read_caption(path: Path) -> str:
     try:
         return "".join(text_lines(path, MAX_CAPTION_BYTES))
     except OSError as error:

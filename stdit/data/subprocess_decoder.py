@@ -29,7 +29,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from stdit.data.decoding import ClipInfo, DecodeError, DecodeTimeout, check_info
+from stdit.data.decoding import ClipInfo, ClipReader, DecodeError, DecodeTimeout, check_info
 
 # decord leaks a little with each clip: a fresh child now and then keeps memory flat.
 CLIPS_PER_CHILD = 5000
@@ -72,6 +72,18 @@ class SubprocessDecoder:
             check_info(path, stated, ClipInfo(**answer["info"]))
         return np.frombuffer(payload, np.uint8).reshape(answer["shape"])
 
+    def read_part(
+        self,
+        path: Path | str,
+        indices: Sequence[int],
+        size: tuple[int, int] | None,
+        crop: tuple[int, int, int, int] | None = None,
+    ) -> np.ndarray:
+        """As `read`, of a file of which only a part is used: `crop` (top, left, height, width) is cut out first, and a file
+        that breaks off behind the frames asked for serves. The child keeps the file open for the next call."""
+        answer, payload = self._ask(path, [int(i) for i in indices], size, part={"part": True, "crop": crop})
+        return np.frombuffer(payload, np.uint8).reshape(answer["shape"])
+
     def close(self) -> None:
         """Ends the child. The next call starts another."""
         if self._child is None:
@@ -101,8 +113,10 @@ class SubprocessDecoder:
         indices: list[int] | None,
         size: tuple[int, int] | None,
         stated: ClipInfo | None = None,
+        part: dict[str, Any] | None = None,
     ) -> tuple[dict[str, Any], bytearray]:
-        request = {"path": os.path.abspath(path), "indices": indices, "size": size, "decoder": self.decoder}
+        request: dict[str, Any] = {"path": os.path.abspath(path), "indices": indices, "size": size, **(part or {})}
+        request["decoder"] = self.decoder
         request["stated"] = stated and [stated.frame_count, stated.height, stated.width]
         try:
             return self._exchange(request)
@@ -198,21 +212,50 @@ def _send(pipe: int, message: dict[str, Any], payload: bytes | memoryview = b"")
 
 def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
     from stdit.data.decoding import open_clip
+
+    if request.get("part"):
+        return _read(_kept_open(request["path"], request["decoder"]), request)
+    with open_clip(request["path"], request["decoder"]) as reader:
+        return _read(reader, request)
+
+
+def _read(reader: ClipReader, request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
+    """The frames that a request asks for, cropped and resized."""
     from stdit.data.transforms import resize_crop
 
-    with open_clip(request["path"], request["decoder"]) as reader:
-        indices, size = request["indices"], request["size"]
-        info = {"info": dict(vars(reader.info))}
-        found = [reader.frame_count, reader.height, reader.width]
-        if indices is None or (request.get("stated") or found) != found:
-            return info, None
-        if size is None:
-            frames = reader.get(indices)
-        else:
-            step = max(1, CHUNK_BYTES // (reader.height * reader.width * 3))
-            chunks = [indices[i : i + step] for i in range(0, len(indices), step)]
-            frames = np.concatenate([resize_crop(reader.get(chunk), *size) for chunk in chunks])
-        return {**info, "shape": frames.shape}, np.ascontiguousarray(frames)
+    indices, size, crop = request["indices"], request["size"], request.get("crop")
+    info = {"info": dict(vars(reader.info))}
+    found = [reader.frame_count, reader.height, reader.width]
+    if indices is None or (request.get("stated") or found) != found:
+        return info, None
+    top, left, height, width = crop or (0, 0, reader.height, reader.width)
+    if top + height > reader.height or left + width > reader.width:
+        raise DecodeError(reader.path, f"crop {crop} is not within {reader.height}x{reader.width}")
+    step = max(1, CHUNK_BYTES // (reader.height * reader.width * 3))
+    chunks = [indices[i : i + step] for i in range(0, len(indices), step)] if size else [indices]
+    parts = [reader.get(chunk)[:, top : top + height, left : left + width] for chunk in chunks]
+    frames = np.concatenate([resize_crop(part, *size) if size else part for part in parts])
+    return {**info, "shape": frames.shape}, np.ascontiguousarray(frames)
+
+
+# The file of the last request for a part: a film has hundreds of clips, and listing its packets takes seconds.
+_open: dict[tuple[Any, ...], ClipReader] = {}
+
+
+def _kept_open(path: str, decoder: str) -> ClipReader:
+    from stdit.data.decoding import open_part
+
+    try:
+        state = os.stat(path)
+    except OSError as error:
+        raise DecodeError(path, f"cannot be read: {error.strerror}") from None
+    key = (path, decoder, state.st_size, state.st_mtime_ns)
+    if key not in _open:
+        for reader in _open.values():
+            reader.close()
+        _open.clear()
+        _open[key] = open_part(path, decoder)
+    return _open[key]
 
 
 def main() -> None:

@@ -1,0 +1,138 @@
+"""Scores of clips: those that follow from the analysis, always, and those of the config's scorers, which see frames.
+
+A score is identified by its scorer's version and settings, and kept for each clip: only what is new is computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stdit.config import ConfigError, ScorerConfig
+from stdit.curation.analysis import VERSION
+from stdit.curation.clips import ClipView, spread
+from stdit.curation.scorers import black, blockiness, blur, brightness, contrast, freeze, letterbox, motion, shake
+from stdit.data.decoding import DecodeError
+from stdit.data.subprocess_decoder import SubprocessDecoder
+
+# Each module's function of its own name.
+MEASURED = (motion, blur, black, freeze, blockiness, brightness, contrast, shake, letterbox)
+Score = Callable[[ClipView], Any]
+ERROR = "error"
+
+
+def measured_version() -> str:
+    """Identity of the scores that follow from the analysis."""
+    return f"{VERSION}:" + ",".join(f"{module.__name__.rpartition('.')[2]}{module.VERSION}" for module in MEASURED)
+
+
+def measured_scores(clip: ClipView) -> dict[str, Any]:
+    """All scores that follow from the analysis, and the picture within black bars."""
+    names = [module.__name__.rpartition(".")[2] for module in MEASURED]
+    found = {name: _number(getattr(m, name)(clip)) for name, m in zip(names, MEASURED, strict=True)}
+    useful = [int(bits) for bits in clip.sample_numbers["hash"] if bits != 0]
+    # As text: JSON readers differ beyond 53 bits.
+    return {"scores": found, "picture": clip.picture, "hashes": [f"{bits:016x}" for bits in useful]}
+
+
+def load_function(name: str, what: str) -> Any:
+    """The object that `module:name` names. ConfigError: not there."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{what}: {name} cannot be imported ({error})") from error
+
+
+def scorer_id(scorer: ScorerConfig) -> str:
+    """Identity of a scorer's results: its function, settings, frames and version, and its module's VERSION (else its source)."""
+    function = load_function(scorer.function, f"scorers: {scorer.name}")
+    module = importlib.import_module(scorer.function.partition(":")[0])
+    own = getattr(module, "VERSION", None)
+    if own is None:
+        file = inspect.getsourcefile(module)
+        own = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+    weights = (
+        getattr(function, "fingerprint", lambda **settings: "")(**scorer.settings) if inspect.isclass(function) else ""
+    )
+    about = [scorer.function, scorer.settings, scorer.frames, scorer.version, own, weights]
+    return f"{scorer.name}-{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
+def load_scorer(scorer: ScorerConfig) -> Score:
+    """The function of a clip. ConfigError: not importable, or its class does not take `settings`."""
+    found = load_function(scorer.function, f"scorers: {scorer.name}")
+    if not inspect.isclass(found):
+        if scorer.settings:
+            raise ConfigError(f"scorers: {scorer.name}: settings are for a class; {scorer.function} is a function")
+        return found
+    try:
+        return found(**scorer.settings)
+    except (TypeError, ValueError, OSError) as error:
+        raise ConfigError(f"scorers: {scorer.name}: {scorer.function} with {scorer.settings}: {error}") from error
+
+
+class ClipScorer:
+    """Scores clips by the config's scorers; decodes each clip once for all of them. A context manager is not needed: `close`."""
+
+    def __init__(self, scorers: Sequence[ScorerConfig], timeout_s: float = 60.0) -> None:
+        self.scorers = {scorer.name: (scorer, load_scorer(scorer)) for scorer in scorers}
+        self.decoder = SubprocessDecoder("pyav", timeout_s)
+
+    def score(
+        self, clip: ClipView, names: Iterable[str], crop: tuple[int, int, int, int] | None, file: Path
+    ) -> dict[str, Any]:
+        """By scorer: its scores by column, or {"error": why there are none}. A scorer that raises harms this score alone."""
+        found: dict[str, Any] = {}
+        chosen = [self.scorers[name] for name in names]
+        shown: dict[int, np.ndarray | str] = {}
+        for scorer, function in chosen:
+            if scorer.frames not in shown:
+                try:
+                    indices = spread(clip.start, clip.end, scorer.frames)
+                    shown[scorer.frames] = self.decoder.read_part(file, indices, None, crop)
+                except DecodeError as error:
+                    shown[scorer.frames] = error.reason
+            pictures = shown[scorer.frames]
+            if isinstance(pictures, str):
+                found[scorer.name] = {ERROR: pictures}
+                continue
+            clip.pictures = pictures
+            try:
+                found[scorer.name] = named_scores(scorer.name, function(clip))
+            except Exception as error:  # the border to foreign code
+                found[scorer.name] = {ERROR: f"{type(error).__name__}: {error}"}
+        clip.pictures = None
+        return found
+
+    def close(self) -> None:
+        self.decoder.close()
+
+
+def named_scores(name: str, value: Any) -> dict[str, Any]:
+    """A scorer's result by column: NAME, or NAME_KEY of a mapping; `embedding`, a vector, stays one. ValueError: no number."""
+    if not isinstance(value, Mapping):
+        return {name: _number(value)}
+    found = {f"{name}_{key}": _number(each) for key, each in value.items() if key != "embedding"}
+    if "embedding" in value:
+        found["embedding"] = [round(float(x), 5) for x in np.asarray(value["embedding"]).ravel()]
+    return found
+
+
+def _number(value: Any) -> float | int | bool | str | None:
+    """A score as JSON has it, to six digits; None for what is not finite. ValueError: no scalar."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if not isinstance(value, float):
+        raise ValueError(f"expected a number, text, true/false or None, found {type(value).__name__}")
+    return float(f"{value:.6g}") if math.isfinite(value) else None
