@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 
 from pipelines.plan import Plan
 from stdit.config import Config, EvaluateConfig, ExtractConfig, Frozen, GenerateConfig
+from stdit.config import Config, CurateConfig, EvaluationConfig, ExtractConfig, Frozen, GenerateConfig
 from stdit.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +29,7 @@ REFERENCE, SCHEMAS = Path("docs/config.md"), Path("configs/schema")
 # Schema file, class, and what reads it.
 DOCUMENTS: dict[str, tuple[type[BaseModel], str]] = {
     "train": (Config, "`stdit train --config FILE`; the `config` of a plan's stage"),
+    "curate": (CurateConfig, "`stdit curate --config FILE`"),
     "extract": (ExtractConfig, "`stdit extract --config FILE`; the `extraction` of a plan"),
     "plan": (Plan, "`stdit train-stages --plan FILE`"),
     "generate": (GenerateConfig, "`stdit generate`, each key as a flag or as `--set KEY=VALUE`"),
@@ -57,6 +59,12 @@ EXAMPLES: dict[str, str] = {
     "Bucket": "{frames: 17, height: 256, width: 256}",
     "SamplerConfig": "{scheduler: flow_euler, steps: 30, guidance_scale: 5.0}",
     "InitConfig": "{source: runs/images, allow: [add_temporal]}",
+    "CurateConfig": "{footage: films/, out: data/curated, filters: [{column: motion, at_least: 0.3}]}",
+    "CutsConfig": "{margin_frames: 2, min_seconds: 2, max_seconds: 10}",
+    "ScorerConfig": '{name: aesthetic, function: "stdit.curation.scorers.aesthetic:Aesthetic", settings: {path: openai/clip-vit-large-patch14, head: head.safetensors}}',
+    "DuplicatesConfig": "{distance: 6, min_share: 0.6}",
+    "CaptionConfig": "{name: dense, path: Qwen/Qwen2.5-VL-3B-Instruct, frames: 4}",
+    "CaptionServer": '{url: "http://localhost:8000/v1", model: Qwen2.5-VL-7B-Instruct}',
     "ExtractConfig": "{manifest: clips/, out: runs/features, buckets: [{frames: 17, height: 256, width: 256}]}",
     "ExtractBucket": "{frames: 49, height: 256, width: 256, keep_probability: 0.5}",
     "VideoEncoderConfig": "{kind: video, path: Wan-AI/Wan2.1-T2V-1.3B-Diffusers, subfolder: vae, dtype: bfloat16}",

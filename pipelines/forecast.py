@@ -194,7 +194,7 @@ class ManifestSource:
         manifest.check_where(self._manifest, config.where)
         self._clips: list[tuple[Any, str]] = []
         outcomes: list[Any] = []
-        kept = [clip for clip in self._manifest if manifest.matches(clip, config.where)]
+        kept = manifest.filtered(self._manifest, config.where)
         self._filtered = len(self._manifest) - len(kept)
         rated = config.target_fps is not None or any(b.min_fps or b.max_fps for b in config.buckets)
         unstated = [clip for clip in kept if stated_info(clip, rated) is None]
@@ -231,13 +231,20 @@ class ManifestSource:
         """As FeatureSet.select."""
         import numpy as np
 
-        from stdit.data.manifest import check_where, matches
+        from stdit.data.manifest import check_where, passing
 
         check_where(self._manifest, where)
         found: dict[str, list[int]] = {bucket.key: [] for bucket in buckets}
-        for number, (clip, key) in enumerate(self._clips):
-            if key in found and split in (None, clip.split) and matches(clip, where):
-                found[key].append(number)
+        numbers = [n for n, (clip, key) in enumerate(self._clips) if key in found and split in (None, clip.split)]
+
+        def values(column: str) -> list[Any]:
+            if column == "duration" and column not in self._manifest.columns:
+                return [Bucket.parse(self._clips[n][1]).frames for n in numbers]
+            return [self._clips[n][0].value(column) for n in numbers]
+
+        for number, kept in zip(numbers, passing(len(numbers), values, where), strict=True):
+            if kept:
+                found[self._clips[number][1]].append(number)
         return {key: np.array(ids, dtype=np.int64) for key, ids in found.items()}
 
     def sample(self, id: int) -> Any:

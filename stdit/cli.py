@@ -41,6 +41,10 @@ def _init(arguments: list[str]) -> int | None:
     return _main("stdit.init", arguments)
 
 
+def _curate(arguments: list[str]) -> int | None:
+    return _main("stdit.curate", arguments)
+
+
 def _extract(arguments: list[str]) -> int | None:
     from stdit.config import ExtractConfig, load_config
     from stdit.extract import arguments as parser
@@ -116,6 +120,7 @@ def _summary(arguments: list[str]) -> int | None:
 
 VERBS = {
     "init": Verb("manifest and plan for a folder of clips", _init),
+    "curate": Verb("find, score, filter and caption clips of raw footage", _curate),
     "extract": Verb("encode clips and captions into feature shards", _extract),
     "train": Verb("train one config", _train),
     "train-stages": Verb("run a plan: extract, train each stage, generate, evaluate", _train_stages),

@@ -64,14 +64,21 @@ def arguments(program: str) -> argparse.ArgumentParser:
     return parser
 
 
+def exit_code(error: Exception) -> int:
+    """1: footage or disk; 2: config."""
+    from stdit.curation.curation import CurationError
+
+    return 1 if isinstance(error, CurationError | OSError) else 2
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0: done; 2: an error of the input; 130: interrupted."""
+    """Exit code 0: done; 1: too many bad files, nothing kept, or a write that failed; 2: unusable config or footage."""
     options = arguments("stdit curate").parse_args(argv)
     try:
         path = run(load_config(options.config, CurateConfig, options.set))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return exit_code(error)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command again goes on", file=sys.stderr)
         return 130

@@ -33,11 +33,13 @@ LEVELS = {
     "stdit.inference.prompts": 1,
     "stdit.weights": 2,
     "stdit.training": 3,
+    "stdit.curation": 3,
     "stdit.inference": 3,
     "stdit.evaluation": 3,
     "stdit.train": 4,
     "stdit.init": 4,
     "stdit.extract": 4,
+    "stdit.curate": 4,
     "stdit.generate": 4,
     # Generates what is missing.
     "stdit.evaluate": 4.2,
@@ -52,6 +54,7 @@ CONFINED = {
     "deepspeed": ("stdit/training/",),
     "flash_attn": ("stdit/models/attention.py",),
     "transformers": ("stdit/encoders/", "stdit/inference/pipeline.py", "stdit/evaluation/networks.py"),
+    "transformers": ("stdit/encoders/", "stdit/inference/pipeline.py", "stdit/curation/"),
     "ray": ("pipelines/", "cluster/submit.py"),
     "decord": ("stdit/data/decoding.py",),
 }

@@ -17,9 +17,9 @@ import pytest
 
 from pipelines import plan as plans
 from pipelines import train_stages
-from stdit import arguments, cli, init, train
+from stdit import arguments, cli, curate, init, train
 from stdit import extract as extraction
-from stdit.config import Config, ExtractConfig, load_config, read_extended
+from stdit.config import Config, CurateConfig, ExtractConfig, load_config, read_extended
 from stdit.inference import prompts
 from tests.support.paths import ROOT
 
@@ -50,6 +50,7 @@ def training(prog: str) -> argparse.ArgumentParser:
 
 PARSERS: dict[str, Callable[[str], argparse.ArgumentParser]] = {
     "init": init.arguments,
+    "curate": curate.arguments,
     "extract": extraction.arguments,
     "train": training,
     "train-stages": train_stages.arguments,
@@ -62,6 +63,8 @@ PARSERS: dict[str, Callable[[str], argparse.ArgumentParser]] = {
     "summary": arguments.summary,
 }
 MODULES = {
+    "stdit.curate": "curate",
+    "pipelines.curate_clips": "curate",
     "stdit.extract": "extract",
     "stdit.generate": "generate",
     "stdit.evaluate": "evaluate",
@@ -116,6 +119,8 @@ def load(verb: str, options: argparse.Namespace) -> None:
         plans.resolve(plans.read(options.plan, options.set), str(options.plan))
     elif verb == "extract":
         load_config(options.config, ExtractConfig, options.set)
+    elif verb == "curate":
+        load_config(options.config, CurateConfig, options.set)
     elif verb == "train":
         load_config(options.config, Config, options.set)
     elif verb == "summary":

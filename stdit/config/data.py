@@ -92,11 +92,17 @@ class Where(Frozen):
     """Largest value that passes."""
     one_of: tuple[str | int | float, ...] | None = None
     """Values that pass."""
+    top: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the clips, those with the largest values, that pass: of the clips that pass all other filters."""
+    per: str | None = None
+    """Column whose groups each give their `top` share, such as class; `duration`: the frames of the clip (of its bucket, in training)."""
 
     @model_validator(mode="after")
     def _check_any(self) -> Where:
-        if self.at_least is None and self.at_most is None and self.one_of is None:
-            raise ValueError(f"the condition on column {self.column!r} states none of at_least, at_most, one_of")
+        if self.at_least is None and self.at_most is None and self.one_of is None and self.top is None:
+            raise ValueError(f"the condition on column {self.column!r} states none of at_least, at_most, one_of, top")
+        if self.per is not None and self.top is None:
+            raise ValueError(f"the condition on column {self.column!r}: per {self.per!r} needs top")
         return self
 
 

@@ -31,7 +31,7 @@ from stdit.curation.clips import cut_into_clips, view
 from stdit.curation.duplicates import Candidate, find_duplicates
 from stdit.curation.sources import Source, find_sources, make_links, stale_links
 from stdit.curation.work import SCORED_AT_ONCE, Mapper, Task
-from stdit.data.manifest import RESERVED_COLUMNS, STANDARD_COLUMNS, crop_text, satisfies
+from stdit.data.manifest import RESERVED_COLUMNS, STANDARD_COLUMNS, crop_text, passing, satisfies
 from stdit.files import atomic_path, atomic_write
 
 MANIFEST, REPORT, CLIPS, PAGE = "manifest.jsonl", "report.json", "clips.parquet", "curation.html"
@@ -180,6 +180,25 @@ class Curation:
                         f"{missing if value is None else f'{value:g}' if isinstance(value, float) else value}; {wanted}",
                     )
                     break
+
+    def finest(self, filters: Iterable[Where]) -> None:
+        """Drops what is not in the `top` share of a filter, of the clips that are left."""
+        filters = [where for where in filters if where.top is not None]
+        alive = self._alive()
+
+        def values(column: str) -> list[Any]:
+            return [clip.value("seconds" if column == "duration" else column) for clip in alive]
+
+        try:
+            kept = passing(len(alive), values, filters)
+        except ValueError as error:
+            raise ConfigError(f"filters: {error}") from error
+        for clip, stays in zip(alive, kept, strict=True):
+            if not stays:
+                shares = ", ".join(
+                    f"{w.column} of the top {w.top:g}" + (f" per {w.per}" if w.per else "") for w in filters
+                )
+                clip.drop(filters[0].column if len(filters) == 1 else "top", f"not in {shares}")
 
     def letterbox(self) -> None:
         """Crops or drops clips with black bars."""
@@ -410,6 +429,7 @@ def curate(config: CurateConfig, mapper: Mapper, say: Callable[[str], None]) -> 
         _check_columns(run, config)
         run.filter(config.filters)
         run.deduplicate(by_embedding=True)
+        run.finest(config.filters)
         captions = run.caption()
         report = run.report(len(sources) + excluded, excluded, captions)
         _write_if_new(out / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")

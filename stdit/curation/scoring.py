@@ -118,10 +118,10 @@ class ClipScorer:
 
 
 def named_scores(name: str, value: Any) -> dict[str, Any]:
-    """A scorer's result by column: NAME, or NAME_KEY of a mapping; `embedding`, a vector, stays one. ValueError: no number."""
+    """A scorer's result by column: NAME, or NAME_KEY of a mapping (NAME of key ""); `embedding`, a vector, stays one. ValueError: no number."""
     if not isinstance(value, Mapping):
         return {name: _number(value)}
-    found = {f"{name}_{key}": _number(each) for key, each in value.items() if key != "embedding"}
+    found = {f"{name}_{key}" if key else name: _number(each) for key, each in value.items() if key != "embedding"}
     if "embedding" in value:
         found["embedding"] = [round(float(x), 5) for x in np.asarray(value["embedding"]).ravel()]
     return found

@@ -47,7 +47,7 @@ def find_sources(config: CurateConfig) -> tuple[list[Source], dict[str, Path], i
         clips, root = _clips(entry)
         if config.where:
             manifest.check_where(manifest.Manifest(Path(entry), tuple(clips), ""), config.where)
-            kept = [clip for clip in clips if manifest.matches(clip, config.where)]
+            kept = manifest.filtered(clips, config.where)
             excluded += len(clips) - len(kept)
             clips = kept
         links[name] = root

@@ -34,7 +34,7 @@ from stdit.data.features import (
     samples_schema,
     shard_path,
 )
-from stdit.data.manifest import check_where, matches, read
+from stdit.data.manifest import check_where, passes, read
 from stdit.data.records import ReportTotals, ShardSpec
 from stdit.files import atomic_path, atomic_write, check_writable, seal, sha256
 
@@ -140,7 +140,8 @@ def plan_extraction(config: ExtractConfig, encoders: Mapping[str, Any]) -> Extra
     manifest = read(config.manifest)
     check_where(manifest, config.where)
     columns = records.extra_columns(manifest)
-    kept = [(number, clip) for number, clip in enumerate(manifest) if matches(clip, config.where)]
+    passed = passes(manifest.clips, config.where)
+    kept = [(number, clip) for number, clip in enumerate(manifest) if passed[number]]
     if not kept:
         raise ConfigError(f"{config.manifest}: none of its {len(manifest)} clips meets `where`")
     # `encoders` identifies them by their weights, not by where these lie.

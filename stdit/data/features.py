@@ -47,7 +47,7 @@ from stdit.config import (
     read_json,
 )
 from stdit.config.identity import TextIdentity, VideoIdentity
-from stdit.data.manifest import satisfies
+from stdit.data.manifest import passing
 from stdit.files import atomic_path, sha256
 
 FORMAT: Literal[2] = 2
@@ -298,19 +298,27 @@ class FeatureSet:
         keep = np.ones(len(self), bool)
         if split is not None:
             keep &= self.rows["split"].to_numpy() == split
-        for condition in where:
-            keep &= self._meets(condition)
         found = self.rows["bucket"].to_numpy()
+        keep &= np.isin(found.astype(str), [bucket.key for bucket in buckets])
+        if where:
+            keep[keep] = self._meets(where, keep)
         return {bucket.key: self.ids[keep & (found == bucket.key)] for bucket in buckets}
 
-    def _meets(self, condition: Where) -> np.ndarray:
-        if condition.column not in self.rows.column_names:
-            raise ConfigError(
-                f"{self.path}: where: no column {condition.column!r}; columns: {', '.join(self.rows.column_names)}"
-            )
-        values = self.rows[condition.column].to_pylist()
+    def _meets(self, where: Sequence[Where], among: np.ndarray) -> np.ndarray:
+        """Which of the rows `among` (a mask) meet all conditions."""
+        rows = self.rows.filter(pa.array(among))
+
+        def values(column: str) -> list[Any]:
+            if column == "duration" and column not in rows.column_names:
+                return [Bucket.parse(key).frames for key in rows["bucket"].to_pylist()]
+            if column not in rows.column_names:
+                raise ConfigError(f"{self.path}: where: no column {column!r}; columns: {', '.join(rows.column_names)}")
+            return rows[column].to_pylist()
+
         try:
-            return np.fromiter((satisfies(value, condition) for value in values), bool, len(values))
+            return np.array(passing(len(rows), values, where), bool)
+        except ConfigError:
+            raise
         except ValueError as error:
             raise ConfigError(f"{self.path}: where: {error}") from error
 

@@ -3,7 +3,7 @@
 A JSONL, CSV or Parquet file; or a folder of clips, with the caption of NAME.mp4 in NAME.txt beside it.
 
     manifest = read("clips/manifest.jsonl")    # or read("clips/")
-    kept = [clip for clip in manifest if matches(clip, config.where)]
+    kept = filtered(manifest, config.where)
 
 A row that cannot be understood is an error that names file, line and column, before any work is
 done. A file that is missing or cannot be decoded is a `problem` of one clip and stops nothing here.
@@ -19,7 +19,7 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -244,9 +244,51 @@ def satisfies(value: Scalar, where: Where) -> bool:
     return True
 
 
-def matches(clip: Clip, where: Sequence[Where]) -> bool:
-    """Whether a clip meets every condition. ValueError: text against a number."""
-    return all(satisfies(clip.value(condition.column), condition) for condition in where)
+def passing(count: int, values: Callable[[str], Sequence[Scalar]], where: Sequence[Where]) -> list[bool]:
+    """Which of `count` rows meet all conditions. values: of a column, one a row.
+
+    `top` counts among the rows that pass everything else; of equal values, the first rows. ValueError: text against a number.
+    """
+    kept = [True] * count
+    for condition in where:
+        kept = [keep and satisfies(v, condition) for keep, v in zip(kept, values(condition.column), strict=True)]
+    best = list(kept)
+    for condition in [c for c in where if c.top is not None]:
+        assert condition.top is not None
+        column = values(condition.column)
+        groups: dict[Scalar, list[int]] = {}
+        for i, group in enumerate(values(condition.per) if condition.per else [None] * count):
+            if kept[i]:
+                groups.setdefault(group, []).append(i)
+        for members in groups.values():
+            members.sort(key=lambda i: (-number(column[i], condition), i))
+            # Never none of a group that has any: a share of few is at least one.
+            for i in members[max(1, round(condition.top * len(members))) :]:
+                best[i] = False
+    return best
+
+
+def number(value: Scalar, condition: Where) -> float:
+    """A value that `top` can order. ValueError: text."""
+    if value is None or isinstance(value, str):
+        raise ValueError(f"column {condition.column!r} holds text ({value!r}), which has no top {condition.top:g}")
+    return value
+
+
+def passes(clips: Sequence[Clip], where: Sequence[Where]) -> list[bool]:
+    """Which clips meet all conditions. ValueError: text against a number."""
+
+    def values(column: str) -> list[Scalar]:
+        own = "frames" if column == "duration" and not any(column in clip.extra for clip in clips) else column
+        return [clip.value(own) for clip in clips]
+
+    return passing(len(clips), values, where)
+
+
+def filtered(clips: Iterable[Clip], where: Sequence[Where]) -> list[Clip]:
+    """The clips that meet all conditions. ValueError: text against a number."""
+    clips = list(clips)
+    return [clip for clip, kept in zip(clips, passes(clips, where), strict=True) if kept]
 
 
 def check_where(manifest: Manifest, where: Sequence[Where]) -> None:
@@ -258,9 +300,15 @@ def check_where(manifest: Manifest, where: Sequence[Where]) -> None:
             raise ManifestError(
                 f"{manifest.path}: where: no column {condition.column!r}; columns: {', '.join(sorted(columns))}"
             )
+        if condition.per is not None and condition.per not in {*columns, "duration"}:
+            raise ManifestError(
+                f"{manifest.path}: where: per: no column {condition.per!r}; columns: {', '.join(sorted(columns))}"
+            )
         for clip in manifest:
             try:
-                satisfies(clip.value(condition.column), condition)
+                value = clip.value(condition.column)
+                if satisfies(value, condition) and condition.top is not None:
+                    number(value, condition)
             except ValueError as error:
                 raise ManifestError(f"{manifest.path}: where: {error}") from error
 
