@@ -271,6 +271,8 @@ class ExtractConfig(Frozen):
     control_column: str | None = None
     """Column with the path of each clip's control input (depth, edges, …): a video of as many frames, or an image.
     null: none."""
+    captions: tuple[str, ...] = ()
+    """Further captions of the clips, whose text features are extracted too: `dense` is that of column caption_dense."""
     workers: Positive = 1
     """Processes that extract (Ray actors under `pipelines.extract_features`)."""
     seed: NonNegative = 0
@@ -296,6 +298,9 @@ class DataConfig(Frozen):
     as many more as they have fewer tokens."""
     where: tuple[Where, ...] = ()
     """Conditions on manifest columns that a training or validation clip must meet."""
+    captions: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """Shares by which training draws a clip's caption, anew in each epoch: {dense: 0.7, original: 0.3}; `original` is the column
+    caption, others are the extraction's `captions`. A clip that lacks one draws among the others. null: original."""
     train_split: str = "train"
     """Split to train on."""
     validation_split: str = "validation"
@@ -305,6 +310,8 @@ class DataConfig(Frozen):
 
     @model_validator(mode="after")
     def _sizes(self) -> DataConfig:
+        if self.captions is not None and not self.captions:
+            raise ValueError("captions: no shares given; leave it out for the original captions")
         if self.buckets and self.batch_size is not None:
             raise ValueError(
                 f"batch_size {self.batch_size} is for buckets that follow from the features; these state their own"

@@ -151,13 +151,23 @@ def plan_extraction(config: ExtractConfig, encoders: Mapping[str, Any]) -> Extra
         json.dumps({"format": FORMAT, **config.model_dump(mode="json", exclude=excluded), **encoders})
     )
     # Left out where they change nothing, as features had it before there were these keys.
-    for key in ("control_column", "target_fps", "images_from_videos"):
+    for key in ("control_column", "target_fps", "images_from_videos", "captions"):
         if not settings[key]:
             del settings[key]
     for bucket in settings["buckets"]:
         for key in ("min_fps", "max_fps"):
             if bucket[key] is None:
                 del bucket[key]
+    for condition in settings["where"]:
+        for key in ("top", "per"):
+            if condition[key] is None:
+                del condition[key]
+    if absent := [name for name in config.captions if f"caption_{name}" not in manifest.columns]:
+        raise ConfigError(
+            f"captions: {config.manifest} has no column 'caption_{absent[0]}'; columns: {', '.join(sorted(manifest.columns))}"
+        )
+    if config.captions and config.text_encoder is None:
+        raise ConfigError(f"captions: {', '.join(config.captions)} need a text_encoder")
     if config.control_column is not None and config.control_column not in manifest.columns:
         raise ConfigError(
             f"control_column: {config.manifest} has no column {config.control_column!r}; columns: {', '.join(sorted(manifest.columns))}"

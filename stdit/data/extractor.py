@@ -223,23 +223,26 @@ class Extractor:
                 tensors[f"{clip.row['id']}.std"] = std[i].to("cpu", self.video.dtype)
 
     def _add_text(self, rows: Sequence[dict[str, Any]], tensors: dict[str, Tensor]) -> str | None:
-        """Adds text features of the rows' captions and of the empty caption, unpadded; each distinct caption is encoded once.
+        """Adds text features of the rows' captions, further ones and the empty caption, unpadded; each distinct caption is encoded once.
 
         Returns the SHA-256 of the empty caption's; None where there is nothing to add.
         """
         if self.text is None or not rows:
             return None
         # Captions of a length side by side: little padding.
-        captions = sorted({"", *(row["caption"] for row in rows)}, key=lambda caption: (len(caption), caption))
+        further = [(f"caption_{name}", f".{name}") for name in self.config.captions]
+        texts = {row["caption"] for row in rows} | {row[c] for row in rows for c, _ in further if row.get(c)}
+        captions = sorted({"", *texts}, key=lambda caption: (len(caption), caption))
         found: dict[str, dict[str, Tensor]] = {}
         for start in range(0, len(captions), self.config.batch_size):
             batch = captions[start : start + self.config.batch_size]
             found.update(zip(batch, self._encode_texts(batch), strict=True))
         cut = dict(zip(captions, self.text.cuts(captions), strict=True))
-        named = [(f"{row['id']}", row["caption"]) for row in rows] + [(EMPTY_CAPTION, "")]
-        for name, caption in named:
+        named = [(f"{row['id']}", "", row["caption"]) for row in rows] + [(EMPTY_CAPTION, "", "")]
+        named += [(f"{row['id']}", suffix, row[c]) for row in rows for c, suffix in further if row.get(c)]
+        for name, suffix, caption in named:
             # safetensors refuses memory that two names share
-            tensors |= {f"{name}.{kind}": tensor.clone() for kind, tensor in found[caption].items()}
+            tensors |= {f"{name}.{kind}{suffix}": tensor.clone() for kind, tensor in found[caption].items()}
         for row in rows:
             row |= {"text_length": len(found[row["caption"]]["text"]), "cut": cut[row["caption"]] is not None}
         return digest_of(found[""])

@@ -53,6 +53,8 @@ from stdit.files import atomic_path, sha256
 FORMAT: Literal[2] = 2
 # Takes the place of a sample's id for the features of the empty caption, in every shard with text.
 EMPTY_CAPTION = "empty"
+# The caption of column `caption`, among several of a clip.
+ORIGINAL = "original"
 INDEX, SAMPLES, REPORT = "index.json", "samples.parquet", "report.json"
 # Columns of samples.parquet besides the manifest's; a manifest may not have extra columns of these names.
 SAMPLE_COLUMNS = {
@@ -322,25 +324,43 @@ class FeatureSet:
         except ValueError as error:
             raise ConfigError(f"{self.path}: where: {error}") from error
 
-    def sample(self, id: int) -> Sample:
-        """The features of sample `id`. KeyError: no such id. ConfigError: its shard is gone or damaged."""
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """Names of the captions that clips may have: original, and the extraction's further ones."""
+        return (ORIGINAL, *self.index["config"].get("captions", ()))
+
+    def captions_of(self, id: int) -> tuple[str, ...]:
+        """The captions that sample `id` has features of."""
+        return self._captions(self._row(id))
+
+    def _captions(self, row: int) -> tuple[str, ...]:
+        further = [name for name in self.captions[1:] if self.rows[f"caption_{name}"][row].as_py()]
+        return (ORIGINAL, *further)
+
+    def _row(self, id: int) -> int:
         row = int(np.searchsorted(self.ids, id))
         if row == len(self) or self.ids[row] != id:
             raise KeyError(f"{self.path} has no sample {id}")
+        return row
+
+    def sample(self, id: int, caption: str = ORIGINAL) -> Sample:
+        """The features of sample `id` with one of its captions. KeyError: no such id. ConfigError: its shard is gone or damaged."""
+        row = self._row(id)
         found = self._read(id, row)
+        suffix = "" if caption == ORIGINAL else f".{caption}"
         tensors = {kind: _copy(tensor) for kind, tensor in found.items()}
         return Sample(
             id=int(id),
             mean=tensors["mean"],
             std=tensors.get("std"),
-            text=tensors.get("text"),
+            text=tensors.get(f"text{suffix}"),
             class_label=int(self._columns["class_label"][row]),
             fps=float(self._columns["fps"][row]),
             height=int(self._columns["height"][row]),
             width=int(self._columns["width"][row]),
-            caption=self.rows["caption"][row].as_py(),
+            caption=self.rows[f"caption_{caption}" if suffix else "caption"][row].as_py(),
             control=tensors.get("control"),
-            pooled=tensors.get("pooled"),
+            pooled=tensors.get(f"pooled{suffix}"),
         )
 
     def frame_rates(self, ids: np.ndarray) -> dict[str, int]:
@@ -359,6 +379,8 @@ class FeatureSet:
             "pooled": self.has_pooled,
             "control": self.has_control,
         }
+        for name in self._captions(row)[1:]:
+            kinds |= {f"text.{name}": kinds["text"], f"pooled.{name}": kinds["pooled"]}
         with self._lock:
             shard = self._shard(number)
             try:

@@ -21,7 +21,10 @@ import torch
 from torch import Tensor
 
 from stdit.config import Bucket, ConfigError, DataConfig, TrainBucket, Where
-from stdit.data.features import EmptyCaption, Sample, pad_texts
+from stdit.data.features import ORIGINAL, EmptyCaption, Sample, pad_texts
+
+# Purpose of the draw of a caption, among the numbers that seed it.
+CAPTIONS = 1
 
 
 class Source(Protocol):
@@ -33,8 +36,17 @@ class Source(Protocol):
         """Ids by bucket key."""
         ...
 
-    def sample(self, id: int) -> Sample:
-        """One clip's features."""
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """Names of the captions that clips may have."""
+        ...
+
+    def captions_of(self, id: int) -> tuple[str, ...]:
+        """Those that one clip has."""
+        ...
+
+    def sample(self, id: int, caption: str = ...) -> Sample:
+        """One clip's features, with one of its captions."""
         ...
 
 
@@ -154,7 +166,11 @@ class Loader:
         accumulation: int = 1,
         position: Mapping[str, int] | None = None,
     ) -> None:
-        self.source, self.data = source, data
+        self.source, self.data, self.seed = source, data, seed
+        if unknown := sorted(set(data.captions or ()) - set(source.captions if data.captions else ())):
+            raise ConfigError(
+                f"data.captions: {data.features} has no captions {', '.join(unknown)}; it has {', '.join(source.captions)}"
+            )
         self.rank, self.ranks, self.accumulation = rank, ranks, accumulation
         ids = source.select(data.train_split, data.buckets, data.where)
         for i, bucket in enumerate(data.buckets):
@@ -188,7 +204,22 @@ class Loader:
             yield bucket, first, dict(position)
 
     def _read(self, bucket: TrainBucket, positions: Sequence[int], ids: Sequence[int]) -> Batch:
-        return collate([self.source.sample(i) for i in ids], positions, bucket)
+        if self.data.captions is None:
+            return collate([self.source.sample(i) for i in ids], positions, bucket)
+        count = len(self.streams[bucket.key].ids)
+        names = [self._caption(id, position // count) for position, id in zip(positions, ids, strict=True)]
+        return collate([self.source.sample(i, name) for i, name in zip(ids, names, strict=True)], positions, bucket)
+
+    def _caption(self, id: int, epoch: int) -> str:
+        """The caption of a clip in an epoch, by `data.captions`: a function of seed, clip and epoch alone."""
+        assert self.data.captions is not None
+        having = self.source.captions_of(id)
+        shares = {name: share for name, share in self.data.captions.items() if name in having}
+        if not shares:
+            return ORIGINAL
+        draw = np.random.default_rng((self.seed, CAPTIONS, id, epoch)).random() * sum(shares.values())
+        at = int(np.searchsorted(np.cumsum(list(shares.values())), draw, side="right"))
+        return list(shares)[min(at, len(shares) - 1)]
 
     def _positions(self, bucket: TrainBucket, first: int, micro: int) -> range:
         """This rank's positions in micro-step `micro` of a step that begins at `first`."""
@@ -272,7 +303,14 @@ class Synthetic:
             return None
         return EmptyCaption(torch.zeros(1, self.text_dim), torch.zeros(self.pooled_dim) if self.pooled_dim else None)
 
-    def sample(self, id: int) -> Sample:
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return (ORIGINAL,)
+
+    def captions_of(self, id: int) -> tuple[str, ...]:
+        return (ORIGINAL,)
+
+    def sample(self, id: int, caption: str = ORIGINAL) -> Sample:
         bucket, number = self._buckets[int(id) // 1000], int(id) % 1000
         kinds = self.classes or 10
         kind = number % kinds
