@@ -90,7 +90,8 @@ class Frames:
 
     def row(self, title: str, clips: Iterable[tuple[Candidates, str]]) -> str:
         figures = "".join(self.figure(clip, caption) for clip, caption in clips)
-        return f"<h3>{title}</h3><div class='frames'>{figures}</div>" if figures else ""
+        heading = f"<h3>{title}</h3>" if title else ""
+        return f"{heading}<div class='frames'>{figures}</div>" if figures else ""
 
 
 def _summary(run: Curation, report: Mapping[str, Any]) -> str:
