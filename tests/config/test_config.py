@@ -250,6 +250,8 @@ def schema_of(data: dict[str, Any]) -> type[BaseModel] | None:
         return c.ExtractConfig
     if "generated" in data:
         return c.EvaluateConfig
+    if "footage" in data:
+        return c.CurateConfig
     if {"model", "data", "train"} <= set(data):
         return c.Config
     return None

@@ -37,6 +37,7 @@ def kind_of(path: Path) -> str:
     """Which schema a YAML file of configs/ is written by."""
     folder = path.relative_to(ROOT / "configs").parts[0]
     return {"extract": "extract", "plans": "plan", "evaluate": "evaluate"}.get(folder, "train")
+    return {"curate": "curate", "extract": "extract", "plans": "plan"}.get(folder, "train")
 
 
 @pytest.mark.parametrize("path", YAML, ids=lambda p: str(p.relative_to(ROOT / "configs")))

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stdit.config import Where
-from stdit.data.manifest import Clip, Manifest, ManifestError, check_where, file_problem, matches, read, write
+from stdit.data.manifest import Clip, Manifest, ManifestError, check_where, file_problem, passes, read, write
 
 ROWS: list[dict[str, Any]] = [
     {"path": "a.mp4", "caption": "a cat", "class": 3, "fps": 8, "frames": 4, "height": 16, "width": 24, "split": "train", "score": 0.5},
@@ -311,7 +311,7 @@ def test_conditions_on_known_and_free_columns(tmp_path: Path) -> None:
     manifest = read(jsonl(tmp_path, *ROWS))
 
     def kept(**condition: Any) -> list[str]:
-        return [c.key for c in manifest if matches(c, [Where(**condition)])]
+        return [c.key for c in manifest if passes([c], [Where(**condition)])[0]]
 
     assert kept(column="score", at_least=0.5, at_most=0.9) == ["a.mp4"]
     assert kept(column="score", at_least=0) == ["a.mp4", "sub/b.png"]  # a missing value meets nothing
