@@ -21,6 +21,7 @@ from typing import Any
 import av
 import numpy as np
 from av.error import FFmpegError
+from av.filter import Graph
 from av.video.reformatter import VideoReformatter
 from scipy.fft import dctn
 
@@ -88,14 +89,14 @@ class Analysis:
     @staticmethod
     def loads(content: bytes) -> Analysis:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            about = json.loads(file["about"].tobytes())
+            about: dict[str, Any] = json.loads(file["about"].tobytes())
             about["segments"] = [(start, end) for start, end in about["segments"]]
             parts: dict[str, dict[str, np.ndarray]] = {"frames": {}, "samples": {}}
             for name in file.files:
                 group, _, column = name.partition(".")
                 if column:
                     parts[group][column] = file[name]
-        return Analysis(**about, **parts)
+        return Analysis(**about, frames=parts["frames"], samples=parts["samples"])
 
 
 def analyse(
@@ -300,7 +301,6 @@ class NativeMeasures:
 
     def __init__(self) -> None:
         self._reformatter = VideoReformatter()
-        self._graphs: dict[tuple[int, int], av.filter.Graph] = {}
 
     def measure(self, frame: av.VideoFrame) -> dict[str, Any]:
         luma = self._reformatter.reformat(frame, format="gray", threads=1).to_ndarray()
@@ -321,7 +321,7 @@ class NativeMeasures:
         middle = av.VideoFrame.from_ndarray(
             np.ascontiguousarray(luma[top : top + height, left : left + width]), format="gray"
         )
-        graph = av.filter.Graph()
+        graph = Graph()
         graph.threads = 1
         source = graph.add_buffer(width=width, height=height, format=av.VideoFormat("gray"), time_base=Fraction(1, 25))
         graph.link_nodes(source, graph.add("blurdetect"), graph.add("blockdetect"), graph.add("buffersink")).configure()

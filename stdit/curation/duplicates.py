@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -77,9 +78,9 @@ def _hash_pairs(clips: Sequence[Candidate], config: DuplicatesConfig) -> list[tu
 
     def match(first: np.ndarray, second: np.ndarray) -> None:
         for a, b in zip(first.tolist(), second.tolist(), strict=True):
-            pair = (int(owner[a]), int(owner[b]))
-            if pair[0] != pair[1]:
-                matches[pair if pair[0] < pair[1] else pair[::-1]].update((a, b))
+            one, other = int(owner[a]), int(owner[b])
+            if one != other:
+                matches[min(one, other), max(one, other)].update((a, b))
 
     for band in range(BANDS):
         values = (hashes >> np.uint64(16 * band)) & np.uint64(0xFFFF)
@@ -119,7 +120,8 @@ def _embedding_pairs(clips: Sequence[Candidate], least: float) -> list[tuple[int
     if len(having) > CLUSTER:
         from sklearn.cluster import MiniBatchKMeans
 
-        labels = MiniBatchKMeans(len(having) // CLUSTER + 1, random_state=0, n_init=1).fit_predict(vectors)
+        kmeans: Any = MiniBatchKMeans
+        labels = kmeans(len(having) // CLUSTER + 1, random_state=0, n_init=1).fit_predict(vectors)
     found = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)

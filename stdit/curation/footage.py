@@ -139,7 +139,9 @@ def _pan(
         h, w = min(own * (1 + growth * t), height), min(other * (1 + growth * t), width)
         y = float(np.clip(top + down * t + random.normal(0, 1) * jitter, 0, height - h))
         x = float(np.clip(left + right * t + random.normal(0, 1) * jitter, 0, width - w))
-        found.append(np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR, box=(x, y, x + w, y + h))))
+        found.append(
+            np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=(x, y, x + w, y + h)))
+        )
     return np.stack(found).astype(np.float32) * random.uniform(0.6, 1.2)
 
 
@@ -176,7 +178,7 @@ def _clouds(random: np.random.Generator, frames: int, size: tuple[int, int], ste
     field = np.zeros((height, width, 3))
     for cell in (4, 8, 16, 32):
         coarse = random.normal(0, cell / 4, (height // cell + 2, width // cell + 2, 3))
-        field += zoom(coarse, (cell, cell, 1), order=1)[:height, :width]
+        field += np.asarray(zoom(coarse, (cell, cell, 1), order=1))[:height, :width]
     field = 127 + field * random.uniform(8, 20)
     speed = random.normal(0, 0.6, 2) * step
     at = [(32 + np.clip(speed * (t - frames / 2), -32, 31)).astype(int) for t in range(frames)]

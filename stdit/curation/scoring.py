@@ -69,7 +69,7 @@ def scorer_id(scorer: ScorerConfig) -> str:
 
 def load_scorer(scorer: ScorerConfig) -> Score:
     """The function of a clip. ConfigError: not importable, or its class does not take `settings`."""
-    found = load_function(scorer.function, f"scorers: {scorer.name}")
+    found: Any = load_function(scorer.function, f"scorers: {scorer.name}")
     if not inspect.isclass(found):
         if scorer.settings:
             raise ConfigError(f"scorers: {scorer.name}: settings are for a class; {scorer.function} is a function")
@@ -121,7 +121,9 @@ def named_scores(name: str, value: Any) -> dict[str, Any]:
     """A scorer's result by column: NAME, or NAME_KEY of a mapping (NAME of key ""); `embedding`, a vector, stays one. ValueError: no number."""
     if not isinstance(value, Mapping):
         return {name: _number(value)}
-    found = {f"{name}_{key}" if key else name: _number(each) for key, each in value.items() if key != "embedding"}
+    found: dict[str, Any] = {
+        f"{name}_{key}" if key else name: _number(each) for key, each in value.items() if key != "embedding"
+    }
     if "embedding" in value:
         found["embedding"] = [round(float(x), 5) for x in np.asarray(value["embedding"]).ravel()]
     return found

@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = list(pool.map(film_rows, range(1000, 1000 + args.films)))
     x, y = np.concatenate([a for a, _ in rows]), np.concatenate([b for _, b in rows])
     mean, scale = x.mean(0), x.std(0) + 1e-6
-    model: Any = MLPClassifier(HIDDEN, alpha=1e-2, batch_size=256, max_iter=60, early_stopping=True, random_state=0)
+    classifier: Any = MLPClassifier
+    model = classifier(HIDDEN, alpha=1e-2, batch_size=256, max_iter=60, early_stopping=True, random_state=0)
     model.fit((x - mean) / scale, y)
     layers = {f"weight{i}": w.astype(np.float32) for i, w in enumerate(model.coefs_)}
     layers |= {f"bias{i}": b.astype(np.float32) for i, b in enumerate(model.intercepts_)}

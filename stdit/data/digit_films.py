@@ -124,10 +124,10 @@ def _shot(random: np.random.Generator, frames: int, digit: int, direction: str) 
     side = HEIGHT // 2
     picture = Image.fromarray((scan * 15.9).astype(np.uint8)).resize((side, side), Image.Resampling.BILINEAR)
     ink = np.asarray(picture)[..., None] / np.float32(255)
-    clouds = sum(
-        zoom(random.normal(0, 1, (HEIGHT // cell, WIDTH // cell, 1)), (cell, cell, 1), order=1) * cell
-        for cell in (4, 8, 16, 32)
-    )
+    clouds = np.zeros((HEIGHT, WIDTH, 1))
+    for cell in (4, 8, 16, 32):
+        coarse = random.normal(0, 1, (HEIGHT // cell, WIDTH // cell, 1))
+        clouds += np.asarray(zoom(coarse, (cell, cell, 1), order=1)) * cell
     ground = random.integers(50, 150, 3) + clouds * random.uniform(0.8, 1.6)
     colour = random.integers(170, 255, 3)
     down, right = DIRECTIONS[direction]
