@@ -132,8 +132,8 @@ def complete(plan: Plan, stages: Sequence[ResolvedStage]) -> list[ResolvedStage]
 
 
 def check_manifest(plan: Plan) -> None:
-    """ConfigError without a manifest and without `prepare`."""
-    if plan.prepare is None and not plan.extract.manifest.exists():
+    """ConfigError without a manifest and without `prepare` and `curation`, which write one."""
+    if plan.prepare is None and plan.curation is None and not plan.extract.manifest.exists():
         raise ConfigError(f"extraction.manifest: {plan.extract.manifest} does not exist")
 
 

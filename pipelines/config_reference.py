@@ -71,6 +71,7 @@ EXAMPLES: dict[str, str] = {
     "TextEncoderConfig": "{path: google/t5-v1_1-xxl, max_text_tokens: 200, dtype: bfloat16}",
     "ByteT5Config": "{width: 128, depth: 2, num_heads: 4}",
     "Plan": "{name: a, run_dir: runs/a, extraction: {manifest: clips/, buckets: [{frames: 1, height: 64, width: 64}]}, stages: {images: {config: configs/debug.yaml}}}",
+    "Curation": "{footage: films/, workers: 4}",
     "Extraction": "{manifest: clips/, buckets: [{frames: 17, height: 256, width: 256}], workers: auto}",
     "Prepare": "{module: stdit.data.digits, args: [--grid, 1]}",
     "Resources": "{workers: 8, cpus_per_worker: 8, use_gpu: true}",

@@ -84,6 +84,13 @@ def curate_clips(config: CurateConfig) -> Path:
             disconnect()
 
 
+def curate_footage(config: CurateConfig) -> Path:
+    """The curation of a plan: in the driver with one worker, else on actors."""
+    from stdit.curate import run
+
+    return run(config) if config.workers == 1 else curate_clips(config)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes as those of `stdit curate`."""
     from stdit.curate import arguments, exit_code

@@ -18,6 +18,7 @@ from stdit.config import (
     Bucket,
     Config,
     ConfigError,
+    CurateConfig,
     EvaluationConfig,
     ExtractConfig,
     Frozen,
@@ -42,7 +43,7 @@ from stdit.config import (
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 # Names of other folders under run_dir and of other parts in its record.
-_RESERVED = ("prepare", "extraction", "features", "ray", "replaced", "evaluation", "report")
+_RESERVED = ("prepare", "curated", "extraction", "features", "ray", "replaced", "evaluation", "report")
 
 
 class Prepare(Frozen):
@@ -58,11 +59,20 @@ class Prepare(Frozen):
     """File in `out` that it writes when it is done."""
 
 
+class Curation(CurateConfig):
+    """A curation; `footage` defaults to the folder of `prepare`, `out` to RUN_DIR/curated."""
+
+    footage: str | tuple[str, ...] = ""
+    """Folder, pattern, list or manifest; default: the folder of `prepare`."""
+    out: Path = Path()
+    """Folder of the manifest and the report; default: RUN_DIR/curated."""
+
+
 class Extraction(ExtractConfig):
-    """An extraction; `out` defaults to RUN_DIR/features, `manifest` to that of `prepare`."""
+    """An extraction; `out` defaults to RUN_DIR/features, `manifest` to that of `curation`, else of `prepare`."""
 
     manifest: Path = Path()
-    """Manifest of the clips; default: that of `prepare`."""
+    """Manifest of the clips; default: that of `curation`, else of `prepare`."""
     out: Path = Path()
     """Folder of the features; default: RUN_DIR/features."""
     workers: Positive | Literal["auto"] = 1  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -170,6 +180,8 @@ class Plan(Frozen):
     """Seed of every stage."""
     prepare: Prepare | None = None
     """Creates the clips; null: `extraction.manifest` exists."""
+    curation: Curation | None = None
+    """Raw footage to a manifest of clips; null: the clips are there."""
     extraction: Extraction
     """Clips and captions to features."""
     resources: Resources = Resources()
@@ -187,8 +199,14 @@ class Plan(Frozen):
         for name in self.stages:
             if name in taken:
                 raise ValueError(f"a stage can't be called {name!r}: RUN_DIR/{name} holds something else")
-        if self.prepare is None and self.extraction.manifest == Path():
-            raise ValueError("extraction.manifest is needed without `prepare`")
+        if self.prepare is None and self.curation is None and self.extraction.manifest == Path():
+            raise ValueError("extraction.manifest is needed without `prepare` and `curation`")
+        if self.curation is not None and self.prepare is None and not self.curation.footage:
+            raise ValueError("curation.footage is needed without `prepare`")
+        if self.curation is not None and self.extraction.manifest != Path():
+            raise ValueError(
+                f"extraction.manifest {self.extraction.manifest}: with `curation` it is the one that is curated"
+            )
         return self
 
     @property
@@ -197,10 +215,20 @@ class Plan(Frozen):
         return None if self.prepare is None else self.run_dir / self.prepare.out / self.prepare.manifest
 
     @property
+    def curate(self) -> CurateConfig | None:
+        """The curation with its default paths."""
+        if self.curation is None:
+            return None
+        out = self.run_dir / "curated" if self.curation.out == Path() else self.curation.out
+        footage = self.curation.footage or str(self.run_dir / self.prepare.out if self.prepare else "")
+        return self.curation.model_copy(update={"out": out, "footage": footage})
+
+    @property
     def extract(self) -> ExtractConfig:
         """The extraction with its default paths."""
         config = self.extraction
-        manifest = self.prepared if self.prepared and config.manifest == Path() else config.manifest
+        written = self.curate.out / "manifest.jsonl" if self.curate else self.prepared
+        manifest = written if written and config.manifest == Path() else config.manifest
         out = self.run_dir / "features" if config.out == Path() else config.out
         workers = available_cpus() if config.workers == "auto" else config.workers
         return config.model_copy(update={"manifest": manifest, "out": out, "workers": workers})

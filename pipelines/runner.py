@@ -123,6 +123,18 @@ class PlanRunner:
             if not manifest.is_file():
                 raise PlanFailed(f"prepare: {module.module} succeeded, but did not write {manifest} (prepare.manifest)")
 
+    def curation(self) -> None:
+        """Curates the footage; what is known is not computed again."""
+        config = self.plan.curate
+        if config is None:
+            return
+        from pipelines.curate_clips import curate_footage
+
+        if config.workers > 1:
+            self.connect()
+        with self.phase("curation", str(config.out)):
+            curate_footage(config)
+
     def extraction(self) -> None:
         """Extracts features that are missing or have changed."""
         from pipelines.extract_features import extract_features
@@ -270,6 +282,7 @@ class PlanRunner:
 
         self.handle_changes()
         self.prepare()
+        self.curation()
         self.handle_changes()  # Again: the manifest is known now.
         checks.check_held_out(self.plan)
         self.extraction()

@@ -1,4 +1,4 @@
-"""Runs a training plan from clips to report: prepare, extract, train stage by stage, generate, evaluate.
+"""Runs a training plan from clips to report: prepare, curate, extract, train stage by stage, generate, evaluate.
 
     python -m pipelines.train_stages --plan configs/plans/demo.yaml
     python -m pipelines.train_stages --plan … --set run_dir=/shared/x --set stages.clips.overrides.train.steps=500
@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines import checks, job, workers
+from pipelines import checks, curate_clips, job, workers
 from pipelines import plan as plans
 from pipelines.record import lock_run_dir
 from pipelines.runner import PlanFailed, PlanRunner
@@ -37,7 +37,11 @@ def run_plan(
     plan = plans.read(path, overrides)
     if job.in_packaged_job() and checkout is None:
         job.require_absolute_paths({"run_dir": plan.run_dir, "extraction.out": plan.extract.out})
-    stages = checks.complete(plan, plans.resolve(plan, str(path)))
+    resolved = plans.resolve(plan, str(path))
+    if plan.curate and not plan.prepare and not only_forecast and not plan.extract.manifest.exists():
+        # First: stages may leave out what follows from its manifest.
+        curate_clips.curate_footage(plan.curate)
+    stages = checks.complete(plan, resolved)
     checks.check_early(plan, stages)
     if plan.extract.manifest.exists():
         checks.check_held_out(plan)
