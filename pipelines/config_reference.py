@@ -19,8 +19,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pipelines.plan import Plan
-from stdit.config import Config, EvaluateConfig, ExtractConfig, Frozen, GenerateConfig
-from stdit.config import Config, CurateConfig, EvaluationConfig, ExtractConfig, Frozen, GenerateConfig
+from stdit.config import Config, CurateConfig, EvaluateConfig, ExtractConfig, Frozen, GenerateConfig
 from stdit.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]

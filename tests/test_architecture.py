@@ -53,8 +53,12 @@ LEVELS = {
 CONFINED = {
     "deepspeed": ("stdit/training/",),
     "flash_attn": ("stdit/models/attention.py",),
-    "transformers": ("stdit/encoders/", "stdit/inference/pipeline.py", "stdit/evaluation/networks.py"),
-    "transformers": ("stdit/encoders/", "stdit/inference/pipeline.py", "stdit/curation/"),
+    "transformers": (
+        "stdit/encoders/",
+        "stdit/inference/pipeline.py",
+        "stdit/evaluation/networks.py",
+        "stdit/curation/",
+    ),  # fmt: skip
     "ray": ("pipelines/", "cluster/submit.py"),
     "decord": ("stdit/data/decoding.py",),
 }

@@ -70,12 +70,11 @@ def scorer_id(scorer: ScorerConfig) -> str:
 def load_scorer(scorer: ScorerConfig) -> Score:
     """The function of a clip. ConfigError: not importable, or its class does not take `settings`."""
     found: Any = load_function(scorer.function, f"scorers: {scorer.name}")
-    if not inspect.isclass(found):
-        if scorer.settings:
-            raise ConfigError(f"scorers: {scorer.name}: settings are for a class; {scorer.function} is a function")
-        return found
+    constructed = inspect.isclass(found)
+    if not constructed and scorer.settings:
+        raise ConfigError(f"scorers: {scorer.name}: settings are for a class; {scorer.function} is a function")
     try:
-        return found(**scorer.settings)
+        return found(**scorer.settings) if constructed else found
     except (TypeError, ValueError, OSError) as error:
         raise ConfigError(f"scorers: {scorer.name}: {scorer.function} with {scorer.settings}: {error}") from error
 

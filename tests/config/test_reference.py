@@ -36,8 +36,7 @@ def test_every_example_is_valid(name: str) -> None:
 def kind_of(path: Path) -> str:
     """Which schema a YAML file of configs/ is written by."""
     folder = path.relative_to(ROOT / "configs").parts[0]
-    return {"extract": "extract", "plans": "plan", "evaluate": "evaluate"}.get(folder, "train")
-    return {"curate": "curate", "extract": "extract", "plans": "plan"}.get(folder, "train")
+    return {"curate": "curate", "extract": "extract", "plans": "plan", "evaluate": "evaluate"}.get(folder, "train")
 
 
 @pytest.mark.parametrize("path", YAML, ids=lambda p: str(p.relative_to(ROOT / "configs")))
