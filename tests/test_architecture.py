@@ -58,7 +58,7 @@ CONFINED = {
         "stdit/inference/pipeline.py",
         "stdit/evaluation/networks.py",
         "stdit/curation/",
-    ),  # fmt: skip
+    ),
     "ray": ("pipelines/", "cluster/submit.py"),
     "decord": ("stdit/data/decoding.py",),
 }
