@@ -204,7 +204,11 @@ def forecast_lines(plan: Plan, stages: Sequence[ResolvedStage]) -> list[str]:
     if (plan.extract.out / "index.json").is_file():
         lines = stage_lines(plan, stages)
     else:
-        source = ManifestSource(plan.extract) if plan.extract.manifest.exists() else EqualSource(plan.extract.manifest)
+        source = (
+            ManifestSource(plan.extract)
+            if plan.extract.manifest.exists()
+            else EqualSource(plan.extract.manifest, plan.extract.captions)
+        )
         lines = source.lines()
         for stage in stages:
             # No caption has been tokenized yet: count the maximum length.

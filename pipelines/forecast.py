@@ -191,6 +191,7 @@ class ManifestSource:
         from stdit.data.probe import probe_clips, stated_info
 
         self._manifest = manifest.read(config.manifest)
+        self._further = config.captions
         manifest.check_where(self._manifest, config.where)
         self._clips: list[tuple[Any, str]] = []
         outcomes: list[Any] = []
@@ -247,7 +248,14 @@ class ManifestSource:
                 found[self._clips[number][1]].append(number)
         return {key: np.array(ids, dtype=np.int64) for key, ids in found.items()}
 
-    def sample(self, id: int) -> Any:
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return ("original", *self._further)
+
+    def captions_of(self, id: int) -> tuple[str, ...]:
+        return self.captions
+
+    def sample(self, id: int, caption: str = "original") -> Any:
         raise NotImplementedError("nothing is extracted yet")
 
 
@@ -256,8 +264,8 @@ class EqualSource:
 
     CLIPS = 1_000_000
 
-    def __init__(self, manifest: Path) -> None:
-        self.manifest = manifest
+    def __init__(self, manifest: Path, captions: Sequence[str] = ()) -> None:
+        self.manifest, self._further = manifest, tuple(captions)
 
     def lines(self) -> list[str]:
         return [f"clips: {self.manifest} is not there; as if every bucket had {self.CLIPS:,}"]
@@ -270,8 +278,15 @@ class EqualSource:
 
         return {bucket.key: np.arange(self.CLIPS) for bucket in buckets}
 
-    def sample(self, id: int) -> Any:
-        raise NotImplementedError("there is no manifest")
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return ("original", *self._further)
+
+    def captions_of(self, id: int) -> tuple[str, ...]:
+        return self.captions
+
+    def sample(self, id: int, caption: str = "original") -> Any:
+        raise NotImplementedError("there are no clips yet")
 
 
 # ------------------------------------------------------------------------------------- formatting
@@ -281,6 +296,8 @@ def _condition(where: Where) -> str:
     parts = [f"{where.column} at least {where.at_least:g}"] if where.at_least is not None else []
     parts += [f"{where.column} at most {where.at_most:g}"] if where.at_most is not None else []
     parts += [f"{where.column} one of {', '.join(map(str, where.one_of))}"] if where.one_of is not None else []
+    if where.top is not None:
+        parts.append(f"{where.column} in the top {where.top:g}" + (f" per {where.per}" if where.per else ""))
     return " and ".join(parts)
 
 

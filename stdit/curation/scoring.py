@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -70,11 +70,11 @@ def scorer_id(scorer: ScorerConfig) -> str:
 def load_scorer(scorer: ScorerConfig) -> Score:
     """The function of a clip. ConfigError: not importable, or its class does not take `settings`."""
     found: Any = load_function(scorer.function, f"scorers: {scorer.name}")
-    constructed = inspect.isclass(found)
+    constructed: bool = inspect.isclass(found)
     if not constructed and scorer.settings:
         raise ConfigError(f"scorers: {scorer.name}: settings are for a class; {scorer.function} is a function")
     try:
-        return found(**scorer.settings) if constructed else found
+        return cast(Score, found(**scorer.settings) if constructed else found)
     except (TypeError, ValueError, OSError) as error:
         raise ConfigError(f"scorers: {scorer.name}: {scorer.function} with {scorer.settings}: {error}") from error
 

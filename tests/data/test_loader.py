@@ -28,7 +28,12 @@ class Numbered:
         starts = np.cumsum((0, *self.counts))
         return {b.key: np.arange(starts[i], starts[i + 1]) for i, b in enumerate(buckets)}
 
-    def sample(self, id: int) -> Sample:
+    captions = ("original",)
+
+    def captions_of(self, id: int) -> tuple[str, ...]:
+        return self.captions
+
+    def sample(self, id: int, caption: str = "original") -> Sample:
         return Sample(int(id), torch.full((1, 1, 2, 2), float(id)), None, None, -1, 8.0, 2, 2, str(id))
 
 

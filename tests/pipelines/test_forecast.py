@@ -43,7 +43,12 @@ class Source:
     def select(self, split, buckets, where=()):
         return {b.key: np.arange((40 if b.frames == 1 else 20) // (2 if where else 1)) for b in buckets}
 
-    def sample(self, id):
+    captions = ("original",)
+
+    def captions_of(self, id):
+        return self.captions
+
+    def sample(self, id, caption="original"):
         raise AssertionError("a forecast reads no features")
 
 
