@@ -31,7 +31,7 @@ def plan(tmp_path: Path, **changes: object) -> plans.Plan:
         "name": "films",
         "run_dir": tmp_path / "run",
         "curation": {"footage": str(tmp_path / "films")},
-        "extraction": {"buckets": [{"frames": 4, "height": 16, "width": 16}]},
+        "extraction": {"buckets": [{"frames": n, "height": 16, "width": 16} for n in (1, 4, 8)]},
         "stages": {"model": {"config": "configs/debug.yaml"}},
         **changes,
     }
