@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -208,3 +209,36 @@ def test_how_answers_are_judged_asks_no_model_again() -> None:
     longer = CONFIG.model_copy(update={"max_words": 10, "language": "de", "batch_size": 3, "required": True})
     assert captioner_id(longer) == captioner_id(CONFIG)
     assert captioner_id(CONFIG.model_copy(update={"prompt": "x"})) != captioner_id(CONFIG)
+
+
+# ------------------------------------------------------------------------------------ a whole curation
+
+
+def test_captions_that_failed_in_passing_are_asked_for_again_and_the_others_are_not(tmp_path: Path) -> None:
+    from stdit.config import CurateConfig
+    from stdit.curate import run
+    from tests.support.videos import lossless, smooth
+
+    frames = smooth(60, 24, 32)
+    (tmp_path / "in").mkdir()
+    for name, part in (("a", frames), ("b", 255 - frames), ("c", frames[:, ::-1]), ("d", frames.transpose(0, 2, 1, 3))):
+        lossless(tmp_path / "in" / f"{name}.mp4", part)
+    answers = {
+        1: (200, completion("The video shows a wave of soft colours that moves to the right."), {}),
+        2: (200, completion("I'm sorry, I cannot describe this."), {}),
+        3: (500, b"", {}),
+        4: (200, completion(""), {}),
+    }
+    with server(lambda number, body: answers.get(number, (200, completion("A wave of colours."), {}))) as (url, seen):
+        own = CaptionServer(url=url, model="m", attempts=1, concurrency=1, backoff_s=0.01)
+        caption = CaptionConfig(name="dense", server=own)
+        config = CurateConfig(footage=str(tmp_path / "in"), out=tmp_path / "out", captions=(caption,), duplicates=None)
+        path = run(config)
+        first = [json.loads(line)["caption_dense"] for line in path.read_text().splitlines()]
+        report = json.loads((config.out / "report.json").read_text())
+        assert report["captions"]["dense"] == {"captions": 1, "refusal": 1, "server": 1, "empty": 1}
+        assert first == ["A wave of soft colours that moves to the right.", None, None, None]
+        run(config)
+        assert len(seen) == 5
+        second = [json.loads(line)["caption_dense"] for line in path.read_text().splitlines()]
+    assert second == [first[0], None, "A wave of colours.", None]

@@ -401,3 +401,46 @@ def test_a_reader_of_a_part_opens_a_film_once(tmp_path: Path, monkeypatch: pytes
     with open_clip(path, "pyav") as reader:
         np.testing.assert_array_equal(first, reader.get([3, 7])[:, 2:10, 2:10])
         np.testing.assert_array_equal(second, reader.get([20])[:, 2:10, 2:10])
+
+
+def test_a_decoder_that_crashes_leaves_the_frames_before_it(films: Films, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stdit.curation.analysis import Analysis
+    from stdit.curation.analysis_process import AnalysisProcess
+    from stdit.data.decoding import DecodeError
+
+    process = AnalysisProcess()
+    attempt, asked = process._attempt, []
+
+    def crashing(path: Path | str, until: int | None) -> tuple[int | None, bytes | str]:
+        asked.append(until)
+        return attempt(path, until) if until else (50, "the decoder died (SIGSEGV)")
+
+    monkeypatch.setattr(process, "_attempt", crashing)
+    with process:
+        found = Analysis.loads(process.analyse(films[0] / "plain.mp4"))
+        assert (found.segments, found.broken) == ([(0, 50)], ["broke behind frame 50: the decoder died (SIGSEGV)"])
+        assert asked == [None, 50]
+        monkeypatch.setattr(
+            process, "_attempt", lambda path, until: (None, "decoding stood still for 60 s and was stopped")
+        )
+        with pytest.raises(DecodeError, match="stood still"):
+            process.analyse(films[0] / "plain.mp4")
+
+
+def test_a_child_that_is_killed_or_stands_still_is_noticed(films: Films) -> None:
+    import signal
+
+    from stdit.curation.analysis_process import AnalysisProcess
+
+    with AnalysisProcess(stall_timeout_s=0.5) as process:
+        child = process._living_child()
+        child.send_signal(signal.SIGSTOP)
+        assert process._attempt(films[0] / "plain.mp4", None) == (
+            None,
+            "decoding stood still for 0.5 s and was stopped",
+        )
+        child = process._living_child()
+        child.kill()
+        child.wait()
+        process.stall_timeout_s = 60.0
+        assert isinstance(process.analyse(films[0] / "plain.mp4"), bytes)
