@@ -185,14 +185,10 @@ def stage_lines(plan: Plan, stages: Sequence[ResolvedStage]) -> list[str]:
     for stage in stages:
         try:
             # Without `init`: the previous stage may not be trained yet; `check_transition` compares architectures.
-            open_data(stage.config if stage.after is None else stage.config.model_copy(update={"init": None}))
+            data = open_data(stage.config if stage.after is None else stage.config.model_copy(update={"init": None}))
         except ConfigError as error:
             raise ConfigError(f"{stage.source}: {error}") from error
-        data = stage.config.data
-        chosen = features.select(data.train_split, data.buckets, data.where)
-        lengths = [features.text_lengths(ids) for ids in chosen.values()]
-        mean = sum(int(some.sum()) for some in lengths) / max(1, sum(map(len, lengths)))
-        lines += str(forecast(stage, plan.resources, features, (t, h, w), round(mean))).splitlines()
+        lines += str(forecast(stage, plan.resources, features, (t, h, w), data.text_tokens)).splitlines()
     return lines
 
 

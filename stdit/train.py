@@ -63,6 +63,7 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
     from stdit.training.engine import Engine, init_distributed
     from stdit.training.inputs import Inputs
     from stdit.training.optimizer import learning_rate
+    from stdit.training.performance import Performance, profiler
     from stdit.training.tracking import Tracker, is_due
     from stdit.training.validation import Validator
 
@@ -90,21 +91,27 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
         loader = Loader(
             data.source, config.data, config.seed, ranks.data_rank, ranks.data_size, accumulation, state.data_position
         )
+        performance = Performance(config, ranks, data, sum(loader.counts.values()))
+        timed, profile = performance.section, stack.enter_context(profiler(config, ranks, state.step + 1))
         bad_steps, start = 0, time.perf_counter()
 
-        for step, data_step in zip(range(state.step + 1, steps + 1), loader, strict=False):
+        for step, data_step in zip(range(state.step + 1, steps + 1), performance.waiting(loader), strict=False):
             sums = torch.zeros(2, device=ranks.device)
             for batch in data_step.batches:
-                loss = inputs.loss(engine, batch, step)
-                engine.backward(loss.total)
+                with timed("forward"):
+                    loss = inputs.loss(engine, batch, step)
+                with timed("backward"):
+                    engine.backward(loss.total)
                 sums += loss.logged
             lr = learning_rate(config.train.optimizer, step, steps)
-            grad_norm = engine.step(lr)
-            finite = math.isfinite(grad_norm)  # else no weights were updated, on any rank
+            with timed("optimizer"):
+                grad_norm = engine.step(lr)
+                finite = math.isfinite(grad_norm)  # else no weights were updated, on any rank
+                if finite:
+                    ema.update(step)
             bad_steps = 0 if finite else bad_steps + 1
-            if finite:
-                ema.update(step)
             state.advance(data_step.samples, data_step.position)
+            performance.count(data_step)
 
             means = (value / accumulation / ranks.size for value in sums.tolist())
             mean_loss, flops_ratio, stops = ranks.all_reduce(*means, float(bool(stop)))
@@ -116,8 +123,9 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
                 metrics["flops_ratio"] = flops_ratio
             if bad_steps:
                 metrics["bad_steps"] = bad_steps
-            metrics |= validator.run(engine, ema, tracker, step)
-            logged = tracker.step(metrics)
+            with timed("validation"):
+                metrics |= validator.run(engine, ema, tracker, step)
+            logged = tracker.step(metrics, performance)
             if bad_steps > config.train.max_bad_steps:
                 raise Diverged(
                     f"step {step}: {bad_steps} consecutive steps had a gradient that is not finite; train.max_bad_steps is {config.train.max_bad_steps}"
@@ -125,7 +133,8 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
 
             saved = None
             if stops or step == steps or is_due(config.train.checkpoint_every, step, steps):
-                saved = resume.save_checkpoint(engine, ema, config, data, state, ranks)
+                with timed("checkpoint"):
+                    saved = resume.save_checkpoint(engine, ema, config, data, state, ranks)
             if report and (logged or saved):
                 report({**metrics, "checkpoint": saved and str(saved)})
             if stops and step < steps:
@@ -134,9 +143,11 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
                     f"stopped after step {step} ({reason}); run the same command again to resume from {saved}"
                 )
                 raise Stopped(str(saved))
+            profile()
             start = time.perf_counter()
 
         resume.write_done(config, state, ranks)
+        tracker.print(performance.summary())
         engine.close()
     return config.run_dir
 

@@ -94,6 +94,15 @@ class DynamicConfig(Frozen):
     which keeps it trained. The paper runs all of them through it, in a second forward pass."""
 
 
+class ProfileConfig(Frozen):
+    """A torch profiler trace of a few steps, one file a rank in RUN_DIR/profile; ui.perfetto.dev opens it."""
+
+    start: Positive = 10
+    """First step of the trace."""
+    steps: Positive = 3
+    """Number of steps."""
+
+
 class TrainConfig(Frozen):
     """Training loop, optimizer, precision, parallelism, checkpoints and logging."""
 
@@ -142,6 +151,10 @@ class TrainConfig(Frozen):
     """Write TensorBoard event files."""
     wandb_project: str | None = None
     """Log to this Weights & Biases project."""
+    profile: ProfileConfig | None = None
+    """Trace a few steps with torch's profiler."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """Peak TFLOP/s of one device, for MFU. null: the maker's figure of a known GPU, else measured at the first log."""
     max_bad_steps: NonNegative = 10
     """Consecutive steps that may be skipped for a gradient that is not finite; one more ends the run."""
 

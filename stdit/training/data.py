@@ -30,6 +30,7 @@ class TrainData:
     fingerprint: str
     latents: dict[str, tuple[int, int, int]]  # latent (T, H, W) by bucket key
     empty_caption: EmptyCaption | None = None  # if the model needs it
+    text_tokens: int = 0  # mean length of a training caption; 0: no text
     # frame rates of the videos that are trained on, the most common first: {"25": 730, "30": 12}
     frame_rates: dict[str, int] = field(default_factory=dict)
 
@@ -80,7 +81,28 @@ def open_data(config: Config) -> TrainData:
             raise ConfigError(
                 f"{key}: {where} holds no sample of split {config.data.validation_split!r} in this run's buckets"
             )
-    return TrainData(source, video, text, classes, fingerprint, latents, empty, _frame_rates(config, source))
+    return TrainData(
+        source,
+        video,
+        text,
+        classes,
+        fingerprint,
+        latents,
+        empty,
+        _text_tokens(config, source),
+        _frame_rates(config, source),
+    )
+
+
+def _text_tokens(config: Config, source: Source) -> int:
+    """Mean length of a training caption, in tokens; 0 for models without text."""
+    if config.model.text_dim is None:
+        return 0
+    if not isinstance(source, FeatureSet):
+        return config.model.max_text_tokens
+    data = config.data
+    chosen = source.select(data.train_split, data.buckets, data.where)
+    return round(float(source.text_lengths(np.concatenate(list(chosen.values()))).mean()))
 
 
 def check_sequence_parallel(config: Config, latents: dict[str, tuple[int, int, int]]) -> None:

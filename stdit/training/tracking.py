@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import math
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -16,6 +16,9 @@ from stdit.config import Config, ConfigError
 from stdit.files import printable
 from stdit.media import write_png
 from stdit.metrics_log import MetricsLog
+
+if TYPE_CHECKING:
+    from stdit.training.performance import Performance
 
 
 def check_trackers(config: Config) -> None:
@@ -60,16 +63,20 @@ class Tracker:
                 dir=str(self.run_dir), config=config.model_dump(mode="json"),
             )  # fmt: skip
 
-    def step(self, metrics: dict[str, Any]) -> bool:
-        """Advances the progress bar by a step; logs its metrics every `train.log_every` steps, at the last step, with a
-        validation loss, and where weights were not updated. Returns whether it logged, the same on every rank."""
+    def step(self, metrics: dict[str, Any], performance: Performance) -> bool:
+        """Advances the progress bar by a step; logs its metrics and performance every `train.log_every` steps, at the last
+        step, with a validation loss, and where weights were not updated. Returns whether it logged, the same on every rank."""
         step, train = metrics["step"], self.config.train
         bad_steps = metrics.get("bad_steps", 0)
         if bad_steps:
             self.print(f"step {step}: gradient not finite; no weights were updated ({bad_steps} in a row)")
         logged = bool(bad_steps) or "validation_loss" in metrics or is_due(train.log_every, step, train.steps)
         if logged:
-            self.log(metrics)
+            measured = performance.metrics(step, metrics["samples_seen"])
+            if "slow_rank" in measured:
+                rank, seconds = measured["slow_rank"], measured["slow_rank_seconds"]
+                self.print(f"step {step}: rank {rank:.0f} is slow: {seconds:.3g} s a step for data and forward")
+            self.log({**metrics, **measured})
         if self.active:
             self._bar.set_postfix({"loss": f"{metrics['loss']:.4f}"}, refresh=False)
             self._bar.update()

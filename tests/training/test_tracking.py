@@ -9,8 +9,30 @@ from PIL import Image
 
 from stdit import metrics_log
 from stdit.config import ConfigError
+from stdit.training.performance import Performance
 from stdit.training.tracking import Tracker, check_trackers
 from tests.support.rank_jobs import config_of, metrics, settings
+
+
+class Measured(Performance):
+    """A performance of known values."""
+
+    def __init__(self) -> None:
+        pass
+
+    def metrics(self, step: int, samples_seen: int) -> dict[str, float]:
+        return {"mfu": 0.5, "slow_rank": 1.0, "slow_rank_seconds": 2.0}
+
+
+def test_a_logged_step_has_its_performance_and_names_a_slow_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = Tracker(config_of(settings(tmp_path, train={"log_every": 2})), 0, True)
+    logged = [tracker.step({"step": step, "loss": 1.0, "samples_seen": 8}, Measured()) for step in (1, 2)]
+    tracker.close()
+    assert logged == [False, True]
+    assert [line["mfu"] for line in metrics(tmp_path)] == [0.5]
+    assert "step 2: rank 1 is slow: 2 s a step for data and forward" in capsys.readouterr().err
 
 
 def test_a_tracker_writes_valid_json_pictures_and_tensorboard(tmp_path: Path) -> None:
@@ -34,7 +56,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     tracker = Tracker(config_of(settings(tmp_path)), 0, False)
     tracker.log({"step": 1})
     tracker.image("samples", Image.new("RGB", (4, 4)), 1)
-    tracker.step({"step": 1, "loss": 1.0})
+    tracker.step({"step": 1, "loss": 1.0, "samples_seen": 8}, Measured())
     tracker.print("x")
     tracker.close()
     assert list(tmp_path.iterdir()) == []
