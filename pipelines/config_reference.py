@@ -51,6 +51,7 @@ EXAMPLES: dict[str, str] = {
     "LoRAConfig": "{rank: 16, targets: [attn.qkv, attn.proj]}",
     "ControlConfig": "{blocks: 6, condition: first_frame}",
     "DynamicConfig": "{target_flops_ratio: 0.5, warmup_steps: 1000}",
+    "ProfileConfig": "{start: 100, steps: 3}",
     "OptimizerConfig": "{learning_rate: 1.0e-4, warmup_steps: 1000, lr_schedule: cosine}",
     "EMAConfig": "{decay: 0.999}",
     "ValidationConfig": "{every: 1000, samples: 256}",

@@ -20,6 +20,8 @@ TRAINING_RUNTIME_KEYS = (
     "data.features",
     "data.workers",
     "train.log_every",
+    "train.profile",
+    "train.peak_tflops",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.tensorboard",
