@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from stdit.training import checkpoint
-from stdit.training.distributed import STOPPED, free_port
+from stdit.training.distributed import STOPPED
 from tests.support.paths import ROOT
 
 DEBUG = ["--config", "configs/debug.yaml"]

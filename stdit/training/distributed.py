@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -114,13 +113,6 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
-def free_port() -> int:
-    """A TCP port that nothing listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def complete_environment() -> None:
     """Sets what a launcher sets, for plain `python stdit/train.py`: one rank on this machine."""
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
@@ -131,7 +123,7 @@ def complete_environment() -> None:
             raise ValueError(
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but MASTER_PORT is not set; all ranks need the same port"
             )
-        os.environ["MASTER_PORT"] = str(free_port())
+        os.environ["MASTER_PORT"] = "0"  # the system picks one when it is bound: no other process can take it before
 
 
 def limit_threads() -> None:

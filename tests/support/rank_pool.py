@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-from stdit.training.distributed import free_port
-
 TIMEOUT_S = 120.0
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
