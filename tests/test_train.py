@@ -18,6 +18,7 @@ import pytest
 from stdit.training import checkpoint
 from stdit.training.distributed import STOPPED
 from tests.support.paths import ROOT
+from tests.support.rank_pool import free_port
 
 DEBUG = ["--config", "configs/debug.yaml"]
 BIN = Path(sys.executable).parent

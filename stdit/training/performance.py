@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stdit.config import Config, TrainBucket, token_grid
+from stdit.config import Bucket, Config, token_grid
 from stdit.data.loader import Step
 from stdit.training.distributed import Ranks
 
 if TYPE_CHECKING:
     from stdit.training.data import TrainData
 
-SECTIONS = ("data", "forward", "backward", "optimizer", "validation", "checkpoint")
+SECTIONS: tuple[str, ...] = ("data", "forward", "backward", "optimizer", "validation", "checkpoint")
 # Not part of a step's throughput.
 PAUSES = ("validation", "checkpoint")
 # Dense bfloat16 (first) and TF32 TFLOP/s by the makers' data sheets, without sparsity. Longer names come first.
@@ -157,7 +157,7 @@ class Performance:
                     return (bf16 if train.precision == "bf16" else tf32) * 1e12
         return measured_peak(self.ranks.device, torch.bfloat16 if train.precision == "bf16" else torch.float32)
 
-    def _cost(self, bucket: TrainBucket) -> tuple[int, int]:
+    def _cost(self, bucket: Bucket) -> tuple[int, int]:
         """(tokens, training FLOPs) of a sample of `bucket`."""
         if bucket.key not in self._costs:
             from stdit.models.cost import model_cost
@@ -184,7 +184,7 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     best = float("inf")
     for _ in range(6):
         start = time.perf_counter()
-        a @ b
+        torch.matmul(a, b)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
