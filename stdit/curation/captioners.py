@@ -125,12 +125,8 @@ class ServerCaptioner:
 
     def __init__(self, config: CaptionConfig, server: CaptionServer) -> None:
         self.config, self.server = config, server
-        self.headers = {}
-        if server.api_key_env is not None:
-            key = os.environ.get(server.api_key_env)
-            if not key:
-                raise ConfigError(f"captions: {config.name}: environment variable {server.api_key_env} is not set")
-            self.headers["Authorization"] = f"Bearer {key}"
+        key = api_key(config.name, server)
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def caption(self, clips: Sequence[ClipView]) -> list[Any]:
         with ThreadPoolExecutor(self.server.concurrency, thread_name_prefix="caption") as pool:
@@ -181,6 +177,16 @@ class ServerCaptioner:
             "max_tokens": self.config.max_new_tokens,
             "temperature": 0,
         }
+
+
+def api_key(name: str, server: CaptionServer) -> str | None:
+    """The server's key, from the environment. ConfigError: it is not set."""
+    if server.api_key_env is None:
+        return None
+    key = os.environ.get(server.api_key_env)
+    if not key:
+        raise ConfigError(f"captions: {name}: environment variable {server.api_key_env} is not set")
+    return key
 
 
 def _retry_after(value: str | None, wait: float) -> float:

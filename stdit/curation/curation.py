@@ -26,7 +26,7 @@ from stdit.curation import scoring
 from stdit.curation.analysis import VERSION, Analysis
 from stdit.curation.cache import Cache
 from stdit.curation.caption_text import check_caption
-from stdit.curation.captioners import captioner_id
+from stdit.curation.captioners import api_key, captioner_id
 from stdit.curation.clips import cut_into_clips, view
 from stdit.curation.duplicates import Candidate, find_duplicates
 from stdit.curation.sources import Source, find_sources, make_links, stale_links
@@ -414,6 +414,8 @@ def curate(config: CurateConfig, mapper: Mapper, say: Callable[[str], None]) -> 
     for caption in config.captions:
         if caption.function:
             scoring.load_function(caption.function, f"captions: {caption.name}")
+        if caption.server:
+            api_key(caption.name, caption.server)
     sources, links, excluded = find_sources(config)
     make_links(out, links)
     for link in stale_links(out, links):

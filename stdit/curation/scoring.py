@@ -60,9 +60,11 @@ def scorer_id(scorer: ScorerConfig) -> str:
     if own is None:
         file = inspect.getsourcefile(module)
         own = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
-    weights = (
-        getattr(function, "fingerprint", lambda **settings: "")(**scorer.settings) if inspect.isclass(function) else ""
-    )
+    fingerprint = getattr(function, "fingerprint", None) if inspect.isclass(function) else None
+    try:
+        weights = fingerprint(**scorer.settings) if fingerprint else ""
+    except (TypeError, ValueError, OSError) as error:
+        raise ConfigError(f"scorers: {scorer.name}: {scorer.function} with {scorer.settings}: {error}") from error
     about = [scorer.function, scorer.settings, scorer.frames, scorer.version, own, weights]
     return f"{scorer.name}-{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]}"
 

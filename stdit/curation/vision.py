@@ -49,9 +49,11 @@ def image_text_model(path: str) -> ImageTextModel:
 
 
 def fingerprint(*paths: str) -> str:
-    """Of weights in files or folders; a hub id stands for itself."""
+    """Of weights in files or folders; a hub id stands for itself. ValueError: a file that is not there."""
     found = []
     for path in map(Path, paths):
+        if path.suffix in (".safetensors", ".pth", ".pt", ".bin") and not path.is_file():
+            raise ValueError(f"{path}: no such file")
         files = sorted(f for f in path.glob("*") if f.is_file()) if path.is_dir() else [path] if path.is_file() else []
         found.append(fingerprint_files(files) if files else str(path))
     return " ".join(found)

@@ -14,6 +14,8 @@ import pyarrow.parquet as parquet
 import pytest
 
 from stdit.config import (
+    CaptionConfig,
+    CaptionServer,
     ConfigError,
     CurateConfig,
     ExtractBucket,
@@ -322,6 +324,28 @@ def test_a_users_scorer_is_named_and_one_that_raises_harms_its_score_alone(
         ({"footage": "s3://bucket/films"}, "is an address"),
         ({"filters": (Where(column="beauty", at_least=1),)}, "no column 'beauty'"),
         ({"scorers": (ScorerConfig(name="x", function="stdit.nothing:here"),)}, "cannot be imported"),
+        (
+            {
+                "scorers": (
+                    ScorerConfig(
+                        name="x",
+                        function="stdit.curation.scorers.aesthetic:Aesthetic",
+                        settings={"path": "hub/id", "head": "none.pth"},
+                    ),
+                )
+            },
+            "none.pth: no such file",
+        ),
+        (
+            {
+                "captions": (
+                    CaptionConfig(
+                        name="x", server=CaptionServer(url="http://127.0.0.1:9", model="m", api_key_env="NO_SUCH_KEY")
+                    ),
+                )
+            },
+            "NO_SUCH_KEY is not set",
+        ),
     ],
 )
 def test_settings_that_cannot_be_met_are_named(
