@@ -142,7 +142,7 @@ def test_reading_ahead_changes_nothing(workers: int) -> None:
 
 def test_a_reader_that_fails_is_heard() -> None:
     class Broken(Numbered):
-        def sample(self, id: int) -> Sample:
+        def sample(self, id: int, caption: str = "original") -> Sample:
             raise ConfigError(f"shard of {id} is gone")
 
     with pytest.raises(ConfigError, match="is gone"):
