@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.plan import ResolvedStage, Resources
-from stdit.config import Bucket, ConfigError, ExtractConfig, TrainConfig, Where, latent_shape, token_grid
+from stdit.config import Bucket, ConfigError, ExtractConfig, Where, latent_shape, token_grid
 
 if TYPE_CHECKING:
     import numpy as np
 
     from stdit.data.loader import Source
+    from stdit.training.machine import Memory
 
 Grid = tuple[int, int, int]
 
@@ -38,21 +39,6 @@ class BucketForecast:
     def epochs(self) -> float:
         """Passes over the clips of the bucket."""
         return self.steps * self.samples_per_step / max(1, self.clips)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one rank. Activations: of its largest bucket's micro-batch."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    average: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.average + self.activations
 
 
 @dataclass(frozen=True)
@@ -107,6 +93,7 @@ def forecast(
     from stdit.data.loader import Loader
     from stdit.models.cost import model_cost
     from stdit.training.data import check_sequence_parallel
+    from stdit.training.machine import rank_memory
 
     config, shared, accumulation = (
         stage.config,
@@ -155,24 +142,9 @@ def forecast(
         text_length=text,
         parameters=parameters,
         flops=flops,
-        memory=memory(parameters, config.train, resources.workers, activations),
+        memory=rank_memory(parameters, config.train, resources.workers, activations),
         sequence_parallel=shared,
     )
-
-
-def memory(parameters: int, train: TrainConfig, ranks: int, activations: int) -> Memory:
-    """Bytes of one rank under DeepSpeed: weights, gradients and optimizer state are replicated, or partitioned over `ranks`
-    from ZeRO stage 3, 2 and 1 on (Rajbhandari et al. 2020). What `train.deepspeed` offloads is not taken off."""
-    stage, bf16 = train.zero_stage, train.precision == "bf16"
-
-    def share(bytes_each: int, cut_from: int) -> int:
-        return -(-parameters * bytes_each // (ranks if stage >= cut_from else 1))
-
-    # AdamW's two moments, and the float32 weights that it steps, which without ZeRO in float32 are the weights.
-    master = 4 if bf16 or stage > 0 else 0
-    # bfloat16 gradients are summed up in float32 under ZeRO (stdit.training.deepspeed_config).
-    gradient = 2 if bf16 and stage == 0 else 4
-    return Memory(share(2 if bf16 else 4, 3), share(gradient, 2), share(8 + master, 1), share(4, 1), activations)
 
 
 # ----------------------------------------------------------------------------------------- clips

@@ -80,7 +80,7 @@ def draw_group(pipe: STDiTPipeline, job: Job, number: int) -> list[Outcome]:
     """
     outcomes: list[Outcome] = []
     able: list[Item] = []
-    for item in job.group(number):
+    for item in job.batches[number]:
         try:
             _check_item(pipe, item)
             able.append(item)
@@ -99,18 +99,20 @@ def draw_group(pipe: STDiTPipeline, job: Job, number: int) -> list[Outcome]:
 
 def _draw(pipe: STDiTPipeline, job: Job, some: Sequence[Item]) -> list[Outcome]:
     """Samples items in one batch and writes what is missing; returns the failures."""
+    shape = some[0].shape
     try:
         output = pipe(
             **_conditions(pipe, some),
-            **_control(pipe, job, some),
-            num_frames=job.shape.frames,
-            height=job.shape.height,
-            width=job.shape.width,
+            **_control(pipe, some),
+            **_conditioning_frames(some),
+            num_frames=shape.frames,
+            height=shape.height,
+            width=shape.width,
             num_inference_steps=job.sampler.steps,
             guidance_scale=job.sampler.guidance_scale,
             guidance_channels=job.sampler.guidance_channels,
             generator=[torch.Generator().manual_seed(noise_seed(item)) for item in some],
-            fps=job.fps if job.shape.frames > 1 else None,
+            fps=some[0].fps if shape.frames > 1 else None,
             output_type="np",
         )
     except Exception as error:  # One bad prompt must not cost the others.
@@ -124,7 +126,7 @@ def _draw(pipe: STDiTPipeline, job: Job, some: Sequence[Item]) -> list[Outcome]:
             failures.append(Outcome(item.file, "the model's output is not finite (NaN or infinity)"))
         elif writes and not job.is_complete(item):
             with atomic_path(job.out / item.file) as part:
-                write_clip(part, (video * 255).round().astype(np.uint8), job.fps)
+                write_clip(part, (video * 255).round().astype(np.uint8), item.fps)
     return failures
 
 
@@ -159,18 +161,38 @@ def _conditions(pipe: STDiTPipeline, some: Sequence[Item]) -> dict[str, Any]:
     return found or {"num_videos_per_prompt": len(some)}
 
 
-def _control(pipe: STDiTPipeline, job: Job, some: Sequence[Item]) -> dict[str, Any]:
-    """Control conditions of these items: images, repeated over time where another item's is a video."""
+def _conditioning_frames(some: Sequence[Item]) -> dict[str, Any]:
+    """What these items' videos begin with or contain: an image each, or one video for all (they are one prompt's)."""
+    prompt, shape = some[0].prompt, some[0].shape
+    if prompt.image is not None:
+        return {"conditioning_video": [_read_frames(item.prompt.image, shape, 1) for item in some]}
+    if prompt.conditioning_video is None:
+        return {}
+    frames = _read_frames(prompt.conditioning_video, shape, shape.frames)
+    return {"conditioning_video": [frames], "conditioning_frames": prompt.conditioning_frames}
+
+
+def _read_frames(path: Path | str | None, shape: Bucket, most: int) -> np.ndarray:
+    """The first `most` frames of an image or video, cropped and resized to `shape`: (T, H, W, 3) in 0 to 1."""
+    assert path is not None
+    with open_clip(path, "pyav") as reader:
+        frames = reader.get(range(min(most, reader.frame_count)))
+    return resize_crop(frames, shape.height, shape.width) / 255
+
+
+def _control(pipe: STDiTPipeline, some: Sequence[Item]) -> dict[str, Any]:
+    """Control conditions of these items: images, repeated over time where another item's is a video.
+
+    Of a video that is longer the first frames, as training takes them.
+    """
     if pipe.control is None:
         return {}
-    shape, clips = job.shape, []
+    shape, clips = some[0].shape, []
     for item in some:
-        with open_clip(item.prompt.extra["control"], "pyav") as reader:
-            if reader.frame_count not in (1, shape.frames):
-                raise ValueError(
-                    f"{item.prompt.extra['control']} has {reader.frame_count} frames; give {shape.frames}, as the video, or 1"
-                )
-            clips.append(resize_crop(reader.get(range(reader.frame_count)), shape.height, shape.width) / 255)
+        clip = _read_frames(path := item.prompt.extra["control"], shape, shape.frames)
+        if len(clip) not in (1, shape.frames):
+            raise ValueError(f"{path} has {len(clip)} frames; give {shape.frames} or more, as the video has, or 1")
+        clips.append(clip)
     if all(len(clip) == 1 for clip in clips):
         return {"control_image": np.concatenate(clips)}
     return {"control_video": [clip.repeat(shape.frames // len(clip), 0) for clip in clips]}
@@ -214,8 +236,7 @@ def finish(job: Job, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
         how["lora"] = [adapter.model_dump(mode="json") for adapter in job.lora]
     rows = []
     for item in job.items:
-        row = {**item.row(), "frames": job.shape.frames, "height": job.shape.height, "width": job.shape.width}
-        row |= {"fps": job.fps, "protocol": how}
+        row = {**item.row(), "protocol": how}
         if not job.is_complete(item):
             error = of[item.file].error if item.file in of else "was not made; run the same command again"
             row |= {"file": None, "error": error}
@@ -234,8 +255,8 @@ def _contact_sheet(job: Job, rows: Sequence[dict[str, Any]]) -> None:
     if not cells:
         return
     write_png(job.out / SHEET, contact_sheet(cells))
-    if job.shape.frames > 1:
-        write_gif(job.out / MOVING, moving_sheet(cells), job.fps)
+    if any(len(cell.frames) > 1 for cell in cells):
+        write_gif(job.out / MOVING, moving_sheet(cells), job.items[0].fps)
 
 
 def report(rows: Sequence[dict[str, Any]], outcomes: Sequence[Outcome], out: Path) -> int:

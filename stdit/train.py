@@ -62,6 +62,7 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
     from stdit.training.ema import EMA
     from stdit.training.engine import Engine, init_distributed
     from stdit.training.inputs import Inputs
+    from stdit.training.machine import check_machine
     from stdit.training.optimizer import learning_rate
     from stdit.training.performance import Performance, profiler
     from stdit.training.tracking import Tracker, is_due
@@ -70,6 +71,7 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
     config = complete(config)
     config.train.data_ranks(world_size())  # checked before any work
     data = open_data(config)
+    check_machine(config, world_size())
     if resume.is_finished(config, data, world_size()):
         return config.run_dir
     ranks = init_distributed(config.train.sequence_parallel)

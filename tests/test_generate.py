@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from stdit import generate as generation
 from stdit.config import Bucket, ConfigError, DiffusionConfig, GenerateConfig, SamplerConfig, default_bucket
@@ -20,6 +21,7 @@ from stdit.data.decoding import open_clip
 from stdit.generate import Prompt, generate, job_from_config, noise_seed, read_prompts
 from stdit.inference.pipeline import STDiTPipeline, STDiTPipelineOutput
 from stdit.inference.prompts import SLUG_LENGTH, items, slug
+from stdit.media import write_clip
 from stdit.models import lora
 from stdit.models.stdit import STDiT
 from stdit.training import adapters, checkpoint
@@ -86,7 +88,7 @@ def test_every_prompt_and_seed_has_a_file_a_row_and_a_place_on_the_sheet(runs: d
 def test_a_file_holds_the_very_pixels_that_the_pipeline_draws(runs: dict[str, Path], tmp_path: Path) -> None:
     rows = make(runs["text"], tmp_path, videos_per_prompt=1)
     pipe = STDiTPipeline.from_pretrained(runs["text"])
-    made = items(PROMPTS, 1, ".mp4")
+    made = items(PROMPTS, 1, SHAPE, 8)
     output = pipe(
         [p.text for p in PROMPTS[:2]],
         num_frames=4,
@@ -128,7 +130,7 @@ def test_any_prompt_has_a_safe_name(text: str) -> None:
 
 
 def test_names_differ_where_prompts_do_not() -> None:
-    names = [item.file for item in items([Prompt("a"), Prompt("a"), Prompt("A!"), Prompt(name="../a")], 2, ".mp4")]
+    names = [item.file for item in items([Prompt("a"), Prompt("a"), Prompt("A!"), Prompt(name="../a")], 2, SHAPE, 8)]
     assert len(set(names)) == 8
     assert names[0] == "00000-a-seed0.mp4"
 
@@ -188,7 +190,7 @@ def test_a_changed_request_is_refused_unless_told(
 
 
 def test_files_of_unknown_origin_are_not_taken_for_results(runs: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / items(PROMPTS, 1, ".mp4")[0].file).write_bytes(b"something")
+    (tmp_path / items(PROMPTS, 1, SHAPE, 8)[0].file).write_bytes(b"something")
     with pytest.raises(ValueError, match=r"holds 1 files such as 00000-a-seven-seed0.mp4, and no request.json"):
         make(runs["text"], tmp_path)
 
@@ -206,10 +208,10 @@ def test_another_pipelines_folder_is_no_run(tmp_path: Path) -> None:
 
 
 def test_a_prompts_noise_does_not_depend_on_its_place(runs: dict[str, Path], tmp_path: Path) -> None:
-    first, last = items([Prompt("a", seed=7), Prompt("b", seed=7), Prompt("a", seed=7)], 1, "")[::2]
+    first, last = items([Prompt("a", seed=7), Prompt("b", seed=7), Prompt("a", seed=7)], 1, SHAPE, 8)[::2]
     assert noise_seed(first) == noise_seed(last)
-    assert noise_seed(first) != noise_seed(items([Prompt("b", seed=7)], 1, "")[0])
-    assert noise_seed(first) == noise_seed(items([Prompt("a", seed=6)], 2, "")[1])
+    assert noise_seed(first) != noise_seed(items([Prompt("b", seed=7)], 1, SHAPE, 8)[0])
+    assert noise_seed(first) == noise_seed(items([Prompt("a", seed=6)], 2, SHAPE, 8)[1])
     forward = make(runs["text"], tmp_path / "f", [Prompt("a seven"), Prompt("another")])
     backward = make(runs["text"], tmp_path / "b", [Prompt("another"), Prompt("a seven")])
     both = [frames_of(tmp_path / f / rows["file"]).astype(int) for f, rows in (("f", forward[0]), ("b", backward[1]))]
@@ -312,7 +314,7 @@ def test_a_saved_pipeline_serves_as_a_run(runs: dict[str, Path], tmp_path: Path)
     saved = make(tmp_path / "saved", tmp_path / "a")
     run = make(runs["text"], tmp_path / "b")
     assert np.array_equal(frames_of(tmp_path / "a" / saved[0]["file"]), frames_of(tmp_path / "b" / run[0]["file"]))
-    with pytest.raises(ConfigError, match="give frames, height and width"):
+    with pytest.raises(ConfigError, match="give frames, height, width"):
         make(tmp_path / "saved", tmp_path / "c", shape=None)
 
 
@@ -377,7 +379,7 @@ def test_the_frame_rate_is_that_of_most_training_videos(tmp_path: Path) -> None:
         assert reader.fps == 25
     pipe = STDiTPipeline.from_pretrained(run)
     pipe.save_pretrained(tmp_path / "saved")
-    assert generation.open_job(tmp_path / "saved", PROMPTS, tmp_path / "again", SHAPE, SAMPLER).fps == 25
+    assert generation.open_job(tmp_path / "saved", PROMPTS, tmp_path / "again", SHAPE, SAMPLER).items[0].fps == 25
 
     def drawn(pipe: STDiTPipeline, **fps: float) -> np.ndarray:
         generator = torch.Generator().manual_seed(0)
@@ -391,7 +393,50 @@ def test_the_frame_rate_is_that_of_most_training_videos(tmp_path: Path) -> None:
     assert np.array_equal(drawn(saved), drawn(pipe, fps=25))
     assert not np.array_equal(drawn(pipe), drawn(pipe, fps=8))
     unknown = make_run(tmp_path / "unknown", model)
-    assert generation.open_job(unknown, PROMPTS, tmp_path / "eight", SHAPE, SAMPLER).fps == 8
+    assert generation.open_job(unknown, PROMPTS, tmp_path / "eight", SHAPE, SAMPLER).items[0].fps == 8
+
+
+def test_prompts_may_have_a_shape_and_a_frame_rate_of_their_own(runs: dict[str, Path], tmp_path: Path) -> None:
+    prompts = [
+        Prompt("a"),
+        Prompt("b", frames=1),
+        Prompt("c", height=32, fps=12.0),
+        Prompt("a", frames=1, seed=3),
+        Prompt("d"),
+    ]
+    rows = make(runs["text"], tmp_path / "out", prompts)
+    sizes = [(row["frames"], row["height"], row["width"], row["fps"]) for row in rows]
+    assert sizes == [(4, 16, 16, 8), (1, 16, 16, 8), (4, 32, 16, 12), (1, 16, 16, 8), (4, 16, 16, 8)]
+    for row in rows:
+        assert frames_of(tmp_path / "out" / row["file"]).shape == (row["frames"], row["height"], row["width"], 3)
+    alone = make(runs["text"], tmp_path / "alone", [prompts[0], prompts[4]])
+    for one, row in zip(alone, (rows[0], rows[4]), strict=True):
+        assert (tmp_path / "alone" / one["file"]).read_bytes()
+        assert np.array_equal(frames_of(tmp_path / "alone" / one["file"]), frames_of(tmp_path / "out" / row["file"]))
+    with pytest.raises(ValueError, match="not divisible"):
+        make(runs["text"], tmp_path / "bad", [Prompt("a"), Prompt("b", height=15)])
+    assert not (tmp_path / "bad").exists()
+
+
+def test_prompts_may_have_a_first_frame_or_a_video_of_their_own(runs: dict[str, Path], tmp_path: Path) -> None:
+    first = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(first).save(tmp_path / "first.png")
+    write_clip(tmp_path / "six.mp4", np.stack([first + np.uint8(i) for i in range(6)]), 8)
+    prompts = [
+        Prompt("a"),
+        Prompt("a", image=str(tmp_path / "first.png")),
+        Prompt("a", conditioning_video=str(tmp_path / "six.mp4"), conditioning_frames=(1, 2)),
+        Prompt("a", conditioning_video=str(tmp_path / "first.png"), conditioning_frames=(3,)),
+    ]
+    rows = make(runs["text"], tmp_path / "out", prompts)
+    assert [row.get("error") for row in rows] == [None] * 4
+    assert rows[1]["image"] == str(tmp_path / "first.png")
+    assert rows[2]["conditioning_frames"] == [1, 2]
+    free, begun, middle, end = (frames_of(tmp_path / "out" / row["file"]) for row in rows)
+    assert np.array_equal(begun[0], first)
+    assert np.array_equal(end[3], first)
+    assert np.array_equal(middle[1:3], np.stack([first + np.uint8(i) for i in (1, 2)]))
+    assert not np.array_equal(free[0], first)
 
 
 def test_a_cut_caption_is_noted(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -412,6 +457,7 @@ def test_the_command_line_refuses_with_exit_code_two(
         (["--set", "guidence=3"], "command line: guidence: unknown key"),
         (["--guidance", "-1"], "command line: guidance_scale"),
         (["--height", "15"], "height 15 is not divisible"),
+        (["--prompts", str(tmp_path / "p.csv")], "found suffix '.csv'"),
         (["--prompts", str(tmp_path / "none.txt")], "none.txt: cannot be read"),
     ):
         assert generation.main([*base, *extra]) == 2
@@ -448,6 +494,14 @@ def test_prompts_come_as_text_or_json_lines(tmp_path: Path) -> None:
         ("p.jsonl", b'{"prompt": "a", "seed": "x"}', r"p.jsonl:1: seed: expected int, found 'x'"),
         ("p.jsonl", b'{"prompt": "a", "seed": true}', r"p.jsonl:1: seed: expected int, found True"),
         ("p.jsonl", b'{"caption": "a"}', r"p.jsonl:1: has neither prompt nor class; keys found: caption"),
+        ("p.jsonl", b'{"prompt": "a", "frames": 2.5}', r"p.jsonl:1: frames: expected int, found 2.5"),
+        ("p.jsonl", b'{"prompt": "a", "height": 0}', r"p.jsonl:1: height: expected a whole number above 0, found 0"),
+        ("p.jsonl", b'{"prompt": "a", "fps": -1}', r"p.jsonl:1: fps: expected a number above 0"),
+        ("p.jsonl", b'{"prompt": "a", "image": "none.png"}', r"p.jsonl:1: image: none.png: no such file"),
+        ("p.jsonl", b'{"prompt": "a", "conditioning_frames": [0]}', r"conditioning_frames needs conditioning_video"),
+        ("p.jsonl", b'{"prompt": "a", "x": NaN}', r"p.jsonl:1: not a usable row"),
+        ("p.json", b'["a"]', r"p.json: prompts are text .* found suffix '.json'"),
+        ("p.ndjson", b'{"prompt": 7}', r"p.ndjson:1: prompt: expected str, found 7"),
         ("p.jsonl", b'{"prompt": "a", "file": "b"}', r"p.jsonl:1: key 'file' is written by generation"),
     ],
 )

@@ -8,6 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 # Sizes and counts fit 32 bits.
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
+# Widths, tables and lengths of models beyond these are slips of the hand, and would fill the memory.
+Width = Annotated[int, Field(gt=0, le=65_536)]
+Count = Annotated[int, Field(gt=0, le=1024)]
+Table = Annotated[int, Field(gt=0, le=10_000_000)]
+Scale = Annotated[float, Field(gt=0, le=10_000)]
 NonNegative = Annotated[int, Field(ge=0)]
 # Beyond these a number in a config is a slip of the hand; seeds have 63 bits.
 MAX_INT, MAX_FLOAT = 2**63 - 1, 1e12

@@ -12,18 +12,18 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
-from stdit.config.base import Frozen, NonNegative, Positive, Share
+from stdit.config.base import Count, Frozen, NonNegative, Positive, Share, Width
 from stdit.config.load import ConfigError
 
 
 class Bucket(Frozen):
     """A clip shape in pixels. A batch holds clips of one bucket."""
 
-    frames: Positive
+    frames: Annotated[int, Field(gt=0, le=1_000_000)]
     """Frames of a clip; 1 for images."""
-    height: Positive
+    height: Width
     """Height in pixels."""
-    width: Positive
+    width: Width
     """Width in pixels."""
 
     @property
@@ -139,11 +139,11 @@ MOST_TEXT_ENCODERS = 3
 class ByteT5Config(Frozen):
     """A frozen, randomly initialised T5 encoder over bytes (ByT5's tokenizer): text features without a download."""
 
-    width: Positive = 64
+    width: Width = 64
     """Width of the features (d_model)."""
-    depth: Positive = 2
+    depth: Count = 2
     """Layers."""
-    num_heads: Positive = 4
+    num_heads: Count = 4
     """Attention heads."""
     seed: NonNegative = 0
     """Seed of the weights."""
@@ -170,7 +170,7 @@ class TextEncoderConfig(Frozen):
     """Subfolder of `path` that holds the tokenizer, such as tokenizer."""
     byte_t5: ByteT5Config | None = None
     """A random byte-level T5 in place of `path`."""
-    max_text_tokens: Positive = 120
+    max_text_tokens: Width = 120
     """Captions are truncated to so many tokens."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the encoder and of the stored text features."""

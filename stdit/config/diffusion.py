@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from stdit.config.base import Frozen, Positive, Share
+from stdit.config.base import Frozen, Positive, Scale, Share
 
 
 class FrameConditioningConfig(Frozen):
@@ -48,7 +48,7 @@ class DiffusionConfig(Frozen):
     """Mean of the logit-normal distribution; above 0 favours noisier timesteps."""
     logit_std: float = Field(default=1.0, gt=0)
     """Standard deviation of the logit-normal distribution."""
-    flow_shift: float = Field(default=1.0, gt=0)
+    flow_shift: Scale = 1.0
     """Timestep shift of training and sampling, t' = s t / (1 + (s - 1) t); above 1 spends more steps on noisy timesteps."""
     shift_base: tuple[Positive, Positive, Positive] | Literal["auto"] | None = None
     """Latent (frames, height, width) at which the shift is `flow_shift`; a larger latent is shifted further, by
@@ -70,9 +70,9 @@ class SamplerConfig(Frozen):
 
     scheduler: Literal["flow_euler", "ddim", "ddpm", "dpm_solver", "unipc"] = "flow_euler"
     """flow_euler samples flow models; ddim and ddpm (ancestral) DDPM models; dpm_solver and unipc both."""
-    steps: Positive = 50
+    steps: Annotated[int, Field(gt=0, le=100_000)] = 50
     """Number of sampling steps."""
-    guidance_scale: float = Field(default=4.0, ge=0)
+    guidance_scale: float = Field(default=4.0, ge=0, le=10_000)
     """Classifier-free guidance scale; 1 is no guidance, at half the cost."""
     guidance_channels: Positive | None = None
     """Number of latent channels that are guided, from the first. null: all (diffusers, Latte); 3 of 4 is what DiT's and

@@ -32,7 +32,7 @@ class GenerateConfig(Frozen):
     """Base weights of a LoRA or control run, if they were moved (a folder of weights, a checkpoint or a run). null: where
     they were in training."""
     prompts: Path
-    """Text, one prompt per line; or JSONL with prompt, class, seed, name (stdit/inference/prompts.py)."""
+    """Text (.txt), one prompt per line; or JSONL with prompt, class, seed, name, sizes, image (docs/data.md)."""
     out: Path
     """Folder for the videos, the manifest and the contact sheet."""
     frames: Positive | None = None
@@ -46,7 +46,7 @@ class GenerateConfig(Frozen):
     """null: the run's `samples.sampler`, as for the next three."""
     steps: Positive | None = None
     """Number of sampling steps."""
-    guidance_scale: float | None = Field(default=None, ge=0)
+    guidance_scale: float | None = Field(default=None, ge=0, le=10_000)
     """Classifier-free guidance scale; 1 is no guidance."""
     guidance_channels: Positive | None = None
     """Number of latent channels that are guided, from the first."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stdit.config.base import Frozen, NonNegative, Positive
+from stdit.config.base import Count, Frozen, NonNegative, Positive, Scale, Table, Width
 
 Positions = Literal["sincos", "learned", "rope", "none"]
 QKNorm = Literal["rms", "layer"]
@@ -30,15 +30,15 @@ class ModelConfig(Frozen):
 
     size: Literal["S", "B", "L", "XL"] | None = None
     """Named size from the DiT paper: sets hidden_size, depth and num_heads where they are left out."""
-    hidden_size: Positive | None = None
+    hidden_size: Width | None = None
     """Width of the tokens, D."""
-    depth: Positive | None = None
+    depth: Count | None = None
     """Number of blocks; with `alternating` attention, spatial and temporal blocks together."""
-    num_heads: Positive | None = None
+    num_heads: Count | None = None
     """Attention heads; must divide hidden_size."""
-    in_channels: Positive = 4
+    in_channels: Width = 4
     """Channels of the latents."""
-    patch_size: tuple[Positive, Positive, Positive] = (1, 2, 2)
+    patch_size: tuple[Count, Count, Count] = (1, 2, 2)
     """Latent frames, rows and columns per patch (t, h, w)."""
     pad_latents: bool = False
     """Latents that patches do not fill are padded with zeros at the end, and the output is cropped (STDiT3). False: they
@@ -61,13 +61,13 @@ class ModelConfig(Frozen):
     """`factorized`: temporal attention reads normed and modulated tokens; False: the residual stream (Open-Sora 1.0)."""
     temporal_text: bool = True
     """`alternating`: temporal blocks have cross-attention to the text too (STDiT3 yes, Latte no)."""
-    window_size: Positive | None = None
+    window_size: Count | None = None
     """Windowed spatial attention: patches per side of a window. None: attention over the full frame."""
     window_blocks: tuple[NonNegative, ...] | None = None
     """Indices of the blocks with windowed attention. None: all."""
     relative_positions: bool = False
     """Learned relative position bias within attention windows (ViTDet, PixArt-α)."""
-    kv_compress: Annotated[int, Field(ge=2)] | None = None
+    kv_compress: Annotated[int, Field(ge=2, le=1024)] | None = None
     """Key/value token compression of spatial attention: patches per side that one key stands for (PixArt-Σ)."""
     kv_compress_blocks: tuple[NonNegative, ...] | None = None
     """Indices of the blocks with key/value compression. None: all."""
@@ -89,27 +89,27 @@ class ModelConfig(Frozen):
     """Where sincos or learned temporal positions are added: to the input of every temporal attention (`attention`), of
     the first one only (`first_attention`, Open-Sora 1.0), or to the residual stream before the first one (`residual`,
     Latte)."""
-    position_base: Positive | None = None
+    position_base: Width | None = None
     """Patches per side of the grid whose coordinate range all grids are rescaled to. None: no rescaling."""
-    position_interpolation: float = Field(default=1.0, gt=0)
+    position_interpolation: Scale = 1.0
     """Spatial coordinates are divided by this (PixArt: resolution / 512)."""
-    position_reference: Positive | None = None
+    position_reference: Width | None = None
     """Resolution, in pixels, at which coordinates are unscaled: base and interpolation follow from each clip's height
     and width (Open-Sora 1.1 and later)."""
-    position_grid: tuple[Positive, Positive] | None = None
+    position_grid: tuple[Width, Width] | None = None
     """(H, W) patches of the spatial position table; smaller grids use its centre crop (SD3's pos_embed_max_size)."""
-    position_frames: Positive | None = None
+    position_frames: Width | None = None
     """Length, in patches, of the learned temporal position table."""
-    temporal_interpolation: float = Field(default=1.0, gt=0)
+    temporal_interpolation: Scale = 1.0
     """Temporal coordinates are divided by this."""
 
-    num_classes: Positive | None = None
+    num_classes: Table | None = None
     """Class labels. None: no class conditioning."""
     null_class: bool = True
     """The class table has a row for the null class; False: the null class adds nothing."""
-    text_dim: Positive | None = None
+    text_dim: Width | None = None
     """Width of the text encoder's features. None: no text conditioning."""
-    max_text_tokens: Positive = 120
+    max_text_tokens: Width = 120
     """Longest caption, in tokens."""
     text_projection: Literal["mlp", "linear"] = "mlp"
     """Projection of text features to hidden_size."""
@@ -118,7 +118,7 @@ class ModelConfig(Frozen):
     text encoder's features of "" (diffusers, SD3)."""
     pooled_text: bool = False
     """Add the mean of the text features to the timestep embedding."""
-    pooled_dim: Positive | None = None
+    pooled_dim: Width | None = None
     """Width of a pooled text vector (CLIP's) that is added to the timestep embedding. None: there is none."""
     micro_conditions: tuple[MicroCondition, ...] = ()
     """Micro-conditions, embedded and added to the timestep embedding; `size` is PixArt-α 1024's height, width and aspect
@@ -126,13 +126,13 @@ class ModelConfig(Frozen):
 
     mlp: Literal["gelu", "swiglu", "conv2d", "conv3d"] = "gelu"
     """Feed-forward network; conv2d and conv3d add a depth-wise convolution within frames or over time (LocalViT)."""
-    mlp_ratio: float = Field(default=4.0, gt=0)
+    mlp_ratio: float = Field(default=4.0, gt=0, le=64)
     """Inner width of the MLP over hidden_size (SwiGLU: 2/3 of it, at equal parameters)."""
     gelu: Literal["tanh", "erf"] = "tanh"
     """GELU by its tanh approximation, or exact."""
-    norm_eps: float = Field(default=1e-6, gt=0)
+    norm_eps: float = Field(default=1e-6, gt=0, le=1)
     """Epsilon of the LayerNorms."""
-    mlp_norm_eps: Annotated[float, Field(gt=0)] | None = None
+    mlp_norm_eps: Annotated[float, Field(gt=0, le=1)] | None = None
     """Epsilon of the LayerNorm before the MLP. None: norm_eps."""
 
     dynamic_width: bool = False
@@ -142,7 +142,7 @@ class ModelConfig(Frozen):
     exit_depths: tuple[tuple[Annotated[float, Field(gt=0, lt=1)], Positive], ...] = ()
     """Early exit: (t, blocks) pairs, noisiest first; from t (0 data, 1 noise) upwards only the first `blocks` blocks run."""
 
-    timestep_width: Positive | None = 256
+    timestep_width: Width | None = 256
     """Channels of the sinusoidal timestep embedding. None: hidden_size."""
     timestep_freq_shift: Literal[0, 1] = 0
     """Frequencies are 10000^(-i / (half - shift)): 0 in DiT and PixArt, 1 in diffusers' DiT."""

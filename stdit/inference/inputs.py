@@ -270,15 +270,15 @@ def prepare_latents(shape: tuple[int, ...], generator: Any, latents: Tensor | No
 def encode_video(
     encoder: VideoEncoder, processor: VideoProcessor, video: Any, clip: Bucket, name: str = "conditioning_video"
 ) -> Tensor:
-    """An image or video in any of diffusers' forms -> normalised latents (B, C, t, h, w). ValueError: of another size."""
+    """An image or video in any of diffusers' forms -> normalised latents (B, C, t, h, w).
+
+    As diffusers does, pictures of another size are stretched to the clip's. ValueError: not finite.
+    """
     if isinstance(video, Image.Image):
         video = [video]
     elif isinstance(video, Tensor | np.ndarray) and video.ndim in (3, 4):
         video = [video[None] if video.ndim == 3 else video]
-    pixels = processor.preprocess_video(video)  # (B, 3, T, H, W) in [-1, 1]
-    height, width = pixels.shape[3:]
-    if (height, width) != (clip.height, clip.width):
-        raise ValueError(f"{name} is {height}x{width} (height x width), the clip {clip.height}x{clip.width}")
+    pixels = processor.preprocess_video(video, clip.height, clip.width)  # (B, 3, T, H, W) in [-1, 1]
     check_floats(name, pixels, pixels.shape)
     return encoder.normalise(encoder.encode(pixels)[0])
 
@@ -307,7 +307,9 @@ def prepare_control_latents(
     else:
         frames = clip if name == "control_video" else Bucket(frames=1, height=clip.height, width=clip.width)
         if name == "control_image":
-            value = processor.preprocess(value)[:, :, None].add(1).div(2)  # (B, 3, 1, H, W) in 0 to 1
+            value = (
+                processor.preprocess(value, clip.height, clip.width)[:, :, None].add(1).div(2)
+            )  # (B, 3, 1, H, W) in 0 to 1
             value = list(value.movedim(2, 1))
         latents = encode_video(encoder, processor, value, frames, name)
     control.check_control(latents[:1], torch.empty(1, 1, *latent, device="meta"))

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,16 +63,19 @@ class Job:
     source: Source
     out: Path
     items: tuple[Item, ...]
-    shape: Bucket
     sampler: SamplerConfig
     batch_size: int
-    fps: float
     threads: int
     lora: tuple[LoRASource, ...] = ()
 
-    def group(self, number: int) -> tuple[Item, ...]:
-        """The items of one batch."""
-        return self.items[number * self.batch_size : (number + 1) * self.batch_size]
+    @cached_property
+    def batches(self) -> list[tuple[Item, ...]]:
+        """Items that are sampled together: of one shape and frame rate, in their order."""
+        groups: dict[tuple[Any, ...], list[Item]] = {}
+        for item in self.items:
+            groups.setdefault(item.batch_key, []).append(item)
+        size = self.batch_size
+        return [tuple(group[i : i + size]) for group in groups.values() for i in range(0, len(group), size)]
 
     def is_complete(self, item: Item) -> bool:
         file = self.out / item.file
@@ -79,8 +83,7 @@ class Job:
 
     def missing(self) -> list[int]:
         """Numbers of the batches with missing videos."""
-        count = -(-len(self.items) // self.batch_size)
-        return [n for n in range(count) if not all(self.is_complete(item) for item in self.group(n))]
+        return [n for n, batch in enumerate(self.batches) if not all(self.is_complete(item) for item in batch)]
 
 
 def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
@@ -179,19 +182,27 @@ def open_job(
         raise ValueError("no prompts: the list is empty")
     source = _with_base(find_source(Path(run), weights), None if base is None else Path(base))
     sampler, shape = sampler or source.default, shape or source.largest
-    if shape is None:
-        raise ConfigError(f"{run}: a saved pipeline does not say what it was trained on; give frames, height and width")
+    fps = float(fps or source.fps or DEFAULT_FPS)
+    for number, prompt in enumerate(prompts):
+        prompt.check(f"prompt {number}")
+    rows = [prompt.row() for prompt in prompts]
+    try:
+        digest = hashlib.sha256(json.dumps(rows, allow_nan=False).encode()).hexdigest()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"prompts: a column cannot be written as JSON ({error})") from error
+    try:
+        videos = tuple(items(prompts, videos_per_prompt, shape, fps))
+    except ValueError as error:
+        raise ConfigError(f"{run}: {error}") from error
     check_sampler(sampler, source.diffusion)
-    _check_shape(source, shape, sampler)
-    suffix = ".png" if shape.frames == 1 else ".mp4"
+    for one in {item.shape.key: item.shape for item in videos}.values():
+        _check_shape(source, one, sampler)
     job = Job(
         source,
         Path(out).absolute(),
-        tuple(items(prompts, videos_per_prompt, suffix)),
-        shape,
+        videos,
         sampler,
         batch_size,
-        float(fps or source.fps or DEFAULT_FPS),
         int(threads),
         tuple(lora),
     )
@@ -199,12 +210,12 @@ def open_job(
     added = [[adapters.weights_fingerprint(adapters.resolve_lora(one.path, weights))[:16], one.scale] for one in lora]
     settings = {
         "checkpoint": f"{source.facts['checkpoint'] or 'saved pipeline'} {source.fingerprint[:16]}",
-        "prompts": hashlib.sha256(json.dumps([p.row() for p in prompts]).encode()).hexdigest(),
-        "shape": shape.key,
+        "prompts": digest,
+        "shape": shape and shape.key,
         **sampler.model_dump(),
         "weights": weights,
         "videos_per_prompt": videos_per_prompt,
-        "fps": job.fps,
+        "fps": fps,
         "batch_size": batch_size,
         "threads": job.threads,
         "lora": added or None,
@@ -266,12 +277,14 @@ def job_from_config(config: GenerateConfig) -> Job:
     sizes = {"frames": config.frames, "height": config.height, "width": config.width}
     known = source.largest.model_dump() if source.largest else {}
     known |= {k: v for k, v in sizes.items() if v is not None}
-    if absent := [k for k in sizes if k not in known]:
-        raise ConfigError(
-            f"{config.run}: a saved pipeline does not say what it was trained on; give {', '.join(absent)}"
-        )
+    prompts = read_prompts(config.prompts)
+    shape = None
+    if len(known) == len(sizes):
+        shape = Bucket(**known)
+    elif known:  # of a saved pipeline: prompts without a size of their own take these
+        prompts = [replace(p, **{k: v for k, v in known.items() if getattr(p, k) is None}) for p in prompts]
     return open_job(
-        config.run, read_prompts(config.prompts), config.out, Bucket(**known), sampler,
+        config.run, prompts, config.out, shape, sampler,
         weights=config.weights, batch_size=config.batch_size, fps=config.fps, threads=config.threads,
         videos_per_prompt=config.videos_per_prompt, lora=config.lora, base=config.base, overwrite=config.overwrite,
     )  # fmt: skip

@@ -137,7 +137,7 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
             text_layout=text_layout,
             fps=fps,
         )
-        self.video_processor = VideoProcessor(do_resize=False)
+        self.video_processor = VideoProcessor()
         check_components(transformer, vae, control, self.prompt_encoder)
 
     # ---------------------------------------------------------------------------------- loading
@@ -242,7 +242,7 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
                 image-to-video, the first few for extension, first and last ([0, -1]) for a loop, any for in-betweening.
                 None: as many of the first as there are latents or video.
             conditioning_latents, conditioning_video: their content: normalised latents (B or 1, C, frames, h, w), or an
-                image or video in any of diffusers' forms, 0 to 1; of the whole clip, or of those frames alone.
+                image or video in any of diffusers' forms, 0 to 1, of any size; of the whole clip, or of those frames alone.
             control: a control branch in place of the pipeline's own.
             control_image, control_video, control_latents: its condition, one of the three: an image for all frames; a
                 video of the clip's length; normalised latents (…, C', t or 1, h, w). One for all prompts, or one each.
@@ -362,7 +362,7 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
         return branch
 
     def _encode_video(self, video: Any, latents: Tensor | None, clip: Bucket) -> Tensor:
-        """The latents of `video`. ValueError: latents are passed too, or it is not of the clip's size."""
+        """The latents of `video`. ValueError: latents are passed too."""
         if latents is not None:
             raise ValueError("give conditioning_latents or conditioning_video, not both")
         onload(self.vae)

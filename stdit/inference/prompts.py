@@ -1,7 +1,8 @@
 """Prompt files, names of output files, and the command line of generation. No torch.
 
 A prompt file is text (one prompt per line) or JSONL (one object per line): `prompt`, and optionally `class`, `seed`,
-`name`. Other keys are copied to the manifest.
+`name`, sizes of its own (`frames`, `height`, `width`, `fps`) and what the video begins with or contains (`image`; or
+`conditioning_video` with `conditioning_frames`). Other keys are copied to the manifest.
 """
 
 from __future__ import annotations
@@ -15,57 +16,109 @@ from operator import index
 from pathlib import Path
 from typing import Any
 
-from stdit.config import GenerateConfig, apply_override, validate
-from stdit.files import parse_jsonl
+from stdit.config import Bucket, GenerateConfig, apply_override, validate
+from stdit.files import parse_jsonl, read_text
 
 # Longest slug of a file name; with index and seed well below the 255 bytes that file systems allow.
 SLUG_LENGTH = 60
 KEYS = ("prompt", "class", "seed", "name")
+# A prompt's own settings, in place of the job's.
+OWN_KEYS = ("frames", "height", "width", "fps", "image", "conditioning_video", "conditioning_frames")
+TEXT_SUFFIXES, JSON_SUFFIXES = ("", ".txt", ".text", ".md"), (".jsonl", ".ndjson")
+MAX_BYTES = 1 << 30
 # Keys of manifest rows that generation writes.
 RESERVED = ("index", "file", "error", "protocol")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt. `class_label`: name or number, for class-conditional runs; `seed`: of its first video."""
+    """A prompt. `class_label`: name or number, for class-conditional runs; `seed`: of its first video.
+
+    frames, height, width, fps: None: the job's. image: path of the first frame. conditioning_video: path of an image or
+    video, whose content the latent frames `conditioning_frames` have (None: as many of the first as it has).
+    """
 
     text: str = ""
     class_label: str | int | None = None
     seed: int = 0
     name: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    fps: float | None = None
+    image: str | None = None
+    conditioning_video: str | None = None
+    conditioning_frames: tuple[int, ...] | None = None
 
     def row(self) -> dict[str, Any]:
         """The row of a manifest or a prompt file; `read_prompts` reads it back."""
-        return {**self.extra, "name": self.name, "prompt": self.text, "class": self.class_label, "seed": self.seed}
+        own = {key: getattr(self, key) for key in OWN_KEYS if getattr(self, key) is not None}
+        if self.conditioning_frames is not None:
+            own["conditioning_frames"] = list(self.conditioning_frames)  # as JSON has it
+        row = {**self.extra, "name": self.name, "prompt": self.text, "class": self.class_label, "seed": self.seed}
+        return {**row, **own}
+
+    def check(self, where: str) -> None:
+        """ValueError, beginning with `where`: sizes that are no whole numbers above 0, files that are not there."""
+        for key in ("frames", "height", "width"):
+            value = getattr(self, key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31):
+                raise ValueError(f"{where}: {key}: expected a whole number above 0, found {value!r}")
+        if self.fps is not None and not 0 < self.fps <= 1000:
+            raise ValueError(f"{where}: fps: expected a number above 0 and at most 1000, found {self.fps!r}")
+        if self.image is not None and self.conditioning_video is not None:
+            raise ValueError(f"{where}: give image or conditioning_video, not both")
+        if self.conditioning_frames is not None and self.conditioning_video is None:
+            raise ValueError(f"{where}: conditioning_frames needs conditioning_video")
+        for key in ("image", "conditioning_video"):
+            path = getattr(self, key)
+            if path is not None and not Path(path).is_file():
+                raise ValueError(
+                    f"{where}: {key}: {path}: {'is not a file' if Path(path).exists() else 'no such file'}"
+                )
 
 
 @dataclass(frozen=True)
 class Item:
-    """One video to generate: the prompt at `index` of the file, and its seed."""
+    """One video to generate: the prompt at `index` of the file, its seed, shape and frame rate."""
 
     index: int
     prompt: Prompt
     seed: int
     file: str
+    shape: Bucket
+    fps: float
 
     def row(self) -> dict[str, Any]:
-        return {"index": self.index, **self.prompt.row(), "seed": self.seed, "file": self.file}
+        size = {"frames": self.shape.frames, "height": self.shape.height, "width": self.shape.width, "fps": self.fps}
+        return {"index": self.index, **self.prompt.row(), "seed": self.seed, "file": self.file, **size}
+
+    @property
+    def batch_key(self) -> tuple[Any, ...]:
+        """Items of one key can be sampled together."""
+        conditions = (self.index,) if self.prompt.conditioning_video else (self.prompt.image is not None,)
+        return (self.shape.key, self.fps, *conditions)
 
 
 def read_prompts(path: Path | str) -> list[Prompt]:
-    """The prompts of a file: JSONL if it ends in .jsonl, else text, whose empty lines are skipped.
+    """The prompts of a file: JSONL (.jsonl, .ndjson), or text (.txt, or no suffix), whose empty lines are skipped.
 
-    ValueError: unreadable, not UTF-8, no prompt in it, or (JSONL) a bad line, with file, line and key.
+    ValueError: of another kind, unreadable, too large, not UTF-8, no prompt in it, or (JSONL) a bad line, with file,
+    line and key.
     """
-    path = Path(path)
+    path, suffix = Path(path), Path(path).suffix.lower()
+    if suffix not in TEXT_SUFFIXES + JSON_SUFFIXES:
+        raise ValueError(
+            f"{path}: prompts are text (.txt, one per line) or JSONL ({', '.join(JSON_SUFFIXES)}), found suffix {suffix!r}"
+        )
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, MAX_BYTES).removeprefix("\ufeff")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     if not text.strip():
         raise ValueError(f"{path}: holds no prompt (0 lines that are not empty)")
-    if path.suffix.lower() != ".jsonl":
+    if suffix not in JSON_SUFFIXES:
         return [Prompt(line.strip()) for line in text.split("\n") if line.strip()]
     return [_parsed(row, f"{path}:{number}") for number, row in parse_jsonl(text)]
 
@@ -73,7 +126,10 @@ def read_prompts(path: Path | str) -> list[Prompt]:
 def _parsed(row: dict[str, Any] | str, where: str) -> Prompt:
     if isinstance(row, str):
         raise ValueError(f"{where}: {row}")
-    kinds = {"prompt": (str,), "class": (str, int), "seed": (int,), "name": (str,)}
+    kinds: dict[str, tuple[type, ...]] = {
+        "prompt": (str,), "class": (str, int), "seed": (int,), "name": (str,), "frames": (int,), "height": (int,),
+        "width": (int,), "fps": (int, float), "image": (str,), "conditioning_video": (str,), "conditioning_frames": (list,),
+    }  # fmt: skip
     for key, kind in kinds.items():
         value = row.get(key)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
@@ -82,8 +138,16 @@ def _parsed(row: dict[str, Any] | str, where: str) -> Prompt:
         raise ValueError(f"{where}: has neither prompt nor class; keys found: {', '.join(map(str, row)) or 'none'}")
     if taken := [key for key in row if key in RESERVED]:
         raise ValueError(f"{where}: key {taken[0]!r} is written by generation; give it another name")
-    extra = {key: value for key, value in row.items() if key not in KEYS}
-    return Prompt(row.get("prompt") or "", row.get("class"), row.get("seed") or 0, row.get("name"), extra)
+    numbers = row.get("conditioning_frames")
+    if numbers is not None and not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+        raise ValueError(f"{where}: conditioning_frames: expected a list of whole numbers, found {numbers!r}")
+    extra = {key: value for key, value in row.items() if key not in KEYS + OWN_KEYS}
+    own = {key: row[key] for key in OWN_KEYS if row.get(key) is not None}
+    if numbers is not None:
+        own["conditioning_frames"] = tuple(numbers)
+    prompt = Prompt(row.get("prompt") or "", row.get("class"), row.get("seed") or 0, row.get("name"), extra, **own)
+    prompt.check(where)
+    return prompt
 
 
 def slug(text: str) -> str:
@@ -95,16 +159,25 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", plain)[:SLUG_LENGTH].strip("-") or "prompt"
 
 
-def items(prompts: Sequence[Prompt], videos_per_prompt: int, suffix: str) -> list[Item]:
+def items(prompts: Sequence[Prompt], videos_per_prompt: int, shape: Bucket | None, fps: float) -> list[Item]:
     """All videos to generate, in the order of the prompts: `videos_per_prompt` each, from consecutive seeds.
 
-    File names begin with the prompt's index, so they are unique whatever the prompts are.
+    shape, fps: of prompts without their own. File names begin with the prompt's index, so they are unique whatever the
+    prompts are. ValueError: neither the prompt nor `shape` says a size.
     """
-    return [
-        Item(i, p, p.seed + k, f"{i:05d}-{slug(p.name or p.text or f'class {p.class_label}')}-seed{p.seed + k}{suffix}")
-        for i, p in enumerate(prompts)
-        for k in range(videos_per_prompt)
-    ]
+    found = []
+    for i, p in enumerate(prompts):
+        size = {key: getattr(p, key) or getattr(shape, key, None) for key in ("frames", "height", "width")}
+        if absent := [key for key, value in size.items() if value is None]:
+            raise ValueError(
+                f"prompt {i}: a saved pipeline does not say what it was trained on; give {', '.join(absent)}"
+            )
+        bucket = Bucket(**size)
+        suffix = ".png" if bucket.frames == 1 else ".mp4"
+        name = slug(p.name or p.text or f"class {p.class_label}")
+        for seed in range(p.seed, p.seed + videos_per_prompt):
+            found.append(Item(i, p, seed, f"{i:05d}-{name}-seed{seed}{suffix}", bucket, float(p.fps or fps)))
+    return found
 
 
 def check_text(text: Any, name: str) -> None:

@@ -66,6 +66,7 @@ class Validator:
     def __init__(self, config: Config, data: TrainData, inputs: Inputs, ranks: Ranks) -> None:
         self.config, self.data, self.inputs, self.ranks = config, data, inputs, ranks
         self._decoder: VideoEncoder | None = None
+        self._remarked = False
 
     def run(self, engine: Engine, ema: EMA, tracker: Tracker, step: int) -> dict[str, float]:
         """{"validation_loss": …} if it is due at `step`, else {}; a sample grid, if it is due, goes to the tracker."""
@@ -79,16 +80,28 @@ class Validator:
                     metrics["validation_loss"] = self.loss(engine.module)
                 if samples and (grid := self.sample_grid(engine.module)) is not None:
                     tracker.image("samples", grid, step)
+                    self._remark_count(tracker)
             engine.module.train()
         return metrics
 
-    def _batches(self, ids: list[int], bucket: Bucket, batch_size: int) -> list[tuple[Batch, Tensor]]:
-        """This rank's batches of `ids`, each with weights (B,): 1 for samples, 0 for padding."""
+    def _remark_count(self, tracker: Tracker) -> None:
+        """Says once if the grid has fewer samples than the config asks for."""
+        asked, buckets = self.config.samples.count, self.config.data.buckets
+        drawn = sum(map(len, select_clips(self.data, self.config, buckets, asked).values()))
+        if drawn < asked and not self._remarked:
+            tracker.print(
+                f"samples.count {asked}: {drawn} are drawn, one for each clip of split {self.config.data.validation_split!r}"
+            )
+        self._remarked = True
+
+    def _batches(self, ids: list[int], bucket: Bucket, batch_size: int, first: int = 0) -> list[tuple[Batch, Tensor]]:
+        """This rank's batches of `ids`, each with weights (B,): 1 for samples, 0 for padding. first: position of the first
+        sample, which decides its noise."""
         batches = []
         for share in shard_batches(len(ids), self.ranks, batch_size):
             samples = [self.data.source.sample(ids[max(n, 0)]) for n in share]
             counts = torch.tensor([float(n != PADDING) for n in share], device=self.ranks.device)
-            batches.append((collate(samples, [max(n, 0) for n in share], bucket), counts))
+            batches.append((collate(samples, [first + max(n, 0) for n in share], bucket), counts))
         return batches
 
     @torch.no_grad()
@@ -120,39 +133,42 @@ class Validator:
         # Captions come from clips of any shape; only a control branch needs clips of the samples' own shape.
         shape = settings.bucket or config.data.buckets[0]
         buckets = [b for b in config.data.buckets if not config.train.control or b.key == shape.key]
-        conditions = next((b for b in buckets if any(select_clips(self.data, config, [b], 1).values())), None)
-        if conditions is None:
+        selected = select_clips(self.data, config, buckets, settings.count)
+        captions = [self.data.source.sample(i).caption for ids in selected.values() for i in ids]
+        if not captions:
             return None
         latent = latent_shape(shape, tuple(self.data.video_encoder["compression"]))
-        ids = select_clips(self.data, config, [conditions], settings.count)[conditions.key]
-        captions = [self.data.source.sample(i).caption for i in ids]
 
         # Micro-conditions of the sampled clip, not of those whose captions it has.
         size = {k: v for k, v in micro_conditions(config.model, shape, 1.0, self.ranks.device).items() if k != "fps"}
         latents = []
-        for batch, _ in self._batches(ids, conditions, conditions.batch_size):
-            start = torch.empty(len(batch), config.model.in_channels, *latent)
-            x = self.inputs.noise(start, "samples", 0, batch.positions)
-            scheduler = make_scheduler(settings.sampler, config.diffusion, latent, config.model.learned_variance)
-            predict = (
-                CachedConditions(model.base, model.control)
-                if isinstance(model, Controlled)
-                else CachedConditions(model)
-            )
-            scale = settings.sampler.guidance_scale if self._conditional else 1.0
-            negative = self.inputs.empty(len(batch)) if scale != 1 else {}
-            velocity = with_scheduler_sign(predict, config.diffusion)
-            steered = guided(velocity, scale, negative or None, channels=settings.sampler.guidance_channels)
-            generators = [torch.Generator().manual_seed(p) for p in batch.positions]
-            condition = batch_conditions(batch, config.model, self.ranks.device)
-            if size:
-                condition["added_cond_kwargs"] = {**condition["added_cond_kwargs"], **size}
-            condition |= self.inputs.control(batch, self.inputs.latents(batch, None), None)
-            part = sample(steered, scheduler, x, settings.sampler.steps, condition, generators)
-            latents.append(self.ranks.all_gather(part).cpu())  # in order of their numbers
+        for bucket in (b for b in buckets if selected.get(b.key)):
+            ids, drawn = selected[bucket.key], []
+            first = sum(map(len, latents))  # each sample has noise of its own
+            for batch, _ in self._batches(ids, bucket, bucket.batch_size, first):
+                start = torch.empty(len(batch), config.model.in_channels, *latent)
+                x = self.inputs.noise(start, "samples", 0, batch.positions)
+                scheduler = make_scheduler(settings.sampler, config.diffusion, latent, config.model.learned_variance)
+                predict = (
+                    CachedConditions(model.base, model.control)
+                    if isinstance(model, Controlled)
+                    else CachedConditions(model)
+                )
+                scale = settings.sampler.guidance_scale if self._conditional else 1.0
+                negative = self.inputs.empty(len(batch)) if scale != 1 else {}
+                velocity = with_scheduler_sign(predict, config.diffusion)
+                steered = guided(velocity, scale, negative or None, channels=settings.sampler.guidance_channels)
+                generators = [torch.Generator().manual_seed(p) for p in batch.positions]
+                condition = batch_conditions(batch, config.model, self.ranks.device)
+                if size:
+                    condition["added_cond_kwargs"] = {**condition["added_cond_kwargs"], **size}
+                condition |= self.inputs.control(batch, self.inputs.latents(batch, None), None)
+                part = sample(steered, scheduler, x, settings.sampler.steps, condition, generators)
+                drawn.append(self.ranks.all_gather(part).cpu())  # in order of their numbers
+            latents.append(torch.cat(drawn)[: len(ids)])  # padding is at the end
         if not self.ranks.is_main:
             return None
-        pixels = self._decode(torch.cat(latents)[: len(ids)])  # padding is at the end
+        pixels = self._decode(torch.cat(latents))
         clips = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()
         return contact_sheet([Cell(*cell) for cell in zip(clips, captions, strict=True)], strip=8)
 

@@ -259,8 +259,11 @@ def test_a_picture_is_brought_to_life() -> None:
         assert np.allclose(draw(pipe, "a", conditioning_video=video, output_type="np"), frames, atol=1e-4)
     longer = draw(pipe, "a", conditioning_frames=[0, 1], conditioning_video=frames, output_type="np", num_frames=4)
     assert np.allclose(longer[:, :2], frames[:, :2], atol=1e-6)
-    with pytest.raises(ValueError, match="conditioning_video is 8x16 .* the clip 16x8"):
-        draw(pipe, "a", conditioning_video=Image.fromarray(pixels.transpose(1, 0, 2)))
+    # Of another size it is stretched, as by diffusers' own pipelines.
+    large = Image.fromarray(pixels).resize((40, 30), Image.Resampling.NEAREST)
+    stretched = draw(pipe, "a", conditioning_video=large, output_type="np")[0, 0]
+    expected = np.asarray(large.resize((8, 16), Image.Resampling.LANCZOS))
+    assert np.array_equal((stretched * 255).round().astype(np.uint8), expected)
 
 
 def test_a_video_autoencoder_takes_a_picture_as_the_first_latent_frame() -> None:

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.forecast import EqualSource, ManifestSource, forecast, memory
+from pipelines.forecast import EqualSource, ManifestSource, forecast
 from pipelines.plan import ResolvedStage, Resources
 from stdit.config import Config, ConfigError, ExtractConfig, TrainConfig, validate
 from stdit.data import manifest
 from stdit.data.extraction import report_lines
+from stdit.training.machine import rank_memory
 
 GIB = 2**30
 
@@ -92,7 +93,7 @@ def test_memory_is_rajbhandaris() -> None:
     sizes = {}
     for zero in (0, 1, 2, 3):
         train = validate({"steps": 1, "precision": "bf16", "zero_stage": zero}, TrainConfig, "test")
-        found = memory(7_500_000_000, train, 64, 0)
+        found = rank_memory(7_500_000_000, train, 64, 0)
         # The paper sums gradients in 16 bits and has no moving average.
         gradients = found.gradients // (2 if zero else 1)
         sizes[zero] = (found.weights + gradients + found.optimizer) / 1e9
@@ -103,7 +104,7 @@ def test_memory_is_rajbhandaris() -> None:
 @given(st.integers(1, 10**9), st.integers(1, 512), st.sampled_from(["fp32", "bf16"]))
 def test_a_higher_zero_stage_never_takes_more(parameters: int, ranks: int, precision: str) -> None:
     totals = [
-        memory(
+        rank_memory(
             parameters, validate({"steps": 1, "precision": precision, "zero_stage": z}, TrainConfig, "t"), ranks, 0
         ).total
         for z in (1, 2, 3)

@@ -1,0 +1,107 @@
+"""Whether this machine can run a config: memory of a rank, precision, attention back end. Checked before a run is begun."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _check_attention_backend_requirements,  # pyright: ignore[reportPrivateUsage]  (what set_attention_backend checks)
+)
+
+from stdit.config import Config, ConfigError, TrainConfig
+from stdit.models.attention import AttentionProcessor
+from stdit.models.cost import parameter_count
+
+# Where the kernel says how much memory a container may take (cgroups 2 and 1).
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank. Activations: of its largest bucket's micro-batch."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.average + self.activations
+
+
+def rank_memory(parameters: int, train: TrainConfig, ranks: int, activations: int = 0) -> Memory:
+    """Bytes of one rank under DeepSpeed: weights, gradients and optimizer state are replicated, or partitioned over `ranks`
+    from ZeRO stage 3, 2 and 1 on (Rajbhandari et al. 2020). What `train.deepspeed` offloads is not taken off."""
+    stage, bf16 = train.zero_stage, train.precision == "bf16"
+
+    def share(bytes_each: int, cut_from: int) -> int:
+        return -(-parameters * bytes_each // (ranks if stage >= cut_from else 1))
+
+    # AdamW's two moments, and the float32 weights that it steps, which without ZeRO in float32 are the weights.
+    master = 4 if bf16 or stage > 0 else 0
+    # bfloat16 gradients are summed up in float32 under ZeRO (stdit.training.deepspeed_config).
+    gradient = 2 if bf16 and stage == 0 else 4
+    return Memory(share(2 if bf16 else 4, 3), share(gradient, 2), share(8 + master, 1), share(4, 1), activations)
+
+
+def check_machine(config: Config, ranks: int) -> None:
+    """Checks what `config` needs of this machine. ConfigError: more memory than there is, a precision or an attention back
+    end that the device lacks. `ranks`: of the run, over all machines."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.train.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise ConfigError(f"train.precision: {torch.cuda.get_device_name()} does not compute in bfloat16; use fp32")
+    _check_memory(config, ranks, device)
+    if config.train.attention_backend is not None:
+        _check_attention_backend(config, device)
+
+
+def _check_memory(config: Config, ranks: int, device: torch.device) -> None:
+    """Weights, gradients and optimizer have to fit; activations come on top and are not counted."""
+    offloads = "offload" in str(config.train.deepspeed)
+    on_host = device.type == "cpu" or offloads
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if on_host else 1
+    available = _host_memory() if on_host else torch.cuda.get_device_properties(device).total_memory
+    parameters = parameter_count(config.model)
+    trained = 0 if config.train.lora or config.train.control else parameters
+    needed = rank_memory(trained, config.train, ranks).total or parameters * 2
+    if needed * local > available:
+        place = "this machine" if on_host else torch.cuda.get_device_name(device)
+        share = f"{local} ranks of {needed / 2**30:,.1f} GiB each" if local > 1 else f"{needed / 2**30:,.1f} GiB"
+        raise ConfigError(
+            f"model: {parameters / 1e6:,.0f} M parameters take {share} for weights, gradients, optimizer and average "
+            f"(ZeRO-{config.train.zero_stage}, {config.train.precision}, {ranks} ranks); {place} has {available / 2**30:,.1f} GiB"
+        )
+
+
+def _host_memory() -> int:
+    """Bytes of memory that this process may use."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in CGROUP_LIMITS:
+        text = path.read_text().strip() if path.is_file() else "max"
+        found = min(found, int(text)) if text.isdigit() else found
+    return found
+
+
+def _check_attention_backend(config: Config, device: torch.device) -> None:
+    """Tries the back end on two tokens, as the model will call it."""
+    assert config.train.attention_backend is not None
+    width, _, heads = config.model.dimensions
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    processor = AttentionProcessor()
+    try:
+        processor._attention_backend = AttentionBackendName(config.train.attention_backend)
+        _check_attention_backend_requirements(processor._attention_backend)
+        x = torch.zeros(1, 2, heads, width // heads, device=device, dtype=dtype)
+        processor(x, x, x)
+    except Exception as error:  # whatever a back end's package raises: it cannot be used here
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"train.attention_backend: {config.train.attention_backend} cannot be used here, on {device.type} in "
+            f"{config.train.precision} ({reason})"
+        ) from error
