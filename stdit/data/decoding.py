@@ -36,6 +36,8 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".ti
 # Formats whose readers run nothing and follow no references (EPS, for one, starts an interpreter).
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 ANIMATED = ("GIF", "PNG", "WEBP")
+# EXIF orientations that swap height and width; numbers that EXIF does not have change nothing.
+TURNED = (5, 6, 7, 8)
 PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 # How the containers begin that decord reads faithfully.
 MATROSKA = b"\x1aE\xdf\xa3"
@@ -208,10 +210,10 @@ class ImageReader(ClipReader):
                 self._image.load()  # a WebP states its duration only then
             # Browsers play a GIF that states no duration at 10 frames a second.
             fps = 1000.0 / (self._image.info.get("duration") or 100.0) if frames > 1 else 0.0
-            upright = self._image.getexif().get(0x0112, 1) < 5
+            turned = self._image.getexif().get(0x0112) in TURNED
         except PILLOW_ERRORS as error:
             raise DecodeError(path, f"not a readable image ({error})") from error
-        width, height = self._image.size if upright else self._image.size[::-1]
+        width, height = self._image.size[::-1] if turned else self._image.size
         super().__init__(path, ClipInfo(frames, fps, height, width))
 
     def _get(self, indices: Sequence[int]) -> np.ndarray:
@@ -243,7 +245,8 @@ class ImageReader(ClipReader):
 
 def open_container(path: Path) -> tuple[Any, Any]:
     """libav's container of `path` and its video stream. DecodeError: it has none; FFmpegError."""
-    container = av.open(str(path), options={"protocol_whitelist": "file"})
+    # Titles are in any encoding.
+    container = av.open(str(path), options={"protocol_whitelist": "file"}, metadata_errors="replace")
     video = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
     if not video or video[0].codec_context is None:
         container.close()
@@ -434,8 +437,8 @@ def _count_frames(path: Path, has_keys: bool, size: int, mtime_ns: int) -> int:
 def closed_gops(path: Path) -> bool:
     """Whether decoding can begin at every key frame: no frame after one is shown before it, and in H.264 each is an IDR."""
     try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
+        container, stream = open_container(path)
+        with container:
             h264 = stream.codec_context.name == "h264"
             key = None
             for packet in container.demux(stream):
@@ -448,7 +451,7 @@ def closed_gops(path: Path) -> bool:
                 elif key is not None and packet.pts < key:
                     return False
             return key is not None
-    except (FFmpegError, IndexError):
+    except (FFmpegError, DecodeError):
         return False
 
 

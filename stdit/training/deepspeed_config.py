@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from stdit.config import ConfigError, TrainConfig, merge
 
@@ -107,7 +110,10 @@ def read_override(train: TrainConfig, generated: dict[str, Any]) -> dict[str, An
         raise ConfigError(
             f"{name}: zero_optimization.stage: {zero['stage']}, but train.zero_stage is {train.zero_stage}"
         )
+    _check_numbers(raw, name)
     _check_zero(zero, name)
+    for section in sorted(set(raw) & {"activation_checkpointing", "aio", "flops_profiler", "comms_logger"}):
+        _check_keys(raw[section], _section_keys(section), f"{name}: {section}")
     return {k: v for k, v in raw.items() if k not in SET_BY_CONFIG}
 
 
@@ -128,18 +134,77 @@ def _check_zero(zero: dict[str, Any], name: str) -> None:
 
     fields = DeepSpeedZeroConfig.model_fields
     known = {*fields, *(f.alias for f in fields.values() if f.alias)}
-    for key in zero:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ConfigError(
-                f"{name}: zero_optimization.{key}: unknown to DeepSpeed{f'; did you mean {near[0]}?' if near else ''}"
-            )
+    _check_keys(zero, known, f"{name}: zero_optimization")
     if zero.get("compute_grad_norm") is False:
         raise ConfigError(f"{name}: zero_optimization.compute_grad_norm: false, but the norm is how a NaN is noticed")
     if (zero.get("offload_optimizer") or {}).get("device") == "nvme":
         raise ConfigError(
             f"{name}: zero_optimization.offload_optimizer.device: nvme keeps master weights out of the EMA's reach; use cpu"
         )
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{name}: zero_optimization.{key}: {first['msg']}; found {first['input']!r}") from error
+
+
+def _section_keys(section: str) -> set[str]:
+    """The keys of a section of DeepSpeed's config, which it reads one by one and else ignores."""
+    set_accelerator()
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
+    from deepspeed.runtime.activation_checkpointing.config import ACT_CHKPT_DEFAULT
+    from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+
+    if section == "flops_profiler":
+        return set(vars(DeepSpeedFlopsProfilerConfig({})))
+    if section == "comms_logger":
+        return set(CommsLoggerConfig.model_fields)
+    return set(ACT_CHKPT_DEFAULT if section == "activation_checkpointing" else AIO_DEFAULT_DICT)
+
+
+def _check_keys(found: Any, known: set[str], where: str) -> None:
+    """ConfigError: no object, or a key that is not `known`."""
+    if not isinstance(found, dict):
+        raise ConfigError(f"{where}: expected an object, found {found!r}")
+    for key in found:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(f"{where}.{key}: unknown to DeepSpeed{f'; did you mean {near[0]}?' if near else ''}")
+
+
+# Sizes and intervals, by how their names end: DeepSpeed takes 0 and hangs, divides by it or ignores the rest.
+SIZES = (
+    "_size",
+    "_numel",
+    "_step",
+    "_steps",
+    "_per_print",
+    "_count",
+    "_depth",
+    "_parallelism",
+    "number_checkpoints",
+    "_factor",
+)
+MAY_BE_ZERO = ("stage3_prefetch_bucket_size", "prefetch_bucket_size", "recompute_fwd_factor")
+
+
+def _check_numbers(value: Any, where: str) -> None:
+    """ConfigError: NaN, infinity, or a size below 1, anywhere below `value`."""
+    if isinstance(value, dict):
+        for key, child in value.items():
+            below = f"{where}.{key}" if ": " in where else f"{where}: {key}"
+            number = isinstance(child, int | float) and not isinstance(child, bool)
+            if number and (
+                not math.isfinite(child)
+                or (key.endswith(SIZES) and key not in MAY_BE_ZERO and child <= 0 and child != -1)
+            ):
+                raise ConfigError(f"{below}: expected a finite number, of sizes above 0; found {child!r}")
+            _check_numbers(child, below)
+    elif isinstance(value, list):
+        for i, child in enumerate(value):
+            _check_numbers({str(i): child}, where)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

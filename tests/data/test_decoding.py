@@ -403,6 +403,31 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
         assert (reader.get([0])[0] == np.rot90(pixels, 3)).all()
 
 
+@pytest.mark.parametrize("orientation", [0, 1, 9, 200])
+def test_orientations_that_exif_does_not_have_change_nothing(tmp_path: Path, orientation: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 9, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    assert (frames_of(tmp_path / "a.png")[0] == pixels).all()
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_title_in_another_encoding_harms_no_clip(tmp_path: Path, decoder: str) -> None:
+    frames = smooth(5, 64, 80)
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "caf#"
+        stream: Any = container.add_stream("libx264rgb", rate=24, options={"qp": "0"})
+        stream.height, stream.width, stream.pix_fmt = 64, 80, "rgb24"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b"caf#", b"caf\xe9"))
+    assert (frames_of(path, decoder=decoder) == frames).all()
+
+
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
 def test_an_animation_is_a_clip(tmp_path: Path, suffix: str) -> None:
     frames = [np.full((8, 8, 3), level, np.uint8) for level in (0, 80, 160, 255)]

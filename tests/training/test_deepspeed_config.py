@@ -44,6 +44,26 @@ def test_raw_settings_are_merged_key_by_key() -> None:
         ({"zero_optimization": 2}, "zero_optimization: expected an object, found 2"),
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "nvme"),
         ({"zero_optimization": {"compute_grad_norm": False}}, "compute_grad_norm: false"),
+        (
+            {"activation_checkpointing": {"cpu_checkpoint": True}},
+            "activation_checkpointing.cpu_checkpoint: unknown to DeepSpeed; did you mean cpu_checkpointing",
+        ),
+        (
+            {"flops_profiler": {"profil_step": 2}},
+            "flops_profiler.profil_step: unknown to DeepSpeed; did you mean profile_step",
+        ),
+        ({"aio": 7}, "aio: expected an object, found 7"),
+        (
+            {"steps_per_print": 0},
+            "train.deepspeed: steps_per_print: expected a finite number, of sizes above 0; found 0",
+        ),
+        (
+            {"zero_optimization": {"reduce_bucket_size": 0}},
+            "zero_optimization.reduce_bucket_size: expected a finite number",
+        ),
+        ({"gradient_predivide_factor": float("nan")}, "gradient_predivide_factor: expected a finite number"),
+        ({"zero_optimization": {"allgather_bucket_size": -5}}, "allgather_bucket_size"),
+        ({"zero_optimization": {"overlap_comm": "maybe"}}, "zero_optimization.overlap_comm: .* found 'maybe'"),
         ({"pipeline": {}}, "pipeline: this part of DeepSpeed is not supported"),
     ],
 )

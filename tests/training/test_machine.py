@@ -52,7 +52,7 @@ def test_what_it_can_run_passes(tmp_path: Path, backend: str | None, precision: 
 def test_the_limit_is_the_memory_that_weights_gradients_and_optimizer_need(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_of(tmp_path / "run")
+    config = config_of(tmp_path / "run", zero_stage=0)
     # float32: weights, gradients, two moments and the average, four bytes each
     needed = 20 * parameter_count(config.model)
     monkeypatch.setattr(machine, "_host_memory", lambda: needed)
