@@ -76,9 +76,11 @@ def _cards(stage: Mapping[str, Any]) -> str:
         value, interval = stage.get(f"{key}_accuracy"), stage["intervals"].get(f"{key}_accuracy")
         count = counts.get("class" if key == name else key)
         below = f"{count} clips, 95 % interval {percent(interval[0])} to {percent(interval[1])}" if interval else ""
+        below = html.escape(stage["absent"].get(f"{key}_accuracy", below))
         cards.append((label, percent(value), below, percent(real.get(f"{key}_accuracy"))))
     distance, reference = stage["frechet_distance"], counts.get("frechet_reference")
     below = f"to {reference} held-out clips, in the classifier's features" if reference else ""
+    below = html.escape(stage["absent"].get("frechet_distance", below))
     cards.append(("Fréchet distance", number(distance), below, number(real.get("frechet_distance"))))
     return "<div class='cards'>" + "".join(
         f"<div class='card'>{html.escape(label)}<b>{value}</b><span class='faint'>{below}<br>real clips: {ceiling}</span></div>"
@@ -94,7 +96,7 @@ def _clips(stage: Mapping[str, Any], pictures: Pictures) -> str:
     note = f" {shared} of {counts['generated']} held-out captions also occur in the train split." if shared else ""
     return (
         f"<h2>Samples for held-out captions</h2>{_image(pictures.animations[name], 'clips, moving')}"
-        "<p class='faint'>The first clips of the prompt file, not selected. Below each: its caption, predicted class and "
+        "<p class='faint'>The first clips of the prompt file, those of different captions first; not selected. Below each: its caption, predicted class and "
         f"predicted direction.{note}</p>"
         "<details><summary>As strips, from the first frame to the last</summary>"
         f"{_image(pictures.sheets[name], 'clips as strips')}</details>"
@@ -129,7 +131,19 @@ def _stage_table(stages: Sequence[Mapping[str, Any]]) -> str:
         "<p class='faint'>classifier: its accuracy on held-out images, an upper bound of the accuracies. Distances are "
         "in the classifier's features: they compare runs on this dataset and are not the FID or KID of the literature. "
         "The Fréchet distance decreases with the number of clips; real clips are measured at the same number.</p>"
+        + _absent(stages)
     )
+
+
+def _absent(stages: Sequence[Mapping[str, Any]]) -> str:
+    """Why metrics of the table were not measured: a line a reason."""
+    places: dict[str, list[str]] = {}
+    for stage in stages:
+        for key, reason in stage["absent"].items():
+            label = key.replace("_", " ").replace("frechet", "Fréchet")
+            places.setdefault(reason, []).append(f"{label} of {stage['name']}")
+    lines = [f"n/a: {', '.join(metrics)}: {reason}." for reason, metrics in places.items()]
+    return f"<p class='faint'>{'<br>'.join(map(html.escape, lines))}</p>" if lines else ""
 
 
 def _metrics_cells(stage: Mapping[str, Any]) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ Reads and writes only: metrics are computed before (stdit.evaluation).
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from pipelines.html import Pictures, render_html
 from stdit.files import atomic_write
 
 REPORT, HTML, PICTURES = "report.json", "report.html", "report"
+# With fewer clips on a side, the kernel distance says nothing: its spread is larger than what it measures.
+LEAST_FOR_KERNEL_DISTANCE = 25
 # Clips on the contact sheet of the last stage, and of earlier ones.
 LAST_CLIPS, EARLIER_CLIPS = 24, 12
 
@@ -51,15 +54,17 @@ def write_report(
 
 
 def stage_report(stage: Stage) -> dict[str, Any]:
-    """A stage in report.json. A metric that was not measured is null, never absent; class accuracy has the name of the
-    class: digit_accuracy. `previous`: metrics of the stage before at this stage's shape."""
+    """A stage in report.json. A metric that was not measured is null, never absent, and `absent` says why; class accuracy
+    has the name of the class: digit_accuracy. `previous`: metrics of the stage before at this stage's shape."""
     metrics: Mapping[str, Any] = stage.get("metrics") or {}
     previous = metrics.get("previous")
+    found = _metrics(metrics)
     return {
         "name": stage["name"],
         "steps": stage["steps"],
         "seconds": None if stage["seconds"] is None else round(stage["seconds"], 1),
-        **_metrics(metrics),
+        **found,
+        "absent": _reasons(metrics, found),
         "confusion": metrics.get("confusion"),
         "previous": {"name": previous["name"], **_metrics(previous)} if previous else None,
         **{key: None if stage.get(key) is None else str(stage[key]) for key in ("run", "checkpoint", "videos")},
@@ -72,8 +77,10 @@ def _metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     renamed = {"class_accuracy": f"{name}_accuracy", "class_confidence": f"{name}_confidence"}
     keys = ("class_accuracy", "class_confidence", "direction_accuracy", "frechet_distance", "kernel_distance")
     intervals: Mapping[str, Any] = metrics.get("intervals") or {}
+    few = (metrics.get("counts") or {}).get("frechet_generated", LEAST_FOR_KERNEL_DISTANCE) < LEAST_FOR_KERNEL_DISTANCE
     return {
         **{renamed.get(key, key): metrics.get(key) for key in keys},
+        **({"kernel_distance": None} if few else {}),
         "classifier_accuracy": metrics.get("classifier_accuracy"),
         "class_name": name,
         "intervals": {f"{name if key == 'class' else key}_accuracy": value for key, value in intervals.items()},
@@ -81,6 +88,38 @@ def _metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "counts": metrics.get("counts"),
         "protocol": metrics.get("protocol"),
     }
+
+
+def _reasons(metrics: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, str]:
+    """Why each metric that is null was not measured."""
+    name = found["class_name"]
+    accuracies = (f"{name}_accuracy", "direction_accuracy")
+    absent = [
+        k for k in (*accuracies, "frechet_distance", "kernel_distance", "classifier_accuracy") if found[k] is None
+    ]
+    if not metrics:
+        return dict.fromkeys(absent, "the plan has no evaluation of this stage")
+    settings: Mapping[str, Any] = metrics.get("settings") or {}
+    counts: Mapping[str, Any] = metrics.get("counts") or {}
+    still = (metrics.get("protocol") or {}).get("frames") == 1
+    no_classifier = metrics.get("classifier_accuracy") is None
+    unclassified = (
+        "class_column is null" if settings and settings.get("class_column") is None
+        else "the train split has fewer than two classes to tell apart"
+    )  # fmt: skip
+    measured = counts.get("frechet_generated", 0)
+    few = f"{counts.get('generated', 0)} generated and {counts.get('real', 0)} held-out clips are too few"
+    least = f"{measured} clips are fewer than the {LEAST_FOR_KERNEL_DISTANCE} that it takes"
+    reasons = {
+        f"{name}_accuracy": unclassified if no_classifier else "no prompt has a class",
+        "direction_accuracy": "stills do not move" if still
+        else "direction_column is null" if settings and settings.get("direction_column") is None
+        else "no prompt has a direction",
+        "frechet_distance": f"it needs a classifier: {unclassified}" if no_classifier else few,
+        "kernel_distance": f"it needs a classifier: {unclassified}" if no_classifier else least if measured >= 2 else few,
+        "classifier_accuracy": unclassified,
+    }  # fmt: skip
+    return {key: reasons[key] for key in absent}
 
 
 def _draw(folder: Path, stages: Sequence[Stage]) -> Pictures:
@@ -97,7 +136,8 @@ def _draw(folder: Path, stages: Sequence[Stage]) -> Pictures:
         if not stage.get("videos"):
             continue
         name, last = stage["name"], i == len(stages) - 1
-        clips, _ = read_generated(Path(stage["videos"]), LAST_CLIPS if last else EARLIER_CLIPS)
+        clips, _ = read_generated(Path(stage["videos"]))
+        clips = _different_captions_first(clips)[: LAST_CLIPS if last else EARLIER_CLIPS]
         rows = {row["file"]: row for row in (stage.get("metrics") or {}).get("clips", [])}
         cells = [cell_of(clip.frames, rows.get(clip.file, {"prompt": clip.prompt})) for clip in clips]
         pictures.sheets[name] = folder / f"{name}.png"
@@ -105,3 +145,13 @@ def _draw(folder: Path, stages: Sequence[Stage]) -> Pictures:
         write_png(pictures.sheets[name], contact_sheet(cells))
         write_gif(pictures.animations[name], moving_sheet(cells), float(clips[0].row.get("fps") or 8))
     return pictures
+
+
+def _different_captions_first(clips: Sequence[Any]) -> list[Any]:
+    """The first clip of each caption, then the second of each, and so on, in their order: a sheet of many captions."""
+    seen: Counter[str] = Counter()
+    numbered = []
+    for clip in clips:
+        numbered.append((seen[clip.prompt], clip))
+        seen[clip.prompt] += 1
+    return [clip for _, clip in sorted(numbered, key=lambda pair: pair[0])]

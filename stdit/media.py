@@ -17,9 +17,10 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from stdit.files import atomic_path
+from stdit.lettering import Lettering
 
 Frames = NDArray[np.uint8]  # (T, H, W, 3), or (T, H, W) grey
 
@@ -193,7 +194,7 @@ def _page(cells: Sequence[Cell], pictures: Sequence[Image.Image], columns: int) 
     """Plates in rows, each a picture with its caption and verdict below; all plates are of one size."""
     if not cells:
         raise ValueError("a sheet needs at least one clip, found 0")
-    font, small = _font(12), _font(11)
+    font, small = Lettering(12), Lettering(11)
     width = max(max(p.width for p in pictures), 110) + 2 * GAP
     tall = max(p.height for p in pictures)
     wrapped = [_wrap(cell.caption, font, width - 2 * GAP) for cell in cells]
@@ -209,10 +210,10 @@ def _page(cells: Sequence[Cell], pictures: Sequence[Image.Image], columns: int) 
         draw.rounded_rectangle((x, y, x + width - 1, y + height - 1), 6, PLATE)
         page.paste(picture, (x + (width - picture.width) // 2, y + GAP))
         for k, line in enumerate(lines):
-            draw.text((x + GAP, y + tall + GAP + 6 + 16 * k), line, TEXT, font)
+            font.draw(draw, (x + GAP, y + tall + GAP + 6 + 16 * k), line, TEXT)
         colour = FAINT if cell.right is None else RIGHT if cell.right else WRONG
         verdict = _wrap(cell.verdict, small, width - 2 * GAP)[:1]
-        draw.text((x + GAP, y + height - GAP - 14), verdict[0] if verdict else "", colour, small)
+        small.draw(draw, (x + GAP, y + height - GAP - 14), verdict[0] if verdict else "", colour)
     return page
 
 
@@ -241,14 +242,7 @@ def _strip(frames: Frames, side: int, count: int) -> Image.Image:
     return strip
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which matplotlib ships: captions may be in Greek, Cyrillic or Arabic."""
-    from matplotlib import get_data_path
-
-    return ImageFont.truetype(Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def _wrap(text: str, font: Lettering, width: int) -> list[str]:
     """`text` in at most CAPTION_LINES lines of `width` pixels, an ellipsis where it is cut; long words are broken."""
     lines: list[str] = []
     line = ""

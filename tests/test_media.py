@@ -9,9 +9,10 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from stdit.data.decoding import open_clip
+from stdit.lettering import Lettering
 from stdit.media import (
     BT709,
     Cell,
@@ -145,6 +146,24 @@ def test_a_gif_has_a_page_for_each_frame_of_the_longest_clip(tmp_path: Path) -> 
 def test_pixels_are_enlarged_by_whole_factors() -> None:
     page = np.asarray(contact_sheet([Cell(clip_of(1), "")], side=72).convert("L"))
     assert (page == 255).sum() == 81  # One bright pixel, nine times as wide and as high.
+
+
+@pytest.mark.parametrize(
+    "text", ["赤いボール", "한국어", "中文标题", "🎈🚀", "हिन्दी", "ไทย", "العربية", "Ελληνικά", "кириллица", "plain"]
+)
+def test_captions_of_any_script_have_their_glyphs(text: str) -> None:
+    def ink(text: str) -> np.ndarray:
+        image = Image.new("L", (200, 20))
+        lettering = Lettering(12)
+        lettering.draw(ImageDraw.Draw(image), (2, 2), text, "white")
+        assert 0 < lettering.getlength(text) < 196
+        return np.asarray(image)
+
+    pictures = [ink(character) for character in dict.fromkeys(text)]
+    missing = ink("\U0010fffd")  # private use: no font has it
+    for i, picture in enumerate(pictures):
+        assert picture.any() or text[i] in "ुिी्ั็่"
+        assert not np.array_equal(picture, missing)
 
 
 def test_a_large_clip_is_shrunk_and_a_long_caption_cut() -> None:

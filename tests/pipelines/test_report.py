@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from pipelines.html import duration
-from pipelines.report import write_report
+from pipelines.report import _different_captions_first, write_report
+from stdit.evaluation.generated import read_generated
 from stdit.evaluation.pictures import cell_of, loss_curves, read_losses, smooth
 from stdit.evaluation.tables import number, percent
 
@@ -136,6 +137,30 @@ def test_a_plan_without_metrics_says_so(stages, tmp_path: Path) -> None:
             assert stage[key] is None
     assert "n/a" in paths["html"].read_text()
     assert paths["sheet"].is_file()
+
+
+def test_every_metric_that_is_not_there_has_its_reason(stages, tmp_path: Path) -> None:
+    stages[0]["metrics"] |= {"direction_accuracy": None, "protocol": {"frames": 1}}
+    stages[1]["metrics"]["counts"] |= {"frechet_generated": 5}
+    stages.append({**stages[1], "name": "last", "metrics": None, "videos": None})
+    paths = write_report(tmp_path / "out", "plan", stages, 1)
+    images, clips, last = json.loads(paths["report"].read_text())["stages"]
+    assert images["absent"] == {"direction_accuracy": "stills do not move"}
+    assert clips["kernel_distance"] is None
+    assert clips["absent"] == {"kernel_distance": "5 clips are fewer than the 25 that it takes"}
+    assert set(last["absent"].values()) == {"the plan has no evaluation of this stage"}
+    page = paths["html"].read_text()
+    assert "n/a: direction accuracy of images: stills do not move." in page
+    assert "kernel distance of clips: 5 clips are fewer" in page
+    for stage in (images, clips, last):
+        nulls = [k for k, v in stage.items() if v is None and k.endswith(("_accuracy", "_distance"))]
+        assert set(nulls) == set(stage["absent"])
+
+
+def test_a_sheet_shows_different_captions_first(tmp_path: Path) -> None:
+    folder = save_videos(tmp_path / "videos", ["a", "a", "a", "b", "b", "c"])
+    clips, _ = read_generated(folder)
+    assert [clip.prompt for clip in _different_captions_first(clips)] == ["a", "b", "c", "a", "b", "a"]
 
 
 def test_a_plan_without_videos_has_curves_alone(stages, tmp_path: Path) -> None:
