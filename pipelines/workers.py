@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -56,6 +57,7 @@ def _init(init: Callable[..., Any], num_cpus: int | None) -> Literal["joined", "
     if address:
         init(address=address, **quiet)
         return "joined"
+    _own_token()
     # A bare ray.init() would attach to whatever Ray runs on this machine.
     init(
         address="local",
@@ -65,6 +67,15 @@ def _init(init: Callable[..., Any], num_cpus: int | None) -> Literal["joined", "
         **quiet,
     )
     return "started"
+
+
+def _own_token() -> None:
+    """Gives a local Ray a token of its own, for this process and its children: Ray would else leave one in
+    ~/.ray/auth_token, which every user of the machine could read."""
+    told = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    disabled = os.environ.get("RAY_AUTH_MODE", "token").lower() != "token"
+    if not (told or disabled or (Path.home() / ".ray" / "auth_token").exists()):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 @contextmanager

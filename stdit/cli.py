@@ -101,14 +101,20 @@ def _convert(arguments: list[str]) -> int | None:
     from stdit.arguments import convert
 
     convert("stdit convert").parse_args(arguments)
-    return _main("stdit.weights.convert", arguments)
+    from stdit.training.adapters import full_model
+    from stdit.weights.convert import main
+
+    return main(arguments, full_model)
 
 
 def _transfer(arguments: list[str]) -> int | None:
     from stdit.arguments import transfer
 
     transfer("stdit transfer").parse_args(arguments)
-    return _main("stdit.weights.transfer", arguments)
+    from stdit.training.adapters import full_model
+    from stdit.weights.transfer import main
+
+    return main(arguments, full_model)
 
 
 def _summary(arguments: list[str]) -> int | None:

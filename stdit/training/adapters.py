@@ -7,6 +7,9 @@ loads both.
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,6 +199,27 @@ def resolve_weights(source: Path, weights: Weights) -> Path:
             f"{source} trained a control branch, not a model; start from its base, {checkpoint.identity_beside(folder)['base']['folder']}"
         )
     return folder
+
+
+@contextmanager
+def full_model(source: Path, weights: Weights = "ema") -> Iterator[Path]:
+    """`source`; or, of a LoRA run, its checkpoint or its adapters, a temporary folder with them merged into their base.
+
+    ConfigError: a control run, whose base is the model; a base that is gone or changed.
+    """
+    try:
+        kind = "lora" if lora.is_adapter(source) else checkpoint.trained_kind(checkpoint.read_identity(source))
+    except checkpoint.CheckpointError as error:
+        raise ConfigError(str(error)) from error
+    except (ConfigError, OSError):  # weights of others, which know no runs
+        kind = "transformer"
+    if kind == "transformer":
+        yield source
+        return
+    model = load_merged(resolve_weights(source, weights))
+    with tempfile.TemporaryDirectory(prefix="stdit-merged-") as folder:
+        model.save_pretrained(folder)
+        yield Path(folder)
 
 
 def resolve_lora(source: Path, weights: Weights = "ema") -> Path:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -307,14 +308,26 @@ def _write(model: STDiT, state: dict[str, Tensor], layout: Layout, out: Path) ->
 # ----------------------------------------------------------------------------------- command line
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+# Takes SOURCE and "ema" or "model", and yields a folder or file that `load_published` reads.
+OpenSource = Callable[[Path, Any], AbstractContextManager[Path]]
+
+
+@contextmanager
+def open_as_is(source: Path, weights: Any) -> Iterator[Path]:
+    """`source` itself."""
+    yield source
+
+
+def main(argv: Sequence[str] | None = None, open_source: OpenSource = open_as_is) -> int:
+    """open_source: yields the weights to read for SOURCE (`stdit` merges LoRA runs: stdit.training.adapters.full_model)."""
     args = arguments.convert().parse_args(argv)
     ema = None if args.weights is None else args.weights == "ema"
     try:
         overrides: dict[str, Any] = {}
         for text in args.overrides:
             overrides = apply_override(overrides, text)
-        print(printable(convert(args.source, args.out, args.layout, overrides, ema)))
+        with open_source(args.source, args.weights or "ema") as source:
+            print(printable(convert(source, args.out, args.layout, overrides, ema)))
     except (ConfigError, ValueError, OSError) as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         return 2

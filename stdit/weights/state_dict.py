@@ -101,10 +101,13 @@ def _find_weights(folder: Path, ema: bool | None) -> Path:
     for name in (TRANSFORMER,) if ema is False else (EMA_TRANSFORMER, TRANSFORMER):
         if (folder / name).is_dir():
             return _find_weights(folder / name, ema)
-    if checkpoints := sorted(
-        folder.glob("checkpoints/step-*/manifest.json")
-    ):  # written last, so the checkpoint is complete
-        return _find_weights(checkpoints[-1].parent, ema)
+    complete = [
+        path.parent
+        for path in folder.glob("checkpoints/step-*/manifest.json")  # written last
+        if re.fullmatch(r"step-\d{8,}", path.parent.name)
+    ]
+    if complete:
+        return _find_weights(max(complete, key=lambda path: int(path.name.removeprefix("step-"))), ema)
     for name in ("lora", "control"):
         if (folder / name).is_dir():
             raise ValueError(

@@ -41,7 +41,7 @@ from stdit.config import ConfigError, ModelConfig, Transition, apply_override, r
 from stdit.files import atomic_folder, printable
 from stdit.models.stdit import STDiT
 from stdit.weights import transitions
-from stdit.weights.convert import load_published
+from stdit.weights.convert import OpenSource, load_published, open_as_is
 from stdit.weights.layouts.original import NULL_CAPTION
 
 # The timestep at which per-block and shared modulation agree after adaln_to_single (PixArt-α, section 2.3).
@@ -362,12 +362,12 @@ def _format_indices(blocks: list[int]) -> str:
 # ----------------------------------------------------------------------------------- command line
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, open_source: OpenSource = open_as_is) -> int:
+    """open_source: yields the weights to read for SOURCE (`stdit` merges LoRA runs: stdit.training.adapters.full_model)."""
     args = arguments.transfer().parse_args(argv)
     try:
-        print(
-            printable(transfer_file(args.source, args.out, args.config, args.overrides, tuple(args.allow), args.seed))
-        )
+        with open_source(args.source, "ema") as source:
+            print(printable(transfer_file(source, args.out, args.config, args.overrides, tuple(args.allow), args.seed)))
     except (ConfigError, ValueError, OSError) as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         return 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from pipelines.plan import Resources
 from pipelines.progress import Clock, StepLine
 from stdit.config import Config, validate
 from stdit.training.distributed import STOPPED
+from tests.support.paths import ROOT
 
 
 def test_a_worker_gets_its_threads_and_its_accelerator() -> None:
@@ -102,3 +105,18 @@ def test_progress_tells_new_steps_only(tmp_path: Path, capsys) -> None:
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 2
     assert "s: step 60/100, loss not a number, " in told[1]
+
+
+@pytest.mark.ray
+def test_a_local_ray_leaves_nothing_in_the_home_folder(tmp_path: Path) -> None:
+    script = (
+        "import ray\nfrom pipelines import workers\nassert workers.connect(1) == 'started'\n"
+        "print(ray.get(ray.remote(lambda: 6 * 7).remote()))\nworkers.disconnect()\n"
+    )
+    own = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment = {**own, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.split() == ["42"], done.stderr
+    assert not (tmp_path / ".ray").exists()

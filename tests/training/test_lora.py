@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from stdit import cli
 from stdit.config import Config, ConfigError, merge, validate
 from stdit.models import lora
 from stdit.models.stdit import STDiT
@@ -170,6 +171,17 @@ def test_a_run_begins_from_an_adapter_as_from_a_model(solo: Pool, base: Path, tm
         "lora_ema"
     )
     adapters.load_trained(checkpoint.find_weights(tmp_path / "again"))
+
+    # `stdit transfer` and `stdit convert` take what init.source takes: the adapters, merged into their base.
+    merged = adapters.load_merged(checkpoint.find_weights(tmp_path / "lora")).state_dict()
+    for source, out in ((tmp_path / "lora", "run"), (place(tmp_path / "lora", 3), "checkpoint")):
+        assert cli.main(["transfer", str(source), "--to", str(tmp_path / out)]) == 0
+        found = STDiT.from_pretrained(tmp_path / out).state_dict()
+        assert all(torch.equal(found[name], weight) for name, weight in merged.items())
+    assert cli.main(["convert", str(tmp_path / "lora"), "--to", str(tmp_path / "ours")]) == 2  # our own layout already
+    assert cli.main(["convert", str(tmp_path / "lora"), "--to", str(tmp_path / "ours"), "--set", "drop_path=0.1"]) == 0
+    found = STDiT.from_pretrained(tmp_path / "ours").state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in merged.items())
 
 
 def test_another_base_is_noticed(solo: Pool, base: Path, tmp_path: Path) -> None:
