@@ -167,7 +167,9 @@ def items(prompts: Sequence[Prompt], videos_per_prompt: int, shape: Bucket | Non
     """
     found = []
     for i, p in enumerate(prompts):
-        size = {key: getattr(p, key) or getattr(shape, key, None) for key in ("frames", "height", "width")}
+        size: dict[str, Any] = {
+            key: getattr(p, key) or getattr(shape, key, None) for key in ("frames", "height", "width")
+        }
         if absent := [key for key, value in size.items() if value is None]:
             raise ValueError(
                 f"prompt {i}: a saved pipeline does not say what it was trained on; give {', '.join(absent)}"
