@@ -56,7 +56,7 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
 
     from stdit.data.loader import Loader
     from stdit.training import resume
-    from stdit.training.data import open_data
+    from stdit.training.data import describe_data, open_data
     from stdit.training.derive import complete
     from stdit.training.distributed import sequence_group, world_size
     from stdit.training.ema import EMA
@@ -83,6 +83,7 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
         ranks.broadcast(lambda: resume.write_config(config))
         tracker = stack.enter_context(closing(Tracker(config, state.step, ranks.is_main)))
         tracker.print(describe(config, state, ranks))
+        tracker.print(describe_data(config, data))
         model = resume.build_model(config, state, ranks, tracker.print)
         model = prepare(model, config, ranks.device, sequence_group(ranks))
         engine = Engine(model, config, ranks, state.needs_conversion(config.train.zero_stage, ranks.size))

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from diffusers.models.attention_dispatch import AttentionBackendName
 
-from stdit.config import Config, ConfigError, ModelConfig, latent_shape, token_grid
+from stdit.config import Bucket, Config, ConfigError, ModelConfig, latent_shape, token_grid
 from stdit.data.features import EmptyCaption, FeatureSet
 from stdit.data.loader import Loader, Source, Synthetic
 from stdit.diffusion.schedulers import check_sampler
 from stdit.encoders.video import PixelAutoencoder, VideoEncoder
+from stdit.models.cost import parameter_count
 from stdit.training.adapters import check_lora_targets
 from stdit.training.deepspeed_config import make_deepspeed_config
 from stdit.training.tracking import check_trackers
@@ -137,6 +138,21 @@ def _check_text(model: ModelConfig, text: dict[str, Any] | None, where: str) -> 
     if model.pooled_dim is not None and pooled != model.pooled_dim:
         found = f"pooled vectors {pooled} wide" if pooled else "no pooled vectors (pooled: true of a CLIP encoder)"
         raise ConfigError(f"model.pooled_dim is {model.pooled_dim}, but {where} has {found}")
+
+
+def describe_data(config: Config, data: TrainData) -> str:
+    """For the log: parameters, training clips by bucket, and the buckets of the features that are not trained on."""
+    line = f"{parameter_count(config.model) / 1e6:,.2f} M parameters"
+    if not isinstance(config.data.features, Path):
+        return f"{line}, random data"
+    extracted = [Bucket.parse(key) for key in data.source.index["buckets"]]  # pyright: ignore[reportAttributeAccessIssue]
+    trained = {bucket.key for bucket in config.data.buckets}
+    clips = {
+        key: len(ids) for key, ids in data.source.select(config.data.train_split, extracted, config.data.where).items()
+    }
+    counts = ", ".join(f"{key} {clips[key]:,}" for key in clips if key in trained)
+    left_out = ", ".join(f"{key} ({count:,} clips)" for key, count in clips.items() if key not in trained and count)
+    return f"{line}; training clips by bucket: {counts}" + (f"; not trained on: {left_out}" if left_out else "")
 
 
 def _frame_rates(config: Config, source: Source) -> dict[str, int]:

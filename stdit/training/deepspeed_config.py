@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from stdit.config import ConfigError, TrainConfig, merge
+from stdit.files import MAX_JSON_BYTES, read_text
 
 # DeepSpeed's keys that our config sets, and the key that sets them.
 SET_BY_CONFIG = {
@@ -215,7 +216,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+        raw = json.loads(read_text(path, MAX_JSON_BYTES), object_pairs_hook=once)
     except OSError as error:
         raise ConfigError(f"train.deepspeed: {path}: cannot be read ({error})") from error
     except ValueError as error:

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from stdit import extract
 from stdit.config import Bucket, ConfigError, merge
 from stdit.data.features import EmptyCaption
+from stdit.models.stdit import STDiT
 from stdit.training import data as train_data
+from tests.support import clip_folder
 from tests.support.rank_jobs import config_of, settings
 
 TOLD = {"class": "T5", "dim": 4096, "max_text_tokens": 120}
@@ -114,3 +117,26 @@ def test_a_sampler_of_another_objective_is_refused() -> None:
         ConfigError, match=r"flow_euler draws from objective flow; this run's diffusion.objective is ddpm"
     ):
         config_of(merge(settings("runs/x"), {"diffusion": {"objective": "ddpm"}, "samples": {"every": 1}}))
+
+
+def test_the_log_says_parameters_clips_frame_rates_and_the_buckets_left_out(tmp_path: Path) -> None:
+    features = extract.run(clip_folder.config(tmp_path, clip_folder.rows(tmp_path, 6)))
+    sizes = {"hidden_size": 32, "depth": 2, "num_heads": 2, "in_channels": 3, "text_dim": 16, "max_text_tokens": 24}
+    config = config_of(
+        {
+            "run_dir": "runs/x",
+            "model": sizes,
+            "data": {
+                "features": str(features),
+                "buckets": [{"frames": f, "height": 16, "width": 16, "batch_size": 1} for f in (1, 5)],
+            },
+            "train": {"steps": 1},
+        }
+    )
+    data = train_data.open_data(config)
+    assert data.frame_rates == {"24": 1}
+    parameters = sum(p.numel() for p in STDiT.from_settings(config.model).parameters())
+    assert train_data.describe_data(config, data) == (
+        f"{parameters / 1e6:.2f} M parameters; training clips by bucket: 1x16x16 2, 5x16x16 1; "
+        "not trained on: 5x16x32 (1 clips)"
+    )
