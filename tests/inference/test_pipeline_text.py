@@ -19,7 +19,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from transformers import PreTrainedModel
 
 from stdit import extract
-from stdit.config import DiffusionConfig
+from stdit.config import Bucket, DiffusionConfig
 from stdit.data.features import FeatureSet
 from stdit.encoders.text_loading import components, load_text_encoder
 from stdit.generate import _notes
@@ -168,7 +168,8 @@ def test_a_converted_sd3_draws_what_sd3s_own_pipeline_draws(negative: str | None
 
 
 def test_a_prompt_that_an_encoder_cuts_is_noted(pipe: STDiTPipeline) -> None:
-    items = [Item(i, Prompt(text), 0, f"{i}.mp4") for i, text in enumerate(["a seven", "a caption of more letters"])]
+    shape, texts = Bucket(frames=4, height=16, width=16), ["a seven", "a caption of more letters"]
+    items = [Item(i, Prompt(text), 0, f"{i}.mp4", shape, 8) for i, text in enumerate(texts)]
     assert [(o.file, o.note) for o in _notes(pipe, items)] == [("1.mp4", f"caption of 23 tokens cut to {LENGTH}")]
 
 

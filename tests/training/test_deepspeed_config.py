@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,9 @@ def test_a_file_is_named_in_what_is_said_of_it(tmp_path: Path) -> None:
             made(path)
     with pytest.raises(ConfigError, match="gone.json: cannot be read"):
         made(tmp_path / "gone.json")
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ConfigError, match="pipe.json: cannot be read"):
+        made(tmp_path / "pipe.json")
 
 
 def test_every_key_on_our_lists_is_one_that_deepspeed_reads() -> None:
