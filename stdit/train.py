@@ -71,9 +71,9 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
     config = complete(config)
     config.train.data_ranks(world_size())  # checked before any work
     data = open_data(config)
-    check_machine(config, world_size())
     if resume.is_finished(config, data, world_size()):
         return config.run_dir
+    check_machine(config, world_size())
     ranks = init_distributed(config.train.sequence_parallel)
     steps, accumulation = config.train.steps, config.train.gradient_accumulation
 
