@@ -99,11 +99,12 @@ def _text_tokens(config: Config, source: Source) -> int:
     """Mean length of a training caption, in tokens; 0 for models without text."""
     if config.model.text_dim is None:
         return 0
-    if not isinstance(source, FeatureSet):
+    lengths = getattr(source, "text_lengths", None)
+    if lengths is None:  # random data
         return config.model.max_text_tokens
     data = config.data
     chosen = source.select(data.train_split, data.buckets, data.where)
-    return round(float(source.text_lengths(np.concatenate(list(chosen.values()))).mean()))
+    return round(float(lengths(np.concatenate(list(chosen.values()))).mean()))
 
 
 def check_sequence_parallel(config: Config, latents: dict[str, tuple[int, int, int]]) -> None:
