@@ -51,6 +51,8 @@ QKV = tuple[Tensor, Tensor, Tensor]
 
 def share(count: int, ranks: int) -> list[int]:
     """`count` things over `ranks` ranks, the first of which have one more where it does not divide."""
+    # range() makes numbers of a compiled graph's symbols: exchanges of symbolic sizes take minutes to trace.
+    count, ranks = len(range(count)), len(range(ranks))
     return [count // ranks + (rank < count % ranks) for rank in range(ranks)]
 
 

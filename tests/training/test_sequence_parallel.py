@@ -74,9 +74,14 @@ def test_two_ranks_that_share_each_clip_train_as_one(
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize(("degree", "data_ranks"), [(1, 4), (2, 2), (4, 1)])
 def test_four_ranks_divided_in_any_way_train_as_one(
-    quad: Pool, solo: Pool, kind: str, stage: int, degree: int, data_ranks: int, tmp_path: Path
+    quad: Pool, pair: Pool, solo: Pool, kind: str, stage: int, degree: int, data_ranks: int, tmp_path: Path
 ) -> None:
-    expected = solo(train_steps, run_settings(tmp_path / "alone", kind, 0, 1, batch=4), STEPS)[0]
+    # The compute loss of a dynamic model is that of a rank's micro-batch: it depends on data parallelism.
+    others = data_ranks if kind.startswith("dynamic") else 1
+    if others == 4:
+        pytest.skip("four data-parallel ranks have nothing to be compared with")
+    pool = pair if others == 2 else solo
+    expected = pool(train_steps, run_settings(tmp_path / "alone", kind, 0, 1, others, batch=4), STEPS)[0]
     found = quad(train_steps, run_settings(tmp_path, kind, stage, degree, data_ranks, batch=4), STEPS)[0]
     assert_equal(found, expected)
 
@@ -264,13 +269,25 @@ def test_in_bfloat16_it_stays_near_float32(
     assert found["norms"] == pytest.approx(expected["norms"], rel=5e-2)
 
 
+def compiled_steps(data: dict[str, Any], count: int) -> dict[str, Any]:
+    """`train_steps` with blocks traced and differentiated as for a compiler, and run without one, which takes minutes."""
+    from stdit.models.blocks import COMPILE_OPTIONS
+
+    COMPILE_OPTIONS["backend"] = "aot_eager"
+    try:
+        return train_steps(data, count)
+    finally:
+        del COMPILE_OPTIONS["backend"]
+        torch._dynamo.reset()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "stage"), [("factorized", 1), ("full", 2), ("factorized", 3)])
+@pytest.mark.parametrize(("kind", "stage"), [("factorized", 1), ("full", 2)])
 def test_it_goes_with_compiled_blocks(
     pair: Pool, alone: Callable[..., dict[str, Any]], kind: str, stage: int, tmp_path: Path
 ) -> None:
-    found = pair(train_steps, run_settings(tmp_path, kind, stage, 2, train={"compile": True}), STEPS)[0]
-    assert_equal(found, alone(kind))
+    data = run_settings(tmp_path, kind, stage, 2, train={"compile": True})
+    assert_equal(pair(compiled_steps, data, STEPS)[0], alone(kind))
 
 
 @pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
