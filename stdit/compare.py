@@ -38,6 +38,7 @@ h1 { margin: 0; font-size: 1.8rem; } h2 { margin: 2.2rem 0 .6rem; font-size: 1.2
 th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; } th { color: var(--faint); font-weight: 600; }
 img { max-width: 100%; height: auto; border-radius: 8px; display: block; margin: .6rem 0; }
+.clips { display: flex; flex-wrap: wrap; gap: 1.2rem; } figure { margin: 0; max-width: 32rem; }
 pre { white-space: pre-wrap; font-size: .82rem; } summary { cursor: pointer; color: var(--faint); }
 """
 
@@ -179,12 +180,13 @@ def _clips(runs: Sequence[RunResults], pairs: Sequence[Pair], count: int) -> str
         gif = gif_of([Cell(frames_of(file), name) for name, file in pair.files.items()])
         prompt = html.escape(pair.prompt)
         parts.append(
-            f"<p>{prompt} <span class='faint'>seed {pair.seed}</span></p><img src='{_url(gif, 'image/gif')}' alt='{prompt}'>"
+            f"<figure><img src='{_url(gif, 'image/gif')}' alt='{prompt}'>"
+            f"<figcaption>{prompt} <span class='faint'>seed {pair.seed}</span></figcaption></figure>"
         )
     absent = ", ".join(html.escape(run.name) for run in runs if run.videos is None)
     return (
         f"<h2>The same requests</h2><p class='faint'>The first {min(count, len(pairs))} of {len(pairs)} requests (prompt and seed) that all "
-        f"runs answered, not selected.{f' Without clips: {absent}.' if absent else ''}</p>{''.join(parts)}"
+        f"runs answered, not selected.{f' Without clips: {absent}.' if absent else ''}</p><div class='clips'>{''.join(parts)}</div>"
     )
 
 

@@ -76,7 +76,8 @@ class ReferenceConfig(Frozen):
     split: str | None = None
     """Split of a manifest; null: all."""
     crop: bool = False
-    """Resizes and centre-crops media, and takes the first frames, to the shape of the generated ones."""
+    """Resizes and centre-crops media, and takes the first frames, to the shape of the generated ones. Smaller and shorter media
+    are left out and counted; where at least half of the rest have exactly that shape, only those are taken."""
 
 
 class ScoreConfig(Frozen):

@@ -7,7 +7,6 @@ A run is named by any folder of its results: what `stdit evaluate --config` wrot
 from __future__ import annotations
 
 import io
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,10 +19,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from stdit import metrics_log
-from stdit.config import Bucket, Config, ConfigError, latent_shape, load_config, token_grid
+from stdit.config import Bucket, Config, ConfigError, latent_shape, load_config, read_json, token_grid
 from stdit.evaluation.media_set import MANIFEST, read_frames
 from stdit.evaluation.pictures import smooth
-from stdit.evaluation.scores import SCORES
+from stdit.evaluation.scores import SCORES, ScoresFile
 from stdit.files import read_jsonl
 from stdit.media import Cell, moving_sheet, write_gif
 from stdit.models.cost import model_cost
@@ -51,7 +50,7 @@ def find_results(path: Path, name: str) -> RunResults:
     run_dir = videos = None
     if scores is not None:
         subject = scores["subject"]
-        videos, run_dir = Path(subject["generated"]), _run_of(subject.get("run"))
+        videos, run_dir = Path(str(subject.get("generated"))), _run_of(subject.get("run"))
     elif (path / metrics_log.FILE).is_file():
         run_dir = path
         # As a plan lays them out, or beside the run's own files.
@@ -71,16 +70,7 @@ def find_results(path: Path, name: str) -> RunResults:
 
 
 def _read_scores(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        values = [(s["value"], s["interval"], s["protocol"], s["better"]) for s in found["scores"].values()]
-        assert len(values) == len(found["scores"])
-        found["subject"]["generated"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not written by stdit evaluate, or damaged ({error})") from error
-    return found
+    return read_json(path, ScoresFile) if path.is_file() else None
 
 
 def _run_of(text: Any) -> Path | None:

@@ -40,13 +40,15 @@ class Medium:
 
 @dataclass(frozen=True)
 class MediaSet:
-    """Media of one shape. `shape`: of all of them, after cropping. rows: of stdit.generate's manifest, one for each."""
+    """Media of one shape. `shape`: of all of them, after cropping. rows: of stdit.generate's manifest, one for each.
+    left_out: media of other shapes."""
 
     source: Path
     media: tuple[Medium, ...]
     shape: Shape
     crop: bool = False
     rows: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.media)
@@ -145,41 +147,47 @@ def _medium(file: Path, prompt: str | None) -> Medium:
 def _checked(
     path: Path, media: list[Medium], rows: list[dict[str, Any]], shape: Shape | None = None, crop: bool = False
 ) -> MediaSet:
+    """The media of `shape` (default: the one that all have); with `crop` those that can be cropped to it."""
     if not media:
         raise ValueError(f"{path}: holds no image or video")
-    if media[0].row is not None:
-        samples = read_adm(path).samples
-        assert samples is not None
-        shapes, damaged = Counter({(1, *samples[1:3]): samples[0]}), []
-    else:
-        shapes, damaged = _shapes(media)
+    shapes, damaged = _shapes(path, media)
     if damaged:
         more = f" (and {len(damaged) - 3} more)" if len(damaged) > 3 else ""
         raise ValueError(
             f"{path}: {len(damaged)} of {len(media)} files cannot be decoded: {'; '.join(damaged[:3])}{more}"
         )
-    listed = ", ".join(f"{count} of {size_of(s)}" for s, count in shapes.most_common(5))
-    if shape is None and len(shapes) > 1:
-        raise ValueError(f"{path}: {len(shapes)} shapes (frames x height x width): {listed}; score each by itself")
-    target: Shape = shape or next(iter(shapes))
-    short = [s for s in shapes if s[0] < target[0]]
-    if crop and short:
-        raise ValueError(f"{path}: clips of {short[0][0]} frames ({listed}); generated ones have {target[0]}")
-    if not crop and any(s != target for s in shapes):
-        raise ValueError(
-            f"{path}: {listed}; generated media are {size_of(target)}: set reference.crop, or resize them yourself"
-        )
-    return MediaSet(path, tuple(media), target, crop, tuple(rows))
+    counts = Counter(shapes)
+    listed = ", ".join(f"{count} of {size_of(s)}" for s, count in counts.most_common(5))
+    if shape is None and len(counts) > 1:
+        raise ValueError(f"{path}: {len(counts)} shapes (frames x height x width): {listed}; score each by itself")
+    target: Shape = shape or shapes[0]
+    if not crop:
+        if any(s != target for s in shapes):
+            raise ValueError(
+                f"{path}: {listed}; generated media are {size_of(target)}: set reference.crop, or resize them yourself"
+            )
+        return MediaSet(path, tuple(media), target, rows=tuple(rows))
+    able = [m for m, s in zip(media, shapes, strict=True) if all(a >= b for a, b in zip(s, target, strict=True))]
+    exact = [m for m, s in zip(media, shapes, strict=True) if s == target]
+    # Clips as they are, where a bucket of that shape was cut; else all that are large enough.
+    chosen = exact if 2 * len(exact) >= len(able) else able
+    if not chosen:
+        raise ValueError(f"{path}: {listed}; none is as large and as long as the generated {size_of(target)}")
+    return MediaSet(path, tuple(chosen), target, crop=True, left_out=len(media) - len(chosen))
 
 
-def _shapes(media: Sequence[Medium]) -> tuple[Counter[Shape], list[str]]:
-    """How many media have each shape, and what is wrong with the others."""
-    shapes: Counter[Shape] = Counter()
+def _shapes(path: Path, media: Sequence[Medium]) -> tuple[list[Shape], list[str]]:
+    """The shape of each medium, and what is wrong with those that cannot be opened."""
+    if media[0].row is not None:
+        samples = read_adm(path).samples
+        assert samples is not None
+        return [(1, samples[1], samples[2])] * len(media), []
+    shapes: list[Shape] = []
     damaged = []
     for medium in media:
         try:
             with open_clip(medium.file, "pyav") as reader:
-                shapes[reader.frame_count, reader.height, reader.width] += 1
+                shapes.append((reader.frame_count, reader.height, reader.width))
         except DecodeError as error:
             damaged.append(str(error))
     return shapes, damaged

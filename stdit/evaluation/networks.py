@@ -290,11 +290,25 @@ class Dino(TransformersNetwork):
         return {"consistency": _consistency(states[:, 0])}
 
 
+# Of i3d_torchscript.pt, 51,235,320 bytes.
+I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
+
+
 class I3D(Network):
     """FVD's network: i3d_torchscript.pt of StyleGAN-V, which resizes to 224 and rescales by itself."""
 
     key = "i3d"
     resizing = "by i3d_torchscript.pt itself: bilinear to 224x224"
+
+    def check(self) -> None:
+        super().check()
+        if not self.folder.is_file():
+            raise NetworkError(f"networks.i3d: {self.folder}: expected a file")
+        if self.sha256 != I3D_SHA256:
+            raise NetworkError(
+                f"networks.i3d: {self.folder} has SHA-256 {self.sha256[:16]}…, i3d_torchscript.pt, which defines FVD here, "
+                f"{I3D_SHA256[:16]}…"
+            )
 
     @property
     def width(self) -> int:

@@ -20,12 +20,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from stdit.config import EvaluateConfig, ReferenceConfig
+from stdit.config import EvaluateConfig, FileSchema, ReferenceConfig
 from stdit.config.diff import changes
 from stdit.evaluation import metrics
 from stdit.evaluation.adm import AdmFile, read_adm, write_samples, write_statistics
 from stdit.evaluation.feature_cache import FeatureJob, compute_features, load_features
-from stdit.evaluation.media_set import MediaSet, open_generated, open_reference, overlap
+from stdit.evaluation.media_set import MediaSet, open_generated, open_reference, overlap, size_of
 from stdit.evaluation.metrics import Statistics, bootstrap_interval, in_canonical_order
 from stdit.evaluation.networks import Clip, MissingWeights, Network, NetworkError, find_network
 from stdit.files import atomic_write
@@ -84,6 +84,26 @@ SPECS: dict[str, ScoreSpec] = {
     "class_accuracy": ScoreSpec("accuracy", "classifier", note="classifier trained on the reference's manifest"),
     "direction_accuracy": ScoreSpec("accuracy", "classifier", note="of the foreground's centroid"),
 }
+
+
+class ScoreEntry(FileSchema):
+    """One score of scores.json."""
+
+    value: float
+    interval: tuple[float, float]
+    better: Literal["lower", "higher"]
+    notes: list[str]
+    protocol: dict[str, Any]
+
+
+class ScoresFile(FileSchema):
+    """scores.json."""
+
+    version: Literal[1]
+    subject: dict[str, Any]
+    scores: dict[str, ScoreEntry]
+    skipped: dict[str, str]
+    warnings: list[str]
 
 
 class ProtocolMismatch(ValueError):
@@ -243,6 +263,11 @@ def _warnings(config: EvaluateConfig, generated: MediaSet, reference: Reference)
         yield (
             f"{len(generated)} generated against {len(reference.media)} reference media: Fréchet distances and recall "
             "depend on the counts; compare results of equal counts"
+        )
+    if reference.media is not None and reference.media.left_out:
+        yield (
+            f"{reference.media.left_out} media of {reference.media.source} are of other shapes than {size_of(generated.shape)} "
+            f"and left out; {len(reference.media)} are the reference"
         )
     training = config.training
     given = config.reference

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from stdit.config import EvaluateConfig, ReferenceConfig, validate
 from stdit.evaluation import feature_cache, networks
 from stdit.evaluation.adm import read_adm, write_samples
 from stdit.evaluation.feature_cache import FeatureJob, compute_features, load_features
-from stdit.evaluation.media_set import open_generated
+from stdit.evaluation.media_set import open_generated, open_reference
 from stdit.evaluation.scores import ProtocolMismatch, check_comparable, evaluate_media
 from stdit.files import sha256
 from stdit.media import write_video
@@ -64,6 +65,12 @@ def save_images(folder: Path, seed: int, count: int, side: int = 12) -> Path:
 @pytest.fixture(scope="module")
 def i3d(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_video_net(tmp_path_factory.mktemp("i3d") / "i3d_torchscript.pt")
+
+
+@pytest.fixture(autouse=True)
+def defines_fvd(i3d: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The random network in place of the one that defines FVD."""
+    monkeypatch.setattr(networks, "I3D_SHA256", sha256(i3d))
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +279,13 @@ def test_images_are_scored_by_inception_and_through_adms_files(tmp_path: Path, i
             evaluate_media(validate(bad, EvaluateConfig, "test"))
 
 
+def test_fvd_is_that_of_one_file_alone(score, monkeypatch) -> None:
+    monkeypatch.setattr(networks, "I3D_SHA256", "0" * 64)
+    assert re.search(r"refused: networks\.i3d: .* defines FVD here, 0000", score(clips(1, 3))["skipped"]["fvd"])
+    with pytest.raises(ValueError, match=r"fvd: networks\.i3d: .* has SHA-256"):
+        score(clips(1, 3), "named", scores=["fvd"])
+
+
 # -------------------------------------------------------------------------------------------- bad input
 
 
@@ -302,6 +316,20 @@ def test_media_of_several_shapes_are_refused_and_unequal_counts_are_said(
         evaluate_media(config_of(small, reference=big))
     assert evaluate_media(config_of(small, reference=big | {"crop": True}))["scores"] == {}
     assert "12 generated against 24 reference media" in score(clips(1, 12))["warnings"][0]
+
+
+def test_a_reference_of_several_shapes_gives_what_fits_and_counts_the_rest(tmp_path: Path) -> None:
+    mixed = save_images(tmp_path / "mixed", 0, 3, 12)
+    for i, side in enumerate((12, 16, 16, 20, 8)):
+        Image.new("RGB", (side, side)).save(mixed / f"x{i}.png")
+    config = ReferenceConfig(path=mixed, crop=True)
+    fitting = open_reference(config, (1, 12, 12))
+    assert (len(fitting), fitting.left_out) == (4, 4), "half of those that are large enough have the very shape"
+    larger = open_reference(config, (1, 10, 10))
+    assert (len(larger), larger.left_out) == (7, 1)
+    assert {frames.shape for frames in larger.frames(larger.media)} == {(1, 10, 10, 3)}
+    with pytest.raises(ValueError, match=r"mixed: .* none is as large and as long as the generated 2x64x64"):
+        open_reference(config, (2, 64, 64))
 
 
 def test_a_half_written_video_is_named(score, tmp_path: Path) -> None:
