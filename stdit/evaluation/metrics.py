@@ -210,16 +210,20 @@ def bootstrap_interval(
     value: float,
     resamples: int = 50,
     seed: int = 0,
+    most: int = 5000,
     z: float = 1.959964,
 ) -> tuple[float, float]:
     """95 % interval value ± z times the standard deviation of `score` over resampled `samples` (Efron 1979).
 
-    Each array is resampled by rows, by itself. Centred on `value` and not by percentiles: Fréchet distances of
-    resampled sets are biased upwards, since resampling repeats samples.
+    Each array is resampled by rows, by itself; of larger ones than `most` rows the same share of each is drawn, and the
+    deviation scaled by its root (m out of n, Bickel et al. 1997). Centred on `value` and not by percentiles: Fréchet
+    distances of resampled sets are biased upwards, since resampling repeats samples.
     """
     rng = np.random.default_rng(seed)
-    scores = [score(*(x[rng.integers(len(x), size=len(x))] for x in samples)) for _ in range(resamples)]
-    half = z * float(np.std(scores, ddof=1))
+    share = min(1.0, most / max(map(len, samples)))
+    counts = [max(2, round(share * len(x))) for x in samples]
+    draws = ([x[rng.integers(len(x), size=n)] for x, n in zip(samples, counts, strict=True)] for _ in range(resamples))
+    half = z * math.sqrt(share) * float(np.std([score(*draw) for draw in draws], ddof=1))
     return value - half, value + half
 
 

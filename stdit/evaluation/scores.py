@@ -438,15 +438,16 @@ def _settings(generated: MediaSet) -> dict[str, Any]:
 def check_comparable(results: Mapping[str, Mapping[str, Any]]) -> None:
     """ProtocolMismatch: a score that two results share, with different protocols; lists every difference."""
     names = list(results)
-    differences = []
+    differences: dict[str, list[str]] = {}
     for other in names[1:]:
         first, second = results[names[0]]["scores"], results[other]["scores"]
         for score in first:
             if score in second:
-                found = changes(first[score]["protocol"], second[score]["protocol"])
-                differences += [f"{score}: {names[0]} -> {other}: {change}" for change in found]
+                for change in changes(first[score]["protocol"], second[score]["protocol"]):
+                    differences.setdefault(f"{names[0]} -> {other}: {change}", []).append(score)
     if differences:
-        raise ProtocolMismatch("scores of different protocols cannot be compared:\n  " + "\n  ".join(differences))
+        listed = "\n".join(f"  {change} ({', '.join(scores)})" for change, scores in differences.items())
+        raise ProtocolMismatch(f"scores of different protocols cannot be compared:\n{listed}")
 
 
 def scores_table(result: Mapping[str, Any]) -> str:

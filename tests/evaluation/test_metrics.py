@@ -231,9 +231,23 @@ def test_a_distance_grows_with_noise_and_with_a_shift(distance) -> None:
         assert values[0] < values[-1]
 
 
-def test_a_bootstrap_interval_of_a_mean_has_the_width_of_theory() -> None:
+@pytest.mark.parametrize("most", [5000, 60])
+def test_a_bootstrap_interval_of_a_mean_has_the_width_of_theory(most: int) -> None:
     x = np.random.default_rng(0).normal(size=400)
-    low, high = bootstrap_interval(lambda s: float(s.mean()), x, value=float(x.mean()), resamples=400)
+    low, high = bootstrap_interval(lambda s: float(s.mean()), x, value=float(x.mean()), resamples=400, most=most)
     assert (low + high) / 2 == pytest.approx(x.mean())
     assert (high - low) / 2 == pytest.approx(1.96 * x.std() / 20, rel=0.15)
-    assert (low, high) == bootstrap_interval(lambda s: float(s.mean()), x, value=float(x.mean()), resamples=400)
+    assert (low, high) == bootstrap_interval(
+        lambda s: float(s.mean()), x, value=float(x.mean()), resamples=400, most=most
+    )
+
+
+def test_the_interval_of_a_frechet_distance_covers_repeated_draws() -> None:
+    rng = np.random.default_rng(0)
+    pairs = [(rng.normal(size=(300, 4)), rng.normal(size=(300, 4)) + 0.5) for _ in range(60)]
+    values = [frechet_distance(a, b) for a, b in pairs]
+    intervals = [
+        bootstrap_interval(frechet_distance, a, b, value=v, resamples=30)
+        for (a, b), v in zip(pairs, values, strict=True)
+    ]
+    assert np.mean([low <= np.mean(values) <= high for low, high in intervals]) > 0.85
