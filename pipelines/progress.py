@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from typing import TextIO
 
 from stdit import metrics_log
@@ -19,7 +20,12 @@ class Clock:
         self._start = time.monotonic()
 
     def say(self, line: str) -> None:
-        print(f"[{time.monotonic() - self._start:7.1f} s] {printable(line)}", file=self.out, flush=True)
+        self.write(f"[{time.monotonic() - self._start:7.1f} s] {printable(line)}\n")
+
+    def write(self, text: str) -> None:
+        """Writes text as it is; to a terminal or pipe that is gone, nothing."""
+        with suppress(OSError):
+            print(text, end="", file=self.out, flush=True)
 
 
 class StepLine:
@@ -49,7 +55,7 @@ class StepLine:
         line = self._line(now, entry["loss"])
         if self.terminal:
             self._shown = True
-            print(f"\r\x1b[K{printable(line)}", end="", file=self.clock.out, flush=True)
+            self.clock.write(f"\r\x1b[K{printable(line)}")
         else:
             self.clock.say(line)
 
@@ -67,4 +73,4 @@ class StepLine:
     def close(self) -> None:
         """Ends a line that was written in place."""
         if self._shown:
-            print(file=self.clock.out, flush=True)
+            self.clock.write("\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipelines import changes, checks, workers
+from pipelines import changes, checks, child, workers
 from pipelines.plan import Plan, ResolvedStage, available_cpus, resolve
 from pipelines.progress import Clock, StepLine
 from pipelines.record import Record, set_aside
@@ -117,7 +116,7 @@ class PlanRunner:
         out = str(self.plan.run_dir / module.out)
         command = [sys.executable, "-m", module.module, "--out", out, *map(str, module.args)]
         with self.phase("prepare", " ".join(command[1:])):
-            code = subprocess.run(command, check=False).returncode
+            code = child.run(command)
             if code != 0:
                 raise PlanFailed(f"prepare: {module.module} ended with exit code {code}")
             if not manifest.is_file():
@@ -179,9 +178,10 @@ class PlanRunner:
             self.clock.say(f"{label}: finished, skipped")
             return
         self.record.start(f"stages.{stage.name}", self.parts()[f"stages.{stage.name}"])
-        latest = stage.config.run_dir / "checkpoints" / "latest"
-        if latest.is_file():
-            self.clock.say(f"{label}: resumes from {latest.read_text().strip()}")
+        from stdit.training.checkpoint import list_checkpoints
+
+        if saved := list_checkpoints(stage.config.run_dir):
+            self.clock.say(f"{label}: resumes from {saved[0].name}")
         elif stage.after is not None and stage.config.init is not None:
             before = self.previous(stage)
             assert before is not None
@@ -196,13 +196,29 @@ class PlanRunner:
             stage.name, f"{label.removesuffix(stage.name)}{stage.config.train.steps} steps, {stage.config.run_dir}"
         ):
             try:
-                workers.train_stage(stage.config, self.plan.resources, self.plan.run_dir / "ray", progress.tick)
+                self._train(stage, progress)
             finally:
                 progress.close()
         if not (stage.config.run_dir / "done.json").is_file():
             raise PlanFailed(
                 f"stage {stage.name}: its workers ended without an error, but {stage.config.run_dir} is not complete"
             )
+
+    def _train(self, stage: ResolvedStage, progress: StepLine) -> None:
+        """Trains a stage; where Ray's own processes have died, again from its newest checkpoint, resources.max_failures
+        times. (Ray Train itself restarts workers.)"""
+        resources = self.plan.resources
+        for restarts in range(resources.max_failures + 1):
+            try:
+                workers.train_stage(stage.config, resources, self.plan.run_dir / "ray", progress.tick)
+            except workers.RayLost as lost:
+                if restarts == resources.max_failures:
+                    raise
+                self.clock.say(f"{lost}; restart {restarts + 1} of {resources.max_failures} (resources.max_failures)")
+                workers.disconnect()
+                self.connect()
+            else:
+                return
 
     def evaluate(self, stage: ResolvedStage) -> dict[str, Any] | None:
         """Videos for held-out captions, and their metrics; what exists is kept. None: the plan has no evaluation."""
@@ -301,15 +317,16 @@ class PlanRunner:
 
     def entry(self, stage: ResolvedStage, metrics: Mapping[str, Any] | None) -> dict[str, Any]:
         """A stage for pipelines.report."""
+        from stdit.training.checkpoint import list_checkpoints
+
         run = stage.config.run_dir
-        latest = (run / "checkpoints" / "latest").read_text().strip()
         videos = self.plan.run_dir / "evaluation" / stage.name / "videos"
         return {
             "name": stage.name,
             "steps": stage.config.train.steps,
             "seconds": self.record.seconds.get(stage.name, 0.0),
             "run": run,
-            "checkpoint": str(run / "checkpoints" / latest),
+            "checkpoint": str(list_checkpoints(run)[0]),
             "videos": videos if metrics is not None else None,
             "metrics": metrics,
         }

@@ -19,11 +19,12 @@ from pathlib import Path
 
 from pipelines import checks, curate_clips, job, workers
 from pipelines import plan as plans
+from pipelines.child import Terminated
 from pipelines.record import lock_run_dir
 from pipelines.runner import PlanFailed, PlanRunner
 from stdit.files import printable
 
-STOPPED = 75  # stdit.training.distributed.STOPPED, without importing torch.
+STOPPED = 75  # stdit.training.stopping.STOPPED.
 
 
 def run_plan(
@@ -95,6 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:  # ConfigError, ManifestError, ExtractionError: errors of the input.
         print(printable(f"error: {error}"), file=sys.stderr)
         return 2
+    except Terminated as signal:
+        print(f"ended by {signal}; run the same command again to resume", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to resume", file=sys.stderr)
         return 130

@@ -9,10 +9,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from pipelines.child import stderr_on_failure
 from pipelines.plan import Resources, available_cpus
 from stdit.config import Config, validate
 
@@ -22,6 +23,10 @@ _OBJECT_STORE_BYTES = 150_000_000
 
 class StageFailed(RuntimeError):
     """A stage's training ended early: its worker's error, too many restarts, or its deadline."""
+
+
+class RayLost(StageFailed):
+    """Ray's own processes (the controller of the stage, a node) died, not the training. It can be started again."""
 
 
 class StageStopped(Exception):
@@ -45,7 +50,7 @@ def connect(num_cpus: int | None = None) -> Literal["joined", "started", "alread
 
     if ray.is_initialized():
         return "already"
-    with _no_stderr():  # It would announce RAY_BACKEND_LOG_LEVEL. Errors are raised.
+    with stderr_on_failure():  # It would announce RAY_BACKEND_LOG_LEVEL.
         return _init(ray.init, num_cpus)
 
 
@@ -76,20 +81,6 @@ def _own_token() -> None:
     disabled = os.environ.get("RAY_AUTH_MODE", "token").lower() != "token"
     if not (told or disabled or (Path.home() / ".ray" / "auth_token").exists()):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-
-
-@contextmanager
-def _no_stderr() -> Iterator[None]:
-    """Discards what C code of this process writes to stderr."""
-    sys.stderr.flush()
-    saved, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(devnull)
 
 
 def disconnect() -> None:
@@ -124,10 +115,6 @@ def check_capacity(resources: Resources) -> str | None:
     return f"the cluster has {', '.join(short)}; without an autoscaler training will wait {limit}"
 
 
-# A file in the run directory that asks its ranks to write a checkpoint and end.
-STOP_FILE = "stop"
-
-
 def train_rank(settings: Mapping[str, Any]) -> None:
     """One rank: runs in a Ray Train worker, which has set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."""
     folder = Path(settings["directory"])
@@ -136,12 +123,13 @@ def train_rank(settings: Mapping[str, Any]) -> None:
     import ray.train
 
     from stdit.train import Stopped, train
-    from stdit.training.distributed import Stop
+    from stdit.training.stopping import Stop
 
     config = validate(settings["config"], Config, settings["name"])
     stop = Stop()
     if ray.train.get_context().get_world_rank() == 0:  # One rank is enough: they agree at every step.
-        threading.Thread(target=_watch_stop_file, args=(config.run_dir / STOP_FILE, stop.request), daemon=True).start()
+        watch = threading.Thread(target=_watch_stop_file, args=(Path(settings["stop_file"]), stop.request), daemon=True)
+        watch.start()
 
     try:
         # Nothing is reported to Ray Train: it would hold every rank for 2 s each time, and checkpoints are not its own.
@@ -161,11 +149,13 @@ def train_stage(config: Config, resources: Resources, storage: Path, tick: Calla
 
     Every rank runs `stdit.train.train`, whose checkpoints in the run directory are the truth: a worker that dies is
     restarted from there by Ray Train, and so is the stage by running the plan again. `storage`: where Ray Train keeps
-    its own records. SIGTERM or SIGINT: the ranks write a checkpoint first. Raises StageFailed, StageStopped.
+    its own records, and the file that asks the ranks to stop. SIGTERM, SIGINT or SIGHUP: the ranks write a checkpoint
+    first. Raises StageFailed, RayLost, StageStopped.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
+    file = storage.resolve() / f"{config.name}.stop"
     per_worker: dict[str, float] = {"CPU": resources.threads}
     if resources.use_gpu:
         per_worker["GPU"] = 1
@@ -175,6 +165,7 @@ def train_stage(config: Config, resources: Resources, storage: Path, tick: Calla
             "config": config.model_dump(mode="json"),
             "directory": os.getcwd(),
             "name": f"stage {config.name}",
+            "stop_file": str(file),
         },
         torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -187,7 +178,6 @@ def train_stage(config: Config, resources: Resources, storage: Path, tick: Calla
             worker_runtime_env={"env_vars": environment(resources)},
         ),
     )
-    file = config.run_dir / STOP_FILE
     file.unlink(missing_ok=True)
     with _request_stop_on_signal(file):
         _wait(trainer.fit, config.name, resources.deadline_s, tick)
@@ -217,15 +207,19 @@ def _trainer_class() -> Any:
 
 @contextmanager
 def _request_stop_on_signal(file: Path) -> Iterator[None]:
-    """While this lasts, the first SIGTERM or SIGINT writes `file`; a second one ends the process as it would have."""
+    """While this lasts, the first SIGTERM, SIGINT or SIGHUP writes `file`; a second one ends the process as it would have."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
 
     def ask(number: int, _: object) -> None:
         restore()
-        print("\nstopping after a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
+        with suppress(OSError):  # a terminal that is gone
+            print("\nstopping after a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
 
@@ -266,7 +260,15 @@ def _wait(fit: Callable[[], Any], name: str, deadline_s: float | None, tick: Cal
                 "run the same command again to go on from the newest checkpoint"
             )
     if error:
-        raise StageFailed(f"stage {name}: {_cause(error[0])}") from error[0]
+        kind = StageFailed if hasattr(error[0], "worker_failures") else _kind(error[0])
+        raise kind(f"stage {name}: {_cause(error[0])}") from error[0]
+
+
+def _kind(error: Exception) -> type[StageFailed]:
+    """RayLost for errors of Ray's core: of Ray Train's own, a worker's error is the cause."""
+    from ray.exceptions import RayError, RayTaskError
+
+    return RayLost if isinstance(error, RayError) and not isinstance(error, RayTaskError) else StageFailed
 
 
 def _cause(error: Exception) -> str:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from stdit.files import printable
@@ -65,8 +63,10 @@ def _train(arguments: list[str]) -> int | None:
     own = ["--config", options.config, *(f"--set={text}" for text in options.set)]
     if options.nproc == 1:
         return _main("stdit.train", own)
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(options.nproc)]
-    return subprocess.run([*launcher, str(Path(train.__file__)), *own], check=False).returncode
+    from stdit.config import Config, load_config
+    from stdit.training.launcher import launch
+
+    return launch(options.nproc, own, load_config(options.config, Config, options.set).run_dir)
 
 
 def _train_stages(arguments: list[str]) -> int | None:

@@ -20,15 +20,26 @@ class MetricsLog:
     def __init__(self, run_dir: Path, step: int) -> None:
         self.path = run_dir / FILE
         truncate(self.path, step)
-        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        self._file = self.path.open("ab", buffering=0)
+        self._pending = b""
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """One line. NaN and infinity become null: JSON has neither, and every reader must read every line."""
+        """One line. NaN and infinity become null: JSON has neither, and every reader must read every line.
+
+        OSError, with the path: not written; the line is kept and written with the next one.
+        """
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+        self._pending += (json.dumps(clean) + "\n").encode()
         try:
-            self._file.write(json.dumps(clean) + "\n")
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) or 0 :]
         except OSError as error:
             raise OSError(error.errno, f"metrics could not be written ({error.strerror})", str(self.path)) from error
+
+    @property
+    def pending(self) -> int:
+        """Lines that are not on disk."""
+        return self._pending.count(b"\n")
 
     def close(self) -> None:
         self._file.close()

@@ -3,13 +3,15 @@
     deepspeed --num_gpus 2 stdit/train.py --config configs/debug.yaml --set run_dir=runs/debug
     torchrun --nproc_per_node 8 stdit/train.py --config …        python stdit/train.py --config …
 
-The same command again resumes the run, bit for bit. On SIGTERM, SIGINT or the launcher's death the current step is
-finished, a checkpoint saved, and the exit code is 75. Exit code 2: the config is invalid, nothing was started.
+The same command again resumes the run, bit for bit. On SIGTERM, SIGINT, SIGHUP or the launcher's death the current step is
+finished, a checkpoint saved, and the exit code is 75: the same command goes on. So is that of a rank that hangs. Exit code
+2: the config is invalid, nothing was started.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import sys
@@ -23,6 +25,7 @@ if __name__ == "__main__":
     # A script's own folder is first on sys.path, where stdit/data would shadow a module `data`; use the repository.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from stdit.training.stopping import STOPPED, Stop  # isort: skip  # First: it looks at the parent process.
 from stdit.config import Config, ConfigError, load_config
 from stdit.files import printable
 
@@ -30,16 +33,12 @@ if TYPE_CHECKING:
     import torch
 
     from stdit.models.sequence_parallel import SequenceParallel
-    from stdit.training.distributed import Ranks, Stop
+    from stdit.training.distributed import Ranks
     from stdit.training.resume import TrainState
 
 
 class Stopped(Exception):
     """The run was asked to stop and has saved a checkpoint."""
-
-
-class Diverged(RuntimeError):
-    """Too many consecutive steps had a gradient that is not finite."""
 
 
 def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None, stop: Stop | None = None) -> Path:
@@ -49,24 +48,26 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
     report: called on every rank after each logged or saved step, with its metrics and "checkpoint" (a path or None).
     stop: when it is set on any rank, all save a checkpoint and raise Stopped.
 
-    Raises ConfigError before anything is started, CheckpointError if a checkpoint cannot be read or written, Diverged.
+    Raises ConfigError before anything is started, CheckpointError if a checkpoint cannot be read or written, Diverged if
+    gradients or weights are not finite. A rank that hangs ends its process (stdit.training.watchdog).
     """
     # Imported late, so that `--help` and invalid configs are answered at once.
     import torch
 
     from stdit.data.loader import Loader
-    from stdit.training import resume
+    from stdit.training import resume, run_dir
     from stdit.training.data import describe_data, open_data
     from stdit.training.derive import complete
     from stdit.training.distributed import sequence_group, world_size
-    from stdit.training.ema import EMA
-    from stdit.training.engine import Engine, init_distributed
+    from stdit.training.divergence import SkippedSteps, find_bad_samples
+    from stdit.training.engine import init_distributed
     from stdit.training.inputs import Inputs
     from stdit.training.machine import check_machine
     from stdit.training.optimizer import learning_rate
     from stdit.training.performance import Performance, profiler
     from stdit.training.tracking import Tracker, is_due
     from stdit.training.validation import Validator
+    from stdit.training.watchdog import Watchdog
 
     config = complete(config)
     config.train.data_ranks(world_size())  # checked before any work
@@ -74,21 +75,18 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
     if resume.is_finished(config, data, world_size()):
         return config.run_dir
     check_machine(config, world_size())
-    ranks = init_distributed(config.train.sequence_parallel)
+    run_dir.check(config.run_dir)
+    ranks, stop = init_distributed(config.train.sequence_parallel), Stop() if stop is None else stop
     steps, accumulation = config.train.steps, config.train.gradient_accumulation
 
     with ExitStack() as stack:
-        stack.enter_context(resume.lock_run_dir(config, ranks))
-        state = ranks.broadcast(lambda: resume.find_resume_state(config, data, ranks.size))
-        ranks.broadcast(lambda: resume.write_config(config))
+        stack.enter_context(run_dir.lock(config, ranks))
+        parallel = sequence_group(ranks)
+        state, engine, ema = resume.restore(config, data, ranks, lambda m: prepare(m, config, ranks.device, parallel))
+        ranks.broadcast(lambda: run_dir.start(config))
         tracker = stack.enter_context(closing(Tracker(config, state.step, ranks.is_main)))
         tracker.print(describe(config, state, ranks))
         tracker.print(describe_data(config, data))
-        model = resume.build_model(config, state, ranks, tracker.print)
-        model = prepare(model, config, ranks.device, sequence_group(ranks))
-        engine = Engine(model, config, ranks, state.needs_conversion(config.train.zero_stage, ranks.size))
-        ema = EMA(engine.masters, config.train.ema)
-        resume.load_checkpoint(engine, state, ranks)
         inputs = Inputs(config, data.video_encoder, ranks.device, data.empty_caption, ranks.sequence_rank)
         validator = Validator(config, data, inputs, ranks)
         loader = Loader(
@@ -96,23 +94,27 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
         )
         performance = Performance(config, ranks, data, sum(loader.counts.values()))
         timed, profile = performance.section, stack.enter_context(profiler(config, ranks, state.step + 1))
-        bad_steps, start = 0, time.perf_counter()
+        skipped, start = SkippedSteps(config.train), time.perf_counter()
+        watchdog = stack.enter_context(closing(Watchdog(ranks.rank, config.run_dir, config.train.step_timeout_s, stop)))
+        stop.start_training()
 
         for step, data_step in zip(range(state.step + 1, steps + 1), performance.waiting(loader), strict=False):
-            sums = torch.zeros(2, device=ranks.device)
+            watchdog.start_step(step)
+            sums, sample_losses = torch.zeros(2, device=ranks.device), []
             for batch in data_step.batches:
                 with timed("forward"):
                     loss = inputs.loss(engine, batch, step)
                 with timed("backward"):
                     engine.backward(loss.total)
                 sums += loss.logged
+                sample_losses.append(loss.each)
             lr = learning_rate(config.train.optimizer, step, steps)
             with timed("optimizer"):
                 grad_norm = engine.step(lr)
                 finite = math.isfinite(grad_norm)  # else no weights were updated, on any rank
                 if finite:
                     ema.update(step)
-            bad_steps = 0 if finite else bad_steps + 1
+            skipped.add(data_step.bucket.key, not finite)
             state.advance(data_step.samples, data_step.position)
             performance.count(data_step)
 
@@ -124,32 +126,33 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
             }  # fmt: skip
             if config.train.dynamic:
                 metrics["flops_ratio"] = flops_ratio
-            if bad_steps:
-                metrics["bad_steps"] = bad_steps
+            if not finite:
+                metrics["bad_steps"] = skipped.in_a_row
+                metrics["bad_samples"] = find_bad_samples(data_step.batches, sample_losses, ranks)
             with timed("validation"):
                 metrics |= validator.run(engine, ema, tracker, step)
             logged = tracker.step(metrics, performance)
-            if bad_steps > config.train.max_bad_steps:
-                raise Diverged(
-                    f"step {step}: {bad_steps} consecutive steps had a gradient that is not finite; train.max_bad_steps is {config.train.max_bad_steps}"
-                )
+            skipped.check(step, last=step == steps)
 
             saved = None
             if stops or step == steps or is_due(config.train.checkpoint_every, step, steps):
-                with timed("checkpoint"):
+                with timed("checkpoint"), watchdog.saving():
                     saved = resume.save_checkpoint(engine, ema, config, data, state, ranks)
             if report and (logged or saved):
                 report({**metrics, "checkpoint": saved and str(saved)})
-            if stops and step < steps:
-                reason = stop.reason if stop else "requested on another rank"
+            if saved and stops and step < steps:
+                reason = stop.reason or "requested on another rank"
                 tracker.print(
                     f"stopped after step {step} ({reason}); run the same command again to resume from {saved}"
                 )
+                run_dir.write_stopped(config, saved, reason, ranks)
                 raise Stopped(str(saved))
             profile()
             start = time.perf_counter()
 
-        resume.write_done(config, state, ranks)
+        if summary := skipped.summary():
+            tracker.print(summary)
+        run_dir.write_done(config, state.step, state.samples_seen, ranks)
         tracker.print(performance.summary())
         engine.close()
     return config.run_dir
@@ -188,7 +191,7 @@ def describe(config: Config, state: TrainState, ranks: Ranks) -> str:
     lines = [f"{config.name}: {config.train.steps} steps on {setup}, into {config.run_dir}"]
     if state.checkpoint:
         lines.append(f"resumes after step {state.step}, from {state.checkpoint}")
-    return "\n".join(lines + [f"changed since: {note}" for note in state.notes])
+    return "\n".join([*lines, *state.report, *(f"changed since: {note}" for note in state.notes)])
 
 
 def arguments(prog: str = "stdit/train.py") -> argparse.ArgumentParser:
@@ -208,13 +211,13 @@ def arguments(prog: str = "stdit/train.py") -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments().parse_args(argv)
-    code = 1
+    stop, code = Stop().listen(), 1
     try:
         config = load_config(args.config, Config, args.set)
-        from stdit.training.distributed import STOPPED, Stop, destroy_process_group
+        from stdit.training.distributed import destroy_process_group
 
         try:
-            train(config, stop=Stop().listen())
+            train(config, stop=stop)
             code = 0
         except Stopped:
             code = STOPPED
@@ -226,18 +229,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Also raised on a rank when another one has died, whose own message says why.
         import traceback
 
-        print(printable(traceback.format_exc()), file=sys.stderr)
+        complain(traceback.format_exc().rstrip())
         complain(f"error: {error}")
+    with contextlib.suppress(OSError):  # a terminal or pipe that is gone
+        sys.stdout.flush()
+        sys.stderr.flush()
     # Not sys.exit: a rank that fails must not wait, in libraries' exit handlers, for others that wait for it.
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)
 
 
 def complain(message: str) -> None:
     """Prints an error to stderr, with the rank if there are several."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    print(printable(f"[rank {os.environ.get('RANK', 0)}] {message}" if several else message), file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(printable(f"[rank {os.environ.get('RANK', 0)}] {message}" if several else message), file=sys.stderr)
 
 
 if __name__ == "__main__":

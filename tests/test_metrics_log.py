@@ -41,10 +41,17 @@ def test_entries_after_a_step_are_dropped_and_logged_again(tmp_path: Path) -> No
     assert path.read_text() == ""
 
 
-def test_a_failed_write_names_the_file(tmp_path: Path) -> None:
-    (tmp_path / metrics_log.FILE).symlink_to("/dev/full")
-    log = MetricsLog.__new__(MetricsLog)
-    log.path = tmp_path / metrics_log.FILE
-    log._file = log.path.open("w", buffering=1)
-    with pytest.raises(OSError, match=f"No space left.*{metrics_log.FILE}"):
-        log.write({"step": 1})
+def test_a_failed_write_names_the_file_and_its_line_is_written_with_the_next(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    log.write({"step": 1})
+    disk = log._file
+    with open("/dev/full", "wb", buffering=0) as full:
+        log._file = full
+        for step in (2, 3):
+            with pytest.raises(OSError, match=f"No space left.*{metrics_log.FILE}"):
+                log.write({"step": step})
+    assert log.pending == 2
+    log._file = disk
+    log.write({"step": 4})
+    assert log.pending == 0
+    assert [entry["step"] for entry in metrics_log.read(log.path)] == [1, 2, 3, 4]

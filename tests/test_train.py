@@ -13,10 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from stdit.training import checkpoint
-from stdit.training.distributed import STOPPED
+from stdit.training.stopping import STOPPED
 from tests.support.paths import ROOT
 from tests.support.rank_pool import free_port
 
@@ -64,7 +65,11 @@ def running(run_dir: Path) -> dict[int, int]:
         except OSError:
             continue
         rank = [part for part in command if part.startswith("--local_rank=")]
-        if rank and f"run_dir={run_dir}" in command and "deepspeed.launcher.launch" not in command:
+        if (
+            rank
+            and {f"run_dir={run_dir}", f"--set=run_dir={run_dir}"} & set(command)
+            and "deepspeed.launcher.launch" not in command
+        ):
             found[int(entry.name)] = int(rank[0].partition("=")[2])
     return found
 
@@ -137,17 +142,163 @@ def test_the_end_of_the_deepspeed_command_stops_the_ranks_with_a_checkpoint(tmp_
             os.kill(pid, signal.SIGKILL)
 
 
-def test_a_signal_ends_the_step_saves_and_exits_with_its_own_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+def test_a_signal_ends_the_step_saves_and_exits_with_its_own_code(number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "stdit/train.py", *DEBUG, "--set", f"run_dir={tmp_path}", "--set", "train.steps=100000"]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
     wait_for(lambda: len(metrics(tmp_path)) >= 2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == STOPPED, said
-    assert "SIGINT" in said
+    assert number.name in said
+    check_stopped(tmp_path)
     found = checkpoint.find_latest(tmp_path)
     assert found is not None
     assert checkpoint.step_of(found) == metrics(tmp_path)[-1]["step"]
+
+
+def stdit_train(run_dir: Path, *settings: str, ranks: int = 2) -> subprocess.Popen[str]:
+    """`stdit train --nproc`, with so many steps that it has to be stopped."""
+    sets = [f"--set={setting}" for setting in (f"run_dir={run_dir}", "train.steps=100000", *settings)]
+    command = [sys.executable, "-m", "stdit.cli", "train", "--nproc", str(ranks), *DEBUG, *sets]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def end(process: subprocess.Popen[str], run_dir: Path) -> None:
+    """Ends what a test has left running."""
+    process.kill()
+    for pid in running(run_dir):
+        os.kill(pid, signal.SIGKILL)
+
+
+def inner_launcher(process: subprocess.Popen[str]) -> int:
+    """The process id of deepspeed.launcher.launch below `process`."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    return next(p.pid for p in below if "deepspeed.launcher.launch" in p.cmdline())
+
+
+def check_stopped(run_dir: Path) -> None:
+    """The record on disk, the checkpoint and the last line of metrics agree."""
+    found = checkpoint.find_latest(run_dir)
+    assert found is not None
+    assert json.loads((run_dir / "stopped.json").read_text())["checkpoint"] == found.name
+    assert checkpoint.step_of(found) == metrics(run_dir)[-1]["step"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGHUP]], ids=str)
+def test_stdit_train_that_is_stopped_ends_with_75(signals: list[int], tmp_path: Path) -> None:
+    process = stdit_train(tmp_path)
+    try:
+        wait_for(lambda: len(metrics(tmp_path)) >= 2)
+        for number in signals:
+            process.send_signal(number)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == STOPPED, output
+        check_stopped(tmp_path)
+    finally:
+        end(process, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_stdit_train_waits_for_ranks_whose_launcher_was_killed(tmp_path: Path) -> None:
+    process = stdit_train(tmp_path)
+    try:
+        wait_for(lambda: len(metrics(tmp_path)) >= 2)
+        os.kill(inner_launcher(process), signal.SIGKILL)  # deepspeed itself then ends with code 0
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == STOPPED, output
+        check_stopped(tmp_path)
+    finally:
+        end(process, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_save_of_more_than_thirty_seconds_is_waited_for(tmp_path: Path) -> None:
+    process = stdit_train(tmp_path)
+    try:
+        wait_for(lambda: len(metrics(tmp_path)) >= 2)
+        main = next(pid for pid, rank in running(tmp_path).items() if rank == 0)
+        process.send_signal(signal.SIGTERM)
+        wait_for(lambda: list(tmp_path.glob("checkpoints/*.partial")))
+        os.kill(main, signal.SIGSTOP)  # a slow disk; DeepSpeed's launcher would kill it after 30 s
+        time.sleep(36)
+        assert not list(tmp_path.glob("checkpoints/step-*[0-9]")), "stopped too late to show anything"
+        os.kill(main, signal.SIGCONT)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == STOPPED, output
+        check_stopped(tmp_path)
+    finally:
+        end(process, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("victim", ["deepspeed", "inner launcher"])
+def test_ranks_whose_launcher_dies_while_they_import_end_at_once(victim: str, tmp_path: Path) -> None:
+    process = launch(*DEBUG, "--set", f"run_dir={tmp_path}", "--set", "train.steps=100000")
+    try:
+        wait_for(lambda: len(running(tmp_path)) == 2)
+        if victim == "deepspeed":
+            process.kill()
+        else:
+            os.kill(inner_launcher(process), signal.SIGKILL)
+        wait_for(lambda: not running(tmp_path), 30)
+        assert not (tmp_path / "checkpoints").exists()
+    finally:
+        end(process, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_rank_that_hangs_ends_the_run_with_75_and_is_named(tmp_path: Path) -> None:
+    process = stdit_train(tmp_path, "train.step_timeout_s=8", "train.checkpoint_every=1")
+    try:
+        wait_for(lambda: len(metrics(tmp_path)) >= 2)
+        os.kill(next(pid for pid, rank in running(tmp_path).items() if rank == 1), signal.SIGSTOP)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == STOPPED, output
+        assert not running(tmp_path)
+        report = (tmp_path / "stalled-rank-0.txt").read_text()
+        assert "more than 8 s (train.step_timeout_s)" in report
+        assert "[rank 0] step " in output
+        again = stdit_train(tmp_path)
+        wait_for(lambda: not (tmp_path / "stopped.json").exists() and len(running(tmp_path)) == 2)
+        end(again, tmp_path)
+    finally:
+        end(process, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_same_command_at_once_after_torchrun_was_killed(tmp_path: Path) -> None:
+    arguments = ["stdit/train.py", *DEBUG, f"--set=run_dir={tmp_path}", "--set=train.checkpoint_every=1"]
+
+    def torchrun(steps: int) -> subprocess.Popen[str]:
+        command = [BIN / "torchrun", "--nproc_per_node=2", f"--master_port={free_port()}", *arguments]
+        return subprocess.Popen(
+            [*command, f"--set=train.steps={steps}"],
+            cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    for _ in range(2):
+        before = len(metrics(tmp_path))
+        process = torchrun(100_000)
+        wait_for(lambda before=before: len(metrics(tmp_path)) >= before + 2)
+        wait_for(lambda: list(tmp_path.glob("checkpoints/*.partial")))
+        process.kill()  # its ranks are saving
+    steps = metrics(tmp_path)[-1]["step"] + 3
+    last = torchrun(steps)
+    output, _ = last.communicate(timeout=180)
+    assert last.returncode == 0, output
+    assert [m["step"] for m in metrics(tmp_path)] == list(range(1, steps + 1))
+    assert all(checkpoint.verify(folder) is None for folder in checkpoint.list_checkpoints(tmp_path))
+    assert not list(tmp_path.glob("checkpoints/*.partial"))
 
 
 @pytest.mark.slow
@@ -225,6 +376,25 @@ def test_wrong_settings_are_told_before_anything_begins(changes: list[str], said
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_another_program_is_refused_untouched(tmp_path: Path) -> None:
+    file = tmp_path / "checkpoints/step-1000/pytorch_model.bin"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"theirs")
+    (tmp_path / "config.yaml").write_text("theirs: true\n")
+    done = python(*DEBUG, "--set", f"run_dir={tmp_path}")
+    assert done.returncode == 2
+    assert "is no run of stdit; nothing was changed" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert file.read_bytes() == b"theirs"
+    assert (tmp_path / "config.yaml").read_text() == "theirs: true\n"
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [
+        "checkpoints",
+        "config.yaml",
+        "pytorch_model.bin",
+        "step-1000",
+    ]
 
 
 def test_help_needs_no_torch() -> None:

@@ -27,6 +27,8 @@ TRAINING_RUNTIME_KEYS = (
     "train.tensorboard",
     "train.wandb_project",
     "train.max_bad_steps",
+    "train.max_bad_share",
+    "train.step_timeout_s",
     "train.activation_checkpointing",
     "train.sequence_parallel",
     "train.attention_backend",

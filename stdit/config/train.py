@@ -157,6 +157,12 @@ class TrainConfig(Frozen):
     """Peak TFLOP/s of one device, for MFU. null: the maker's figure of a known GPU, else measured at the first log."""
     max_bad_steps: NonNegative = 10
     """Consecutive steps that may be skipped for a gradient that is not finite; one more ends the run."""
+    max_bad_share: Share = 0.2
+    """Share of the last 100 steps, of the run and of each bucket, that may be skipped so; counts beyond `max_bad_steps` of them, and
+    at the run's end."""
+    step_timeout_s: float = Field(default=1800, gt=0)
+    """Seconds that a step may take, with its validation, and a save without any of its files changing: a rank that takes
+    longer hangs, prints its stack and ends the run with exit code 75."""
 
     def data_ranks(self, ranks: int) -> int:
         """Ranks that read different samples, of `ranks`. ConfigError: sequence_parallel does not divide them."""

@@ -147,6 +147,7 @@ class Sample:
     caption: str
     control: Tensor | None = None  # (C, t or 1, h, w) float32, raw: latents of the control input
     pooled: Tensor | None = None  # (P,) float32, the pooled vector of the caption
+    path: str = ""  # source file, as the manifest names it
 
 
 @dataclass(frozen=True)
@@ -361,6 +362,7 @@ class FeatureSet:
             caption=self.rows[f"caption_{caption}" if suffix else "caption"][row].as_py(),
             control=tensors.get("control"),
             pooled=tensors.get(f"pooled{suffix}"),
+            path=self.rows["path"][row].as_py(),
         )
 
     def frame_rates(self, ids: np.ndarray) -> dict[str, int]:

@@ -62,7 +62,9 @@ class Batch:
     fps: Tensor  # (B,)
     height: Tensor  # (B,) px
     width: Tensor  # (B,) px
+    ids: tuple[int, ...]
     captions: tuple[str, ...]
+    paths: tuple[str, ...]  # source files, as the manifest names them
     positions: tuple[int, ...]  # in the bucket's stream; seed noise and timesteps
     bucket: Bucket
     control: Tensor | None = None  # (B, C, t or 1, h, w), raw
@@ -114,7 +116,9 @@ def collate(samples: Sequence[Sample], positions: Sequence[int], bucket: Bucket)
         fps=torch.tensor([float(s.fps) for s in samples]),
         height=torch.tensor([float(s.height) for s in samples]),
         width=torch.tensor([float(s.width) for s in samples]),
+        ids=tuple(s.id for s in samples),
         captions=tuple(s.caption for s in samples),
+        paths=tuple(s.path for s in samples),
         positions=tuple(positions),
         bucket=bucket,
         control=_stacked([s.control for s in samples], samples[0].mean.shape[1]),

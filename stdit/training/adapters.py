@@ -24,6 +24,7 @@ from stdit.models.control import Controlled, STDiTControl
 from stdit.models.stdit import STDiT
 from stdit.training import checkpoint
 from stdit.training.checkpoint import Weights
+from stdit.weights.state_dict import check_finite
 from stdit.weights.transfer import transfer_weights
 
 
@@ -99,8 +100,10 @@ def find_base(base: Base, config: Config, moved: Path | None = None) -> Path:
 def load_base(folder: Path, config: Config) -> tuple[STDiT, str]:
     """The model of `config` with the weights of `folder`, and the transfer report. ConfigError: they do not fit it."""
     try:
+        source = load_merged(folder)
+        check_finite(source.named_parameters(), "its weights")
         model, report = transfer_weights(
-            load_merged(folder).float(), config.model, config.init.allow if config.init else (), config.seed
+            source.float(), config.model, config.init.allow if config.init else (), config.seed
         )
     except ValueError as error:
         raise ConfigError(f"init.source {folder}: {error}") from error

@@ -7,9 +7,12 @@
                                          manifest.json   size and sha256 of every file; written last
                         latest           name of the newest one, for people
 
-A folder without a manifest is an interrupted save and is ignored. One whose files differ from its manifest is damaged:
-it is reported, and the one before it is used. A resumed run renames it to step-00000020.damaged, so that it counts for
-nothing and that step is saved again.
+A checkpoint is written as step-00000020.partial and renamed when its manifest is complete; it goes the same way when it
+is removed. One whose files differ from its manifest is damaged: it is reported, and the one before it is used. A resumed
+run renames it to step-00000020.damaged, so that it counts for nothing and that step is saved again.
+
+Nothing is removed that this package did not write: a partial folder holds a mark of its own, a complete one a manifest
+that carries its own hash. Folders of other names are ignored.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -30,13 +33,17 @@ from stdit import __version__
 from stdit.config import Config, ConfigError, TrainConfig
 from stdit.files import atomic_write, fsync_folder, sha256
 
-DONE = "done.json"
+# Files of a run directory: it is complete; it was stopped, with a checkpoint.
+DONE, STOPPED_FILE = "done.json", "stopped.json"
 FOLDER, MANIFEST, IDENTITY, LATEST = "checkpoints", "manifest.json", "identity.json", "latest"
 Weights = Literal["ema", "model"]
 # What a run trains: all weights, LoRA adapters, or a control branch.
 Trained = Literal["transformer", "lora", "control"]
 TRANSFORMER: dict[Weights, str] = {"model": "transformer", "ema": "transformer_ema"}
 _NAME = re.compile(r"step-(\d{8,})")
+_PARTIAL_NAME = re.compile(r"step-\d{8,}\.partial|\.universal")
+# A file in every folder that is being written or removed; only folders with it are ever deleted.
+PARTIAL_MARK = ".stdit-partial"
 # Threads that hash files; hashlib releases the GIL.
 HASH_THREADS = 8
 
@@ -56,21 +63,63 @@ def step_of(checkpoint: Path) -> int:
 # ----------------------------------------------------------------------------------------- manifest
 
 
-def write_manifest(checkpoint: Path, expected: Iterable[str] = ()) -> None:
-    """Completes a checkpoint: syncs every file to disk, then writes the manifest, then `latest`.
+def partial_folder(checkpoint: Path) -> Path:
+    """Where `checkpoint` is written, until it is complete."""
+    return checkpoint.with_name(f"{checkpoint.name}.partial")
 
-    CheckpointError: a file of `expected` (names in the folder) is missing.
+
+def start_partial(folder: Path) -> Path:
+    """Creates an empty folder with the mark of unfinished ones; an earlier one with that mark is replaced.
+
+    CheckpointError: a folder of that name has no such mark.
     """
+    remove_partial(folder)
+    folder.mkdir(parents=True)
+    (folder / PARTIAL_MARK).touch()
+    return folder
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes a marked folder if it exists, its mark last. CheckpointError: it holds files and no mark."""
+    mark = folder / PARTIAL_MARK
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir() or (not mark.is_file() and any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: in the way, and not written by stdit; move it elsewhere")
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path != mark:
+            path.unlink()
+    mark.unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def complete(partial: Path, checkpoint: Path, expected: Iterable[str] = ()) -> None:
+    """Turns a partial folder into `checkpoint`: syncs every file, writes the manifest, renames, then writes `latest`.
+
+    CheckpointError: a file of `expected` (names in the folder) is missing, or `checkpoint` exists.
+    """
+    write_manifest(partial, expected)
+    if os.path.lexists(checkpoint):
+        raise CheckpointError(f"{checkpoint}: in the way of a new checkpoint; move it elsewhere")
+    partial.rename(checkpoint)
+    fsync_folder(checkpoint.parent)
+    (checkpoint / PARTIAL_MARK).unlink(missing_ok=True)
+    atomic_write(checkpoint.parent / LATEST, checkpoint.name + "\n")
+
+
+def write_manifest(checkpoint: Path, expected: Iterable[str] = ()) -> None:
+    """Syncs every file to disk, then writes the manifest. CheckpointError: a file of `expected` is missing."""
     if missing := sorted(name for name in expected if not (checkpoint / name).is_file()):
         raise CheckpointError(f"{checkpoint}: {', '.join(missing)} missing; another process removed files there")
-    files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MANIFEST)
+    files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name not in (MANIFEST, PARTIAL_MARK))
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         entries = list(pool.map(_entry, files))
     for folder in {p.parent for p in files}:
         fsync_folder(folder)
     content = {str(p.relative_to(checkpoint)): entry for p, entry in zip(files, entries, strict=True)}
     atomic_write(checkpoint / MANIFEST, json.dumps({"files": content, "sha256": _digest(content)}, indent=1))
-    atomic_write(checkpoint.parent / LATEST, checkpoint.name + "\n")
 
 
 def _entry(path: Path) -> dict[str, Any]:
@@ -84,22 +133,41 @@ def _digest(files: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def verify(checkpoint: Path) -> str | None:
-    """None if every file of `checkpoint` matches its manifest; else the reason why it can't be used."""
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """{file: {"size", "sha256"}} of a checkpoint. CheckpointError: no manifest, or one that is damaged or not ours."""
     manifest = checkpoint / MANIFEST
     if not manifest.is_file():
-        return f"no {MANIFEST}: the save was interrupted"
+        raise CheckpointError(f"no {MANIFEST}")
     try:
         content = json.loads(manifest.read_bytes())
         files = content["files"]
         if content["sha256"] != _digest(files):
-            return f"{MANIFEST} is damaged (its entries do not match its sha256)"
+            raise CheckpointError(f"{MANIFEST} is damaged (its entries do not match its sha256)")
         if IDENTITY not in files:
-            return f"{MANIFEST} is damaged (it does not list {IDENTITY})"
+            raise CheckpointError(f"{MANIFEST} is damaged (it does not list {IDENTITY})")
     except OSError as error:
-        return f"{MANIFEST} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} is damaged ({type(error).__name__}: {error})"
+        raise CheckpointError(f"{MANIFEST} cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{MANIFEST} is damaged ({type(error).__name__}: {error})") from error
+    return files
+
+
+def is_own(checkpoint: Path) -> bool:
+    """Whether stdit wrote the folder, even if it is damaged now."""
+    if (checkpoint / IDENTITY).is_file():
+        return True
+    try:
+        return bool(read_manifest(checkpoint))
+    except CheckpointError:
+        return False
+
+
+def verify(checkpoint: Path) -> str | None:
+    """None if every file of `checkpoint` matches its manifest; else the reason why it can't be used."""
+    try:
+        files = read_manifest(checkpoint)
+    except CheckpointError as error:
+        return str(error)
     for name, entry in files.items():
         path = checkpoint / name
         if not path.is_file():
@@ -119,17 +187,17 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(folders, key=step_of, reverse=True)
 
 
-def find_latest(run_dir: Path) -> Path | None:
-    """The newest intact checkpoint; None if none was ever completed. Reports skipped ones on stderr.
+def find_latest(run_dir: Path, check: Callable[[Path], str | None] = verify) -> Path | None:
+    """The newest checkpoint that passes `check`; None if none was ever completed. Reports skipped ones on stderr.
 
-    CheckpointError: all completed ones are damaged.
+    check: the reason why a checkpoint can't be used, or None. CheckpointError: no completed one passes.
     """
     completed = False
     for checkpoint in list_checkpoints(run_dir):
-        reason = verify(checkpoint)
+        reason = check(checkpoint)
         if reason is None:
             return checkpoint
-        completed = completed or (checkpoint / MANIFEST).exists()
+        completed = completed or is_own(checkpoint)
         print(f"stdit: checkpoint {checkpoint} is skipped: {reason}", file=sys.stderr)
     if completed:
         raise CheckpointError(
@@ -156,20 +224,28 @@ def find_final(run_dir: Path) -> Path | None:
     return None
 
 
-def remove_incomplete(run_dir: Path) -> None:
-    """Removes interrupted saves: folders without a manifest."""
+def remove_partials(run_dir: Path) -> None:
+    """Removes what interrupted saves, removals and conversions have left: folders with their mark."""
+    for folder in (run_dir / FOLDER).glob("*"):
+        if _PARTIAL_NAME.fullmatch(folder.name) and (folder / PARTIAL_MARK).is_file() and not folder.is_symlink():
+            remove_partial(folder)
+
+
+def check_in_the_way(run_dir: Path, latest: Path | None) -> None:
+    """ConfigError: a folder newer than `latest` is called as a checkpoint and is none of ours."""
     for checkpoint in list_checkpoints(run_dir):
-        if not (checkpoint / MANIFEST).exists():
-            shutil.rmtree(checkpoint)
+        if (latest is None or step_of(checkpoint) > step_of(latest)) and not is_own(checkpoint):
+            raise ConfigError(
+                f"{checkpoint} is no checkpoint of stdit (neither {MANIFEST} nor {IDENTITY}) and has the name of one that "
+                "this run may write; move it elsewhere. Nothing was changed"
+            )
 
 
 def set_aside_damaged(run_dir: Path, latest: Path) -> None:
-    """Renames complete checkpoints newer than `latest`, the newest intact one, to NAME.damaged."""
+    """Renames checkpoints newer than `latest`, the newest usable one, to NAME.damaged."""
     for checkpoint in list_checkpoints(run_dir):
         if step_of(checkpoint) <= step_of(latest):
             break
-        if not (checkpoint / MANIFEST).exists():
-            continue
         number, target = 1, checkpoint.with_name(f"{checkpoint.name}.damaged")
         while target.exists():
             number += 1
@@ -181,16 +257,23 @@ def set_aside_damaged(run_dir: Path, latest: Path) -> None:
 def prune(run_dir: Path, keep: int, intact: Collection[Path]) -> None:
     """Removes complete checkpoints older than the `keep` newest of `intact`, those that this process wrote or verified.
 
-    With fewer than `keep` of them nothing is removed: the others may be damaged.
+    With fewer than `keep` of them nothing is removed: the others may be damaged. Folders without a manifest of ours stay.
     """
     kept = sorted((c for c in intact if (c / MANIFEST).exists()), key=step_of, reverse=True)[:keep]
     if len(kept) < keep:
         return
     for checkpoint in list_checkpoints(run_dir):
-        if step_of(checkpoint) < step_of(kept[-1]) and (checkpoint / MANIFEST).exists():
-            # The manifest first: a half-removed folder then counts as incomplete, not as damaged.
-            (checkpoint / MANIFEST).unlink()
-            shutil.rmtree(checkpoint)
+        if step_of(checkpoint) >= step_of(kept[-1]) or checkpoint.is_symlink():
+            continue
+        try:
+            read_manifest(checkpoint)
+            remove_partial(partial_folder(checkpoint))
+        except CheckpointError:
+            continue
+        # Renamed first, so that it never counts as a damaged one.
+        (checkpoint / PARTIAL_MARK).touch()
+        checkpoint.rename(partial_folder(checkpoint))
+        remove_partial(partial_folder(checkpoint))
 
 
 # ----------------------------------------------------------------------------------------- identity

@@ -1,18 +1,12 @@
-"""Ranks: process group, collectives on plain values, and requests to stop a run."""
+"""Ranks: process group, and collectives on plain values."""
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import sys
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,10 +16,6 @@ from torch import Tensor
 from stdit.models.sequence_parallel import SequenceParallel
 
 T = TypeVar("T")
-
-# Exit code of a run that was stopped and has saved a checkpoint: the same command resumes it.
-STOPPED = 75
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -169,62 +159,15 @@ def _neighbours(world: dist.ProcessGroup, size: int) -> dist.ProcessGroup:
     return group
 
 
-# Rank 0 alone writes and hashes checkpoints, which takes minutes for large models; the others wait in a collective.
+# Rank 0 alone writes and hashes checkpoints, which takes minutes for large models; the others wait in a collective. Steps
+# have a limit of their own (stdit.training.watchdog).
 TIMEOUT = timedelta(minutes=60)
 
 
-class Stop:
-    """A request to stop, by a signal or the launcher's death. Only a flag: signals reach ranks at different times, and a
-    rank that acted on its own would wait in a collective for ranks that never come."""
+def set_timeout(timeout: timedelta) -> None:
+    """Sets the time-out of every process group there is: those that libraries create have torch's default."""
+    from torch.distributed import distributed_c10d
 
-    def __init__(self) -> None:
-        self._event = threading.Event()
-        self.reason = ""
-
-    def __bool__(self) -> bool:
-        return self._event.is_set()
-
-    def request(self, reason: str) -> None:
-        if not self._event.is_set():
-            self.reason = reason
-            self._event.set()
-
-    def listen(self) -> Stop:
-        """Requests a stop on SIGTERM, SIGINT, SIGUSR1 (batch systems' warning) and the launcher's death. Main thread only."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, lambda n, _: self.request(signal.Signals(n).name))
-        if "LOCAL_RANK" not in os.environ:
-            # No launcher: the parent is a shell, which may exit (nohup).
-            return self
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        threading.Thread(target=self._watch, args=(os.getppid(), _deepspeed_command()), daemon=True).start()
-        return self
-
-    def _watch(self, parent: int, above: int | None) -> None:
-        while not self:
-            time.sleep(0.5)
-            if os.getppid() != parent:
-                self.request("the process that started this one is gone")
-            elif above is not None and parent_of(parent) != above:
-                # Killing `deepspeed` leaves its inner launcher and the ranks behind.
-                self.request("the deepspeed command is gone")
-
-
-def parent_of(process: int) -> int | None:
-    """Parent process id of `process`; None if unknown."""
-    try:
-        # The name, in parentheses, may hold spaces and parentheses itself.
-        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def _deepspeed_command() -> int | None:
-    """Process id of the `deepspeed` command, where its inner launcher is this process's parent."""
-    parent = os.getppid()
-    try:
-        command = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace")
-    except OSError:
-        return None
-    return parent_of(parent) if "deepspeed.launcher.launch" in command else None
+    for group in list(distributed_c10d._world.pg_map):
+        if dist.get_rank(group) >= 0:
+            distributed_c10d._set_pg_timeout(timeout, group)

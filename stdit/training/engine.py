@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import os
+import pickle
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from stdit.config import Config
+from stdit.training.checkpoint import IDENTITY
 from stdit.training.deepspeed_config import make_deepspeed_config, set_accelerator
-from stdit.training.distributed import TIMEOUT, Ranks, init_process_group
+from stdit.training.distributed import TIMEOUT, Ranks, init_process_group, set_timeout
 from stdit.training.optimizer import parameter_groups
 
 
@@ -95,6 +99,8 @@ class Engine:
             self.engine: Any = deepspeed.initialize(
                 model=model, optimizer=cast(Any, self.adamw), config=self.ds_config
             )[0]
+        # Of the groups that DeepSpeed has created; the watchdog comes first.
+        set_timeout(max(TIMEOUT, timedelta(seconds=2 * config.train.step_timeout_s)))
         self.optimizer: Any = self.engine.optimizer
         if initial:
             # DeepSpeed makes the masters from weights already rounded; without ZeRO it also takes a step from zero
@@ -220,6 +226,11 @@ class Engine:
         """Writes every rank's shards into folder/tag. An error must end the process: DeepSpeed's barriers wait for all ranks."""
         self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
 
+    def state_tensors(self) -> list[Tensor]:
+        """This rank's master weights and optimizer state."""
+        state = [v for values in self.adamw.state.values() for v in values.values() if torch.is_tensor(v)]
+        return [*self.masters(), *state]
+
     def shard_names(self) -> list[str]:
         """Names of the files that `save` writes on this rank."""
         paths = []
@@ -252,3 +263,25 @@ def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
     """Loads a checkpoint without the frozen weights. RuntimeError: it is of another model."""
     frozen = {name: p.data for name, p in dst.named_parameters() if not p.requires_grad}
     dst.load_state_dict({**frozen, **src})
+
+
+def unreadable_shard(checkpoint: Path) -> str | None:
+    """Why DeepSpeed could not load the shards in `checkpoint`; None if it can, as far as one process sees.
+
+    Reads their structure alone. A rank that fails while loading would leave the others waiting in collectives.
+    """
+    identity = json.loads((checkpoint / IDENTITY).read_text())
+    shards = len(list(checkpoint.glob("*optim_states.pt")))
+    if identity["config"]["train"]["zero_stage"] and shards != identity["world_size"]:
+        return f"it holds the optimizer state of {shards} ranks, and was saved by {identity['world_size']}"
+    for path in sorted(checkpoint.glob("*.pt")):
+        try:
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError:
+            return f"{path.name} holds more than tensors and plain values, and is not loaded"
+        except Exception as error:  # whatever torch raises for a file that it did not write
+            return f"{path.name} is no file of torch.save ({type(error).__name__})"
+        key = "optimizer_state_dict" if path.name.endswith("optim_states.pt") else "module"
+        if not isinstance(content, dict) or key not in content:
+            return f"{path.name} is no shard of DeepSpeed's (it has no {key!r})"
+    return None

@@ -25,10 +25,12 @@ from stdit.training.dynamic_loss import flops_loss
 
 
 class MicroBatchLoss(NamedTuple):
-    """total () is to be differentiated; logged (2,), detached: diffusion loss, share of the full model's FLOPs."""
+    """total () is to be differentiated; logged (2,), detached: diffusion loss, share of the full model's FLOPs; each (B,),
+    detached: every sample's diffusion loss."""
 
     total: Tensor
     logged: Tensor
+    each: Tensor
 
 
 class Inputs:
@@ -77,11 +79,12 @@ class Inputs:
             compute_stats.extend(stats)
             return prediction
 
-        loss = self.objective.loss(predict, x0, noise, t, frame_mask).mean()
+        each = self.objective.loss(predict, x0, noise, t, frame_mask)
+        loss = each.mean()
         if dynamic is None:
-            return MicroBatchLoss(loss, torch.stack([loss.detach(), torch.ones_like(loss)]))
+            return MicroBatchLoss(loss, torch.stack([loss.detach(), torch.ones_like(loss)]), each.detach())
         compute, flops_ratio = flops_loss(dynamic, compute_stats[0], conditions["force_full"], step)
-        return MicroBatchLoss(loss + compute, torch.stack([loss.detach(), flops_ratio]))
+        return MicroBatchLoss(loss + compute, torch.stack([loss.detach(), flops_ratio]), each.detach())
 
     def latents(self, batch: Batch, step: int | None) -> Tensor:
         """Normalised latents (B, C, T, H, W), sampled from the posterior at each step; its mean for step None."""

@@ -1,6 +1,6 @@
 """Saving and resuming a run: TrainState, checks of a changed config, checkpoints in and out.
 
-What makes a checkpoint folder complete is in stdit.training.checkpoint.
+What makes a checkpoint folder complete is in stdit.training.checkpoint; the run's other files are in stdit.training.run_dir.
 """
 
 from __future__ import annotations
@@ -10,31 +10,32 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch import nn
 
-from stdit.config import Config, ConfigError, dump, validate
+from stdit.config import Config, ConfigError, validate
 from stdit.config.diff import TRAINING_RUNTIME_KEYS, changes, global_batch_sizes, matches
-from stdit.files import FolderLock, atomic_write
+from stdit.files import atomic_write
 from stdit.models.control import Controlled
 from stdit.models.stdit import STDiT
 from stdit.training import adapters, checkpoint
 from stdit.training.adapters import Base
-from stdit.training.checkpoint import DONE, FOLDER, IDENTITY, TRANSFORMER, CheckpointError, folder_of_step
+from stdit.training.checkpoint import FOLDER, IDENTITY, TRANSFORMER, CheckpointError, folder_of_step
 from stdit.training.data import TrainData
 from stdit.training.distributed import Ranks
+from stdit.training.divergence import check_finite
 from stdit.training.ema import EMA
-from stdit.training.engine import Engine
+from stdit.training.engine import Engine, unreadable_shard
 from stdit.training.universal import convert
 
-# A new run waits this long for the ranks of a stopped one, which may be saving.
-LOCK_WAIT_S = 60.0
 # Universal copy of a checkpoint, for another number of ranks; removed once loaded.
 UNIVERSAL = ".universal"
 # Changes that a resumed run may have: all that leave the weights alone, and the length of the run.
@@ -51,8 +52,9 @@ class TrainState:
     checkpoint: Path | None = None
     # Number of ranks that wrote the checkpoint.
     world_size: int = 1
-    # Config changes since the checkpoint, for the log.
-    notes: tuple[str, ...] = ()
+    # For the log: config changes since the checkpoint, and what was loaded from elsewhere.
+    notes: list[str] = field(default_factory=list)
+    report: list[str] = field(default_factory=list)
     # Frozen weights of adapters or a control branch.
     base: Base | None = None
     # Checkpoints that this run has written or verified.
@@ -84,17 +86,53 @@ def is_finished(config: Config, data: TrainData, world_size: int) -> bool:
     return True
 
 
-def find_resume_state(config: Config, data: TrainData, world_size: int) -> TrainState:
+def restore(
+    config: Config, data: TrainData, ranks: Ranks, prepare: Callable[[nn.Module], nn.Module]
+) -> tuple[TrainState, Engine, EMA]:
+    """State, engine and EMA of the newest checkpoint that can be loaded, else of a new run; collective.
+
+    A checkpoint that is intact and yet cannot be loaded is reported, and the one before it taken; it is set aside once
+    that one has been loaded. prepare: applies the run's settings to the model. ConfigError: the checkpoint is of a run
+    with other settings. CheckpointError: none of those there can be used.
+    """
+    unusable: dict[Path, str] = {}
+    while True:
+        state = ranks.broadcast(lambda: find_resume_state(config, data, ranks.size, unusable))
+        try:
+            model = prepare(build_model(config, state, ranks))
+            engine = Engine(model, config, ranks, state.needs_conversion(config.train.zero_stage, ranks.size))
+            # Copies the masters, which hold a checkpoint's EMA until load_checkpoint.
+            ema = EMA(engine.masters, config.train.ema)
+            load_checkpoint(engine, state, ranks)
+            loaded, reason = (engine, ema), None
+        except Exception as error:  # whatever torch, DeepSpeed and safetensors raise for files that they can't use
+            if isinstance(error, ConfigError) or state.checkpoint is None:
+                raise
+            loaded, reason = None, f"it cannot be loaded ({type(error).__name__}: {first_line(error)})"
+        reasons = [found for found in ranks.gather(reason) if found]
+        if loaded is not None and not reasons:
+            ranks.broadcast(partial(clean_up, config, state))
+            return state, *loaded
+        assert state.checkpoint is not None
+        unusable[state.checkpoint] = reasons[0]
+
+
+def find_resume_state(
+    config: Config, data: TrainData, world_size: int, unusable: Mapping[Path, str] = MappingProxyType({})
+) -> TrainState:
     """State of the newest intact checkpoint in `config.run_dir`, else of a new run. Reports skipped checkpoints.
 
-    ConfigError: the checkpoint is of a run with other settings. CheckpointError: all completed ones are damaged.
+    unusable: checkpoints that could not be loaded, with the reason. ConfigError: the checkpoint is of a run with other
+    settings. CheckpointError: all completed ones are damaged.
     """
-    latest = checkpoint.find_latest(config.run_dir)
-    checkpoint.remove_incomplete(config.run_dir)
-    shutil.rmtree(config.run_dir / FOLDER / UNIVERSAL, ignore_errors=True)
+
+    def reason(folder: Path) -> str | None:
+        return unusable.get(folder) or checkpoint.verify(folder) or unreadable_shard(folder)
+
+    latest = checkpoint.find_latest(config.run_dir, reason)
+    checkpoint.check_in_the_way(config.run_dir, latest)
     if latest is None:
         return TrainState()
-    checkpoint.set_aside_damaged(config.run_dir, latest)
     identity = json.loads((latest / IDENTITY).read_text())
     return TrainState(
         step=identity["step"],
@@ -102,10 +140,17 @@ def find_resume_state(config: Config, data: TrainData, world_size: int) -> Train
         data_position=identity["data_position"],
         checkpoint=latest,
         world_size=identity["world_size"],
-        notes=tuple(check_resumable(identity, config, world_size, data.fingerprint)),
+        notes=check_resumable(identity, config, world_size, data.fingerprint),
         base=Base(**identity["base"]) if identity.get("base") else None,
         intact={latest},
     )
+
+
+def clean_up(config: Config, state: TrainState) -> None:
+    """Removes what interrupted saves have left, and sets damaged checkpoints newer than `state` aside."""
+    checkpoint.remove_partials(config.run_dir)
+    if state.checkpoint is not None:
+        checkpoint.set_aside_damaged(config.run_dir, state.checkpoint)
 
 
 def check_resumable(identity: dict[str, Any], config: Config, world_size: int, features_fingerprint: str) -> list[str]:
@@ -143,37 +188,6 @@ def check_resumable(identity: dict[str, Any], config: Config, world_size: int, f
     return notes
 
 
-@contextmanager
-def lock_run_dir(config: Config, ranks: Ranks) -> Iterator[None]:
-    """Locks the run directory for the ranks of this run, until the last of them has left or died; collective.
-
-    A run that was stopped a moment ago may still be saving: this waits LOCK_WAIT_S for it. ConfigError: another run trains
-    there.
-    """
-    lock = FolderLock(config.run_dir)
-
-    def acquire() -> None:
-        try:
-            lock.acquire(LOCK_WAIT_S, lambda owner: print(f"{config.run_dir}: waiting for {owner}", file=sys.stderr))
-            lock.share()
-        except BlockingIOError as error:
-            raise ConfigError(f"{config.run_dir}: another run is training there ({error})") from error
-
-    try:
-        ranks.broadcast(acquire)
-        if not ranks.is_main:
-            lock.share()
-        ranks.barrier()
-        yield
-    finally:
-        lock.release()
-
-
-def write_config(config: Config) -> None:
-    """Creates the run directory and writes the resolved config into it. OSError: it can't be written."""
-    atomic_write(config.run_dir / "config.yaml", dump(config))
-
-
 def init_folder(config: Config) -> Path:
     """Weights folder of `init.source`. ConfigError: there is none."""
     assert config.init is not None
@@ -183,8 +197,8 @@ def init_folder(config: Config) -> Path:
         raise ConfigError(f"init.source: {error}") from error
 
 
-def build_model(config: Config, state: TrainState, ranks: Ranks, log: Callable[[str], None]) -> STDiT | Controlled:
-    """Model for the engine. Of a checkpoint it holds the EMA weights, which stdit.training.ema copies before the weights
+def build_model(config: Config, state: TrainState, ranks: Ranks) -> STDiT | Controlled:
+    """Model for the engine; what was loaded goes to `state.report`. Of a checkpoint it holds the EMA weights, which stdit.training.ema copies before the weights
     themselves are loaded; with init.source those of another run; else new ones. Frozen weights need no gradient."""
     fine_tunes = config.train.lora is not None or config.train.control is not None
     if state.checkpoint is not None and not fine_tunes:
@@ -200,7 +214,7 @@ def build_model(config: Config, state: TrainState, ranks: Ranks, log: Callable[[
         folder = ranks.broadcast(lambda: init_folder(config))
         state.base = ranks.broadcast(lambda: adapters.make_base(folder)) if fine_tunes else None
     base, report = adapters.load_base(folder, config)
-    log(report)
+    state.report.append(report)
     if state.checkpoint is None:
         model = adapters.add_trainable(base, config)
     else:
@@ -210,7 +224,7 @@ def build_model(config: Config, state: TrainState, ranks: Ranks, log: Callable[[
         trainable, frozen = (
             sum(p.numel() for p in model.parameters() if p.requires_grad is flag) for flag in (True, False)
         )
-        log(f"{trainable:,} trainable parameters, {frozen:,} frozen")
+        state.report.append(f"{trainable:,} trainable parameters, {frozen:,} frozen")
     return model
 
 
@@ -221,11 +235,13 @@ def load_checkpoint(engine: Engine, state: TrainState, ranks: Ranks) -> None:
     source, folder = state.checkpoint, state.checkpoint.parent
     if state.needs_conversion(engine.stage, ranks.size):
         folder = folder / UNIVERSAL
-        ranks.broadcast(lambda: convert(source, folder / source.name))
+
+        def convert_on_main() -> None:
+            checkpoint.start_partial(folder)
+            convert(source, folder / source.name)
+
+        ranks.broadcast(convert_on_main)
     engine.load(folder, source.name)
-    ranks.barrier()
-    if ranks.is_main:
-        shutil.rmtree(source.parent / UNIVERSAL, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------- saving
@@ -235,12 +251,16 @@ def save_checkpoint(engine: Engine, ema: EMA, config: Config, data: TrainData, s
     """Writes the checkpoint of `state` and removes old ones; collective. Earlier checkpoints stay intact on failure.
 
     CheckpointError (a full disk, say) is raised on the failing rank alone and must end the process: the other ranks wait
-    for it in DeepSpeed's barriers.
+    for it in DeepSpeed's barriers. Diverged, on all ranks and before anything is written: weights, EMA or optimizer state
+    are not finite.
     """
+    check_finite(engine, ema, state.step, ranks)
     folder = config.run_dir / FOLDER / folder_of_step(state.step)
     try:
         _write(engine, ema, config, data, state, ranks, folder)
     except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(
             f"{folder}: the checkpoint could not be written ({_cause(error, folder.parent)}). "
             "Earlier checkpoints are intact: the same command resumes from them"
@@ -261,8 +281,7 @@ def _cause(error: Exception, folder: Path) -> str:
     except OSError as failed:
         full = failed.errno in (errno.ENOSPC, errno.EDQUOT)
         return f"{failed.strerror}; {free}: make room" if full else str(failed.strerror)
-    lines = str(error).strip().splitlines()
-    text = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    text = f"{type(error).__name__}: {first_line(error)}"
     if isinstance(error, OSError) or "writ" in text.lower():  # the file that did not fit may have been larger
         return f"{text}; {free}"
     if isinstance(error, dist.DistError) or "connection" in text.lower():
@@ -270,17 +289,22 @@ def _cause(error: Exception, folder: Path) -> str:
     return text
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+
+
 def _write(
     engine: Engine, ema: EMA, config: Config, data: TrainData, state: TrainState, ranks: Ranks, folder: Path
 ) -> None:
-    # Left behind by an interrupted save.
-    ranks.broadcast(lambda: shutil.rmtree(folder, ignore_errors=True))
-    engine.save(folder.parent, folder.name)
+    unfinished = checkpoint.partial_folder(folder)
+    ranks.broadcast(lambda: checkpoint.start_partial(unfinished))
+    engine.save(unfinished.parent, unfinished.name)
     shards = [name for names in ranks.gather(engine.shard_names()) for name in names]
     kind = checkpoint.config_kind(config.train)
-    _write_weights(engine, folder / checkpoint.weights_folder(kind, "model"))
+    _write_weights(engine, unfinished / checkpoint.weights_folder(kind, "model"))
     with ema.swapped():
-        _write_weights(engine, folder / checkpoint.weights_folder(kind, "ema"))
+        _write_weights(engine, unfinished / checkpoint.weights_folder(kind, "ema"))
     if ranks.is_main:
         architecture = adapters.submodels(engine.module)[0].config
         identity = checkpoint.make_identity(
@@ -299,8 +323,8 @@ def _write(
             world_size=ranks.size,
             base=state.base and asdict(state.base),
         )
-        atomic_write(folder / IDENTITY, json.dumps(identity, indent=1))
-        checkpoint.write_manifest(folder, shards)
+        atomic_write(unfinished / IDENTITY, json.dumps(identity, indent=1))
+        checkpoint.complete(unfinished, folder, shards)
         state.intact.add(folder)
         checkpoint.prune(config.run_dir, config.train.keep_checkpoints, state.intact)
     ranks.barrier()
@@ -311,11 +335,3 @@ def _write_weights(engine: Engine, folder: Path) -> None:
     weights = engine.weights()
     if engine.ranks.is_main:
         adapters.save_trained(engine.module, weights, folder)
-
-
-def write_done(config: Config, state: TrainState, ranks: Ranks) -> None:
-    """Writes done.json, which marks the run as complete."""
-    if ranks.is_main:
-        done = {"step": state.step, "samples_seen": state.samples_seen, "checkpoint": folder_of_step(state.step)}
-        atomic_write(config.run_dir / DONE, json.dumps(done))
-    ranks.barrier()

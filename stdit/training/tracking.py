@@ -6,6 +6,8 @@ import hashlib
 import importlib.util
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from stdit.config import Config, ConfigError
 from stdit.files import printable
 from stdit.media import write_png
 from stdit.metrics_log import MetricsLog
+from stdit.training.divergence import describe_bad_samples
 
 if TYPE_CHECKING:
     from stdit.training.performance import Performance
@@ -30,7 +33,11 @@ def check_trackers(config: Config) -> None:
 
 
 class Tracker:
-    """Records one run from after `step`. On ranks other than 0 (`active` False) it writes nothing."""
+    """Records one run from after `step`. On ranks other than 0 (`active` False) it writes nothing.
+
+    A full disk or a terminal that is gone must not cost the run: what cannot be written is said once, by its path, and
+    lines of metrics.jsonl are kept until they can be.
+    """
 
     def __init__(self, config: Config, step: int, active: bool) -> None:
         self.active = active
@@ -38,11 +45,12 @@ class Tracker:
         self._log: MetricsLog | None = None
         self._board: Any = None
         self._wandb: Any = None
+        self._warned: set[str] = set()
         # In a file or a pipe: a line every ten seconds.
         interval = 0.2 if sys.stderr.isatty() else 10.0
         self._bar = tqdm(
             total=config.train.steps, initial=step, desc=printable(config.name), unit="step", disable=not active,
-            mininterval=interval, maxinterval=max(interval, 10.0), dynamic_ncols=True,
+            mininterval=interval, maxinterval=max(interval, 10.0), dynamic_ncols=True, file=Console(),
         )  # fmt: skip
         if not active:
             return
@@ -69,7 +77,8 @@ class Tracker:
         step, train = metrics["step"], self.config.train
         bad_steps = metrics.get("bad_steps", 0)
         if bad_steps:
-            self.print(f"step {step}: gradient not finite; no weights were updated ({bad_steps} in a row)")
+            samples = describe_bad_samples(metrics.get("bad_samples", ()))
+            self.print(f"step {step}: gradient not finite; no weights were updated ({bad_steps} in a row); {samples}")
         logged = bool(bad_steps) or "validation_loss" in metrics or is_due(train.log_every, step, train.steps)
         if logged:
             measured = performance.metrics(step, metrics["samples_seen"])
@@ -87,11 +96,13 @@ class Tracker:
         if not self.active:
             return
         assert self._log is not None
-        self._log.write(metrics)
+        with self._tolerant("metrics.jsonl"):
+            self._log.write(metrics)
         numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v) and k != "step"}
         if self._board:
-            for key, value in numbers.items():
-                self._board.add_scalar(key, value, metrics["step"])
+            with self._tolerant("tensorboard"):
+                for key, value in numbers.items():
+                    self._board.add_scalar(key, value, metrics["step"])
         if self._wandb:
             self._wandb.log(numbers, step=metrics["step"])
 
@@ -99,22 +110,57 @@ class Tracker:
         """Writes an image to samples/step-*.png and TensorBoard."""
         if not self.active:
             return
-        write_png(self.run_dir / "samples" / f"step-{step:08d}.png", image)
+        with self._tolerant("samples"):
+            write_png(self.run_dir / "samples" / f"step-{step:08d}.png", image)
         if self._board:
-            self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
+            with self._tolerant("tensorboard"):
+                self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    @contextmanager
+    def _tolerant(self, what: str) -> Iterator[None]:
+        """Turns a failed write into a line, once for each of `what`."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self._warned:
+                self._warned.add(what)
+                path = error.filename or self.run_dir / what
+                self.print(f"{path}: {error.strerror or error}; training goes on, and says so once")
 
     def print(self, line: str) -> None:
         """Prints a line above the progress bar."""
         if self.active:
-            self._bar.write(printable(line), file=sys.stderr)
+            self._bar.write(printable(line), file=Console())
 
     def close(self) -> None:
         self._bar.close()
+        if self._log and self._log.pending:
+            print(f"{self._log.path}: {self._log.pending} lines could not be written", file=Console())
         for writer in (self._log, self._board):
             if writer:
-                writer.close()
+                with self._tolerant("tensorboard"):
+                    writer.close()
         if self._wandb:
             self._wandb.finish()
+
+
+class Console:
+    """stderr; what is written to a terminal or pipe that is gone is lost."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            return sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        return sys.stderr.isatty()
+
+    def fileno(self) -> int:
+        return sys.stderr.fileno()
 
 
 def is_due(every: int | None, step: int, steps: int) -> bool:

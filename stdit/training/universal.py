@@ -13,13 +13,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from stdit.training.checkpoint import CheckpointError
+from stdit.training.stopping import die_with_parent
 
 
 def convert(checkpoint: Path, out: Path) -> None:
     """Writes `checkpoint` in universal format to `out`. CheckpointError: the converter failed, with its last lines."""
     command = [sys.executable, "-m", "stdit.training.universal", str(checkpoint), str(out)]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        preexec_fn=die_with_parent,
+    )
     if done.returncode:
         raise CheckpointError(
             f"{checkpoint}: cannot be converted for another number of ranks\n{(done.stdout + done.stderr)[-2000:]}"

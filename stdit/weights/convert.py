@@ -45,7 +45,7 @@ from stdit.weights.layouts.layout import (
 )
 from stdit.weights.layouts.original import NULL_CAPTION
 from stdit.weights.layouts.position_tables import check_tables, table_grid, tables_for_grid
-from stdit.weights.state_dict import DIFFUSERS_FILES, PICKLED, SUFFIXES, read_config, read_state_dict
+from stdit.weights.state_dict import DIFFUSERS_FILES, PICKLED, SUFFIXES, check_finite, read_config, read_state_dict
 
 # Values of --layout beside the names of LAYOUTS.
 OURS = "stdit"
@@ -119,6 +119,7 @@ def _load(path: Path, overrides: Mapping[str, Any], ema: bool | None) -> tuple[S
             del state[name]
             remarks.append(f"{name} is dropped: guidance needs the text encoder's features of an empty caption")
     model = build_model(state, settings, rules, tables, where)
+    check_finite(model.named_parameters(), where)
     if published:
         model.register_to_config(**{PUBLISHED: published})
     return model, layout.title if layout else OURS, tuple(remarks)

@@ -13,7 +13,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +85,14 @@ def read_state_dict(source: Path, ema: bool | None = None) -> WeightsFile:
         return WeightsFile(_strip_wrappers(_read_shards(file)), config, str(file), notes)
     state, chosen = _unwrap(_read_file(file), str(file), ema)
     return WeightsFile(_strip_wrappers(state), config, str(file), (*notes, *chosen))
+
+
+def check_finite(weights: Iterable[tuple[str, Tensor]], where: str) -> None:
+    """ValueError: a tensor holds NaN or infinity; names the first and counts the rest."""
+    bad = [name for name, tensor in weights if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+        raise ValueError(f"{where}: {bad[0]}{more} hold NaN or infinity")
 
 
 def _choice_note(where: str, taken: str, available: tuple[str, ...]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from stdit.training.distributed import STOPPED
+from stdit.training.stopping import STOPPED
 from tests.support.paths import ROOT
 
 CLUSTER = ROOT / "cluster"

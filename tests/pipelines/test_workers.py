@@ -15,7 +15,7 @@ from pipelines import workers
 from pipelines.plan import Resources
 from pipelines.progress import Clock, StepLine
 from stdit.config import Config, validate
-from stdit.training.distributed import STOPPED
+from stdit.training.stopping import STOPPED
 from tests.support.paths import ROOT
 
 
@@ -64,6 +64,49 @@ def test_of_several_errors_the_one_that_caused_the_others_is_told() -> None:
     with pytest.raises(workers.StageFailed) as caught:
         workers._wait(fit, "s", None, lambda: None)
     assert str(caught.value) == "stage s: rank 1: stdit.config.ConfigError: model.in_channels is 3"
+
+
+def test_rays_own_death_is_told_from_that_of_the_training(tmp_path: Path, monkeypatch, capsys) -> None:
+    from ray.exceptions import ActorDiedError, RayTaskError
+
+    def fit(error: Exception) -> None:
+        raise error
+
+    with pytest.raises(workers.RayLost):
+        workers._wait(lambda: fit(ActorDiedError()), "s", None, lambda: None)
+    with pytest.raises(workers.StageFailed) as caught:
+        workers._wait(lambda: fit(RayTaskError("run", "trace", ValueError("x"))), "s", None, lambda: None)
+    assert type(caught.value) is workers.StageFailed
+
+
+def test_a_stage_whose_ray_dies_is_started_again_a_bounded_number_of_times(tmp_path: Path, monkeypatch, capsys) -> None:
+    from types import SimpleNamespace
+    from typing import Any, cast
+
+    from pipelines.runner import PlanRunner
+
+    deaths: list[str] = []
+
+    def die(*_: object) -> None:
+        deaths.append("died")
+        if len(deaths) <= fatal:
+            raise workers.RayLost("stage s: the actor died")
+
+    monkeypatch.setattr(workers, "train_stage", die)
+    monkeypatch.setattr(workers, "disconnect", lambda: deaths.append("disconnected"))
+    runner = cast(Any, PlanRunner.__new__(PlanRunner))
+    runner.plan = SimpleNamespace(resources=Resources(max_failures=1), run_dir=tmp_path)
+    runner.clock, runner.connect = Clock(), lambda: deaths.append("connected")
+    stage, progress = cast(Any, SimpleNamespace(config=None)), cast(Any, SimpleNamespace(tick=None))
+    fatal = 1
+    runner._train(stage, progress)
+    assert deaths == ["died", "disconnected", "connected", "died"]
+    assert "restart 1 of 1" in capsys.readouterr().out
+    deaths.clear()
+    fatal = 9
+    with pytest.raises(workers.RayLost):
+        runner._train(stage, progress)
+    assert deaths.count("died") == 2
 
 
 def test_the_first_signal_asks_and_the_second_is_the_usual_one(tmp_path: Path, capsys) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -43,7 +43,7 @@ def run(data: dict[str, Any], stop_after: int | None = None) -> dict[str, Any]:
     stop_after: asks this rank alone to stop after that step (2 or more).
     """
     from stdit.train import Stopped, train
-    from stdit.training.distributed import Stop
+    from stdit.training.stopping import Stop
 
     stop, reports, said = Stop(), [], io.StringIO()
 
@@ -67,6 +67,50 @@ def run_stopping_on_rank_1(data: dict[str, Any], step: int) -> dict[str, Any]:
 
     first = dist.get_rank() == 0 if dist.is_initialized() else True
     return run(data, None if first else step)
+
+
+def run_spoiled(data: dict[str, Any], at: int, what: str) -> dict[str, Any]:
+    """Trains; at the end of step `at`, one value on the last rank becomes infinite: of its weights, EMA or moments."""
+    import torch.distributed as dist
+
+    from stdit.training.ema import EMA
+
+    update = EMA.update
+
+    def spoil(self: EMA, step: int) -> None:
+        update(self, step)
+        if step == at and (not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1):
+            tensors = {
+                "weights": self.masters,
+                "ema": lambda: self.average,
+                "moments": cast(Any, self.masters).__self__.state_tensors,
+            }
+            tensors[what]()[-1].detach().view(-1)[0] = torch.inf
+
+    EMA.update = spoil
+    try:
+        return run(data)
+    finally:
+        EMA.update = update
+
+
+def run_with_nan(data: dict[str, Any], ids: list[int]) -> dict[str, Any]:
+    """Trains on synthetic clips, of which those of `ids` hold NaN."""
+    from dataclasses import replace
+
+    from stdit.data.loader import Synthetic
+
+    sample = Synthetic.sample
+
+    def spoiled(self: Synthetic, id: int) -> Any:
+        found = sample(self, id)
+        return replace(found, mean=found.mean * torch.nan, path=f"clips/{id}.mp4") if int(id) in ids else found
+
+    Synthetic.sample = spoiled
+    try:
+        return run(data)
+    finally:
+        Synthetic.sample = sample
 
 
 def metrics(run_dir: str | Path) -> list[dict[str, Any]]:

@@ -33,8 +33,6 @@ def test_the_newest_whole_one_wins_whatever_latest_says(tmp_path: Path) -> None:
     assert checkpoint.find_latest(tmp_path) == newer
     make(tmp_path, 11, whole=False)
     assert checkpoint.find_latest(tmp_path) == newer
-    (tmp_path / "checkpoints/latest").unlink()
-    assert checkpoint.find_latest(tmp_path) == newer
     assert checkpoint.read_identity(tmp_path) == {"step": 10}
     assert checkpoint.find_weights(tmp_path) == newer / "transformer_ema"
     assert checkpoint.find_weights(older, "model") == older / "transformer"
@@ -77,11 +75,15 @@ def steps(run_dir: Path) -> list[int]:
 
 
 def test_pruning_keeps_the_newest_and_torn_ones_go(tmp_path: Path) -> None:
-    _, two, three, _ = (make(tmp_path, step, whole=step != 4) for step in (1, 2, 3, 4))
+    _, two, three = (make(tmp_path, step) for step in (1, 2, 3))
+    torn = checkpoint.start_partial(checkpoint.partial_folder(three.with_name("step-00000004")))
+    (torn / "transformer").mkdir()
+    (torn / "transformer/shard.pt").write_bytes(b"half")
     checkpoint.prune(tmp_path, 2, [two, three])
-    assert steps(tmp_path) == [4, 3, 2]
-    checkpoint.remove_incomplete(tmp_path)
     assert steps(tmp_path) == [3, 2]
+    checkpoint.remove_partials(tmp_path)
+    assert not torn.exists()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [two.name, three.name]
 
 
 def test_pruning_counts_intact_checkpoints_alone(tmp_path: Path) -> None:
@@ -105,13 +107,65 @@ def test_damaged_checkpoints_are_renamed_and_count_for_nothing(tmp_path: Path) -
     assert names == ["step-00000002.damaged", "step-00000002.damaged-2"]
 
 
-def test_folders_of_other_names_are_no_checkpoints(tmp_path: Path) -> None:
-    newest = make(tmp_path, 1)
-    for name in ("step-best", "step-00000002.bak", "step-3", "step-00000004.damaged"):
+# Beside our checkpoints: as another program, a person or a file manager leaves them.
+NOT_OURS = (
+    "step-best", "step-00000002.bak", "step-00000002-backup", "step-3", "step-1000", "step-00000004.damaged",
+    "step-00000007.partial", "step-00000001.partial", ".universal",
+)  # fmt: skip
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every path below `folder`, with its bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def test_what_has_not_our_mark_is_never_removed_or_renamed(tmp_path: Path) -> None:
+    oldest, newest = make(tmp_path, 1), make(tmp_path, 5)
+    for name in NOT_OURS:
         (tmp_path / "checkpoints" / name).mkdir()
+        (tmp_path / "checkpoints" / name / "pytorch_model.bin").write_bytes(b"theirs")
+    # Called as a checkpoint, with a manifest of another program.
+    other = tmp_path / "checkpoints/step-00000003"
+    other.mkdir()
+    (other / "manifest.json").write_text('{"files": {"a": 1}}')
+    before = contents(tmp_path)
     assert checkpoint.find_latest(tmp_path) == newest
-    checkpoint.remove_incomplete(tmp_path)
-    assert (tmp_path / "checkpoints/step-best").is_dir()
+    checkpoint.check_in_the_way(tmp_path, newest)
+    checkpoint.remove_partials(tmp_path)
+    checkpoint.set_aside_damaged(tmp_path, newest)
+    checkpoint.prune(tmp_path, 1, [newest])  # step 1 is ours, and its place to be removed to is taken
+    assert contents(tmp_path) == before
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"step-00000007.partial: in the way, and not written by stdit"
+    ):
+        checkpoint.start_partial(tmp_path / "checkpoints/step-00000007.partial")
+    with pytest.raises(checkpoint.CheckpointError, match=r"step-00000003: in the way of a new checkpoint"):
+        checkpoint.complete(newest, other)
+    # Newer than any of ours, it would be in the way of a save.
+    other.rename(other.with_name("step-00000009"))
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match="step-00000009 is no checkpoint of stdit"):
+        checkpoint.check_in_the_way(tmp_path, newest)
+    assert contents(tmp_path) == before
+    assert oldest.is_dir()
+
+
+def test_a_removal_that_was_cut_off_is_finished_by_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, 1)
+    newest = make(tmp_path, 2)
+
+    def cut(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", cut)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.prune(tmp_path, 1, [newest])
+    assert steps(tmp_path) == [2]
+    checkpoint.remove_partials(tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [newest.name]
 
 
 def test_any_bit_flipped_in_a_manifest_is_damage(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import time
 import pytest
 import torch
 
-from stdit.training.distributed import Ranks, Stop, complete_environment, parent_of
+from stdit.training.distributed import Ranks, complete_environment
+from stdit.training.stopping import Stop, parent_of
 from tests.support.rank_pool import Pool, RankError
 
 
@@ -59,8 +60,9 @@ def test_a_request_keeps_its_first_reason() -> None:
 
 WATCHER = """
 import os, sys, time
-from stdit.training.distributed import Stop
+from stdit.training.stopping import Stop
 stop = Stop().listen()
+stop.start_training()
 print(os.getpid(), flush=True)
 for _ in range(200):
     if stop:

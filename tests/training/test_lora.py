@@ -17,7 +17,7 @@ from stdit.models import lora
 from stdit.models.stdit import STDiT
 from stdit.training import adapters, checkpoint
 from stdit.training.data import open_data
-from tests.support.rank_jobs import for_ranks, run, run_stopping_on_rank_1, settings
+from tests.support.rank_jobs import for_ranks, run, run_spoiled, run_stopping_on_rank_1, settings
 from tests.support.rank_pool import Pool, RankError
 
 pytestmark = pytest.mark.distributed
@@ -241,3 +241,20 @@ def test_what_cannot_be_is_refused_by_key(base: Path, tmp_path: Path) -> None:
         config(init=None)
     with pytest.raises(ConfigError, match="train.lora and train.control"):
         config(train={"control": {"condition": "low_resolution"}})
+
+
+def test_adapters_and_bases_that_are_not_finite_are_refused(solo: Pool, base: Path, tmp_path: Path) -> None:
+    data = data_for(tmp_path / "run", base, 2, 1, steps=3)
+    with pytest.raises(RankError, match=r"step 3: the weights or optimizer state are not finite") as error:
+        solo(run_spoiled, data, 3, "weights")
+    assert error.value.kind == "Diverged"
+    assert not checkpoint.list_checkpoints(tmp_path / "run")
+    model = STDiT.from_pretrained(base)
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.weight[0, 0] = torch.inf  # pyright: ignore
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(
+        RankError, match=r"init.source .*: its weights: blocks.1.mlp.fc1.weight hold NaN or infinity"
+    ) as error:
+        solo(run, data_for(tmp_path / "other", tmp_path / "base", 2, 1))
+    assert error.value.kind == "ConfigError"

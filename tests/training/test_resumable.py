@@ -11,7 +11,7 @@ import torch
 
 from stdit.config import ConfigError, merge
 from stdit.config.diff import flatten
-from stdit.training import resume
+from stdit.training import resume, run_dir
 from stdit.training.distributed import Ranks
 from stdit.training.resume import check_resumable
 from tests.support.rank_jobs import config_of, settings
@@ -93,13 +93,13 @@ def test_features_extracted_anew_are_other_data() -> None:
 
 
 def test_two_runs_in_one_run_dir_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(resume, "LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr(run_dir, "LOCK_WAIT_S", 0.1)
     config, alone = config_of(settings(tmp_path)), Ranks(0, 1, 0, torch.device("cpu"))
-    with resume.lock_run_dir(config, alone):
+    with run_dir.lock(config, alone):
         with pytest.raises(ConfigError, match=r"another run is training there \(process \d+ on "):
-            resume.lock_run_dir(config, alone).__enter__()
+            run_dir.lock(config, alone).__enter__()
         assert f"{tmp_path}: waiting for process" in capsys.readouterr().err
-    with resume.lock_run_dir(config, alone):
+    with run_dir.lock(config, alone):
         pass
 
 

@@ -12,7 +12,15 @@ import pytest
 import torch
 
 from stdit.training import checkpoint
-from tests.support.rank_jobs import for_ranks, metrics, run, run_stopping_on_rank_1, settings
+from tests.support.rank_jobs import (
+    for_ranks,
+    metrics,
+    run,
+    run_spoiled,
+    run_stopping_on_rank_1,
+    run_with_nan,
+    settings,
+)
 from tests.support.rank_pool import Pool, RankError
 
 pytestmark = pytest.mark.distributed
@@ -146,8 +154,9 @@ def test_damaged_checkpoints_never_cost_the_last_intact_one(solo: Pool, tmp_path
 def test_a_save_that_was_cut_off_counts_as_not_there(solo: Pool, tmp_path: Path) -> None:
     data = data_for(tmp_path, 2, 1, steps=4)
     solo(run, data, 2)
-    torn = tmp_path / "checkpoints/step-00000004"
-    shutil.copytree(tmp_path / "checkpoints/step-00000002", torn)
+    last = tmp_path / "checkpoints/step-00000004"
+    torn = checkpoint.start_partial(checkpoint.partial_folder(last))
+    shutil.copytree(tmp_path / "checkpoints/step-00000002", torn, dirs_exist_ok=True)
     (torn / "manifest.json").unlink()
     # Lines of steps after the checkpoint, and one that was cut off.
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -155,7 +164,8 @@ def test_a_save_that_was_cut_off_counts_as_not_there(solo: Pool, tmp_path: Path)
     resumed = solo(run, data)[0]
     assert [m["step"] for m in resumed["metrics"]] == [1, 2, 3, 4]
     assert resumed["metrics"][2]["loss"] < 9
-    assert checkpoint.find_latest(tmp_path) == torn
+    assert checkpoint.find_latest(tmp_path) == last
+    assert not torn.exists()
 
 
 @pytest.mark.parametrize(
@@ -212,9 +222,116 @@ def test_a_checkpoint_cannot_run_code(
     checkpoint.write_manifest(folder)
     # Two ranks: the shards go through DeepSpeed's converter, another process.
     data = {**small, "run_dir": str(copy), "data": {**small["data"], "buckets": for_ranks(ranks)}}
-    with pytest.raises(RankError, match=r"weights_only|Weights only|Unsupported"):
+    with pytest.raises(RankError, match="no checkpoint is intact"):
         (solo if ranks == 1 else pair)(run, data)
     assert not (tmp_path / "ran").exists()
+
+
+def reseal(folder: Path) -> None:
+    """Writes the manifest for the files as they are now."""
+    (folder / "manifest.json").unlink()
+    checkpoint.write_manifest(folder)
+
+
+def test_a_checkpoint_that_deepspeed_cannot_load_is_skipped_and_saved_again(solo: Pool, tmp_path: Path) -> None:
+    data = data_for(tmp_path, 2, 1, checkpoint_every=1, steps=5, keep_checkpoints=9)
+    whole = solo(run, data)[0]["metrics"]
+    (tmp_path / "done.json").unlink()
+    checkpoints = {checkpoint.step_of(c): c for c in checkpoint.list_checkpoints(tmp_path)}
+    shard = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    assert shard in {p.name for p in checkpoints[5].iterdir()}
+    (checkpoints[5] / shard).unlink()
+    (checkpoints[4] / shard).write_bytes(b"no file of torch.save")
+    # As DeepSpeed's by its looks.
+    torch.save({"optimizer_state_dict": {}, "ds_config": {}}, checkpoints[3] / shard)
+    for folder in checkpoints.values():
+        reseal(folder)
+    resumed = solo(run, data)[0]
+    for reason in (
+        "step-00000005 is skipped: it holds the optimizer state of 0 ranks, and was saved by 1",
+        f"step-00000004 is skipped: {shard} is no file of torch.save",
+        "step-00000003 is skipped: it cannot be loaded (",
+        "resumes after step 2",
+    ):
+        assert reason in resumed["said"]
+    assert numbers(resumed["metrics"]) == numbers(whole)
+    assert {p.name for p in (tmp_path / "checkpoints").glob("*.damaged")} == {
+        f"step-0000000{n}.damaged" for n in (3, 4, 5)
+    }
+    assert all(checkpoint.verify(folder) is None for folder in checkpoint.list_checkpoints(tmp_path))
+
+
+def test_if_deepspeed_can_load_none_nothing_is_renamed(solo: Pool, tmp_path: Path) -> None:
+    data = data_for(tmp_path, 2, 1, checkpoint_every=1, steps=2)
+    solo(run, data)
+    (tmp_path / "done.json").unlink()
+    folders = checkpoint.list_checkpoints(tmp_path)
+    for folder in folders:
+        for shard in folder.glob("*optim_states.pt"):
+            torch.save({"optimizer_state_dict": {}, "ds_config": {}}, shard)
+        reseal(folder)
+    with pytest.raises(RankError, match="no checkpoint is intact"):
+        solo(run, data)
+    assert checkpoint.list_checkpoints(tmp_path) == folders
+
+
+SPOILED = [(2, 2, "weights"), (1, 0, "ema"), (1, 1, "moments"), (1, 2, "weights")]
+
+
+@pytest.mark.parametrize(("ranks", "stage", "what"), SPOILED)
+def test_weights_that_are_not_finite_are_never_saved(
+    pair: Pool, solo: Pool, ranks: int, stage: int, what: str, tmp_path: Path
+) -> None:
+    pool = pair if ranks == 2 else solo
+    data = data_for(tmp_path, stage, ranks, steps=4, checkpoint_every=2)
+    with pytest.raises(RankError, match=r"step 4: the .* are not finite, and are not saved") as error:
+        pool(run_spoiled, data, 4, what)
+    assert error.value.kind == "Diverged"
+    assert [checkpoint.step_of(c) for c in checkpoint.list_checkpoints(tmp_path)] == [2]
+    assert not (tmp_path / "done.json").exists()
+    # Once more, as if nothing had happened; on another number of ranks too.
+    other = solo if ranks == 2 else pool
+    finished = other(run, data_for(tmp_path, stage, other.size, steps=4, checkpoint_every=2))[0]
+    assert "resumes after step 2" in finished["said"]
+    assert (tmp_path / "done.json").exists()
+    if ranks == 2:  # through DeepSpeed's universal format
+        longer = data_for(tmp_path, stage, 2, steps=6)
+        with pytest.raises(RankError, match=r"step 6: the .* are not finite"):
+            pair(run_spoiled, longer, 6, what)
+        assert checkpoint.step_of(checkpoint.list_checkpoints(tmp_path)[0]) == 4
+
+
+def test_a_short_run_of_nothing_but_nan_is_not_finished(solo: Pool, tmp_path: Path) -> None:
+    with pytest.raises(
+        RankError, match=r"step 8: \d of the last \d steps of bucket .* had a gradient that is not finite"
+    ):
+        solo(run, data_for(tmp_path, 0, 1, steps=8, optimizer={"learning_rate": 1e12, "warmup_steps": 0}))
+    assert not (tmp_path / "done.json").exists()
+
+
+def test_samples_whose_loss_is_not_finite_are_named_on_all_ranks(pair: Pool, tmp_path: Path) -> None:
+    spoiled = [3, 250, 1007]
+    found = pair(run_with_nan, data_for(tmp_path, 1, steps=12, max_bad_share=1), spoiled)[0]
+    # 12 steps, about half of 8 clips, half of 16 images, of 256 each: the steps that had one of the three.
+    named = [name for line in found["metrics"] for name in line.get("bad_samples", ())]
+    bad = [line["step"] for line in found["metrics"] if line["loss"] is None]
+    assert [line["step"] for line in found["metrics"] if line.get("bad_samples")] == bad
+    assert 0 < len(named) <= 3
+    for name in named:
+        id = int(name.split()[1])
+        assert id in spoiled
+        bucket = "1x8x8" if id > 999 else "2x8x8"
+        assert name.startswith(f"sample {id} (bucket {bucket}, clips/{id}.mp4, 'waves of kind ")
+        assert name in found["said"]
+    assert "skipped steps, whose gradient was not finite: " in found["said"]
+
+
+def test_a_bucket_that_is_all_nan_ends_the_run(solo: Pool, tmp_path: Path) -> None:
+    data = data_for(tmp_path, 0, 1, steps=40, max_bad_steps=3)
+    with pytest.raises(RankError, match=r"4 of the last 4 steps of bucket 1x8x8 had a gradient") as error:
+        solo(run_with_nan, data, list(range(1000, 2000)))
+    assert error.value.kind == "Diverged"
+    assert not (tmp_path / "done.json").exists()
 
 
 def test_not_a_number_for_too_long_ends_the_run(solo: Pool, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
 from pathlib import Path
@@ -50,6 +52,45 @@ def test_a_tracker_writes_valid_json_pictures_and_tensorboard(tmp_path: Path) ->
     again.log({"step": 2, "loss": 0.25})
     again.close()
     assert [json.loads(line)["loss"] for line in (tmp_path / metrics_log.FILE).read_text().splitlines()] == [None, 0.25]
+
+
+def test_a_full_disk_costs_no_step_and_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = Tracker(config_of(settings(tmp_path)), 0, True)
+    assert tracker._log is not None
+    with open("/dev/full", "wb", buffering=0) as full:
+        disk, tracker._log._file = tracker._log._file, full
+        for step in (1, 2):
+            tracker.step({"step": step, "loss": 1.0, "samples_seen": 8}, Measured())
+    (tmp_path / "samples").write_text("no folder")
+    tracker.image("samples", Image.new("RGB", (4, 4)), 2)
+    tracker._log._file = disk
+    tracker.step({"step": 3, "loss": 1.0, "samples_seen": 8}, Measured())
+    tracker.close()
+    said = capsys.readouterr().err
+    assert said.count("training goes on, and says so once") == 2
+    assert said.count(f"{tmp_path / metrics_log.FILE}: ") == 1
+    assert "No space left on device" in said
+    assert [entry["step"] for entry in metrics(tmp_path)] == [1, 2, 3]
+
+
+class Gone(io.StringIO):
+    """A terminal that was closed."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    def flush(self) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_terminal_that_is_gone_costs_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", Gone())
+        tracker = Tracker(config_of(settings(tmp_path)), 0, True)
+        tracker.print("x")
+        tracker.step({"step": 1, "loss": 1.0, "samples_seen": 8}, Measured())
+        tracker.close()
+    assert [entry["step"] for entry in metrics(tmp_path)] == [1]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

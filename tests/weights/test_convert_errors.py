@@ -111,6 +111,16 @@ def test_a_table_that_is_not_finite_is_refused(tmp_path: Path, overrides: dict[s
         load_published(saved(state, tmp_path), overrides)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_never_converted(tmp_path: Path, value: float) -> None:
+    state = published_weights.dit_weights()
+    state["blocks.0.mlp.fc1.weight"][0, 0] = value
+    state["blocks.1.mlp.fc1.weight"][0, 0] = value
+    with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.fc1\.weight and 1 more tensors hold NaN or infinity"):
+        convert(saved(state, tmp_path), tmp_path / "out", overrides=HEADS)
+    assert not (tmp_path / "out").exists()
+
+
 SET: list[tuple[dict[str, Any], str]] = [
     ({"patch_size": [2, 2, 2]}, r"patch_size is \(2, 2, 2\); DiT has square patches"),
     ({"patch_size": [1, 2, 4]}, r"patch_size is \(1, 2, 4\); DiT has square patches"),

@@ -1,0 +1,109 @@
+"""Losses, gradients and weights that are not finite: which samples, how many steps may be skipped, what is never saved."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from stdit.config import TrainConfig
+from stdit.data.loader import Batch
+from stdit.training.distributed import Ranks
+
+if TYPE_CHECKING:
+    from stdit.training.ema import EMA
+    from stdit.training.engine import Engine
+
+# Shares of skipped steps are taken over this many steps.
+WINDOW = 100
+# Samples named of a skipped step.
+MAX_NAMED = 8
+
+
+class Diverged(RuntimeError):
+    """Too many steps had a gradient that is not finite, or the weights are not."""
+
+
+class SkippedSteps:
+    """Counts steps whose gradient was not finite, so that no weights were updated.
+
+    `check` raises Diverged after `train.max_bad_steps` in a row; also if, of the last 100 steps of the run or of one bucket,
+    more than `max_bad_steps` and more than a share of `train.max_bad_share` were skipped. At a run's last step the share
+    alone counts, from two steps on: a short run of nothing but NaN is no finished one.
+    """
+
+    def __init__(self, train: TrainConfig) -> None:
+        self.limit, self.max_share = train.max_bad_steps, train.max_bad_share
+        self.in_a_row = 0
+        # Whether each of the last steps was skipped, of the run (None) and by bucket key; and totals.
+        self._last: dict[str | None, deque[bool]] = defaultdict(lambda: deque(maxlen=WINDOW))
+        self._totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+
+    def add(self, bucket: str, skipped: bool) -> None:
+        """Counts one step of a bucket."""
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        for key in (None, bucket):
+            self._last[key].append(skipped)
+        self._totals[bucket][0] += skipped
+        self._totals[bucket][1] += 1
+
+    def check(self, step: int, last: bool = False) -> None:
+        """Raises Diverged if too many steps were skipped. last: `step` is the run's last one."""
+        if self.in_a_row > self.limit:
+            raise Diverged(
+                f"step {step}: {self.in_a_row} consecutive steps had a gradient that is not finite; train.max_bad_steps is {self.limit}"
+            )
+        limit = min(self.limit, 1) if last else self.limit
+        for key, recent in sorted(self._last.items(), key=lambda item: item[0] is None):
+            if (bad := sum(recent)) > limit and bad > self.max_share * len(recent):
+                of = "" if key is None else f" of bucket {key}"
+                raise Diverged(
+                    f"step {step}: {bad} of the last {len(recent)} steps{of} had a gradient that is not finite, more than "
+                    f"train.max_bad_share {self.max_share:g}"
+                )
+
+    def summary(self) -> str | None:
+        """One line on all skipped steps by bucket; None if there were none."""
+        parts = [f"{bad} of {all_} of bucket {key}" for key, (bad, all_) in self._totals.items() if bad]
+        return f"skipped steps, whose gradient was not finite: {', '.join(parts)}" if parts else None
+
+
+def find_bad_samples(batches: Sequence[Batch], losses: Sequence[Tensor], ranks: Ranks) -> list[str]:
+    """Samples of a step, of all ranks, whose loss is not finite: id, bucket, source file and caption; collective.
+
+    losses: of each sample of each batch, (B,).
+    """
+    found = []
+    for batch, loss in zip(batches, losses, strict=True):
+        for i, bad in enumerate((~loss.isfinite()).tolist()):
+            if bad:
+                file = f", {batch.paths[i]}" if batch.paths[i] else ""
+                found.append(f"sample {batch.ids[i]} (bucket {batch.bucket.key}{file}, {batch.captions[i][:80]!r})")
+    # Ranks that share a clip's tokens find the same ones.
+    return list(dict.fromkeys(name for names in ranks.gather(found) for name in names))
+
+
+def describe_bad_samples(names: Sequence[str]) -> str:
+    """The samples in one line."""
+    if not names:
+        return "every sample's loss is finite: the gradient overflowed"
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return f"loss not finite: {'; '.join(names[:MAX_NAMED])}{more}"
+
+
+def check_finite(engine: Engine, ema: EMA, step: int, ranks: Ranks) -> None:
+    """Diverged, on all ranks, if master weights, optimizer state or EMA hold NaN or infinity on any of them; collective."""
+    weights, average = (
+        float(any(not bool(torch.isfinite(t).all()) for t in tensors))
+        for tensors in (engine.state_tensors(), ema.average)
+    )
+    bad = ranks.all_reduce(weights, average)
+    names = [name for name, count in zip(("weights or optimizer state", "EMA weights"), bad, strict=True) if count]
+    if names:
+        raise Diverged(
+            f"step {step}: the {' and the '.join(names)} are not finite, and are not saved. Earlier checkpoints are kept; "
+            "a lower learning rate or train.optimizer.max_grad_norm may help"
+        )

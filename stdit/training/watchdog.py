@@ -1,0 +1,127 @@
+"""Watches a rank's training steps: one that takes too long is named, with its stack, and ends the process with code 75.
+
+A rank that hangs (in a collective that another one never joins, on a disk, in a decoder) would else be silent until the
+process group's time-out, and a request to stop would have no effect on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from stdit.training.stopping import STOPPED, Stop
+
+POLL_S = 0.5
+# Once a stop is requested, the step may take this long, or this many times the longest step so far.
+STOP_GRACE_S, STOP_GRACE_STEPS = 30.0, 5.0
+# A rank that cannot write its own report ends after this.
+REPORT_S = 10.0
+# Phases of a step, by the function that train() is in.
+PHASES = {
+    "Loader.__iter__": "reading data",
+    "Inputs.loss": "forward",
+    "Engine.backward": "backward",
+    "Engine.step": "optimizer step",
+    "Ranks.all_reduce": "exchange of metrics",
+    "find_bad_samples": "exchange of metrics",
+    "Validator.run": "validation",
+    "Tracker.step": "writing metrics",
+    "save_checkpoint": "saving a checkpoint",
+}
+
+
+class Watchdog:
+    """A thread that ends the process when the thread that created it is in one step for more than `limit_s` seconds.
+
+    A save may take longer, as long as its files change. A step that was asked to stop has what STOP_GRACE says.
+    """
+
+    def __init__(self, rank: int, run_dir: Path, limit_s: float, stop: Stop) -> None:
+        self.rank, self.run_dir, self.limit_s, self.stop = rank, run_dir, limit_s, stop
+        self._thread = threading.get_ident()
+        self._step, self._since, self._longest, self._saving = 0, time.monotonic(), 0.0, False
+        self._files: set[tuple[str, int]] = set()
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+
+    def start_step(self, step: int) -> None:
+        """Called as each step begins."""
+        now = time.monotonic()
+        if self._step:
+            self._longest = max(self._longest, now - self._since)
+        self._step, self._since = step, now
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """While a checkpoint is saved; the time that it takes is no part of the step."""
+        step, began = self._since, time.monotonic()
+        self._since, self._saving = began, True
+        try:
+            yield
+        finally:
+            self._saving = False
+            self._since = step + time.monotonic() - began
+
+    def close(self) -> None:
+        """Ends watching."""
+        self._closed.set()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(POLL_S):
+            if self._saving and (files := self._unfinished_files()) != self._files:
+                self._files, self._since = files, time.monotonic()
+            if (reason := self._overdue(time.monotonic())) and not self._closed.is_set():
+                self._end(reason)
+
+    def _overdue(self, now: float) -> str | None:
+        """Why the process has to end; None as long as it need not."""
+        if now - self._since > self.limit_s:
+            return f"more than {self.limit_s:g} s (train.step_timeout_s)"
+        if not self._saving and self.stop.since is not None:
+            grace = max(STOP_GRACE_S, STOP_GRACE_STEPS * self._longest)
+            if now - max(self._since, self.stop.since) > grace:
+                return f"more than {grace:.0f} s since the stop was requested ({self.stop.reason})"
+        return None
+
+    def _unfinished_files(self) -> set[tuple[str, int]]:
+        """Files of the checkpoint that is being written, with their sizes."""
+        found = set()
+        for path in (self.run_dir / "checkpoints").glob("*.partial/**/*"):
+            with contextlib.suppress(OSError):
+                found.add((str(path), path.stat().st_size))
+        return found
+
+    def _end(self, reason: str) -> None:
+        threading.Thread(target=lambda: (time.sleep(REPORT_S), os._exit(STOPPED)), daemon=True).start()
+        frame = sys._current_frames().get(self._thread)
+        text = (
+            f"[rank {self.rank}] step {self._step}, {phase_of(frame)}: {reason}. This rank waits for others or for a disk; "
+            f"it ends with code {STOPPED}, and the same command goes on from the newest checkpoint. Its stack:"
+        )
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            print(text, file=sys.__stderr__, flush=True)
+            assert sys.__stderr__ is not None
+            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+        # Under Ray, stderr is far away.
+        with contextlib.suppress(OSError), (self.run_dir / f"stalled-rank-{self.rank}.txt").open("w") as file:
+            file.write(text + "\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+        os._exit(STOPPED)
+
+
+def phase_of(frame: FrameType | None) -> str:
+    """What a thread in train() is doing, by the outermost function below it that has a name in PHASES."""
+    names: list[str] = []
+    while frame is not None:
+        names.append(frame.f_code.co_qualname)
+        frame = frame.f_back
+    return next((PHASES[name] for name in reversed(names) if name in PHASES), "between phases")
