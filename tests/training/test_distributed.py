@@ -103,7 +103,7 @@ def test_plain_python_gets_what_a_launcher_would_set(monkeypatch: pytest.MonkeyP
         monkeypatch.delenv(name)
     complete_environment()
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ("0", "1", "0")
-    assert int(os.environ["MASTER_PORT"]) > 0
+    assert os.environ["MASTER_PORT"] == "0"  # the system picks one
     monkeypatch.delenv("MASTER_PORT")
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ValueError, match="WORLD_SIZE is 4 but MASTER_PORT is not set"):
