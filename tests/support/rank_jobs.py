@@ -117,6 +117,19 @@ def metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     return metrics_log.read(Path(run_dir) / metrics_log.FILE)
 
 
+def numbers(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Entries of metrics.jsonl without what a clock or the machine decides."""
+    return [{k: v for k, v in line.items() if not _measured(k)} for line in lines]
+
+
+def _measured(key: str) -> bool:
+    return (
+        key.startswith(("seconds", "slow_rank"))
+        or key.endswith("_per_second")
+        or key in ("mfu", "memory_gib", "hours_left")
+    )
+
+
 def engine_steps(data: dict[str, Any], bad_rank: int) -> dict[str, Any]:
     """Five steps of an Engine by hand; on rank `bad_rank` the gradients of step 4 are NaN behind a finite loss, and the
     loss of step 5 is. Losses, norms, weights, their average (also by the formula, from the weights after each step),

@@ -15,7 +15,7 @@ from stdit.models.dynamic import ComputeStats
 from stdit.training.dynamic_loss import flops_loss, flops_target
 from stdit.training.inputs import Inputs
 from tests.support.paths import ROOT
-from tests.support.rank_jobs import config_of, for_ranks, run, run_stopping_on_rank_1, settings
+from tests.support.rank_jobs import config_of, for_ranks, numbers, run, run_stopping_on_rank_1, settings
 from tests.support.rank_pool import Pool
 
 CPU = torch.device("cpu")
@@ -125,10 +125,6 @@ def test_choices_are_each_samples_own() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- runs
-
-
-def numbers(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
 @pytest.mark.distributed

@@ -15,6 +15,7 @@ from stdit.training import checkpoint
 from tests.support.rank_jobs import (
     for_ranks,
     metrics,
+    numbers,
     run,
     run_spoiled,
     run_stopping_on_rank_1,
@@ -33,11 +34,6 @@ def data_for(path: Path, stage: int, ranks: int = 2, **train: Any) -> dict[str, 
     data = settings(path, train={"zero_stage": stage, **extra, **train})
     data["data"]["buckets"] = for_ranks(ranks)
     return data
-
-
-def numbers(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """metrics.jsonl without the one thing that may differ."""
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
 def weights(run_dir: Path, step: int) -> dict[str, bytes]:
