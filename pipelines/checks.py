@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from pipelines import plan as plans
 from pipelines.plan import Plan, ResolvedStage
 from stdit.config import ConfigError, TextEncoderConfig
+from stdit.files import printable
+
+if TYPE_CHECKING:
+    from stdit.data.features import FeatureSet
 
 
 def check_early(plan: Plan, stages: Sequence[ResolvedStage]) -> None:
@@ -116,8 +122,7 @@ def complete(plan: Plan, stages: Sequence[ResolvedStage]) -> list[ResolvedStage]
     from stdit.extract import expected_facts
 
     check_manifest(plan)
-    extracted = (plan.extract.out / "index.json").is_file()
-    source = FeatureSet(plan.extract.out) if extracted else ManifestSource(plan.extract)
+    source = extracted_features(plan) or ManifestSource(plan.extract)
     facts = source.facts() if isinstance(source, FeatureSet) else expected_facts(plan.extract)
     completed: list[ResolvedStage] = []
     for stage in stages:
@@ -129,6 +134,19 @@ def complete(plan: Plan, stages: Sequence[ResolvedStage]) -> list[ResolvedStage]
             raise ConfigError(f"{stage.source}: {error}") from error
         completed.append(replace(stage, config=config))
     return completed
+
+
+def extracted_features(plan: Plan) -> FeatureSet | None:
+    """The plan's features; None before they are extracted, or where they are damaged and the extraction will mend them."""
+    from stdit.data.features import FeatureSet
+
+    if not (plan.extract.out / "index.json").is_file():
+        return None
+    try:
+        return FeatureSet(plan.extract.out)
+    except ConfigError as error:
+        print(printable(f"{error}"), file=sys.stderr)
+        return None
 
 
 def check_manifest(plan: Plan) -> None:
@@ -197,7 +215,7 @@ def forecast_lines(plan: Plan, stages: Sequence[ResolvedStage]) -> list[str]:
     from the plan alone. ConfigError: a missing autoencoder."""
     from pipelines.forecast import EqualSource, ManifestSource, forecast
 
-    if (plan.extract.out / "index.json").is_file():
+    if extracted_features(plan) is not None:
         lines = stage_lines(plan, stages)
     else:
         source = (

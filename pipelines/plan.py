@@ -27,7 +27,9 @@ from stdit.config import (
     Positive,
     SamplerConfig,
     ScoreConfig,
+    Threads,
     Transition,
+    Workers,
     apply_override,
     default_bucket,
     latent_shape,
@@ -75,7 +77,7 @@ class Extraction(ExtractConfig):
     """Manifest of the clips; default: that of `curation`, else of `prepare`."""
     out: Path = Path()
     """Folder of the features; default: RUN_DIR/features."""
-    workers: Positive | Literal["auto"] = 1  # pyright: ignore[reportIncompatibleVariableOverride]
+    workers: Workers | Literal["auto"] = 1  # pyright: ignore[reportIncompatibleVariableOverride]
     """Actors that extract, each with the encoders; `auto`: one for each of this machine's CPUs."""
 
 
@@ -116,9 +118,9 @@ class Evaluation(Frozen):
     """Videos per batch."""
     fps: Positive | None = None
     """Frames per second of the files. null: of most videos that the stage was trained on."""
-    workers: Positive = 1
+    workers: Workers = 1
     """Ray actors that generate, each with one pipeline; 1: in the driver."""
-    threads: Positive | Literal["auto"] = 1
+    threads: Threads | Literal["auto"] = 1
     """CPU threads of each pipeline; `auto`: this machine's CPUs over `workers`."""
     compare_with_previous: bool = False
     """Also evaluates the stage before at this stage's shape, where it differs: what the stage has added."""
@@ -137,9 +139,9 @@ class Resources(Frozen):
     """Processes of training. Not part of a stage's identity, except for samples per step, which are workers *
     batch_size * gradient_accumulation."""
 
-    workers: Positive = 1
+    workers: Workers = 1
     """Ranks, one process each."""
-    cpus_per_worker: Positive | Literal["auto"] = 1
+    cpus_per_worker: Threads | Literal["auto"] = 1
     """CPUs and threads of each worker; `auto`: this machine's CPUs over `workers`, at least 1."""
     use_gpu: bool = False
     """One GPU per worker and NCCL; false: CPU and gloo."""

@@ -12,12 +12,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from pipelines.changes import Settings
-from stdit.config import ConfigError
-from stdit.files import FolderLock, atomic_write
+from stdit.config import ConfigError, SealedSchema, read_json
+from stdit.files import FolderLock, atomic_write, seal
 
 FILE, FORMAT = "plan.json", 1
+
+
+class RecordFile(SealedSchema):
+    """plan.json."""
+
+    format: Literal[1]
+    parts: dict[str, dict[str, Any]]
+    seconds: dict[str, Annotated[float, Field(ge=0)]]
 
 
 @dataclass
@@ -32,20 +43,20 @@ class Record:
     def read(cls, run_dir: Path) -> Record:
         """The record in `run_dir`; empty if there is none. ConfigError: another format, or damaged."""
         path = run_dir / FILE
-        if not path.is_file():
+        if not path.exists():
             return cls(path)
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{path}: damaged ({error}); writes are atomic, so check the disk") from error
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ConfigError(f"{path}: not a record of format {FORMAT}; {path.parent} holds something else")
+            data = read_json(path, RecordFile)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error}. Without it, what is complete in {run_dir} is kept and taken as of this plan: remove it if so"
+            ) from error
         return cls(path, data["parts"], data["seconds"])
 
     def write(self) -> None:
         """Writes the record atomically."""
         data = {"format": FORMAT, "parts": self.parts, "seconds": {k: round(v, 2) for k, v in self.seconds.items()}}
-        atomic_write(self.path, json.dumps(data, indent=1) + "\n")
+        atomic_write(self.path, json.dumps(seal(data), indent=1) + "\n")
 
     def start(self, part: str, settings: Settings) -> None:
         """Records the settings of a part that is about to run."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -156,13 +155,14 @@ class PlanRunner:
 
     def is_finished(self, stage: ResolvedStage) -> bool:
         """Whether the stage's run is complete, on the current features."""
+        from stdit.data.features import read_index
         from stdit.training.checkpoint import find_final
+        from stdit.training.identity import load_identity
 
         checkpoint = find_final(stage.config.run_dir)
         if checkpoint is None:
             return False
-        identity = json.loads((checkpoint / "identity.json").read_text())
-        fingerprint = json.loads((self.extract.out / "index.json").read_text())["fingerprint"]
+        identity, fingerprint = load_identity(checkpoint), read_index(self.extract.out)["fingerprint"]
         if identity["features"] != fingerprint:
             raise ConfigError(
                 f"{stage.config.run_dir} was trained on features that have been re-extracted since, because clips "
@@ -317,7 +317,7 @@ class PlanRunner:
 
     def entry(self, stage: ResolvedStage, metrics: Mapping[str, Any] | None) -> dict[str, Any]:
         """A stage for pipelines.report."""
-        from stdit.training.checkpoint import list_checkpoints
+        from stdit.training.checkpoint import read_done
 
         run = stage.config.run_dir
         videos = self.plan.run_dir / "evaluation" / stage.name / "videos"
@@ -326,7 +326,7 @@ class PlanRunner:
             "steps": stage.config.train.steps,
             "seconds": self.record.seconds.get(stage.name, 0.0),
             "run": run,
-            "checkpoint": str(list_checkpoints(run)[0]),
+            "checkpoint": str(run / "checkpoints" / read_done(run)["checkpoint"]),
             "videos": videos if metrics is not None else None,
             "metrics": metrics,
         }

@@ -54,12 +54,13 @@ def _extract(arguments: list[str]) -> int | None:
 
 def _train(arguments: list[str]) -> int | None:
     from stdit import train
+    from stdit.config import MAX_WORKERS
 
     parser = train.arguments("stdit train")
     parser.add_argument("--nproc", type=int, default=1, help="processes (one a GPU), started by DeepSpeed's launcher")
     options = parser.parse_args(arguments)
-    if options.nproc < 1:
-        parser.error(f"--nproc {options.nproc}: expected 1 or more")
+    if not 1 <= options.nproc <= MAX_WORKERS:
+        parser.error(f"--nproc {options.nproc}: expected 1 to {MAX_WORKERS}")
     own = ["--config", options.config, *(f"--set={text}" for text in options.set)]
     if options.nproc == 1:
         return _main("stdit.train", own)

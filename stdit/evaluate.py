@@ -33,7 +33,7 @@ from stdit.config import (
     load_config,
     validate,
 )
-from stdit.files import atomic_write, printable
+from stdit.files import atomic_write, check_writable, printable
 
 Generate = Callable[[GenerateConfig], object]
 
@@ -110,6 +110,7 @@ def evaluate_runs(
     """Metrics, or the error, of each run by name; also written to out/metrics.json."""
     from stdit.data import manifest as manifests
 
+    check_writable(out)
     manifests.read(manifest)  # An unusable manifest fails for all runs: at once.
     results: dict[str, dict[str, Any] | str] = {}
     for name, run in run_names(runs).items():

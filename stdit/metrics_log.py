@@ -80,7 +80,7 @@ def _entries(content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
         end += len(line)
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(entry, dict) and isinstance(entry.get("step"), int) and line.endswith(b"\n"):
             yield end, entry

@@ -7,9 +7,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from stdit.files import FolderLock, atomic_folder, atomic_path, atomic_write, fingerprint_files, read_jsonl, sha256
+from stdit.files import (
+    MAX_WORD,
+    FolderLock,
+    atomic_folder,
+    atomic_path,
+    atomic_write,
+    check_writable,
+    describe_failed_write,
+    fingerprint_files,
+    printable,
+    read_json,
+    read_jsonl,
+    seal,
+    sha256,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -118,3 +134,89 @@ def test_a_dead_owners_lock_is_free(tmp_path: Path) -> None:
     owner.kill()
     owner.wait()
     lock.acquire(10)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_have_the_mode_that_the_umask_gives_whatever_their_writer_does(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        with atomic_path(tmp_path / "one.safetensors") as path:
+            save_file({"x": np.zeros(3)}, path)  # safetensors makes it 0600
+        with atomic_folder(tmp_path / "folder") as folder:
+            save_file({"x": np.zeros(3)}, folder / "two.safetensors")
+        atomic_write(tmp_path / "three", "text")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+    assert len(files) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\x1b[31mred\x07", "a\\x1b[31mred\\x07"),
+        ("a\rb\x9bc", "a\\rb\\x9bc"),
+        ("gpj.\u202efdp", "gpj.\\u202efdp"),
+        ("left\ud800", "left\\ud800"),
+        ("左へ\u3000動く 👩\u200d🚀 süß\n\tnext", "左へ\u3000動く 👩\u200d🚀 süß\n\tnext"),
+    ],
+)
+def test_what_would_steer_a_terminal_is_shown_instead(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
+def test_long_words_and_texts_are_cut_in_the_middle() -> None:
+    path = "/" + "x" * 10_000_000 + "/clip.mp4"
+    assert len(printable(f"{path}: no such file")) < 2 * MAX_WORD + 20
+    assert printable(f"{path}: no such file").endswith("/clip.mp4: no such file")
+    assert len(printable("word " * 10_000_000)) < 100_000
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"{", "not valid JSON"),
+        (b"[1]", "expected a JSON object, found list"),
+        (b"[" * 10_000, "nested more than 100 deep"),
+        (b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}", "nested more than 100 deep"),
+        (b'{"a": 1, "a": 2}', "key 'a' is given twice"),
+        (b'{"a": NaN}', "NaN is not a JSON number"),
+        (b'{"a": 1e999}', "1e999 is beyond the largest number"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "a number of 5000 digits"),
+        (b"\xff\xfe{}", "not UTF-8"),
+    ],
+)
+def test_json_that_is_none_is_one_line_with_the_path(content: bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a\.json: .*{message}") as caught:
+        read_json(file)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_json(tmp_path)
+
+
+def test_a_seal_holds_for_any_order_of_keys_and_for_no_other_content() -> None:
+    sealed = seal({"b": [1, 2.5, None], "a": {"c": "d"}})
+    assert seal(dict(reversed(sealed.items()))) == sealed
+    assert seal({**sealed, "a": {"c": "e"}})["sha256"] != sealed["sha256"]
+
+
+def test_a_place_that_cannot_be_written_is_named_before_anything_is(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "folder")
+    assert names(tmp_path) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file/folder: cannot be written to .*is not a folder"):
+        check_writable(tmp_path / "file" / "folder")
+    with pytest.raises(ValueError, match="cannot be written to"):
+        check_writable(Path("/proc/stdit"))
+
+
+def test_a_failed_write_names_the_file_systems_own_error(tmp_path: Path) -> None:
+    full = OSError(28, "No space left on device")
+    assert "No space left on device" in describe_failed_write(full, tmp_path)
+    assert "make room" in describe_failed_write(full, tmp_path)
+    assert describe_failed_write(RuntimeError("odd"), tmp_path / "new") == "RuntimeError: odd"
+    assert names(tmp_path) == []

@@ -197,7 +197,7 @@ def test_files_of_unknown_origin_are_not_taken_for_results(runs: dict[str, Path]
 
 def test_a_damaged_request_is_named(runs: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "request.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"request\.json: damaged"):
+    with pytest.raises(ConfigError, match=r"request\.json: not valid JSON"):
         make(runs["text"], tmp_path)
 
 

@@ -8,7 +8,18 @@ file, the key and the numbers.
 
 from __future__ import annotations
 
-from stdit.config.base import FileSchema, Frozen, NonNegative, Positive, SealedSchema, Sha256, Share
+from stdit.config.base import (
+    MAX_WORKERS,
+    FileSchema,
+    Frozen,
+    NonNegative,
+    Positive,
+    SealedSchema,
+    Sha256,
+    Share,
+    Threads,
+    Workers,
+)
 from stdit.config.curate import (
     CaptionConfig,
     CaptionServer,
@@ -71,6 +82,7 @@ from stdit.config.train import (
 )
 
 __all__ = [
+    "MAX_WORKERS",
     "MOST_TEXT_ENCODERS",
     "SIZES",
     "Bucket",
@@ -113,12 +125,14 @@ __all__ = [
     "Sha256",
     "Share",
     "TextEncoderConfig",
+    "Threads",
     "TrainBucket",
     "TrainConfig",
     "Transition",
     "ValidationConfig",
     "VideoEncoderConfig",
     "Where",
+    "Workers",
     "apply_override",
     "check",
     "default_bucket",

@@ -37,6 +37,10 @@ class Frozen(BaseModel):
         return value
 
 
+# More threads of a process, or processes on one machine, are a slip of the hand; starting them ends the process.
+MAX_THREADS, MAX_WORKERS = 1024, 4096
+Threads = Annotated[int, Field(gt=0, le=MAX_THREADS)]
+Workers = Annotated[int, Field(gt=0, le=MAX_WORKERS)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
-from stdit.config.base import Count, Frozen, NonNegative, Positive, Share, Width
+from stdit.config.base import MAX_THREADS, Count, Frozen, NonNegative, Positive, Share, Width, Workers
 from stdit.config.load import ConfigError
 
 
@@ -273,7 +273,7 @@ class ExtractConfig(Frozen):
     null: none."""
     captions: tuple[str, ...] = ()
     """Further captions of the clips, whose text features are extracted too: `dense` is that of column caption_dense."""
-    workers: Positive = 1
+    workers: Workers = 1
     """Processes that extract (Ray actors under `pipelines.extract_features`)."""
     seed: NonNegative = 0
     """Seed of keep_probability."""
@@ -305,7 +305,7 @@ class DataConfig(Frozen):
     """Split to train on."""
     validation_split: str = "validation"
     """Split of validation losses and sample grids."""
-    workers: NonNegative = 0
+    workers: Annotated[int, Field(ge=0, le=MAX_THREADS)] = 0
     """Threads of each rank that read ahead; 0: none."""
 
     @model_validator(mode="after")

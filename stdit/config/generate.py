@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from stdit.config.base import Frozen, Positive
+from stdit.config.base import Frozen, Positive, Threads, Workers
 
 
 class LoRASource(Frozen):
@@ -57,9 +57,9 @@ class GenerateConfig(Frozen):
     that the run was trained on; 8 where that is not known."""
     batch_size: Positive = 8
     """Videos sampled at a time. Batches are cut from the file of prompts, so the same settings give the same videos."""
-    workers: Positive = 1
+    workers: Workers = 1
     """Pipelines that sample in parallel (under Ray)."""
-    threads: Positive = 1
+    threads: Threads = 1
     """CPU threads of each worker."""
     device: Literal["cpu", "cuda"] | None = None
     """null: cuda where there is one."""

@@ -211,7 +211,7 @@ def write_settings(plan: ExtractionPlan, overwrite: bool = False) -> None:
         if not overwrite:
             lines = "\n".join(f"  {change}" for change in changed)
             raise ConfigError(
-                f"{out} holds features of another config:\n{lines}\nChoose another out, or discard them with --overwrite"
+                f"{out} holds features of another config ({SETTINGS}):\n{lines}\nChoose another out, or discard them with --overwrite"
             )
         check_writable(out)
         # From here on the folder is incomplete.

@@ -34,7 +34,7 @@ STANDARD_COLUMNS = (
 )  # fmt: skip
 # Columns that features add themselves (stdit.data.features, .records); a manifest may not have them.
 RESERVED_COLUMNS = (
-    "id", "shard", "bucket", "class_label", "text_length", "status", "reason", "detail", "cut", "size", "mtime_ns", "digest",
+    "id", "shard", "bucket", "class_label", "text_length", "tensors_digest", "status", "reason", "detail", "cut", "size", "mtime_ns", "digest",
 )  # fmt: skip
 ERRORS_SHOWN = 20
 INT32, INT64 = 2**31, 2**63

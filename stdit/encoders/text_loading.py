@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForTextEncoding,
@@ -148,8 +147,10 @@ def _single_sizes(config: TextEncoderConfig) -> dict[str, int | None]:
         settings: Any = AutoConfig.from_pretrained(
             config.path, subfolder=config.subfolder or "", trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{KEY}: {config.path}: its config.json cannot be read ({error})") from error
+    except Exception as error:  # whatever transformers raises for a file that is damaged
+        raise ConfigError(
+            f"{KEY}: {config.path}: its config.json cannot be read ({type(error).__name__}: {error})"
+        ) from error
     text = getattr(settings, "text_config", settings)  # a full CLIP has another config for its images
     pooled = text.projection_dim if _class_of(settings) is CLIPTextModelWithProjection else text.hidden_size
     return {
@@ -167,25 +168,44 @@ def _load(
     Loaded in `dtype`: T5 weights that are loaded as float32 and then cast to float16 are corrupted.
     """
     assert config.path is not None
+    model = load_text_model(config.path, config.subfolder, dtype, KEY, revision=revision)
     where: dict[str, Any] = {"revision": revision} if revision else {}
-    where["trust_remote_code"] = False  # by default, transformers asks on standard input whether to run code
-    location = {"subfolder": config.subfolder or "", **where}
     try:
-        kind = _class_of(AutoConfig.from_pretrained(config.path, **location))
-        model, info = kind.from_pretrained(config.path, dtype=dtype, output_loading_info=True, **location)
-        tokenizer = AutoTokenizer.from_pretrained(config.path, subfolder=config.tokenizer_subfolder or "", **where)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            config.path, subfolder=config.tokenizer_subfolder or "", trust_remote_code=False, **where
+        )
+    except Exception as error:  # whatever the tokenizers raise for files that are damaged
         raise ConfigError(
-            f"{KEY}: {config.path}: no T5 or CLIP text encoder with its tokenizer can be loaded ({error})"
+            f"{KEY}: {config.path}: its tokenizer cannot be loaded ({type(error).__name__}: {error})"
+        ) from error
+    return model, tokenizer
+
+
+def load_text_model(
+    path: str, subfolder: str | None, dtype: torch.dtype | None, key: str, **hub: Any
+) -> PreTrainedModel:
+    """The T5 or CLIP text model in a folder or hub id, strictly. dtype: None for that of its config. hub: revision, token, …
+
+    ConfigError, beginning with `key`: it cannot be loaded, or a weight is missing or of another shape.
+    """
+    where = f"{path}/{subfolder}" if subfolder else path
+    # By default, transformers asks on standard input whether to run code.
+    location = {"subfolder": subfolder or "", "trust_remote_code": False, **{k: v for k, v in hub.items() if v}}
+    try:
+        kind = _class_of(AutoConfig.from_pretrained(path, **location))
+        model, info = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **location)
+    except Exception as error:  # whatever transformers raises for files that are damaged
+        raise ConfigError(
+            f"{key}: {where}: no T5 or CLIP text encoder can be loaded ({type(error).__name__}: {error})"
         ) from error
     # Unexpected keys are fine: a full T5 has a decoder, a full CLIP an image encoder. A missing weight would be random.
     wrong = {k: info[k] for k in ("missing_keys", "mismatched_keys") if info[k]}
     if wrong:
         raise ConfigError(
-            f"{KEY}: {config.path}: the weights do not fit: "
+            f"{key}: {where}: the weights do not fit: "
             + "; ".join(f"{k}: {sorted(map(str, v))}" for k, v in wrong.items())
         )
-    return model, tokenizer
+    return model
 
 
 def _class_of(config: Any) -> Any:

@@ -21,7 +21,6 @@ from diffusers.models.auto_model import AutoModel
 from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
 from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from stdit.config import Bucket, ConfigError, VideoEncoderConfig, latent_shape
@@ -233,7 +232,7 @@ def load_video_encoder(
     key = "video_encoder.path"
     folder = folder_of(config.path, key)
     place = subfolder_of(folder, config.subfolder, key) if folder else None
-    vae = _load(config.path, config.subfolder, dtype, revision, key)
+    vae = load_autoencoder(config.path, config.subfolder, dtype, key, revision=revision)
     source = {
         "path": str(folder) if folder else config.path,
         "subfolder": config.subfolder,
@@ -247,23 +246,27 @@ def load_video_encoder(
     return encoder.to(device)
 
 
-def _load(path: str, subfolder: str | None, dtype: torch.dtype, revision: str | None, key: str) -> ModelMixin:
-    """The diffusers autoencoder in `path`, with every weight it has and none left over."""
+def load_autoencoder(path: str, subfolder: str | None, dtype: torch.dtype | None, key: str, **hub: Any) -> ModelMixin:
+    """The autoencoder in a folder or hub id, of diffusers or a PixelAutoencoder, strictly. hub: revision, token, …
+
+    ConfigError, beginning with `key`: it cannot be loaded; a weight is missing, left over or of another shape.
+    """
     where = f"{path}/{subfolder}" if subfolder else path
+    location = {"subfolder": subfolder, **{k: v for k, v in hub.items() if v}}
     try:
-        settings = cast(dict[str, Any], AutoModel.load_config(path, subfolder=subfolder, revision=revision))
+        settings = cast(dict[str, Any], AutoModel.load_config(path, **location))
         name = settings.get("_class_name")
-        cls: Any = getattr(diffusers, name, None) if name else None
+        cls: Any = PixelAutoencoder if name == PixelAutoencoder.__name__ else getattr(diffusers, str(name), None)
         if cls is None or not (hasattr(cls, "encode") and hasattr(cls, "decode")):
             raise ConfigError(
                 f"{key}: {where} holds {name or 'no diffusers model (its config.json has no _class_name)'}, which is no autoencoder of diffusers"
             )
-        vae, info = cls.from_pretrained(
-            path, subfolder=subfolder, revision=revision, torch_dtype=dtype, output_loading_info=True
-        )
-    except (OSError, RuntimeError, SafetensorError) as error:
+        vae, info = cls.from_pretrained(path, torch_dtype=dtype, output_loading_info=True, **location)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever diffusers raises for files that are damaged
         raise ConfigError(
-            f"{key}: {where}: cannot be loaded, neither as a folder nor from the hub ({error})"
+            f"{key}: {where}: cannot be loaded, neither as a folder nor from the hub ({type(error).__name__}: {error})"
         ) from error
     # diffusers only warns of these, and leaves the missing weights without values.
     wrong = {k: info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[k]}

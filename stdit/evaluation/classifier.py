@@ -19,11 +19,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stdit.files import atomic_path
+from stdit.config import NonNegative, Positive, SealedSchema, Sha256, check
+from stdit.data.features import digest_of
+from stdit.files import atomic_path, parse_json, seal
 
 Frames = NDArray[np.uint8]  # (T, H, W, 3)
 Crop = Literal["foreground", "frame"]
@@ -171,6 +173,19 @@ class ClassifierInfo:
         return self.held_out_correct / self.held_out_frames if self.held_out_frames else None
 
 
+class ClassifierFile(SealedSchema):
+    """Metadata of a classifier's safetensors: its ClassifierInfo, and the digest of its weights."""
+
+    classes: tuple[str, ...]
+    size: Positive
+    crop: Crop
+    fingerprint: str
+    train_frames: NonNegative
+    held_out_correct: NonNegative
+    held_out_frames: NonNegative
+    tensors: Sha256
+
+
 class ClipClassifier:
     """A trained classifier of clips: averages per-frame predictions."""
 
@@ -195,19 +210,29 @@ class ClipClassifier:
 
     def save(self, path: Path) -> None:
         with atomic_path(path) as temporary:
-            save_file(self.net.state_dict(), temporary, metadata={"classifier": json.dumps(asdict(self.info))})
+            state = self.net.state_dict()
+            info = seal({**asdict(self.info), "tensors": digest_of(state)})
+            save_file(state, temporary, metadata={"classifier": json.dumps(info)})
 
     @classmethod
     def load(cls, path: Path) -> ClipClassifier:
-        """ValueError: not a file of a classifier."""
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get("classifier")
-            if text is None:
-                raise ValueError(f"{path}: not a classifier (no `classifier` in its metadata)")
-            fields = json.loads(text)
-            info = ClassifierInfo(**{**fields, "classes": tuple(fields["classes"])})
-            net = ClassifierNet(len(info.classes))
-            net.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        """ValueError: not a file of a classifier, or a damaged one."""
+        try:
+            with safe_open(path, "pt") as file:
+                text = (file.metadata() or {}).get("classifier")
+                state = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: cannot be read ({error})") from error
+        if text is None:
+            raise ValueError(f"{path}: not a classifier (no `classifier` in its metadata)")
+        fields = parse_json(text)
+        check(fields, ClassifierFile, str(path))
+        if fields["tensors"] != digest_of(state):
+            raise ValueError(f"{path}: its weights are not what was written")
+        del fields["sha256"], fields["tensors"]
+        info = ClassifierInfo(**{**fields, "classes": tuple(fields["classes"])})
+        net = ClassifierNet(len(info.classes))
+        net.load_state_dict(state)
         return cls(net, info)
 
 

@@ -13,14 +13,16 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ConfigDict
 
-from stdit.config import Bucket, EvaluationConfig
+from stdit.config import Bucket, ConfigError, EvaluationConfig, SealedSchema, read_json
 from stdit.data import manifest as manifests
 from stdit.data.manifest import Manifest
 from stdit.evaluation.classifier import (
@@ -36,7 +38,7 @@ from stdit.evaluation.classifier import (
 from stdit.evaluation.generated import GeneratedClip, fingerprint_videos, read_generated, sampling_protocol
 from stdit.evaluation.held_out import check_columns, class_of, direction_of, load_clips, load_frame, select
 from stdit.evaluation.metrics import accuracy, confusion_matrix, frechet_distance, kernel_distance
-from stdit.files import atomic_write
+from stdit.files import atomic_write, seal
 
 # Incremented when the metrics of the same clips change, which invalidates metrics and classifiers on disk.
 VERSION = 3
@@ -81,6 +83,14 @@ class Predictions:
         return float(np.mean(self.probabilities)) if self.probabilities else None
 
 
+class StoredMetrics(SealedSchema):
+    """metrics.json of a folder of videos; further keys are the metrics. fingerprint: of all that they follow from."""
+
+    model_config = ConfigDict(extra="allow")
+
+    fingerprint: str
+
+
 def evaluate_videos(
     videos: Path,
     manifest: Path,
@@ -100,11 +110,12 @@ def evaluate_videos(
     fingerprint = _digest(VERSION, config.model_dump(mode="json"), fingerprint_videos(videos), source.fingerprint)
     out = videos / METRICS
     if out.is_file():
-        stored = json.loads(out.read_text(encoding="utf-8"))
-        if stored.get("fingerprint") == fingerprint:
-            return stored
+        with suppress(ConfigError):  # damaged: computed again
+            stored = read_json(out, StoredMetrics)
+            if stored["fingerprint"] == fingerprint:
+                return stored
     metrics = {"fingerprint": fingerprint, **_compute_metrics(videos, source, config, cache or videos.parent)}
-    text = json.dumps(metrics, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(seal(metrics), indent=1, ensure_ascii=False) + "\n"
     atomic_write(out, text)
     return json.loads(text)
 
@@ -115,7 +126,8 @@ def load_or_train_classifier(source: Manifest, config: EvaluationConfig, cache: 
     fingerprint = _digest(VERSION, relevant, source.fingerprint)
     path = cache / f"classifier-{fingerprint[:16]}.safetensors"
     if path.is_file():
-        return ClipClassifier.load(path)
+        with suppress(ValueError):  # damaged: trained again
+            return ClipClassifier.load(path)
     images, names = _labelled_frames(source, config, config.train_split, config.classifier_frames)
     classes = _sorted(set(names))
     if len(classes) < 2:

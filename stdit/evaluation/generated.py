@@ -5,13 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import ConfigDict, Field
+
+from stdit.config import FileSchema, check
 from stdit.data.decoding import DecodeError, open_clip
 from stdit.evaluation.classifier import Frames
 from stdit.files import fingerprint_file, fingerprint_files, read_jsonl
 
 MANIFEST = "manifest.jsonl"
+
+
+class GeneratedRow(FileSchema):
+    """A row of manifest.jsonl; further keys are the prompt's own and the shape's."""
+
+    model_config = ConfigDict(extra="allow")
+
+    file: Annotated[str, Field(pattern=r"^[^/\x00]+$")] | None
+    """A file in the same folder; null: the prompt failed."""
+    error: str | None = None
+    prompt: str | None = None
+    class_name: str | int | None = Field(default=None, alias="class")
+    direction: str | None = None
+    seed: int | None = None
+    fps: float | None = Field(default=None, gt=0)
+    protocol: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -35,7 +54,7 @@ def read_generated(videos: Path, limit: int | None = None) -> tuple[list[Generat
     manifest = _manifest(videos)
     clips: list[GeneratedClip] = []
     failures: list[str] = []
-    for row in read_jsonl(manifest):
+    for row in _rows(manifest):
         if row.get("error") or row.get("file") is None:
             failures.append(f"{row.get('prompt')!r}: {row.get('error') or 'no file'}")
             continue
@@ -83,8 +102,15 @@ def sampling_protocol(clips: Sequence[GeneratedClip]) -> dict[str, Any]:
 def fingerprint_videos(videos: Path) -> str:
     """Hex SHA-256 of a folder's manifest.jsonl and the files that it lists. ValueError: no manifest."""
     manifest = _manifest(videos)
-    files = [videos / str(row.get("file")) for row in read_jsonl(manifest)]
+    files = [videos / str(row["file"]) for row in _rows(manifest)]
     return fingerprint_files([manifest, *files], lambda path: fingerprint_file(path) if path.is_file() else "-")
+
+
+def _rows(manifest: Path) -> list[dict[str, Any]]:
+    rows = read_jsonl(manifest)
+    for number, row in enumerate(rows, 1):
+        check(row, GeneratedRow, f"{manifest}:{number}")
+    return rows
 
 
 def _manifest(videos: Path) -> Path:

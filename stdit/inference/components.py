@@ -2,21 +2,88 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusers.models.modeling_utils import ModelMixin
+from pydantic import ConfigDict, Field, model_validator
 
-from stdit.config import DiffusionConfig, SamplerConfig, validate
+from stdit.config import (
+    ConfigError,
+    DiffusionConfig,
+    FileSchema,
+    NonNegative,
+    Positive,
+    SamplerConfig,
+    read_json,
+    validate,
+)
 from stdit.diffusion.schedulers import compatible_scheduler, make_scheduler
-from stdit.encoders.text_loading import SUFFIXES, components, text_encoder_from_identity
-from stdit.encoders.video import VideoEncoder, video_encoder_from_identity
+from stdit.encoders.text_loading import SUFFIXES, components, load_text_model, text_encoder_from_identity
+from stdit.encoders.video import VideoEncoder, load_autoencoder, video_encoder_from_identity
 from stdit.models.control import STDiTControl
 from stdit.models.stdit import STDiT
 from stdit.training import checkpoint
 from stdit.training.adapters import load_trained
 from stdit.training.checkpoint import Weights
+from stdit.training.identity import load_identity
+
+
+class PipelineIndex(FileSchema):
+    """model_index.json of a saved pipeline: its components as [library, class], and what STDiTPipeline is made with."""
+
+    model_config = ConfigDict(extra="allow")
+
+    class_name: str = Field(alias="_class_name")
+    diffusers_version: str | None = Field(default=None, alias="_diffusers_version")
+    diffusion: DiffusionConfig | None = None
+    max_text_tokens: Positive | None = None
+    classes: dict[str, NonNegative] | None = None
+    fps: float | None = Field(default=None, gt=0)
+    text_layout: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_components(self) -> PipelineIndex:
+        extra = self.model_extra or {}
+        for name, value in extra.items():
+            pair = isinstance(value, list) and len(value) == 2 and len({type(part) for part in value}) == 1
+            if not name.startswith("_") and not (pair and isinstance(value[0], str | None)):
+                raise ValueError(f"{name}: expected [library, class] or [null, null], found {value!r}")
+        if self.class_name == "STDiTPipeline":
+            parts = [f"{kind}{suffix}" for suffix in SUFFIXES for kind in ("text_encoder", "tokenizer")]
+            parts += ["transformer", "scheduler", "vae", "control"]
+            wanted = [*type(self).model_fields, *parts]
+            if missing := [name for name in wanted if name not in self.model_fields_set and name not in extra]:
+                raise ValueError(f"{', '.join(missing)} missing")
+        return self
+
+
+def read_index(folder: Path | str, class_name: str = "STDiTPipeline") -> dict[str, Any]:
+    """model_index.json in a folder. ConfigError: damaged, or of another class of pipelines."""
+    index = read_json(Path(folder) / "model_index.json", PipelineIndex)
+    if index["_class_name"] != class_name:
+        raise ConfigError(f"{folder} holds a {index['_class_name']}, not an {class_name}")
+    return index
+
+
+def load_strictly(path: str, index: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Autoencoder and text encoders of a saved pipeline, which diffusers would load with weights missing.
+
+    kwargs: of from_pretrained; components among them are not loaded. ConfigError: a component that lacks weights.
+    """
+    dtypes = kwargs.get("torch_dtype", kwargs.get("dtype"))
+    hub = {
+        key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only", "variant") if key in kwargs
+    }
+    loaded: dict[str, Any] = {}
+    for name in ("vae", *(f"text_encoder{suffix}" for suffix in SUFFIXES)):
+        if name in kwargs or (index.get(name) or [None])[0] is None:
+            continue
+        dtype = dtypes.get(name, dtypes.get("default")) if isinstance(dtypes, dict) else dtypes
+        load = load_autoencoder if name == "vae" else load_text_model
+        loaded[name] = load(path, name, dtype, name, **hub)
+    return loaded
 
 
 def load_components(run: Path, weights: Weights, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -32,7 +99,7 @@ def load_components(run: Path, weights: Weights, kwargs: dict[str, Any]) -> dict
         raise ValueError(f"{run}: a run takes no {', '.join(kwargs)}")
     # Once: it reads every byte of the checkpoint to verify it.
     place = checkpoint.find_weights(run, weights)
-    identity = json.loads((place.parent / checkpoint.IDENTITY).read_text())
+    identity = load_identity(place.parent)
     transformer, control = load_trained(place, base and Path(base), dtype)
     diffusion = validate(identity["diffusion"], DiffusionConfig, f"{run}: identity.json: diffusion")
     if "vae" not in parts:

@@ -22,20 +22,31 @@ from stdit.config import (
     GenerateConfig,
     LoRASource,
     SamplerConfig,
+    SealedSchema,
     default_bucket,
     latent_shape,
+    read_json,
     token_grid,
     validate,
 )
 from stdit.config.diff import changes
 from stdit.diffusion.guidance import check_channels
 from stdit.diffusion.schedulers import check_sampler, compatible_scheduler
-from stdit.files import atomic_write, fingerprint_files
+from stdit.files import atomic_write, check_writable, fingerprint_files, seal
+from stdit.inference.components import read_index
 from stdit.inference.inputs import DEFAULT_FPS
 from stdit.inference.prompts import Item, Prompt, items, read_prompts
 from stdit.training import adapters, checkpoint
+from stdit.training.identity import load_identity
 
 MANIFEST, REQUEST, SHEET, MOVING = "manifest.jsonl", "request.json", "contact_sheet.png", "contact_sheet.gif"
+
+
+class JobRequest(SealedSchema):
+    """request.json: the settings of the videos in a folder, and their names."""
+
+    settings: dict[str, Any]
+    files: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -92,9 +103,7 @@ def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
     ConfigError: none of these. CheckpointError: damaged files.
     """
     if (run / "model_index.json").is_file():
-        index = _read(run / "model_index.json")
-        if "diffusion" not in index:
-            raise ConfigError(f"{run} holds a {index.get('_class_name')}, not an STDiTPipeline")
+        index = read_index(run)
         diffusion = validate(index["diffusion"], DiffusionConfig, f"{run}/model_index.json: diffusion")
         default = compatible_scheduler(SamplerConfig(), diffusion)
         facts = {"run": str(run), "checkpoint": None, "step": None, "weights": None}
@@ -103,7 +112,7 @@ def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
         )
     transformer = checkpoint.find_weights(run, weights)
     place = transformer.parent
-    identity = json.loads((place / checkpoint.IDENTITY).read_text())
+    identity = load_identity(place)
     diffusion = validate(identity["diffusion"], DiffusionConfig, f"{place}/{checkpoint.IDENTITY}: diffusion")
     facts = {"run": str(run), "checkpoint": place.name, "step": identity["step"], "weights": weights}
     sampler = validate(identity["config"]["samples"]["sampler"], SamplerConfig, f"{place}: samples.sampler")
@@ -126,7 +135,7 @@ def _with_base(source: Source, base: Path | None) -> Source:
     ConfigError: it is missing or changed; one is passed for a complete model.
     """
     path = source.path / checkpoint.IDENTITY
-    identity = _read(path) if path.is_file() else {}
+    identity = load_identity(source.path) if path.is_file() else {}
     if not identity.get("base"):
         if base is not None:
             raise ConfigError(f"base {base}: {source.path} holds a complete model, which has no base")
@@ -134,17 +143,6 @@ def _with_base(source: Source, base: Path | None) -> Source:
     recorded = adapters.Base(**identity["base"])
     found = adapters.find_base(recorded, validate(identity["config"], Config, f"{path}: config"), base)
     return replace(source, base=found.resolve(), base_fingerprint=recorded.fingerprint)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. ConfigError: damaged."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: damaged ({error})") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path}: expected an object, found {type(found).__name__}")
-    return found
 
 
 def _fingerprint(folder: Path) -> str:
@@ -231,7 +229,7 @@ def _check_shape(source: Source, shape: Bucket, sampler: SamplerConfig) -> None:
     have; as far as that is known without loading weights."""
     path = source.path / checkpoint.IDENTITY
     if path.is_file():
-        identity = json.loads(path.read_text())
+        identity = load_identity(source.path)
         t, h, w = identity["video_encoder"]["compression"]
         latent, model = latent_shape(shape, (t, h, w)), identity["architecture"]
         token_grid(latent, tuple(model["patch_size"]), f"shape {shape.key}", model.get("pad_latents", False))
@@ -240,12 +238,14 @@ def _check_shape(source: Source, shape: Bucket, sampler: SamplerConfig) -> None:
 
 def _claim(job: Job, settings: dict[str, Any], overwrite: bool) -> None:
     """Writes request.json. ValueError: `out` holds videos of another job, or files of unknown origin."""
+    check_writable(job.out)
     path = job.out / REQUEST
     files = [item.file for item in job.items]
-    if path.is_file():
-        old = _read(path)
-        if not {"settings", "files"} <= set(old):
-            raise ConfigError(f"{path}: not written by stdit.generate; give another folder")
+    if path.exists():
+        try:
+            old = read_json(path, JobRequest)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; give another folder, or move {path} away") from error
         changed = changes(old["settings"], settings)
         if not changed:
             return
@@ -265,7 +265,7 @@ def _claim(job: Job, settings: dict[str, Any], overwrite: bool) -> None:
         )
     for name in strangers:
         (job.out / name).unlink()
-    atomic_write(path, json.dumps({"settings": settings, "files": files}, indent=1))
+    atomic_write(path, json.dumps(seal({"settings": settings, "files": files}), indent=1))
 
 
 def job_from_config(config: GenerateConfig) -> Job:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from stdit.files import apply_umask
 from stdit.models import lora
 from stdit.models.stdit import STDiT
 from stdit.training import adapters
@@ -20,6 +22,8 @@ class LoraMixin:
     """LoRA methods of a pipeline, for its `transformer`."""
 
     transformer: STDiT
+    # Bases of the loaded adapters that come from runs.
+    _lora_bases: Mapping[str, adapters.Base] = MappingProxyType({})
 
     def load_lora_weights(
         self, path: Path | str, adapter_name: str | None = None, scale: float = 1.0, weights: Weights = "ema"
@@ -34,12 +38,23 @@ class LoraMixin:
             weights: of a run, the exponential moving average ("ema") or those of the last step ("model").
 
         Raises:
-            ValueError: no adapter there, one that does not fit this model (with the layers), a name that is taken.
+            ValueError: no adapter there, half of one, one that does not fit this model (with the layers), one of another
+                base than an adapter that is loaded, a name that is taken.
         """
         loaded = lora.adapter_names(self.transformer)
         if adapter_name is None:
             adapter_name = next(free for n in range(len(loaded) + 1) if (free := f"lora_{n}") not in loaded)
-        lora.load_adapter(self.transformer, adapters.resolve_lora(Path(path), weights), adapter_name, scale)
+        folder = adapters.resolve_lora(Path(path), weights)
+        base = adapters.recorded_base(folder)
+        bases = {name: self._lora_bases[name] for name in loaded if name in self._lora_bases}
+        for name, other in bases.items():
+            if base is not None and base.fingerprint != other.fingerprint:
+                raise ValueError(
+                    f"{path}: this adapter was trained on {base.folder}, adapter {name} on other weights, {other.folder}; "
+                    "they do not add up"
+                )
+        lora.load_adapter(self.transformer, folder, adapter_name, scale)
+        self._lora_bases = bases if base is None else {**bases, adapter_name: base}
         return adapter_name
 
     @property
@@ -91,3 +106,4 @@ class LoraMixin:
                 f"adapters are loaded ({', '.join(loaded)}): fuse_lora(permanent=True) or unload_lora_weights() before saving the pipeline"
             )
         super().save_pretrained(save_directory, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        apply_umask(Path(save_directory))

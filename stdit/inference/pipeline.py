@@ -35,7 +35,7 @@ from stdit.encoders.source import folder_of
 from stdit.encoders.text import TextFeatures, onload
 from stdit.encoders.text_loading import from_components
 from stdit.encoders.video import VideoEncoder
-from stdit.inference.components import check_components, load_components
+from stdit.inference.components import check_components, load_components, load_strictly, read_index
 from stdit.inference.inputs import (
     ConditionEncoder,
     Frames,
@@ -162,11 +162,13 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
                     f"{folder}: no pipeline here (looked for model_index.json), no run (checkpoints/) and no checkpoint (identity.json)"
                 )
         else:
-            folder_of(str(pretrained_model_name_or_path), "STDiTPipeline")
-            saved = cast(dict[str, Any], cls.load_config(str(pretrained_model_name_or_path))).get("_class_name")
-            if saved != cls.__name__:
-                raise ValueError(f"{pretrained_model_name_or_path} holds a {saved}, not a {cls.__name__}")
-            pipe = super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
+            path = str(pretrained_model_name_or_path)
+            index = read_index(path, cls.__name__) if folder_of(path, "STDiTPipeline") else cls.load_config(path)
+            kwargs |= load_strictly(path, cast(dict[str, Any], index), kwargs)
+            try:
+                pipe = super().from_pretrained(path, **kwargs)
+            except Exception as error:  # whatever diffusers raises for files that are damaged
+                raise ValueError(f"{path}: cannot be loaded ({type(error).__name__}: {error})") from error
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.eval()

@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from stdit.files import parse_json
 from stdit.models.attention import Attention, CrossAttention
 from stdit.models.stdit import STDiT
 
@@ -106,7 +107,10 @@ def save_adapter(model: STDiT, folder: Path, name: str = TRAINED, state: dict[st
 @torch.no_grad()
 def restore_adapter(model: STDiT, folder: Path) -> None:
     """Loads the adapter in `folder` into the one being trained. ValueError: other layers, or another rank."""
-    weights, own = load_file(folder / LORA_WEIGHT_NAME_SAFE), dict(model.named_parameters())
+    try:
+        weights, own = load_file(folder / LORA_WEIGHT_NAME_SAFE), dict(model.named_parameters())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{folder / LORA_WEIGHT_NAME_SAFE}: cannot be read ({error})") from error
     into = {name: name.replace(".weight", f".{TRAINED}.weight") for name in weights}
     trained = {name for name, parameter in own.items() if parameter.requires_grad}
     if set(into.values()) != trained or any(own[into[n]].shape != weight.shape for n, weight in weights.items()):
@@ -168,8 +172,10 @@ def _check_file(model: STDiT, file: Path) -> None:
     try:
         with safe_open(file, framework="pt") as file_weights:
             shapes = {name: tuple(file_weights.get_slice(name).get_shape()) for name in file_weights.keys()}  # noqa: SIM118
+            text = (file_weights.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: cannot be read ({error})") from error
+    targets = _recorded_layers(model, file, text)
     layers = linear_layers(model)
     wrong: list[str] = []
     for key, shape in shapes.items():
@@ -180,9 +186,34 @@ def _check_file(model: STDiT, file: Path) -> None:
         elif shape[int(part[0] == "A")] != (layer.in_features if part[0] == "A" else layer.out_features):
             expected = (layer.out_features, layer.in_features)
             wrong.append(f"{key} has shape {shape}; the layer's weight has {expected}")
+        elif (other := shapes.get(f"{name}.lora_{'BA'[part[0] == 'B']}.weight")) is None:
+            wrong.append(f"{key}: its other half is missing")
+        elif part[0] == "A" and other[1] != shape[0]:
+            wrong.append(f"{key} has rank {shape[0]}, its other half {other[1]}")
+    wrong += [
+        f"{name}: missing, though the adapter's own config names it"
+        for name in sorted(targets - {key.partition(".lora_")[0] for key in shapes})
+    ]
     if wrong or not shapes:
         lines = "\n  ".join(wrong[:20] or ["it is empty"])
         raise ValueError(f"{file}: not an adapter of this model\n  {lines}")
+
+
+def _recorded_layers(model: STDiT, file: Path, text: str | None) -> set[str]:
+    """Full names of the layers that an adapter has, by the peft config in its metadata; empty where it does not say.
+
+    ValueError: damaged metadata.
+    """
+    if text is None:
+        return set()
+    try:
+        config = parse_json(text)
+        targets = [] if config.get("layers_to_transform") or config.get("exclude_modules") else config["target_modules"]
+    except (ValueError, AttributeError, KeyError) as error:
+        raise ValueError(f"{file}: {LORA_ADAPTER_METADATA_KEY} in its metadata is damaged ({error})") from error
+    # peft shortens many names to suffixes.
+    suffixes = tuple(f".{name}" for name in targets) if isinstance(targets, list) else ()
+    return {name for name in linear_layers(model) if f".{name}".endswith(suffixes)}
 
 
 # ------------------------------------------------------------------------------- several adapters

@@ -19,6 +19,7 @@ and shapes are those of DiT, PixArt-α and Open-Sora.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -29,7 +30,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from stdit.config.load import validate
 from stdit.config.model import ModelConfig
+from stdit.files import read_json
 from stdit.models.blocks import COMPILE_OPTIONS, BlockState, FinalLayer, STDiTBlock
 from stdit.models.checks import check_config, check_inputs, check_loaded, check_residuals
 from stdit.models.conditioning import ConditionInputs, Conditions, append_context_tokens, embed_conditions
@@ -305,6 +308,12 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         """As diffusers', and strict: safetensors by default; ValueError listing missing, unexpected and mismatched keys."""
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
+        config = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "", "config.json")
+        if config.exists():
+            found = read_json(config)
+            if found.get("_class_name", cls.__name__) == cls.__name__:  # else from_config refuses it
+                values = {k: v for k, v in found.items() if k in ModelConfig.model_fields}
+                validate(values, ModelConfig, str(config))
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         model, info = loaded
         check_loaded(str(pretrained_model_name_or_path), info)

@@ -6,7 +6,6 @@ loads both.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from stdit.models.control import Controlled, STDiTControl
 from stdit.models.stdit import STDiT
 from stdit.training import checkpoint
 from stdit.training.checkpoint import Weights
+from stdit.training.identity import load_identity
 from stdit.weights.state_dict import check_finite
 from stdit.weights.transfer import transfer_weights
 
@@ -179,7 +179,7 @@ def load_trained(
     base: where the base is, if neither in its recorded folder nor in the run's init.source. ConfigError: not found, or
     changed. ValueError: a damaged file.
     """
-    identity = json.loads((folder.parent / checkpoint.IDENTITY).read_text())
+    identity = load_identity(folder.parent)
     kind = checkpoint.trained_kind(identity)
     if kind == "transformer":
         return STDiT.from_pretrained(folder, torch_dtype=dtype), None
@@ -223,6 +223,14 @@ def full_model(source: Path, weights: Weights = "ema") -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="stdit-merged-") as folder:
         model.save_pretrained(folder)
         yield Path(folder)
+
+
+def recorded_base(folder: Path) -> Base | None:
+    """The base that the adapter in a checkpoint's `folder` was trained on; None for an adapter outside a checkpoint."""
+    if not (folder.parent / checkpoint.IDENTITY).is_file():
+        return None
+    base = load_identity(folder.parent)["base"]
+    return base and Base(**base)
 
 
 def resolve_lora(source: Path, weights: Weights = "ema") -> Path:

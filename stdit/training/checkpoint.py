@@ -17,7 +17,6 @@ that carries its own hash. Folders of other names are ignored.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -30,22 +29,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stdit import __version__
-from stdit.config import Config, ConfigError, TrainConfig
-from stdit.files import atomic_write, fsync_folder, sha256
+from stdit.config import Config, ConfigError, FileSchema, NonNegative, TrainConfig, read_json
+from stdit.files import apply_umask, atomic_write, fsync_folder, printable, sha256
+from stdit.training.identity import Trained, load_identity
+from stdit.weights.integrity import HASH_THREADS, IDENTITY, MANIFEST, digest, read_manifest, verify
 
 # Files of a run directory: it is complete; it was stopped, with a checkpoint.
 DONE, STOPPED_FILE = "done.json", "stopped.json"
-FOLDER, MANIFEST, IDENTITY, LATEST = "checkpoints", "manifest.json", "identity.json", "latest"
+FOLDER, LATEST = "checkpoints", "latest"
 Weights = Literal["ema", "model"]
-# What a run trains: all weights, LoRA adapters, or a control branch.
-Trained = Literal["transformer", "lora", "control"]
 TRANSFORMER: dict[Weights, str] = {"model": "transformer", "ema": "transformer_ema"}
 _NAME = re.compile(r"step-(\d{8,})")
 _PARTIAL_NAME = re.compile(r"step-\d{8,}\.partial|\.universal")
 # A file in every folder that is being written or removed; only folders with it are ever deleted.
 PARTIAL_MARK = ".stdit-partial"
-# Threads that hash files; hashlib releases the GIL.
-HASH_THREADS = 8
 
 
 class CheckpointError(RuntimeError):
@@ -113,13 +110,14 @@ def write_manifest(checkpoint: Path, expected: Iterable[str] = ()) -> None:
     """Syncs every file to disk, then writes the manifest. CheckpointError: a file of `expected` is missing."""
     if missing := sorted(name for name in expected if not (checkpoint / name).is_file()):
         raise CheckpointError(f"{checkpoint}: {', '.join(missing)} missing; another process removed files there")
+    apply_umask(checkpoint)
     files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name not in (MANIFEST, PARTIAL_MARK))
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         entries = list(pool.map(_entry, files))
     for folder in {p.parent for p in files}:
         fsync_folder(folder)
     content = {str(p.relative_to(checkpoint)): entry for p, entry in zip(files, entries, strict=True)}
-    atomic_write(checkpoint / MANIFEST, json.dumps({"files": content, "sha256": _digest(content)}, indent=1))
+    atomic_write(checkpoint / MANIFEST, json.dumps({"files": content, "sha256": digest(content)}, indent=1))
 
 
 def _entry(path: Path) -> dict[str, Any]:
@@ -128,57 +126,14 @@ def _entry(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
-def _digest(files: dict[str, Any]) -> str:
-    """SHA-256 of a manifest's own entries."""
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """{file: {"size", "sha256"}} of a checkpoint. CheckpointError: no manifest, or one that is damaged or not ours."""
-    manifest = checkpoint / MANIFEST
-    if not manifest.is_file():
-        raise CheckpointError(f"no {MANIFEST}")
-    try:
-        content = json.loads(manifest.read_bytes())
-        files = content["files"]
-        if content["sha256"] != _digest(files):
-            raise CheckpointError(f"{MANIFEST} is damaged (its entries do not match its sha256)")
-        if IDENTITY not in files:
-            raise CheckpointError(f"{MANIFEST} is damaged (it does not list {IDENTITY})")
-    except OSError as error:
-        raise CheckpointError(f"{MANIFEST} cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{MANIFEST} is damaged ({type(error).__name__}: {error})") from error
-    return files
-
-
 def is_own(checkpoint: Path) -> bool:
     """Whether stdit wrote the folder, even if it is damaged now."""
     if (checkpoint / IDENTITY).is_file():
         return True
     try:
         return bool(read_manifest(checkpoint))
-    except CheckpointError:
+    except ValueError:
         return False
-
-
-def verify(checkpoint: Path) -> str | None:
-    """None if every file of `checkpoint` matches its manifest; else the reason why it can't be used."""
-    try:
-        files = read_manifest(checkpoint)
-    except CheckpointError as error:
-        return str(error)
-    for name, entry in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if (size := path.stat().st_size) != entry["size"]:
-            return f"{name} has {size} bytes, its manifest says {entry['size']}"
-    with ThreadPoolExecutor(HASH_THREADS) as pool:
-        for name, found in zip(files, pool.map(lambda n: sha256(checkpoint / n), files), strict=True):
-            if found != files[name]["sha256"]:
-                return f"{name} is not what was written (sha256 {found[:12]}…, its manifest says {files[name]['sha256'][:12]}…)"
-    return None
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -198,12 +153,25 @@ def find_latest(run_dir: Path, check: Callable[[Path], str | None] = verify) -> 
         if reason is None:
             return checkpoint
         completed = completed or is_own(checkpoint)
-        print(f"stdit: checkpoint {checkpoint} is skipped: {reason}", file=sys.stderr)
+        print(printable(f"stdit: checkpoint {checkpoint} is skipped: {reason}"), file=sys.stderr)
     if completed:
         raise CheckpointError(
             f"{run_dir / FOLDER}: no checkpoint is intact (see above). Remove the folder to start from step 0"
         )
     return None
+
+
+class Done(FileSchema):
+    """done.json: the last step of a complete run, and its checkpoint."""
+
+    step: NonNegative
+    samples_seen: NonNegative
+    checkpoint: str
+
+
+def read_done(run_dir: Path) -> dict[str, Any]:
+    """done.json of a run. ConfigError: not there or damaged."""
+    return read_json(run_dir / DONE, Done)
 
 
 def find_final(run_dir: Path) -> Path | None:
@@ -212,15 +180,15 @@ def find_final(run_dir: Path) -> Path | None:
     if not path.is_file():
         return None
     try:
-        checkpoint = run_dir / FOLDER / str(json.loads(path.read_text())["checkpoint"])
+        checkpoint = run_dir / FOLDER / read_done(run_dir)["checkpoint"]
         reason = verify(checkpoint) if _NAME.fullmatch(checkpoint.name) else "it names no checkpoint"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"damaged ({type(error).__name__}: {error})"
+    except ConfigError as error:
+        reason = str(error).removeprefix(f"{path}: ")
     else:
         if reason is None:
             return checkpoint
         reason = f"{checkpoint.name}: {reason}"
-    print(f"stdit: {path} is ignored: {reason}", file=sys.stderr)
+    print(printable(f"stdit: {path} is ignored: {reason}"), file=sys.stderr)
     return None
 
 
@@ -251,7 +219,7 @@ def set_aside_damaged(run_dir: Path, latest: Path) -> None:
             number += 1
             target = checkpoint.with_name(f"{checkpoint.name}.damaged-{number}")
         checkpoint.rename(target)
-        print(f"stdit: the damaged checkpoint {checkpoint.name} is now {target}", file=sys.stderr)
+        print(printable(f"stdit: the damaged checkpoint {checkpoint.name} is now {target}"), file=sys.stderr)
 
 
 def prune(run_dir: Path, keep: int, intact: Collection[Path]) -> None:
@@ -268,7 +236,7 @@ def prune(run_dir: Path, keep: int, intact: Collection[Path]) -> None:
         try:
             read_manifest(checkpoint)
             remove_partial(partial_folder(checkpoint))
-        except CheckpointError:
+        except (CheckpointError, ValueError):
             continue
         # Renamed first, so that it never counts as a damaged one.
         (checkpoint / PARTIAL_MARK).touch()
@@ -309,11 +277,7 @@ def make_identity(
 
 def read_identity(checkpoint: Path) -> dict[str, Any]:
     """identity.json of a checkpoint, or of a run's newest intact one. ConfigError: neither, or unreadable."""
-    path = _checkpoint_of(checkpoint) / IDENTITY
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    return load_identity(_checkpoint_of(checkpoint))
 
 
 def config_kind(train: TrainConfig) -> Trained:
@@ -340,7 +304,7 @@ def weights_folder(kind: Trained, weights: Weights) -> str:
 
 def identity_beside(folder: Path) -> dict[str, Any]:
     """identity.json of the checkpoint that contains the weights folder `folder`."""
-    return json.loads((folder.parent / IDENTITY).read_text())
+    return load_identity(folder.parent)
 
 
 def find_weights(run_or_checkpoint: Path, weights: Weights = "ema") -> Path:
@@ -349,7 +313,7 @@ def find_weights(run_or_checkpoint: Path, weights: Weights = "ema") -> Path:
     ConfigError: there is none. CheckpointError: it is damaged.
     """
     folder = _checkpoint_of(run_or_checkpoint)
-    return folder / weights_folder(trained_kind(json.loads((folder / IDENTITY).read_text())), weights)
+    return folder / weights_folder(trained_kind(load_identity(folder)), weights)
 
 
 def _checkpoint_of(run_or_checkpoint: Path) -> Path:

@@ -80,7 +80,7 @@ def is_finished(config: Config, data: TrainData, world_size: int) -> bool:
     folder = checkpoint.find_final(config.run_dir)
     if folder is None or (step := checkpoint.step_of(folder)) < config.train.steps:
         return False
-    check_resumable(json.loads((folder / IDENTITY).read_text()), config, world_size, data.fingerprint)
+    check_resumable(checkpoint.load_identity(folder), config, world_size, data.fingerprint)
     if os.environ.get("RANK", "0") == "0":
         print(f"{config.run_dir}: done already, at step {step} of {config.train.steps}", file=sys.stderr)
     return True
@@ -133,7 +133,7 @@ def find_resume_state(
     checkpoint.check_in_the_way(config.run_dir, latest)
     if latest is None:
         return TrainState()
-    identity = json.loads((latest / IDENTITY).read_text())
+    identity = checkpoint.load_identity(latest)
     return TrainState(
         step=identity["step"],
         samples_seen=identity["samples_seen"],

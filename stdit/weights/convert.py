@@ -21,13 +21,14 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from stdit import arguments
 from stdit.config import ConfigError, ModelConfig
 from stdit.config.load import apply_override, validate
-from stdit.files import atomic_folder, atomic_path, printable
+from stdit.files import atomic_folder, atomic_path, check_writable, describe_failed_write, printable
 from stdit.models.checks import check_config
 from stdit.models.stdit import STDiT
 from stdit.weights.layouts import LAYOUTS, detect_layout
@@ -221,20 +222,32 @@ def convert(
         known.diffusers_class for known in LAYOUTS if known.name == target
     )
     _check_out(source, out, is_folder, target)
+    check_writable(out.parent)
     model, source_title, remarks = _load(source, overrides or {}, ema)
     if source_title == target and not overrides and ema is None and (source / "config.json").is_file():
         raise ValueError(f"{source}: already in our own layout; choose another one with --layout")
     title = OURS
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if target == OURS:
-        with atomic_folder(out) as folder:
-            model.save_pretrained(folder)
-    else:
-        chosen = _layout(target, model.settings)
-        title = chosen.title
-        _write(model, export(model, chosen.name), chosen, out)
-        remarks = tuple(dict.fromkeys((*remarks, *chosen.differences(model.settings))))
+    with failed_writes_named(out):
+        if target == OURS:
+            with atomic_folder(out) as folder:
+                model.save_pretrained(folder)
+        else:
+            chosen = _layout(target, model.settings)
+            title = chosen.title
+            _write(model, export(model, chosen.name), chosen, out)
+            remarks = tuple(dict.fromkeys((*remarks, *chosen.differences(model.settings))))
     return Conversion(source_title, title, model.settings, sum(p.numel() for p in model.parameters()), remarks)
+
+
+@contextmanager
+def failed_writes_named(out: Path) -> Iterator[None]:
+    """Errors while writing `out` become an OSError that says why: safetensors and torch do not. ValueErrors are passed on."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(f"{out}: cannot be written ({describe_failed_write(error, out.parent)})") from error
 
 
 def _check_out(source: Path, out: Path, is_folder: bool, target: str) -> None:

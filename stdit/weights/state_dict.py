@@ -7,7 +7,6 @@ run. Training checkpoints are unwrapped, and the prefixes of training wrappers a
 from __future__ import annotations
 
 import argparse
-import json
 import pickle
 import re
 import struct
@@ -22,6 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from stdit.files import read_json
+from stdit.weights.integrity import IDENTITY, verify
 from stdit.weights.layouts.layout import State, format_names
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
@@ -51,6 +52,10 @@ SIGNATURES = (
     (rb"\x1f\x8b", "a gzip archive: unpack it"),
     (rb"GGUF", "a GGUF file, which is not supported"),
 )
+
+
+# Name of a checkpoint of a run.
+STEP = re.compile(r"step-\d{8,}")
 
 
 class WeightsFile(NamedTuple):
@@ -103,19 +108,18 @@ def _choice_note(where: str, taken: str, available: tuple[str, ...]) -> str:
 def _find_weights(folder: Path, ema: bool | None) -> Path:
     """The weights file, or the index of a sharded one, of a folder: diffusers', a pipeline's, our checkpoint's or run's, or
     one with a single file."""
+    for checkpoint in (folder, folder.parent):
+        if (checkpoint / IDENTITY).is_file() and (reason := verify(checkpoint)):
+            raise ValueError(f"{checkpoint}: {reason}")
     for name in DIFFUSERS_FILES:
         if (folder / name).is_file():
             return folder / name
     for name in (TRANSFORMER,) if ema is False else (EMA_TRANSFORMER, TRANSFORMER):
         if (folder / name).is_dir():
             return _find_weights(folder / name, ema)
-    complete = [
-        path.parent
-        for path in folder.glob("checkpoints/step-*/manifest.json")  # written last
-        if re.fullmatch(r"step-\d{8,}", path.parent.name)
-    ]
-    if complete:
-        return _find_weights(max(complete, key=lambda path: int(path.name.removeprefix("step-"))), ema)
+    checkpoints = [p.parent for p in folder.glob("checkpoints/*/manifest.json") if STEP.fullmatch(p.parent.name)]
+    if checkpoints:  # the manifest is written last, so the checkpoint is complete
+        return _find_weights(max(checkpoints, key=lambda path: int(path.name.removeprefix("step-"))), ema)
     for name in ("lora", "control"):
         if (folder / name).is_dir():
             raise ValueError(
@@ -136,13 +140,7 @@ def _find_weights(folder: Path, ema: bool | None) -> Path:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The object in a JSON file. ValueError: unreadable, or not an object."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected an object, found {type(found).__name__}")
-    return found
+    return read_json(path)
 
 
 def _read_shards(index: Path) -> State:

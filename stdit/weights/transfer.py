@@ -38,10 +38,10 @@ from torch import Tensor
 
 from stdit import arguments
 from stdit.config import ConfigError, ModelConfig, Transition, apply_override, read_extended, validate
-from stdit.files import atomic_folder, printable
+from stdit.files import atomic_folder, check_writable, printable
 from stdit.models.stdit import STDiT
 from stdit.weights import transitions
-from stdit.weights.convert import OpenSource, load_published, open_as_is
+from stdit.weights.convert import OpenSource, failed_writes_named, load_published, open_as_is
 from stdit.weights.layouts.original import NULL_CAPTION
 
 # The timestep at which per-block and shared modulation agree after adaln_to_single (PixArt-α, section 2.3).
@@ -388,13 +388,14 @@ def transfer_file(
     parent = next(p for p in out.parents if p.exists() or p.is_symlink())
     if not parent.is_dir():
         raise ConfigError(f"--to: {out}: {parent} is not a folder")
+    check_writable(out.parent)
     # from_pretrained would cast to float32; load_published keeps each tensor's dtype.
     model = load_published(source)
     if len({p.dtype for p in model.parameters()}) > 1:  # one dtype for all, without loss
         torch.nn.Module.to(model, torch.float32)
     target = _target_config(model, config, overrides)
     new, report = transfer_weights(model, target, allow, seed)
-    with atomic_folder(out) as folder:
+    with failed_writes_named(out), atomic_folder(out) as folder:
         new.save_pretrained(folder)
     copied = "\nnote: nothing changes: this is a copy of the source" if target == model.settings else ""
     return f"{source} -> {out}\n{report}{copied}"

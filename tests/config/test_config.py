@@ -272,3 +272,11 @@ def test_every_yaml_in_configs_loads(path: Path) -> None:
                 assert set(value) <= fields(annotation)
     else:
         c.validate(data, schema, str(path))
+
+
+@pytest.mark.parametrize(("key", "limit"), [("threads", 1024), ("workers", 4096)])
+def test_more_threads_or_workers_than_a_machine_can_start_are_refused_with_the_limit(key: str, limit: int) -> None:
+    data = {"run": "r", "prompts": "p", "out": "o"}
+    assert getattr(c.validate({**data, key: limit}, c.GenerateConfig, "x"), key) == limit
+    with pytest.raises(c.ConfigError, match=rf"{key}: Input should be less than or equal to {limit}, found 1000000"):
+        c.validate({**data, key: 1_000_000}, c.GenerateConfig, "x")

@@ -380,7 +380,7 @@ def test_weights_of_another_architecture_are_refused(pipes: dict[str, STDiTPipel
 
 def test_another_pipelines_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-    with pytest.raises(ValueError, match="StableDiffusionPipeline, not a STDiTPipeline"):
+    with pytest.raises(ValueError, match="StableDiffusionPipeline, not an STDiTPipeline"):
         STDiTPipeline.from_pretrained(tmp_path)
 
 

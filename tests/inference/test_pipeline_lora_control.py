@@ -198,7 +198,7 @@ def trained_beside(base: Path, run: Path, kind: str) -> Path:
     for weights in ("ema", "model"):
         adapters.save_trained(model, state, folder / checkpoint.weights_folder(kind, weights))  # type: ignore[arg-type]
     told = checkpoint.read_identity(base)
-    data = {key: told[key] for key in ("video_encoder", "text_encoder", "classes", "features")}
+    data = {key: told[key] for key in ("video_encoder", "text_encoder", "classes", "features", "frame_rates")}
     found = adapters.make_base(source)
     identity = checkpoint.make_identity(
         config, told["architecture"], data, 1, 1, {}, 1, {"folder": found.folder, "fingerprint": found.fingerprint}

@@ -342,10 +342,10 @@ def test_setting_aside_never_overwrites(tmp_path: Path) -> None:
 
 def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text('{"format": 1, "par')
-    with pytest.raises(ConfigError, match=r"plan\.json: damaged"):
+    with pytest.raises(ConfigError, match=r"plan\.json: not valid JSON"):
         Record.read(tmp_path)
     (tmp_path / "plan.json").write_text("[]")
-    with pytest.raises(ConfigError, match="not a record of format 1"):
+    with pytest.raises(ConfigError, match=r"plan\.json: expected a JSON object, found list"):
         Record.read(tmp_path)
 
 

@@ -102,11 +102,11 @@ def run_with_nan(data: dict[str, Any], ids: list[int]) -> dict[str, Any]:
 
     sample = Synthetic.sample
 
-    def spoiled(self: Synthetic, id: int) -> Any:
-        found = sample(self, id)
+    def spoiled(self: Synthetic, id: int, *caption: str) -> Any:
+        found = sample(self, id, *caption)
         return replace(found, mean=found.mean * torch.nan, path=f"clips/{id}.mp4") if int(id) in ids else found
 
-    Synthetic.sample = spoiled
+    Synthetic.sample = cast(Any, spoiled)
     try:
         return run(data)
     finally:

@@ -140,7 +140,7 @@ def test_damaged_checkpoints_never_cost_the_last_intact_one(solo: Pool, tmp_path
     flip(tmp_path / "checkpoints/step-00000002/identity.json")
     stopped = solo(run, data_for(tmp_path, 2, 1, steps=8, keep_checkpoints=1), 6)[0]
     assert "resumes after step 4" in stopped["said"]
-    assert f"{tmp_path / 'done.json'} is ignored: damaged" in stopped["said"]
+    assert f"{tmp_path / 'done.json'} is ignored: is empty" in stopped["said"]
     assert [checkpoint.step_of(c) for c in checkpoint.list_checkpoints(tmp_path)] == [6]
     assert checkpoint.find_latest(tmp_path) is not None
     # The path of the checkpoint that it came from, which is gone, is nowhere in it.

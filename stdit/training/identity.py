@@ -1,0 +1,57 @@
+"""identity.json of a checkpoint: what it is, and what it was trained on. Its schema and its reader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict
+
+from stdit.config import Config, DiffusionConfig, FileSchema, NonNegative, Positive, read_json
+from stdit.config.identity import TextIdentity, VideoIdentity
+from stdit.weights.integrity import IDENTITY
+
+# What a run trains: all weights, LoRA adapters, or a control branch.
+Trained = Literal["transformer", "lora", "control"]
+
+
+class Architecture(FileSchema):
+    """The diffusers config of the model; further keys are STDiT's own."""
+
+    model_config = ConfigDict(extra="allow")
+
+    in_channels: Positive
+    patch_size: tuple[Positive, Positive, Positive]
+
+
+class BaseIdentity(FileSchema):
+    """Frozen weights of a fine-tuning run."""
+
+    folder: str
+    fingerprint: str
+
+
+class Identity(FileSchema):
+    """identity.json. `features`: the fingerprint of the features. The file is vouched for by manifest.json."""
+
+    version: str
+    architecture: Architecture
+    trained: Trained
+    base: BaseIdentity | None
+    diffusion: DiffusionConfig
+    video_encoder: VideoIdentity
+    text_encoder: TextIdentity | None
+    classes: tuple[str, ...]
+    features: str
+    frame_rates: dict[str, NonNegative]
+    step: NonNegative
+    samples_seen: NonNegative
+    data_position: dict[str, NonNegative]
+    world_size: Positive
+    git_revision: str | None
+    config: Config
+
+
+def load_identity(checkpoint: Path) -> dict[str, Any]:
+    """identity.json of a checkpoint folder. ConfigError: unreadable, or a key that is missing, unknown or of another kind."""
+    return read_json(checkpoint / IDENTITY, Identity)
