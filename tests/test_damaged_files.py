@@ -364,7 +364,7 @@ def test_a_disk_that_is_full_while_weights_are_written_is_one_line(
     [
         ["convert", "weights", "--to", "/proc/out"],
         ["transfer", "weights", "--to", "/proc/out"],
-        ["generate", "--run", "run", "--prompts", "extract.yaml", "--out", "/proc/out", "--overwrite"],
+        ["generate", "--run", "run", "--prompts", "prompts.txt", "--out", "/proc/out", "--overwrite"],
         ["extract", "--config", "extract.yaml", "--set", "out=/proc/out"],
         ["evaluate", "--run", "run", "--manifest", "manifest.jsonl", "--out", "/proc/out"],
     ],
@@ -374,6 +374,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_work(
     verb: list[str], home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(home)
+    Path("prompts.txt").write_text("a prompt\n")
     assert cli.main(verb) == 2
     said = capsys.readouterr().err
     assert "/proc" in said
