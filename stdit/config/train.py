@@ -181,7 +181,12 @@ class ValidationConfig(Frozen):
     samples: Positive = 64
     """Number of clips."""
     times: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
-    """Timesteps, in (0, 1), at which each clip's loss is taken."""
+    """Timesteps, in (0, 1), at which each clip's loss is taken; losses are also logged by timestep and by bucket."""
+    raw: bool = False
+    """Also with the model's own weights, not averaged (`raw_validation_loss`)."""
+    inference_check: bool = True
+    """At each checkpoint, compares the loss of a fixed batch of validation clips through the model's forward and through the
+    sampler's (`inference_gap`), and says so where they differ by more than precision explains."""
 
 
 class SampleGridConfig(Frozen):

@@ -73,13 +73,15 @@ class Tracker:
 
     def step(self, metrics: dict[str, Any], performance: Performance) -> bool:
         """Advances the progress bar by a step; logs its metrics and performance every `train.log_every` steps, at the last
-        step, with a validation loss, and where weights were not updated. Returns whether it logged, the same on every rank."""
+        step, with a validation loss or a comparison with inference, and where weights were not updated. Returns whether it
+        logged, the same on every rank."""
         step, train = metrics["step"], self.config.train
         bad_steps = metrics.get("bad_steps", 0)
         if bad_steps:
             samples = describe_bad_samples(metrics.get("bad_samples", ()))
             self.print(f"step {step}: gradient not finite; no weights were updated ({bad_steps} in a row); {samples}")
-        logged = bool(bad_steps) or "validation_loss" in metrics or is_due(train.log_every, step, train.steps)
+        validated = any(key in metrics for key in ("validation_loss", "inference_gap"))
+        logged = bool(bad_steps) or validated or is_due(train.log_every, step, train.steps)
         if logged:
             measured = performance.metrics(step, metrics["samples_seen"])
             if "slow_rank" in measured:

@@ -5,7 +5,7 @@ Every rank computes its share in the same number of forward passes, as ZeRO-3 re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from stdit.config import Bucket, Config, latent_shape
 from stdit.data.loader import Batch, Stream, collate
 from stdit.diffusion.guidance import guided
-from stdit.diffusion.objectives import with_scheduler_sign
+from stdit.diffusion.objectives import Predict, with_scheduler_sign
 from stdit.diffusion.sample import sample
 from stdit.diffusion.schedulers import make_scheduler
 from stdit.encoders.video import VideoEncoder, video_encoder_from_identity
@@ -32,6 +32,8 @@ from stdit.training.tracking import Tracker, is_due
 
 # Pads a rank's share to the size of the others'; computed and not counted.
 PADDING = -1
+# Relative difference of a loss through the model's forward and through the sampler's.
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 
 
 def shard_batches(count: int, ranks: Ranks, batch_size: int) -> list[list[int]]:
@@ -60,6 +62,20 @@ def select_clips(data: TrainData, config: Config, buckets: Sequence[Bucket], cou
     return selected
 
 
+def _forward(model: Callable[..., Any], condition: Mapping[str, Any]) -> Predict:
+    """The model's own forward under `condition`."""
+    return lambda x, t: model(x, t, **condition, return_dict=False)[0]
+
+
+def _sampler_forward(model: STDiT | Controlled, condition: Mapping[str, Any]) -> Predict:
+    """The same through what sampling calls, bound to its conditions; all samples have one timestep."""
+    return lambda x, t: _as_sampled(model).bind(condition, t[:1])(x, 0)
+
+
+def _as_sampled(model: STDiT | Controlled) -> CachedConditions:
+    return CachedConditions(model.base, model.control) if isinstance(model, Controlled) else CachedConditions(model)
+
+
 class Validator:
     """Computes validation loss and sample grids of one run."""
 
@@ -69,15 +85,27 @@ class Validator:
         self._remarked = False
 
     def run(self, engine: Engine, ema: EMA, tracker: Tracker, step: int) -> dict[str, float]:
-        """{"validation_loss": …} if it is due at `step`, else {}; a sample grid, if it is due, goes to the tracker."""
+        """Validation losses, if they are due at `step`, and `inference_gap` at checkpoints; a sample grid, if it is due, goes
+        to the tracker."""
         config, steps = self.config, self.config.train.steps
         validates, samples = (is_due(section.every, step, steps) for section in (config.validation, config.samples))
+        compares = config.validation.inference_check and is_due(config.train.checkpoint_every, step, steps)
         metrics: dict[str, float] = {}
-        if validates or samples:
+        if validates or samples or compares:
             engine.module.eval()
+            if compares and (losses := self.losses_of_both_paths(engine.module)) is not None:
+                metrics["inference_gap"] = gap = abs(losses[1] - losses[0]) / max(abs(losses[0]), 1e-12)
+                if not gap <= TOLERANCE[config.train.precision]:
+                    tracker.print(
+                        f"step {step}: training and inference disagree: the loss of a fixed batch is {losses[0]:.6g} through the "
+                        f"model's forward and {losses[1]:.6g} through the sampler's ({gap:.2g} apart; {config.train.precision} "
+                        f"allows {TOLERANCE[config.train.precision]:g})"
+                    )
+            if validates and config.validation.raw:
+                metrics |= {f"raw_{key}": loss for key, loss in self.loss(engine.module).items()}
             with ema.swapped(engine.sync_from_masters):
                 if validates:
-                    metrics["validation_loss"] = self.loss(engine.module)
+                    metrics |= self.loss(engine.module)
                 if samples and (grid := self.sample_grid(engine.module)) is not None:
                     tracker.image("samples", grid, step)
                     self._remark_count(tracker)
@@ -105,26 +133,63 @@ class Validator:
         return batches
 
     @torch.no_grad()
-    def loss(self, model: Callable[..., Any]) -> float:
-        """Mean loss over `validation.samples` clips at each of `validation.times`."""
+    def loss(self, model: Callable[..., Any]) -> dict[str, float]:
+        """`validation_loss`: the mean over `validation.samples` clips at each of `validation.times`; `validation_loss/t=0.3` and
+        `validation_loss/4x16x16`: the mean at each time, and of each bucket."""
         config, objective = self.config, self.inputs.objective
         selected = select_clips(self.data, config, config.data.buckets, config.validation.samples)
-        total, count = torch.zeros((), device=self.ranks.device), 0.0
-        for bucket in config.data.buckets:
-            for batch, counts in self._batches(selected.get(bucket.key, []), bucket, bucket.batch_size):
-                x0 = self.inputs.latents(batch, None)
-                noise = self.inputs.noise(x0, f"validation {bucket.key}", 0, batch.positions)
-                condition = batch_conditions(batch, config.model, self.ranks.device)
-                condition |= self.inputs.control(batch, x0, None)
-                for time in config.validation.times:
-                    t = torch.full((len(batch),), time, device=self.ranks.device)
-                    each = objective.loss(
-                        lambda x, s, c=condition: model(x, s, **c, return_dict=False)[0], x0, noise, t
-                    )
-                    total += (each * counts).sum()
-                    count += float(counts.sum())
-        summed, counted = self.ranks.all_reduce(total.item(), count)
-        return summed / counted
+        buckets = [bucket for bucket in config.data.buckets if selected.get(bucket.key)]
+        times = config.validation.times
+        sums = torch.zeros(len(buckets), len(times), device=self.ranks.device)
+        counted = [0.0] * len(buckets)
+        for i, bucket in enumerate(buckets):
+            for batch, counts in self._batches(selected[bucket.key], bucket, bucket.batch_size):
+                x0, noise, condition = self._fixed(batch, bucket)
+                predict = _forward(model, condition)
+                for k, time in enumerate(times):
+                    each = objective.loss(predict, x0, noise, torch.full((len(batch),), time, device=self.ranks.device))
+                    sums[i, k] += (each * counts).sum()
+                counted[i] += float(counts.sum())
+        flat = self.ranks.all_reduce(*sums.flatten().tolist(), *counted)
+        total, clips = torch.tensor(flat[: sums.numel()]).view_as(sums.cpu()), torch.tensor(flat[sums.numel() :])
+        by_time, by_bucket = total.sum(0) / clips.sum(), total.sum(1) / clips / len(times)
+        return {
+            "validation_loss": float(total.sum() / clips.sum() / len(times)),
+            **{f"validation_loss/t={time:g}": float(loss) for time, loss in zip(times, by_time, strict=True)},
+            **{f"validation_loss/{b.key}": float(loss) for b, loss in zip(buckets, by_bucket, strict=True)},
+        }
+
+    def _fixed(self, batch: Batch, bucket: Bucket) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Latents, noise and conditions of a batch, the same at every step."""
+        x0 = self.inputs.latents(batch, None)
+        noise = self.inputs.noise(x0, f"validation {bucket.key}", 0, batch.positions)
+        condition = batch_conditions(batch, self.config.model, self.ranks.device)
+        return x0, noise, condition | self.inputs.control(batch, x0, None)
+
+    @torch.no_grad()
+    def losses_of_both_paths(self, model: Any) -> tuple[float, float] | None:
+        """Mean loss of a fixed batch through the model's forward, as in training, and through CachedConditions, as in sampling.
+
+        The batch: the first validation clips of the first bucket that has any. None: there are none.
+        """
+        config, objective = self.config, self.inputs.objective
+        found = (
+            (b, ids) for b in config.data.buckets for ids in select_clips(self.data, config, [b], b.batch_size).values()
+        )
+        bucket, ids = next(found, (None, []))
+        if bucket is None:
+            return None
+        batch, counts = self._batches(ids, bucket, bucket.batch_size)[0]
+        x0, noise, condition = self._fixed(batch, bucket)
+        losses = []
+        for predict in (_forward(model, condition), _sampler_forward(model, condition)):
+            total = torch.zeros((), device=self.ranks.device)
+            for time in config.validation.times:
+                each = objective.loss(predict, x0, noise, torch.full((len(batch),), time, device=self.ranks.device))
+                total += (each * counts).sum()
+            summed, count = self.ranks.all_reduce(total.item(), float(counts.sum()))
+            losses.append(summed / count / len(config.validation.times))
+        return losses[0], losses[1]
 
     @torch.no_grad()
     def sample_grid(self, model: STDiT | Controlled) -> Image.Image | None:
@@ -149,11 +214,7 @@ class Validator:
                 start = torch.empty(len(batch), config.model.in_channels, *latent)
                 x = self.inputs.noise(start, "samples", 0, batch.positions)
                 scheduler = make_scheduler(settings.sampler, config.diffusion, latent, config.model.learned_variance)
-                predict = (
-                    CachedConditions(model.base, model.control)
-                    if isinstance(model, Controlled)
-                    else CachedConditions(model)
-                )
+                predict = _as_sampled(model)
                 scale = settings.sampler.guidance_scale if self._conditional else 1.0
                 negative = self.inputs.empty(len(batch)) if scale != 1 else {}
                 velocity = with_scheduler_sign(predict, config.diffusion)

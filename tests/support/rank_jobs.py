@@ -62,6 +62,22 @@ def run(data: dict[str, Any], stop_after: int | None = None) -> dict[str, Any]:
     return {"metrics": metrics(data["run_dir"]), "reports": reports, "stopped": stopped, "said": said.getvalue()}
 
 
+def run_with_another_sampler(data: dict[str, Any]) -> dict[str, Any]:
+    """As `run`, with a sampler whose predictions are half as large."""
+    from unittest.mock import patch
+
+    from stdit.models.sampling import CachedConditions
+
+    bind = CachedConditions.bind
+
+    def halved(self: CachedConditions, *args: Any) -> Any:
+        step_model = bind(self, *args)
+        return lambda x, i: 0.5 * step_model(x, i)
+
+    with patch.object(CachedConditions, "bind", halved):
+        return run(data)
+
+
 def run_stopping_on_rank_1(data: dict[str, Any], step: int) -> dict[str, Any]:
     import torch.distributed as dist
 

@@ -132,4 +132,4 @@ def test_such_a_model_trains_and_draws_on_synthetic_data(conditioning: str) -> N
     model = STDiT.from_settings(told.model)
     preview = Validator(told, data, made, Ranks(0, 1, 0, CPU))
     assert preview.sample_grid(model.eval()) is not None
-    assert preview.loss(model) > 0
+    assert preview.loss(model)["validation_loss"] > 0

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from stdit.training.distributed import Ranks
 from stdit.training.validation import PADDING, shard_batches
-from tests.support import sample_grid
+from tests.support import rank_jobs, sample_grid
 from tests.support.rank_jobs import settings as run_settings
 from tests.support.rank_pool import Pool
 
@@ -59,3 +59,50 @@ def test_a_grid_is_told_the_size_that_it_draws(solo: Pool, tmp_path: Path) -> No
     samples = {"every": 1, "count": 2, "bucket": bucket, "sampler": {"steps": 2, "guidance_channels": 1}}
     _, told = grid_of(solo, tmp_path, 0, model={"micro_conditions": ["height", "width"]}, samples=samples)
     assert told == [{"height": [16.0] * 4, "width": [24.0] * 4}]
+
+
+VALIDATION = {"every": 3, "samples": 12, "times": [0.2, 0.8], "raw": True}
+
+
+def validated(pool: Pool, path: Path, **train: Any) -> dict[str, Any]:
+    data = run_settings(path, validation=VALIDATION, train={"checkpoint_every": 3, "steps": 6, **train})
+    data["data"]["buckets"] = rank_jobs.for_ranks(pool.size)
+    return pool(rank_jobs.run, data)[0]
+
+
+@pytest.mark.distributed
+def test_validation_losses_are_told_by_time_and_bucket_and_of_both_weights(solo: Pool, tmp_path: Path) -> None:
+    entry = validated(solo, tmp_path)["metrics"][-1]
+    for prefix in ("", "raw_"):
+        mean = entry[f"{prefix}validation_loss"]
+        assert mean == pytest.approx(sum(entry[f"{prefix}validation_loss/t={t}"] for t in (0.2, 0.8)) / 2, rel=1e-5)
+        # Six clips of each bucket.
+        each = [entry[f"{prefix}validation_loss/{key}"] for key in ("2x8x8", "1x8x8")]
+        assert mean == pytest.approx(sum(each) / 2, rel=1e-5)
+        assert each[0] != each[1]
+    assert entry["validation_loss"] != entry["raw_validation_loss"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [0, 3])
+def test_training_and_inference_agree_at_every_checkpoint_on_any_number_of_ranks(
+    solo: Pool, pair: Pool, tmp_path: Path, stage: int
+) -> None:
+    runs = [validated(pool, tmp_path / str(pool.size), zero_stage=stage) for pool in (solo, pair)]
+    for run in runs:
+        gaps = {e["step"]: e["inference_gap"] for e in run["metrics"] if "inference_gap" in e}
+        assert set(gaps) == {3, 6}
+        assert all(gap < 1e-5 for gap in gaps.values())
+        assert "disagree" not in run["said"]
+    one, two = (run["metrics"][-1] for run in runs)
+    assert one["validation_loss/2x8x8"] == pytest.approx(two["validation_loss/2x8x8"], rel=1e-4)
+
+
+@pytest.mark.distributed
+def test_a_run_whose_sampler_computes_something_else_says_so(solo: Pool, tmp_path: Path) -> None:
+    data = run_settings(tmp_path, train={"checkpoint_every": 3, "steps": 3})
+    result = solo(rank_jobs.run_with_another_sampler, data)[0]
+    assert "step 3: training and inference disagree: the loss of a fixed batch is" in result["said"]
+    assert result["metrics"][-1]["inference_gap"] > 1e-3
+    silent = data | {"run_dir": str(tmp_path / "off"), "validation": {"inference_check": False}}
+    assert "inference_gap" not in solo(rank_jobs.run_with_another_sampler, silent)[0]["metrics"][-1]
