@@ -358,7 +358,7 @@ def test_a_shorter_manifest_leaves_no_old_shards(tmp_path: Path) -> None:
     assert len(list((config.out / "parts").iterdir())) == 2
 
 
-def test_a_changed_config_is_refused_key_by_key_unless_told(tmp_path: Path) -> None:
+def test_a_changed_config_is_refused_key_by_key_without_overwrite(tmp_path: Path) -> None:
     made = rows(tmp_path, 4)
     config = clip_folder.config(tmp_path, made)
     extract.run(config)

@@ -155,7 +155,7 @@ def test_a_second_call_makes_only_what_is_missing_and_makes_it_the_same(
     assert make(runs["text"], tmp_path) == rows
 
 
-def test_an_empty_file_does_not_count_as_made(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_an_empty_file_does_not_count_as_generated(runs: dict[str, Path], tmp_path: Path) -> None:
     rows = make(runs["text"], tmp_path)
     (tmp_path / rows[0]["file"]).write_bytes(b"")
     make(runs["text"], tmp_path)
@@ -174,7 +174,7 @@ def test_an_empty_file_does_not_count_as_made(runs: dict[str, Path], tmp_path: P
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_a_changed_request_is_refused_unless_told(
+def test_a_changed_request_is_refused_without_overwrite(
     change: dict[str, Any], told: str, runs: dict[str, Path], tmp_path: Path
 ) -> None:
     old = make(runs["text"], tmp_path)
@@ -301,7 +301,7 @@ def test_a_run_of_classes_draws_by_class(runs: dict[str, Path], tmp_path: Path) 
     ],
     ids=["prompts", "shape", "sampler", "channels", "run"],
 )
-def test_what_can_not_be_made_is_refused_before_anything_is_written(
+def test_an_impossible_request_is_refused_before_anything_is_written(
     change: dict[str, Any], message: str, runs: dict[str, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -364,7 +364,7 @@ def lora_run(run: Path, base: Path) -> Path:
     return run
 
 
-def test_shape_and_sampler_are_the_runs_unless_told(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_shape_and_sampler_default_to_the_runs(runs: dict[str, Path], tmp_path: Path) -> None:
     rows = make(runs["ddpm"], tmp_path, [Prompt("a")], shape=None, sampler=None)
     assert (rows[0]["frames"], rows[0]["height"]) == (4, 16)
     assert (rows[0]["protocol"]["scheduler"], rows[0]["protocol"]["steps"]) == ("ddim", 50)

@@ -369,7 +369,7 @@ def test_a_full_disk_ends_the_run_and_spares_the_checkpoint_before(ranks: int, t
         (["data.buckets=[{frames: 1, height: 15, width: 16, batch_size: 8}]"], "latent height 15 is not divisible by model.patch_size 2"),
     ],
 )  # fmt: skip
-def test_wrong_settings_are_told_before_anything_begins(changes: list[str], said: str, tmp_path: Path) -> None:
+def test_wrong_settings_are_reported_before_anything_begins(changes: list[str], said: str, tmp_path: Path) -> None:
     overrides = [part for change in [f"run_dir={tmp_path}/run", *changes] for part in ("--set", change)]
     done = python(*DEBUG, *overrides)
     assert done.returncode == 2

@@ -34,7 +34,7 @@ def given(*arguments: str):
         ("http://127.0.0.1.example.com:8265", False),
     ],
 )
-def test_loopback_is_told_from_elsewhere(address: str, here: bool) -> None:
+def test_loopback_addresses_are_recognised(address: str, here: bool) -> None:
     assert submit.is_loopback(address) == here
 
 

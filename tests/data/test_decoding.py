@@ -34,7 +34,7 @@ def reason_of(path: Path, decoder: str = "auto") -> str:
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_frames_come_in_the_order_asked_and_are_exact(tmp_path: Path, decoder: str) -> None:
+def test_frames_come_in_the_requested_order_and_are_exact(tmp_path: Path, decoder: str) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (11, 64, 80, 3), np.uint8)
     path = lossless(tmp_path / "a.mp4", frames)
     with open_clip(path, decoder) as reader:

@@ -176,7 +176,7 @@ def test_a_second_call_does_nothing_and_other_options_are_an_error(tmp_path: Pat
     assert path.read_bytes() != first
 
 
-def test_an_interrupted_call_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_call_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
 
     def interrupt(*arguments: object) -> None:

@@ -109,7 +109,7 @@ def test_text_lengths_are_known_without_the_shards(folder: Path) -> None:
     assert features.text_lengths(np.array([5, 1])).tolist() == features.text_lengths(features.ids)[[5, 1]].tolist()
 
 
-def test_the_index_says_what_made_the_features(folder: Path) -> None:
+def test_the_index_names_the_encoders(folder: Path) -> None:
     features = FeatureSet(folder)
     assert features.video_encoder["kind"] == "pixels"
     assert features.text_encoder is not None

@@ -44,7 +44,7 @@ def test_windows_begin_at_the_beginning_or_lie_in_the_middle() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
-def test_a_crop_has_the_size_asked_and_is_never_enlarged(height: int, width: int, to_h: int, to_w: int) -> None:
+def test_a_crop_has_the_requested_size_and_is_never_enlarged(height: int, width: int, to_h: int, to_w: int) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
     if to_h > height or to_w > width:
         with pytest.raises(ValueError, match=f"{height}x{width} does not cover {to_h}x{to_w}"):

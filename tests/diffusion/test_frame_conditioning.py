@@ -57,7 +57,7 @@ def test_shares_beyond_one_are_refused() -> None:
 
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("objective", ["flow", "ddpm"])
-def test_given_frames_keep_their_data_and_are_out_of_the_loss(objective: str, learned: bool) -> None:
+def test_conditioning_frames_keep_their_data_and_are_out_of_the_loss(objective: str, learned: bool) -> None:
     if objective == "flow" and learned:
         pytest.skip("flow matching has no variance to learn")
     made = make_objective(DiffusionConfig(objective=objective), learned)  # type: ignore[arg-type]

@@ -121,7 +121,7 @@ def test_sampling_is_shifted_once_as_training_is(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["flow_euler", "dpm_solver", "unipc"])
-def test_the_model_is_told_the_very_time_of_its_input(name: str) -> None:
+def test_the_model_receives_the_exact_timestep_of_its_input(name: str) -> None:
     """DPM-Solver++ and UniPC round their own timesteps; the model sees 1000 sigma."""
     seen: list[float] = []
 
@@ -280,7 +280,7 @@ def test_schedulers_of_others_are_neither_shifted_nor_mended() -> None:
 
 
 @pytest.mark.parametrize(("name", "config"), PAIRS, ids=NAMES)
-def test_a_scheduler_made_here_is_known_when_it_is_read_back(
+def test_a_saved_scheduler_is_recognised_when_loaded(
     name: str, config: DiffusionConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     scheduler = make_scheduler(sampler(name), config, LATENT)

@@ -198,7 +198,7 @@ def test_a_recipe_that_makes_no_sense_is_refused(settings: dict[str, Any], messa
         ("", {"tokenizer_subfolder": "tokenizer_3"}, "has 384 tokens, .* embeds 190"),
     ],
 )
-def test_what_an_encoder_does_not_have_is_told_with_both_numbers(
+def test_a_missing_encoder_output_is_reported_with_both_numbers(
     suffix: str, settings: dict[str, Any], message: str, folder: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -242,7 +242,7 @@ def test_colours_become_luma_in_one_channel() -> None:
     assert [round(encoder.encode(x)[0].item(), 3) for x in (red, green, blue)] == [0.299, 0.587, 0.114]
 
 
-def test_weights_are_held_in_the_dtype_asked_for_and_latents_come_out_float32(tmp_path: Path) -> None:
+def test_weights_have_the_requested_dtype_and_latents_are_float32(tmp_path: Path) -> None:
     config = saved(tmp_path, "kl").model_copy(update={"dtype": "bfloat16"})
     encoder = load_video_encoder(config)
     assert encoder.dtype == torch.bfloat16

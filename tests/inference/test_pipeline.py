@@ -201,7 +201,7 @@ def test_any_caption_is_drawn(caption: str, pipes: dict[str, STDiTPipeline]) -> 
     assert np.isfinite(draw(pipes["text"], caption)).all()
 
 
-def test_fps_is_told_to_models_that_learned_it(pipes: dict[str, STDiTPipeline]) -> None:
+def test_fps_reaches_models_with_that_micro_condition(pipes: dict[str, STDiTPipeline]) -> None:
     slow, fast = (draw(pipes["both"], "a", fps=f, generator=generators(0)) for f in (4.0, 30.0))
     assert not np.array_equal(slow, fast)
     slow, fast = (draw(pipes["text"], "a", fps=f, generator=generators(0)) for f in (4.0, 30.0))
@@ -341,7 +341,7 @@ def test_a_class_conditional_run_needs_no_text_encoder(pipes: dict[str, STDiTPip
     assert pipes["text"].text_encoder is not None
 
 
-def test_a_part_can_be_given_in_place_of_the_stored_one(runs: dict[str, Path]) -> None:
+def test_a_component_can_replace_the_stored_one(runs: dict[str, Path]) -> None:
     mine = PixelAutoencoder(3)
     assert STDiTPipeline.from_pretrained(runs["text"], vae=mine).vae is mine
 
@@ -352,7 +352,7 @@ def test_the_default_scheduler_fits_the_objective(pipes: dict[str, STDiTPipeline
     assert pipe.scheduler.config["prediction_type"] == "epsilon"
 
 
-def test_a_run_is_loaded_in_the_asked_dtype(runs: dict[str, Path]) -> None:
+def test_a_run_is_loaded_in_the_requested_dtype(runs: dict[str, Path]) -> None:
     pipe = STDiTPipeline.from_pretrained(runs["text"], torch_dtype=torch.bfloat16)
     assert pipe.transformer.dtype == torch.bfloat16
     assert np.isfinite(draw(pipe, "a")).all()
@@ -405,7 +405,7 @@ def test_a_damaged_checkpoint_is_refused(runs: dict[str, Path], tmp_path: Path) 
         STDiTPipeline.from_pretrained(run)
 
 
-def test_a_missing_weight_is_not_made_up(pipes: dict[str, STDiTPipeline], tmp_path: Path) -> None:
+def test_a_missing_weight_is_an_error(pipes: dict[str, STDiTPipeline], tmp_path: Path) -> None:
     pipes["class"].save_pretrained(tmp_path)
     file = tmp_path / "transformer" / WEIGHTS
     weights = load_file(file)

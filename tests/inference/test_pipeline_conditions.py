@@ -97,7 +97,7 @@ def test_classes_alone_do_for_a_model_without_a_null_caption() -> None:
     assert torch.allclose(found, draw(pipe, ["", ""], class_labels=[1, 2], generator=generator()), atol=1e-5)
 
 
-def test_pooled_vectors_are_told_and_left_out_of_the_negative() -> None:
+def test_pooled_vectors_are_used_and_left_out_of_the_negative() -> None:
     pipe = pipeline(**WORDS, null_text="empty", pooled_dim=5, conditioning="joint", attention="full")
     pooled = torch.randn(2, 5, generator=generator(1))
     plain = draw(pipe, ["a", "b"], pooled_prompt_embeds=pooled)
@@ -113,7 +113,7 @@ def test_pooled_vectors_are_told_and_left_out_of_the_negative() -> None:
     assert torch.allclose(twice[0::2], twice[1::2], atol=1e-4)
 
 
-def test_an_encoders_own_pooled_vectors_are_told_unless_others_are_given() -> None:
+def test_an_encoders_own_pooled_vectors_are_used_unless_others_are_passed() -> None:
     def encode(prompt: Prompts) -> TextFeatures:
         captions = [prompt] if isinstance(prompt, str) else list(prompt)
         lengths = torch.tensor([float(len(caption)) for caption in captions])
@@ -157,7 +157,7 @@ def test_channels_that_are_not_guided_keep_the_conditional_prediction() -> None:
         draw(pipe, **one, guidance_channels=4)
 
 
-def test_a_model_is_told_the_size_of_what_it_draws() -> None:
+def test_a_model_receives_the_size_that_it_samples() -> None:
     pipe = pipeline(**WORDS, micro_conditions=("frames", "size"), hidden_size=48)
     seen = calls(pipe)
     sizes = [draw(pipe, "a", height=h, width=w) for h, w in ((16, 8), (8, 16))]
@@ -173,7 +173,7 @@ def test_a_model_is_told_the_size_of_what_it_draws() -> None:
     assert torch.equal(ratio, model(x, 5.0, features, added_cond_kwargs=added).sample)
 
 
-def test_an_image_is_told_no_rate_unless_asked() -> None:
+def test_an_image_has_fps_0_by_default() -> None:
     pipe = pipeline(**WORDS, micro_conditions=("fps",))
     still, asked, other = (draw(pipe, "a", num_frames=1, fps=fps) for fps in (None, 120.0, 60.0))
     assert not torch.equal(still, asked)
@@ -181,7 +181,7 @@ def test_an_image_is_told_no_rate_unless_asked() -> None:
     assert torch.equal(draw(pipe, "a"), draw(pipe, "a", fps=8.0))
 
 
-def test_models_with_a_position_reference_are_told_pixels() -> None:
+def test_models_with_a_position_reference_receive_pixels() -> None:
     pipe = pipeline(**WORDS, position_reference=32)
     seen = calls(pipe)
     assert draw(pipe, ["a", "b"]).isfinite().all()
@@ -192,7 +192,7 @@ def test_models_with_a_position_reference_are_told_pixels() -> None:
 # ---------------------------------------------------------------------------------- given frames
 
 
-def test_given_frames_come_back_to_the_last_bit_and_others_depend_on_them() -> None:
+def test_conditioning_frames_come_back_bit_for_bit_and_others_depend_on_them() -> None:
     pipe = pipeline(**WORDS, **LABELS)
     asked: dict[str, Any] = {"prompt": ["a", "b"], "class_labels": [1, 2]}
     whole = torch.randn(2, 3, 4, 16, 8, generator=generator(9))
@@ -231,7 +231,7 @@ def test_each_video_may_have_frames_of_its_own() -> None:
     assert torch.allclose(drawn[1:], second, atol=1e-4)
 
 
-def test_the_model_is_told_which_frames_are_given_at_every_step() -> None:
+def test_the_model_receives_the_conditioning_frames_at_every_step() -> None:
     pipe = pipeline(**WORDS)
     inputs: list[torch.Tensor] = []
     pipe.transformer.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
@@ -320,7 +320,7 @@ def test_what_does_not_fit_is_refused(asked: dict[str, Any], message: str) -> No
         draw(pipeline(**WORDS), **{"prompt": "a", **asked})
 
 
-def test_frames_of_one_patch_are_given_together() -> None:
+def test_conditioning_frames_come_in_whole_patches() -> None:
     pipe = pipeline(patch_size=(2, 2, 2))
     with pytest.raises(ValueError, match="2 latent frames share a patch"):
         draw(pipe, conditioning_frames=[0, 3], conditioning_latents=torch.zeros(1, 3, 2, 16, 8))

@@ -320,7 +320,7 @@ def test_a_branch_in_training_draws_as_it_will_in_use(tmp_path: Path) -> None:
     assert not pipe.transformer.training
 
 
-def test_a_branch_put_aside_is_fetched_and_told_once(run: Path) -> None:
+def test_an_offloaded_branch_is_loaded_once(run: Path) -> None:
     """What enable_model_cpu_offload does on a GPU; here the hooks are seen to be called."""
     pipe = opened(run)
     control = STDiTControl.of(pipe.transformer)
@@ -357,7 +357,7 @@ def test_a_condition_of_another_size_is_stretched_as_diffusers_does(run: Path, n
     assert torch.equal(found, expected)
 
 
-def test_what_a_branch_cannot_be_told_is_refused(run: Path) -> None:
+def test_conditions_that_a_branch_cannot_take_are_refused(run: Path) -> None:
     pipe = opened(run)
     condition = torch.zeros(1, 3, 1, 16, 16)
     with pytest.raises(ValueError, match="no control branch"):

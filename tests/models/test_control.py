@@ -114,7 +114,7 @@ def test_one_frame_stands_for_all_and_one_sample_too(base: STDiT, noise: Noise) 
     assert not torch.allclose(one, both(x, 300.0, image + 1, **conditions).sample, atol=1e-4)
 
 
-def test_a_branch_is_made_in_its_bases_mode(tiny: Tiny) -> None:
+def test_a_branch_is_created_in_its_bases_mode(tiny: Tiny) -> None:
     base = tiny(depth=4, num_classes=3)
     for training in (False, True):
         branch = STDiTControl.of(base.train(training))

@@ -171,7 +171,7 @@ def test_the_command_prints_a_table(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_a_size_may_be_given_in_pixels(
+def test_a_size_may_be_in_pixels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "model.yaml"

@@ -102,7 +102,7 @@ def test_a_new_dynamic_model_is_the_static_one(tiny: Tiny, settings: Settings, n
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(map(str, k.values())))
 @torch.no_grad()
-def test_what_is_pruned_and_gathered_equals_what_is_masked(
+def test_pruning_and_gathering_equals_masking(
     tiny: Tiny, noise: Noise, kind: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = routed(tiny(**kind, **BOTH))

@@ -94,7 +94,7 @@ def test_temporal_positions_from_the_first_frame_start_at_zero() -> None:
     torch.testing.assert_close(absolute[2], sincos_temporal(2, 32, 1.0, False, CPU, torch.float32)[1])
 
 
-def test_tables_made_in_inference_mode_serve_training() -> None:
+def test_tables_cached_in_inference_mode_serve_training() -> None:
     with torch.inference_mode():
         rope = rope_1d(3, 8, 7.25, CPU)  # a scale that no other test asks for
     q = torch.ones(1, 3, 1, 8, requires_grad=True)
@@ -108,7 +108,7 @@ def test_fake_tables_are_not_kept() -> None:
     assert not isinstance(rope_1d(3, 8, 9.25, CPU).cos, FakeTensor)
 
 
-def test_tables_of_one_shape_are_made_once() -> None:
+def test_tables_of_one_shape_are_computed_once() -> None:
     grid = (2, 3, 4)
     for make in (
         lambda: rope_in_space(grid, 12, None, (1.0, 1.0), CPU),

@@ -254,7 +254,7 @@ def test_a_branch_whose_weights_only_a_forward_fetches_is_simply_called(tiny: Ti
 # ------------------------------------------------------------------------------------------- others
 
 
-def test_samples_share_what_they_are_told_alike(tiny: Tiny, noise: Noise) -> None:
+def test_samples_share_equal_conditions(tiny: Tiny, noise: Noise) -> None:
     """One fps, one time, text only: the modulations of a guided batch of eight are one row."""
     model = tiny(text_dim=6, micro_conditions=("fps", "size"), hidden_size=48)
     seen: list[Any] = []
@@ -339,7 +339,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(tiny: Tiny, no
         CachedConditions(model).bind(cond, times)
 
 
-def test_a_model_is_told_the_clip_that_it_draws(settings: Callable[..., Any]) -> None:
+def test_a_model_receives_the_size_of_the_clip(settings: Callable[..., Any]) -> None:
     clip, device = Bucket(frames=17, height=48, width=64), torch.device("cpu")
     every = settings(micro_conditions=("fps", "frames", "size"), hidden_size=48)
     found = {k: v.tolist() for k, v in micro_conditions(every, clip, 24.0, device).items()}

@@ -110,7 +110,7 @@ def test_bad_settings_are_named(run, manifest, tmp_path: Path, capsys, flags: li
     assert message in capsys.readouterr().err
 
 
-def test_runs_are_told_apart_by_as_much_of_their_path_as_it_takes() -> None:
+def test_runs_are_named_by_as_many_path_parts_as_makes_them_unique() -> None:
     assert list(run_names([Path("/a/x/one"), Path("/a/y/two")])) == ["one", "two"]
     assert list(run_names([Path("/a/x/one"), Path("/a/y/one")])) == ["x-one", "y-one"]
     with pytest.raises(ConfigError, match="duplicate run"):

@@ -159,7 +159,7 @@ def test_clips_whose_size_the_manifest_does_not_state_are_opened(tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
-def test_every_clip_of_a_report_is_told() -> None:
+def test_every_clip_of_a_report_is_printed() -> None:
     report = {
         "clips": 12, "kept": 4, "kept_by_bucket": {"1x8x8": {"train": 3, "validation": 1}, "4x8x8": {}},
         "dropped": 1, "dropped_by_reason": {"too_short": 1}, "bad": 7,
@@ -179,7 +179,7 @@ def test_every_clip_of_a_report_is_told() -> None:
     assert captions[-1].endswith("1 clips have none: a.mp4")
 
 
-def test_without_a_manifest_a_step_can_still_be_told() -> None:
+def test_without_a_manifest_the_cost_of_a_step_is_still_forecast() -> None:
     found = forecast(stage(), Resources(), EqualSource(Path("m.jsonl")), (1, 1, 1), 120)
     assert found.flops > 0
     assert "m.jsonl is not there" in EqualSource(Path("m.jsonl")).lines()[0]

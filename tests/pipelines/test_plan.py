@@ -86,7 +86,7 @@ def test_overrides_go_plan_then_stage_then_command_line(write):
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=8), st.randoms(use_true_random=False))
-def test_every_stage_comes_after_the_one_it_is_made_from(parents, random):
+def test_every_stage_comes_after_the_one_it_starts_from(parents, random):
     """Stage i comes from some stage below i, or from none; the file's order is shuffled."""
     after = {f"s{i}": (f"s{p}" if p < i else None) for i, p in enumerate(parents)}
     names = list(after)
@@ -150,7 +150,7 @@ def test_bad_plans_name_file_and_key(write, change, message):
     assert "plan.yaml: " in str(caught.value)
 
 
-def test_without_prepare_the_manifest_must_be_given(write):
+def test_without_prepare_the_manifest_is_required(write):
     with pytest.raises(ConfigError, match=r"plan\.yaml: .*extraction\.manifest is needed"):
         plans.read(write({"prepare": None}))
 
@@ -203,7 +203,7 @@ def test_what_is_recorded_survives_json(write):
         ("seed=3", "stages.one.seed", ["stages.one", "stages.two"]),
     ],
 )  # fmt: skip
-def test_a_change_invalidates_what_is_made_from_it_and_nothing_else(write, override, key, parts):
+def test_a_change_invalidates_what_depends_on_it_and_nothing_else(write, override, key, parts):
     before, after = described(write()), described(write(), (override,))
     found = changes.differences(before, after)
     assert key in {f"{part}.{c.key}" for part, some in found.items() for c in some}
@@ -244,13 +244,13 @@ def test_half_the_batch_on_twice_the_workers_is_no_change_but_more_workers_alone
     assert str(found["stages.one"][0]) == "samples_per_step.1x8x8: 8 -> 16"
 
 
-def test_a_changed_manifest_invalidates_everything_made_from_it(write):
+def test_a_changed_manifest_invalidates_everything_that_depends_on_it(write):
     found = changes.differences(described(write(), sha="a"), described(write(), sha="b"))
     assert [c.key for c in found["extraction"]] == ["manifest_sha256"]
     assert list(changes.invalidated(found, described(write()))) == ["extraction", "stages.one", "stages.two"]
 
 
-def test_a_manifest_not_made_yet_is_no_change(write):
+def test_a_manifest_not_written_yet_is_no_change(write):
     assert changes.differences(described(write(), sha="a"), described(write())) == {}
 
 

@@ -242,7 +242,7 @@ def refused(capsys, plan: Path, *sets: str) -> str:
         ("evaluation.metrics.direction_column=heading", "direction_column: no column 'heading'; columns: "),
     ],
 )
-def test_a_plan_that_cannot_work_is_refused_before_anything_is_made(
+def test_a_plan_that_cannot_work_is_refused_before_anything_is_written(
     tmp_path: Path, capsys, override: str, message: str
 ) -> None:
     plan = write_plan(tmp_path)

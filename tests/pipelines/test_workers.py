@@ -51,7 +51,7 @@ def test_a_deadline_is_kept_though_training_never_ends() -> None:
     assert time.monotonic() - began < 10
 
 
-def test_of_several_errors_the_one_that_caused_the_others_is_told() -> None:
+def test_of_several_errors_the_one_that_caused_the_others_is_reported() -> None:
     class GroupError(Exception):
         worker_failures = {  # noqa: RUF012
             0: RuntimeError("long trace\n\nRuntimeError: [../gloo] Connection closed by peer [127.0.0.1]:1"),

@@ -106,7 +106,7 @@ def test_a_checkpoint_is_the_base_with_its_branch_and_nothing_else(solo: Pool, b
         adapters.resolve_weights(tmp_path, "ema")
 
 
-def test_the_condition_is_made_of_the_clip_or_comes_with_it(base: Path, tmp_path: Path) -> None:
+def test_the_control_condition_is_computed_from_the_clip_or_comes_with_it(base: Path, tmp_path: Path) -> None:
     x0 = torch.arange(64.0).reshape(1, 1, 1, 8, 8)
     small = low_resolution(x0, 4)
     assert small.shape == x0.shape

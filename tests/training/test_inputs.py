@@ -38,7 +38,7 @@ def test_latents_are_normalised_and_drawn_from_their_posterior() -> None:
     assert ((drawn - mean).abs() < 5 * 0.1 * 0.5).all()
 
 
-def test_what_a_sample_is_given_does_not_depend_on_its_batch() -> None:
+def test_a_samples_conditions_do_not_depend_on_its_batch() -> None:
     made, all_ = inputs(), samples(6)
     whole = collate(all_, range(6), BUCKET)
     halves = [collate(all_[:3], range(3), BUCKET), collate(all_[3:], range(3, 6), BUCKET)]
@@ -59,7 +59,7 @@ def test_what_a_sample_is_given_does_not_depend_on_its_batch() -> None:
         assert torch.equal(one, torch.cat(parts))
 
 
-def test_conditions_are_dropped_as_often_as_asked() -> None:
+def test_conditions_are_dropped_at_the_configured_rate() -> None:
     made = inputs()
     batch = collate(samples(4) * 500, range(2000), BUCKET)
     condition = batch_conditions(batch, made.config.model, CPU)
@@ -70,7 +70,7 @@ def test_conditions_are_dropped_as_often_as_asked() -> None:
     assert torch.equal(dropped["class_labels"][kept], batch.class_labels[kept])
 
 
-def test_the_model_is_given_what_it_takes_and_no_more() -> None:
+def test_the_model_receives_its_own_conditions_only() -> None:
     made, batch = inputs(), collate(samples(2), [0, 1], BUCKET)
     names = {"class_labels", "encoder_hidden_states", "encoder_attention_mask", "added_cond_kwargs"}
     found = batch_conditions(batch, made.config.model, CPU)
@@ -88,7 +88,7 @@ def test_the_model_is_given_what_it_takes_and_no_more() -> None:
     assert made.drop_conditions({}, 1, batch.positions) == {}
 
 
-def test_given_frames_are_the_same_at_the_same_step_whatever_the_batch() -> None:
+def test_conditioning_frames_are_the_same_at_the_same_step_whatever_the_batch() -> None:
     config = config_of(merge(settings("runs/x"), {"diffusion": {"frame_conditioning": {"first": 0.4, "random": 0.4}}}))
     made = Inputs(config, STATISTICS, CPU)
     x0 = torch.zeros(40, 2, 4, 4, 4)

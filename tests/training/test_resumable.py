@@ -65,7 +65,7 @@ def test_the_source_of_a_base_may_move_and_of_a_whole_model_may_not() -> None:
         check_resumable({**identity(old), "base": None}, new, 2, "f")
 
 
-def test_all_wrong_keys_are_told_at_once() -> None:
+def test_all_wrong_keys_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as error:
         changed({"seed": 1, "model": {"depth": 5}})
     assert "seed: 0 -> 1" in str(error.value)

@@ -360,7 +360,7 @@ def test_looking_at_a_run_does_not_change_it(pair: Pool, solo: Pool, tmp_path: P
     assert found == pytest.approx(other, rel=1e-4)
 
 
-def test_a_checkpoint_says_what_it_is_and_every_rank_is_told_of_it(pair: Pool, tmp_path: Path) -> None:
+def test_every_rank_receives_the_checkpoints_identity(pair: Pool, tmp_path: Path) -> None:
     data = data_for(tmp_path, 2, steps=3)
     both = pair(run, data)
     assert [[r["checkpoint"] for r in one["reports"]] for one in both] == [

@@ -63,7 +63,7 @@ def test_what_fits_passes_and_says_its_latents(monkeypatch: pytest.MonkeyPatch) 
     assert data.fingerprint == "f"
 
 
-def test_a_model_without_a_null_caption_is_given_the_empty_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_a_null_caption_uses_the_empty_one(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = EmptyCaption(torch.zeros(1, 4096))
     assert check(monkeypatch, {"model": {"null_text": "empty"}}, empty=empty).empty_caption is empty
     assert check(monkeypatch, {}, empty=empty).empty_caption is None
@@ -102,7 +102,7 @@ def test_a_model_without_a_null_caption_is_given_the_empty_one(monkeypatch: pyte
     ],
     ids=str,
 )  # fmt: skip
-def test_what_does_not_fit_is_told_with_both_numbers(
+def test_a_mismatch_is_reported_with_both_numbers(
     monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], features: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):

@@ -53,7 +53,7 @@ def test_every_zero_stage_draws_the_same_grid(solo: Pool, pair: Pool, tmp_path: 
 
 
 @pytest.mark.distributed
-def test_a_grid_is_told_the_size_that_it_draws(solo: Pool, tmp_path: Path) -> None:
+def test_a_sample_grid_receives_its_own_size(solo: Pool, tmp_path: Path) -> None:
     """Not that of the clips whose captions it has; and once for the batch, guidance included."""
     bucket = {"frames": 1, "height": 16, "width": 24}
     samples = {"every": 1, "count": 2, "bucket": bucket, "sampler": {"steps": 2, "guidance_channels": 1}}

@@ -389,7 +389,7 @@ def test_scales_are_read_off_the_table(tmp_path: Path, scale: float, dtype: torc
     assert (c.positions, c.position_base, c.position_interpolation) == ("sincos", 16, scale)
 
 
-def test_tables_made_with_less_precision_are_still_tables(tmp_path: Path) -> None:
+def test_tables_of_lower_precision_are_still_recognised(tmp_path: Path) -> None:
     state = published_weights.pixart_weights(grid=16)
     state["pos_embed"] = state["pos_embed"].half().float()
     torch.save(state, tmp_path / "x.pth")
