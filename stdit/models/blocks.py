@@ -331,7 +331,8 @@ class STDiTBlock(nn.Module):
         by_frames, by_heads = (None, state.shards) if self.full else (state.shards, None)
         video = x.flatten(1, 2) if self.full else to_frames(x, by_frames)  # (groups, N, D)
         texts = 1 if self.full else t  # of a sample
-        if self.index == 0 or text.shape[0] != video.shape[0]:
+        # Of ranks that share frames, as many may be this one's as there are samples: then the shape does not tell.
+        if text.shape[0] != video.shape[0] or (by_frames is not None and self.index == 0):
             text = per_frame(text.expand(x.shape[0], -1, -1), texts, by_frames)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (
             self._per_text(m, x, by_frames) for m in cache.text_modulation

@@ -109,7 +109,7 @@ def test_buckets_that_were_seen_compile_nothing(tiny: Tiny, noise: Noise, name: 
     assert graphs() == seen
 
 
-@pytest.mark.parametrize("name", ["dit", "stdit3"])
+@pytest.mark.parametrize("name", ["dit", pytest.param("stdit3", marks=pytest.mark.slow)])
 def test_onednn_adds_no_graph_and_compiles_no_bucket_twice(
     tiny: Tiny, noise: Noise, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +131,9 @@ def test_onednn_adds_no_graph_and_compiles_no_bucket_twice(
             model(**inputs(model, noise, bucket))
 
 
-@pytest.mark.parametrize("name", ["dit", "pixart", "stdit"])
+@pytest.mark.parametrize(
+    "name", ["dit", pytest.param("pixart", marks=pytest.mark.slow), pytest.param("stdit", marks=pytest.mark.slow)]
+)
 def test_a_whole_model_compiles_no_bucket_twice(tiny: Tiny, noise: Noise, name: str) -> None:
     model = tiny(**MODELS[name])
     compiled = torch.compile(model, fullgraph=True, backend="eager")

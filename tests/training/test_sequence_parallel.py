@@ -87,7 +87,7 @@ def test_four_ranks_divided_in_any_way_train_as_one(
 
 
 @pytest.mark.parametrize("broken", ["factor", "left out"])
-@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [0, 2])
 def test_a_broken_reduction_is_found(
     pair: Pool, alone: Callable[..., dict[str, Any]], broken: str, stage: int, tmp_path: Path
 ) -> None:
@@ -247,7 +247,7 @@ BESIDE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("kind", "stage"), [("factorized", 2), pytest.param("joint", 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kind", "stage"), [("factorized", 2), ("joint", 3)])
 @pytest.mark.parametrize("beside", BESIDE)
 def test_it_goes_with(pair: Pool, solo: Pool, kind: str, stage: int, beside: str, tmp_path: Path) -> None:
     changes = BESIDE[beside]
@@ -259,7 +259,7 @@ def test_it_goes_with(pair: Pool, solo: Pool, kind: str, stage: int, beside: str
     assert_equal(pair(train_steps, run_settings(tmp_path / "2", kind, stage, 2, **changes), STEPS)[0], expected)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_in_bfloat16_it_stays_near_float32(
     pair: Pool, alone: Callable[..., dict[str, Any]], stage: int, tmp_path: Path
 ) -> None:

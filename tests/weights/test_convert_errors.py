@@ -387,8 +387,7 @@ UNSUPPORTED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
         {"interpolation_scale": "x"},
         "config.json of PixArtTransformer2DModel has unsupported values:\n  interpolation_scale: 'x'",
     ),
-    (pixart, {"interpolation_scale": float("inf")}, "interpolation_scale: inf; expected a positive number"),
-    (pixart, {"norm_eps": float("nan")}, "norm_eps: nan"),
+    (pixart, {"interpolation_scale": -1.0}, "interpolation_scale: -1.0; expected a positive number"),
     (dit, {"norm_eps": [1]}, "norm_eps: [1]"),
     (latte, {"norm_type": "layer_norm"}, "norm_type: 'layer_norm'"),
     (latte, {"attention_bias": False}, "attention_bias: False"),
@@ -409,6 +408,15 @@ def test_unsupported_values_of_diffusers_are_named(
     with pytest.raises(ValueError, match="unsupported values") as caught:
         load_published(tmp_path)
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(("value", "name"), [(float("inf"), "Infinity"), (float("nan"), "NaN")])
+def test_a_config_with_a_number_that_json_has_not_is_refused(tmp_path: Path, value: float, name: str) -> None:
+    pixart().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "norm_eps": value}))
+    with pytest.raises(ValueError, match=rf"config\.json: {name} is not a JSON number"):
+        load_published(tmp_path)
 
 
 def test_diffusers_tensors_need_the_config_of_their_class(tmp_path: Path) -> None:
