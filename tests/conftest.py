@@ -65,6 +65,8 @@ def _group(item: pytest.Item) -> int:
     return next((i for i, prefix in enumerate(GROUPS) if item.nodeid.startswith(prefix)), len(GROUPS))
 
 
+# Before pytest-xdist's own, which reads the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks the groups, and runs them before all other tests; those are handed out one by one."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
