@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from stdit.files import atomic_path
-from stdit.lettering import Lettering
+from stdit.fonts import FallbackFont
 
 Frames = NDArray[np.uint8]  # (T, H, W, 3), or (T, H, W) grey
 
@@ -194,7 +194,7 @@ def _page(cells: Sequence[Cell], pictures: Sequence[Image.Image], columns: int) 
     """Plates in rows, each a picture with its caption and verdict below; all plates are of one size."""
     if not cells:
         raise ValueError("a sheet needs at least one clip, found 0")
-    font, small = Lettering(12), Lettering(11)
+    font, small = FallbackFont(12), FallbackFont(11)
     width = max(max(p.width for p in pictures), 110) + 2 * GAP
     tall = max(p.height for p in pictures)
     wrapped = [_wrap(cell.caption, font, width - 2 * GAP) for cell in cells]
@@ -242,7 +242,7 @@ def _strip(frames: Frames, side: int, count: int) -> Image.Image:
     return strip
 
 
-def _wrap(text: str, font: Lettering, width: int) -> list[str]:
+def _wrap(text: str, font: FallbackFont, width: int) -> list[str]:
     """`text` in at most CAPTION_LINES lines of `width` pixels, an ellipsis where it is cut; long words are broken."""
     lines: list[str] = []
     line = ""

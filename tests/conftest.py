@@ -54,6 +54,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Divides the cores between the workers; what a test starts inherits its share."""
+    # Ray gives its workers niceness 15: beside another test worker's processes they would hardly run.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
         threads = max(1, cores() // workers)

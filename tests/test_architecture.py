@@ -21,7 +21,7 @@ LEVELS = {
     "stdit.config": 0,
     "stdit.files": -1,
     "stdit.metrics_log": 0,
-    "stdit.lettering": 0.25,
+    "stdit.fonts": 0.25,
     "stdit.media": 0.5,
     "stdit.arguments": 0.5,
     "stdit.models": 1,

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from stdit.data.decoding import open_clip
-from stdit.lettering import Lettering
+from stdit.fonts import FallbackFont
 from stdit.media import (
     BT709,
     Cell,
@@ -154,9 +154,9 @@ def test_pixels_are_enlarged_by_whole_factors() -> None:
 def test_captions_of_any_script_have_their_glyphs(text: str) -> None:
     def ink(text: str) -> np.ndarray:
         image = Image.new("L", (200, 20))
-        lettering = Lettering(12)
-        lettering.draw(ImageDraw.Draw(image), (2, 2), text, "white")
-        assert 0 < lettering.getlength(text) < 196
+        font = FallbackFont(12)
+        font.draw(ImageDraw.Draw(image), (2, 2), text, "white")
+        assert 0 < font.getlength(text) < 196
         return np.asarray(image)
 
     pictures = [ink(character) for character in dict.fromkeys(text)]

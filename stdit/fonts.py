@@ -1,7 +1,7 @@
 """Text in any script on pictures: each character in the first font that has it.
 
-    lettering = Lettering(12)
-    lettering.draw(draw, (x, y), "a red ball 赤いボール 🎈", "#ffffff")
+    font = FallbackFont(12)
+    font.draw(draw, (x, y), "a red ball 赤いボール 🎈", "#ffffff")
 
 DejaVu Sans (matplotlib's), then Noto's emoji and scripts (manimgx-fonts), Noto Sans CJK (cvttf-notosanscjk-regular), and
 last whatever fonts the system has. What none of them has appears as U+FFFD.
@@ -60,7 +60,7 @@ def _open(path: Path, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(path, size)
 
 
-class Lettering:
+class FallbackFont:
     """Text of one size in pixels, on one base line."""
 
     def __init__(self, size: int) -> None:
