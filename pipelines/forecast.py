@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.plan import ResolvedStage, Resources
-from stdit.config import Bucket, ConfigError, ExtractConfig, Where, latent_shape, token_grid
+from stdit.config import Bucket, ConfigError, ExtractConfig, Where, latent_shape
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,9 +91,8 @@ def forecast(
     that is not there.
     """
     from stdit.data.loader import Loader
-    from stdit.models.cost import model_cost
     from stdit.training.data import check_sequence_parallel
-    from stdit.training.machine import rank_memory
+    from stdit.training.machine import rank_memory, sample_cost, saved_bytes
 
     config, shared, accumulation = (
         stage.config,
@@ -111,16 +110,14 @@ def forecast(
         taken[bucket.key] += loader.step_size(bucket)
         steps[bucket.key] += 1
     text = text_length if config.model.text_dim is not None else 0
-    element = 2 if config.train.precision == "bf16" else 4
     buckets, flops, activations, parameters = [], 0, 0, 0
     for bucket in config.data.buckets:
-        latent, model = latent_shape(bucket, compression), config.model
-        grid = token_grid(latent, model.patch_size, f"data.buckets {bucket.key}", model.pad_latents)
+        latent = latent_shape(bucket, compression)
         try:
-            cost = model_cost(config.model, grid, text, element, min(2, bucket.batch_size))
-            own = cost if shared == 1 else model_cost(config.model, grid, text, element, bucket.batch_size, shared)
-        except ValueError as error:
-            raise ConfigError(f"{stage.source}: data.buckets {bucket.key}: {error}") from error
+            cost = sample_cost(config, bucket, latent, text)
+            own = cost if shared == 1 else sample_cost(config, bucket, latent, text, shared)
+        except ConfigError as error:
+            raise ConfigError(f"{stage.source}: {error}") from error
         kept, size = loader.counts[bucket.key], loader.step_size(bucket)
         left_out = len(everything[bucket.key]) - kept
         checkpointed = config.train.activation_checkpointing
@@ -128,8 +125,7 @@ def forecast(
         exchanged *= bucket.batch_size * accumulation
         buckets.append(BucketForecast(bucket.key, kept, left_out, size, steps[bucket.key], cost.tokens, exchanged))
         flops += steps[bucket.key] * size * cost.training_flops
-        each = own.activation_bytes_checkpointed if checkpointed else own.activation_bytes
-        activations = max(activations, bucket.batch_size * each)
+        activations = max(activations, saved_bytes(own, bucket, checkpointed))
         parameters = cost.parameters
     return Forecast(
         name=stage.name,

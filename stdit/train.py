@@ -5,7 +5,7 @@
 
 The same command again resumes the run, bit for bit. On SIGTERM, SIGINT, SIGHUP or the launcher's death the current step is
 finished, a checkpoint saved, and the exit code is 75: the same command goes on. So is that of a rank that hangs. Exit code
-2: the config is invalid, nothing was started.
+2: the config is invalid or no checkpoint there is intact, nothing was started.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
     report: called on every rank after each logged or saved step, with its metrics and "checkpoint" (a path or None).
     stop: when it is set on any rank, all save a checkpoint and raise Stopped.
 
-    Raises ConfigError before anything is started, CheckpointError if a checkpoint cannot be read or written, Diverged if
+    Raises ConfigError and CheckpointError (no checkpoint there is intact) before anything is started, SaveError if a
+    checkpoint cannot be written, Diverged if
     gradients or weights are not finite. A rank that hangs ends its process (stdit.training.watchdog).
     """
     # Imported late, so that `--help` and invalid configs are answered at once.
@@ -74,7 +75,7 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
     data = open_data(config)
     if resume.is_finished(config, data, world_size()):
         return config.run_dir
-    check_machine(config, world_size())
+    check_machine(config, world_size(), data.latents, data.text_tokens)
     run_dir.check(config.run_dir)
     ranks, stop = init_distributed(config.train.sequence_parallel), Stop() if stop is None else stop
     steps, accumulation = config.train.steps, config.train.gradient_accumulation
@@ -214,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stop, code = Stop().listen(), 1
     try:
         config = load_config(args.config, Config, args.set)
+        from stdit.training.checkpoint import CheckpointError, SaveError
         from stdit.training.distributed import destroy_process_group
 
         try:
@@ -221,6 +223,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             code = 0
         except Stopped:
             code = STOPPED
+        except CheckpointError as error:
+            if isinstance(error, SaveError):
+                raise
+            raise ConfigError(str(error)) from error
         destroy_process_group()
     except ConfigError as error:
         complain(f"error: {error}")

@@ -21,6 +21,7 @@ LEVELS = {
     "stdit.config": 0,
     "stdit.files": -1,
     "stdit.metrics_log": 0,
+    "stdit.integrity": 0.2,
     "stdit.fonts": 0.25,
     "stdit.media": 0.5,
     "stdit.arguments": 0.5,

@@ -29,11 +29,13 @@ from stdit.generate import generate
 from stdit.inference.job import find_source, open_job
 from stdit.inference.pipeline import STDiTPipeline
 from stdit.inference.prompts import Prompt
+from stdit.integrity import MANIFEST
 from stdit.models import lora
 from stdit.models.stdit import STDiT
 from stdit.training.checkpoint import CheckpointError
 from stdit.training.identity import load_identity
-from stdit.weights.integrity import MANIFEST
+from stdit.weights.convert import load_published
+from stdit.weights.transfer import transfer_file
 from tests.support import clip_folder
 from tests.support.runs import TEXT, make_run, model_config
 
@@ -53,7 +55,9 @@ def products(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = make_run(home / "run", model_config(**TEXT))
     (run / "done.json").write_text(json.dumps({"step": 20, "samples_seen": 160, "checkpoint": "step-00000020"}))
     STDiTPipeline.from_pretrained(run).save_pretrained(home / "pipeline")
+    shutil.copytree(home / "pipeline", home / "bare", ignore=shutil.ignore_patterns(MANIFEST))
     shutil.copytree(home / STEP / "transformer_ema", home / "weights")
+    transfer_file(home / "weights", home / "copied", None, [], (), 0)
     job(home)
     generate(run, PROMPTS, home / "videos", STILL, SamplerConfig(steps=1))
     metrics(home)
@@ -89,9 +93,18 @@ def settings(home: Path) -> Any:
     return len(extract.prepare(config)[1])
 
 
-def pipeline(home: Path) -> Any:
-    pipe = STDiTPipeline.from_pretrained(home / "pipeline")
+def pipeline(home: Path, folder: str = "pipeline") -> Any:
+    pipe = STDiTPipeline.from_pretrained(home / folder)
     return sorted((k, str(v)) for k, v in pipe.config.items() if not k.startswith("_") and k != "diffusion")
+
+
+def bare(home: Path) -> Any:
+    """A pipeline without a manifest, as another program would have saved it."""
+    return pipeline(home, "bare")
+
+
+def copied(home: Path) -> Any:
+    return sum(p.double().sum().item() for p in STDiT.from_pretrained(home / "copied").parameters())
 
 
 def adapter(home: Path) -> Any:
@@ -119,7 +132,7 @@ class Product:
     parsed: bool = True
     # What messages name, if not the file.
     named: str = ""
-    # Whether a hash of it is kept; weights in the layouts of other libraries have none.
+    # Whether a hash of it is kept.
     hashed: bool = True
 
 
@@ -132,10 +145,16 @@ JSON_FILES = [
     Product(f"{STEP}/{MANIFEST}", source),
     Product(f"{STEP}/transformer_ema/config.json", source),
     Product("pipeline/model_index.json", pipeline),
-    Product("pipeline/transformer/config.json", pipeline, parsed=False),
-    Product("pipeline/vae/config.json", pipeline, parsed=False, named="vae"),
-    Product("pipeline/text_encoder/config.json", pipeline, parsed=False, named="text_encoder"),
-    Product("pipeline/scheduler/scheduler_config.json", pipeline, parsed=False, named="pipeline"),
+    Product(f"pipeline/{MANIFEST}", pipeline),
+    Product("pipeline/scheduler/scheduler_config.json", pipeline, parsed=False),
+    Product("copied/config.json", copied, parsed=False),
+    Product(f"copied/{MANIFEST}", copied),
+    Product("copied/config.json", lambda home: load_published(home / "copied").settings.depth, parsed=False),
+    Product("bare/model_index.json", bare),
+    Product("bare/transformer/config.json", bare, parsed=False),
+    Product("bare/vae/config.json", bare, parsed=False, named="vae"),
+    Product("bare/text_encoder/config.json", bare, parsed=False, named="text_encoder"),
+    Product("bare/scheduler/scheduler_config.json", bare, parsed=False, named="bare"),
     Product("weights/config.json", weights, parsed=False),
     Product("videos/request.json", job),
     Product("videos/metrics.json", metrics, mended="equal"),
@@ -147,7 +166,12 @@ BINARY_FILES = [
     Product("features/shards/00001.safetensors", pending, mended=[1]),
     Product("features/parts/00001.parquet", pending, mended=[1]),
     Product(f"{STEP}/transformer_ema/diffusion_pytorch_model.safetensors", source),
-    Product("lora/pytorch_lora_weights.safetensors", adapter, hashed=False),
+    Product("lora/pytorch_lora_weights.safetensors", adapter),
+    Product("pipeline/transformer/diffusion_pytorch_model.safetensors", pipeline),
+    Product("pipeline/vae/diffusion_pytorch_model.safetensors", pipeline),
+    Product("pipeline/text_encoder/model.safetensors", pipeline),
+    Product("copied/diffusion_pytorch_model.safetensors", copied),
+    Product("bare/transformer/diffusion_pytorch_model.safetensors", bare, hashed=False, named="transformer"),
 ]
 
 
@@ -294,14 +318,33 @@ def test_a_verb_ends_with_2_and_one_line(
     [("vae", "diffusion_pytorch_model.safetensors"), ("text_encoder", "model.safetensors"), ("transformer", "diffusion_pytorch_model.safetensors")],
 )  # fmt: skip
 def test_a_component_that_lacks_a_tensor_is_refused_by_name(part: str, file: str, home: Path) -> None:
-    weights_file = home / "pipeline" / part / file
+    weights_file = home / "bare" / part / file
     state = load_file(weights_file)
     name = sorted(state)[0]
     save_file(
         {"other": torch.zeros(1), **{k: v for k, v in state.items() if k != name}}, weights_file, {"format": "pt"}
     )
     with pytest.raises(ValueError, match=re.escape(name)):
-        STDiTPipeline.from_pretrained(home / "pipeline")
+        STDiTPipeline.from_pretrained(home / "bare")
+
+
+def test_a_saved_model_may_be_saved_again_and_edited_once_its_manifest_is_gone(home: Path) -> None:
+    model = STDiT.from_pretrained(home / "copied")
+    before = sum(p.double().sum().item() for p in model.parameters())
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    model.save_pretrained(home / "copied")  # over the old one: its manifest follows
+    assert copied(home) != before
+    STDiTPipeline.from_pretrained(home / "pipeline").save_pretrained(home / "pipeline")
+    assert pipeline(home) == bare(home)
+    (home / "pipeline" / "notes.md").write_text("ours")
+    assert pipeline(home) == bare(home)
+    index = home / "pipeline" / "model_index.json"
+    index.write_text(index.read_text() + "\n")
+    with pytest.raises(ValueError, match=r"If it was changed on purpose, remove its manifest\.json"):
+        pipeline(home)
+    (home / "pipeline" / MANIFEST).unlink()
+    assert pipeline(home) == bare(home)
 
 
 @pytest.mark.parametrize("lost", ["lora_A", "lora_B", "blocks.1", "attn.qkv"])

@@ -20,6 +20,7 @@ from stdit.training import checkpoint
 from stdit.training.stopping import STOPPED
 from tests.support.paths import ROOT
 from tests.support.rank_pool import free_port
+from tests.support.runs import make_run, model_config
 
 DEBUG = ["--config", "configs/debug.yaml"]
 BIN = Path(sys.executable).parent
@@ -395,6 +396,19 @@ def test_a_folder_of_another_program_is_refused_untouched(tmp_path: Path) -> Non
         "pytorch_model.bin",
         "step-1000",
     ]
+
+
+def test_a_run_without_an_intact_checkpoint_ends_with_2_and_is_left_alone(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", model_config())
+    weights = next(run.glob("checkpoints/*/transformer/*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    before = sorted(p for p in run.rglob("*") if p.name != ".lock")
+    done = python(*DEBUG, "--set", f"run_dir={run}")
+    assert done.returncode == 2, done.stderr
+    assert "no checkpoint is intact" in done.stderr
+    assert weights.name in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(p for p in run.rglob("*") if p.name != ".lock") == before
 
 
 def test_help_needs_no_torch() -> None:

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from stdit.files import apply_umask
+from stdit.integrity import write_manifest
 from stdit.models import lora
 from stdit.models.stdit import STDiT
 from stdit.training import adapters
@@ -100,10 +101,15 @@ class LoraMixin:
         lora.delete_adapters(self.transformer, None)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As diffusers'. ValueError: adapters are loaded, which a pipeline's folder can't hold."""
+        """As diffusers', and a manifest with the SHA-256 of every file, which `from_pretrained` checks.
+
+        ValueError: adapters are loaded, which a pipeline's folder can't hold.
+        """
         if loaded := lora.adapter_names(self.transformer):
             raise ValueError(
                 f"adapters are loaded ({', '.join(loaded)}): fuse_lora(permanent=True) or unload_lora_weights() before saving the pipeline"
             )
         super().save_pretrained(save_directory, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        apply_umask(Path(save_directory))
+        apply_umask(folder := Path(save_directory))
+        parts = [path for name in self.components for path in (folder / name).rglob("*")]  # pyright: ignore
+        write_manifest(folder, (path for path in (folder / "model_index.json", *parts) if path.is_file()))

@@ -52,6 +52,7 @@ from stdit.inference.inputs import (
 )
 from stdit.inference.lora import LoraMixin
 from stdit.inference.prompts import check_text
+from stdit.integrity import check_saved
 from stdit.models.control import STDiTControl
 from stdit.models.sampling import CachedConditions, micro_conditions
 from stdit.models.sequence_parallel import SequenceParallel
@@ -163,7 +164,10 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
                 )
         else:
             path = str(pretrained_model_name_or_path)
-            index = read_index(path, cls.__name__) if folder_of(path, "STDiTPipeline") else cls.load_config(path)
+            saved = folder_of(path, "STDiTPipeline")
+            index = read_index(path, cls.__name__) if saved else cls.load_config(path)
+            if saved:
+                check_saved(saved)
             kwargs |= load_strictly(path, cast(dict[str, Any], index), kwargs)
             try:
                 pipe = super().from_pretrained(path, **kwargs)

@@ -10,6 +10,7 @@ A target is the name of a linear layer or its suffix: `attn.qkv` matches that of
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -35,6 +36,8 @@ from stdit.models.stdit import STDiT
 
 # The name of the adapter that training adds.
 TRAINED = "default"
+# Metadata of a file: SHA-256 of its tensors and its peft config.
+DIGEST_KEY = "stdit_sha256"
 # Attribute that holds the unmerged weights between `merge_adapters` and `unmerge_adapters`.
 _UNMERGED = "_unmerged_weights"
 
@@ -97,11 +100,23 @@ def add_adapter(
 def save_adapter(model: STDiT, folder: Path, name: str = TRAINED, state: dict[str, Tensor] | None = None) -> None:
     """Writes adapter `name` as diffusers' save_lora_adapter does. state: gathered weights by parameter name, where the
     model's own are partitioned (ZeRO)."""
-    weights: Mapping[str, Tensor] = get_peft_model_state_dict(model, state_dict=state, adapter_name=name)  # pyright: ignore
+    found: Mapping[str, Tensor] = get_peft_model_state_dict(model, state_dict=state, adapter_name=name)  # pyright: ignore
+    weights = {k: v.detach().contiguous().cpu() for k, v in found.items()}
     config = {k: sorted(v) if isinstance(v, set) else v for k, v in _configs(model)[name].to_dict().items()}
-    metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)}
+    text = json.dumps(config, indent=2, sort_keys=True)
+    metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: text, DIGEST_KEY: _digest(weights, text)}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().contiguous().cpu() for k, v in weights.items()}, folder / LORA_WEIGHT_NAME_SAFE, metadata)
+    save_file(weights, folder / LORA_WEIGHT_NAME_SAFE, metadata)
+
+
+def _digest(weights: Mapping[str, Tensor], config: str | None) -> str:
+    """SHA-256 of an adapter's tensors (names, types, shapes, bytes) and of its peft config."""
+    digest = hashlib.sha256((config or "").encode())
+    for name in sorted(weights):
+        tensor = weights[name]
+        digest.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @torch.no_grad()
@@ -171,10 +186,14 @@ def _check_file(model: STDiT, file: Path) -> None:
         raise ValueError(f"{file.parent}: no adapter here ({file.name})")
     try:
         with safe_open(file, framework="pt") as file_weights:
-            shapes = {name: tuple(file_weights.get_slice(name).get_shape()) for name in file_weights.keys()}  # noqa: SIM118
-            text = (file_weights.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+            weights = {name: file_weights.get_tensor(name) for name in file_weights.keys()}  # noqa: SIM118
+            metadata = file_weights.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: cannot be read ({error})") from error
+    shapes, text = (
+        {name: tuple(weight.shape) for name, weight in weights.items()},
+        metadata.get(LORA_ADAPTER_METADATA_KEY),
+    )
     targets = _recorded_layers(model, file, text)
     layers = linear_layers(model)
     wrong: list[str] = []
@@ -197,6 +216,8 @@ def _check_file(model: STDiT, file: Path) -> None:
     if wrong or not shapes:
         lines = "\n  ".join(wrong[:20] or ["it is empty"])
         raise ValueError(f"{file}: not an adapter of this model\n  {lines}")
+    if metadata.get(DIGEST_KEY, found := _digest(weights, text)) != found:
+        raise ValueError(f"{file}: not what was written (its tensors do not match {DIGEST_KEY} in its metadata)")
 
 
 def _recorded_layers(model: STDiT, file: Path, text: str | None) -> set[str]:

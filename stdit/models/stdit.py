@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from stdit.config.load import validate
 from stdit.config.model import ModelConfig
 from stdit.files import read_json
+from stdit.integrity import MANIFEST, check_saved, seal_model
 from stdit.models.blocks import COMPILE_OPTIONS, BlockState, FinalLayer, STDiTBlock
 from stdit.models.checks import check_config, check_inputs, check_loaded, check_residuals
 from stdit.models.conditioning import ConditionInputs, Conditions, append_context_tokens, embed_conditions
@@ -309,6 +310,7 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
         config = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "", "config.json")
+        check_saved(config.parent)
         if config.exists():
             found = read_json(config)
             if found.get("_class_name", cls.__name__) == cls.__name__:  # else from_config refuses it
@@ -322,6 +324,12 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
             if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
                 parameter.data = parameter.data.clone()
         return loaded if wants_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As diffusers'. Of a folder that has a manifest (a conversion's), that is written anew."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if (Path(save_directory) / MANIFEST).is_file():
+            seal_model(Path(save_directory))
 
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
         """As diffusers', block by block; by default without graph breaks and with dynamic shapes."""

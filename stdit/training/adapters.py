@@ -206,9 +206,10 @@ def resolve_weights(source: Path, weights: Weights) -> Path:
 
 @contextmanager
 def full_model(source: Path, weights: Weights = "ema") -> Iterator[Path]:
-    """`source`; or, of a LoRA run, its checkpoint or its adapters, a temporary folder with them merged into their base.
+    """`source`; of a LoRA run, its checkpoint or its adapters, a temporary folder with them merged into their base; of a
+    control run, the folder of its branch.
 
-    ConfigError: a control run, whose base is the model; a base that is gone or changed.
+    ConfigError: a base that is gone or changed, no intact checkpoint.
     """
     try:
         kind = "lora" if lora.is_adapter(source) else checkpoint.trained_kind(checkpoint.read_identity(source))
@@ -218,6 +219,9 @@ def full_model(source: Path, weights: Weights = "ema") -> Iterator[Path]:
         kind = "transformer"
     if kind == "transformer":
         yield source
+        return
+    if kind == "control":
+        yield checkpoint.find_weights(source, weights)
         return
     model = load_merged(resolve_weights(source, weights))
     with tempfile.TemporaryDirectory(prefix="stdit-merged-") as folder:

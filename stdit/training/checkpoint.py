@@ -17,22 +17,20 @@ that carries its own hash. Folders of other names are ignored.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from stdit import __version__
+from stdit import __version__, integrity
 from stdit.config import Config, ConfigError, FileSchema, NonNegative, TrainConfig, read_json
-from stdit.files import apply_umask, atomic_write, fsync_folder, printable, sha256
+from stdit.files import apply_umask, atomic_write, fsync_folder, printable
+from stdit.integrity import IDENTITY, MANIFEST, read_manifest, verify
 from stdit.training.identity import Trained, load_identity
-from stdit.weights.integrity import HASH_THREADS, IDENTITY, MANIFEST, digest, read_manifest, verify
 
 # Files of a run directory: it is complete; it was stopped, with a checkpoint.
 DONE, STOPPED_FILE = "done.json", "stopped.json"
@@ -47,6 +45,10 @@ PARTIAL_MARK = ".stdit-partial"
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be loaded or saved; the message names the folder and the reason."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint that could not be saved; earlier ones are intact."""
 
 
 def folder_of_step(step: int) -> str:
@@ -111,19 +113,8 @@ def write_manifest(checkpoint: Path, expected: Iterable[str] = ()) -> None:
     if missing := sorted(name for name in expected if not (checkpoint / name).is_file()):
         raise CheckpointError(f"{checkpoint}: {', '.join(missing)} missing; another process removed files there")
     apply_umask(checkpoint)
-    files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name not in (MANIFEST, PARTIAL_MARK))
-    with ThreadPoolExecutor(HASH_THREADS) as pool:
-        entries = list(pool.map(_entry, files))
-    for folder in {p.parent for p in files}:
-        fsync_folder(folder)
-    content = {str(p.relative_to(checkpoint)): entry for p, entry in zip(files, entries, strict=True)}
-    atomic_write(checkpoint / MANIFEST, json.dumps({"files": content, "sha256": digest(content)}, indent=1))
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return {"size": path.stat().st_size, "sha256": sha256(path)}
+    files = (p for p in checkpoint.rglob("*") if p.is_file() and p.name not in (MANIFEST, PARTIAL_MARK))
+    integrity.write_manifest(checkpoint, files)
 
 
 def is_own(checkpoint: Path) -> bool:

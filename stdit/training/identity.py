@@ -9,7 +9,7 @@ from pydantic import ConfigDict
 
 from stdit.config import Config, DiffusionConfig, FileSchema, NonNegative, Positive, read_json
 from stdit.config.identity import TextIdentity, VideoIdentity
-from stdit.weights.integrity import IDENTITY
+from stdit.integrity import IDENTITY
 
 # What a run trains: all weights, LoRA adapters, or a control branch.
 Trained = Literal["transformer", "lora", "control"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +14,15 @@ from diffusers.models.attention_dispatch import (
     _check_attention_backend_requirements,  # pyright: ignore[reportPrivateUsage]  (what set_attention_backend checks)
 )
 
-from stdit.config import Config, ConfigError, TrainConfig
+from stdit.config import Config, ConfigError, TrainBucket, TrainConfig, token_grid
 from stdit.models.attention import AttentionProcessor
-from stdit.models.cost import parameter_count
+from stdit.models.cost import ModelCost, model_cost, parameter_count
 
 # Where the kernel says how much memory a container may take (cgroups 2 and 1).
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -50,32 +55,76 @@ def rank_memory(parameters: int, train: TrainConfig, ranks: int, activations: in
     return Memory(share(2 if bf16 else 4, 3), share(gradient, 2), share(8 + master, 1), share(4, 1), activations)
 
 
-def check_machine(config: Config, ranks: int) -> None:
+def sample_cost(
+    config: Config, bucket: TrainBucket, latent: Grid, text_length: int, sequence_parallel: int = 1
+) -> ModelCost:
+    """Cost of a sample of `bucket`: of a rank, where several share it.
+
+    latent: (T, H, W) of the bucket. text_length: mean tokens of a caption. ConfigError: sizes that the model does not take.
+    """
+    model, name = config.model, f"data.buckets {bucket.key}"
+    grid = token_grid(latent, model.patch_size, name, model.pad_latents)
+    text = text_length if model.text_dim is not None else 0
+    batch = bucket.batch_size if sequence_parallel > 1 else min(2, bucket.batch_size)
+    try:
+        return model_cost(model, grid, text, 2 if config.train.precision == "bf16" else 4, batch, sequence_parallel)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def saved_bytes(cost: ModelCost, bucket: TrainBucket, checkpointing: bool) -> int:
+    """Bytes of activations that a micro-batch of `bucket` keeps for backward."""
+    return bucket.batch_size * (cost.activation_bytes_checkpointed if checkpointing else cost.activation_bytes)
+
+
+def check_machine(config: Config, ranks: int, latents: Mapping[str, Grid], text_length: int) -> None:
     """Checks what `config` needs of this machine. ConfigError: more memory than there is, a precision or an attention back
-    end that the device lacks. `ranks`: of the run, over all machines."""
+    end that the device lacks.
+
+    ranks: of the run, over all machines. latents: latent (T, H, W) by bucket. text_length: mean tokens of a caption.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.train.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         raise ConfigError(f"train.precision: {torch.cuda.get_device_name()} does not compute in bfloat16; use fp32")
-    _check_memory(config, ranks, device)
+    _check_memory(config, ranks, device, latents, text_length)
     if config.train.attention_backend is not None:
         _check_attention_backend(config, device)
 
 
-def _check_memory(config: Config, ranks: int, device: torch.device) -> None:
-    """Weights, gradients and optimizer have to fit; activations come on top and are not counted."""
+def _check_memory(
+    config: Config, ranks: int, device: torch.device, latents: Mapping[str, Grid], text_length: int
+) -> None:
+    """Weights, gradients, optimizer and activations have to fit: what a step needs at least.
+
+    Not counted: adapters and control branches with their activations; what `train.compile` recomputes.
+    """
     offloads = "offload" in str(config.train.deepspeed)
     on_host = device.type == "cpu" or offloads
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if on_host else 1
     available = _host_memory() if on_host else torch.cuda.get_device_properties(device).total_memory
     parameters = parameter_count(config.model)
-    trained = 0 if config.train.lora or config.train.control else parameters
-    needed = rank_memory(trained, config.train, ranks).total or parameters * 2
+    fine_tunes = config.train.lora is not None or config.train.control is not None
+    needed = rank_memory(0 if fine_tunes else parameters, config.train, ranks).total or parameters * 2
+    place = "this machine" if on_host else torch.cuda.get_device_name(device)
+    place = f"{place} has {available / 2**30:,.1f} GiB" + (f" for {local} ranks" if local > 1 else "")
+    model = (
+        f"model: {parameters / 1e6:,.0f} M parameters take {needed / 2**30:,.1f} GiB a rank for weights, gradients, optimizer "
+        f"and average (ZeRO-{config.train.zero_stage}, {config.train.precision}, {ranks} ranks)"
+    )
     if needed * local > available:
-        place = "this machine" if on_host else torch.cuda.get_device_name(device)
-        share = f"{local} ranks of {needed / 2**30:,.1f} GiB each" if local > 1 else f"{needed / 2**30:,.1f} GiB"
+        raise ConfigError(f"{model}; {place}. A smaller model, a higher train.zero_stage or more ranks take less")
+    if fine_tunes:
+        return
+    bucket = max(config.data.buckets, key=lambda b: b.batch_size * math.prod(latents[b.key]))
+    cost = sample_cost(config, bucket, latents[bucket.key], text_length, config.train.sequence_parallel)
+    # A compiled block may recompute all but its inputs.
+    activations = saved_bytes(cost, bucket, config.train.activation_checkpointing or config.train.compile)
+    if (needed + activations) * local > available:
+        hint = "" if config.train.activation_checkpointing else ", or set train.activation_checkpointing: true"
         raise ConfigError(
-            f"model: {parameters / 1e6:,.0f} M parameters take {share} for weights, gradients, optimizer and average "
-            f"(ZeRO-{config.train.zero_stage}, {config.train.precision}, {ranks} ranks); {place} has {available / 2**30:,.1f} GiB"
+            f"data.buckets {bucket.key}: the activations of a micro-batch of {bucket.batch_size} take "
+            f"{activations / 2**30:,.1f} GiB a rank, {model.removeprefix('model: ')}; {place}. Lower batch_size (and raise "
+            f"train.gradient_accumulation){hint}"
         )
 
 

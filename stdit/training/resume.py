@@ -28,7 +28,7 @@ from stdit.models.control import Controlled
 from stdit.models.stdit import STDiT
 from stdit.training import adapters, checkpoint
 from stdit.training.adapters import Base
-from stdit.training.checkpoint import FOLDER, IDENTITY, TRANSFORMER, CheckpointError, folder_of_step
+from stdit.training.checkpoint import FOLDER, IDENTITY, TRANSFORMER, CheckpointError, SaveError, folder_of_step
 from stdit.training.data import TrainData
 from stdit.training.distributed import Ranks
 from stdit.training.divergence import check_finite
@@ -250,7 +250,7 @@ def load_checkpoint(engine: Engine, state: TrainState, ranks: Ranks) -> None:
 def save_checkpoint(engine: Engine, ema: EMA, config: Config, data: TrainData, state: TrainState, ranks: Ranks) -> Path:
     """Writes the checkpoint of `state` and removes old ones; collective. Earlier checkpoints stay intact on failure.
 
-    CheckpointError (a full disk, say) is raised on the failing rank alone and must end the process: the other ranks wait
+    SaveError (a full disk, say) is raised on the failing rank alone and must end the process: the other ranks wait
     for it in DeepSpeed's barriers. Diverged, on all ranks and before anything is written: weights, EMA or optimizer state
     are not finite.
     """
@@ -260,8 +260,8 @@ def save_checkpoint(engine: Engine, ema: EMA, config: Config, data: TrainData, s
         _write(engine, ema, config, data, state, ranks, folder)
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
+            raise SaveError(str(error)) from error
+        raise SaveError(
             f"{folder}: the checkpoint could not be written ({_cause(error, folder.parent)}). "
             "Earlier checkpoints are intact: the same command resumes from them"
         ) from error

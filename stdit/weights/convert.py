@@ -4,6 +4,7 @@
     python -m stdit.weights.convert PixArt-XL-2-1024-MS/ --to weights/pixart
     python -m stdit.weights.convert weights/dit-xl --to DiT.safetensors --layout dit
     python -m stdit.weights.convert run/checkpoints/step-00010000 --to out --layout diffusers --set null_text=empty
+    stdit convert runs/depth --to weights/depth                 # the branch of a control run
 
 SOURCE's layout is detected from its keys. Every key and shape must match: nothing is skipped, nothing is initialised.
 docs/weights.md lists the layouts, and what their files do not determine.
@@ -28,8 +29,11 @@ from torch import Tensor
 from stdit import arguments
 from stdit.config import ConfigError, ModelConfig
 from stdit.config.load import apply_override, validate
-from stdit.files import atomic_folder, atomic_path, check_writable, describe_failed_write, printable
+from stdit.files import atomic_folder, atomic_path, check_writable, describe_failed_write, printable, read_json
+from stdit.integrity import IDENTITY, MANIFEST, seal_model
 from stdit.models.checks import check_config
+from stdit.models.control import OWN as CONTROL_KEYS
+from stdit.models.control import STDiTControl
 from stdit.models.stdit import STDiT
 from stdit.weights.layouts import LAYOUTS, detect_layout
 from stdit.weights.layouts.diffusers import DIFFUSERS_NULL_CAPTION
@@ -88,14 +92,21 @@ def load_published(source: Path | str, overrides: Mapping[str, Any] | None = Non
 
     Raises:
         ValueError: unreadable source, unknown layout, or keys, shapes or values that do not match it; all are listed.
+            A control branch, which is no model.
     """
-    return _load(Path(source), overrides or {}, ema)[0]
+    model = _load(Path(source), overrides or {}, ema)[0]
+    if isinstance(model, STDiTControl):
+        raise ValueError(f"{source}: a control branch, not a model; take {_base_of_branch(source)}")
+    return model
 
 
 def _load(path: Path, overrides: Mapping[str, Any], ema: bool | None) -> tuple[STDiT, str, tuple[str, ...]]:
     """The model, the title of its source's layout, and remarks."""
     state, config, where, notes = read_state_dict(path, ema)
     remarks = list(notes)
+    if config.get("_class_name") == STDiTControl.__name__:
+        branch = _build_branch(state, config, overrides, where)
+        return branch, f"control branch of {len(branch.blocks)} blocks", notes
     if config.get("_class_name") == STDiT.__name__:
         check_config(config, STDiT.__name__)
         values = {key: value for key, value in config.items() if not key.startswith("_")}
@@ -124,6 +135,33 @@ def _load(path: Path, overrides: Mapping[str, Any], ema: bool | None) -> tuple[S
     if published:
         model.register_to_config(**{PUBLISHED: published})
     return model, layout.title if layout else OURS, tuple(remarks)
+
+
+def _build_branch(
+    state: dict[str, Tensor], config: Mapping[str, Any], overrides: Mapping[str, Any], where: str
+) -> STDiTControl:
+    """The control branch with the weights `state`. ValueError: keys or values that do not fit one; `overrides`."""
+    if overrides:
+        raise ValueError(
+            f"{where}: a control branch has its base's settings; --set {', '.join(overrides)} cannot be used"
+        )
+    check_config(config, STDiTControl.__name__, CONTROL_KEYS)
+    validate({key: config[key] for key in ModelConfig.model_fields if key in config}, ModelConfig, f"{where}: model")
+    with torch.device("meta"):
+        branch: STDiTControl = STDiTControl.from_config({k: v for k, v in config.items() if k != "_name_or_path"})
+    check_finite(state.items(), where)
+    try:
+        branch.load_state_dict(state, assign=True)
+    except RuntimeError as error:  # torch lists what is missing, unexpected or of another shape
+        raise ValueError(f"{where}: {error}") from error
+    return branch.eval()
+
+
+def _base_of_branch(source: Path | str) -> str:
+    """Where the model of a control branch is, for messages."""
+    identity = Path(source).parent / IDENTITY
+    base = (read_json(identity).get("base") or {}) if identity.is_file() else {}
+    return f"its base, {base['folder']}" if isinstance(base, dict) and "folder" in base else "its base"
 
 
 def _check_expressible(settings: ModelConfig, layout: Layout, rules: list[Rule], where: str) -> None:
@@ -224,6 +262,11 @@ def convert(
     _check_out(source, out, is_folder, target)
     check_writable(out.parent)
     model, source_title, remarks = _load(source, overrides or {}, ema)
+    if isinstance(model, STDiTControl) and target != OURS:
+        raise ValueError(
+            f"{source}: a control branch, which has no published layout: leave --layout out to write it as a folder that "
+            f"STDiTControl.from_pretrained reads; for the model, convert {_base_of_branch(source)}"
+        )
     if source_title == target and not overrides and ema is None and (source / "config.json").is_file():
         raise ValueError(f"{source}: already in our own layout; choose another one with --layout")
     title = OURS
@@ -231,6 +274,7 @@ def convert(
         if target == OURS:
             with atomic_folder(out) as folder:
                 model.save_pretrained(folder)
+                seal_model(folder)
         else:
             chosen = _layout(target, model.settings)
             title = chosen.title
@@ -288,19 +332,23 @@ def _converted_files(folder: Path) -> set[str]:
     """Files of a complete earlier conversion in `folder`; empty if there is none."""
     file, index = DIFFUSERS_FILES[:2]
     files = {p.name for p in folder.iterdir() if p.is_file() and not p.is_symlink()}
-    classes = {STDiT.__name__, *(layout.diffusers_class for layout in LAYOUTS if layout.diffusers_class)}
+    classes = {
+        STDiT.__name__,
+        STDiTControl.__name__,
+        *(layout.diffusers_class for layout in LAYOUTS if layout.diffusers_class),
+    }
     try:
         if "config.json" not in files or read_config(folder / "config.json").get("_class_name") not in classes:
             return set()
         if index not in files:
-            return {"config.json", file} if file in files else set()
+            return {"config.json", file, MANIFEST} if file in files else set()
         shards = set((read_config(folder / index).get("weight_map") or {}).values())
     except (ValueError, AttributeError, TypeError):
         return set()
     stem = file.removesuffix(".safetensors")
     pattern = stem + r"-\d{5}-of-\d{5}\.safetensors"
     complete = shards and shards <= files and all(re.fullmatch(pattern, shard) for shard in shards)
-    return {"config.json", index, *shards} if complete else set()
+    return {"config.json", index, MANIFEST, *shards} if complete else set()
 
 
 def _write(model: STDiT, state: dict[str, Tensor], layout: Layout, out: Path) -> None:
@@ -311,6 +359,7 @@ def _write(model: STDiT, state: dict[str, Tensor], layout: Layout, out: Path) ->
         theirs.load_state_dict(state, assign=True)
         with atomic_folder(out) as path:
             theirs.save_pretrained(path)
+            seal_model(path)
     else:
         with atomic_path(out) as path:
             if out.suffix == ".safetensors":

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stdit.files import read_json
-from stdit.weights.integrity import IDENTITY, verify
+from stdit.integrity import IDENTITY, check_saved, verify
 from stdit.weights.layouts.layout import State, format_names
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
@@ -111,6 +111,10 @@ def _find_weights(folder: Path, ema: bool | None) -> Path:
     for checkpoint in (folder, folder.parent):
         if (checkpoint / IDENTITY).is_file() and (reason := verify(checkpoint)):
             raise ValueError(f"{checkpoint}: {reason}")
+    if not (folder / IDENTITY).is_file():
+        check_saved(folder)
+    if (folder.parent / "model_index.json").is_file():
+        check_saved(folder.parent)
     for name in DIFFUSERS_FILES:
         if (folder / name).is_file():
             return folder / name
@@ -123,7 +127,8 @@ def _find_weights(folder: Path, ema: bool | None) -> Path:
     for name in ("lora", "control"):
         if (folder / name).is_dir():
             raise ValueError(
-                f"{folder}: a checkpoint of {name} training has no full model; its base is in identity.json"
+                f"{folder}: a checkpoint of {name} training has no full model; its base is in identity.json "
+                "(`stdit convert` takes the run)"
             )
     indices = sorted(folder.glob("*.index.json"))
     if len(indices) == 1:

@@ -39,6 +39,7 @@ from torch import Tensor
 from stdit import arguments
 from stdit.config import ConfigError, ModelConfig, Transition, apply_override, read_extended, validate
 from stdit.files import atomic_folder, check_writable, printable
+from stdit.integrity import seal_model
 from stdit.models.stdit import STDiT
 from stdit.weights import transitions
 from stdit.weights.convert import OpenSource, failed_writes_named, load_published, open_as_is
@@ -397,6 +398,7 @@ def transfer_file(
     new, report = transfer_weights(model, target, allow, seed)
     with failed_writes_named(out), atomic_folder(out) as folder:
         new.save_pretrained(folder)
+        seal_model(folder)
     copied = "\nnote: nothing changes: this is a copy of the source" if target == model.settings else ""
     return f"{source} -> {out}\n{report}{copied}"
 

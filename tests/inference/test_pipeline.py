@@ -366,6 +366,7 @@ def test_weights_of_another_architecture_are_refused(pipes: dict[str, STDiTPipel
     pipes["class"].save_pretrained(saved)
     deeper = lively(STDiT.from_settings(model_config(**CLASSES, depth=3)), 0)
     deeper.save_pretrained(tmp_path / "deeper")
+    (saved / "manifest.json").unlink()
     shutil.copy(tmp_path / "deeper" / WEIGHTS, saved / "transformer" / WEIGHTS)
     with pytest.raises(ValueError, match=r"unexpected.*blocks\.2"):
         STDiTPipeline.from_pretrained(saved)
@@ -407,6 +408,7 @@ def test_a_damaged_checkpoint_is_refused(runs: dict[str, Path], tmp_path: Path) 
 
 def test_a_missing_weight_is_an_error(pipes: dict[str, STDiTPipeline], tmp_path: Path) -> None:
     pipes["class"].save_pretrained(tmp_path)
+    (tmp_path / "manifest.json").unlink()
     file = tmp_path / "transformer" / WEIGHTS
     weights = load_file(file)
     del weights["blocks.1.scale_shift_table"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stdit import extract
+from stdit import cli, extract
 from stdit.config import ConfigError
 from stdit.data.features import Sample
 from stdit.data.loader import collate
@@ -87,7 +87,9 @@ def test_a_branch_trains_at_every_stage_and_resumes_bitwise(
     assert not (place(tmp_path / "whole") / "transformer").exists()
 
 
-def test_a_checkpoint_is_the_base_with_its_branch_and_nothing_else(solo: Pool, base: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_the_base_with_its_branch_and_nothing_else(
+    solo: Pool, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     look = {"validation": {"every": 2, "samples": 3, "times": [0.5]}, "samples": {"every": 2, "count": 2, "sampler": {"steps": 2, "guidance_scale": 2.0}}}  # fmt: skip
     found = solo(run, {**data_for(tmp_path, base, 0, 1, {"blocks": 2}, steps=2), **look})[0]
     assert "validation_loss" in found["metrics"][-1]
@@ -104,6 +106,24 @@ def test_a_checkpoint_is_the_base_with_its_branch_and_nothing_else(solo: Pool, b
     assert all(torch.equal(weight, original[n]) for n, weight in model.state_dict().items())
     with pytest.raises(ConfigError, match=f"trained a control branch, not a model; start from its base, {base}"):
         adapters.resolve_weights(tmp_path, "ema")
+
+    # `stdit convert` writes the branch, of the run, the checkpoint or the folder; what it can't be is said with its base.
+    for source, out in ((tmp_path, "a"), (folder.parent, "b"), (folder, "c")):
+        assert cli.main(["convert", str(source), "--to", str(tmp_path / out)]) == 0
+        written = STDiTControl.from_pretrained(tmp_path / out).state_dict()
+        assert all(torch.equal(weight, written[n]) for n, weight in control.state_dict().items())
+    assert cli.main(["convert", str(tmp_path), "--to", str(tmp_path / "a"), "--weights", "model"]) == 0  # replaces it
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (folder.parent / "control" / WEIGHTS).read_bytes()
+    capsys.readouterr()
+    for verb, expected in (
+        (["transfer", str(tmp_path), "--to", str(tmp_path / "d")], f"a control branch, not a model; take its base, {base}"),
+        (["convert", str(tmp_path), "--to", str(tmp_path / "d"), "--layout", "diffusers"], f"for the model, convert its base, {base}"),
+        (["convert", str(tmp_path), "--to", str(tmp_path / "d"), "--set", "depth=1"], "--set depth cannot be used"),
+        (["convert", str(tmp_path / "a"), "--to", str(tmp_path / "d.pt"), "--layout", "dit"], "a control branch, which has no published layout"),
+    ):  # fmt: skip
+        assert cli.main(verb) == 2
+        assert expected in capsys.readouterr().err
+        assert not list(tmp_path.glob("d*"))
 
 
 def test_the_control_condition_is_computed_from_the_clip_or_comes_with_it(base: Path, tmp_path: Path) -> None:

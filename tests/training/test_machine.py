@@ -6,19 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from stdit.config import Config, ConfigError, DataConfig, ModelConfig, TrainBucket, TrainConfig, validate
-from stdit.models.cost import parameter_count
+from stdit.models.cost import model_cost, parameter_count
+from stdit.models.stdit import STDiT
 from stdit.train import train
 from stdit.training import machine
 
+LATENTS = {"1x16x16": (1, 16, 16)}
 
-def config_of(run_dir: Path, model: dict[str, Any] | None = None, **changes: Any) -> Config:
+
+def config_of(run_dir: Path, model: dict[str, Any] | None = None, batch_size: int = 1, **changes: Any) -> Config:
     sizes = {"hidden_size": 32, "depth": 2, "num_heads": 2, "in_channels": 3, **(model or {})}
     return Config(
         run_dir=run_dir,
         model=ModelConfig(**sizes),
-        data=DataConfig(features="synthetic", buckets=(TrainBucket(frames=1, height=16, width=16, batch_size=1),)),
+        data=DataConfig(
+            features="synthetic", buckets=(TrainBucket(frames=1, height=16, width=16, batch_size=batch_size),)
+        ),
         train=TrainConfig(steps=1, **changes),
     )
 
@@ -46,24 +52,64 @@ def test_what_the_machine_cannot_run_is_refused_before_the_run_is_begun(
 @pytest.mark.parametrize("backend", [None, "native", "_native_math"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_it_can_run_passes(tmp_path: Path, backend: str | None, precision: str) -> None:
-    machine.check_machine(config_of(tmp_path / "run", attention_backend=backend, precision=precision), 1)
+    machine.check_machine(config_of(tmp_path / "run", attention_backend=backend, precision=precision), 1, LATENTS, 0)
 
 
-def test_the_limit_is_the_memory_that_weights_gradients_and_optimizer_need(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_limit_is_the_memory_that_weights_optimizer_and_activations_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
 ) -> None:
-    config = config_of(tmp_path / "run", zero_stage=0)
+    config = config_of(tmp_path / "run", zero_stage=0, activation_checkpointing=checkpointing, batch_size=6)
     # float32: weights, gradients, two moments and the average, four bytes each
-    needed = 20 * parameter_count(config.model)
+    states = 20 * parameter_count(config.model)
+    cost = model_cost(config.model, (1, 8, 8))
+    needed = states + 6 * (cost.activation_bytes_checkpointed if checkpointing else cost.activation_bytes)
     monkeypatch.setattr(machine, "_host_memory", lambda: needed)
-    machine.check_machine(config, 1)
+    machine.check_machine(config, 1, LATENTS, 0)
     monkeypatch.setattr(machine, "_host_memory", lambda: needed - 1)
-    with pytest.raises(ConfigError, match=r"ZeRO-0, fp32, 1 ranks"):
-        machine.check_machine(config, 1)
+    with pytest.raises(
+        ConfigError, match=r"^data.buckets 1x16x16: .* micro-batch of 6 .*ZeRO-0, fp32, 1 ranks"
+    ) as caught:
+        machine.check_machine(config, 1, LATENTS, 0)
+    assert "Lower batch_size (and raise train.gradient_accumulation)" in str(caught.value)
+    assert ("train.activation_checkpointing: true" in str(caught.value)) is not checkpointing
+    monkeypatch.setattr(machine, "_host_memory", lambda: states - 1)
+    with pytest.raises(ConfigError, match=r"^model: .* a higher train.zero_stage or more ranks take less"):
+        machine.check_machine(config, 1, LATENTS, 0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(machine, "_host_memory", lambda: 2 * needed - 1)
-    with pytest.raises(ConfigError, match="2 ranks of"):
-        machine.check_machine(config, 2)
+    with pytest.raises(ConfigError, match="for 2 ranks"):
+        machine.check_machine(config, 2, LATENTS, 0)
+    monkeypatch.setattr(machine, "_host_memory", lambda: 2 * needed)
+    machine.check_machine(config, 2, LATENTS, 0)
+
+
+def test_a_batch_that_no_memory_holds_is_refused_before_the_run_is_begun(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a micro-batch of 1000000000 take [\d,.]+ GiB") as caught:
+        train(config_of(tmp_path / "run", batch_size=10**9))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_step_takes_no_less_memory_than_was_estimated(tmp_path: Path) -> None:
+    """What autograd keeps of a real forward: an estimate above it would refuse runs that fit."""
+    for model in ({}, {"attention": "full", "qk_norm": "rms"}, {"num_classes": 3, "hidden_size": 48, "num_heads": 4}):
+        config = config_of(tmp_path / "run", model=model, batch_size=2)
+        bucket = config.data.buckets[0]
+        network = STDiT.from_settings(config.model, 0).train()
+        owned = {p.untyped_storage().data_ptr() for p in network.parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept, owned: set[int] = owned) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in owned:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            network(torch.randn(2, 3, 1, 16, 16), torch.tensor([10.0, 900.0]), return_dict=False)[0].sum()
+        cost = machine.sample_cost(config, bucket, LATENTS[bucket.key], 0)
+        assert machine.saved_bytes(cost, bucket, False) <= sum(kept.values())
 
 
 @pytest.mark.parametrize(

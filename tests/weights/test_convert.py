@@ -16,6 +16,7 @@ from diffusers.models.auto_model import AutoModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from stdit.integrity import write_manifest
 from stdit.models.stdit import STDiT
 from stdit.weights.convert import convert, export, load_published, main
 from stdit.weights.layouts import LAYOUTS, detect_layout
@@ -307,7 +308,7 @@ def test_a_run_directory_is_its_newest_complete_checkpoint(tmp_path: Path, tiny:
             model.get_parameter("t_embedder.mlp.0.bias").fill_(step)
         model.save_pretrained(checkpoint / "transformer")
         if step < 3:  # the third was interrupted: its manifest is written last
-            (checkpoint / "manifest.json").write_text("{}")
+            write_manifest(checkpoint, (checkpoint / "transformer").iterdir())
     assert load_published(tmp_path).state_dict()["t_embedder.mlp.0.bias"].unique().tolist() == [2]
     convert(tmp_path, tmp_path / "converted")
     assert STDiT.from_pretrained(tmp_path / "converted").settings == model.settings

@@ -551,7 +551,8 @@ def test_a_conversion_in_pieces_is_replaced_and_a_foreign_file_is_not(tmp_path: 
     load_published(source, HEADS).save_pretrained(out, max_shard_size="50KB")
     assert len(list(out.iterdir())) > 3
     convert(source, out, overrides=HEADS)
-    assert sorted(p.name for p in out.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    files = ["config.json", "diffusion_pytorch_model.safetensors", "manifest.json"]
+    assert sorted(p.name for p in out.iterdir()) == files
     torch.save({"thesis": 1}, tmp_path / "mine.pt")
     with pytest.raises(ValueError, match=r"mine\.pt: exists and is not an earlier conversion"):
         convert(out, tmp_path / "mine.pt", "dit")
