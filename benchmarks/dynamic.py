@@ -45,7 +45,7 @@ from stdit.diffusion.guidance import guided
 from stdit.diffusion.sample import sample
 from stdit.diffusion.schedulers import make_scheduler
 from stdit.evaluation.evaluator import evaluate_videos
-from stdit.evaluation.held_out import held_out_prompts, write_prompts
+from stdit.evaluation.validation_clips import validation_prompts, write_prompts
 from stdit.generate import generate
 from stdit.inference.pipeline import STDiTPipeline
 from stdit.inference.prompts import read_prompts
@@ -128,7 +128,7 @@ def last(run: Path, key: str) -> float | None:
 def accuracy(run: Path, manifest: Path, count: int) -> tuple[float, float]:
     """Accuracy of `count` generated digits, and their Fréchet distance to held-out ones."""
     prompts = run / "prompts.jsonl"
-    rows = held_out_prompts(manifest, count, SHAPE)
+    rows = validation_prompts(manifest, count, SHAPE)
     write_prompts(prompts, [{k: v for k, v in row.items() if k != "prompt"} for row in rows])
     generate(run, read_prompts(prompts), run / "drawn", SHAPE, SAMPLER, batch_size=50)
     metrics = evaluate_videos(run / "drawn", manifest, EvaluationConfig(class_name="digit"), cache=run.parent)

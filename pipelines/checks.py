@@ -91,12 +91,12 @@ def check_scores(plan: Plan) -> None:
                 raise ConfigError(f"evaluation.scores: {name}: {error}") from error
 
 
-def check_held_out(plan: Plan) -> None:
-    """ConfigError where the manifest lacks the held-out clips, or a column, of the plan's evaluation."""
+def check_validation_split(plan: Plan) -> None:
+    """ConfigError where the manifest lacks the validation split, or a column, of the plan's evaluation."""
     if plan.evaluation is None:
         return
     from stdit.data import manifest
-    from stdit.evaluation.held_out import check_columns
+    from stdit.evaluation.validation_clips import check_columns
 
     config, source = plan.evaluation.metrics, manifest.read(plan.extract.manifest)
     check_columns(source, config)

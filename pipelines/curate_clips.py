@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from pipelines.workers import connect, disconnect
-from stdit.config import CurateConfig, load_config, validate
+from stdit.config import CurateConfig, validate
 
 
 class Worker:
@@ -93,16 +93,9 @@ def curate_footage(config: CurateConfig) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes as those of `stdit curate`."""
-    from stdit.curate import arguments, exit_code
+    from stdit.curate import main as curate_main
 
-    options = arguments("python -m pipelines.curate_clips").parse_args(argv)
-    try:
-        path = curate_clips(load_config(options.config, CurateConfig, options.set))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_code(error)
-    print(path)
-    return 0
+    return curate_main(argv, "python -m pipelines.curate_clips", curate_clips)
 
 
 if __name__ == "__main__":

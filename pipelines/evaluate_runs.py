@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from stdit.files import printable
+
 if TYPE_CHECKING:
     from stdit.evaluation.feature_cache import FeatureJob
 
@@ -83,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = evaluate_config(options, options.workers)
             return score_command(config, FeaturePool(config.workers) if config.workers > 1 else None)
         except (ValueError, OSError, RuntimeError) as error:
-            print(f"evaluate: {error}", file=sys.stderr)
+            print(printable(f"evaluate: {error}"), file=sys.stderr)
             return 2
     workers = options.workers or 1
     generate = generate_videos if workers > 1 else generate_missing

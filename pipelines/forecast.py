@@ -16,7 +16,7 @@ from stdit.config import Bucket, ConfigError, ExtractConfig, Where, latent_shape
 if TYPE_CHECKING:
     import numpy as np
 
-    from stdit.data.loader import Source
+    from stdit.data.loader import ClipIndex
     from stdit.training.machine import Memory
 
 Grid = tuple[int, int, int]
@@ -83,14 +83,14 @@ class Forecast:
 
 
 def forecast(
-    stage: ResolvedStage, resources: Resources, source: Source, compression: Grid, text_length: int
+    stage: ResolvedStage, resources: Resources, source: ClipIndex, compression: Grid, text_length: int
 ) -> Forecast:
-    """Of one stage. `source`: what knows how many clips each bucket has; `text_length`: mean tokens of a caption.
+    """Of one stage. `source`: says how many clips each bucket has; `text_length`: mean tokens of a caption.
 
     ConfigError: a bucket without clips, sizes that do not divide or that the model does not take, a column of `where`
     that is not there.
     """
-    from stdit.data.loader import Loader
+    from stdit.data.loader import BucketSchedule
     from stdit.training.data import check_sequence_parallel
     from stdit.training.machine import rank_memory, sample_cost, saved_bytes
 
@@ -100,14 +100,14 @@ def forecast(
         stage.config.train.gradient_accumulation,
     )
     data_ranks = config.train.data_ranks(resources.workers)
-    loader = Loader(source, config.data, config.seed, ranks=data_ranks, accumulation=accumulation)
+    schedule = BucketSchedule(source, config.data, data_ranks, accumulation)
     check_sequence_parallel(config, {b.key: latent_shape(b, compression) for b in config.data.buckets})
     everything = source.select(config.data.train_split, config.data.buckets)
-    taken = dict.fromkeys(loader.counts, 0)
-    steps = dict.fromkeys(loader.counts, 0)
+    taken = dict.fromkeys(schedule.counts, 0)
+    steps = dict.fromkeys(schedule.counts, 0)
     for _ in range(config.train.steps):
-        bucket = loader.next_bucket(taken)
-        taken[bucket.key] += loader.step_size(bucket)
+        bucket = schedule.next_bucket(taken)
+        taken[bucket.key] += schedule.step_size(bucket)
         steps[bucket.key] += 1
     text = text_length if config.model.text_dim is not None else 0
     buckets, flops, activations, parameters = [], 0, 0, 0
@@ -118,7 +118,7 @@ def forecast(
             own = cost if shared == 1 else sample_cost(config, bucket, latent, text, shared)
         except ConfigError as error:
             raise ConfigError(f"{stage.source}: {error}") from error
-        kept, size = loader.counts[bucket.key], loader.step_size(bucket)
+        kept, size = schedule.counts[bucket.key], schedule.step_size(bucket)
         left_out = len(everything[bucket.key]) - kept
         checkpointed = config.train.activation_checkpointing
         exchanged = own.exchanged_bytes_checkpointed if checkpointed else own.exchanged_bytes
@@ -156,10 +156,11 @@ class ManifestSource:
         from stdit.data import manifest
         from stdit.data.buckets import assign_clip, tally
         from stdit.data.decoding import ClipInfo
+        from stdit.data.features import ORIGINAL
         from stdit.data.probe import probe_clips, stated_info
 
         self._manifest = manifest.read(config.manifest)
-        self._further = config.captions
+        self.captions = (ORIGINAL, *config.captions)
         manifest.check_where(self._manifest, config.where)
         self._clips: list[tuple[Any, str]] = []
         outcomes: list[Any] = []
@@ -216,16 +217,6 @@ class ManifestSource:
                 found[self._clips[number][1]].append(number)
         return {key: np.array(ids, dtype=np.int64) for key, ids in found.items()}
 
-    @property
-    def captions(self) -> tuple[str, ...]:
-        return ("original", *self._further)
-
-    def captions_of(self, id: int) -> tuple[str, ...]:
-        return self.captions
-
-    def sample(self, id: int, caption: str = "original") -> Any:
-        raise NotImplementedError("nothing is extracted yet")
-
 
 class EqualSource:
     """The same number of clips in every bucket, without a manifest: enough for the cost of a step."""
@@ -233,7 +224,9 @@ class EqualSource:
     CLIPS = 1_000_000
 
     def __init__(self, manifest: Path, captions: Sequence[str] = ()) -> None:
-        self.manifest, self._further = manifest, tuple(captions)
+        from stdit.data.features import ORIGINAL
+
+        self.manifest, self.captions = manifest, (ORIGINAL, *captions)
 
     def lines(self) -> list[str]:
         return [f"clips: {self.manifest} is not there; as if every bucket had {self.CLIPS:,}"]
@@ -245,16 +238,6 @@ class EqualSource:
         import numpy as np
 
         return {bucket.key: np.arange(self.CLIPS) for bucket in buckets}
-
-    @property
-    def captions(self) -> tuple[str, ...]:
-        return ("original", *self._further)
-
-    def captions_of(self, id: int) -> tuple[str, ...]:
-        return self.captions
-
-    def sample(self, id: int, caption: str = "original") -> Any:
-        raise NotImplementedError("there are no clips yet")
 
 
 # ------------------------------------------------------------------------------------- formatting

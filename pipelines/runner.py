@@ -1,4 +1,4 @@
-"""Runs a plan: prepare, extract, train each stage, evaluate it, write the report. Finished parts are skipped."""
+"""Runs a plan: prepare, curate, extract, train each stage, evaluate it, write the report. Finished parts are skipped."""
 
 from __future__ import annotations
 
@@ -300,7 +300,7 @@ class PlanRunner:
         self.prepare()
         self.curation()
         self.handle_changes()  # Again: the manifest is known now.
-        checks.check_held_out(self.plan)
+        checks.check_validation_split(self.plan)
         self.extraction()
         self.stages = checks.complete(self.plan, resolve(self.plan, self.path))  # as the features are now
         lines = checks.stage_lines(self.plan, self.stages)

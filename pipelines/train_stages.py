@@ -45,7 +45,7 @@ def run_plan(
     stages = checks.complete(plan, resolved)
     checks.check_early(plan, stages)
     if plan.extract.manifest.exists():
-        checks.check_held_out(plan)
+        checks.check_validation_split(plan)
     if only_forecast:
         print(printable("\n".join(checks.forecast_lines(plan, stages))), flush=True)
         return {}

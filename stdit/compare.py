@@ -101,6 +101,8 @@ def render(
 
 def _scores(runs: Sequence[RunResults]) -> str:
     """A row a score; the best value is set apart where its interval meets no other."""
+    from stdit.evaluation.scores import ARROWS
+
     scored = [run for run in runs if run.scores is not None]
     if not scored:
         return "<h2>Scores</h2><p class='faint'>None of these runs has scores (stdit evaluate --config).</p>"
@@ -109,11 +111,14 @@ def _scores(runs: Sequence[RunResults]) -> str:
     for name in names:
         found = {run.name: run.scores["scores"].get(name) for run in scored}  # pyright: ignore[reportOptionalSubscript]
         present = {run: score for run, score in found.items() if score is not None}
-        lower = next(iter(present.values()))["better"] == "lower"
-        best = min(present, key=lambda run: present[run]["value"] * (1 if lower else -1))
-        apart = all(_apart(present[best]["interval"], s["interval"]) for run, s in present.items() if run != best)
-        cells = "".join(_score_cell(score, run == best and apart and len(present) > 1) for run, score in found.items())
-        rows.append(f"<tr><td>{html.escape(name)} {'↓' if lower else '↑'}</td>{cells}</tr>")
+        better = next(iter(present.values()))["better"]
+        best = None
+        if better is not None and len(present) > 1:
+            best = min(present, key=lambda run: present[run]["value"] * (1 if better == "lower" else -1))
+            if not all(_apart(present[best]["interval"], s["interval"]) for run, s in present.items() if run != best):
+                best = None
+        cells = "".join(_score_cell(score, run == best) for run, score in found.items())
+        rows.append(f"<tr><td>{html.escape(name)} {ARROWS[better]}</td>{cells}</tr>")
     head = "".join(f"<th>{html.escape(run.name)}</th>" for run in scored)
     return (
         f"<h2>Scores</h2><div class='wide'><table><tr><th></th>{head}</tr>{''.join(rows)}</table></div>"

@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stdit.config import ConfigError, CurateConfig, load_config
-from stdit.files import FolderLock
+from stdit.files import FolderLock, printable
 
 # Imported late, so that --help answers at once.
 if TYPE_CHECKING:
@@ -64,21 +64,20 @@ def arguments(program: str) -> argparse.ArgumentParser:
     return parser
 
 
-def exit_code(error: Exception) -> int:
-    """1: footage or disk; 2: config."""
+def main(
+    argv: Sequence[str] | None = None,
+    program: str = "stdit curate",
+    curate: Callable[[CurateConfig], Path] = run,
+) -> int:
+    """Exit code 0: done; 1: too many bad files, nothing kept, or a write that failed; 2: unusable config or footage."""
     from stdit.curation.curation import CurationError
 
-    return 1 if isinstance(error, CurationError | OSError) else 2
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0: done; 1: too many bad files, nothing kept, or a write that failed; 2: unusable config or footage."""
-    options = arguments("stdit curate").parse_args(argv)
+    options = arguments(program).parse_args(argv)
     try:
-        path = run(load_config(options.config, CurateConfig, options.set))
+        path = curate(load_config(options.config, CurateConfig, options.set))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_code(error)
+        print(printable(f"error: {error}"), file=sys.stderr)
+        return 1 if isinstance(error, CurationError | OSError) else 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command again goes on", file=sys.stderr)
         return 130

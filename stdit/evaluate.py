@@ -73,12 +73,12 @@ def evaluate_run(
     ValueError: an unusable run, manifest or folder.
     """
     from stdit.evaluation.evaluator import evaluate_videos
-    from stdit.evaluation.held_out import held_out_prompts, write_prompts
+    from stdit.evaluation.validation_clips import validation_prompts, write_prompts
 
     prompts = prompts or EvaluationPrompts()
     shape = clip_shape(run, settings.get("weights", "ema"), prompts)
     file = out / "prompts.jsonl"
-    write_prompts(file, held_out_prompts(manifest, prompts.count, shape, prompts.seed, config))
+    write_prompts(file, validation_prompts(manifest, prompts.count, shape, prompts.seed, config))
     job = {**settings, **shape.model_dump(), "run": str(run), "prompts": str(file), "out": str(out / "videos")}
     generate(validate(job, GenerateConfig, f"evaluation of {run}"))
     return evaluate_videos(out / "videos", manifest, config, cache or out)
@@ -183,7 +183,7 @@ def arguments(prog: str = "stdit.evaluate") -> argparse.ArgumentParser:
 def evaluate_config(options: argparse.Namespace, workers: int | None = None) -> EvaluateConfig:
     """The config of `--config`. ConfigError: an unusable file, or flags that belong to `--run`."""
     others = ("run", "manifest", "out", "overwrite", *(key for key, _, _ in _FLAGS))
-    if given := [key for key in others if getattr(options, key)]:
+    if given := [key for key in others if (value := getattr(options, key)) is not None and value is not False]:
         raise ConfigError(f"--{given[0].replace('_', '-')} is for --run; with --config give --set KEY=VALUE")
     more = [] if workers is None else [f"workers={workers}"]
     return load_config(options.config, EvaluateConfig, [*options.set, *more])
@@ -195,8 +195,7 @@ def score_command(config: EvaluateConfig, compute: Any = None) -> int:
     from stdit.evaluation.scores import evaluate_media, scores_table
 
     result = evaluate_media(config, compute or compute_features)
-    print(scores_table(result))
-    print(f"{len(result['scores'])} scores are in {config.out}")
+    print(printable(f"{scores_table(result)}\n{len(result['scores'])} scores are in {config.out}"))
     return 0 if result["scores"] else 1
 
 
@@ -236,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return score_command(evaluate_config(options))
     except (ValueError, OSError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
+        print(printable(f"evaluate: {error}"), file=sys.stderr)
         return 2
 
 

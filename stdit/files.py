@@ -13,11 +13,12 @@ import shutil
 import stat
 import time
 import unicodedata
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 
 def fsync_folder(path: Path) -> None:
@@ -160,6 +161,19 @@ def read_text(path: Path | str, limit: int) -> str:
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"more than the {limit:,} bytes allowed", str(path))
     return content.decode("utf-8")
+
+
+class Closable(ABC):
+    """A context manager that calls `close` at its end."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
 class FolderLock:

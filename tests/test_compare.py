@@ -78,6 +78,7 @@ def test_a_page_has_scores_losses_and_the_shared_requests(comparable: list[Path]
     assert "<script" not in page
     assert not re.findall(r"https?://", page)
     assert "vbench_temporal_flickering ↑" in page
+    assert "vmaf_motion </td>" in page, "neither more nor less motion is better"
     assert "FLOPs are not known" in page
 
 
@@ -88,6 +89,20 @@ def test_a_run_is_found_from_any_of_its_folders(comparable: list[Path]) -> None:
         found = find_results(path, "a")
         assert (found.run_dir, found.videos) == (run, folder / "videos")
         assert found.scores is not None
+
+
+@pytest.mark.parametrize("recorded", ["run5", "run5/checkpoints"])
+def test_a_run_is_found_by_a_path_relative_to_another_directory(
+    recorded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_run(Path(), 5, {"run": recorded})
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    for folder in ("scores", "videos"):
+        found = find_results(tmp_path / "evaluation" / "run5" / folder, "a")
+        assert (found.run_dir, found.videos) == (tmp_path / "run5", tmp_path / "evaluation" / "run5" / "videos")
 
 
 def test_scores_of_other_protocols_are_refused_with_the_differences(runs: list[Path], tmp_path: Path, capsys) -> None:

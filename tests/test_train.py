@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -188,42 +190,39 @@ def check_stopped(run_dir: Path) -> None:
     assert checkpoint.step_of(found) == metrics(run_dir)[-1]["step"]
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGHUP]], ids=str)
-def test_stdit_train_that_is_stopped_ends_with_75(signals: list[int], tmp_path: Path) -> None:
-    process = stdit_train(tmp_path)
+@contextlib.contextmanager
+def stopped_run(run_dir: Path) -> Iterator[subprocess.Popen[str]]:
+    """A `stdit train` of two ranks that has logged two steps. It has to end as one that was asked to stop."""
+    process = stdit_train(run_dir)
     try:
-        wait_for(lambda: len(metrics(tmp_path)) >= 2)
-        for number in signals:
-            process.send_signal(number)
+        wait_for(lambda: len(metrics(run_dir)) >= 2)
+        yield process
         output, _ = process.communicate(timeout=120)
         assert process.returncode == STOPPED, output
-        check_stopped(tmp_path)
+        check_stopped(run_dir)
     finally:
-        end(process, tmp_path)
+        end(process, run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_stdit_train_that_is_stopped_ends_with_75(number: signal.Signals, tmp_path: Path) -> None:
+    with stopped_run(tmp_path) as process:
+        process.send_signal(number)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_stdit_train_waits_for_ranks_whose_launcher_was_killed(tmp_path: Path) -> None:
-    process = stdit_train(tmp_path)
-    try:
-        wait_for(lambda: len(metrics(tmp_path)) >= 2)
+    with stopped_run(tmp_path) as process:
         os.kill(inner_launcher(process), signal.SIGKILL)  # deepspeed itself then ends with code 0
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == STOPPED, output
-        check_stopped(tmp_path)
-    finally:
-        end(process, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_save_of_more_than_thirty_seconds_is_waited_for(tmp_path: Path) -> None:
-    process = stdit_train(tmp_path)
-    try:
-        wait_for(lambda: len(metrics(tmp_path)) >= 2)
+    with stopped_run(tmp_path) as process:
         main = next(pid for pid, rank in running(tmp_path).items() if rank == 0)
         process.send_signal(signal.SIGTERM)
         wait_for(lambda: list(tmp_path.glob("checkpoints/*.partial")))
@@ -231,11 +230,6 @@ def test_a_save_of_more_than_thirty_seconds_is_waited_for(tmp_path: Path) -> Non
         time.sleep(36)
         assert not list(tmp_path.glob("checkpoints/step-*[0-9]")), "stopped too late to show anything"
         os.kill(main, signal.SIGCONT)
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == STOPPED, output
-        check_stopped(tmp_path)
-    finally:
-        end(process, tmp_path)
 
 
 @pytest.mark.slow

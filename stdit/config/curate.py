@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from stdit.config.base import Frozen, NonNegative, Positive, Share
+from stdit.config.base import Frozen, NonNegative, Positive, Share, Workers
 from stdit.config.data import Where
 
 
@@ -161,7 +161,7 @@ class CurateConfig(Frozen):
     """Share of the files (of their clips all) in split validation, where the footage states no split."""
     seed: NonNegative = 0
     """Selects the validation files."""
-    workers: Positive = 1
+    workers: Workers = 1
     """Processes that analyse footage (Ray actors under `pipelines.curate_clips`)."""
     stall_timeout_s: float = Field(default=60.0, gt=0)
     """Seconds without a frame after which a file is given up; the clips before that are kept."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stdit.config.base import Frozen, NonNegative, Positive, Share
+from stdit.config.base import Frozen, NonNegative, Positive, Share, Threads, Workers
 
 # Scores by name; stdit/evaluation/scores.py defines each.
 ScoreName = Literal[
@@ -118,9 +118,9 @@ class EvaluateConfig(ScoreConfig):
     """Also writes OUT/samples.npz, the images as ADM's evaluator reads them."""
     metrics: EvaluationConfig = EvaluationConfig()
     """Of class_accuracy and direction_accuracy: how the reference's manifest is read."""
-    workers: Positive = 1
+    workers: Workers = 1
     """Ray actors that compute features."""
-    threads: Positive = 1
+    threads: Threads = 1
     """CPU threads of each."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where networks run."""

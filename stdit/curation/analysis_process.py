@@ -19,16 +19,17 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from stdit.data.decoding import DecodeError
+from stdit.data.subprocess_decoder import start_child
+from stdit.files import Closable
 
 # How often the child says how far it is.
 REPORT_S = 0.5
 
 
-class AnalysisProcess:
+class AnalysisProcess(Closable):
     """One child, started when needed and after it hung or died. Not for several threads at once."""
 
     def __init__(self, stall_timeout_s: float = 60.0) -> None:
@@ -80,14 +81,7 @@ class AnalysisProcess:
     def _living_child(self) -> subprocess.Popen[bytes]:
         if self._child is None or self._child.poll() is not None:
             self.close()
-            root = str(Path(__file__).resolve().parents[2])
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-            self._child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "stdit.curation.analysis_process"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
-                start_new_session=True,
-            )  # fmt: skip
+            self._child = start_child("stdit.curation.analysis_process")
             self._answers = queue.Queue()
             threading.Thread(target=_read, args=(self._child.stdout, self._answers), daemon=True).start()
         return self._child
@@ -102,14 +96,6 @@ class AnalysisProcess:
                 if pipe:
                     with contextlib.suppress(BrokenPipeError):
                         pipe.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _read(pipe: Any, answers: queue.Queue[dict[str, Any] | bytes | None]) -> None:

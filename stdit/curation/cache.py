@@ -9,11 +9,10 @@ import json
 import sqlite3
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from stdit.config import ConfigError
-from stdit.files import fingerprint_file
+from stdit.files import Closable, fingerprint_file
 
 FILE = "cache.sqlite"
 TABLES = """
@@ -26,7 +25,7 @@ CREATE TABLE IF NOT EXISTS pictures (key TEXT PRIMARY KEY, content BLOB);
 """
 
 
-class Cache:
+class Cache(Closable):
     """A context manager. One process writes; each write is complete or not there."""
 
     def __init__(self, out: Path) -> None:
@@ -41,12 +40,7 @@ class Cache:
                 f"{self.path}: damaged ({error}); remove it, and what it holds is computed again"
             ) from error
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._db.close()
 
     def digest(self, file: Path) -> str:

@@ -29,11 +29,13 @@ from stdit.files import fingerprint_files
 # Of a server's answer, at most so much is read.
 MAX_ANSWER_BYTES = 4 << 20
 MAX_WAIT_S = 60.0
+# What a server answers to a request that it will never take. Others (401, 404, …) are about its key or address.
+OF_THE_REQUEST = (400, 413, 422)
 
 
 @dataclass(frozen=True)
 class Failed:
-    """No answer. passing: the server was busy or away, so that the next run may try again."""
+    """No answer. passing: for no reason of the clip's own (a server that is busy or away, a wrong key); the next run tries again."""
 
     reason: str
     passing: bool = False
@@ -152,7 +154,8 @@ class ServerCaptioner:
                         continue
                     content = _limited(answer, time.monotonic() + server.timeout_s)
                     if answer.status_code != 200:
-                        return Failed(f"server: {answer.status_code}: {content[:200].decode(errors='replace')}")
+                        reason = f"server: {answer.status_code}: {content[:200].decode(errors='replace')}"
+                        return Failed(reason, passing=answer.status_code not in OF_THE_REQUEST)
                 text = json.loads(content)["choices"][0]["message"]["content"]
                 return text if isinstance(text, str) else ""
             except (requests.RequestException, TimeoutError) as error:

@@ -36,7 +36,7 @@ from stdit.files import atomic_path, atomic_write
 
 MANIFEST, REPORT, CLIPS, PAGE = "manifest.jsonl", "report.json", "clips.parquet", "curation.html"
 # Raised when the same numbers would be cut or compared in another way.
-RANGES_VERSION = 1
+RANGES_VERSION = 2
 
 
 class CurationError(ValueError):
@@ -44,7 +44,7 @@ class CurationError(ValueError):
 
 
 @dataclass
-class Candidates:
+class CandidateClip:
     """A clip on its way: what is known of it, and why it was dropped."""
 
     source: Source
@@ -89,7 +89,7 @@ class Curation:
 
     def __init__(self, config: CurateConfig, cache: Cache, mapper: Mapper, say: Callable[[str], None]) -> None:
         self.config, self.cache, self.mapper, self.say = config, cache, mapper, say
-        self.clips: list[Candidates] = []
+        self.clips: list[CandidateClip] = []
         self.bad: list[dict[str, str]] = []
         self.broken: list[dict[str, Any]] = []
         self.notes: list[str] = []
@@ -136,7 +136,7 @@ class Curation:
             if found["broken"]:
                 self.broken.append({"path": source.key, "broken": found["broken"]})
             for start, end, reason, detail in found["clips"]:
-                clip = Candidates(
+                clip = CandidateClip(
                     source, f"{keys[source.key]}:{start}-{end}", start, end, found["fps"], found["height"], found["width"], reason, detail
                 )  # fmt: skip
                 self.clips.append(clip)
@@ -347,11 +347,11 @@ class Curation:
             )
         return [*names, *captions]
 
-    def _caption(self, clip: Candidates) -> str | None:
+    def _caption(self, clip: CandidateClip) -> str | None:
         generated = next((text for text in clip.captions.values() if text), None)
         return generated if clip.source.caption is None else clip.source.caption
 
-    def _row(self, clip: Candidates, names: Sequence[str]) -> dict[str, Any]:
+    def _row(self, clip: CandidateClip, names: Sequence[str]) -> dict[str, Any]:
         row: dict[str, Any] = {"path": clip.source.key, "caption": self._caption(clip)}
         if not clip.still:
             row |= {"start_frame": clip.start, "end_frame": clip.end}
@@ -369,10 +369,10 @@ class Curation:
         bits = hashlib.sha256(f"{self.config.seed}:{source.key}".encode()).digest()
         return "validation" if int.from_bytes(bits[:8]) < self.config.validation_share * 2**64 else "train"
 
-    def _alive(self) -> list[Candidates]:
+    def _alive(self) -> list[CandidateClip]:
         return [clip for clip in self.clips if clip.reason is None]
 
-    def _task(self, clip: Candidates) -> Task:
+    def _task(self, clip: CandidateClip) -> Task:
         whole = clip.picture == (0, 0, clip.height, clip.width)
         return {
             "key": clip.key, "file": str(clip.source.file), "path": clip.source.key, "start": clip.start, "end": clip.end,

@@ -103,7 +103,7 @@ def _hash_pairs(clips: Sequence[Candidate], config: DuplicatesConfig) -> list[tu
     for (a, b), frames in matches.items():
         shorter = a if len(clips[a].hashes) <= len(clips[b].hashes) else b
         shared = sum(owner[f] == shorter for f in frames)
-        # A still is in a video if one frame is; two videos share more than that.
+        # An image is no copy of a video, of which it may be a frame.
         if shared >= config.min_share * len(clips[shorter].hashes) and (clips[a].frames == 1) == (clips[b].frames == 1):
             found.append((a, b))
     return found

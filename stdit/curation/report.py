@@ -20,7 +20,7 @@ from stdit.data.subprocess_decoder import SubprocessDecoder
 from stdit.files import atomic_write
 
 if TYPE_CHECKING:
-    from stdit.curation.curation import Candidates, Curation
+    from stdit.curation.curation import CandidateClip, Curation
 
 # Longer side of a frame on the page, px; frames of each group; bars of a histogram; its size, px.
 SIDE, SHOWN, BINS = 176, 4, 48
@@ -69,7 +69,7 @@ class Frames:
     def __init__(self, run: Curation, decoder: SubprocessDecoder) -> None:
         self.cache, self.decoder = run.cache, decoder
 
-    def figure(self, clip: Candidates, caption: str) -> str:
+    def figure(self, clip: CandidateClip, caption: str) -> str:
         """HTML of a frame with a line below; empty where it cannot be decoded."""
         crop = None if clip.picture in ((0, 0, 0, 0), (0, 0, clip.height, clip.width)) else clip.picture
         key = f"{clip.key}:{crop}:{SIDE}"
@@ -88,7 +88,7 @@ class Frames:
         source = f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
         return f'<figure><img src="{source}" alt=""><figcaption>{caption}<br>{html.escape(_short(clip.id))}</figcaption></figure>'
 
-    def row(self, title: str, clips: Iterable[tuple[Candidates, str]]) -> str:
+    def row(self, title: str, clips: Iterable[tuple[CandidateClip, str]]) -> str:
         figures = "".join(self.figure(clip, caption) for clip, caption in clips)
         heading = f"<h3>{title}</h3>" if title else ""
         return f"{heading}<div class='frames'>{figures}</div>" if figures else ""
@@ -143,7 +143,7 @@ def _score(run: Curation, frames: Frames, column: str) -> str:
     bounds = [bound for where in conditions for bound in (where.at_least, where.at_most) if bound is not None]
     parts = [f"<h2>{html.escape(column)}</h2>", _line(conditions, values, passed), _histogram(values, passed, bounds)]
 
-    def shown(indices: Sequence[int]) -> list[tuple[Candidates, str]]:
+    def shown(indices: Sequence[int]) -> list[tuple[CandidateClip, str]]:
         return [(scored[i][0], f"<b>{scored[i][1]:.4g}</b>") for i in indices]
 
     for where in conditions:

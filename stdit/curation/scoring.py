@@ -53,13 +53,18 @@ def load_function(name: str, what: str) -> Any:
 
 
 def scorer_id(scorer: ScorerConfig) -> str:
-    """Identity of a scorer's results: its function, settings, frames and version, and its module's VERSION (else its source)."""
+    """Identity of a scorer's results: its function, settings, frames and version, and its module's VERSION (else its source).
+
+    ConfigError: not importable, or settings that it does not take.
+    """
     function = load_function(scorer.function, f"scorers: {scorer.name}")
     module = importlib.import_module(scorer.function.partition(":")[0])
     own = getattr(module, "VERSION", None)
     if own is None:
         file = inspect.getsourcefile(module)
         own = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+    if scorer.settings and not inspect.isclass(function):
+        raise ConfigError(f"scorers: {scorer.name}: settings are for a class; {scorer.function} is a function")
     fingerprint = getattr(function, "fingerprint", None) if inspect.isclass(function) else None
     try:
         weights = fingerprint(**scorer.settings) if fingerprint else ""
@@ -72,17 +77,14 @@ def scorer_id(scorer: ScorerConfig) -> str:
 def load_scorer(scorer: ScorerConfig) -> Score:
     """The function of a clip. ConfigError: not importable, or its class does not take `settings`."""
     found: Any = load_function(scorer.function, f"scorers: {scorer.name}")
-    constructed: bool = inspect.isclass(found)
-    if not constructed and scorer.settings:
-        raise ConfigError(f"scorers: {scorer.name}: settings are for a class; {scorer.function} is a function")
     try:
-        return cast(Score, found(**scorer.settings) if constructed else found)
+        return cast(Score, found(**scorer.settings) if inspect.isclass(found) else found)
     except (TypeError, ValueError, OSError) as error:
         raise ConfigError(f"scorers: {scorer.name}: {scorer.function} with {scorer.settings}: {error}") from error
 
 
 class ClipScorer:
-    """Scores clips by the config's scorers; decodes each clip once for all of them. A context manager is not needed: `close`."""
+    """Scores clips by the config's scorers; decodes each clip once for all that take as many frames. `close` ends its decoder."""
 
     def __init__(self, scorers: Sequence[ScorerConfig], timeout_s: float = 60.0) -> None:
         self.scorers = {scorer.name: (scorer, load_scorer(scorer)) for scorer in scorers}

@@ -52,14 +52,13 @@ def find_sources(config: CurateConfig) -> tuple[list[Source], dict[str, Path], i
             clips = kept
         links[name] = root
         sources += [_source(clip, name) for clip in clips]
-    seen: dict[tuple[str, tuple[int, int] | None], str] = {}
-    unique = []
-    for source in sources:  # one file may be named twice, by a folder and a pattern
-        if seen.setdefault((os.path.realpath(source.file), source.limits), source.key) == source.key:
-            unique.append(source)
+    # One file may be named twice, by a folder and a pattern.
+    unique: dict[tuple[str, tuple[int, int] | None], Source] = {}
+    for source in sources:
+        unique.setdefault((os.path.realpath(source.file), source.limits), source)
     if not unique:
         raise ConfigError(f"footage: none of {excluded} files meets `where`" if excluded else "footage: no files")
-    return unique, links, excluded
+    return list(unique.values()), links, excluded
 
 
 def _clips(entry: str) -> tuple[list[Clip], Path]:

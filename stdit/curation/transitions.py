@@ -16,8 +16,8 @@ from stdit.config import CutsConfig
 from stdit.curation.analysis import Analysis
 from stdit.curation.dissolves import probability
 
-# A cut's pictures are less alike than this (correlation), unless the change is STRONG times what counts as one.
-ALIKE, STRONG = 0.85, 4.0
+# Pictures of two shots are less alike than this (correlation); under another light, one picture is more alike.
+ALIKE = 0.85
 # Of a flash, what is left of the change when it is over; how much brighter or darker it is, in levels.
 FLASH_REST, FLASH_LEVELS = 0.4, 8.0
 # Dissolves are at least so long; what is this far apart is one.
@@ -57,12 +57,10 @@ def hard_cuts(frames: dict[str, np.ndarray], fps: float, cuts: CutsConfig) -> li
     usual = median_filter(change, size=width, mode="nearest")
     peak = change >= np.max([np.roll(change, s) for s in (-2, -1, 1, 2)], 0)
     stands_out = (change >= cuts.hard_difference) & (change >= cuts.hard_ratio * (usual + 1.0)) & peak
-    unlike = (frames["correlation"] < ALIKE) | (change >= STRONG * cuts.hard_difference)
+    unlike = frames["correlation"] < ALIKE
     brighter = np.abs(np.diff(frames["luma_mean"], prepend=frames["luma_mean"][:1])) >= FLASH_LEVELS
     over = np.minimum(frames["returns"], frames["came_back"]) <= FLASH_REST * change
-    # A lamp: another level, the same picture.
-    lamp = frames["correlation"] >= ALIKE
-    found = np.flatnonzero(stands_out & unlike & ~(over & brighter) & ~lamp)
+    found = np.flatnonzero(stands_out & unlike & ~(over & brighter))
     return [int(t) for t in found if t > 0]
 
 
@@ -89,7 +87,8 @@ def shots(
         if limits:
             start, end = max(start, limits[0]), min(end, limits[1])
         at, cut_before = start, False
-        for transition in [t for t in transitions if start <= t.start and t.end <= end]:
+        inside = [t for t in transitions if (start <= t.start and t.end <= end) or (t.start < end and start < t.end)]
+        for transition in inside:
             if transition.start > at:
                 found.append((at, transition.start, cut_before, True))
             at, cut_before = max(at, transition.end), True

@@ -19,18 +19,20 @@ import importlib.util
 import itertools
 import os
 import struct
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import av
 import numpy as np
 from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
+
+from stdit.files import Closable
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
 # Formats whose readers run nothing and follow no references (EPS, for one, starts an interpreter).
@@ -95,8 +97,8 @@ def _size_of(info: ClipInfo) -> str:
     return f"{info.frame_count} frames of {info.height}x{info.width}"
 
 
-class ClipReader:
-    """What every decoder offers: `info` and `get`. A context manager."""
+class ClipReader(Closable):
+    """What every decoder offers: `info` and `get`. A context manager that lets go of the file."""
 
     def __init__(self, path: Path, info: ClipInfo) -> None:
         self.path = path
@@ -132,19 +134,8 @@ class ClipReader:
             raise DecodeError(self.path, f"frames change size from {self.height}x{self.width} to {found}")
         return frames
 
-    def _get(self, indices: Sequence[int]) -> np.ndarray:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Lets go of the file."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    @abstractmethod
+    def _get(self, indices: Sequence[int]) -> np.ndarray: ...
 
 
 def open_clip(path: Path | str, decoder: str = "auto") -> ClipReader:
@@ -294,8 +285,7 @@ class PyAVReader(ClipReader):
             if self._index is not None:
                 count = self._drop_undecodable(-1 if frame.pts is None else frame.pts)
             if self._index is None:
-                state = path.stat()
-                count = _count_frames(path, self._has_keys, state.st_size, state.st_mtime_ns)
+                count = _count_frames(path, self._has_keys, *_state(path))
             first = self._upright(frame)
             rate = self._stream.average_rate or self._stream.guessed_rate or Fraction(0)
         except StopIteration:
@@ -426,9 +416,15 @@ class PyAVReader(ClipReader):
         self._container.close()
 
 
+def _state(path: Path) -> tuple[int, int]:
+    """Size and modification time of a file: beside its path, the key of what was found out about it."""
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns
+
+
 @functools.lru_cache(maxsize=16)
 def _count_frames(path: Path, has_keys: bool, size: int, mtime_ns: int) -> int:
-    """Number of frames, by decoding them all. size, mtime_ns: of the file, so that a changed one is counted again."""
+    """Number of frames, by decoding them all."""
     container, stream = open_container(path)
     with container:
         return sum(1 for _ in decode_frames(container, stream, has_keys))
@@ -483,7 +479,7 @@ class DecordReader(ClipReader):
             head = file.read(8)
         if head[:4] != MATROSKA and head[4:8] not in MP4_BOXES:
             raise DecodeError(path, "decord: not MP4, MOV, MKV or WebM, the containers it is trusted with")
-        if problem := _decord_problem(path):
+        if problem := _decord_problem(path, *_state(path)):
             raise DecodeError(path, f"decord: {problem}")
         try:
             # fault_tol: a frame that decord patched up is an error, not a frame.
@@ -509,8 +505,9 @@ class DecordReader(ClipReader):
         self._video = None
 
 
-def _decord_problem(path: Path) -> str | None:
-    """Why decord would show other frames than ffmpeg, as far as the beginning of the file tells."""
+@functools.lru_cache(maxsize=16)
+def _decord_problem(path: Path, size: int, mtime_ns: int) -> str | None:
+    """Why decord would show other frames than ffmpeg, as far as the beginning of the file tells. Kept: a clip is probed and read."""
     try:
         container, stream = open_container(path)
         with container:

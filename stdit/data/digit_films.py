@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter, zoom
 
-from stdit.data.digits import DIRECTIONS, WORDS
+from stdit.data.digits import DIRECTIONS
 from stdit.files import atomic_write
 from stdit.media import write_video
 
@@ -140,10 +140,6 @@ def _shot(random: np.random.Generator, frames: int, digit: int, direction: str) 
         place = made[t, y : y + side, x : x + side]
         place[:] = place * (1 - ink) + colour * ink
     return made + random.normal(0, 1.5, made.shape).astype(np.float32)
-
-
-def describe(shot: Shot) -> str:
-    return f"the digit {WORDS[shot.digit]} moves {shot.direction}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

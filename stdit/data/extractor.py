@@ -9,8 +9,7 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from stdit.data.probe import part_info, stated_info
 from stdit.data.records import ShardResult, ShardSpec
 from stdit.data.subprocess_decoder import SubprocessDecoder
 from stdit.data.transforms import frame_indices, frame_step, to_pixels
-from stdit.files import sha256
+from stdit.files import Closable, sha256
 
 _Item = TypeVar("_Item")
 
@@ -85,7 +84,7 @@ class _Clip:
     control: Tensor | None = None
 
 
-class Extractor:
+class Extractor(Closable):
     """Encoders and a decoding subprocess, shared by all shards that a process extracts. A context manager.
 
     settings: of the encoders, as far as they determine features; stored in every record and compared with the plan's.
@@ -100,12 +99,8 @@ class Extractor:
         self.settings = settings
         self.decoder = SubprocessDecoder(config.decoder, config.decode_timeout_s)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Ends the decoding subprocess."""
         self.decoder.close()
 
     def extract(self, spec: ShardSpec) -> ShardResult:

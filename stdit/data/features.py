@@ -345,11 +345,12 @@ class FeatureSet:
         return row
 
     def sample(self, id: int, caption: str = ORIGINAL) -> Sample:
-        """The features of sample `id` with one of its captions. KeyError: no such id. ConfigError: its shard is gone or damaged."""
+        """The features of sample `id` with one of its captions. KeyError: no such id or caption. ConfigError: its shard is gone or damaged."""
         row = self._row(id)
-        found = self._read(id, row)
         suffix = "" if caption == ORIGINAL else f".{caption}"
-        tensors = {kind: _copy(tensor) for kind, tensor in found.items()}
+        if suffix and caption not in self._captions(row):
+            raise KeyError(f"{self.path}: sample {id} has no caption {caption!r}")
+        tensors = {kind: _copy(tensor) for kind, tensor in self._read(id, row, suffix).items()}
         return Sample(
             id=int(id),
             mean=tensors["mean"],
@@ -370,26 +371,26 @@ class FeatureSet:
         rates = Counter(round(float(rate), 3) for rate in self._columns["fps"][np.searchsorted(self.ids, ids)] if rate)
         return {f"{rate:.6g}": count for rate, count in sorted(rates.items(), key=lambda item: (-item[1], item[0]))}
 
-    def _read(self, id: int, row: int) -> dict[str, Tensor]:
-        """The stored tensors of a sample by kind, as the shard's memory. ConfigError: gone, or not what was written."""
+    def _read(self, id: int, row: int, suffix: str) -> dict[str, Tensor]:
+        """The tensors of a sample with one caption, by kind, as the shard's memory. The first time all are read, and compared
+        with their digest. ConfigError: gone, or not what was written."""
         number = int(self._columns["shard"][row])
         where = f"{shard_path(self.path, number)}: sample {id}"
-        kinds = {
-            "mean": True,
-            "std": self.index["posterior"],
-            "text": self.text_encoder is not None,
-            "pooled": self.has_pooled,
-            "control": self.has_control,
-        }
-        for name in self._captions(row)[1:]:
-            kinds |= {f"text.{name}": kinds["text"], f"pooled.{name}": kinds["pooled"]}
+        parts = {"mean": True, "std": self.index["posterior"], "control": self.has_control}
+        texts = [
+            kind for kind, stored in (("text", self.text_encoder is not None), ("pooled", self.has_pooled)) if stored
+        ]
+        wanted = [kind for kind, stored in parts.items() if stored] + [f"{kind}{suffix}" for kind in texts]
+        verified = self._verified[row]
+        others = () if verified else ("", *(f".{name}" for name in self._captions(row)[1:]))
+        kinds = dict.fromkeys([*wanted, *(f"{kind}{other}" for other in others for kind in texts)])
         with self._lock:
             shard = self._shard(number)
             try:
-                found = {kind: shard.get_tensor(f"{id}.{kind}") for kind, stored in kinds.items() if stored}
+                found = {kind: shard.get_tensor(f"{id}.{kind}") for kind in kinds}
             except SafetensorError as error:
                 raise ConfigError(f"{where} cannot be read ({error}); {REMEDY}") from error
-        if self._verified[row]:
+        if verified:
             return found
         expected = self._shapes[self.rows["bucket"][row].as_py()]
         if tuple(found["mean"].shape) != expected:
@@ -399,7 +400,7 @@ class FeatureSet:
         if sample_digest(found) != self._columns["tensors_digest"][row]:
             raise ConfigError(f"{where} is not what was written (its digest is not that in {SAMPLES}); {REMEDY}")
         self._verified[row] = True
-        return found
+        return {kind: found[kind] for kind in wanted}
 
     def text_lengths(self, ids: np.ndarray) -> np.ndarray:
         """Tokens of each caption of `ids`; reads no shard."""

@@ -27,8 +27,8 @@ from stdit.data.features import ORIGINAL, EmptyCaption, Sample, pad_texts
 CAPTIONS = 1
 
 
-class Source(Protocol):
-    """Interface of a dataset."""
+class ClipIndex(Protocol):
+    """Which clips a dataset has."""
 
     def select(
         self, split: str | None, buckets: Sequence[Bucket], where: Sequence[Where] = ()
@@ -40,6 +40,10 @@ class Source(Protocol):
     def captions(self) -> tuple[str, ...]:
         """Names of the captions that clips may have."""
         ...
+
+
+class Source(ClipIndex, Protocol):
+    """Interface of a dataset."""
 
     def captions_of(self, id: int) -> tuple[str, ...]:
         """Those that one clip has."""
@@ -154,38 +158,26 @@ class Stream:
         return int(self.ids[self._orders[epoch][within]])
 
 
-class Loader:
-    """Iterates over `Step`s without end, starting at `position`.
+class BucketSchedule:
+    """Which bucket each step takes. `ids`: of the training clips, by bucket key; `counts`: how many there are.
 
-    `workers` threads read ahead. ConfigError: a bucket without samples.
+    ConfigError: a bucket without samples, captions that no clip has.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        data: DataConfig,
-        seed: int,
-        rank: int = 0,
-        ranks: int = 1,
-        accumulation: int = 1,
-        position: Mapping[str, int] | None = None,
-    ) -> None:
-        self.source, self.data, self.seed = source, data, seed
-        if unknown := sorted(set(data.captions or ()) - set(source.captions if data.captions else ())):
+    def __init__(self, index: ClipIndex, data: DataConfig, ranks: int = 1, accumulation: int = 1) -> None:
+        self.data, self.ranks, self.accumulation = data, ranks, accumulation
+        if unknown := sorted(set(data.captions or ()) - set(index.captions if data.captions else ())):
             raise ConfigError(
-                f"data.captions: {data.features} has no captions {', '.join(unknown)}; it has {', '.join(source.captions)}"
+                f"data.captions: {data.features} has no captions {', '.join(unknown)}; it has {', '.join(index.captions)}"
             )
-        self.rank, self.ranks, self.accumulation = rank, ranks, accumulation
-        ids = source.select(data.train_split, data.buckets, data.where)
+        self.ids = index.select(data.train_split, data.buckets, data.where)
         for i, bucket in enumerate(data.buckets):
-            if len(ids[bucket.key]) == 0:
+            if len(self.ids[bucket.key]) == 0:
                 conditions = " that meets data.where" if data.where else ""
                 raise ConfigError(
                     f"data.buckets[{i}]: {data.features} holds no sample of bucket {bucket.key} in split {data.train_split!r}{conditions}"
                 )
-        self.counts = {key: len(found) for key, found in ids.items()}
-        self.streams = {b.key: Stream(ids[b.key], seed, b) for b in data.buckets}
-        self.position = {b.key: int((position or {}).get(b.key, 0)) for b in data.buckets}
+        self.counts = {key: len(found) for key, found in self.ids.items()}
 
     def step_size(self, bucket: TrainBucket) -> int:
         """Samples of one step, over all ranks and micro-steps."""
@@ -197,6 +189,25 @@ class Loader:
             self.data.buckets,
             key=lambda b: (position[b.key] + self.step_size(b)) / (self.counts[b.key] * b.weight),
         )
+
+
+class Loader(BucketSchedule):
+    """Iterates over `Step`s without end, starting at `position`. `workers` threads read ahead. ConfigError: as BucketSchedule."""
+
+    def __init__(
+        self,
+        source: Source,
+        data: DataConfig,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+        accumulation: int = 1,
+        position: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__(source, data, ranks, accumulation)
+        self.source, self.seed, self.rank = source, seed, rank
+        self.streams = {b.key: Stream(self.ids[b.key], seed, b) for b in data.buckets}
+        self.position = {b.key: int((position or {}).get(b.key, 0)) for b in data.buckets}
 
     def _plan(self) -> Iterator[tuple[TrainBucket, int, dict[str, int]]]:
         """(bucket, first position, positions afterwards) of each step."""

@@ -187,7 +187,12 @@ def read_record(out: Path, spec: ShardSpec) -> tuple[dict[str, Any], pa.Table]:
         raise ValueError(f"{record} is damaged ({error})") from error
     if info["key"] != spec.key:
         raise ValueError("the settings, or what the manifest says of its clips, have changed")
-    if not table.schema.equals(schema) or table["id"].to_pylist() != list(spec.ids):
+    counts = (0, len(spec.clips))
+    if (
+        not table.schema.equals(schema)
+        or table["id"].to_pylist() != list(spec.ids)
+        or len(info["controls"]) not in counts
+    ):
         raise ValueError(f"{record} has other rows or columns than were written")
     return info, table
 
@@ -215,7 +220,7 @@ def stale_reason(out: Path, spec: ShardSpec) -> str | None:
     for row, clip in zip(rows, spec.clips, strict=True):
         if _is_changed(row, clip.file):
             return f"{clip.file} has changed"
-    for row, clip in zip(info["controls"], spec.clips, strict=False):
+    for row, clip in zip(info["controls"], spec.clips if info["controls"] else (), strict=True):
         if row["path"] is not None and _is_changed(row, clip.beside(row["path"])):
             return f"{clip.beside(row['path'])} has changed"
     return None

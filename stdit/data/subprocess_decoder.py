@@ -24,12 +24,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from stdit.data.decoding import ClipInfo, ClipReader, DecodeError, DecodeTimeout, check_info
+from stdit.files import Closable
 
 # decord leaks a little with each clip: a fresh child now and then keeps memory flat.
 CLIPS_PER_CHILD = 5000
@@ -40,7 +40,24 @@ LENGTH = struct.Struct(">I")
 IDLE_S = 10.0
 
 
-class SubprocessDecoder:
+def start_child(module: str, *arguments: str, bufsize: int = -1) -> subprocess.Popen[bytes]:
+    """`python -m MODULE`, spoken to by its standard input and output."""
+    root = str(Path(__file__).resolve().parents[2])
+    # -P: a file in the working folder cannot shadow a library. One thread: parallelism comes from many children.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", module, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        bufsize=bufsize,
+        start_new_session=True,  # Ctrl-C is the parent's business
+    )
+
+
+class SubprocessDecoder(Closable):
     """A decoder in a process of its own. Not for several threads at once: one per worker."""
 
     def __init__(self, decoder: str = "auto", timeout_s: float = 60.0) -> None:
@@ -95,14 +112,6 @@ class SubprocessDecoder:
         if self._owner == os.getpid():
             child.kill()
             child.wait()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         self.close()
@@ -162,19 +171,8 @@ class SubprocessDecoder:
         if self._child is not None and (worn or self._child.poll() is not None):
             self.close()
         if self._child is None:
-            root = str(Path(__file__).resolve().parents[2])
-            # -P: a file in the working folder cannot shadow a library. One thread: parallelism comes from many children.
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-            self._child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "stdit.data.subprocess_decoder", str(math.ceil(self.timeout_s) + 5)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=environment,
-                bufsize=0,
-                start_new_session=True,  # Ctrl-C is the parent's business
-            )
+            limit_s = math.ceil(self.timeout_s) + 5
+            self._child = start_child("stdit.data.subprocess_decoder", str(limit_s), bufsize=0)
             self._served, self._owner = 0, os.getpid()
         return self._child
 

@@ -280,7 +280,7 @@ def feature_identity_of(identity: Mapping[str, Any]) -> dict[str, Any]:
 def components(encoder: Any) -> dict[str, Any]:
     """Components of a diffusers pipeline: {"text_encoder": …, "tokenizer": …, "text_encoder_2": …, …}."""
     found: dict[str, Any] = {}
-    for suffix, one in zip(SUFFIXES, encoder.encoders, strict=False):
+    for suffix, one in zip(SUFFIXES[: len(encoder.encoders)], encoder.encoders, strict=True):
         found |= {f"text_encoder{suffix}": one.model, f"tokenizer{suffix}": one.tokenizer}
     return found
 

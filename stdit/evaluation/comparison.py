@@ -7,6 +7,7 @@ A run is named by any folder of its results: what `stdit evaluate --config` wrot
 from __future__ import annotations
 
 import io
+import itertools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ def find_results(path: Path, name: str) -> RunResults:
     run_dir = videos = None
     if scores is not None:
         subject = scores["subject"]
-        videos, run_dir = Path(str(subject.get("generated"))), _run_of(subject.get("run"))
+        videos, run_dir = _recorded(subject.get("generated"), path, MANIFEST), _run_of(subject.get("run"), path)
     elif (path / metrics_log.FILE).is_file():
         run_dir = path
         # As a plan lays them out, or beside the run's own files.
@@ -61,7 +62,7 @@ def find_results(path: Path, name: str) -> RunResults:
         videos = path
         scores = _read_scores(path.parent / "scores" / SCORES)
         protocols = [row.get("protocol") or {} for row in read_jsonl(path / MANIFEST)]
-        run_dir = _run_of(next((p["run"] for p in protocols if "run" in p), None))
+        run_dir = _run_of(next((p["run"] for p in protocols if "run" in p), None), path)
     else:
         raise ValueError(
             f"{path}: holds no {SCORES}, no {metrics_log.FILE} of a run and no {MANIFEST} of generated media"
@@ -69,14 +70,23 @@ def find_results(path: Path, name: str) -> RunResults:
     return RunResults(name, run_dir, videos if videos and (videos / MANIFEST).is_file() else None, scores)
 
 
+def _recorded(recorded: Any, folder: Path, file: str) -> Path | None:
+    """A folder, known by the `file` in it, that results in `folder` name; None if it is not there.
+
+    The path may be relative to another working directory than this one, which then is most often above `folder`.
+    """
+    bases = (Path(), *folder.resolve().parents) if isinstance(recorded, str) else ()
+    return next((base / recorded for base in bases if (base / recorded / file).is_file()), None)
+
+
 def _read_scores(path: Path) -> dict[str, Any] | None:
     return read_json(path, ScoresFile) if path.is_file() else None
 
 
-def _run_of(text: Any) -> Path | None:
-    """The run directory of a path that may be one of its checkpoints; None if it is not there."""
-    path = Path(text) if isinstance(text, str) else None
-    return next((p for p in (path, path.parent) if (p / metrics_log.FILE).is_file()), None) if path else None
+def _run_of(recorded: Any, folder: Path) -> Path | None:
+    """The run directory of a recorded path, which may be that of a checkpoint; None if it is not there."""
+    found = _recorded(recorded, folder, metrics_log.FILE)
+    return found or (_recorded(str(Path(recorded).parent), folder, metrics_log.FILE) if recorded else None)
 
 
 def _if_there(path: Path) -> Path | None:
@@ -154,7 +164,7 @@ def comparison_curves(curves: Sequence[Curve], dark: bool = False) -> bytes:
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(shared), sharey=True, squeeze=False)[0]
     for axes, axis in zip(panels, shared, strict=True):
-        for curve, colour in zip(curves, colours * len(curves), strict=False):
+        for curve, colour in zip(curves, itertools.cycle(colours)):
             x = curve.axes[axis]
             smoothed = smooth(curve.loss, max(1, len(curve.loss) // 50))
             axes.plot(x, smoothed, color=colour, linewidth=1.4, label=curve.name)

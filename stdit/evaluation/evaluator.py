@@ -1,6 +1,6 @@
 """Metrics of a folder of generated clips: class accuracy, direction accuracy, distances to real clips.
 
-    prompts = held_out_prompts(manifest, 100, Bucket(frames=8, height=16, width=16))
+    prompts = validation_prompts(manifest, 100, Bucket(frames=8, height=16, width=16))
     …                                              # stdit.generate them into the folder `videos`
     metrics = evaluate_videos(videos, manifest, cache=folder)
 
@@ -36,8 +36,8 @@ from stdit.evaluation.classifier import (
     train_classifier,
 )
 from stdit.evaluation.generated import GeneratedClip, fingerprint_videos, read_generated, sampling_protocol
-from stdit.evaluation.held_out import check_columns, class_of, direction_of, load_clips, load_frame, select
 from stdit.evaluation.metrics import accuracy, confusion_matrix, frechet_distance, kernel_distance
+from stdit.evaluation.validation_clips import check_columns, class_of, direction_of, load_clips, load_frame, select
 from stdit.files import atomic_write, seal
 
 # Incremented when the metrics of the same clips change, which invalidates metrics and classifiers on disk.
@@ -47,7 +47,10 @@ METRICS = "metrics.json"
 
 @dataclass(frozen=True)
 class Predictions:
-    """Clips of one shape with their requested (None: not conditioned) and predicted classes and directions."""
+    """Clips of one shape with their requested (None: not conditioned) and predicted classes and directions.
+
+    Without a classifier there are no classes, requested or predicted.
+    """
 
     frames: list[Frames]
     classes: list[str | None]
@@ -65,8 +68,7 @@ class Predictions:
         }
         found: dict[str, Any] = {"intervals": {}, "counts": {}, "confusion": {}}
         for name, (requested, predicted) in pairs.items():
-            # Without a classifier there are no predicted classes, and none is requested.
-            both = [(r, p) for r, p in zip(requested, predicted, strict=False) if r is not None]
+            both = [(r, p) for r, p in zip(requested, predicted, strict=True) if r is not None]
             found["counts"][name] = len(both)
             found[f"{name}_accuracy"] = found["intervals"][name] = found["confusion"][name] = None
             if not both:
@@ -230,7 +232,7 @@ def _predict(
     predicted = [direction(clip, config.min_motion) if len(clip) > 1 else NO_DIRECTION for clip in frames]
     directions = [d if len(clip) > 1 else None for d, clip in zip(directions, frames, strict=True)]
     if classifier is None:
-        return Predictions(frames, [None] * len(frames), directions, [], [], np.zeros((len(frames), 0)), predicted)
+        return Predictions(frames, [], directions, [], [], np.zeros((len(frames), 0)), predicted)
     output = classifier.predict(frames)
     return Predictions(frames, classes, directions, output.names, output.probabilities, output.features, predicted)
 

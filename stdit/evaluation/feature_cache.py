@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from stdit.evaluation.media_set import MediaSet, Medium
@@ -88,7 +89,14 @@ def compute_features(job: FeatureJob) -> None:
 
 
 def load_features(job: FeatureJob) -> dict[str, NDArray[np.float32]]:
-    """Rows of all media, (n, D) by name; only names that every chunk has."""
-    chunks = [load_file(job.file(n)) for n in range(-(-len(job.media) // CHUNK))]
+    """Rows of all media, (n, D) by name; only names that every chunk has. ValueError: a damaged file."""
+    chunks = [_load_chunk(job.file(n)) for n in range(-(-len(job.media) // CHUNK))]
     names = set.intersection(*(set(chunk) for chunk in chunks))
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in sorted(names)}
+
+
+def _load_chunk(file: Path) -> dict[str, NDArray[np.float32]]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: damaged ({error}); remove it, and its features are computed again") from error

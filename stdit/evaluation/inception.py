@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stdit.files import sha256
 from stdit.weights.state_dict import read_state_dict
 
 # First 8 hex digits of the file's SHA-256, which are part of its name.
@@ -203,8 +202,3 @@ def load_inception(path: Path) -> InceptionV3:
         )
     net.load_state_dict({**expected, **state})
     return net.eval().requires_grad_(False)
-
-
-def is_original(path: Path) -> bool:
-    """Whether the file is the one that defines FID."""
-    return sha256(path).startswith(ORIGINAL_SHA256)

@@ -63,7 +63,9 @@ class Network(ABC):
 
     @cached_property
     def sha256(self) -> str:
-        """Of the weights: a file's, or over a folder's config and safetensors."""
+        """Of the weights: a file's, or over a folder's config and safetensors; empty without weights."""
+        if self.path is None:
+            return ""
         if self.folder.is_file():
             return sha256(self.folder)
         files = sorted(p for p in self.folder.glob("*") if p.suffix in (".json", ".safetensors"))
@@ -80,8 +82,8 @@ class Network(ABC):
 
     def check(self) -> None:
         """NetworkError: weights that cannot be used. Loads nothing large."""
-        if not self.folder.exists():
-            raise MissingWeights(f"networks.{self.key}: {self.folder}: no such file or folder")
+        if self.path is not None and not self.path.exists():
+            raise MissingWeights(f"networks.{self.key}: {self.path}: no such file or folder")
 
     def limits(self, shape: tuple[int, int, int]) -> str | None:
         """Why it cannot take media of this shape (T, H, W); None: it can."""
@@ -97,13 +99,6 @@ class NoNetwork(Network):
 
     key = "none"
 
-    @property
-    def sha256(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return ""
-
-    def check(self) -> None:
-        pass
-
     def limits(self, shape: tuple[int, int, int]) -> str | None:
         return None if shape[0] >= 3 else f"of videos of 3 frames or more, these have {shape[0]}"
 
@@ -116,19 +111,28 @@ class NoNetwork(Network):
         return {measure.__name__: np.array([measure(frames)], np.float32) for measure in measures}
 
 
-class Inception(Network):
-    key = "inception"
-    resizing = "bilinear to 299x299 as TensorFlow 1, no antialiasing"
+class FileNetwork(Network):
+    """One published file of weights, known by its hash."""
+
+    expected_sha256 = ""  # or its beginning
+    known_as = ""
 
     def check(self) -> None:
         super().check()
         if not self.folder.is_file():
-            raise NetworkError(f"networks.inception: {self.folder}: expected a file")
-        if not self.sha256.startswith(ORIGINAL_SHA256):
+            raise NetworkError(f"networks.{self.key}: {self.folder}: expected a file")
+        if not self.sha256.startswith(self.expected_sha256):
             raise NetworkError(
-                f"networks.inception: {self.folder} has SHA-256 {self.sha256[:8]}…, the weights that define FID, KID and the "
-                f"Inception Score {ORIGINAL_SHA256}… (pt_inception-2015-12-05-{ORIGINAL_SHA256}.pth)"
+                f"networks.{self.key}: {self.folder} has SHA-256 {self.sha256[:16]}…; {self.known_as} has "
+                f"{self.expected_sha256[:16]}…"
             )
+
+
+class Inception(FileNetwork):
+    key = "inception"
+    resizing = "bilinear to 299x299 as TensorFlow 1, no antialiasing"
+    expected_sha256 = ORIGINAL_SHA256
+    known_as = f"pt_inception-2015-12-05-{ORIGINAL_SHA256}.pth, which defines FID, KID and the Inception Score,"
 
     def limits(self, shape: tuple[int, int, int]) -> str | None:
         return _images_only(shape)
@@ -148,8 +152,10 @@ class Inception(Network):
 
 
 class TransformersNetwork(Network):
-    """A folder of transformers. expected: keys of its config.json that define the score, "a.b" for a nested one."""
+    """A folder of transformers. architecture: its class there; expected: keys of its config.json that define the score, "a.b"
+    for a nested one."""
 
+    architecture = ""
     expected: dict[str, Any] = {}  # noqa: RUF012 (of the class)
     known_as = ""
 
@@ -181,34 +187,28 @@ class TransformersNetwork(Network):
                     f"networks.{self.key}: {self.folder}/config.json: {key} is {found!r}; {known_as} has {value!r}"
                 )
 
-    def _load(self, name: str) -> Any:
+    @cached_property
+    def _net(self) -> Any:
         import transformers
 
         try:
-            model = getattr(transformers, name).from_pretrained(
+            model = getattr(transformers, self.architecture).from_pretrained(
                 self.folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise NetworkError(f"networks.{self.key}: {self.folder}: {error}") from error
         return model.eval().requires_grad_(False).to(self.device)
 
-    @cached_property
-    def _net(self) -> Any:
-        raise NotImplementedError
-
 
 class DinoV2(TransformersNetwork):
     key = "dinov2"
+    architecture = "Dinov2Model"
     resizing = "Pillow bicubic to 224x224 in 8 bits, as dgm-eval"
     known_as = "DINOv2 ViT-L/14, which defines FD-DINOv2,"
     expected = {"model_type": "dinov2", "hidden_size": 1024, "num_hidden_layers": 24, "patch_size": 14}  # noqa: RUF012
 
     def limits(self, shape: tuple[int, int, int]) -> str | None:
         return _images_only(shape)
-
-    @cached_property
-    def _net(self) -> Any:
-        return self._load("Dinov2Model")
 
     @torch.no_grad()
     def rows(self, frames: Frames, prompt: str | None) -> Rows:
@@ -221,6 +221,7 @@ class Clip(TransformersNetwork):
     """CLIP score (any CLIP; its hash is in the protocol), and the frame features of VBench's background consistency."""
 
     key = "clip"
+    architecture = "CLIPModel"
     resizing = (
         "score: Pillow bicubic, shorter side to the model's size, centre crop; consistency: bicubic, no antialiasing"
     )
@@ -228,10 +229,6 @@ class Clip(TransformersNetwork):
     known_as = "CLIP"
     # VBench's: ViT-B/32.
     vbench = {"vision_config.patch_size": 32, "vision_config.hidden_size": 768}  # noqa: RUF012
-
-    @cached_property
-    def _net(self) -> Any:
-        return self._load("CLIPModel")
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -272,16 +269,13 @@ class Dino(TransformersNetwork):
     """VBench's subject consistency."""
 
     key = "dino"
+    architecture = "ViTModel"
     resizing = "bilinear, shorter side to 224, no antialiasing, as VBench"
     known_as = "DINO ViT-B/16, which defines VBench's subject consistency,"
     expected = {"model_type": "vit", "hidden_size": 768, "num_hidden_layers": 12, "patch_size": 16}  # noqa: RUF012
 
     def limits(self, shape: tuple[int, int, int]) -> str | None:
         return _videos_only(shape)
-
-    @cached_property
-    def _net(self) -> Any:
-        return self._load("ViTModel")
 
     @torch.no_grad()
     def rows(self, frames: Frames, prompt: str | None) -> Rows:
@@ -290,25 +284,13 @@ class Dino(TransformersNetwork):
         return {"consistency": _consistency(states[:, 0])}
 
 
-# Of i3d_torchscript.pt, 51,235,320 bytes.
-I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
-
-
-class I3D(Network):
+class I3D(FileNetwork):
     """FVD's network: i3d_torchscript.pt of StyleGAN-V, which resizes to 224 and rescales by itself."""
 
     key = "i3d"
     resizing = "by i3d_torchscript.pt itself: bilinear to 224x224"
-
-    def check(self) -> None:
-        super().check()
-        if not self.folder.is_file():
-            raise NetworkError(f"networks.i3d: {self.folder}: expected a file")
-        if self.sha256 != I3D_SHA256:
-            raise NetworkError(
-                f"networks.i3d: {self.folder} has SHA-256 {self.sha256[:16]}…, i3d_torchscript.pt, which defines FVD here, "
-                f"{I3D_SHA256[:16]}…"
-            )
+    expected_sha256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"  # of 51,235,320 bytes
+    known_as = "i3d_torchscript.pt, which defines FVD,"
 
     @property
     def width(self) -> int:
@@ -341,6 +323,7 @@ class I3D(Network):
 
 class VideoMAE(TransformersNetwork):
     key = "videomae"
+    architecture = "VideoMAEModel"
     resizing = "16 frames evenly spaced; Pillow bilinear, shorter side to 224, centre crop"
     expected = {"model_type": "videomae"}  # noqa: RUF012
     known_as = "VideoMAE"
@@ -348,10 +331,6 @@ class VideoMAE(TransformersNetwork):
     def limits(self, shape: tuple[int, int, int]) -> str | None:
         count = int(self.config.get("num_frames", 16))
         return None if shape[0] >= count else f"this VideoMAE takes {count} frames, these have {shape[0]}"
-
-    @cached_property
-    def _net(self) -> Any:
-        return self._load("VideoMAEModel")
 
     @torch.no_grad()
     def rows(self, frames: Frames, prompt: str | None) -> Rows:
@@ -362,6 +341,7 @@ class VideoMAE(TransformersNetwork):
 
 class VJEPA2(TransformersNetwork):
     key = "vjepa2"
+    architecture = "VJEPA2Model"
     resizing = (
         "at most frames_per_clip frames, evenly spaced; Pillow bilinear, shorter side to the model's size, centre crop"
     )
@@ -371,10 +351,6 @@ class VJEPA2(TransformersNetwork):
     def limits(self, shape: tuple[int, int, int]) -> str | None:
         least = int(self.config.get("tubelet_size", 2))
         return None if shape[0] >= least else f"V-JEPA 2 takes {least} frames or more, these have {shape[0]}"
-
-    @cached_property
-    def _net(self) -> Any:
-        return self._load("VJEPA2Model")
 
     @torch.no_grad()
     def rows(self, frames: Frames, prompt: str | None) -> Rows:
@@ -391,11 +367,8 @@ NETWORKS: dict[str, type[Network]] = {
 
 def find_network(key: str, paths: NetworkPaths, device: str = "cpu") -> Network:
     """MissingWeights: no path, or nothing there. NetworkError: other weights than the ones that define its scores."""
-    path = {
-        "inception": paths.inception, "dinov2": paths.dinov2, "clip": paths.clip, "dino": paths.dino, "i3d": paths.i3d,
-        "videomae": paths.videomae, "vjepa2": paths.vjepa2,
-    }.get(key)  # fmt: skip
-    if path is None and key != "none":
+    path = None if key == NoNetwork.key else getattr(paths, key)
+    if path is None and key != NoNetwork.key:
         raise MissingWeights(f"no weights: networks.{key} is not set")
     network = NETWORKS[key](path, device)
     network.check()

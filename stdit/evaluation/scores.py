@@ -31,21 +31,24 @@ from stdit.evaluation.networks import Clip, MissingWeights, Network, NetworkErro
 from stdit.files import atomic_write
 
 SCORES = "scores.json"
+# Behind a score: which values are better.
+ARROWS = {"lower": "↓", "higher": "↑", None: ""}
 # Incremented when scores of the same features change.
 VERSION = 1
 Kind = Literal["frechet", "kernel", "precision", "recall", "inception_score", "mean", "accuracy"]
+Better = Literal["lower", "higher"] | None
 Compute = Callable[[FeatureJob], None]
 Features = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class ScoreSpec:
-    """How a score is computed: from which network's rows, and whether a lower one is better. note: what else to know."""
+    """How a score is computed: from which network's rows, and which are better (None: neither). note: what else to know."""
 
     kind: Kind
     network: str
     rows: str = "features"
-    better: Literal["lower", "higher"] = "higher"
+    better: Better = "higher"
     note: str = ""
 
     @property
@@ -80,7 +83,9 @@ SPECS: dict[str, ScoreSpec] = {
     "vbench_subject_consistency": ScoreSpec("mean", "dino", "consistency"),
     "vbench_background_consistency": ScoreSpec("mean", "clip", "consistency"),
     "linear_motion_smoothness": ScoreSpec("mean", "none", "linear_motion_smoothness", note="not VBench's"),
-    "vmaf_motion": ScoreSpec("mean", "none", "vmaf_motion", note="not VBench's dynamic degree"),
+    "vmaf_motion": ScoreSpec(
+        "mean", "none", "vmaf_motion", better=None, note="how much moves; not VBench's dynamic degree"
+    ),
     "class_accuracy": ScoreSpec("accuracy", "classifier", note="classifier trained on the reference's manifest"),
     "direction_accuracy": ScoreSpec("accuracy", "classifier", note="of the foreground's centroid"),
 }
@@ -91,7 +96,7 @@ class ScoreEntry(FileSchema):
 
     value: float
     interval: tuple[float, float]
-    better: Literal["lower", "higher"]
+    better: Better
     notes: list[str]
     protocol: dict[str, Any]
 
@@ -456,8 +461,9 @@ def scores_table(result: Mapping[str, Any]) -> str:
     width = max([len(name) for name in result["scores"]] or [0])
     for name, score in result["scores"].items():
         low, high = score["interval"]
-        arrow = "↓" if score["better"] == "lower" else "↑"
-        lines.append(f"{name:<{width}}  {score['value']:.5g} [{low:.5g}, {high:.5g}] {arrow}")
+        lines.append(
+            f"{name:<{width}}  {score['value']:.5g} [{low:.5g}, {high:.5g}] {ARROWS[score['better']]}".rstrip()
+        )
         lines += [f"{'':<{width}}    {note}" for note in score["notes"]]
     lines += [f"warning: {text}" for text in result["warnings"]]
     reasons: dict[str, list[str]] = {}

@@ -119,7 +119,7 @@ def make_server(ballot: Ballot, votes: Path, port: int, voter: str = "") -> Thre
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
-            pass
+            """Requests are not logged."""
 
     votes.parent.mkdir(parents=True, exist_ok=True)
     return ThreadingHTTPServer(("127.0.0.1", port), Handler)

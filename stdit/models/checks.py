@@ -89,7 +89,7 @@ def check_latents(settings: ModelConfig, latents: Tensor, name: str = "hidden_st
 def _check_grid(settings: ModelConfig, grid: Grid, name: str) -> None:
     """Limits of position tables, attention windows and key/value compression."""
     t, h, w = grid
-    for axis, size, most in zip(("height", "width"), (h, w), settings.position_grid or (), strict=False):
+    for axis, size, most in zip(("height", "width"), (h, w), settings.position_grid or (h, w), strict=True):
         if size > most:
             raise ValueError(f"{name}: {axis} of {size} patches; the position table (position_grid) has {most}")
     learned_time = settings.has_time and settings.time_positions == "learned"

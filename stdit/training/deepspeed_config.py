@@ -81,6 +81,18 @@ def make_deepspeed_config(train: TrainConfig, parameters: int, device: str) -> d
     return merge(generated, read_override(train, generated))
 
 
+def offloads(train: TrainConfig) -> bool:
+    """Whether DeepSpeed keeps weights or optimizer state in the host's memory or on its disk. ConfigError: see `read_override`."""
+    if train.deepspeed is None:
+        return False
+    zero = make_deepspeed_config(train, 1, "cuda")["zero_optimization"]
+    set_accelerator()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    parsed = DeepSpeedZeroConfig(**zero)  # also reads the older cpu_offload
+    return any(part is not None and part.device != "none" for part in (parsed.offload_param, parsed.offload_optimizer))
+
+
 def read_override(train: TrainConfig, generated: dict[str, Any]) -> dict[str, Any]:
     """The user's DeepSpeed JSON (`train.deepspeed`), checked; "auto" values are dropped, so that `generated` sets them.
 

@@ -17,6 +17,7 @@ from diffusers.models.attention_dispatch import (
 from stdit.config import Config, ConfigError, TrainBucket, TrainConfig, token_grid
 from stdit.models.attention import AttentionProcessor
 from stdit.models.cost import ModelCost, model_cost, parameter_count
+from stdit.training.deepspeed_config import offloads
 
 # Where the kernel says how much memory a container may take (cgroups 2 and 1).
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -98,8 +99,7 @@ def _check_memory(
 
     Not counted: adapters and control branches with their activations; what `train.compile` recomputes.
     """
-    offloads = "offload" in str(config.train.deepspeed)
-    on_host = device.type == "cpu" or offloads
+    on_host = device.type == "cpu" or offloads(config.train)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if on_host else 1
     available = _host_memory() if on_host else torch.cuda.get_device_properties(device).total_memory
     parameters = parameter_count(config.model)

@@ -49,7 +49,9 @@ def words(command: str) -> str:
 
 @pytest.mark.parametrize("path", YAML, ids=lambda p: str(p.relative_to(CLUSTER)))
 def test_every_yaml_parses(path: Path) -> None:
-    assert all(isinstance(document, dict) for document in load(path))
+    documents = load(path)
+    assert documents
+    assert all(isinstance(document, dict) for document in documents)
 
 
 @pytest.mark.parametrize("path", sorted((CLUSTER / "ray").iterdir()), ids=lambda p: p.name)
@@ -57,7 +59,9 @@ def test_the_autoscaler_accepts_its_yaml(path: Path) -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     (config,) = load(path)
-    validate_config(prepare_config(config))
+    prepared = prepare_config(config)
+    validate_config(prepared)
+    assert prepared["head_node_type"] in prepared["available_node_types"]
 
 
 @pytest.mark.parametrize("path", sorted((CLUSTER / "ray").iterdir()), ids=lambda p: p.name)
@@ -164,7 +168,8 @@ def test_the_image_has_every_room_that_runs() -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
 def test_scripts_parse(script: Path) -> None:
-    subprocess.run(["bash", "-n", script], check=True)
+    found = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)

@@ -30,7 +30,8 @@ def test_every_key_has_a_meaning(section: type[BaseModel]) -> None:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_example_is_valid(name: str) -> None:
-    validate(yaml.safe_load(EXAMPLES[name]), SECTIONS[name], name)
+    example = yaml.safe_load(EXAMPLES[name])
+    assert validate(example, SECTIONS[name], name).model_fields_set == set(example)
 
 
 def kind_of(path: Path) -> str:

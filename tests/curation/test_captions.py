@@ -155,9 +155,12 @@ def test_a_server_that_stays_broken_is_a_passing_failure_with_a_reason() -> None
     assert ask("http://127.0.0.1:9/v1")[0].reason.startswith("server: ConnectionError")
 
 
-def test_a_request_that_is_refused_is_not_repeated() -> None:
-    with server(lambda number, body: (400, b"too many images", {})) as (url, seen):
-        assert ask(url) == [Failed("server: 400: too many images")]
+@pytest.mark.parametrize(("status", "passing"), [(400, False), (413, False), (401, True), (404, True)])
+def test_a_request_that_is_refused_is_not_repeated_but_in_the_next_run_if_the_clip_is_not_to_blame(
+    status: int, passing: bool
+) -> None:
+    with server(lambda number, body: (status, b"no", {})) as (url, seen):
+        assert ask(url) == [Failed(f"server: {status}: no", passing)]
     assert len(seen) == 1
 
 

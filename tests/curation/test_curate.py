@@ -121,7 +121,9 @@ def test_another_threshold_computes_nothing_again(curated: CurateConfig, tmp_pat
 
 def test_other_lengths_of_clips_open_no_file_again(curated: CurateConfig, tmp_path: Path) -> None:
     cuts = curated.cuts.model_copy(update={"max_seconds": 2.0})
-    run(copy(curated, tmp_path / "out", cuts=cuts, captions=()), no_work)
+    shorter = copy(curated, tmp_path / "out", cuts=cuts, captions=())
+    run(shorter, no_work)
+    assert max(row["frames"] for row in rows(shorter)) < max(row["frames"] for row in rows(curated))
 
 
 def test_four_workers_agree_with_one_exactly(films: Films, curated: CurateConfig, tmp_path: Path) -> None:
@@ -325,6 +327,10 @@ def test_a_users_scorer_is_named_and_one_that_raises_harms_its_score_alone(
         ({"filters": (Where(column="beauty", at_least=1),)}, "no column 'beauty'"),
         ({"scorers": (ScorerConfig(name="x", function="stdit.nothing:here"),)}, "cannot be imported"),
         (
+            {"scorers": (ScorerConfig(name="x", function="stdit.curation.clips:median", settings={"a": 1}),)},
+            "x: settings are for a class; stdit.curation.clips:median is a function",
+        ),
+        (
             {
                 "scorers": (
                     ScorerConfig(
@@ -352,7 +358,7 @@ def test_settings_that_cannot_be_met_are_named(
     changes: dict[str, Any], message: str, curated: CurateConfig, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        run(copy(curated, tmp_path / "out", **changes))
+        run(copy(curated, tmp_path / "out", **changes), no_work)
 
 
 def test_two_curations_in_one_folder_are_refused(films: Films, curated: CurateConfig, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from stdit.config import CutsConfig
 from stdit.curation.analysis import Analysis, analyse
 from stdit.curation.footage import Detection, compare, make_film
-from stdit.curation.transitions import find_transitions
+from stdit.curation.transitions import Transition, find_transitions, shots
 from stdit.media import write_video
 from tests.support.videos import encode, smooth
 
@@ -77,3 +77,20 @@ def test_other_formats_are_analysed(name: str, codec: str, pixels: str, tmp_path
     found = analyse(encode(tmp_path / name, smooth(30, 50, 66), codec, pixels))
     assert found.segments == [(0, 30)]
     assert (found.height, found.width) == (50, 66)
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        (None, [(0, 40, False, True), (50, 100, True, False)]),
+        ((45, 90), [(50, 90, True, False)]),
+        ((10, 45), [(10, 40, False, True)]),
+        ((42, 48), []),
+        ((50, 90), [(50, 90, False, False)]),
+    ],
+)
+def test_limits_within_a_dissolve_leave_its_frames_out(
+    limits: tuple[int, int] | None, expected: list[tuple[int, int, bool, bool]]
+) -> None:
+    analysis = Analysis(24.0, 8, 8, 100, segments=[(0, 100)])
+    assert shots(analysis, [Transition(40, 50, "dissolve")], limits) == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -105,3 +106,33 @@ def test_without_shares_the_original_captions_are_read(features: FeatureSet) -> 
 def test_a_caption_that_was_not_extracted_is_an_error(features: FeatureSet) -> None:
     with pytest.raises(ConfigError, match="no captions motion; it has original, dense, short"):
         loader(features, {"motion": 1.0})
+
+
+def test_a_caption_that_a_clip_lacks_is_named(features: FeatureSet) -> None:
+    with pytest.raises(KeyError, match="sample 0 has no caption 'dense'"):
+        features.sample(0, "dense")
+
+
+def test_all_captions_are_read_once_to_verify_them_and_then_the_one_asked_for(
+    features: FeatureSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, read = FeatureSet(features.path), []
+
+    class Recorded:
+        def __init__(self, shard: Any) -> None:
+            self.shard = shard
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            read.append(name)
+            return self.shard.get_tensor(name)
+
+    shard = own._shard
+    monkeypatch.setattr(own, "_shard", lambda number: Recorded(shard(number)))
+    first = own.sample(3, "dense").text
+    assert sorted(read) == ["3.mean", "3.text", "3.text.dense", "3.text.short"]
+    read.clear()
+    again = own.sample(3, "dense").text
+    assert sorted(read) == ["3.mean", "3.text.dense"]
+    assert first is not None
+    assert again is not None
+    assert torch.equal(first, again)

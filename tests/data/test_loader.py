@@ -126,7 +126,7 @@ def test_it_goes_on_where_it_stood_with_another_number_of_ranks_too() -> None:
     assert [ids(s) for s in islice(iter(resumed), 7)] == [ids(s) for s in steps[5:]]
     halves = data((2, 1.0), (1, 1.0))
     pair = [Loader(Numbered(*counts), halves, 3, r, 2, position=steps[4].position) for r in (0, 1)]
-    for expected, *found in zip(steps[5:], *map(iter, pair), strict=False):
+    for expected, *found in zip(steps[5:], *(islice(iter(loader), 7) for loader in pair), strict=True):
         assert ids(found[0]) + ids(found[1]) == ids(expected)
 
 

@@ -12,7 +12,7 @@ import pytest
 from stdit.config import Bucket, EvaluationConfig
 from stdit.data.manifest import ManifestError
 from stdit.evaluation.evaluator import evaluate_videos
-from stdit.evaluation.held_out import held_out_prompts, load_clip, select, write_prompts
+from stdit.evaluation.validation_clips import load_clip, select, validation_prompts, write_prompts
 from tests.support.shapes_dataset import SHAPES, STEPS, save_generated, wandering
 
 CLIP, IMAGE = Bucket(frames=4, height=16, width=16), Bucket(frames=1, height=16, width=16)
@@ -26,7 +26,7 @@ def perfect_samples(rows: list[dict], shape: Bucket, seed: int = 9) -> list[np.n
 
 
 def test_real_clips_are_classified_right(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
-    rows = held_out_prompts(manifest, 24, CLIP, 0, settings_for_shapes)
+    rows = validation_prompts(manifest, 24, CLIP, 0, settings_for_shapes)
     videos = save_generated(tmp_path / "v", rows, perfect_samples(rows, CLIP), **PROTOCOL)
     metrics = evaluate_videos(videos, manifest, settings_for_shapes, cache)
     assert metrics["class_accuracy"] == metrics["direction_accuracy"] == 1.0
@@ -43,7 +43,7 @@ def test_real_clips_are_classified_right(manifest, settings_for_shapes, cache, t
 
 
 def test_clips_other_than_requested_are_counted_as_wrong(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
-    rows = held_out_prompts(manifest, 24, CLIP, 0, settings_for_shapes)
+    rows = validation_prompts(manifest, 24, CLIP, 0, settings_for_shapes)
     turned = {"left": "up", "up": "right", "right": "down", "down": "left"}
     following = dict(zip(SHAPES, SHAPES[1:] + SHAPES[:1], strict=True))
     wrong = [row | {"class": following[row["class"]], "direction": turned[row["direction"]]} for row in rows]
@@ -61,7 +61,7 @@ def test_clips_other_than_requested_are_counted_as_wrong(manifest, settings_for_
 
 
 def test_noise_is_farther_from_real_clips_than_clips_are(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
-    rows = held_out_prompts(manifest, 24, CLIP, 0, settings_for_shapes)
+    rows = validation_prompts(manifest, 24, CLIP, 0, settings_for_shapes)
     noise = [np.random.default_rng(i).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8) for i in range(24)]
     good = evaluate_videos(
         save_generated(tmp_path / "a", rows, perfect_samples(rows, CLIP)), manifest, settings_for_shapes, cache
@@ -72,7 +72,7 @@ def test_noise_is_farther_from_real_clips_than_clips_are(manifest, settings_for_
 
 
 def test_images_have_no_direction(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
-    rows = held_out_prompts(manifest, 12, IMAGE, 0, settings_for_shapes)
+    rows = validation_prompts(manifest, 12, IMAGE, 0, settings_for_shapes)
     assert all(row["direction"] is None for row in rows)
     metrics = evaluate_videos(
         save_generated(tmp_path / "v", rows, perfect_samples(rows, IMAGE)), manifest, settings_for_shapes, cache
@@ -85,7 +85,7 @@ def test_images_have_no_direction(manifest, settings_for_shapes, cache, tmp_path
 
 def test_a_manifest_without_the_columns_has_no_such_metrics(manifest, tmp_path: Path) -> None:
     config = EvaluationConfig(direction_column=None)  # `class` is no column of this manifest.
-    rows = held_out_prompts(manifest, 6, CLIP, 0, config)
+    rows = validation_prompts(manifest, 6, CLIP, 0, config)
     assert all(row["class"] is None and row["direction"] is None for row in rows)
     rng = np.random.default_rng(0)
     clips = [wandering("bar", 16, 4, "up", rng) for _ in rows]
@@ -96,7 +96,7 @@ def test_a_manifest_without_the_columns_has_no_such_metrics(manifest, tmp_path: 
 
 
 def test_metrics_carry_their_protocol(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
-    rows = held_out_prompts(manifest, 6, CLIP, 5, settings_for_shapes)
+    rows = validation_prompts(manifest, 6, CLIP, 5, settings_for_shapes)
     metrics = evaluate_videos(
         save_generated(tmp_path / "v", rows, perfect_samples(rows, CLIP), **PROTOCOL),
         manifest,
@@ -115,7 +115,7 @@ def test_metrics_carry_their_protocol(manifest, settings_for_shapes, cache, tmp_
 def test_a_second_call_does_nothing_until_something_changes(
     manifest, settings_for_shapes, cache, tmp_path: Path
 ) -> None:
-    rows = held_out_prompts(manifest, 6, CLIP, 0, settings_for_shapes)
+    rows = validation_prompts(manifest, 6, CLIP, 0, settings_for_shapes)
     videos = save_generated(tmp_path / "v", rows, perfect_samples(rows, CLIP))
     first = evaluate_videos(videos, manifest, settings_for_shapes, cache)
     written = (videos / "metrics.json").stat().st_mtime_ns
@@ -131,7 +131,7 @@ def test_a_second_call_does_nothing_until_something_changes(
 
 
 def test_a_video_generated_again_is_measured_again(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
-    rows = held_out_prompts(manifest, 6, CLIP, 0, settings_for_shapes)
+    rows = validation_prompts(manifest, 6, CLIP, 0, settings_for_shapes)
     videos = save_generated(tmp_path / "v", rows, perfect_samples(rows, CLIP))
     assert evaluate_videos(videos, manifest, settings_for_shapes, cache)["class_accuracy"] == 1.0
     save_generated(
@@ -141,7 +141,7 @@ def test_a_video_generated_again_is_measured_again(manifest, settings_for_shapes
 
 
 def test_a_failed_prompt_is_counted_and_stops_nothing(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
-    rows = held_out_prompts(manifest, 6, CLIP, 0, settings_for_shapes)
+    rows = validation_prompts(manifest, 6, CLIP, 0, settings_for_shapes)
     clips = [*perfect_samples(rows, CLIP)[:5], None]
     metrics = evaluate_videos(save_generated(tmp_path / "v", rows, clips), manifest, settings_for_shapes, cache)
     assert (metrics["counts"]["generated"], metrics["counts"]["failed"]) == (5, 1)
@@ -152,17 +152,17 @@ def test_a_failed_prompt_is_counted_and_stops_nothing(manifest, settings_for_sha
 
 
 def test_prompts_are_held_out_captions_of_the_shape_evenly_spread(manifest, settings_for_shapes) -> None:
-    rows = held_out_prompts(manifest, 24, CLIP, 0, settings_for_shapes)
+    rows = validation_prompts(manifest, 24, CLIP, 0, settings_for_shapes)
     assert Counter((r["class"], r["direction"]) for r in rows) == {(s, d): 2 for s in SHAPES for d in STEPS}
     assert all(r["prompt"] == f"a {r['class']} goes {r['direction']}" for r in rows)
     assert len({r["seed"] for r in rows}) == 24
-    assert rows == held_out_prompts(manifest, 24, CLIP, 0, settings_for_shapes)
-    other = held_out_prompts(manifest, 24, CLIP, 1, settings_for_shapes)
+    assert rows == validation_prompts(manifest, 24, CLIP, 0, settings_for_shapes)
+    other = validation_prompts(manifest, 24, CLIP, 1, settings_for_shapes)
     assert [r["prompt"] for r in rows] != [r["prompt"] for r in other]
 
 
 def test_more_prompts_than_captions_come_again_with_other_seeds(manifest, settings_for_shapes) -> None:
-    rows = held_out_prompts(manifest, 100, IMAGE, 0, settings_for_shapes)
+    rows = validation_prompts(manifest, 100, IMAGE, 0, settings_for_shapes)
     assert len(rows) == len({r["seed"] for r in rows}) == 100
 
 
@@ -179,7 +179,7 @@ def test_larger_clips_fill_up_the_count_and_are_cropped(manifest, settings_for_s
 
 def test_a_shape_that_no_clip_covers_is_an_error(manifest, settings_for_shapes) -> None:
     with pytest.raises(ManifestError, match="can be cropped to, 4x64x64"):
-        held_out_prompts(manifest, 4, Bucket(frames=4, height=64, width=64), 0, settings_for_shapes)
+        validation_prompts(manifest, 4, Bucket(frames=4, height=64, width=64), 0, settings_for_shapes)
 
 
 def test_prompts_already_written_are_left_alone(tmp_path: Path) -> None:
@@ -200,13 +200,13 @@ def test_a_folder_that_generate_did_not_write_is_an_error(manifest, tmp_path: Pa
 
 
 def test_a_folder_where_every_prompt_failed_is_an_error(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
-    rows = held_out_prompts(manifest, 2, CLIP, 0, settings_for_shapes)
+    rows = validation_prompts(manifest, 2, CLIP, 0, settings_for_shapes)
     with pytest.raises(ValueError, match="no clip was generated, 2 failed: .*boom"):
         evaluate_videos(save_generated(tmp_path / "v", rows, [None, None]), manifest, settings_for_shapes, cache)
 
 
 def test_clips_of_two_shapes_are_an_error(manifest, settings_for_shapes, cache, tmp_path: Path) -> None:
-    rows = held_out_prompts(manifest, 2, CLIP, 0, settings_for_shapes)
+    rows = validation_prompts(manifest, 2, CLIP, 0, settings_for_shapes)
     clips = [perfect_samples(rows, CLIP)[0], perfect_samples(rows, IMAGE)[1]]
     with pytest.raises(ValueError, match=r"clips of 2 shapes .* \[\(1, 16, 16\), \(4, 16, 16\)\]"):
         evaluate_videos(save_generated(tmp_path / "v", rows, clips), manifest, settings_for_shapes, cache)
@@ -215,7 +215,7 @@ def test_clips_of_two_shapes_are_an_error(manifest, settings_for_shapes, cache, 
 def test_a_damaged_generated_clip_is_an_error_that_names_it(
     manifest, settings_for_shapes, cache, tmp_path: Path
 ) -> None:
-    rows = held_out_prompts(manifest, 2, CLIP, 0, settings_for_shapes)
+    rows = validation_prompts(manifest, 2, CLIP, 0, settings_for_shapes)
     videos = save_generated(tmp_path / "v", rows, perfect_samples(rows, CLIP))
     (videos / "0001.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"0001\.png.*generate it again"):
@@ -224,9 +224,9 @@ def test_a_damaged_generated_clip_is_an_error_that_names_it(
 
 def test_a_column_that_is_not_there_is_an_error_with_those_that_are(manifest) -> None:
     with pytest.raises(ManifestError, match="class_column: no column 'clazz'; columns: .*shape"):
-        held_out_prompts(manifest, 2, CLIP, 0, EvaluationConfig(class_column="clazz"))
+        validation_prompts(manifest, 2, CLIP, 0, EvaluationConfig(class_column="clazz"))
 
 
 def test_a_word_that_is_no_direction_is_an_error(manifest) -> None:
     with pytest.raises(ManifestError, match="column 'shape' holds .* one of left, right, up, down"):
-        held_out_prompts(manifest, 2, CLIP, 0, EvaluationConfig(direction_column="shape"))
+        validation_prompts(manifest, 2, CLIP, 0, EvaluationConfig(direction_column="shape"))

@@ -11,7 +11,7 @@ from stdit.data.digits import DigitsOptions, Shape, make_digits
 from stdit.data.manifest import read
 from stdit.evaluation.classifier import direction
 from stdit.evaluation.evaluator import load_or_train_classifier
-from stdit.evaluation.held_out import class_of, direction_of, load_clip, select
+from stdit.evaluation.validation_clips import class_of, direction_of, load_clip, select
 
 SHAPES = (Shape(4, 12, 12, 8, 1), Shape(8, 16, 16, 8, 1))
 

@@ -70,7 +70,7 @@ def i3d(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def defines_fvd(i3d: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The random network in place of the one that defines FVD."""
-    monkeypatch.setattr(networks, "I3D_SHA256", sha256(i3d))
+    monkeypatch.setattr(networks.I3D, "expected_sha256", sha256(i3d))
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +182,14 @@ def test_features_are_computed_once_and_only_those_that_are_missing(score, tmp_p
     assert not calls
 
 
+def test_a_damaged_file_of_features_is_named(reference: Path, i3d: Path, tmp_path: Path) -> None:
+    job = FeatureJob(networks.I3D(i3d), open_generated(reference), tmp_path)
+    compute_features(job)
+    job.file(0).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=rf"{job.file(0).name}: damaged .*; remove it"):
+        load_features(job)
+
+
 def test_every_score_carries_its_protocol_and_interval(score, tmp_path: Path, i3d: Path) -> None:
     sampling = {
         "run": "runs/a",
@@ -245,12 +253,12 @@ def test_a_score_is_not_computed_with_another_network(tmp_path: Path, inception:
     result = evaluate_media(validate(data, EvaluateConfig, "test"))
     assert "refused: networks.inception" in result["skipped"]["inception_score"]
     assert not result["scores"]
-    with pytest.raises(ValueError, match=r"inception_score: networks\.inception: .* SHA-256 .* define FID"):
+    with pytest.raises(ValueError, match=r"inception_score: networks\.inception: .* SHA-256 .* defines FID"):
         evaluate_media(validate(data | {"scores": ["inception_score"]}, EvaluateConfig, "test"))
 
 
 def test_images_are_scored_by_inception_and_through_adms_files(tmp_path: Path, inception: Path, monkeypatch) -> None:
-    monkeypatch.setattr(networks, "ORIGINAL_SHA256", sha256(inception)[:8])
+    monkeypatch.setattr(networks.Inception, "expected_sha256", sha256(inception)[:8])
     real, made = save_images(tmp_path / "real", 0, 6), save_images(tmp_path / "made", 1, 5)
     data = {
         "generated": str(made), "reference": {"path": str(real)}, "out": str(tmp_path / "out"), "splits": 2, "bootstrap": 2,
@@ -280,8 +288,8 @@ def test_images_are_scored_by_inception_and_through_adms_files(tmp_path: Path, i
 
 
 def test_fvd_is_that_of_one_file_alone(score, monkeypatch) -> None:
-    monkeypatch.setattr(networks, "I3D_SHA256", "0" * 64)
-    assert re.search(r"refused: networks\.i3d: .* defines FVD here, 0000", score(clips(1, 3))["skipped"]["fvd"])
+    monkeypatch.setattr(networks.I3D, "expected_sha256", "0" * 64)
+    assert re.search(r"refused: networks\.i3d: .* defines FVD, has 0000", score(clips(1, 3))["skipped"]["fvd"])
     with pytest.raises(ValueError, match=r"fvd: networks\.i3d: .* has SHA-256"):
         score(clips(1, 3), "named", scores=["fvd"])
 
@@ -370,6 +378,8 @@ def test_the_command_names_what_is_wrong_and_exits_with_2(tmp_path: Path, capsys
     assert "scores.0" in capsys.readouterr().err
     assert evaluate_runs.main(["--config", str(config), "--manifest", "m.jsonl"]) == 2
     assert "--manifest is for --run" in capsys.readouterr().err
+    assert evaluate_runs.main(["--config", str(config), "--seed", "0"]) == 2
+    assert "--seed is for --run" in capsys.readouterr().err
     assert evaluate_runs.main([]) == 2
     assert "give --config, or --run" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

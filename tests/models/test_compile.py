@@ -173,7 +173,7 @@ def test_inductor_gives_the_same(tiny: Tiny, noise: Noise, name: str, monkeypatc
     expected = [model(**inputs(model, noise, bucket)).sample for bucket in BUCKETS[:3]]
     model.compile_repeated_blocks()
     with torch.no_grad():
-        for bucket, wanted in zip(BUCKETS, expected, strict=False):
+        for bucket, wanted in zip(BUCKETS[:3], expected, strict=True):
             torch.testing.assert_close(model(**inputs(model, noise, bucket)).sample, wanted)
     model(**inputs(model, noise, BUCKETS[1])).sample.square().mean().backward()
 

@@ -46,12 +46,6 @@ class Source:
 
     captions = ("original",)
 
-    def captions_of(self, id):
-        return self.captions
-
-    def sample(self, id, caption="original"):
-        raise AssertionError("a forecast reads no features")
-
 
 def test_steps_and_clips_are_counted_as_training_takes_them() -> None:
     found = forecast(stage(), Resources(workers=2), Source(), (1, 1, 1), 5)

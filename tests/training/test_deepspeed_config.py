@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from stdit.config import ConfigError, TrainConfig
-from stdit.training.deepspeed_config import ALLOWED, SET_BY_CONFIG, UNSUPPORTED, make_deepspeed_config
+from stdit.training.deepspeed_config import ALLOWED, SET_BY_CONFIG, UNSUPPORTED, make_deepspeed_config, offloads
 from tests.support.paths import ROOT
 
 
@@ -119,3 +119,23 @@ def test_every_key_on_our_lists_is_one_that_deepspeed_reads() -> None:
 def test_every_example_override_is_accepted(path: Path) -> None:
     stage = json.loads(path.read_text()).get("zero_optimization", {}).get("stage", 2)
     made(path, zero_stage=stage)
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (None, False),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, True),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, True),
+        ({"zero_optimization": {"cpu_offload": True}}, True),
+        ({"zero_optimization": {"offload_optimizer": {"device": "none"}}}, False),
+        ({"zero_optimization": {"offload_optimizer": "auto"}}, False),
+        ({"csv_monitor": {"enabled": True, "output_path": "offload"}}, False),
+    ],
+)
+def test_offloading_is_read_from_settings_and_from_a_file(raw: Any, expected: bool, tmp_path: Path) -> None:
+    assert offloads(TrainConfig(steps=1, zero_stage=3, deepspeed=raw)) is expected
+    if raw is not None:
+        file = tmp_path / "ds.json"
+        file.write_text(json.dumps(raw))
+        assert offloads(TrainConfig(steps=1, zero_stage=3, deepspeed=file)) is expected

@@ -1,4 +1,4 @@
-"""Held-out clips of a manifest: their captions are the prompts, their frames the reference of an evaluation."""
+"""Clips of the validation split: their captions are the prompts, their frames the reference of an evaluation."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _shape(clip: Clip) -> tuple[int, int, int] | None:
         return None
 
 
-def held_out_prompts(
+def validation_prompts(
     manifest: Path, count: int, shape: Bucket, seed: int = 0, config: EvaluationConfig | None = None
 ) -> list[dict[str, Any]]:
     """`count` captions of held-out clips of `shape` as prompts: prompt, class, direction (None for images), seed.
