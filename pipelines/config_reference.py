@@ -53,6 +53,7 @@ EXAMPLES: dict[str, str] = {
     "DynamicConfig": "{target_flops_ratio: 0.5, warmup_steps: 1000}",
     "ProfileConfig": "{start: 100, steps: 3}",
     "OptimizerConfig": "{learning_rate: 1.0e-4, warmup_steps: 1000, lr_schedule: cosine}",
+    "TokenRoutingConfig": "{share: 0.5, start: 2, end: 24}",
     "EMAConfig": "{decay: 0.999}",
     "ValidationConfig": "{every: 1000, samples: 256}",
     "SampleGridConfig": "{every: 1000, count: 8, sampler: {steps: 30}}",

@@ -64,7 +64,7 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
     from stdit.training.engine import init_distributed
     from stdit.training.inputs import Inputs
     from stdit.training.machine import check_machine
-    from stdit.training.optimizer import learning_rate
+    from stdit.training.optimizer import last_stable_step, learning_rate
     from stdit.training.performance import Performance, profiler
     from stdit.training.tracking import Tracker, is_due
     from stdit.training.validation import Validator
@@ -79,6 +79,8 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
     run_dir.check(config.run_dir)
     ranks, stop = init_distributed(config.train.sequence_parallel), Stop() if stop is None else stop
     steps, accumulation = config.train.steps, config.train.gradient_accumulation
+    wsd = config.train.optimizer.lr_schedule == "wsd"
+    last_stable = last_stable_step(config.train.optimizer, steps) if wsd else None
 
     with ExitStack() as stack:
         stack.enter_context(run_dir.lock(config, ranks))
@@ -136,7 +138,8 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
             skipped.check(step, last=step == steps)
 
             saved = None
-            if stops or step == steps or is_due(config.train.checkpoint_every, step, steps):
+            due = is_due(config.train.checkpoint_every, step, steps) or step == last_stable
+            if stops or step == steps or due:
                 with timed("checkpoint"), watchdog.saving():
                     saved = resume.save_checkpoint(engine, ema, config, data, state, ranks)
             if report and (logged or saved):
@@ -160,7 +163,7 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
 
 
 def prepare(model: Any, config: Config, device: torch.device, parallel: SequenceParallel | None = None) -> Any:
-    """Applies the run's settings to `model`: sequence parallelism, activation checkpointing, attention and matmul backends,
+    """Applies the run's settings to `model`: sequence parallelism, token routing, activation checkpointing, attention and matmul backends,
     compilation."""
     import torch
 
@@ -172,6 +175,7 @@ def prepare(model: Any, config: Config, device: torch.device, parallel: Sequence
     model.train()
     for part in submodels(model):
         part.set_sequence_parallel(parallel)
+        part.set_token_routing(config.train.token_routing)
         if config.train.activation_checkpointing:
             part.enable_gradient_checkpointing()
         if config.train.attention_backend:

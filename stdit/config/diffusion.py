@@ -57,12 +57,30 @@ class DiffusionConfig(Frozen):
     """Beta schedule (ddpm), by diffusers' names."""
     num_train_timesteps: Positive = 1000
     """Length of the noise schedule (ddpm)."""
+    min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
+    """ddpm: the noise's error is weighted by min(SNR, gamma) / SNR in training (Hang et al. 2023; they take 5). null: by 1."""
+    contrastive_weight: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """flow: contrastive flow matching (Stoica et al. 2025; they take 0.05). This times the distance to the velocity of another
+    sample of the micro-batch is subtracted from the training loss. 0: off."""
     label_dropout: Share = 0.1
     """Share of samples whose class label becomes the null class, for classifier-free guidance."""
     caption_dropout: Share = 0.1
     """Share of samples whose caption becomes the null caption (and label the null class), for classifier-free guidance."""
     frame_conditioning: FrameConditioningConfig = FrameConditioningConfig()
     """Training on clips with conditioning frames: image-to-video, extension, in-betweening."""
+
+    @model_validator(mode="after")
+    def _of_objective(self) -> DiffusionConfig:
+        if self.objective == "flow" and self.min_snr_gamma is not None:
+            raise ValueError(
+                f"min_snr_gamma {self.min_snr_gamma:g} weighs the error of predicted noise; objective flow predicts velocity, whose "
+                "timesteps time_sampling, logit_mean and flow_shift weigh"
+            )
+        if self.objective == "ddpm" and self.contrastive_weight:
+            raise ValueError(
+                f"contrastive_weight {self.contrastive_weight:g} belongs to objective flow; this objective is ddpm"
+            )
+        return self
 
 
 class SamplerConfig(Frozen):

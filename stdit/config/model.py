@@ -280,6 +280,24 @@ class ModelConfig(Frozen):
         if ranks > 1 and self.mlp == "conv3d":
             raise ValueError(f"sequence_parallel {ranks}: mlp conv3d needs every frame of every patch on one rank")
 
+    def check_token_routing(self, start: int, end: int) -> None:
+        """ValueError: tokens cannot bypass blocks start … end - 1 of this architecture."""
+        _, depth, _ = self.dimensions
+        where = f"token_routing of blocks {start} to {end - 1}"
+        if not start < end <= depth:
+            raise ValueError(f"token_routing has start {start}, end {end}: expected 0 <= start < end <= depth {depth}")
+        if self.dynamic:
+            raise ValueError(f"{where} does not go with dynamic_width and dynamic_tokens, whose routers see all tokens")
+        if self.mlp in ("conv2d", "conv3d"):
+            raise ValueError(f"{where}: mlp {self.mlp} needs a grid of patches, which the tokens that are kept are not")
+        for name, chosen in (("window_size", self.window_blocks), ("kv_compress", self.kv_compress_blocks)):
+            blocks = set(range(start, end)) & set(range(depth) if chosen is None else chosen)
+            if getattr(self, name) is not None and blocks and self.attention != "full":
+                raise ValueError(
+                    f"{where}: {name} {getattr(self, name)} of block {min(blocks)} needs a grid of patches, which the tokens "
+                    "that are kept are not"
+                )
+
     @property
     def dynamic(self) -> bool:
         """Whether parts of the blocks are chosen, by routers that are trained."""

@@ -27,10 +27,13 @@ class OptimizerConfig(Frozen):
     """Decoupled weight decay, of matrices and convolution kernels; not of biases, norms and embedding tables."""
     warmup_steps: NonNegative = 0
     """Steps of linear warm-up from 0."""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after the warm-up."""
+    lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    """Learning rate after the warm-up. wsd (warmup-stable-decay, Hu et al. 2024): the peak, then 1 - sqrt over the last steps
+    (Hägele et al. 2024); a run may be lengthened from any checkpoint before the decay, and is as if planned so."""
+    decay_share: Share = 0.2
+    """wsd: share of `train.steps` over which the learning rate decays; 0: a stable phase without end."""
     min_lr_ratio: Share = 0.0
-    """Learning rate at the last step, as a share of the peak (linear, cosine)."""
+    """Learning rate at the last step, as a share of the peak (linear, cosine, wsd)."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are clipped to this norm, over all weights; 0: no clipping."""
 
@@ -94,6 +97,18 @@ class DynamicConfig(Frozen):
     which keeps it trained. The paper runs all of them through it, in a second forward pass."""
 
 
+class TokenRoutingConfig(Frozen):
+    """Token routing (Krause et al. 2025, TREAD): in training a share of the patches bypasses some blocks and is put back after
+    them, which saves their FLOPs; drawn for each sample, the same in all its frames. Sampling runs all tokens."""
+
+    share: float = Field(default=0.5, ge=0, lt=1)
+    """Share of the patches that bypass the blocks."""
+    start: NonNegative = 2
+    """First block that they bypass, from 0."""
+    end: Positive
+    """First block after it that they enter again; the paper: depth - 4."""
+
+
 class ProfileConfig(Frozen):
     """A torch profiler trace of a few steps, one file a rank in RUN_DIR/profile; ui.perfetto.dev opens it."""
 
@@ -114,6 +129,8 @@ class TrainConfig(Frozen):
     """Train a control branch."""
     dynamic: DynamicConfig | None = None
     """Train the routers of a dynamic model towards a compute target."""
+    token_routing: TokenRoutingConfig | None = None
+    """Some tokens bypass some blocks in training. null: all run everywhere."""
     gradient_accumulation: Positive = 1
     """Micro-batches per optimizer step, on each rank."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -288,6 +305,34 @@ class Config(Frozen):
             )
         if wanted is not None and train.lora is not None:
             raise ValueError("train.lora and train.dynamic: adapters leave the model's routers as they are")
+        return self
+
+    @model_validator(mode="after")
+    def _routes_tokens(self) -> Config:
+        routing, train = self.train.token_routing, self.train
+        if routing is None:
+            return self
+        if train.control is not None:
+            raise ValueError("train.control and train.token_routing: the branch's residuals are of all tokens")
+        if train.sequence_parallel > 1:
+            raise ValueError(
+                f"train.token_routing with train.sequence_parallel {train.sequence_parallel}: the kept tokens of a frame are "
+                "not spread evenly over the ranks that share it"
+            )
+        try:
+            self.model.check_token_routing(routing.start, routing.end)
+        except ValueError as error:
+            raise ValueError(f"train.{error}") from error
+        return self
+
+    @model_validator(mode="after")
+    def _has_negatives(self) -> Config:
+        alone = [b.key for b in self.data.buckets if b.batch_size == 1]
+        if self.diffusion.contrastive_weight and alone:
+            raise ValueError(
+                f"diffusion.contrastive_weight {self.diffusion.contrastive_weight:g} compares each sample with another one of its "
+                f"micro-batch, but data.buckets {alone[0]} has batch_size 1"
+            )
         return self
 
     @model_validator(mode="after")

@@ -77,11 +77,32 @@ class FlowMatching:
     ) -> Tensor:
         """Mean squared error of the velocity, (B,), in float32. conditioning_frames (B, T) bool: frames that
         stay clean and out of the loss."""
+        return self.training_loss(predict, x0, noise, t, conditioning_frames)[1]
+
+    def training_loss(
+        self,
+        predict: Predict,
+        x0: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        conditioning_frames: Tensor | None = None,
+        negatives: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What is differentiated, and `loss`, (B,) each, of one prediction.
+
+        negatives (B,): for each sample the index of another one; the former is then loss - contrastive_weight x the mean
+        squared distance to that one's velocity (Stoica et al. 2025, contrastive flow matching, equation 5).
+        """
         prediction = predict(insert_frames(self.add_noise(x0, noise, t), x0, conditioning_frames), self.timestep(t))
         channels = x0.shape[1]
         _check_prediction(prediction, 2 * channels if self.learned_variance else channels, x0)
         velocity = noise - x0 if self.config.velocity == "noise_minus_data" else x0 - noise
-        return _mean((prediction[:, :channels].float() - velocity.float()).square(), conditioning_frames)
+        prediction, velocity = prediction[:, :channels].float(), velocity.float()
+        loss = _mean((prediction - velocity).square(), conditioning_frames)
+        if negatives is None:
+            return loss, loss
+        distance = _mean((prediction - velocity[negatives]).square(), conditioning_frames)
+        return loss - self.config.contrastive_weight * distance, loss
 
 
 class DDPM:
@@ -93,6 +114,7 @@ class DDPM:
 
     def __init__(self, config: DiffusionConfig, learned_variance: bool) -> None:
         self.steps = config.num_train_timesteps
+        self.min_snr_gamma = config.min_snr_gamma
         self.learned_variance = learned_variance
         # diffusers' betas, then in float64: 1 - alphas_cumprod loses three digits in float32 at the first step.
         betas = DDPMScheduler(num_train_timesteps=self.steps, beta_schedule=config.noise_schedule).betas.double()
@@ -129,17 +151,38 @@ class DDPM:
     ) -> Tensor:
         """Mean squared error of the noise, (B,), in float32; with learned variance plus 0.001 N times the bound's
         term, in bits per dimension, from which the noise channels get no gradient. conditioning_frames: as in flow matching."""
+        return self.training_loss(predict, x0, noise, t, conditioning_frames)[1]
+
+    def training_loss(
+        self,
+        predict: Predict,
+        x0: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        conditioning_frames: Tensor | None = None,
+        negatives: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What is differentiated, and `loss`, (B,) each, of one prediction: the former with the noise's error weighted by
+        `min_snr_weight`, the bound's term by 1. negatives: for flow matching alone."""
         step, channels = self.timestep(t), x0.shape[1]
         x_t = insert_frames(self.add_noise(x0, noise, t), x0, conditioning_frames)
         prediction = predict(x_t, step)
         _check_prediction(prediction, 2 * channels if self.learned_variance else channels, x0)
         prediction, x_t, x0 = prediction.float(), x_t.float(), x0.float()
         error = _mean((prediction[:, :channels] - noise.float()).square(), conditioning_frames)
+        trained = error if self.min_snr_gamma is None else self.min_snr_weight(step) * error
         if not self.learned_variance:
-            return error
+            return trained, error
         predicted_noise, fraction = prediction.split(channels, dim=1)
         bound = self.variational_bound(predicted_noise.detach(), fraction, x0, x_t, step, conditioning_frames)
-        return error + self.steps / 1000 * bound
+        return trained + self.steps / 1000 * bound, error + self.steps / 1000 * bound
+
+    def min_snr_weight(self, step: Tensor) -> Tensor:
+        """min(SNR, gamma) / SNR at steps (B,), float32, SNR being alphas_cumprod / (1 - alphas_cumprod) (Hang et al. 2023,
+        section 3.4, for noise prediction)."""
+        assert self.min_snr_gamma is not None
+        snr = (self.signal / self.noise).square()
+        return (snr.clamp(max=self.min_snr_gamma) / snr).to(step.device)[step].float()
 
     def variational_bound(
         self,

@@ -87,6 +87,7 @@ class BlockState(NamedTuple):
     residual        (B, T, S, D), added after the block: a control branch's
     active          (B or 1, 1, 1, 1) bool: samples that have not exited yet
     shards          sequence parallelism: the tokens are this rank's, S / n of each frame
+    kept            (B, K) tokens of a frame that enter the block, in training; the others bypass it
     """
 
     grid: Grid
@@ -100,6 +101,7 @@ class BlockState(NamedTuple):
     residual: Tensor | None = None
     active: Tensor | None = None
     shards: TokenShards | None = None
+    kept: Tensor | None = None
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:

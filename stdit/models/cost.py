@@ -4,7 +4,8 @@
     python -m stdit.models.cost --config configs/models/pixart-XL-2.yaml --pixels 1 512 512 --compression 1 8 8
 
 Measured by running the model on torch's meta device, not computed from formulas. Multiply-adds are half of the FLOPs of
-matrix products, attention and convolutions (the DiT paper's Gflops); a training step costs three forwards.
+matrix products, attention and convolutions (the DiT paper's Gflops); a training step costs three forwards, of the tokens that
+token routing keeps.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -24,7 +25,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from stdit import arguments
-from stdit.config import Bucket, ConfigError, ModelConfig, latent_shape, read_extended, token_grid, validate
+from stdit.config import (
+    Bucket,
+    ConfigError,
+    ModelConfig,
+    TokenRoutingConfig,
+    latent_shape,
+    read_extended,
+    token_grid,
+    validate,
+)
 from stdit.files import printable
 from stdit.models.attention import Attention, CrossAttention
 from stdit.models.sequence_parallel import SequenceParallel
@@ -71,12 +81,14 @@ def model_cost(
     bytes_per_element: int = 4,
     batch: int = 2,
     sequence_parallel: int = 1,
+    token_routing: TokenRoutingConfig | None = None,
 ) -> ModelCost:
     """Cost of `model` on a grid (T, H, W) of patches (`stdit.config.token_grid`) with captions of `text_length` tokens
     (0: the null caption), in float32 (bytes_per_element 4) or bfloat16 (2).
 
     batch: samples measured together, each with its own timestep; the result is per sample. (Alone, a sample saves less:
-    norm and modulation are one kernel.) sequence_parallel: ranks that share each sample. Dynamic models count in full.
+    norm and modulation are one kernel.) sequence_parallel: ranks that share each sample. token_routing: of training, whose
+    FLOPs and activations are then fewer than those of three forwards. Dynamic models count in full.
     ValueError: arguments that the model rejects.
     """
     if bytes_per_element not in DTYPES:
@@ -87,14 +99,22 @@ def model_cost(
         if value < least:
             raise ValueError(f"{name} {value}; expected {least} or more")
     t, h, w = grid
-    return _measure(
-        model.model_dump_json(), (t, h, w), text_length, DTYPES[bytes_per_element], batch, sequence_parallel
-    )
+    arguments = model.model_dump_json(), (t, h, w), text_length, DTYPES[bytes_per_element], batch, sequence_parallel
+    dense = _measure(*arguments)
+    if token_routing is None:
+        return dense
+    return replace(_measure(*arguments, token_routing.model_dump_json()), forward_macs=dense.forward_macs)
 
 
 @lru_cache(maxsize=256)
 def _measure(
-    settings: str, grid: tuple[int, int, int], text_length: int, dtype: torch.dtype, batch: int, ranks: int
+    settings: str,
+    grid: tuple[int, int, int],
+    text_length: int,
+    dtype: torch.dtype,
+    batch: int,
+    ranks: int,
+    token_routing: str | None = None,
 ) -> ModelCost:
     model = ModelConfig.model_validate_json(settings)
     built = _build(model.model_copy(update={"exit_depths": ()})).train()
@@ -104,6 +124,8 @@ def _measure(
             module.processor = _fused_attention
     if ranks > 1:  # on the meta device the exchanges need no process group
         built.set_sequence_parallel(SequenceParallel("none", 0, ranks))
+    if token_routing is not None:
+        built.set_token_routing(TokenRoutingConfig.model_validate_json(token_routing))
     saved = _SavedTensors(built)
     keeping = torch.autograd.graph.saved_tensors_hooks(saved.save, lambda x: x)
     exchanged = _Exchanged(saved)

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from stdit.config.load import validate
 from stdit.config.model import ModelConfig
+from stdit.config.train import TokenRoutingConfig
 from stdit.files import read_json
 from stdit.integrity import MANIFEST, check_saved, seal_model
 from stdit.models.blocks import COMPILE_OPTIONS, BlockState, FinalLayer, STDiTBlock
@@ -50,6 +51,7 @@ from stdit.models.embeddings import ConditionEmbedder, PatchEmbed3D, TimestepEmb
 from stdit.models.init import init_weights, takes_model_config
 from stdit.models.positions import Grid, PositionEmbeddings, add_positions
 from stdit.models.sequence_parallel import SequenceParallel, TokenShards, gather_tokens, shard_tokens
+from stdit.models.token_routing import put_back, route_tokens, take_tokens
 
 
 class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
@@ -75,6 +77,7 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         width, depth, _ = c.dimensions
         self.gradient_checkpointing = False
         self.sequence_parallel: SequenceParallel | None = None
+        self.token_routing: TokenRoutingConfig | None = None
         self.patch_size: Grid = c.patch_size
         pt, ph, pw = c.patch_size
         self.out_channels = 2 * c.in_channels if c.learned_variance else c.in_channels
@@ -137,7 +140,7 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
             conditioning_frames: (B, T) bool, True for latent frames that are clean: their tokens get timestep 0.
             block_residuals: (B, T, S, D) each, added after the first blocks (a control branch's output).
             conditions: from `precompute_conditions`, in place of timestep and all conditions.
-            generator: for drop path and routers in training: one, or one per sample; None: torch's.
+            generator: for drop path, routers and token routing in training: one, or one per sample; None: torch's.
             force_full: (B,) bool, samples for which a dynamic model skips nothing (in training).
 
         Returns:
@@ -192,12 +195,15 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         self, block: nn.Module, x: Tensor, text: Tensor | None, state: BlockState
     ) -> tuple[Tensor, Tensor | None, ComputeStats | None]:
         """One block, recomputed in backward with gradient checkpointing; adds a control branch's residual."""
+        inner = x if state.kept is None else take_tokens(x, state.kept)
         if self.gradient_checkpointing and torch.is_grad_enabled():
             checkpoint: Any = self._gradient_checkpointing_func
-            y, text, *rest = checkpoint(block, x, text, state)
+            y, text, *rest = checkpoint(block, inner, text, state)
         else:
-            y, text, *rest = block(x, text, state)
+            y, text, *rest = block(inner, text, state)
         stats = rest[0] if rest else None  # a block that diffusers' FirstBlockCache skips returns two values
+        if state.kept is not None:
+            y = put_back(x, y, state.kept)
         if state.residual is not None:
             y = y + state.residual
         if state.active is not None:  # samples that have exited stay as they are
@@ -228,7 +234,7 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
             )
         if self.training and force_full is not None and depth is not None:
             depth = torch.where(force_full, count, depth)
-        return [
+        states = [
             BlockState(
                 grid,
                 positions,
@@ -246,6 +252,9 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
             )
             for i in range(depth if isinstance(depth, int) else count)
         ]
+        if self.training and self.token_routing is not None:
+            states = route_tokens(self.token_routing, self.settings, states, x, generator)
+        return states
 
     @staticmethod
     def output(
@@ -286,6 +295,14 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         if parallel is not None:
             self.settings.check_sequence_parallel(parallel.size)
         self.sequence_parallel = parallel
+
+    def set_token_routing(self, routing: TokenRoutingConfig | None) -> None:
+        """Has tokens bypass blocks in training (stdit.models.token_routing). ValueError: the architecture does not allow it."""
+        if routing is not None and self.sequence_parallel is not None:
+            raise ValueError("token_routing does not go with sequence parallelism: ranks would keep unequal tokens")
+        if routing is not None:
+            self.settings.check_token_routing(routing.start, routing.end)
+        self.token_routing = routing
 
     # -------------------------------------------------------------------------- construction, loading
 

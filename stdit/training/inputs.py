@@ -26,7 +26,7 @@ from stdit.training.dynamic_loss import flops_loss
 
 class MicroBatchLoss(NamedTuple):
     """total () is to be differentiated; logged (2,), detached: diffusion loss, share of the full model's FLOPs; each (B,),
-    detached: every sample's diffusion loss."""
+    detached: every sample's diffusion loss. The diffusion loss is without min-SNR weights and contrastive term, as in validation."""
 
     total: Tensor
     logged: Tensor
@@ -79,12 +79,12 @@ class Inputs:
             compute_stats.extend(stats)
             return prediction
 
-        each = self.objective.loss(predict, x0, noise, t, frame_mask)
-        loss = each.mean()
+        trained, each = self.objective.training_loss(predict, x0, noise, t, frame_mask, self.negatives(step, positions))
+        loss, logged = trained.mean(), each.detach().mean()
         if dynamic is None:
-            return MicroBatchLoss(loss, torch.stack([loss.detach(), torch.ones_like(loss)]), each.detach())
+            return MicroBatchLoss(loss, torch.stack([logged, torch.ones_like(logged)]), each.detach())
         compute, flops_ratio = flops_loss(dynamic, compute_stats[0], conditions["force_full"], step)
-        return MicroBatchLoss(loss + compute, torch.stack([loss.detach(), flops_ratio]), each.detach())
+        return MicroBatchLoss(loss + compute, torch.stack([logged, flops_ratio]), each.detach())
 
     def latents(self, batch: Batch, step: int | None) -> Tensor:
         """Normalised latents (B, C, T, H, W), sampled from the posterior at each step; its mean for step None."""
@@ -124,11 +124,11 @@ class Inputs:
             torch.manual_seed(seed_for(self.config.seed, "layers", step, positions[0], *shard))
 
     def router_inputs(self, step: int, positions: tuple[int, ...]) -> dict[str, Any]:
-        """Per-sample generators for drop path and routers, and `force_full` (B,) bool: samples that run the full model, as
+        """Per-sample generators for drop path, routers and token routing, and `force_full` (B,) bool: samples that run the full model, as
         arguments of the model's forward; {} if it draws nothing."""
         model, dynamic, seed = self.config.model, self.config.train.dynamic, self.config.seed
         arguments: dict[str, Any] = {}
-        if model.drop_path or model.dynamic:
+        if model.drop_path or model.dynamic or self.config.train.token_routing:
             arguments["generator"] = generators(seed, "choices", step, positions)
         if dynamic is not None:
             full = uniform(seed, "complete", step, positions, self.device) < dynamic.full_model_prob
@@ -143,6 +143,15 @@ class Inputs:
         """Training timesteps (B,) in [0, 1]."""
         u = uniform(self.config.seed, "time", step, positions, self.device)
         return self.objective.times(u, (x0.shape[2], x0.shape[3], x0.shape[4]))
+
+    def negatives(self, step: int, positions: tuple[int, ...]) -> Tensor | None:
+        """For each of B samples the index of another one of the micro-batch, (B,), all equally likely; None without
+        contrastive flow matching."""
+        if not self.config.diffusion.contrastive_weight:
+            return None
+        others = len(positions) - 1
+        further = (uniform(self.config.seed, "negative", step, positions) * others).long().clamp(max=others - 1)
+        return ((torch.arange(others + 1) + 1 + further) % (others + 1)).to(self.device)
 
     def frame_mask(self, x0: Tensor, step: int, positions: tuple[int, ...]) -> Tensor | None:
         """Conditioning frames (B, T) bool, in whole temporal patches, by the shares of diffusion.frame_conditioning; None

@@ -67,8 +67,9 @@ def sample_cost(
     grid = token_grid(latent, model.patch_size, name, model.pad_latents)
     text = text_length if model.text_dim is not None else 0
     batch = bucket.batch_size if sequence_parallel > 1 else min(2, bucket.batch_size)
+    size, routing = 2 if config.train.precision == "bf16" else 4, config.train.token_routing
     try:
-        return model_cost(model, grid, text, 2 if config.train.precision == "bf16" else 4, batch, sequence_parallel)
+        return model_cost(model, grid, text, size, batch, sequence_parallel, routing)
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from error
 

@@ -17,9 +17,19 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
         return peak * step / config.warmup_steps
     if config.lr_schedule == "constant":
         return peak
-    progress = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
-    remaining = 1 - progress if config.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    first = last_stable_step(config, steps) if config.lr_schedule == "wsd" else config.warmup_steps
+    progress = min(1.0, max(0, step - first) / max(1, steps - first))
+    if config.lr_schedule == "wsd":
+        remaining = 1 - math.sqrt(progress)
+    else:
+        remaining = 1 - progress if config.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * remaining)
+
+
+def last_stable_step(config: OptimizerConfig, steps: int) -> int:
+    """The last step of wsd's stable phase; up to it the learning rate does not depend on `steps`."""
+    decay = max(1, round(config.decay_share * steps)) if config.decay_share else 0
+    return max(min(config.warmup_steps, steps), steps - decay)
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

@@ -34,12 +34,15 @@ from stdit.training.distributed import Ranks
 from stdit.training.divergence import check_finite
 from stdit.training.ema import EMA
 from stdit.training.engine import Engine, unreadable_shard
+from stdit.training.optimizer import last_stable_step
 from stdit.training.universal import convert
 
 # Universal copy of a checkpoint, for another number of ranks; removed once loaded.
 UNIVERSAL = ".universal"
 # Changes that a resumed run may have: all that leave the weights alone, and the length of the run.
 RESUME_KEYS = (*TRAINING_RUNTIME_KEYS, "train.steps")
+# What shapes wsd's decay, which a run may choose until it begins.
+DECAY_KEYS = ("train.steps", "train.optimizer.decay_share", "train.optimizer.min_lr_ratio")
 
 
 @dataclass
@@ -163,13 +166,21 @@ def check_resumable(identity: dict[str, Any], config: Config, world_size: int, f
     """
     old = validate(identity["config"], Config, "the checkpoint's config")
     before, now = global_batch_sizes(old, identity["world_size"]), global_batch_sizes(config, world_size)
-    wrong, notes = [], []
+    wrong, notes, wsd = [], [], config.train.optimizer.lr_schedule == "wsd"
+    stable = min(last_stable_step(c.train.optimizer, c.train.steps) for c in (old, config))
     for change in changes(old.model_dump(mode="json"), config.model_dump(mode="json")):
         allowed = matches(change.key, RESUME_KEYS)
         if before == now and (change.key.endswith(".batch_size") or change.key == "train.gradient_accumulation"):
             allowed = True
         if change.key == "init.source" and identity.get("base"):
             allowed = True
+        if wsd and change.key in DECAY_KEYS:
+            allowed = identity["step"] <= stable
+            if not allowed:
+                wrong.append(
+                    f"{change} (wsd: the decay began after step {stable}; lengthen a checkpoint up to that one)"
+                )
+                continue
         (notes if allowed else wrong).append(str(change))
     if identity["features"] != features_fingerprint:
         wrong.append(

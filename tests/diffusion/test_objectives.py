@@ -9,7 +9,7 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
-from stdit.config import DiffusionConfig
+from stdit.config import ConfigError, DiffusionConfig, validate
 from stdit.diffusion.denoiser import FunctionDenoiser
 from stdit.diffusion.objectives import DDPM, FlowMatching, make_objective, normal_kl, with_scheduler_sign
 from stdit.diffusion.randomness import normal, uniform
@@ -134,6 +134,67 @@ def test_the_decoder_prefers_a_mean_at_the_data() -> None:
     assert all(loss.isfinite().all() for loss in losses)
     assert (losses[0] < losses[1]).all()
     assert (losses[1] < losses[2]).all()
+
+
+@pytest.mark.parametrize("config", SCHEDULES, ids=lambda c: c.noise_schedule)
+@pytest.mark.parametrize("learned", [False, True])
+def test_min_snr_weighs_the_error_of_the_noise_alone(config: DiffusionConfig, learned: bool) -> None:
+    """Hang et al. 2023, section 3.4: w = min(SNR, gamma) / SNR for predicted noise; against diffusers' alphas_cumprod."""
+    weighed = DDPM(config.model_copy(update={"min_snr_gamma": 5.0}), learned)
+    prediction = torch.cat([NOISE + 0.3, 0 * NOISE], dim=1) if learned else NOISE + 0.3
+    steps = torch.tensor([0, 10, 200, 500, 999])
+    trained, loss = weighed.training_loss(lambda x, s: prediction, DATA, NOISE, (steps + 1) / 1000)
+    plain_trained, plain = DDPM(config, learned).training_loss(lambda x, s: prediction, DATA, NOISE, (steps + 1) / 1000)
+    total = DDPMScheduler(beta_schedule=config.noise_schedule).alphas_cumprod[steps].double()
+    snr = total / (1 - total)
+    weights = torch.minimum(snr, torch.tensor(5.0)) / snr
+    assert weights[0] < 0.01
+    assert weights[-1] == 1
+    torch.testing.assert_close(weighed.min_snr_weight(steps), weights.float(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(trained, loss - 0.09 * (1 - weights).float(), rtol=1e-4, atol=1e-5)
+    assert torch.equal(loss, plain)
+    assert torch.equal(plain_trained, plain)
+
+
+def test_contrastive_flow_matching_moves_away_from_another_samples_velocity() -> None:
+    """Stoica et al. 2025: |v - u|² - w |v - u'|²; without it, and in validation, the loss is flow matching's."""
+    config = DiffusionConfig(contrastive_weight=0.05)
+    flow, others = make_objective(config, False), torch.tensor([3, 0, 4, 1, 2])
+    target = (NOISE - DATA).requires_grad_()
+    prediction = (0.3 * NOISE).requires_grad_()
+    trained, loss = flow.training_loss(lambda x, t: prediction, DATA, NOISE, TIMES, negatives=others)
+    expected = ((prediction - target) ** 2).flatten(1).mean(1)
+    distance = ((prediction - target[others]) ** 2).flatten(1).mean(1)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(trained, expected - 0.05 * distance)
+    (gradient,) = torch.autograd.grad(trained.sum(), prediction)
+    direction = 2 * ((1 - 0.05) * prediction - target + 0.05 * target[others]) / prediction[0].numel()
+    torch.testing.assert_close(gradient, direction)
+    plain = flow.training_loss(lambda x, t: prediction, DATA, NOISE, TIMES)
+    assert torch.equal(plain[0], plain[1])
+    assert torch.equal(flow.loss(lambda x, t: prediction, DATA, NOISE, TIMES), loss)
+
+
+def test_clean_frames_are_out_of_the_contrast_too() -> None:
+    flow, others = make_objective(DiffusionConfig(contrastive_weight=0.5), False), torch.tensor([1, 2, 3, 4, 0])
+    frames = torch.tensor([[True, False, False]]).expand(5, -1)
+    spoiled = 0.3 * NOISE + 100 * frames[:, None, :, None, None]
+    found, expected = (
+        flow.training_loss(lambda x, t, p=p: p, DATA, NOISE, TIMES, frames, others) for p in (spoiled, 0.3 * NOISE)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"min_snr_gamma": 5.0}, "predicts velocity"),
+        ({"objective": "ddpm", "contrastive_weight": 0.05}, "objective flow"),
+    ],
+)
+def test_weights_of_the_other_objective_are_refused(settings: dict[str, object], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        validate(settings, DiffusionConfig, "test")
 
 
 def test_divergence_of_a_distribution_from_itself_is_zero() -> None:

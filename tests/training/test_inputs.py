@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stdit.config import Bucket, merge
+from stdit.config import Bucket, ConfigError, merge
 from stdit.data.features import Sample
 from stdit.data.loader import collate
 from stdit.inference.inputs import prepare_frame_condition
@@ -86,6 +86,29 @@ def test_the_model_receives_its_own_conditions_only() -> None:
     plain = made.config.model.model_copy(update={"num_classes": None, "text_dim": None, "micro_conditions": ()})
     assert batch_conditions(batch, plain, CPU) == {}
     assert made.drop_conditions({}, 1, batch.positions) == {}
+
+
+def test_negatives_are_others_of_the_batch_all_equally_likely() -> None:
+    config = config_of(merge(settings("runs/x"), {"diffusion": {"contrastive_weight": 0.05}}))
+    made, positions = Inputs(config, STATISTICS, CPU), tuple(range(5))
+    drawn = torch.stack([torch.as_tensor(made.negatives(step, positions)) for step in range(1000)])
+    again = made.negatives(7, positions)
+    assert torch.equal(drawn[7], torch.as_tensor(again))
+    counts = torch.stack([(drawn == other).sum(0) for other in range(5)])  # (other, sample)
+    assert torch.equal(counts.diag(), torch.zeros(5, dtype=counts.dtype))
+    off = counts[~torch.eye(5, dtype=torch.bool)].float()
+    assert ((off - 250).abs() < 70).all()  # five standard deviations
+    assert torch.as_tensor(made.negatives(1, (3, 4))).tolist() == [1, 0]
+    assert inputs().negatives(1, positions) is None
+
+
+def test_a_batch_of_one_has_no_negative() -> None:
+    changes = {
+        "diffusion": {"contrastive_weight": 0.05},
+        "data": {"buckets": [{**BUCKET.model_dump(), "batch_size": 1}]},
+    }
+    with pytest.raises(ConfigError, match=r"contrastive_weight.*1x4x4 has batch_size 1"):
+        config_of(merge(settings("runs/x"), changes))
 
 
 def test_conditioning_frames_are_the_same_at_the_same_step_whatever_the_batch() -> None:

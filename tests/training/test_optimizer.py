@@ -6,14 +6,14 @@ from hypothesis import strategies as st
 
 from stdit.config import ModelConfig, OptimizerConfig
 from stdit.models.stdit import STDiT
-from stdit.training.optimizer import learning_rate, parameter_groups
+from stdit.training.optimizer import last_stable_step, learning_rate, parameter_groups
 
 
 @settings(deadline=None, max_examples=40)
 @given(
     warmup=st.integers(0, 20),
     steps=st.integers(1, 60),
-    schedule=st.sampled_from(["constant", "linear", "cosine"]),
+    schedule=st.sampled_from(["constant", "linear", "cosine", "wsd"]),
     final=st.floats(0, 1),
 )
 def test_the_rate_rises_to_its_peak_and_falls_to_its_end(warmup: int, steps: int, schedule: str, final: float) -> None:
@@ -30,6 +30,26 @@ def test_the_rate_rises_to_its_peak_and_falls_to_its_end(warmup: int, steps: int
     if 1 <= warmup <= steps:
         assert rates[warmup - 1] == pytest.approx(2.0)
         assert rates[0] == pytest.approx(2.0 / warmup)
+
+
+@settings(deadline=None, max_examples=40)
+@given(warmup=st.integers(0, 20), steps=st.integers(1, 60), longer=st.integers(1, 60), share=st.floats(0, 1))
+def test_the_stable_phase_does_not_depend_on_where_the_run_ends(
+    warmup: int, steps: int, longer: int, share: float
+) -> None:
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=warmup, lr_schedule="wsd", decay_share=share)
+    stable = min(last_stable_step(config, steps), last_stable_step(config, steps + longer))
+    for step in range(1, stable + 1):
+        assert learning_rate(config, step, steps) == learning_rate(config, step, steps + longer)
+        assert learning_rate(config, step, steps) == 2.0 * min(1.0, step / warmup if warmup else 1.0)
+
+
+def test_wsd_decays_by_one_minus_the_square_root() -> None:
+    config = OptimizerConfig(learning_rate=2.0, lr_schedule="wsd", decay_share=0.4, min_lr_ratio=0.5)
+    rates = [learning_rate(config, step, 10) for step in range(1, 11)]
+    assert rates == pytest.approx([2.0] * 6 + [2 * (0.5 + 0.5 * (1 - (k / 4) ** 0.5)) for k in (1, 2, 3, 4)])
+    forever = OptimizerConfig(learning_rate=2.0, lr_schedule="wsd", decay_share=0.0)
+    assert [learning_rate(forever, step, 10) for step in range(1, 11)] == [2.0] * 10
 
 
 def test_the_rate_is_a_function_of_the_step_alone() -> None:

@@ -1,0 +1,116 @@
+"""Token routing, contrastive flow matching, min-SNR and wsd in whole runs: resumed, on several ranks, lengthened, refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stdit.config import ConfigError, merge
+from stdit.training import checkpoint
+from tests.support.rank_jobs import config_of, for_ranks, numbers, run, settings
+from tests.support.rank_pool import Pool, RankError
+
+pytestmark = pytest.mark.distributed
+
+ROUTING = {"share": 0.5, "start": 1, "end": 3}
+FLOW = {
+    "model": {"depth": 4},
+    "diffusion": {"contrastive_weight": 0.05},
+    "train": {"token_routing": ROUTING, "optimizer": {"lr_schedule": "wsd", "decay_share": 0.5}},
+}
+DDPM = {
+    "model": {"depth": 4, "learned_variance": True},
+    "diffusion": {"objective": "ddpm", "min_snr_gamma": 5.0},
+    "train": {"token_routing": ROUTING, "precision": "bf16", "activation_checkpointing": True},
+}
+
+
+def data_for(path: Path, ranks: int, stage: int, changes: dict[str, Any]) -> dict[str, Any]:
+    data = merge(settings(path), changes)
+    data["data"]["buckets"] = for_ranks(ranks)
+    return merge(data, {"train": {"zero_stage": stage}})
+
+
+def weights(run_dir: Path, step: int) -> dict[str, bytes]:
+    folder = run_dir / "checkpoints" / checkpoint.folder_of_step(step)
+    names = ("transformer", "transformer_ema")
+    return {name: (folder / name / "diffusion_pytorch_model.safetensors").read_bytes() for name in names}
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"), [(0, FLOW), (3, FLOW), (2, DDPM), pytest.param(1, FLOW, marks=pytest.mark.slow)]
+)
+def test_a_run_with_every_switch_resumes_bit_by_bit(pair: Pool, stage: int, changes: dict, tmp_path: Path) -> None:
+    whole = pair(run, data_for(tmp_path / "whole", 2, stage, changes))[0]
+    broken = data_for(tmp_path / "broken", 2, stage, changes)
+    pair(run, broken, 3)
+    assert numbers(pair(run, broken)[0]["metrics"]) == numbers(whole["metrics"])
+    assert weights(tmp_path / "broken", 6) == weights(tmp_path / "whole", 6)
+
+
+def test_the_routed_tokens_do_not_depend_on_the_number_of_ranks(pair: Pool, solo: Pool, tmp_path: Path) -> None:
+    changes = {"model": {"depth": 4}, "train": {"token_routing": ROUTING}}
+    two = pair(run, data_for(tmp_path / "two", 2, 2, changes))[0]["metrics"]
+    one = solo(run, data_for(tmp_path / "one", 1, 0, changes))[0]["metrics"]
+    assert [m["loss"] for m in two] == pytest.approx([m["loss"] for m in one], rel=1e-5)
+    dense = solo(run, data_for(tmp_path / "dense", 1, 0, {"model": {"depth": 4}}))[0]["metrics"]
+    assert [m["loss"] for m in one] != pytest.approx([m["loss"] for m in dense], rel=1e-5)
+
+
+def test_the_logged_loss_is_without_weights_and_contrast(solo: Pool, tmp_path: Path) -> None:
+    """Of the first step, before the weights differ: comparable between recipes."""
+    for name, changes, plain in (
+        ("flow", {"diffusion": {"contrastive_weight": 0.5}}, {}),
+        (
+            "ddpm",
+            {"diffusion": {"objective": "ddpm", "min_snr_gamma": 0.05}},
+            {"diffusion": {"objective": "ddpm"}},
+        ),
+    ):
+        one, other = (
+            solo(run, data_for(tmp_path / f"{name}-{i}", 1, 0, c))[0]["metrics"] for i, c in enumerate((changes, plain))
+        )
+        assert one[0]["loss"] == other[0]["loss"]
+        assert one[0]["grad_norm"] != other[0]["grad_norm"]
+        assert one[-1]["loss"] != other[-1]["loss"]
+
+
+def schedule(steps: int, share: float) -> dict[str, Any]:
+    return {"train": {"steps": steps, "optimizer": {"lr_schedule": "wsd", "decay_share": share, "warmup_steps": 2}}}
+
+
+def test_a_stable_phase_that_goes_on_is_as_if_planned_so(solo: Pool, tmp_path: Path) -> None:
+    solo(run, data_for(tmp_path / "short", 1, 1, schedule(8, 0.5)))
+    saved = sorted(folder.name for folder in (tmp_path / "short/checkpoints").glob("step-*"))
+    assert saved == ["step-00000004", "step-00000008"]  # before the decay, too
+    shutil.copytree(tmp_path / "short/checkpoints/step-00000004", tmp_path / "long/checkpoints/step-00000004")
+    long = solo(run, data_for(tmp_path / "long", 1, 1, schedule(10, 0.3)))[0]
+    planned = solo(run, data_for(tmp_path / "planned", 1, 1, schedule(10, 0.3)))[0]
+    assert numbers(long["metrics"]) == numbers(planned["metrics"])[4:]
+    assert weights(tmp_path / "long", 10) == weights(tmp_path / "planned", 10)
+    assert "train.steps: 8 -> 10" in long["said"]
+    assert "train.optimizer.decay_share: 0.5 -> 0.3" in long["said"]
+
+
+def test_a_decay_that_has_begun_cannot_be_taken_back(solo: Pool, tmp_path: Path) -> None:
+    solo(run, data_for(tmp_path, 1, 1, schedule(4, 0.5)))
+    with pytest.raises(RankError, match=r"train.steps: 4 -> 6 \(wsd: the decay began after step 2"):
+        solo(run, data_for(tmp_path, 1, 1, schedule(6, 0.5)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"train": {"sequence_parallel": 2}}, "not spread evenly over the ranks"),
+        ({"train": {"control": {"blocks": 1}}, "init": {"source": "runs/base"}}, "the branch's residuals"),
+        ({"model": {"dynamic_tokens": True}}, "train.token_routing of blocks 1 to 2 does not go with dynamic"),
+        ({"model": {"depth": 2}}, "train.token_routing has start 1, end 3"),
+    ],
+)
+def test_routing_is_refused_where_it_cannot_work(changes: dict[str, Any], named: str) -> None:
+    base = {"model": {"depth": 4}, "train": {"token_routing": ROUTING}}
+    with pytest.raises(ConfigError, match=named):
+        config_of(merge(merge(settings("runs/x"), base), changes))
