@@ -153,7 +153,7 @@ class ManifestSource:
     """
 
     def __init__(self, config: ExtractConfig) -> None:
-        from stdit.data import manifest
+        from stdit.data import filters, manifest
         from stdit.data.buckets import assign_clip, tally
         from stdit.data.decoding import ClipInfo
         from stdit.data.features import ORIGINAL
@@ -161,10 +161,10 @@ class ManifestSource:
 
         self._manifest = manifest.read(config.manifest)
         self.captions = (ORIGINAL, *config.captions)
-        manifest.check_where(self._manifest, config.where)
+        filters.check_where(self._manifest, config.where)
         self._clips: list[tuple[Any, str]] = []
         outcomes: list[Any] = []
-        kept = manifest.filtered(self._manifest, config.where)
+        kept = filters.filtered(self._manifest, config.where)
         self._filtered = len(self._manifest) - len(kept)
         rated = config.target_fps is not None or any(b.min_fps or b.max_fps for b in config.buckets)
         unstated = [clip for clip in kept if stated_info(clip, rated) is None]
@@ -201,7 +201,7 @@ class ManifestSource:
         """As FeatureSet.select."""
         import numpy as np
 
-        from stdit.data.manifest import check_where, passing
+        from stdit.data.filters import check_where, passing
 
         check_where(self._manifest, where)
         found: dict[str, list[int]] = {bucket.key: [] for bucket in buckets}

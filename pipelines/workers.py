@@ -77,9 +77,9 @@ def _init(init: Callable[..., Any], num_cpus: int | None) -> Literal["joined", "
 def _own_token() -> None:
     """Gives a local Ray a token of its own, for this process and its children: Ray would else leave one in
     ~/.ray/auth_token, which every user of the machine could read."""
-    told = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    configured = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     disabled = os.environ.get("RAY_AUTH_MODE", "token").lower() != "token"
-    if not (told or disabled or (Path.home() / ".ray" / "auth_token").exists()):
+    if not (configured or disabled or (Path.home() / ".ray" / "auth_token").exists()):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 

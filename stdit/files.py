@@ -191,15 +191,15 @@ class FolderLock:
 
         BlockingIOError, with the owner as its message: it is still taken.
         """
-        until, told = time.monotonic() + wait_s, False
+        until, announced = time.monotonic() + wait_s, False
         while not self._lock(fcntl.LOCK_EX):
             self._file.seek(0)
             owner = self._file.read().strip()
             if time.monotonic() >= until:
                 raise BlockingIOError(owner)
-            if not told:
+            if not announced:
                 waiting(owner)
-                told = True
+                announced = True
             time.sleep(0.2)
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {os.uname().nodename}")

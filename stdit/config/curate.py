@@ -126,9 +126,9 @@ class CaptionConfig(Frozen):
 
     @model_validator(mode="after")
     def _check_source(self) -> CaptionConfig:
-        given = [name for name in ("path", "server", "function") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"caption {self.name!r}: give one of path, server and function; found {given or 'none'}")
+        sources = [name for name in ("path", "server", "function") if getattr(self, name) is not None]
+        if len(sources) != 1:
+            raise ValueError(f"caption {self.name!r}: give one of path, server and function; found {sources or 'none'}")
         if self.name == "original":
             raise ValueError("a caption can't be called 'original', which is the footage's own")
         if self.min_words > self.max_words:

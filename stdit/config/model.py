@@ -332,9 +332,9 @@ class ModelConfig(Frozen):
         _, depth, _ = self.dimensions
         if self.conditioning in ("joint", "in_context"):
             return (False,) * depth
-        told = self.text_dim is not None or self.conditioning == "cross_attention"
+        takes_text = self.text_dim is not None or self.conditioning == "cross_attention"
         skips = self.attention == "alternating" and not self.temporal_text
-        return tuple(told and not (skips and i % 2) for i in range(depth))
+        return tuple(takes_text and not (skips and i % 2) for i in range(depth))
 
     def model_kwargs(self) -> dict[str, Any]:
         """Arguments of the model's constructor: these settings with the size spelt out."""

@@ -31,7 +31,8 @@ from stdit.curation.clips import cut_into_clips, view
 from stdit.curation.duplicates import Candidate, find_duplicates
 from stdit.curation.sources import Source, find_sources, make_links, stale_links
 from stdit.curation.work import SCORED_AT_ONCE, Mapper, Task
-from stdit.data.manifest import RESERVED_COLUMNS, STANDARD_COLUMNS, crop_text, passing, satisfies
+from stdit.data.filters import passing, satisfies
+from stdit.data.manifest import RESERVED_COLUMNS, STANDARD_COLUMNS, crop_text
 from stdit.files import atomic_path, atomic_write
 
 MANIFEST, REPORT, CLIPS, PAGE = "manifest.jsonl", "report.json", "clips.parquet", "curation.html"

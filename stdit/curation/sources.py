@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stdit.config import ConfigError, CurateConfig
-from stdit.data import manifest
+from stdit.data import filters, manifest
 from stdit.data.decoding import IMAGE_SUFFIXES
 from stdit.data.manifest import Clip
 from stdit.data.rows import CAPTION_SUFFIX, READERS, VIDEO_SUFFIXES, ManifestError, read_caption
@@ -46,8 +46,8 @@ def find_sources(config: CurateConfig) -> tuple[list[Source], dict[str, Path], i
         name = LINK if len(entries) == 1 else f"{LINK}-{number}"
         clips, root = _clips(entry)
         if config.where:
-            manifest.check_where(manifest.Manifest(Path(entry), tuple(clips), ""), config.where)
-            kept = manifest.filtered(clips, config.where)
+            filters.check_where(manifest.Manifest(Path(entry), tuple(clips), ""), config.where)
+            kept = filters.filtered(clips, config.where)
             excluded += len(clips) - len(kept)
             clips = kept
         links[name] = root

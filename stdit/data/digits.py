@@ -100,7 +100,7 @@ class Scan(NamedTuple):
 
 @dataclass(frozen=True)
 class DigitsOptions:
-    """What is made. `speed` in px a frame; paths begin on every `grid`-th px. `held_out`: share of scans
+    """What is made. `speed` in px a frame; paths begin on multiples of `grid` px. `held_out`: share of scans
     in split "validation", of each of which there are at most `held_out_copies` clips of a shape. `scans`: fewer of them, for a quick look."""
 
     shapes: tuple[Shape, ...] = (
@@ -370,7 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--out", type=Path, required=True, help="folder to write")
     add("--shapes", nargs="+", default=shapes.split(), metavar="FxHxW:DIGIT:N", help="frames x height x width : the digit's side in px : clips of each scan")  # fmt: skip
     add("--speed", type=float, default=default.speed, help="px a frame")
-    add("--grid", type=int, default=default.grid, help="paths begin on every so manieth px")
+    add("--grid", type=int, default=default.grid, help="paths begin on multiples of this many px")
     add("--fps", type=int, default=default.fps, help="frames a second of the clips")
     add("--held-out", type=float, default=default.held_out, help="share of scans in split validation")
     add("--held-out-copies", type=int, default=default.held_out_copies, help="clips of each of those, at most")

@@ -34,7 +34,8 @@ from stdit.data.features import (
     samples_schema,
     shard_path,
 )
-from stdit.data.manifest import check_where, passes, read
+from stdit.data.filters import check_where, passes
+from stdit.data.manifest import read
 from stdit.data.records import ReportTotals, ShardSpec
 from stdit.files import atomic_path, atomic_write, check_writable, seal, sha256
 

@@ -47,7 +47,7 @@ from stdit.config import (
     read_json,
 )
 from stdit.config.identity import TextIdentity, VideoIdentity
-from stdit.data.manifest import passing
+from stdit.data.filters import passing
 from stdit.files import atomic_path, sha256
 
 FORMAT: Literal[2] = 2

@@ -116,6 +116,7 @@ def parquet_rows(path: Path) -> Iterator[Row]:
                     yield number, {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
     except ManifestError:
         raise
+    # Of damaged files and columns; text that is not UTF-8 (ValueError), dates beyond Python's (ArithmeticError).
     except (ValueError, OSError, NotImplementedError, ArithmeticError) as error:
         raise ManifestError(f"{path}: not a readable Parquet file ({error})") from error
 

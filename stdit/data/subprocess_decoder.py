@@ -287,22 +287,5 @@ def main() -> None:
         signal.alarm(0)
 
 
-# ----------------------------------------------------------------------------- one child per process
-
-_kept: dict[tuple[int, str, float], SubprocessDecoder] = {}
-
-
-def decode_in_subprocess(
-    path: Path | str,
-    indices: Sequence[int],
-    size: tuple[int, int] | None = None,
-    decoder: str = "auto",
-    timeout_s: float = 60.0,
-) -> np.ndarray:
-    """`SubprocessDecoder.read` with a child that this process keeps between calls. Not for several threads at once."""
-    key = (os.getpid(), decoder, timeout_s)  # a forked process must not share its parent's pipes
-    return _kept.setdefault(key, SubprocessDecoder(decoder, timeout_s)).read(path, indices, size)
-
-
 if __name__ == "__main__":
     main()

@@ -275,9 +275,9 @@ def _warnings(config: EvaluateConfig, generated: MediaSet, reference: Reference)
             f"and left out; {len(reference.media)} are the reference"
         )
     training = config.training
-    given = config.reference
-    if training is None and given and given.split not in (None, "train") and given.path.suffix != ".npz":
-        training = ReferenceConfig(path=given.path, split="train")
+    source = config.reference
+    if training is None and source and source.split not in (None, "train") and source.path.suffix != ".npz":
+        training = ReferenceConfig(path=source.path, split="train")
     if training is not None and reference.media is not None and (count := overlap(reference.media, training)):
         yield f"{count} of {len(reference.media)} reference media are also in the training set {training.path}"
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stdit.config import Where
-from stdit.data.manifest import Clip, Manifest, ManifestError, check_where, file_problem, passes, read, write
+from stdit.data.filters import check_where, passes
+from stdit.data.manifest import Clip, Manifest, ManifestError, file_problem, read, write
 
 ROWS: list[dict[str, Any]] = [
     {"path": "a.mp4", "caption": "a cat", "class": 3, "fps": 8, "frames": 4, "height": 16, "width": 24, "split": "train", "score": 0.5},

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from stdit.data.decoding import ClipInfo, DecodeError, DecodeTimeout
-from stdit.data.subprocess_decoder import SubprocessDecoder, decode_in_subprocess
+from stdit.data.subprocess_decoder import SubprocessDecoder
 from stdit.data.transforms import resize_crop
 from tests.support.videos import lossless
 
@@ -162,8 +162,3 @@ os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.1)
     else:
         assert not Path(f"/proc/{pid}").exists()
-
-
-def test_decode_in_child_keeps_one_child(clip: Path) -> None:
-    assert (decode_in_subprocess(clip, [3], decoder="pyav") == FRAMES[[3]]).all()
-    assert decode_in_subprocess(clip, [3, 4], size=(16, 20), decoder="pyav").shape == (2, 16, 20, 3)

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from stdit.config import Where
 from stdit.data import manifest
+from stdit.data.filters import check_where, filtered
 
 
 def read(tmp_path: Path, rows: list[dict[str, Any]]) -> manifest.Manifest:
@@ -20,8 +21,8 @@ def read(tmp_path: Path, rows: list[dict[str, Any]]) -> manifest.Manifest:
 
 
 def kept(found: manifest.Manifest, *where: Where) -> list[int]:
-    manifest.check_where(found, where)
-    return [int(clip.key.removesuffix(".mp4")) for clip in manifest.filtered(found, where)]
+    check_where(found, where)
+    return [int(clip.key.removesuffix(".mp4")) for clip in filtered(found, where)]
 
 
 ROWS = [
