@@ -199,6 +199,13 @@ def test_votes_go_to_a_file_and_pages_do_not_tell_who_is_who(comparable: list[Pa
     assert "Blind votes" in (tmp_path / "compare.html").read_text()
 
 
+@pytest.mark.parametrize("row", ['{"winner": "a"}', '{"runs": 7}', "[]", "{"])
+def test_a_damaged_file_of_votes_is_named(row: str, comparable: list[Path], tmp_path: Path, capsys) -> None:
+    (tmp_path / "votes.jsonl").write_text(row + "\n")
+    assert compare.main([*map(str, comparable), "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"compare: {tmp_path / 'votes.jsonl'}:1")
+
+
 def test_a_blind_vote_needs_two_runs_with_shared_requests(runs: list[Path], tmp_path: Path, capsys) -> None:
     assert compare.main([*map(str, runs), "--out", str(tmp_path), "--blind"]) == 2
     assert "--blind compares two runs, found 3" in capsys.readouterr().err

@@ -15,17 +15,33 @@ from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from stdit.config import FileSchema, check
 from stdit.evaluation.comparison import Pair, frames_of, gif_of
 from stdit.evaluation.metrics import accuracy
 from stdit.files import read_jsonl
 from stdit.media import Cell
 
-CHOICES = ("left", "right", "same")
+Choice = Literal["left", "right", "same"]
+CHOICES: tuple[Choice, ...] = get_args(Choice)
 MAX_BODY = 10_000
+
+
+class Vote(FileSchema):
+    """A row of votes.jsonl. winner: None for "same"; time: seconds since 1970."""
+
+    runs: tuple[str, str]
+    prompt: str
+    seed: int | None
+    left: str
+    right: str
+    choice: Choice
+    winner: str | None
+    voter: str
+    time: float
 
 
 @dataclass(frozen=True)
@@ -44,7 +60,7 @@ class Ballot:
         order, sides = rng.permutation(len(pairs)), rng.permutation(sides)
         return cls(tuple(pairs[i] for i in order), tuple(runs[side] for side in sides), runs)
 
-    def vote(self, number: int, choice: Literal["left", "right", "same"], voter: str = "") -> dict[str, Any]:
+    def vote(self, number: int, choice: Choice, voter: str = "") -> dict[str, Any]:
         """The row of a vote. ValueError: no such pair or choice."""
         if choice not in CHOICES or not 0 <= number < len(self.pairs):
             raise ValueError(
@@ -72,7 +88,10 @@ def tally(votes: Sequence[Mapping[str, Any]], runs: tuple[str, str]) -> dict[str
 
 def read_votes(path: Path) -> list[dict[str, Any]]:
     """ValueError: a damaged file."""
-    return read_jsonl(path) if path.is_file() else []
+    rows = read_jsonl(path) if path.is_file() else []
+    for number, row in enumerate(rows, 1):
+        check(row, Vote, f"{path}:{number}")
+    return rows
 
 
 def make_server(ballot: Ballot, votes: Path, port: int, voter: str = "") -> ThreadingHTTPServer:
