@@ -50,7 +50,7 @@ def describe_stage(config: Config, resources: Resources, after: str | None) -> S
     sizes = global_batch_sizes(config, resources.workers)
     del data["train"]["gradient_accumulation"]
     for bucket in data["data"]["buckets"]:
-        del bucket["batch_size"]
+        del bucket["batch_size"], bucket["global_batch"]
     if after is not None and data["init"]:
         del data["init"]["source"]  # `after` says it, wherever run_dir is.
     return {

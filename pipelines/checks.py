@@ -25,7 +25,7 @@ def check_early(plan: Plan, stages: Sequence[ResolvedStage]) -> None:
             plans.check_shapes(stage, (1, 1, 1), encoder.channels)
         _check_text(stage, plan.extract.text_encoder)
         try:
-            stage.config.train.data_ranks(plan.resources.workers)
+            stage.config.micro_batches(plan.resources.workers)
         except ConfigError as error:
             raise ConfigError(f"{stage.source}: {error} (resources.workers)") from error
         if stage.after is not None:
@@ -203,7 +203,8 @@ def stage_lines(plan: Plan, stages: Sequence[ResolvedStage]) -> list[str]:
     for stage in stages:
         try:
             # Without `init`: the previous stage may not be trained yet; `check_transition` compares architectures.
-            data = open_data(stage.config if stage.after is None else stage.config.model_copy(update={"init": None}))
+            config = stage.config if stage.after is None else stage.config.model_copy(update={"init": None})
+            data = open_data(config, plan.resources.workers)
         except ConfigError as error:
             raise ConfigError(f"{stage.source}: {error}") from error
         lines += str(forecast(stage, plan.resources, features, (t, h, w), data.text_tokens)).splitlines()

@@ -94,14 +94,11 @@ def forecast(
     from stdit.training.data import check_sequence_parallel
     from stdit.training.machine import rank_memory, sample_cost, saved_bytes
 
-    config, shared, accumulation = (
-        stage.config,
-        stage.config.train.sequence_parallel,
-        stage.config.train.gradient_accumulation,
-    )
+    config, shared = stage.config, stage.config.train.sequence_parallel
     data_ranks = config.train.data_ranks(resources.workers)
-    schedule = BucketSchedule(source, config.data, data_ranks, accumulation)
-    check_sequence_parallel(config, {b.key: latent_shape(b, compression) for b in config.data.buckets})
+    schedule = BucketSchedule(source, config.data, data_ranks, config.train.gradient_accumulation)
+    latents = {b.key: latent_shape(b, compression) for b in config.data.buckets}
+    check_sequence_parallel(config, latents, resources.workers)
     everything = source.select(config.data.train_split, config.data.buckets)
     taken = dict.fromkeys(schedule.counts, 0)
     steps = dict.fromkeys(schedule.counts, 0)
@@ -112,20 +109,20 @@ def forecast(
     text = text_length if config.model.text_dim is not None else 0
     buckets, flops, activations, parameters = [], 0, 0, 0
     for bucket in config.data.buckets:
-        latent = latent_shape(bucket, compression)
+        batch, count, _ = schedule.micro_batches[bucket.key]
         try:
-            cost = sample_cost(config, bucket, latent, text)
-            own = cost if shared == 1 else sample_cost(config, bucket, latent, text, shared)
+            cost = sample_cost(config, bucket, latents[bucket.key], text, batch)
+            own = cost if shared == 1 else sample_cost(config, bucket, latents[bucket.key], text, batch, shared)
         except ConfigError as error:
             raise ConfigError(f"{stage.source}: {error}") from error
         kept, size = schedule.counts[bucket.key], schedule.step_size(bucket)
         left_out = len(everything[bucket.key]) - kept
         checkpointed = config.train.activation_checkpointing
         exchanged = own.exchanged_bytes_checkpointed if checkpointed else own.exchanged_bytes
-        exchanged *= bucket.batch_size * accumulation
+        exchanged *= batch * count
         buckets.append(BucketForecast(bucket.key, kept, left_out, size, steps[bucket.key], cost.tokens, exchanged))
         flops += steps[bucket.key] * size * cost.training_flops
-        activations = max(activations, saved_bytes(own, bucket, checkpointed))
+        activations = max(activations, saved_bytes(own, batch, checkpointed))
         parameters = cost.parameters
     return Forecast(
         name=stage.name,

@@ -70,6 +70,10 @@ def _train(arguments: list[str]) -> int | None:
     return launch(options.nproc, own, load_config(options.config, Config, options.set).run_dir)
 
 
+def _find_batch_size(arguments: list[str]) -> int | None:
+    return _main("stdit.find_batch_size", arguments)
+
+
 def _train_stages(arguments: list[str]) -> int | None:
     return _pipeline("train_stages", "stdit train-stages", arguments)
 
@@ -130,6 +134,7 @@ VERBS = {
     "curate": Verb("find, score, filter and caption clips of raw footage", _curate),
     "extract": Verb("encode clips and captions into feature shards", _extract),
     "train": Verb("train one config", _train),
+    "find-batch-size": Verb("the largest batch_size of each bucket that fits into memory", _find_batch_size),
     "train-stages": Verb("run a plan: extract, train each stage, generate, evaluate", _train_stages),
     "forecast": Verb("clips per bucket, tokens, FLOPs and memory of a plan; starts nothing", _forecast),
     "generate": Verb("videos or images for a file of prompts", _generate),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import math
 import os
 import sys
@@ -49,9 +50,23 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
     stop: when it is set on any rank, all save a checkpoint and raise Stopped.
 
     Raises ConfigError and CheckpointError (no checkpoint there is intact) before anything is started, SaveError if a
-    checkpoint cannot be written, Diverged if
-    gradients or weights are not finite. A rank that hangs ends its process (stdit.training.watchdog).
+    checkpoint cannot be written, Diverged if gradients or weights are not finite, OutOfMemory. A rank that hangs ends its
+    process (stdit.training.watchdog).
     """
+    from stdit.training.spikes import Rewound
+
+    stop = Stop() if stop is None else stop
+    while True:
+        try:
+            return train_from_checkpoint(config, report, stop)
+        except Rewound as rewound:  # once more from the newest checkpoint, without the samples of the spike
+            if os.environ.get("RANK", "0") == "0":
+                complain(str(rewound))
+        gc.collect()  # the engine that was left
+
+
+def train_from_checkpoint(config: Config, report: Callable[[dict[str, Any]], None] | None, stop: Stop) -> Path:
+    """As `train`, which says what is what. Rewound: a loss spike with `train.on_spike: rewind`."""
     # Imported late, so that `--help` and invalid configs are answered at once.
     import torch
 
@@ -60,31 +75,32 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
     from stdit.training.data import describe_data, open_data
     from stdit.training.derive import complete
     from stdit.training.distributed import sequence_group, world_size
-    from stdit.training.divergence import SkippedSteps, find_bad_samples
+    from stdit.training.divergence import SkippedSteps, find_bad_samples, keep_bad_batches
     from stdit.training.engine import init_distributed
     from stdit.training.inputs import Inputs
     from stdit.training.machine import check_machine
     from stdit.training.optimizer import last_stable_step, learning_rate
+    from stdit.training.out_of_memory import MemoryErrors
     from stdit.training.performance import Performance, profiler
+    from stdit.training.spikes import LossSpikes, Rewound, positions_left_out, read_rewinds, rewind
     from stdit.training.tracking import Tracker, is_due
     from stdit.training.validation import Validator
     from stdit.training.watchdog import Watchdog
 
     config = complete(config)
-    config.train.data_ranks(world_size())  # checked before any work
-    data = open_data(config)
+    config.micro_batches(world_size())  # checked before any work
+    data = open_data(config, world_size())
     if resume.is_finished(config, data, world_size()):
         return config.run_dir
     check_machine(config, world_size(), data.latents, data.text_tokens)
     run_dir.check(config.run_dir)
-    ranks, stop = init_distributed(config.train.sequence_parallel), Stop() if stop is None else stop
-    steps, accumulation = config.train.steps, config.train.gradient_accumulation
+    ranks, steps = init_distributed(config.train.sequence_parallel), config.train.steps
     wsd = config.train.optimizer.lr_schedule == "wsd"
     last_stable = last_stable_step(config.train.optimizer, steps) if wsd else None
 
     with ExitStack() as stack:
         stack.enter_context(run_dir.lock(config, ranks))
-        parallel = sequence_group(ranks)
+        memory, parallel = stack.enter_context(MemoryErrors(config, data, ranks)), sequence_group(ranks)
         state, engine, ema = resume.restore(config, data, ranks, lambda m: prepare(m, config, ranks.device, parallel))
         ranks.broadcast(lambda: run_dir.start(config))
         tracker = stack.enter_context(closing(Tracker(config, state.step, ranks.is_main)))
@@ -92,25 +108,30 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
         tracker.print(describe_data(config, data))
         inputs = Inputs(config, data.video_encoder, ranks.device, data.empty_caption, ranks.sequence_rank)
         validator = Validator(config, data, inputs, ranks)
+        rewinds = ranks.broadcast(lambda: read_rewinds(config.run_dir))
         loader = Loader(
-            data.source, config.data, config.seed, ranks.data_rank, ranks.data_size, accumulation, state.data_position
-        )
+            data.source, config.data, config.seed, ranks.data_rank, ranks.data_size, config.train.gradient_accumulation,
+            state.data_position, positions_left_out(rewinds),
+        )  # fmt: skip
         performance = Performance(config, ranks, data, sum(loader.counts.values()))
         timed, profile = performance.section, stack.enter_context(profiler(config, ranks, state.step + 1))
         skipped, start = SkippedSteps(config.train), time.perf_counter()
+        spikes = LossSpikes(config.train, ranks, state.recent_losses)
+        saves = resume.FailedSaves(config, tracker.print)
         watchdog = stack.enter_context(closing(Watchdog(ranks.rank, config.run_dir, config.train.step_timeout_s, stop)))
         stop.start_training()
 
         for step, data_step in zip(range(state.step + 1, steps + 1), performance.waiting(loader), strict=False):
             watchdog.start_step(step)
+            memory.start_step(step, data_step.bucket)
             sums, sample_losses = torch.zeros(2, device=ranks.device), []
-            for batch in data_step.batches:
+            for i, batch in enumerate(data_step.batches):
                 with timed("forward"):
                     loss = inputs.loss(engine, batch, step)
-                with timed("backward"):
-                    engine.backward(loss.total)
-                sums += loss.logged
+                sums += loss.logged * batch.weight
                 sample_losses.append(loss.each)
+                with timed("backward"):
+                    engine.backward(spikes.veto(loss.total * batch.weight, sums, data_step, i), len(data_step.batches))
             lr = learning_rate(config.train.optimizer, step, steps)
             with timed("optimizer"):
                 grad_norm = engine.step(lr)
@@ -121,7 +142,7 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
             state.advance(data_step.samples, data_step.position)
             performance.count(data_step)
 
-            means = (value / accumulation / ranks.size for value in sums.tolist())
+            means = (value / len(data_step.batches) / ranks.size for value in sums.tolist())
             mean_loss, flops_ratio, stops = ranks.all_reduce(*means, float(bool(stop)))
             metrics: dict[str, Any] = {
                 "step": step, "loss": mean_loss, "learning_rate": lr, "grad_norm": grad_norm, "bucket": data_step.bucket.key,
@@ -129,19 +150,31 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
             }  # fmt: skip
             if config.train.dynamic:
                 metrics["flops_ratio"] = flops_ratio
+            if rewinds:
+                metrics["rewinds"] = len(rewinds)
+            if (ratio := spikes.add(data_step.bucket.key, mean_loss)) is not None:
+                metrics["spike"] = ratio
             if not finite:
                 metrics["bad_steps"] = skipped.in_a_row
-                metrics["bad_samples"] = find_bad_samples(data_step.batches, sample_losses, ranks)
+                if ratio is None or config.train.on_spike != "skip":
+                    metrics["bad_samples"] = find_bad_samples(data_step.batches, sample_losses, ranks)
+                    keep_bad_batches(config.run_dir, step, data_step.batches, sample_losses, ranks)
             with timed("validation"):
                 metrics |= validator.run(engine, ema, tracker, step)
+            state.validation_loss, state.recent_losses = metrics.get("validation_loss"), spikes.recent
             logged = tracker.step(metrics, performance)
             skipped.check(step, last=step == steps)
+            if ratio is not None and config.train.on_spike == "rewind":
+                rewind(config.run_dir, config.train, step, mean_loss, data_step, ranks)
+                engine.close()
+                raise Rewound(f"step {step}: back to the newest checkpoint, without the samples of this step")
 
-            saved = None
-            due = is_due(config.train.checkpoint_every, step, steps) or step == last_stable
-            if stops or step == steps or due:
+            saved, ends = None, bool(stops) or step == steps
+            if ends or step == last_stable or is_due(config.train.checkpoint_every, step, steps):
                 with timed("checkpoint"), watchdog.saving():
-                    saved = resume.save_checkpoint(engine, ema, config, data, state, ranks)
+                    saved = saves.attempt(
+                        lambda: resume.save_checkpoint(engine, ema, config, data, state, ranks), last=ends
+                    )
             if report and (logged or saved):
                 report({**metrics, "checkpoint": saved and str(saved)})
             if saved and stops and step < steps:

@@ -46,6 +46,8 @@ LEVELS = {
     # Generates what is missing.
     "stdit.evaluate": 4.2,
     "stdit.compare": 4.3,
+    # Takes steps as training does.
+    "stdit.find_batch_size": 4.2,
     "stdit.cli": 4.5,
     "pipelines": 5,
     "cluster": 6,

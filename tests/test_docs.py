@@ -17,7 +17,7 @@ import pytest
 
 from pipelines import plan as plans
 from pipelines import train_stages
-from stdit import arguments, cli, curate, init, train
+from stdit import arguments, cli, curate, find_batch_size, init, train
 from stdit import extract as extraction
 from stdit.config import Config, CurateConfig, ExtractConfig, load_config, read_extended
 from stdit.inference import prompts
@@ -53,6 +53,7 @@ PARSERS: dict[str, Callable[[str], argparse.ArgumentParser]] = {
     "curate": curate.arguments,
     "extract": extraction.arguments,
     "train": training,
+    "find-batch-size": find_batch_size.arguments,
     "train-stages": train_stages.arguments,
     "forecast": train_stages.arguments,
     "generate": prompts.arguments,
@@ -69,6 +70,7 @@ MODULES = {
     "stdit.generate": "generate",
     "stdit.evaluate": "evaluate",
     "stdit.compare": "compare",
+    "stdit.find_batch_size": "find-batch-size",
     "stdit.weights.convert": "convert",
     "stdit.weights.transfer": "transfer",
     "stdit.models.cost": "summary",

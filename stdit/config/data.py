@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -62,13 +62,72 @@ class ExtractBucket(Bucket):
         )
 
 
-class TrainBucket(Bucket):
-    """A bucket that training draws batches from."""
+class MicroBatches(NamedTuple):
+    """What one rank takes in an optimizer step of `samples` over all ranks: `accumulation` micro-batches of `size` samples, or of
+    one less where the samples do not divide evenly."""
 
-    batch_size: Positive
-    """Samples per rank and micro-batch."""
+    size: int
+    accumulation: int
+    samples: int
+
+
+class TrainBucket(Bucket):
+    """A bucket that training draws batches from. It states batch_size, global_batch, or both."""
+
+    batch_size: Positive | None = None
+    """Samples per rank and micro-batch; beside `global_batch`, the most that a micro-batch may have."""
+    global_batch: Positive | None = None
+    """Samples per optimizer step over all ranks, whatever their number: they are shared out as evenly as possible, in as few
+    micro-batches as `batch_size` allows. null: data-parallel ranks * batch_size * train.gradient_accumulation."""
     weight: float = Field(default=1.0, gt=0)
     """Sampling weight per clip, relative to the other buckets."""
+
+    @model_validator(mode="after")
+    def _check_size(self) -> TrainBucket:
+        if self.batch_size is None and self.global_batch is None:
+            raise ValueError(f"bucket {self.key} states neither batch_size nor global_batch")
+        return self
+
+    def micro_batches(self, data_ranks: int, accumulation: int) -> MicroBatches:
+        """One rank's share of a step on `data_ranks` data-parallel ranks. accumulation: micro-batches where the bucket states
+        batch_size alone.
+
+        ConfigError: global_batch leaves a rank without samples; names the numbers of ranks and the batches that work.
+        """
+        if self.global_batch is None:
+            assert self.batch_size is not None
+            return MicroBatches(self.batch_size, accumulation, data_ranks * self.batch_size * accumulation)
+        if (divided := self._divide(self.global_batch, data_ranks)) is not None:
+            return divided
+        ranks = [n for n in range(1, self.global_batch + 1) if self._divide(self.global_batch, n)]
+        nearest = (
+            range(self.global_batch - 1, 0, -1),
+            range(self.global_batch + 1, self.global_batch + data_ranks + 1),
+        )
+        sizes = [size for sizes in nearest if (size := next((n for n in sizes if self._divide(n, data_ranks)), None))]
+        limit = "" if self.batch_size is None else f", at most {self.batch_size} a micro-batch (batch_size)"
+        raise ConfigError(
+            f"data.buckets {self.key}: global_batch is {self.global_batch}, too few or not divisible for {data_ranks} data-parallel "
+            f"ranks that each take one sample or more in every micro-batch{limit}; it goes with {_listed(ranks)} ranks, and they with "
+            f"a global_batch of {' or '.join(map(str, sizes))}"
+        )
+
+    def _divide(self, samples: int, data_ranks: int) -> MicroBatches | None:
+        """The fewest micro-batches that batch_size allows; None if some would be empty."""
+        accumulation = -(-samples // (data_ranks * (self.batch_size or samples)))
+        shares = data_ranks * accumulation
+        return MicroBatches(-(-samples // shares), accumulation, samples) if shares <= samples else None
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    """1, 2, 3, 5 to 9: runs of numbers by their ends."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
 Buckets = TypeVar("Buckets", bound=tuple[Bucket, ...])
@@ -296,6 +355,9 @@ class DataConfig(Frozen):
     batch_size: Positive | None = None
     """Where `buckets` is left out: samples of the largest bucket per rank and micro-batch (default 1); smaller buckets take
     as many more as they have fewer tokens."""
+    global_batch: Positive | None = None
+    """Where `buckets` is left out: samples of the largest bucket per optimizer step over all ranks (see
+    data.buckets[].global_batch); smaller buckets take a multiple of it, by their tokens."""
     where: tuple[Where, ...] = ()
     """Conditions on manifest columns that a training or validation clip must meet."""
     captions: dict[str, Annotated[float, Field(gt=0)]] | None = None
@@ -312,10 +374,9 @@ class DataConfig(Frozen):
     def _sizes(self) -> DataConfig:
         if self.captions is not None and not self.captions:
             raise ValueError("captions: no shares given; leave it out for the original captions")
-        if self.buckets and self.batch_size is not None:
-            raise ValueError(
-                f"batch_size {self.batch_size} is for buckets that follow from the features; these state their own"
-            )
+        for name in ("batch_size", "global_batch"):
+            if self.buckets and (size := getattr(self, name)) is not None:
+                raise ValueError(f"{name} {size} is for buckets that follow from the features; these state their own")
         return self
 
 

@@ -24,6 +24,9 @@ TRAINING_RUNTIME_KEYS = (
     "train.peak_tflops",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.keep_every",
+    "train.keep_best",
+    "train.max_failed_saves",
     "train.tensorboard",
     "train.wandb_project",
     "train.max_bad_steps",
@@ -81,5 +84,4 @@ def matches(key: str, keys: Sequence[str]) -> bool:
 
 def global_batch_sizes(config: Config, world_size: int) -> dict[str, int]:
     """Samples per optimizer step of each bucket, over all ranks and accumulated micro-batches."""
-    data_ranks = config.train.data_ranks(world_size)
-    return {b.key: b.batch_size * config.train.gradient_accumulation * data_ranks for b in config.data.buckets}
+    return {key: each.samples for key, each in config.micro_batches(world_size).items()}

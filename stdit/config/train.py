@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from stdit.config.base import Frozen, NonNegative, Positive, Share
-from stdit.config.data import Bucket, DataConfig
+from stdit.config.data import Bucket, DataConfig, MicroBatches
 from stdit.config.diffusion import DiffusionConfig, FrameConditioningConfig, SamplerConfig
 from stdit.config.load import ConfigError
 from stdit.config.model import ModelConfig
@@ -132,7 +132,7 @@ class TrainConfig(Frozen):
     token_routing: TokenRoutingConfig | None = None
     """Some tokens bypass some blocks in training. null: all run everywhere."""
     gradient_accumulation: Positive = 1
-    """Micro-batches per optimizer step, on each rank."""
+    """Micro-batches per optimizer step, on each rank. Left out where a global_batch says it (data.buckets)."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and learning rate."""
     ema: EMAConfig = EMAConfig()
@@ -164,6 +164,13 @@ class TrainConfig(Frozen):
     """Steps between checkpoints; the last step always has one. null: that one alone."""
     keep_checkpoints: Positive = 2
     """Newest checkpoints that are kept."""
+    keep_every: Positive | None = None
+    """Checkpoints whose step is a multiple of this are kept, too."""
+    keep_best: NonNegative = 0
+    """So many checkpoints with the lowest validation loss are kept, too; needs a validation at each of them."""
+    max_failed_saves: NonNegative = 3
+    """Consecutive checkpoints that may fail to be written (a full disk, a lost share) while training goes on; one more ends the
+    run. One that fails at the last step, or when the run is to stop, always does."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
     wandb_project: str | None = None
@@ -173,10 +180,18 @@ class TrainConfig(Frozen):
     peak_tflops: float | None = Field(default=None, gt=0)
     """Peak TFLOP/s of one device, for MFU. null: the maker's figure of a known GPU, else measured at the first log."""
     max_bad_steps: NonNegative = 10
-    """Consecutive steps that may be skipped for a gradient that is not finite; one more ends the run."""
+    """Consecutive steps that may be skipped for a gradient that is not finite, or by `on_spike`; one more ends the run."""
     max_bad_share: Share = 0.2
     """Share of the last 100 steps, of the run and of each bucket, that may be skipped so; counts beyond `max_bad_steps` of them, and
     at the run's end."""
+    on_spike: Literal["warn", "skip", "rewind"] = "warn"
+    """A loss far above the last ones of its bucket. warn: it is marked in metrics.jsonl and the log; skip: its gradient is dropped, too;
+    rewind: training goes back to the newest checkpoint and leaves that step's samples out."""
+    spike_threshold: float = Field(default=10.0, gt=0)
+    """Robust standard deviations (1.4826 median absolute deviations) above the median of a bucket's last 100 losses from which one is a
+    spike; the first 20 are none."""
+    max_rewinds: NonNegative = 3
+    """Rewinds of one run; one more ends it."""
     step_timeout_s: float = Field(default=1800, gt=0)
     """Seconds that a step may take, with its validation, and a save without any of its files changing: a rank that takes
     longer hangs, prints its stack and ends the run with exit code 75."""
@@ -294,6 +309,38 @@ class Config(Frozen):
         except ValueError as error:
             raise ValueError(f"train.{error}") from error
         return self
+
+    @model_validator(mode="after")
+    def _accumulates(self) -> Config:
+        accumulation, data = self.train.gradient_accumulation, self.data
+        stated = [b.global_batch for b in data.buckets] + [data.global_batch]
+        if accumulation != 1 and (sizes := [size for size in stated if size is not None]):
+            raise ValueError(
+                f"train.gradient_accumulation is {accumulation}, which follows from the ranks where a global_batch ({sizes[0]}) is "
+                "given; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _finds_best(self) -> Config:
+        """The best checkpoints are known where each of them has a validation loss."""
+        train, validated = self.train, self.validation.every
+        if not train.keep_best:
+            return self
+        if validated is None:
+            raise ValueError(f"train.keep_best is {train.keep_best}, which needs validation.every")
+        if train.checkpoint_every is not None and train.checkpoint_every % validated:
+            raise ValueError(
+                f"train.keep_best is {train.keep_best}, but checkpoints have no validation loss: train.checkpoint_every is "
+                f"{train.checkpoint_every}, no multiple of validation.every, {validated}"
+            )
+        return self
+
+    def micro_batches(self, ranks: int) -> dict[str, MicroBatches]:
+        """One rank's micro-batches in a step of each bucket, by its key, on `ranks` ranks. ConfigError: train.sequence_parallel does
+        not divide them, or a global_batch is too small for them."""
+        data_ranks, accumulation = self.train.data_ranks(ranks), self.train.gradient_accumulation
+        return {b.key: b.micro_batches(data_ranks, accumulation) for b in self.data.buckets}
 
     @model_validator(mode="after")
     def _has_routers(self) -> Config:

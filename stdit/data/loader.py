@@ -1,8 +1,8 @@
 """Batches for training: one bucket per step, the same on all ranks, in an order that depends on the seed alone.
 
 Each bucket is a stream of permutations of its samples, seeded by (seed, epoch, bucket). A step takes the next
-ranks · batch_size · accumulation samples of one stream; which one follows from the streams' positions. So the
-positions, one number per bucket, are the loader's full state, independent of the number of ranks.
+ranks · batch_size · accumulation samples of one stream (or its global_batch); which one follows from the streams'
+positions. So the positions, one number per bucket, are the loader's full state, independent of the number of ranks.
 
 B samples of one rank and micro-batch · C latent channels · t, h, w latent grid · L text tokens, the batch's longest
 """
@@ -13,7 +13,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -71,6 +71,7 @@ class Batch:
     paths: tuple[str, ...]  # source files, as the manifest names them
     positions: tuple[int, ...]  # in the bucket's stream; seed noise and timesteps
     bucket: Bucket
+    weight: float = 1.0  # of its mean loss among the step's micro-batches, whose mean it is: their share of samples
     control: Tensor | None = None  # (B, C, t or 1, h, w), raw
     pooled: Tensor | None = None  # (B, P), pooled text vectors
 
@@ -161,11 +162,13 @@ class Stream:
 class BucketSchedule:
     """Which bucket each step takes. `ids`: of the training clips, by bucket key; `counts`: how many there are.
 
-    ConfigError: a bucket without samples, captions that no clip has.
+    accumulation: micro-batches of buckets that state no global_batch. ConfigError: a bucket without samples, captions that no
+    clip has, a global_batch that is too small for the ranks.
     """
 
     def __init__(self, index: ClipIndex, data: DataConfig, ranks: int = 1, accumulation: int = 1) -> None:
-        self.data, self.ranks, self.accumulation = data, ranks, accumulation
+        self.data, self.ranks = data, ranks
+        self.micro_batches = {b.key: b.micro_batches(ranks, accumulation) for b in data.buckets}
         if unknown := sorted(set(data.captions or ()) - set(index.captions if data.captions else ())):
             raise ConfigError(
                 f"data.captions: {data.features} has no captions {', '.join(unknown)}; it has {', '.join(index.captions)}"
@@ -181,7 +184,7 @@ class BucketSchedule:
 
     def step_size(self, bucket: TrainBucket) -> int:
         """Samples of one step, over all ranks and micro-steps."""
-        return self.ranks * bucket.batch_size * self.accumulation
+        return self.micro_batches[bucket.key].samples
 
     def next_bucket(self, position: Mapping[str, int]) -> TrainBucket:
         """Picks the bucket furthest behind its weighted share: samples · weight per epoch, whatever the batch sizes."""
@@ -192,7 +195,10 @@ class BucketSchedule:
 
 
 class Loader(BucketSchedule):
-    """Iterates over `Step`s without end, starting at `position`. `workers` threads read ahead. ConfigError: as BucketSchedule."""
+    """Iterates over `Step`s without end, starting at `position`. `workers` threads read ahead. ConfigError: as BucketSchedule.
+
+    left_out: positions of each bucket's stream; a step that would take one of them is left out.
+    """
 
     def __init__(
         self,
@@ -203,9 +209,10 @@ class Loader(BucketSchedule):
         ranks: int = 1,
         accumulation: int = 1,
         position: Mapping[str, int] | None = None,
+        left_out: Mapping[str, Sequence[range]] | None = None,
     ) -> None:
         super().__init__(source, data, ranks, accumulation)
-        self.source, self.seed, self.rank = source, seed, rank
+        self.source, self.seed, self.rank, self.left_out = source, seed, rank, left_out or {}
         self.streams = {b.key: Stream(self.ids[b.key], seed, b) for b in data.buckets}
         self.position = {b.key: int((position or {}).get(b.key, 0)) for b in data.buckets}
 
@@ -215,15 +222,20 @@ class Loader(BucketSchedule):
         while True:
             bucket = self.next_bucket(position)
             first = position[bucket.key]
-            position[bucket.key] = first + self.step_size(bucket)
+            position[bucket.key] = end = first + self.step_size(bucket)
+            if any(first < other.stop and other.start < end for other in self.left_out.get(bucket.key, ())):
+                continue
             yield bucket, first, dict(position)
 
     def _read(self, bucket: TrainBucket, positions: Sequence[int], ids: Sequence[int]) -> Batch:
+        _, accumulation, step = self.micro_batches[bucket.key]
         if self.data.captions is None:
-            return collate([self.source.sample(i) for i in ids], positions, bucket)
-        count = len(self.streams[bucket.key].ids)
-        names = [self._caption(id, position // count) for position, id in zip(positions, ids, strict=True)]
-        return collate([self.source.sample(i, name) for i, name in zip(ids, names, strict=True)], positions, bucket)
+            samples = [self.source.sample(i) for i in ids]
+        else:
+            count = len(self.streams[bucket.key].ids)
+            names = [self._caption(id, position // count) for position, id in zip(positions, ids, strict=True)]
+            samples = [self.source.sample(i, name) for i, name in zip(ids, names, strict=True)]
+        return replace(collate(samples, positions, bucket), weight=len(ids) * self.ranks * accumulation / step)
 
     def _caption(self, id: int, epoch: int) -> str:
         """The caption of a clip in an epoch, by `data.captions`: a function of seed, clip and epoch alone."""
@@ -236,17 +248,18 @@ class Loader(BucketSchedule):
         at = int(np.searchsorted(np.cumsum(list(shares.values())), draw, side="right"))
         return list(shares)[min(at, len(shares) - 1)]
 
-    def _positions(self, bucket: TrainBucket, first: int, micro: int) -> range:
-        """This rank's positions in micro-step `micro` of a step that begins at `first`."""
-        begin = first + (micro * self.ranks + self.rank) * bucket.batch_size
-        return range(begin, begin + bucket.batch_size)
+    def _positions(self, bucket: TrainBucket, first: int) -> Iterator[range]:
+        """This rank's positions in each micro-step of a step that begins at `first`."""
+        _, count, samples = self.micro_batches[bucket.key]
+        shares = self.ranks * count
+        for share in range(self.rank, shares, self.ranks):
+            yield range(first + samples * share // shares, first + samples * (share + 1) // shares)
 
     def __iter__(self) -> Iterator[Step]:
         if self.data.workers == 0:
             for bucket, first, position in self._plan():
                 batches = []
-                for micro in range(self.accumulation):
-                    positions = self._positions(bucket, first, micro)
+                for positions in self._positions(bucket, first):
                     batches.append(self._read(bucket, positions, [self.streams[bucket.key].at(p) for p in positions]))
                 yield Step(tuple(batches), self.step_size(bucket), position)
             return
@@ -255,12 +268,11 @@ class Loader(BucketSchedule):
             try:
                 for bucket, first, position in self._plan():
                     futures = []
-                    for micro in range(self.accumulation):
-                        positions = self._positions(bucket, first, micro)
+                    for positions in self._positions(bucket, first):
                         ids = [self.streams[bucket.key].at(p) for p in positions]
                         futures.append(pool.submit(self._read, bucket, positions, ids))
                     ahead.append((futures, self.step_size(bucket), position))
-                    if sum(len(f) for f, _, _ in ahead) > self.data.workers + self.accumulation:
+                    if sum(len(f) for f, _, _ in ahead) > self.data.workers + len(futures):
                         yield self._collect(ahead.popleft())
             finally:
                 for futures, _, _ in ahead:

@@ -27,7 +27,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from stdit.files import parse_json
@@ -106,7 +106,18 @@ def save_adapter(model: STDiT, folder: Path, name: str = TRAINED, state: dict[st
     text = json.dumps(config, indent=2, sort_keys=True)
     metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: text, DIGEST_KEY: _digest(weights, text)}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / LORA_WEIGHT_NAME_SAFE, metadata)
+    (folder / LORA_WEIGHT_NAME_SAFE).write_bytes(_with_sorted_metadata(save(weights, metadata)))
+
+
+def _with_sorted_metadata(content: bytes) -> bytes:
+    """A safetensors file with its metadata in order: safetensors writes several entries in an order that differs from call to
+    call, and equal adapters would have unequal bytes."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def _digest(weights: Mapping[str, Tensor], config: str | None) -> str:

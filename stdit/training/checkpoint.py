@@ -17,13 +17,15 @@ that carries its own hash. Folders of other names are ignored.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from stdit import __version__, integrity
@@ -213,16 +215,20 @@ def set_aside_damaged(run_dir: Path, latest: Path) -> None:
         print(printable(f"stdit: the damaged checkpoint {checkpoint.name} is now {target}"), file=sys.stderr)
 
 
-def prune(run_dir: Path, keep: int, intact: Collection[Path]) -> None:
+def prune(run_dir: Path, keep: int, intact: Collection[Path], every: int | None = None, best: int = 0) -> None:
     """Removes complete checkpoints older than the `keep` newest of `intact`, those that this process wrote or verified.
 
-    With fewer than `keep` of them nothing is removed: the others may be damaged. Folders without a manifest of ours stay.
+    every: those whose step is a multiple of it stay; best: so do so many with the lowest validation loss. With fewer than
+    `keep` of them nothing is removed: the others may be damaged. Folders without a manifest of ours stay.
     """
     kept = sorted((c for c in intact if (c / MANIFEST).exists()), key=step_of, reverse=True)[:keep]
     if len(kept) < keep:
         return
+    spared = best_checkpoints(run_dir, best) if best else []
     for checkpoint in list_checkpoints(run_dir):
-        if step_of(checkpoint) >= step_of(kept[-1]) or checkpoint.is_symlink():
+        if step_of(checkpoint) >= step_of(kept[-1]) or checkpoint.is_symlink() or checkpoint in spared:
+            continue
+        if every is not None and step_of(checkpoint) % every == 0:
             continue
         try:
             read_manifest(checkpoint)
@@ -233,6 +239,16 @@ def prune(run_dir: Path, keep: int, intact: Collection[Path]) -> None:
         (checkpoint / PARTIAL_MARK).touch()
         checkpoint.rename(partial_folder(checkpoint))
         remove_partial(partial_folder(checkpoint))
+
+
+def best_checkpoints(run_dir: Path, count: int) -> list[Path]:
+    """The `count` checkpoints with the lowest validation losses, the best first; those without one do not count."""
+    losses = []
+    for checkpoint in list_checkpoints(run_dir):
+        with contextlib.suppress(ConfigError):  # damaged, or none of ours
+            if (loss := load_identity(checkpoint).get("validation_loss")) is not None:
+                losses.append((loss, checkpoint))
+    return [checkpoint for _, checkpoint in sorted(losses)[:count]]
 
 
 # ----------------------------------------------------------------------------------------- identity
@@ -247,9 +263,12 @@ def make_identity(
     data_position: dict[str, int],
     world_size: int,
     base: dict[str, Any] | None = None,
+    validation_loss: float | None = None,
+    recent_losses: Mapping[str, Sequence[float]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Content of identity.json. architecture: the diffusers config. data: video_encoder, text_encoder, classes, frame_rates,
-    and the fingerprint of the features. base: folder and fingerprint of a fine-tuning run's frozen weights."""
+    and the fingerprint of the features. base: folder and fingerprint of a fine-tuning run's frozen weights. recent_losses: the
+    last ones of each bucket."""
     return {
         "version": __version__,
         "architecture": architecture,
@@ -263,6 +282,8 @@ def make_identity(
         "world_size": world_size,
         "git_revision": git_revision(),
         "config": config.model_dump(mode="json"),
+        "validation_loss": validation_loss,
+        "recent_losses": dict(recent_losses),
     }
 
 

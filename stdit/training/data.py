@@ -36,9 +36,9 @@ class TrainData:
     frame_rates: dict[str, int] = field(default_factory=dict)
 
 
-def open_data(config: Config) -> TrainData:
-    """Opens the data of `config`. ConfigError, with the key and both numbers, where model, autoencoder, text encoder or
-    sampler do not match."""
+def open_data(config: Config, ranks: int | None = None) -> TrainData:
+    """Opens the data of `config`. ranks: of the run, if they are known. ConfigError, with the key and both numbers, where model,
+    autoencoder, text encoder, sampler or ranks do not match."""
     check_trackers(config)
     make_deepspeed_config(config.train, 1, "cpu")  # checks train.deepspeed
     _check_names(config)
@@ -64,7 +64,7 @@ def open_data(config: Config) -> TrainData:
             raise ConfigError(
                 f"data.buckets[{i}]: {bucket.frames} frames, but model.temporal is false: an image model takes 1"
             )
-    check_sequence_parallel(config, latents)
+    check_sequence_parallel(config, latents, config.train.sequence_parallel if ranks is None else ranks)
     _check_control(config, source, latents)
     if config.samples.every:
         shape = config.samples.bucket or config.data.buckets[0]
@@ -107,17 +107,19 @@ def _text_tokens(config: Config, source: Source) -> int:
     return round(float(lengths(np.concatenate(list(chosen.values()))).mean()))
 
 
-def check_sequence_parallel(config: Config, latents: dict[str, tuple[int, int, int]]) -> None:
-    """ConfigError: a bucket has fewer tokens, or a micro-batch of it fewer frames, than ranks that share them."""
-    size, model = config.train.sequence_parallel, config.model
+def check_sequence_parallel(config: Config, latents: dict[str, tuple[int, int, int]], ranks: int) -> None:
+    """ConfigError: a bucket has fewer tokens, or a micro-batch of it on `ranks` ranks fewer frames, than ranks that share them."""
+    size, model, micro_batches = config.train.sequence_parallel, config.model, config.micro_batches(ranks)
     for i, bucket in enumerate(config.data.buckets):
         t, h, w = token_grid(latents[bucket.key], model.patch_size, f"data.buckets[{i}]", model.pad_latents)
         where = f"train.sequence_parallel is {size}, but data.buckets[{i}] {bucket.key} has"
         if h * w < size:
             raise ConfigError(f"{where} {h * w} patches a frame ({h} x {w}); every rank needs one or more")
-        if model.attention != "full" and bucket.batch_size * t < size:
+        _, accumulation, step = micro_batches[bucket.key]
+        samples = step // (config.train.data_ranks(ranks) * accumulation)  # of the smallest
+        if model.attention != "full" and samples * t < size:
             raise ConfigError(
-                f"{where} {bucket.batch_size * t} frames a micro-batch (batch_size {bucket.batch_size}, {t} frames of "
+                f"{where} {samples * t} frames a micro-batch (batch_size {samples}, {t} frames of "
                 "patches); attention within frames needs one or more for every rank"
             )
 

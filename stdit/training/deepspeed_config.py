@@ -20,7 +20,7 @@ from stdit.files import MAX_JSON_BYTES, read_text
 
 # DeepSpeed's keys that our config sets, and the key that sets them.
 SET_BY_CONFIG = {
-    "train_batch_size": "data.buckets[].batch_size",
+    "train_batch_size": "data.buckets[].global_batch or batch_size",
     "train_micro_batch_size_per_gpu": "data.buckets[].batch_size",
     "gradient_accumulation_steps": "train.gradient_accumulation",
     "managed_gradient_accumulation": "train.gradient_accumulation",
@@ -59,7 +59,7 @@ def make_deepspeed_config(train: TrainConfig, parameters: int, device: str) -> d
     # DeepSpeed allocates its buckets at full size, 2 GB at the default; a model does not fill more than its size.
     bucket = max(1, min(parameters, 500_000_000))
     generated: dict[str, Any] = {
-        # Batches come from our own loader and differ in size by bucket; DeepSpeed only counts micro-batches.
+        # Batches come from our own loader and differ in size by bucket; stdit.training.engine says which is a step's last.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": train.gradient_accumulation,
         # float32 without ZeRO is clipped by stdit.training.engine, which needs the norm before the update.

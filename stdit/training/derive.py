@@ -11,7 +11,7 @@ stdit.training.data. What can be left out:
 | model.in_channels             | channels of the latents                                                   |
 | model.text_dim, pooled_dim    | widths of the text features, where the config names no num_classes either |
 | model.max_text_tokens         | tokens of the longest caption                                             |
-| data.buckets                  | the buckets that hold training clips; of an image model those of one frame. Batch sizes: data.batch_size |
+| data.buckets                  | the buckets that hold training clips; of an image model those of one frame. Their sizes: data.batch_size, data.global_batch |
 | diffusion.shift_base: auto    | the smallest latent of the features                                       |
 """
 
@@ -62,7 +62,7 @@ def derive(config: Config, facts: FeatureFacts, clips: Mapping[str, int]) -> Con
             data["model"][name] = value
     if not config.data.buckets:
         data["data"]["buckets"] = [b.model_dump() for b in _buckets(config, facts, clips)]
-        data["data"]["batch_size"] = None
+        data["data"]["batch_size"] = data["data"]["global_batch"] = None
     if config.diffusion.shift_base == "auto":
         data["diffusion"]["shift_base"] = list(facts.smallest_latent)
     return validate(data, Config, f"{config.name}, completed from its features")
@@ -81,7 +81,7 @@ def _missing(config: Config) -> list[str]:
 
 def _buckets(config: Config, facts: FeatureFacts, clips: Mapping[str, int]) -> list[TrainBucket]:
     """Buckets with training clips. The largest has data.batch_size samples, smaller ones as many more as they have
-    fewer tokens."""
+    fewer tokens; so with data.global_batch, in whole multiples."""
     model, usable = config.model, [key for key in facts.latents if clips.get(key)]
     if not model.has_time:
         usable = [key for key in usable if facts.latents[key][0] == 1]
@@ -95,9 +95,13 @@ def _buckets(config: Config, facts: FeatureFacts, clips: Mapping[str, int]) -> l
         key: math.prod(token_grid(facts.latents[key], model.patch_size, f"bucket {key}", model.pad_latents))
         for key in usable
     }
-    most, size = max(tokens.values()), config.data.batch_size or 1
+    most, size, step = max(tokens.values()), config.data.batch_size, config.data.global_batch
     made: list[TrainBucket] = []
     for key in usable:
-        shape: dict[str, Any] = Bucket.parse(key).model_dump()
-        made.append(TrainBucket(**shape, batch_size=max(1, min(size * most // tokens[key], clips[key]))))
+        settings: dict[str, Any] = Bucket.parse(key).model_dump()
+        if size or not step:
+            settings["batch_size"] = max(1, min((size or 1) * most // tokens[key], clips[key]))
+        if step:
+            settings["global_batch"] = step * max(1, min(most // tokens[key], clips[key] // step))
+        made.append(TrainBucket(**settings))
     return made

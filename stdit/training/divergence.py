@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections import defaultdict, deque
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from stdit.config import TrainConfig
@@ -19,8 +24,10 @@ if TYPE_CHECKING:
 
 # Shares of skipped steps are taken over this many steps.
 WINDOW = 100
-# Samples named of a skipped step.
-MAX_NAMED = 8
+# Samples named of a skipped step; skipped steps whose batches are kept.
+MAX_NAMED, MAX_KEPT = 8, 8
+# What a batch holds of its samples.
+BATCH_TENSORS = ("mean", "std", "text", "text_mask", "class_labels", "fps", "height", "width", "control", "pooled")
 
 
 class Diverged(RuntimeError):
@@ -84,6 +91,37 @@ def find_bad_samples(batches: Sequence[Batch], losses: Sequence[Tensor], ranks: 
                 found.append(f"sample {batch.ids[i]} (bucket {batch.bucket.key}{file}, {batch.captions[i][:80]!r})")
     # Ranks that share a clip's tokens find the same ones.
     return list(dict.fromkeys(name for names in ranks.gather(found) for name in names))
+
+
+def keep_bad_batches(
+    run_dir: Path, step: int, batches: Sequence[Batch], losses: Sequence[Tensor], ranks: Ranks
+) -> None:
+    """Writes this rank's micro-batches with a loss that is not finite, or if there are none on any rank all of them, to
+    RUN_DIR/bad_batches/step-STEP-rank-RANK-N.safetensors, of the first MAX_KEPT bad steps; collective.
+
+    Metadata: step, bucket; ids, positions, losses, captions and source files of the samples as JSON. What cannot be written is lost.
+    """
+    folder = run_dir / "bad_batches"
+    bad = [not bool(loss.isfinite().all()) for loss in losses]
+    any_bad, kept = (
+        any(ranks.gather(any(bad))),
+        ranks.broadcast(lambda: len({p.name[:13] for p in folder.glob("step-*")})),
+    )
+    if ranks.sequence_rank or kept >= MAX_KEPT:
+        return
+    for number, (batch, loss) in enumerate(zip(batches, losses, strict=True)):
+        if any_bad and not bad[number]:
+            continue
+        tensors = {name: value for name in BATCH_TENSORS if (value := getattr(batch, name)) is not None}
+        facts = {
+            "ids": batch.ids, "positions": batch.positions, "losses": [str(each) for each in loss.tolist()],
+            "captions": batch.captions, "paths": batch.paths,
+        }  # fmt: skip
+        metadata = {"step": str(step), "bucket": batch.bucket.key, "samples": json.dumps(facts)}
+        path = folder / f"step-{step:08d}-rank-{ranks.rank}-{number}.safetensors"
+        with contextlib.suppress(OSError, SafetensorError):
+            folder.mkdir(exist_ok=True)
+            save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata)
 
 
 def describe_bad_samples(names: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ import logging
 import os
 import pickle
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -77,6 +78,7 @@ class Engine:
         import deepspeed
 
         self.train_config, self.ranks = config.train, ranks
+        self._micro_batch = 0  # that the gradients of this step have
         self.stage = config.train.zero_stage
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.ds_config = make_deepspeed_config(
@@ -121,11 +123,18 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.engine(*args, **kwargs)
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulates the gradients of a micro-batch's mean loss. A loss that is not finite makes every gradient NaN, so
-        that checking the gradient norm, which all ranks share, suffices."""
+    def backward(self, loss: Tensor, micro_batches: int = 1) -> None:
+        """Accumulates the gradients of a micro-batch's mean loss, one of `micro_batches` in this step. A loss that is not finite
+        makes every gradient NaN, so that checking the gradient norm, which all ranks share, suffices."""
+        self._micro_batch += 1
+        last = self._micro_batch == micro_batches
+        # The number may differ from step to step, by bucket.
+        self.engine._config.gradient_accumulation_steps = micro_batches
+        self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
-        if not self.engine.is_gradient_accumulation_boundary():
+        if last:
+            self._micro_batch = 0
+        else:
             self.engine.step()
 
     def step(self, learning_rate: float) -> float:
@@ -222,9 +231,15 @@ class Engine:
 
     # --------------------------------------------------------------------------------- checkpoints
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Writes every rank's shards into folder/tag. An error must end the process: DeepSpeed's barriers wait for all ranks."""
-        self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
+    def save(self, folder: Path, tag: str) -> Exception | None:
+        """Writes every rank's shards into folder/tag; returns what kept this rank from writing one of them."""
+        writer = self.engine.checkpoint_engine
+        self.engine.checkpoint_engine = tolerant = TolerantWriter(writer)
+        try:
+            self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
+        finally:
+            self.engine.checkpoint_engine = writer
+        return tolerant.error
 
     def state_tensors(self) -> list[Tensor]:
         """This rank's master weights and optimizer state."""
@@ -257,6 +272,31 @@ class Engine:
 
     def close(self) -> None:
         self.engine.destroy()
+
+
+class TolerantWriter:
+    """DeepSpeed's checkpoint engine, which remembers the first error of writing instead of raising it: a rank that left
+    `save_checkpoint` would leave the others waiting in its barriers."""
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+        self.error: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)
+
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        self._attempt(self._writer.save, *args, **kwargs)
+
+    def makedirs(self, *args: Any, **kwargs: Any) -> None:
+        self._attempt(self._writer.makedirs, *args, **kwargs)
+
+    def _attempt(self, write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        if self.error is None:
+            try:
+                write(*args, **kwargs)
+            except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError
+                self.error = error
 
 
 def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from stdit.config import Config, DiffusionConfig, FileSchema, NonNegative, Positive, read_json
 from stdit.config.identity import TextIdentity, VideoIdentity
@@ -50,6 +50,9 @@ class Identity(FileSchema):
     world_size: Positive
     git_revision: str | None
     config: Config
+    # Validation loss at this step, if there was one; last losses of each bucket (stdit.training.spikes).
+    validation_loss: float | None = None
+    recent_losses: dict[str, tuple[float, ...]] = Field(default_factory=dict)
 
 
 def load_identity(checkpoint: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from diffusers.models.attention_dispatch import (
     _check_attention_backend_requirements,  # pyright: ignore[reportPrivateUsage]  (what set_attention_backend checks)
 )
 
-from stdit.config import Config, ConfigError, TrainBucket, TrainConfig, token_grid
+from stdit.config import Bucket, Config, ConfigError, TrainConfig, token_grid
 from stdit.models.attention import AttentionProcessor
 from stdit.models.cost import ModelCost, model_cost, parameter_count
 from stdit.training.deepspeed_config import offloads
@@ -57,16 +57,16 @@ def rank_memory(parameters: int, train: TrainConfig, ranks: int, activations: in
 
 
 def sample_cost(
-    config: Config, bucket: TrainBucket, latent: Grid, text_length: int, sequence_parallel: int = 1
+    config: Config, bucket: Bucket, latent: Grid, text_length: int, samples: int, sequence_parallel: int = 1
 ) -> ModelCost:
     """Cost of a sample of `bucket`: of a rank, where several share it.
 
-    latent: (T, H, W) of the bucket. text_length: mean tokens of a caption. ConfigError: sizes that the model does not take.
+    latent: (T, H, W) of the bucket. text_length: mean tokens of a caption. samples: of a micro-batch. ConfigError: sizes that the model does not take.
     """
     model, name = config.model, f"data.buckets {bucket.key}"
     grid = token_grid(latent, model.patch_size, name, model.pad_latents)
     text = text_length if model.text_dim is not None else 0
-    batch = bucket.batch_size if sequence_parallel > 1 else min(2, bucket.batch_size)
+    batch = samples if sequence_parallel > 1 else min(2, samples)
     size, routing = 2 if config.train.precision == "bf16" else 4, config.train.token_routing
     try:
         return model_cost(model, grid, text, size, batch, sequence_parallel, routing)
@@ -74,9 +74,26 @@ def sample_cost(
         raise ConfigError(f"{name}: {error}") from error
 
 
-def saved_bytes(cost: ModelCost, bucket: TrainBucket, checkpointing: bool) -> int:
-    """Bytes of activations that a micro-batch of `bucket` keeps for backward."""
-    return bucket.batch_size * (cost.activation_bytes_checkpointed if checkpointing else cost.activation_bytes)
+def saved_bytes(cost: ModelCost, samples: int, checkpointing: bool) -> int:
+    """Bytes of activations that a micro-batch of `samples` keeps for backward."""
+    return samples * (cost.activation_bytes_checkpointed if checkpointing else cost.activation_bytes)
+
+
+def step_memory(config: Config, bucket: Bucket, latent: Grid, text_length: int, samples: int, ranks: int) -> Memory:
+    """Estimate for one rank in a step of a bucket, as the forecast's. latent: (T, H, W) of it; samples: of a micro-batch."""
+    train = config.train
+    cost = sample_cost(config, bucket, latent, text_length, samples, train.sequence_parallel)
+    activations = saved_bytes(cost, samples, train.activation_checkpointing)
+    if train.lora or train.control:  # all but a fraction is frozen
+        return Memory(cost.parameters * (2 if train.precision == "bf16" else 4), 0, 0, 0, activations)
+    return rank_memory(cost.parameters, train, ranks, activations)
+
+
+def local_share(device: torch.device) -> tuple[int, str]:
+    """Bytes of memory for one rank, and what has them: the GPU, or this machine, whose memory its ranks share."""
+    if device.type == "cpu":
+        return host_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), "this machine"
+    return torch.cuda.get_device_properties(device).total_memory, torch.cuda.get_device_name(device)
 
 
 def check_machine(config: Config, ranks: int, latents: Mapping[str, Grid], text_length: int) -> None:
@@ -102,7 +119,7 @@ def _check_memory(
     """
     on_host = device.type == "cpu" or offloads(config.train)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if on_host else 1
-    available = _host_memory() if on_host else torch.cuda.get_device_properties(device).total_memory
+    available = host_memory() if on_host else torch.cuda.get_device_properties(device).total_memory
     parameters = parameter_count(config.model)
     fine_tunes = config.train.lora is not None or config.train.control is not None
     needed = rank_memory(0 if fine_tunes else parameters, config.train, ranks).total or parameters * 2
@@ -116,20 +133,22 @@ def _check_memory(
         raise ConfigError(f"{model}; {place}. A smaller model, a higher train.zero_stage or more ranks take less")
     if fine_tunes:
         return
-    bucket = max(config.data.buckets, key=lambda b: b.batch_size * math.prod(latents[b.key]))
-    cost = sample_cost(config, bucket, latents[bucket.key], text_length, config.train.sequence_parallel)
+    sizes = {key: each.size for key, each in config.micro_batches(ranks).items()}
+    bucket = max(config.data.buckets, key=lambda b: sizes[b.key] * math.prod(latents[b.key]))
+    samples = sizes[bucket.key]
+    cost = sample_cost(config, bucket, latents[bucket.key], text_length, samples, config.train.sequence_parallel)
     # A compiled block may recompute all but its inputs.
-    activations = saved_bytes(cost, bucket, config.train.activation_checkpointing or config.train.compile)
+    activations = saved_bytes(cost, samples, config.train.activation_checkpointing or config.train.compile)
     if (needed + activations) * local > available:
         hint = "" if config.train.activation_checkpointing else ", or set train.activation_checkpointing: true"
         raise ConfigError(
-            f"data.buckets {bucket.key}: the activations of a micro-batch of {bucket.batch_size} take "
+            f"data.buckets {bucket.key}: the activations of a micro-batch of {samples} take "
             f"{activations / 2**30:,.1f} GiB a rank, {model.removeprefix('model: ')}; {place}. Lower batch_size (and raise "
             f"train.gradient_accumulation){hint}"
         )
 
 
-def _host_memory() -> int:
+def host_memory() -> int:
     """Bytes of memory that this process may use."""
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in CGROUP_LIMITS:

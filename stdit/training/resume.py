@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,14 +36,23 @@ from stdit.training.divergence import check_finite
 from stdit.training.ema import EMA
 from stdit.training.engine import Engine, unreadable_shard
 from stdit.training.optimizer import last_stable_step
+from stdit.training.out_of_memory import is_out_of_memory
 from stdit.training.universal import convert
 
 # Universal copy of a checkpoint, for another number of ranks; removed once loaded.
 UNIVERSAL = ".universal"
 # Changes that a resumed run may have: all that leave the weights alone, and the length of the run.
-RESUME_KEYS = (*TRAINING_RUNTIME_KEYS, "train.steps")
+RESUME_KEYS = (
+    *TRAINING_RUNTIME_KEYS,
+    "train.steps",
+    "train.on_spike",
+    "train.spike_threshold",
+    "train.max_rewinds",
+)
 # What shapes wsd's decay, which a run may choose until it begins.
 DECAY_KEYS = ("train.steps", "train.optimizer.decay_share", "train.optimizer.min_lr_ratio")
+# Keys that may change where the samples of a step stay the same.
+_SIZES = (".batch_size", ".global_batch")
 
 
 @dataclass
@@ -62,6 +72,9 @@ class TrainState:
     base: Base | None = None
     # Checkpoints that this run has written or verified.
     intact: set[Path] = field(default_factory=set)
+    # Of the last step, if it had one; and the last losses of each bucket.
+    validation_loss: float | None = None
+    recent_losses: dict[str, list[float]] = field(default_factory=dict)
 
     def advance(self, samples: int, data_position: dict[str, int]) -> None:
         """Counts one step of `samples` samples."""
@@ -109,7 +122,7 @@ def restore(
             load_checkpoint(engine, state, ranks)
             loaded, reason = (engine, ema), None
         except Exception as error:  # whatever torch, DeepSpeed and safetensors raise for files that they can't use
-            if isinstance(error, ConfigError) or state.checkpoint is None:
+            if isinstance(error, ConfigError) or state.checkpoint is None or is_out_of_memory(error):
                 raise
             loaded, reason = None, f"it cannot be loaded ({type(error).__name__}: {first_line(error)})"
         reasons = [found for found in ranks.gather(reason) if found]
@@ -146,6 +159,7 @@ def find_resume_state(
         notes=check_resumable(identity, config, world_size, data.fingerprint),
         base=Base(**identity["base"]) if identity.get("base") else None,
         intact={latest},
+        recent_losses=identity.get("recent_losses", {}),
     )
 
 
@@ -170,7 +184,7 @@ def check_resumable(identity: dict[str, Any], config: Config, world_size: int, f
     stable = min(last_stable_step(c.train.optimizer, c.train.steps) for c in (old, config))
     for change in changes(old.model_dump(mode="json"), config.model_dump(mode="json")):
         allowed = matches(change.key, RESUME_KEYS)
-        if before == now and (change.key.endswith(".batch_size") or change.key == "train.gradient_accumulation"):
+        if before == now and (change.key.endswith(_SIZES) or change.key == "train.gradient_accumulation"):
             allowed = True
         if change.key == "init.source" and identity.get("base"):
             allowed = True
@@ -261,22 +275,83 @@ def load_checkpoint(engine: Engine, state: TrainState, ranks: Ranks) -> None:
 def save_checkpoint(engine: Engine, ema: EMA, config: Config, data: TrainData, state: TrainState, ranks: Ranks) -> Path:
     """Writes the checkpoint of `state` and removes old ones; collective. Earlier checkpoints stay intact on failure.
 
-    SaveError (a full disk, say) is raised on the failing rank alone and must end the process: the other ranks wait
-    for it in DeepSpeed's barriers. Diverged, on all ranks and before anything is written: weights, EMA or optimizer state
-    are not finite.
+    NotWritten, on all ranks: a file could not be written on one of them (a full disk, say); training may go on. Diverged, on all
+    ranks and before anything is written: weights, EMA or optimizer state are not finite.
     """
     check_finite(engine, ema, state.step, ranks)
     folder = config.run_dir / FOLDER / folder_of_step(state.step)
+    unfinished = checkpoint.partial_folder(folder)
+
+    def write(files: Callable[[], object]) -> None:
+        """Runs `files` on every rank; if one fails to write, NotWritten on all of them."""
+        reason = None
+        try:
+            files()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = str(error) if isinstance(error, CheckpointError) else _cause(error, folder.parent)
+        if failed := {rank: said for rank, said in enumerate(ranks.gather(reason)) if said is not None}:
+            rank, said = next(iter(failed.items()))
+            where = f" on rank {rank}" if ranks.size > 1 else ""
+            raise NotWritten(
+                f"{folder}: the checkpoint could not be written{where} ({said}). "
+                "Earlier checkpoints are intact: the same command resumes from them"
+            )
+
     try:
-        _write(engine, ema, config, data, state, ranks, folder)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, CheckpointError):
-            raise SaveError(str(error)) from error
+        write(lambda: ranks.is_main and checkpoint.start_partial(unfinished))
+        error = engine.save(unfinished.parent, unfinished.name)
+        write(lambda: _raise(error))
+        kind = checkpoint.config_kind(config.train)
+        for average in (False, True):
+            with ema.swapped() if average else nullcontext():
+                weights = engine.weights()
+            part = unfinished / checkpoint.weights_folder(kind, "ema" if average else "model")
+            write(lambda: ranks.is_main and adapters.save_trained(engine.module, weights, part))  # noqa: B023
+        shards = [name for names in ranks.gather(engine.shard_names()) for name in names]
+        write(lambda: ranks.is_main and _complete(engine, config, data, state, ranks, folder, shards))
+    except NotWritten:
+        if ranks.is_main:  # what there is of it takes the room that the next one needs
+            with suppress(OSError, CheckpointError):
+                checkpoint.remove_partial(unfinished)
+        raise
+    except RuntimeError as error:  # in a collective: it cannot go on
         raise SaveError(
             f"{folder}: the checkpoint could not be written ({_cause(error, folder.parent)}). "
             "Earlier checkpoints are intact: the same command resumes from them"
         ) from error
     return folder
+
+
+class NotWritten(SaveError):
+    """A checkpoint that could not be written, known to all ranks."""
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
+
+
+class FailedSaves:
+    """Lets a run go on after a checkpoint that could not be written, `train.max_failed_saves` times in a row."""
+
+    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
+        self.limit, self.say, self.in_a_row = config.train.max_failed_saves, say, 0
+
+    def attempt(self, save: Callable[[], Path], last: bool) -> Path | None:
+        """The checkpoint that `save` writes; None if it could not, which is said. last: the run ends here, so that it must.
+        NotWritten: it must, or one time too many."""
+        try:
+            saved = save()
+        except NotWritten as error:
+            self.in_a_row += 1
+            if last or self.in_a_row > self.limit:
+                raise
+            self.say(
+                f"WARNING: {error}. Training goes on without it ({self.in_a_row} in a row; train.max_failed_saves is {self.limit})"
+            )
+            return None
+        self.in_a_row = 0
+        return saved
 
 
 # torch and safetensors report a failed write without its cause; a file of this size, written there, tells.
@@ -285,8 +360,9 @@ _PROBE_BYTES = 2**20
 
 def _cause(error: Exception, folder: Path) -> str:
     """Cause of a failed save: the file system's own error, if writing to `folder` fails; else what `error` says."""
-    free = f"{shutil.disk_usage(folder.parent).free / 2**20:,.0f} MiB are free"
+    free = "its disk is gone"
     try:
+        free = f"{shutil.disk_usage(folder.parent).free / 2**20:,.0f} MiB are free"
         atomic_write(folder / ".probe", bytes(_PROBE_BYTES))
         (folder / ".probe").unlink()
     except OSError as failed:
@@ -305,44 +381,31 @@ def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
 
 
-def _write(
-    engine: Engine, ema: EMA, config: Config, data: TrainData, state: TrainState, ranks: Ranks, folder: Path
+def _complete(
+    engine: Engine, config: Config, data: TrainData, state: TrainState, ranks: Ranks, folder: Path, shards: list[str]
 ) -> None:
-    unfinished = checkpoint.partial_folder(folder)
-    ranks.broadcast(lambda: checkpoint.start_partial(unfinished))
-    engine.save(unfinished.parent, unfinished.name)
-    shards = [name for names in ranks.gather(engine.shard_names()) for name in names]
-    kind = checkpoint.config_kind(config.train)
-    _write_weights(engine, unfinished / checkpoint.weights_folder(kind, "model"))
-    with ema.swapped():
-        _write_weights(engine, unfinished / checkpoint.weights_folder(kind, "ema"))
-    if ranks.is_main:
-        architecture = adapters.submodels(engine.module)[0].config
-        identity = checkpoint.make_identity(
-            config,
-            architecture={k: v for k, v in architecture.items() if not k.startswith("_")},
-            data={
-                "video_encoder": data.video_encoder,
-                "text_encoder": data.text_encoder,
-                "classes": list(data.classes),
-                "features": data.fingerprint,
-                "frame_rates": data.frame_rates,
-            },
-            step=state.step,
-            samples_seen=state.samples_seen,
-            data_position=state.data_position,
-            world_size=ranks.size,
-            base=state.base and asdict(state.base),
-        )
-        atomic_write(unfinished / IDENTITY, json.dumps(identity, indent=1))
-        checkpoint.complete(unfinished, folder, shards)
-        state.intact.add(folder)
-        checkpoint.prune(config.run_dir, config.train.keep_checkpoints, state.intact)
-    ranks.barrier()
-
-
-def _write_weights(engine: Engine, folder: Path) -> None:
-    """Writes the masters of the trained weights, on rank 0."""
-    weights = engine.weights()
-    if engine.ranks.is_main:
-        adapters.save_trained(engine.module, weights, folder)
+    """Adds the identity, turns the partial folder into `folder`, and removes old checkpoints; on rank 0."""
+    unfinished, train = checkpoint.partial_folder(folder), config.train
+    architecture = adapters.submodels(engine.module)[0].config
+    identity = checkpoint.make_identity(
+        config,
+        architecture={k: v for k, v in architecture.items() if not k.startswith("_")},
+        data={
+            "video_encoder": data.video_encoder,
+            "text_encoder": data.text_encoder,
+            "classes": list(data.classes),
+            "features": data.fingerprint,
+            "frame_rates": data.frame_rates,
+        },
+        step=state.step,
+        samples_seen=state.samples_seen,
+        data_position=state.data_position,
+        world_size=ranks.size,
+        base=state.base and asdict(state.base),
+        validation_loss=state.validation_loss,
+        recent_losses=state.recent_losses,
+    )
+    atomic_write(unfinished / IDENTITY, json.dumps(identity, indent=1))
+    checkpoint.complete(unfinished, folder, shards)
+    state.intact.add(folder)
+    checkpoint.prune(config.run_dir, train.keep_checkpoints, state.intact, train.keep_every, train.keep_best)

@@ -77,11 +77,17 @@ class Tracker:
         logged, the same on every rank."""
         step, train = metrics["step"], self.config.train
         bad_steps = metrics.get("bad_steps", 0)
-        if bad_steps:
-            samples = describe_bad_samples(metrics.get("bad_samples", ()))
+        if "spike" in metrics:
+            action = {"warn": "", "skip": "; no weights were updated", "rewind": "; back to the newest checkpoint"}
+            self.print(
+                f"step {step}: loss {metrics['loss']:.4g} is a spike, {metrics['spike']:.3g} times the median of the last ones of bucket "
+                f"{metrics['bucket']}{action[train.on_spike]} (train.on_spike {train.on_spike})"
+            )
+        if bad_steps and "bad_samples" in metrics:
+            samples = describe_bad_samples(metrics["bad_samples"])
             self.print(f"step {step}: gradient not finite; no weights were updated ({bad_steps} in a row); {samples}")
         validated = any(key in metrics for key in ("validation_loss", "inference_gap"))
-        logged = bool(bad_steps) or validated or is_due(train.log_every, step, train.steps)
+        logged = bool(bad_steps) or "spike" in metrics or validated or is_due(train.log_every, step, train.steps)
         if logged:
             measured = performance.metrics(step, metrics["samples_seen"])
             if "slow_rank" in measured:

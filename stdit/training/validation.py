@@ -81,6 +81,7 @@ class Validator:
 
     def __init__(self, config: Config, data: TrainData, inputs: Inputs, ranks: Ranks) -> None:
         self.config, self.data, self.inputs, self.ranks = config, data, inputs, ranks
+        self._batch_sizes = {key: each.size for key, each in config.micro_batches(ranks.size).items()}
         self._decoder: VideoEncoder | None = None
         self._remarked = False
 
@@ -143,7 +144,7 @@ class Validator:
         sums = torch.zeros(len(buckets), len(times), device=self.ranks.device)
         counted = [0.0] * len(buckets)
         for i, bucket in enumerate(buckets):
-            for batch, counts in self._batches(selected[bucket.key], bucket, bucket.batch_size):
+            for batch, counts in self._batches(selected[bucket.key], bucket, self._batch_sizes[bucket.key]):
                 x0, noise, condition = self._fixed(batch, bucket)
                 predict = _forward(model, condition)
                 for k, time in enumerate(times):
@@ -174,12 +175,14 @@ class Validator:
         """
         config, objective = self.config, self.inputs.objective
         found = (
-            (b, ids) for b in config.data.buckets for ids in select_clips(self.data, config, [b], b.batch_size).values()
+            (b, ids)
+            for b in config.data.buckets
+            for ids in select_clips(self.data, config, [b], self._batch_sizes[b.key]).values()
         )
         bucket, ids = next(found, (None, []))
         if bucket is None:
             return None
-        batch, counts = self._batches(ids, bucket, bucket.batch_size)[0]
+        batch, counts = self._batches(ids, bucket, self._batch_sizes[bucket.key])[0]
         x0, noise, condition = self._fixed(batch, bucket)
         losses = []
         for predict in (_forward(model, condition), _sampler_forward(model, condition)):
@@ -210,7 +213,7 @@ class Validator:
         for bucket in (b for b in buckets if selected.get(b.key)):
             ids, drawn = selected[bucket.key], []
             first = sum(map(len, latents))  # each sample has noise of its own
-            for batch, _ in self._batches(ids, bucket, bucket.batch_size, first):
+            for batch, _ in self._batches(ids, bucket, self._batch_sizes[bucket.key], first):
                 start = torch.empty(len(batch), config.model.in_channels, *latent)
                 x = self.inputs.noise(start, "samples", 0, batch.positions)
                 scheduler = make_scheduler(settings.sampler, config.diffusion, latent, config.model.learned_variance)

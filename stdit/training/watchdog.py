@@ -32,6 +32,8 @@ PHASES = {
     "Engine.step": "optimizer step",
     "Ranks.all_reduce": "exchange of metrics",
     "find_bad_samples": "exchange of metrics",
+    "LossSpikes.veto": "exchange of metrics",
+    "keep_bad_batches": "writing metrics",
     "Validator.run": "validation",
     "Tracker.step": "writing metrics",
     "save_checkpoint": "saving a checkpoint",

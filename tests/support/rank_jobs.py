@@ -78,6 +78,94 @@ def run_with_another_sampler(data: dict[str, Any]) -> dict[str, Any]:
         return run(data)
 
 
+def run_recorded(data: dict[str, Any], stop_after: int | None = None) -> dict[str, Any]:
+    """As `run`, with "samples": (step, bucket, position, id, timestep, sum of its noise) of every sample of this rank."""
+    from unittest.mock import patch
+
+    from stdit.training.inputs import Inputs
+
+    loss, samples = Inputs.loss, []
+
+    def recorded(self: Inputs, model: Any, batch: Any, step: int) -> Any:
+        x0 = self.latents(batch, step)
+        times, noise = self.timesteps(x0, step, batch.positions), self.noise(x0, "noise", step, batch.positions)
+        sums = noise.flatten(1).sum(1).tolist()
+        for entry in zip(batch.positions, batch.ids, times.tolist(), sums, strict=True):
+            samples.append((step, batch.bucket.key, *entry))
+        return loss(self, model, batch, step)
+
+    with patch.object(Inputs, "loss", recorded):
+        return {**run(data, stop_after), "samples": samples}
+
+
+def run_with_spike(data: dict[str, Any], at: int, times: int = 1) -> dict[str, Any]:
+    """Trains; the first `times` times that step `at` is taken, its loss is 50 times as large. "spikes": its losses; "changed": whether
+    weights changed, by step; "positions": (step, first position) of every step taken."""
+    from unittest.mock import patch
+
+    from stdit.training.engine import Engine
+    from stdit.training.inputs import Inputs
+
+    loss, step_of_engine = Inputs.loss, Engine.step
+    spikes, changed, positions, now = [], {}, [], {"step": 0, "left": times, "micro": 0}
+
+    def spiking(self: Inputs, model: Any, batch: Any, step: int) -> Any:
+        if step != now["step"]:
+            now["step"], now["spiking"] = step, step == at and now["left"] > 0
+            now["left"] -= now["spiking"]
+            positions.append((step, min(batch.positions)))
+        found = loss(self, model, batch, step)
+        if now["spiking"]:
+            found = found._replace(total=found.total * 50, logged=found.logged * 50, each=found.each * 50)
+            spikes.append(float(found.logged[0]))
+        return found
+
+    def watched(self: Engine, learning_rate: float) -> float:
+        before = [tensor.detach().clone() for tensor in self.masters()]
+        norm = step_of_engine(self, learning_rate)
+        changed[now["step"]] = any(not torch.equal(a, b) for a, b in zip(before, self.masters(), strict=True))
+        return norm
+
+    with patch.object(Inputs, "loss", spiking), patch.object(Engine, "step", watched):
+        found = run(data)
+    return {**found, "spikes": spikes, "changed": changed, "positions": positions}
+
+
+def run_out_of_memory(data: dict[str, Any], at: int) -> dict[str, Any]:
+    """Trains; at step `at` the forward pass wants 2**60 bytes."""
+    from unittest.mock import patch
+
+    from stdit.training.inputs import Inputs
+
+    loss = Inputs.loss
+
+    def greedy(self: Inputs, model: Any, batch: Any, step: int) -> Any:
+        if step == at:
+            torch.empty(2**60, dtype=torch.uint8)
+        return loss(self, model, batch, step)
+
+    with patch.object(Inputs, "loss", greedy):
+        return run(data)
+
+
+def run_with_full_disk(data: dict[str, Any], steps: list[int], rank: int = 0) -> dict[str, Any]:
+    """Trains; on one rank, saves of these steps fail in torch's writer, as on a full disk."""
+    import os
+    from unittest.mock import patch
+
+    save = torch.save
+
+    def failing(content: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        full = any(f"step-{step:08d}" in str(path) for step in steps) and int(os.environ["RANK"]) == rank
+        if full:
+            Path(path).write_bytes(b"half")
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+        save(content, path, *args, **kwargs)
+
+    with patch.object(torch, "save", failing):
+        return run(data)
+
+
 def run_stopping_on_rank_1(data: dict[str, Any], step: int) -> dict[str, Any]:
     import torch.distributed as dist
 
@@ -178,7 +266,7 @@ def engine_steps(data: dict[str, Any], bad_rank: int) -> dict[str, Any]:
         micro = []
         for batch in step.batches:
             loss = inputs.loss(engine, batch, number)
-            engine.backward(loss.total)
+            engine.backward(loss.total, len(step.batches))
             micro.append(float(loss.logged[0]))
         if hook:
             hook.remove()

@@ -88,11 +88,11 @@ def train_steps(data: dict[str, Any], count: int, broken: str | None = None) -> 
             total = 0.0
             for i, batch in enumerate(step.batches):
                 loss = inputs.loss(engine, batch, number)
-                total += float(loss.total.detach()) / accumulation / ranks.size
-                if number == 1 and i == accumulation - 1:
-                    gradients = _gradients(engine, loss.total, safe_get_full_grad)
+                total += float(loss.total.detach()) / len(step.batches) / ranks.size
+                if number == 1 and i == len(step.batches) - 1:
+                    gradients = _gradients(engine, loss.total, len(step.batches), safe_get_full_grad)
                 else:
-                    engine.backward(loss.total)
+                    engine.backward(loss.total, len(step.batches))
             losses.append(ranks.all_reduce(total)[0])
             norms.append(engine.step(1e-3))
     weights = engine.weights()
@@ -102,9 +102,9 @@ def train_steps(data: dict[str, Any], count: int, broken: str | None = None) -> 
     return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights, "ema": average}
 
 
-def _gradients(engine: Any, loss: Tensor, full_gradient: Any) -> dict[str, Tensor]:
+def _gradients(engine: Any, loss: Tensor, micro_batches: int, full_gradient: Any) -> dict[str, Tensor]:
     """Backward, and the reduced gradient of every trained parameter."""
-    engine.backward(loss)
+    engine.backward(loss, micro_batches)
     found = {}
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:

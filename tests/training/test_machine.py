@@ -64,23 +64,23 @@ def test_the_limit_is_the_memory_that_weights_optimizer_and_activations_need(
     states = 20 * parameter_count(config.model)
     cost = model_cost(config.model, (1, 8, 8))
     needed = states + 6 * (cost.activation_bytes_checkpointed if checkpointing else cost.activation_bytes)
-    monkeypatch.setattr(machine, "_host_memory", lambda: needed)
+    monkeypatch.setattr(machine, "host_memory", lambda: needed)
     machine.check_machine(config, 1, LATENTS, 0)
-    monkeypatch.setattr(machine, "_host_memory", lambda: needed - 1)
+    monkeypatch.setattr(machine, "host_memory", lambda: needed - 1)
     with pytest.raises(
         ConfigError, match=r"^data.buckets 1x16x16: .* micro-batch of 6 .*ZeRO-0, fp32, 1 ranks"
     ) as caught:
         machine.check_machine(config, 1, LATENTS, 0)
     assert "Lower batch_size (and raise train.gradient_accumulation)" in str(caught.value)
     assert ("train.activation_checkpointing: true" in str(caught.value)) is not checkpointing
-    monkeypatch.setattr(machine, "_host_memory", lambda: states - 1)
+    monkeypatch.setattr(machine, "host_memory", lambda: states - 1)
     with pytest.raises(ConfigError, match=r"^model: .* a higher train.zero_stage or more ranks take less"):
         machine.check_machine(config, 1, LATENTS, 0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(machine, "_host_memory", lambda: 2 * needed - 1)
+    monkeypatch.setattr(machine, "host_memory", lambda: 2 * needed - 1)
     with pytest.raises(ConfigError, match="for 2 ranks"):
         machine.check_machine(config, 2, LATENTS, 0)
-    monkeypatch.setattr(machine, "_host_memory", lambda: 2 * needed)
+    monkeypatch.setattr(machine, "host_memory", lambda: 2 * needed)
     machine.check_machine(config, 2, LATENTS, 0)
 
 
@@ -108,8 +108,8 @@ def test_a_step_takes_no_less_memory_than_was_estimated(tmp_path: Path) -> None:
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             network(torch.randn(2, 3, 1, 16, 16), torch.tensor([10.0, 900.0]), return_dict=False)[0].sum()
-        cost = machine.sample_cost(config, bucket, LATENTS[bucket.key], 0)
-        assert machine.saved_bytes(cost, bucket, False) <= sum(kept.values())
+        cost = machine.sample_cost(config, bucket, LATENTS[bucket.key], 0, 2)
+        assert machine.saved_bytes(cost, 2, False) <= sum(kept.values())
 
 
 @pytest.mark.parametrize(

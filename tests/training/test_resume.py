@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from stdit.training import checkpoint
 from tests.support.rank_jobs import (
@@ -19,6 +20,7 @@ from tests.support.rank_jobs import (
     run,
     run_spoiled,
     run_stopping_on_rank_1,
+    run_with_full_disk,
     run_with_nan,
     settings,
 )
@@ -388,3 +390,61 @@ def test_a_new_run_begins_from_another_one(solo: Pool, small: dict[str, Any], tm
     with pytest.raises(RankError, match="init.source") as error:
         solo(run, refused)
     assert error.value.kind == "ConfigError"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_save_that_fails_is_said_and_the_run_goes_on_as_if_it_had_not_been_due(
+    pair: Pool, rank: int, tmp_path: Path
+) -> None:
+    whole = pair(run, data_for(tmp_path / "whole", 1))[0]
+    data = data_for(tmp_path / "run", 1, checkpoint_every=1, keep_checkpoints=9)
+    found = pair(run_with_full_disk, data, [2, 3], rank)[0]
+    folder = tmp_path / "run/checkpoints"
+    assert f"WARNING: {folder}/step-00000002: the checkpoint could not be written on rank {rank} (" in found["said"]
+    assert "Training goes on without it (2 in a row; train.max_failed_saves is 3)" in found["said"]
+    # Neither a part of them nor anything that counts as damaged.
+    assert sorted(p.name for p in folder.glob("step-*")) == [f"step-0000000{n}" for n in (1, 4, 5, 6)]
+    assert all(checkpoint.verify(each) is None for each in checkpoint.list_checkpoints(tmp_path / "run"))
+    assert numbers(found["metrics"]) == numbers(whole["metrics"])
+    assert weights(tmp_path / "run", 6) == weights(tmp_path / "whole", 6)
+
+
+def test_saves_that_fail_too_often_or_at_the_end_end_the_run(pair: Pool, tmp_path: Path) -> None:
+    data = data_for(tmp_path / "often", 1, checkpoint_every=1, max_failed_saves=1)
+    with pytest.raises(RankError, match="step-00000003: the checkpoint could not be written") as error:
+        pair(run_with_full_disk, data, [2, 3], 1)
+    assert error.value.kind == "NotWritten"
+    assert [checkpoint.step_of(c) for c in checkpoint.list_checkpoints(tmp_path / "often")] == [1]
+    with pytest.raises(RankError, match="step-00000006: the checkpoint could not be written"):
+        pair(run_with_full_disk, data_for(tmp_path / "end", 1), [6])
+    assert not (tmp_path / "end/done.json").exists()
+    # The same command goes on.
+    assert pair(run, data)[0]["metrics"][-1]["step"] == 6
+
+
+def test_the_best_by_validation_and_every_nth_checkpoint_stay(solo: Pool, tmp_path: Path) -> None:
+    data = data_for(tmp_path, 1, 1, steps=12, checkpoint_every=1, keep_checkpoints=1, keep_every=5, keep_best=2)
+    data["validation"] = {"every": 1, "samples": 4, "times": [0.5]}
+    losses = {m["step"]: m["validation_loss"] for m in solo(run, data)[0]["metrics"]}
+    best = sorted(losses, key=losses.__getitem__)[:2]
+    left = [checkpoint.step_of(c) for c in checkpoint.list_checkpoints(tmp_path)]
+    assert sorted(left) == sorted({12, 5, 10, *best})
+    assert checkpoint.read_identity(tmp_path)["validation_loss"] == losses[12]
+
+
+def test_the_batch_of_a_bad_step_is_kept(pair: Pool, tmp_path: Path) -> None:
+    spoiled = [3, 250]
+    found = pair(run_with_nan, data_for(tmp_path, 1, steps=24, max_bad_share=1), spoiled)[0]
+    bad = [line for line in found["metrics"] if line.get("bad_samples")]
+    files = sorted((tmp_path / "bad_batches").glob("*.safetensors"))
+    assert len(files) == len(bad) > 0
+    for line, path in zip(bad, files, strict=True):
+        assert path.name.startswith(f"step-{line['step']:08d}-rank-")
+        with safe_open(path, "pt") as file:
+            said = file.metadata()
+            facts, mean = json.loads(said["samples"]), file.get_tensor("mean")
+        assert said["bucket"] == "2x8x8"
+        (at,) = (i for i, id in enumerate(facts["ids"]) if id in spoiled)
+        assert facts["losses"][at] == "nan"
+        assert facts["paths"][at] == f"clips/{facts['ids'][at]}.mp4"
+        assert [bool(sample.isfinite().all()) for sample in mean] == [i != at for i in range(len(mean))]

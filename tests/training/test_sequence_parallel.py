@@ -120,6 +120,7 @@ def exchanged(data: dict[str, Any]) -> tuple[int, int]:
     with ExchangedBytes(int(os.environ["RANK"])) as counter:
         train_steps(data, 1)
     (bucket,) = config.data.buckets
+    assert bucket.batch_size is not None
     grid = (bucket.frames, bucket.height // 2, bucket.width // 2)
     cost = model_cost(config.model, grid, 0, batch=bucket.batch_size, sequence_parallel=config.train.sequence_parallel)
     checkpointed = config.train.activation_checkpointing
