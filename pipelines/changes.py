@@ -47,7 +47,7 @@ def describe_stage(config: Config, resources: Resources, after: str | None) -> S
     """One stage. Micro-batches, workers and accumulation stand in it as the samples of a step, which is what is learned
     from: half the batch on twice the workers is no change."""
     data = config.model_dump(mode="json")
-    sizes = global_batch_sizes(config, resources.workers)
+    sizes = global_batch_sizes(config, resources.ranks[0])
     del data["train"]["gradient_accumulation"]
     for bucket in data["data"]["buckets"]:
         del bucket["batch_size"], bucket["global_batch"]

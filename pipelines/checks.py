@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipelines import plan as plans
-from pipelines.plan import Plan, ResolvedStage
-from stdit.config import ConfigError, TextEncoderConfig
+from pipelines.plan import Plan, ResolvedStage, Resources
+from stdit.config import Config, ConfigError, TextEncoderConfig
 from stdit.files import printable
 
 if TYPE_CHECKING:
@@ -24,14 +24,27 @@ def check_early(plan: Plan, stages: Sequence[ResolvedStage]) -> None:
         if encoder.kind == "pixels":  # The compression of an autoencoder is known once it is loaded, at extraction.
             plans.check_shapes(stage, (1, 1, 1), encoder.channels)
         _check_text(stage, plan.extract.text_encoder)
-        try:
-            stage.config.micro_batches(plan.resources.workers)
-        except ConfigError as error:
-            raise ConfigError(f"{stage.source}: {error} (resources.workers)") from error
+        check_workers(plan.resources, stage.config, stage.source)
         if stage.after is not None:
             check_transition(by_name[stage.after], stage)
         check_evaluation(plan, stage)
     check_scores(plan)
+
+
+def check_workers(resources: Resources, config: Config, source: str) -> None:
+    """ConfigError where a number of workers that there may be cannot train a stage, or would change its steps."""
+    ranks = resources.ranks
+    try:
+        for count in ranks:
+            config.micro_batches(count)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error} (resources.workers)") from error
+    alone = [bucket.key for bucket in config.data.buckets if bucket.global_batch is None]
+    if len(ranks) > 1 and alone:
+        raise ConfigError(
+            f"{source}: resources.workers may be {ranks[0]} to {ranks[-1]}, but bucket {alone[0]} states batch_size alone, so that a "
+            "step would change with them; give it a global_batch"
+        )
 
 
 def _check_text(stage: ResolvedStage, encoder: TextEncoderConfig | None) -> None:
@@ -204,7 +217,7 @@ def stage_lines(plan: Plan, stages: Sequence[ResolvedStage]) -> list[str]:
         try:
             # Without `init`: the previous stage may not be trained yet; `check_transition` compares architectures.
             config = stage.config if stage.after is None else stage.config.model_copy(update={"init": None})
-            data = open_data(config, plan.resources.workers)
+            data = open_data(config, plan.resources.ranks[0])
         except ConfigError as error:
             raise ConfigError(f"{stage.source}: {error}") from error
         lines += str(forecast(stage, plan.resources, features, (t, h, w), data.text_tokens)).splitlines()

@@ -76,6 +76,7 @@ EXAMPLES: dict[str, str] = {
     "Extraction": "{manifest: clips/, buckets: [{frames: 17, height: 256, width: 256}], workers: auto}",
     "Prepare": "{module: stdit.data.digits, args: [--grid, 1]}",
     "Resources": "{workers: 8, cpus_per_worker: 8, use_gpu: true}",
+    "ElasticWorkers": "{min: 2, max: 8}",
     "Stage": "{config: configs/stages/demo-2-clips.yaml, after: images, allow: [class_to_text]}",
     "Evaluation": "{prompts: 64, sampler: {steps: 30, guidance_scale: 5.0}}",
     "EvaluationConfig": "{class_column: null, direction_column: null}",

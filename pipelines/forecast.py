@@ -95,10 +95,11 @@ def forecast(
     from stdit.training.machine import rank_memory, sample_cost, saved_bytes
 
     config, shared = stage.config, stage.config.train.sequence_parallel
-    data_ranks = config.train.data_ranks(resources.workers)
+    ranks = resources.ranks[0]  # the fewest: the most memory each
+    data_ranks = config.train.data_ranks(ranks)
     schedule = BucketSchedule(source, config.data, data_ranks, config.train.gradient_accumulation)
     latents = {b.key: latent_shape(b, compression) for b in config.data.buckets}
-    check_sequence_parallel(config, latents, resources.workers)
+    check_sequence_parallel(config, latents, ranks)
     everything = source.select(config.data.train_split, config.data.buckets)
     taken = dict.fromkeys(schedule.counts, 0)
     steps = dict.fromkeys(schedule.counts, 0)
@@ -127,7 +128,7 @@ def forecast(
     return Forecast(
         name=stage.name,
         steps=config.train.steps,
-        ranks=resources.workers,
+        ranks=ranks,
         zero_stage=config.train.zero_stage,
         precision=config.train.precision,
         buckets=tuple(buckets),
@@ -135,7 +136,7 @@ def forecast(
         text_length=text,
         parameters=parameters,
         flops=flops,
-        memory=rank_memory(parameters, config.train, resources.workers, activations),
+        memory=rank_memory(parameters, config.train, ranks, activations),
         sequence_parallel=shared,
     )
 

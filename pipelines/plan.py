@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Discriminator, Field, StringConstraints, Tag, model_validator
 
 from stdit.config import (
     Bucket,
@@ -135,12 +135,35 @@ class Evaluation(Frozen):
         return cpus_each(self.workers) if self.threads == "auto" else self.threads
 
 
-class Resources(Frozen):
-    """Processes of training. Not part of a stage's identity, except for samples per step, which are workers *
-    batch_size * gradient_accumulation."""
+class ElasticWorkers(Frozen):
+    """A number of ranks that follows the cluster. Every bucket of every stage then states its global_batch."""
 
-    workers: Workers = 1
-    """Ranks, one process each."""
+    min: Workers
+    """With fewer, training waits."""
+    max: Workers
+    """More are not taken."""
+    check_every_s: Annotated[float, Field(gt=0)] = 300
+    """Seconds between looks for nodes that have come, or come back; taking them restarts the stage from its newest checkpoint."""
+
+    @model_validator(mode="after")
+    def _check_order(self) -> ElasticWorkers:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
+
+def _kind_of_workers(found: Any) -> str:
+    return "elastic" if isinstance(found, dict | ElasticWorkers) else "fixed"
+
+
+class Resources(Frozen):
+    """Processes of training. Not part of a stage's identity, except for samples per step, which are a bucket's global_batch, or
+    workers * batch_size * gradient_accumulation."""
+
+    workers: Annotated[
+        Annotated[Workers, Tag("fixed")] | Annotated[ElasticWorkers, Tag("elastic")], Discriminator(_kind_of_workers)
+    ] = 1
+    """Ranks, one process each; or {min: 2, max: 8}: as many as the cluster has."""
     cpus_per_worker: Threads | Literal["auto"] = 1
     """CPUs and threads of each worker; `auto`: this machine's CPUs over `workers`, at least 1."""
     use_gpu: bool = False
@@ -151,14 +174,20 @@ class Resources(Frozen):
     """Seconds after which an unfinished stage stops the plan; null: never (a lost node would be waited for)."""
 
     @property
+    def ranks(self) -> range:
+        """The numbers of workers that there may be."""
+        workers = self.workers
+        return range(workers, workers + 1) if isinstance(workers, int) else range(workers.min, workers.max + 1)
+
+    @property
     def threads(self) -> int:
         """CPUs and threads of each worker."""
-        return cpus_each(self.workers) if self.cpus_per_worker == "auto" else self.cpus_per_worker
+        return cpus_each(self.ranks[-1]) if self.cpus_per_worker == "auto" else self.cpus_per_worker
 
     @property
     def cpus(self) -> int:
-        """Logical CPUs of all workers."""
-        return self.workers * self.threads
+        """Logical CPUs of all workers, of the most that there may be."""
+        return self.ranks[-1] * self.threads
 
 
 def available_cpus() -> int:

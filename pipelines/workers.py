@@ -107,7 +107,8 @@ def check_capacity(resources: Resources) -> str | None:
     import ray
 
     available = ray.cluster_resources()
-    required = {"CPU": resources.cpus, "GPU": resources.workers if resources.use_gpu else 0}
+    least = resources.ranks[0]
+    required = {"CPU": least * resources.threads, "GPU": least if resources.use_gpu else 0}
     short = [f"{available.get(k, 0):g} {k} of {n} required" for k, n in required.items() if available.get(k, 0) < n]
     if not short:
         return None
@@ -168,9 +169,7 @@ def train_stage(config: Config, resources: Resources, storage: Path, tick: Calla
             "stop_file": str(file),
         },
         torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=resources.workers, use_gpu=resources.use_gpu, resources_per_worker=per_worker
-        ),
+        scaling_config=ScalingConfig(**_workers(resources), use_gpu=resources.use_gpu, resources_per_worker=per_worker),
         run_config=RunConfig(
             name=config.name,
             storage_path=str(storage.resolve()),
@@ -184,6 +183,14 @@ def train_stage(config: Config, resources: Resources, storage: Path, tick: Calla
     if file.exists():
         file.unlink()
         raise StageStopped(f"stage {config.name}: stopped with a checkpoint; run the same command again to go on")
+
+
+def _workers(resources: Resources) -> dict[str, Any]:
+    """Number of workers, as Ray Train's ScalingConfig takes it: with two numbers it is elastic."""
+    workers = resources.workers
+    if isinstance(workers, int):
+        return {"num_workers": workers}
+    return {"num_workers": (workers.min, workers.max), "elastic_resize_monitor_interval_s": workers.check_every_s}
 
 
 def _trainer_class() -> Any:

@@ -152,11 +152,11 @@ def train_from_checkpoint(config: Config, report: Callable[[dict[str, Any]], Non
                 metrics["flops_ratio"] = flops_ratio
             if rewinds:
                 metrics["rewinds"] = len(rewinds)
-            if (ratio := spikes.add(data_step.bucket.key, mean_loss)) is not None:
-                metrics["spike"] = ratio
+            if (spike := spikes.add(data_step.bucket.key, mean_loss)) is not None:
+                metrics["spike"] = spike
             if not finite:
                 metrics["bad_steps"] = skipped.in_a_row
-                if ratio is None or config.train.on_spike != "skip":
+                if spike is None or config.train.on_spike != "skip":
                     metrics["bad_samples"] = find_bad_samples(data_step.batches, sample_losses, ranks)
                     keep_bad_batches(config.run_dir, step, data_step.batches, sample_losses, ranks)
             with timed("validation"):
@@ -164,7 +164,7 @@ def train_from_checkpoint(config: Config, report: Callable[[dict[str, Any]], Non
             state.validation_loss, state.recent_losses = metrics.get("validation_loss"), spikes.recent
             logged = tracker.step(metrics, performance)
             skipped.check(step, last=step == steps)
-            if ratio is not None and config.train.on_spike == "rewind":
+            if spike is not None and config.train.on_spike == "rewind":
                 rewind(config.run_dir, config.train, step, mean_loss, data_step, ranks)
                 engine.close()
                 raise Rewound(f"step {step}: back to the newest checkpoint, without the samples of this step")

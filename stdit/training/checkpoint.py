@@ -246,7 +246,7 @@ def best_checkpoints(run_dir: Path, count: int) -> list[Path]:
     losses = []
     for checkpoint in list_checkpoints(run_dir):
         with contextlib.suppress(ConfigError):  # damaged, or none of ours
-            if (loss := load_identity(checkpoint).get("validation_loss")) is not None:
+            if (loss := load_identity(checkpoint)["validation_loss"]) is not None:
                 losses.append((loss, checkpoint))
     return [checkpoint for _, checkpoint in sorted(losses)[:count]]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 
 from stdit.config import Config, DiffusionConfig, FileSchema, NonNegative, Positive, read_json
 from stdit.config.identity import TextIdentity, VideoIdentity
@@ -51,8 +51,8 @@ class Identity(FileSchema):
     git_revision: str | None
     config: Config
     # Validation loss at this step, if there was one; last losses of each bucket (stdit.training.spikes).
-    validation_loss: float | None = None
-    recent_losses: dict[str, tuple[float, ...]] = Field(default_factory=dict)
+    validation_loss: float | None
+    recent_losses: dict[str, tuple[float, ...]]
 
 
 def load_identity(checkpoint: Path) -> dict[str, Any]:

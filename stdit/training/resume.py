@@ -159,7 +159,7 @@ def find_resume_state(
         notes=check_resumable(identity, config, world_size, data.fingerprint),
         base=Base(**identity["base"]) if identity.get("base") else None,
         intact={latest},
-        recent_losses=identity.get("recent_losses", {}),
+        recent_losses=identity["recent_losses"],
     )
 
 

@@ -48,15 +48,16 @@ class LossSpikes:
         """Last losses by bucket key, for a checkpoint."""
         return {bucket: list(losses) for bucket, losses in self._recent.items()}
 
-    def ratio(self, bucket: str, loss: float) -> float | None:
-        """`loss` over the median of the bucket's last losses if it is a spike: more than `spike_threshold` robust standard
-        deviations above it. None: it is not, or there are too few to tell."""
+    def excess(self, bucket: str, loss: float) -> float | None:
+        """Robust standard deviations by which `loss` is above the median of the bucket's last losses, if it is a spike: more than
+        `spike_threshold`. None: it is not, or there are too few to tell."""
         last = self._recent[bucket]
         if len(last) < LEAST or not math.isfinite(loss):
             return None
         median = statistics.median(last)
         deviation = SCALE * statistics.median(abs(each - median) for each in last)
-        return loss / median if loss > median + self.threshold * max(deviation, 1e-3 * median) else None
+        found = (loss - median) / max(deviation, 1e-3 * abs(median), 1e-12)
+        return found if found > self.threshold else None
 
     def veto(self, total: Tensor, sums: Tensor, step: Step, micro_batch: int) -> Tensor:
         """The loss to be differentiated: `total`, or with on_spike `skip` NaN at the last micro-batch of a step that is a
@@ -64,11 +65,11 @@ class LossSpikes:
         if self.action != "skip" or micro_batch < len(step.batches) - 1:
             return total
         (loss,) = self.ranks.all_reduce(sums[0].item() / len(step.batches) / self.ranks.size)
-        return total if self.ratio(step.bucket.key, loss) is None else total * torch.nan
+        return total if self.excess(step.bucket.key, loss) is None else total * torch.nan
 
     def add(self, bucket: str, loss: float) -> float | None:
-        """Counts the loss of a step; returns its `ratio`."""
-        found = self.ratio(bucket, loss)
+        """Counts the loss of a step; returns its `excess`."""
+        found = self.excess(bucket, loss)
         if math.isfinite(loss):
             self._recent[bucket].append(loss)
         return found

@@ -80,8 +80,8 @@ class Tracker:
         if "spike" in metrics:
             action = {"warn": "", "skip": "; no weights were updated", "rewind": "; back to the newest checkpoint"}
             self.print(
-                f"step {step}: loss {metrics['loss']:.4g} is a spike, {metrics['spike']:.3g} times the median of the last ones of bucket "
-                f"{metrics['bucket']}{action[train.on_spike]} (train.on_spike {train.on_spike})"
+                f"step {step}: loss {metrics['loss']:.4g} is a spike, {metrics['spike']:.3g} robust standard deviations above the median of "
+                f"the last ones of bucket {metrics['bucket']}{action[train.on_spike]} (train.on_spike {train.on_spike})"
             )
         if bad_steps and "bad_samples" in metrics:
             samples = describe_bad_samples(metrics["bad_samples"])

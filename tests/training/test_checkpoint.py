@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as quick
 from hypothesis import strategies as st
 
+from stdit import integrity
 from stdit.config import ConfigError
 from stdit.training import checkpoint
 
@@ -179,7 +180,7 @@ def test_any_bit_flipped_in_a_manifest_is_damage(tmp_path: Path) -> None:
         # White space and the case of an escape are the only bits that say nothing.
         if json_of(bytes(flipped)) != json_of(content):
             assert checkpoint.verify(folder) is not None, bit
-    for nothing in ({}, [], {"files": {}}, {"files": {}, "sha256": checkpoint.digest({})}, None):
+    for nothing in ({}, [], {"files": {}}, {"files": {}, "sha256": integrity.digest({})}, None):
         manifest.write_text(json.dumps(nothing))
         assert "manifest.json is damaged" in str(checkpoint.verify(folder))
 

@@ -405,7 +405,7 @@ def test_a_save_that_fails_is_said_and_the_run_goes_on_as_if_it_had_not_been_due
     # Neither a part of them nor anything that counts as damaged.
     assert sorted(p.name for p in folder.glob("step-*")) == [f"step-0000000{n}" for n in (1, 4, 5, 6)]
     assert all(checkpoint.verify(each) is None for each in checkpoint.list_checkpoints(tmp_path / "run"))
-    assert numbers(found["metrics"]) == numbers(whole["metrics"])
+    assert [m["loss"] for m in found["metrics"]] == [m["loss"] for m in whole["metrics"]]
     assert weights(tmp_path / "run", 6) == weights(tmp_path / "whole", 6)
 
 

@@ -28,8 +28,10 @@ def test_a_loss_far_above_the_last_ones_of_its_bucket_is_a_spike() -> None:
     noisy = [1.0 + 0.1 * (i % 5 - 2) for i in range(40)]
     assert watch(*noisy) == [None] * 40
     found = watch(*noisy, 9.0, 1.0, 2.0)
-    assert found[40:] == [9.0, None, None]
-    assert watch(*noisy, 2.0, spike_threshold=5.0)[-1] == 2.0
+    assert found[40:] == [pytest.approx(8.0 / 0.14826), None, None]
+    assert watch(*noisy, 2.0, spike_threshold=5.0)[-1] == pytest.approx(1.0 / 0.14826)
+    # Losses that are all equal, or zero, divide by nothing.
+    assert watch(*[0.0] * 30, 1.0)[-1] == pytest.approx(1e12)
     # Too few to tell; and what is not a number has its own treatment.
     assert watch(*noisy[: LEAST - 1], 9.0)[-1] is None
     assert watch(*noisy, float("nan"), float("inf"))[-2:] == [None, None]
@@ -38,7 +40,7 @@ def test_a_loss_far_above_the_last_ones_of_its_bucket_is_a_spike() -> None:
 def test_each_bucket_is_compared_with_itself_and_a_resumed_run_knows_its_losses() -> None:
     spikes = LossSpikes(TrainConfig(steps=1), ALONE, {"low": [1.0, 1.1] * 20, "high": [9.0, 9.1] * 20})
     assert spikes.add("high", 9.05) is None
-    assert spikes.add("low", 9.05) == pytest.approx(9.05 / 1.05)
+    assert spikes.add("low", 9.05) == pytest.approx(8.0 / (1.4826 * 0.05))
     again = LossSpikes(TrainConfig(steps=1), ALONE, json.loads(json.dumps(spikes.recent)))
     assert again.recent == spikes.recent
     assert again.add("low", 9.05) is not None
