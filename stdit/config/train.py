@@ -340,7 +340,14 @@ class Config(Frozen):
         """One rank's micro-batches in a step of each bucket, by its key, on `ranks` ranks. ConfigError: train.sequence_parallel does
         not divide them, or a global_batch is too small for them."""
         data_ranks, accumulation = self.train.data_ranks(ranks), self.train.gradient_accumulation
-        return {b.key: b.micro_batches(data_ranks, accumulation) for b in self.data.buckets}
+        found = {b.key: b.micro_batches(data_ranks, accumulation) for b in self.data.buckets}
+        for key, (_, count, samples) in found.items():
+            if self.diffusion.contrastive_weight and samples // (data_ranks * count) == 1:
+                raise ConfigError(
+                    f"diffusion.contrastive_weight compares each sample with another one of its micro-batch, but on {ranks} ranks "
+                    f"micro-batches of bucket {key} have one sample (global_batch {samples})"
+                )
+        return found
 
     @model_validator(mode="after")
     def _has_routers(self) -> Config:
