@@ -69,7 +69,7 @@ def test_a_lost_node_shrinks_a_stage_and_one_that_comes_lets_it_grow(
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     second = cluster.add_node(num_cpus=1)
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    monkeypatch.setenv("RAY_ADDRESS", str(cluster.address))
     data = settings(tmp_path / "run", train={"steps": 10**6, "checkpoint_every": 20, "log_every": 20})
     data["data"]["buckets"] = [{"frames": 1, "height": 8, "width": 8, "global_batch": 8}]
     data["name"] = "elastic"
