@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,31 +17,36 @@ if ROOT not in sys.path:  # `tests.support` is importable however pytest is star
 # More workers than this gain nothing: the longest group takes longer than their share.
 MAX_WORKERS = 8
 # Groups run in one worker each, so that Ray, rank pools and trained readers start once; the longest ones begin first.
-GROUPS = (
-    "tests/pipelines/test_train_stages.py::test_a_plan_survives",
-    "tests/training/",
-    "tests/pipelines/test_generate_videos.py",
-    "tests/test_train.py",
-    "tests/test_golden.py",
-    "tests/pipelines/test_extract_features.py",
-    "tests/evaluation/",
-    "tests/pipelines/test_evaluate_runs.py",
-    "tests/inference/test_pipeline.py",
-    "tests/inference/test_pipeline_lora_control.py",
-    "tests/inference/test_pipeline_text.py",
-    "tests/test_generate.py",
-    "tests/test_extract.py",
-    "tests/data/",
-    "tests/encoders/",
+# The one called "ray" shares the fixture `local_ray`.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "training": ("tests/training/",),
+    "plan": ("tests/pipelines/test_train_stages.py::test_a_plan_survives",),
+    "ray": (
+        "tests/pipelines/test_generate_videos.py",
+        "tests/pipelines/test_extract_features.py",
+        "tests/evaluation/test_scores.py::test_workers",
+    ),
+    "train": ("tests/test_train.py",),
+    "compile": ("tests/models/test_compile.py",),
+    "golden": ("tests/test_golden.py",),
+    "evaluation": ("tests/evaluation/",),
+    "evaluate_runs": ("tests/pipelines/test_evaluate_runs.py",),
+    "pipeline": ("tests/inference/test_pipeline.py",),
+    "pipeline_lora_control": ("tests/inference/test_pipeline_lora_control.py",),
+    "pipeline_text": ("tests/inference/test_pipeline_text.py",),
+    "generate": ("tests/test_generate.py",),
+    "extract": ("tests/test_extract.py",),
+    "data": ("tests/data/",),
+    "encoders": ("tests/encoders/",),
     # Many short tests: one message to the worker instead of hundreds.
-    "tests/weights/test_transfer.py",
-    "tests/weights/test_convert",
-    "tests/weights/test_parity",
-    "tests/test_architecture.py",
-    "tests/config/",
-    "tests/diffusion/",
-    "tests/cluster/",
-)
+    "transfer": ("tests/weights/test_transfer.py",),
+    "convert": ("tests/weights/test_convert",),
+    "parity": ("tests/weights/test_parity",),
+    "architecture": ("tests/test_architecture.py",),
+    "config": ("tests/config/",),
+    "diffusion": ("tests/diffusion/",),
+    "cluster": ("tests/cluster/",),
+}
 
 
 def cores() -> int:
@@ -63,8 +69,19 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
-def _group(item: pytest.Item) -> int:
-    return next((i for i, prefix in enumerate(GROUPS) if item.nodeid.startswith(prefix)), len(GROUPS))
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """A local Ray of two CPUs, started once."""
+    from pipelines.workers import connect, disconnect
+
+    started = connect(2)
+    yield
+    if started == "started":
+        disconnect()
+
+
+def _group(item: pytest.Item) -> str | None:
+    return next((name for name, prefixes in GROUPS.items() if item.nodeid.startswith(prefixes)), None)
 
 
 # Before pytest-xdist's own, which reads the groups.
@@ -73,7 +90,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Marks the groups, and runs them before all other tests; those are handed out one by one."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
-    for item in items:
-        if (group := _group(item)) < len(GROUPS):
-            item.add_marker(pytest.mark.xdist_group(GROUPS[group]))
-    items.sort(key=_group)
+    groups = {item: _group(item) for item in items}
+    for item, group in groups.items():
+        if group is not None:
+            item.add_marker(pytest.mark.xdist_group(group))
+    order = {name: i for i, name in enumerate((*GROUPS, None))}
+    items.sort(key=lambda item: order[groups[item]])

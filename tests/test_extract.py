@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from stdit import extract
 from stdit.config import ConfigError, ExtractBucket, ExtractConfig, VideoEncoderConfig, Where, dump
 from stdit.data import extractor as room
+from stdit.data import records
 from stdit.data.decoding import open_clip
 from stdit.data.extraction import ExtractionError
 from stdit.data.features import FeatureSet
@@ -27,7 +28,7 @@ from stdit.data.manifest import ManifestError
 from stdit.data.transforms import resize_crop, to_pixels
 from stdit.encoders.text_loading import load_text_encoder
 from stdit.encoders.video import VideoEncoder
-from tests.support import clip_folder, encoders
+from tests.support import clip_folder, encoders, forked
 from tests.support.clip_folder import CAPTIONS, damaged, rows
 
 
@@ -278,29 +279,28 @@ def test_an_interrupted_extraction_goes_on_where_it_stopped(tmp_path: Path, monk
     assert content(config.out) == whole
 
 
-SLOW = """
-import sys, time
-from stdit import extract
-from stdit.config import ExtractConfig, load_config
-from stdit.data import records
-whole = records.write_record
-def slow(*args):
-    whole(*args)
-    time.sleep(0.3)
-records.write_record = slow
-extract.run(load_config(sys.argv[1], ExtractConfig))
-"""
+def extract_slowly(config: ExtractConfig) -> None:
+    """With a rest after every shard."""
+    write = records.write_record
+
+    def slow(*args: Any) -> None:
+        write(*args)
+        time.sleep(0.3)
+
+    records.write_record = slow
+    extract.run(config)
 
 
 def test_a_killed_extraction_goes_on_where_it_stopped(tmp_path: Path) -> None:
     config = clip_folder.config(tmp_path, rows(tmp_path, 12))
-    (tmp_path / "config.yaml").write_text(dump(config))
-    process = subprocess.Popen([sys.executable, "-c", SLOW, str(tmp_path / "config.yaml")], stderr=subprocess.DEVNULL)
+    process = forked.context().Process(target=extract_slowly, args=(config,))
+    process.start()
     deadline = time.monotonic() + 120
     while not (config.out / "parts" / "00001.parquet").is_file() and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (config.out / "index.json").exists()
     done = times(config.out / "shards")
     (config.out / "shards" / ".123.part.00003.safetensors").touch()  # as a killed writer may leave
@@ -536,8 +536,7 @@ def test_a_clip_whose_latents_are_not_finite_is_bad(tmp_path: Path, monkeypatch:
 def test_an_error_names_what_is_wrong_and_ends_with_a_code(tmp_path: Path) -> None:
     config = clip_folder.config(tmp_path, rows(tmp_path, 2) + damaged(tmp_path))
     (tmp_path / "config.yaml").write_text(dump(config))
-    command = [sys.executable, "-m", "stdit.extract", "--config", str(tmp_path / "config.yaml")]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    ended = forked.run("stdit.extract", "--config", tmp_path / "config.yaml")
     assert ended.returncode == 1
     assert "error: 1 of 6 clips (stopped after 3) cannot be used" in ended.stderr
     assert "missing.mp4: no such file" in ended.stderr

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support import forked
 from tests.support.golden import GOLDEN, TOLERANCE, names
-from tests.support.paths import ROOT
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All golden runs, in one process of one thread."""
     folder = tmp_path_factory.mktemp("golden")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.golden", str(folder)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+    done = forked.run("tests.support.golden", folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout_s=240)
     assert done.returncode == 0, done.stderr
     return folder
 

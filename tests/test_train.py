@@ -20,6 +20,7 @@ import pytest
 
 from stdit.training import checkpoint
 from stdit.training.stopping import STOPPED
+from tests.support import forked
 from tests.support.paths import ROOT
 from tests.support.rank_pool import free_port
 from tests.support.runs import make_run, model_config
@@ -42,9 +43,9 @@ def environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in LEFT_OUT} | {"OMP_NUM_THREADS": "1"}
 
 
-def python(*args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "stdit/train.py", *args]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+def train(*args: str) -> subprocess.CompletedProcess[str]:
+    """`python stdit/train.py`, to its end."""
+    return forked.run("stdit.train", *args, env=environment())
 
 
 def launch(*args: str, ranks: int = 2) -> subprocess.Popen[str]:
@@ -84,6 +85,7 @@ def wait_for(condition: Any, timeout_s: float = 90.0) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_the_debug_config_shows_that_a_launch_works(tmp_path: Path) -> None:
     process = launch(*DEBUG, "--set", f"run_dir={tmp_path}")
@@ -98,7 +100,7 @@ def test_the_debug_config_shows_that_a_launch_works(tmp_path: Path) -> None:
     assert found.name == "step-00000020"
     assert json.loads((found / "identity.json").read_text())["world_size"] == 2
     # The same again: nothing to do, one rank is enough to say so.
-    again = python(*DEBUG, "--set", f"run_dir={tmp_path}")
+    again = train(*DEBUG, "--set", f"run_dir={tmp_path}")
     assert again.returncode == 0, again.stderr
     assert "done already, at step 20" in again.stderr
     assert metrics(tmp_path) == lines
@@ -130,7 +132,9 @@ def test_the_end_of_the_deepspeed_command_stops_the_ranks_with_a_checkpoint(tmp_
         *DEBUG, "--set", f"run_dir={tmp_path}", "--set", "train.steps=100000", "--set", "train.checkpoint_every=null"
     )
     try:
-        wait_for(lambda: len(metrics(tmp_path)) >= 3)
+        wait_for(lambda: len(metrics(tmp_path)) >= 20)
+        losses = [line["loss"] for line in metrics(tmp_path)]
+        assert losses[19] < losses[0]
         ranks = running(tmp_path)
         assert sorted(ranks.values()) == [0, 1]
         # It dies at once; its inner launcher and the ranks stay behind.
@@ -139,6 +143,7 @@ def test_the_end_of_the_deepspeed_command_stops_the_ranks_with_a_checkpoint(tmp_
         found = checkpoint.find_latest(tmp_path)
         assert found is not None
         assert checkpoint.step_of(found) == metrics(tmp_path)[-1]["step"]
+        assert json.loads((found / "identity.json").read_text())["world_size"] == 2
     finally:
         process.kill()
         for pid in running(tmp_path):
@@ -366,7 +371,7 @@ def test_a_full_disk_ends_the_run_and_spares_the_checkpoint_before(ranks: int, t
 )  # fmt: skip
 def test_wrong_settings_are_reported_before_anything_begins(changes: list[str], said: str, tmp_path: Path) -> None:
     overrides = [part for change in [f"run_dir={tmp_path}/run", *changes] for part in ("--set", change)]
-    done = python(*DEBUG, *overrides)
+    done = train(*DEBUG, *overrides)
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
@@ -378,7 +383,7 @@ def test_a_folder_of_another_program_is_refused_untouched(tmp_path: Path) -> Non
     file.parent.mkdir(parents=True)
     file.write_bytes(b"theirs")
     (tmp_path / "config.yaml").write_text("theirs: true\n")
-    done = python(*DEBUG, "--set", f"run_dir={tmp_path}")
+    done = train(*DEBUG, "--set", f"run_dir={tmp_path}")
     assert done.returncode == 2
     assert "is no run of stdit; nothing was changed" in done.stderr
     assert "Traceback" not in done.stderr
@@ -397,7 +402,7 @@ def test_a_run_without_an_intact_checkpoint_ends_with_2_and_is_left_alone(tmp_pa
     weights = next(run.glob("checkpoints/*/transformer/*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1])
     before = sorted(p for p in run.rglob("*") if p.name != ".lock")
-    done = python(*DEBUG, "--set", f"run_dir={run}")
+    done = train(*DEBUG, "--set", f"run_dir={run}")
     assert done.returncode == 2, done.stderr
     assert "no checkpoint is intact" in done.stderr
     assert weights.name in done.stderr

@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -172,6 +173,11 @@ class Statistics:
     covariance: NDArray[np.float64]
     count: int | None = None
 
+    @cached_property
+    def root(self) -> NDArray[np.float64]:
+        """The covariance's square root. ValueError: not a covariance."""
+        return _matrix_root(self.covariance)
+
 
 def statistics_of(features: ArrayLike) -> Statistics:
     """Mean and unbiased covariance. ValueError: fewer than 2 samples, features that are not finite."""
@@ -180,12 +186,13 @@ def statistics_of(features: ArrayLike) -> Statistics:
 
 
 def frechet_distance_of_statistics(a: Statistics, b: Statistics) -> float:
-    """As `frechet_distance`, from means and covariances. ValueError: other dimensions, not finite, not a covariance."""
+    """As `frechet_distance`, from means and covariances. ValueError: other dimensions, or `b` is not finite or has no covariance.
+
+    `b`, the reference, is decomposed once, however many `a` it is compared with: 2048 dimensions take seconds.
+    """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"statistics of {len(a.mean)} and of {len(b.mean)} dimensions: of different networks")
-    root = _matrix_root(a.covariance)
-    _matrix_root(b.covariance)  # checks it
-    roots = np.sqrt(np.linalg.eigvalsh(root @ b.covariance @ root).clip(0)).sum()
+    roots = np.sqrt(np.linalg.eigvalsh(b.root @ a.covariance @ b.root).clip(0)).sum()
     shift = a.mean - b.mean
     return float(max(shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * roots, 0.0))
 

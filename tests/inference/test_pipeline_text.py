@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,9 +25,8 @@ from stdit.inference.pipeline import STDiTPipeline
 from stdit.inference.prompts import Item, Prompt
 from stdit.models.stdit import STDiT
 from stdit.weights.convert import load_published
-from tests.support import clip_folder, encoders
+from tests.support import clip_folder, encoders, forked
 from tests.support.encoders import CAPTIONS, LENGTH, T5, G, L
-from tests.support.paths import ROOT
 from tests.support.runs import lively, make_run, model_config
 
 SIZE: dict[str, Any] = {"num_frames": 2, "height": 8, "width": 8, "num_inference_steps": 2, "output_type": "np"}
@@ -111,7 +108,8 @@ def test_clips_and_captions_to_videos_with_three_encoders(folder: Path, tmp_path
         "train": {"steps": 4, "zero_stage": 0, "tensorboard": False},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    subprocess.run([sys.executable, "stdit/train.py", "--config", str(tmp_path / "config.yaml")], cwd=ROOT, check=True)
+    done = forked.run("stdit.train", "--config", tmp_path / "config.yaml")
+    assert done.returncode == 0, done.stderr
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert np.isfinite(losses).all()
     assert len(losses) == 4

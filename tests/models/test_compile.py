@@ -22,6 +22,14 @@ Noise = Callable[..., torch.Tensor]
 CONDITIONING = ("in_context", "cross_attention", "adaln", "adaln_zero", "adaln_single", "joint")
 ATTENTION = ("factorized", "alternating", "full")
 KINDS = [pair for pair in product(CONDITIONING, ATTENTION) if pair != ("joint", "alternating")]
+# Each conditioning and each attention once; the other pairs take a minute more.
+SHORT = (
+    ("in_context", "full"),
+    ("cross_attention", "factorized"),
+    ("adaln_zero", "alternating"),
+    ("adaln_single", "full"),
+    ("joint", "full"),
+)
 MODELS: dict[str, dict[str, Any]] = {
     "dit": {"conditioning": "adaln_zero", "num_classes": 3, "temporal": False},
     "pixart": {"text_dim": 6, "null_text": "sequence", "temporal": False},
@@ -73,7 +81,9 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize(("conditioning", "attention"), KINDS)
+@pytest.mark.parametrize(
+    ("conditioning", "attention"), [pytest.param(*k, marks=[] if k in SHORT else pytest.mark.slow) for k in KINDS]
+)
 def test_every_kind_of_block_is_one_graph(tiny: Tiny, noise: Noise, conditioning: str, attention: str) -> None:
     model = tiny(text_dim=6, num_classes=3, conditioning=conditioning, attention=attention)
     args = inputs(model, noise, (2, 2, 8, 8, 4))
@@ -94,17 +104,20 @@ def test_whole_models_are_one_graph(tiny: Tiny, noise: Noise, name: str) -> None
     torch.testing.assert_close(compiled(**args).sample, model(**args).sample)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_buckets_that_were_seen_compile_nothing(tiny: Tiny, noise: Noise, name: str) -> None:
-    model = tiny(**MODELS[name], depth=4)
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [*((name, 3) for name in ("stdit", "mmdit")), *(pytest.param(name, 6, marks=pytest.mark.slow) for name in MODELS)],
+)
+def test_buckets_that_were_seen_compile_nothing(tiny: Tiny, noise: Noise, name: str, count: int) -> None:
+    model, buckets = tiny(**MODELS[name], depth=4), BUCKETS[:count]
     model.compile_repeated_blocks(backend="eager")
-    for bucket in BUCKETS:
+    for bucket in buckets:
         model(**inputs(model, noise, bucket))
     kinds = {"latte": 3, "stdit3": 2, "mmdit": 2}.get(name, 1)
     assert graphs() <= 5 * kinds  # one frame or several, one sample or several, two sizes alike; not one a bucket
     seen = graphs()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for bucket in (*reversed(BUCKETS), *BUCKETS[::2]):
+        for bucket in (*reversed(buckets), *buckets[::2]):
             model(**inputs(model, noise, bucket))
     assert graphs() == seen
 
@@ -131,9 +144,8 @@ def test_onednn_adds_no_graph_and_compiles_no_bucket_twice(
             model(**inputs(model, noise, bucket))
 
 
-@pytest.mark.parametrize(
-    "name", ["dit", pytest.param("pixart", marks=pytest.mark.slow), pytest.param("stdit", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dit", "pixart", "stdit"])
 def test_a_whole_model_compiles_no_bucket_twice(tiny: Tiny, noise: Noise, name: str) -> None:
     model = tiny(**MODELS[name])
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -144,7 +156,7 @@ def test_a_whole_model_compiles_no_bucket_twice(tiny: Tiny, noise: Noise, name: 
             compiled(**inputs(model, noise, bucket))
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_blocks_train_to_the_same_gradients(
     tiny: Tiny, noise: Noise, recompute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -156,15 +155,11 @@ def failing(capsys: pytest.CaptureFixture[str]) -> str:
     return said
 
 
-def run(*arguments: str) -> str:
-    command = [sys.executable, "-m", "stdit.models.cost", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def test_the_command_prints_a_table(tmp_path: Path) -> None:
+def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "model.yaml"
     config.write_text("model: {size: S, text_dim: 64}\n")
-    printed = run("--config", str(config), "--latent", "4", "32", "32")
+    module.main(["--config", str(config), "--latent", "4", "32", "32"])
+    printed = capsys.readouterr().out
     assert "tokens                                1024" in printed
     assert [line.split()[0] for line in printed.splitlines()] == [
         "latent", "parameters", "tokens", "forward", "training", "activations", "with",

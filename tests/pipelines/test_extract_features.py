@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,22 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 from pipelines.extract_features import extract_features
-from pipelines.workers import connect, disconnect
 from stdit import extract
 from stdit.config import TextEncoderConfig
 from stdit.data.features import FeatureSet
 from tests.support import clip_folder
 from tests.support.clip_folder import damaged, rows
 
-pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    """One local Ray for all tests here."""
-    connect(2)
-    yield
-    disconnect()
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
 
 def test_two_workers_extract_what_one_process_does(tmp_path: Path) -> None:
@@ -46,7 +36,7 @@ def test_two_workers_extract_what_one_process_does(tmp_path: Path) -> None:
 
 
 def test_what_stops_a_worker_reaches_the_caller_without_rays_own(tmp_path: Path) -> None:
-    config = clip_folder.config(tmp_path, rows(tmp_path, 4), workers=2)
+    config = clip_folder.config(tmp_path, rows(tmp_path, 4))
     extract.prepare(config)
     # A file where the folder of shards should be: no worker can write.
     (config.out / "shards").touch()

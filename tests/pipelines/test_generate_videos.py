@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 
 from pipelines.generate_videos import generate_groups, generate_videos, main
-from pipelines.workers import connect, disconnect
 from stdit.config import GenerateConfig
 from stdit.data.decoding import open_clip
 from tests.support.runs import TEXT, make_run, model_config
@@ -25,15 +23,6 @@ class Made(NamedTuple):
     out: Path
     rows: list[dict[str, Any]]
     outcomes: list[Any]
-
-
-@pytest.fixture(scope="module")
-def ray() -> Iterator[None]:
-    """One local Ray for this file."""
-    started = connect(4)
-    yield
-    if started == "started":
-        disconnect()
 
 
 @pytest.fixture(scope="module")
@@ -62,27 +51,36 @@ def videos(out: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def made(ray: None, run: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Made]:
-    """What one worker made, what two made, and (0) what was made without Ray."""
+def made(local_ray: None, run: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Made]:
+    """What two workers made, and (0) what was made without Ray."""
     from stdit.generate import finish, job_from_config, run_groups
 
-    found = {}
-    for workers in (1, 2):
-        out = tmp_path_factory.mktemp(f"by{workers}")
-        found[workers] = Made(out, *generate_videos(config(run, prompts, out, workers=workers), progress=False))
+    out = tmp_path_factory.mktemp("by2")
+    found = {2: Made(out, *generate_videos(config(run, prompts, out, workers=2), progress=False))}
     job = job_from_config(config(run, prompts, tmp_path_factory.mktemp("here")))
     outcomes = run_groups(job, "cpu")
     found[0] = Made(job.out, finish(job, outcomes), outcomes)
     return found
 
 
-def test_generation_is_the_same_with_one_worker_and_two_and_without_ray(made: dict[int, Made]) -> None:
-    frames = {workers: videos(some.out) for workers, some in made.items()}
-    for workers in (1, 2):
-        assert made[workers].rows == made[0].rows
-        assert frames[workers].keys() == frames[0].keys()
-        assert all(np.array_equal(frames[workers][name], video) for name, video in frames[0].items())
-    assert len(frames[0]) == 6
+def check_the_same(one: Made, other: Made) -> None:
+    assert one.rows == other.rows
+    frames, others = videos(one.out), videos(other.out)
+    assert frames.keys() == others.keys()
+    assert all(np.array_equal(others[name], video) for name, video in frames.items())
+    assert len(frames) == 6
+
+
+def test_generation_is_the_same_with_two_workers_and_without_ray(made: dict[int, Made]) -> None:
+    check_the_same(made[0], made[2])
+
+
+@pytest.mark.slow
+def test_generation_is_the_same_with_one_worker(
+    made: dict[int, Made], run: Path, prompts: Path, tmp_path: Path
+) -> None:
+    one = Made(tmp_path, *generate_videos(config(run, prompts, tmp_path, workers=1), progress=False))
+    check_the_same(made[0], one)
 
 
 def test_a_failing_prompt_is_reported_and_the_rest_is_made(made: dict[int, Made]) -> None:
@@ -110,7 +108,7 @@ def test_a_second_command_makes_only_what_is_missing(
     assert "guidance_scale: 4.0 -> 2.0" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("ray")
+@pytest.mark.usefixtures("local_ray")
 def test_a_worker_that_can_not_load_stops_all_and_says_why(run: Path, prompts: Path, tmp_path: Path) -> None:
     from stdit.generate import job_from_config
 
@@ -120,7 +118,7 @@ def test_a_worker_that_can_not_load_stops_all_and_says_why(run: Path, prompts: P
         generate_groups(gone, 1, "cpu", progress=False)
 
 
-@pytest.mark.usefixtures("ray")
+@pytest.mark.usefixtures("local_ray")
 def test_gpus_that_are_not_there_are_not_waited_for(run: Path, prompts: Path, tmp_path: Path, capsys: Any) -> None:
     import ray
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+from tests.support import forked
 
 TIMEOUT_S = 120.0
 
@@ -54,7 +55,7 @@ class Pool:
         self._pipes: list[Any] = []
 
     def _start(self) -> None:
-        context, port = mp.get_context("spawn"), free_port()
+        context, port = forked.context(), free_port()
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.size, port, theirs), daemon=True)
