@@ -15,14 +15,19 @@ from stdit.config.model import ModelConfig
 
 
 class OptimizerConfig(Frozen):
-    """AdamW and the learning rate schedule, which ends at `train.steps`."""
+    """Optimizer and the learning rate schedule, which ends at `train.steps`."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of attention and MLPs, AdamW for all other weights; learning rate and weight decay are
+    AdamW's for both."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's betas."""
     eps: float = Field(default=1e-8, gt=0)
     """AdamW's epsilon."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Muon's momentum."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay, of matrices and convolution kernels; not of biases, norms and embedding tables."""
     warmup_steps: NonNegative = 0
@@ -287,6 +292,8 @@ class Config(Frozen):
         lora, control = self.train.lora, self.train.control
         if lora is not None and control is not None:
             raise ValueError("train.lora and train.control: a run trains one of them; the other can come after it")
+        if lora is not None and self.train.optimizer.name == "muon":
+            raise ValueError("train.optimizer.name: muon, but train.lora trains no whole matrices; use adamw")
         for name, value in (("train.lora", lora), ("train.control", control)):
             if value is not None and self.init is None:
                 raise ValueError(f"{name} needs init.source, the weights that it belongs to")

@@ -26,7 +26,8 @@ from stdit.config import Config
 from stdit.training.checkpoint import IDENTITY
 from stdit.training.deepspeed_config import make_deepspeed_config, set_accelerator
 from stdit.training.distributed import TIMEOUT, Ranks, init_process_group, set_timeout
-from stdit.training.optimizer import parameter_groups
+from stdit.training.muon import Muon, set_zero_layouts
+from stdit.training.optimizer import make_optimizer
 
 
 def init_distributed(sequence_parallel: int = 1) -> Ranks:
@@ -86,29 +87,25 @@ class Engine:
         )
         if universal:
             self.ds_config["checkpoint"] = {**self.ds_config.get("checkpoint", {}), "load_universal": True}
-        optimizer = config.train.optimizer
-        self.adamw = torch.optim.AdamW(
-            parameter_groups(model, optimizer),
-            lr=optimizer.learning_rate,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            fused=True,
-        )
+        self.base_optimizer = make_optimizer(model, config.train.optimizer)
+        groups = [group["params"] for group in self.base_optimizer.param_groups]
         rounded = self.dtype != torch.float32
         initial = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad} if rounded else {}
         # Its bfloat16 optimizer prints memory statistics.
         with contextlib.redirect_stdout(io.StringIO()):
             self.engine: Any = deepspeed.initialize(
-                model=model, optimizer=cast(Any, self.adamw), config=self.ds_config
+                model=model, optimizer=cast(Any, self.base_optimizer), config=self.ds_config
             )[0]
         # Of the groups that DeepSpeed has created; the watchdog comes first.
         set_timeout(max(TIMEOUT, timedelta(seconds=2 * config.train.step_timeout_s)))
         self.optimizer: Any = self.engine.optimizer
+        if isinstance(self.base_optimizer, Muon) and self.stage:
+            set_zero_layouts(self.base_optimizer, self.optimizer, self.stage, groups, ranks.device)
         if initial:
             # DeepSpeed makes the masters from weights already rounded; without ZeRO it also takes a step from zero
             # gradients, which counts in AdamW's bias correction.
             if not self.stage:
-                self.adamw.state.clear()
+                self.base_optimizer.state.clear()
             self.set_weights(initial)
 
     @property
@@ -243,7 +240,7 @@ class Engine:
 
     def state_tensors(self) -> list[Tensor]:
         """This rank's master weights and optimizer state."""
-        state = [v for values in self.adamw.state.values() for v in values.values() if torch.is_tensor(v)]
+        state = [v for values in self.base_optimizer.state.values() for v in values.values() if torch.is_tensor(v)]
         return [*self.masters(), *state]
 
     def shard_names(self) -> list[str]:
@@ -257,16 +254,18 @@ class Engine:
 
     def load(self, folder: Path, tag: str) -> None:
         """Loads weights and optimizer state from folder/tag. ValueError: DeepSpeed found nothing there."""
-        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         with contextlib.redirect_stdout(io.StringIO()):
             path, _ = self.engine.load_checkpoint(str(folder), tag=tag, custom_load_fn=_load_trained)
         if path is None:
             raise ValueError(f"{folder / tag}: DeepSpeed loaded nothing from it")
-        # From the universal form, ZeRO-3 gives every group the first one's weight decay, and all partitions one and the
-        # same step counter, which each of them then advances.
-        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
-            group["weight_decay"] = decay
-        for state in self.adamw.state.values():
+        # From the universal form, ZeRO-3 gives every group the first one's settings, and all partitions one and the same
+        # step counter, which each of them then advances.
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            params = group["params"]
+            group.clear()
+            group.update(own, params=params)
+        for state in self.base_optimizer.state.values():
             if torch.is_tensor(step := state.get("step")):
                 state["step"] = step.clone()
 

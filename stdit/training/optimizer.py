@@ -1,13 +1,15 @@
-"""Learning rate schedule, a function of the step alone, and AdamW's parameter groups."""
+"""Learning rate schedule, a function of the step alone, and the optimizer with its parameter groups."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import torch
 from torch import nn
 
 from stdit.config import OptimizerConfig
+from stdit.training.muon import Muon, hidden_matrices
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -33,17 +35,33 @@ def last_stable_step(config: OptimizerConfig, steps: int) -> int:
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: weight decay on weight matrices and kernels; none on biases, norms and modulation tables."""
+    """Parameter groups: weight decay on weight matrices and kernels; none on biases, norms and modulation tables. For Muon,
+    first the matrices that it trains (`parts`: matrices in each one's rows)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = []
+    if config.name == "muon":
+        hidden = hidden_matrices(model)
+        groups.append(
+            {"params": list(hidden), "weight_decay": config.weight_decay, "parts": list(hidden.values())}
+        )
+        parameters = [p for p in parameters if p not in hidden]
     if not config.weight_decay:
         # One group: one flat buffer under ZeRO.
-        return [{"params": parameters, "weight_decay": 0.0}]
+        return [*groups, {"params": parameters, "weight_decay": 0.0}]
     decayed = {
         id(module.weight)
         for module in model.modules()
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
     }
     return [
+        *groups,
         {"params": [p for p in parameters if id(p) in decayed], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
     ]
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW, or Muon for the hidden matrices and AdamW for the rest."""
+    groups = parameter_groups(model, config)
+    adamw: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps, "fused": True}
+    return Muon(groups, config.momentum, **adamw) if config.name == "muon" else torch.optim.AdamW(groups, **adamw)
