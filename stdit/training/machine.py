@@ -49,11 +49,13 @@ def rank_memory(parameters: int, train: TrainConfig, ranks: int, activations: in
     def share(bytes_each: int, cut_from: int) -> int:
         return -(-parameters * bytes_each // (ranks if stage >= cut_from else 1))
 
-    # AdamW's two moments, and the float32 weights that it steps, which without ZeRO in float32 are the weights.
+    # AdamW's two moments (Muon has one, but for a few per cent of the weights), and the float32 weights that it steps, which
+    # without ZeRO in float32 are the weights.
+    moments = 4 if train.optimizer.name == "muon" else 8
     master = 4 if bf16 or stage > 0 else 0
     # bfloat16 gradients are summed up in float32 under ZeRO (stdit.training.deepspeed_config).
     gradient = 2 if bf16 and stage == 0 else 4
-    return Memory(share(2 if bf16 else 4, 3), share(gradient, 2), share(8 + master, 1), share(4, 1), activations)
+    return Memory(share(2 if bf16 else 4, 3), share(gradient, 2), share(moments + master, 1), share(4, 1), activations)
 
 
 def sample_cost(

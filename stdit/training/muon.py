@@ -24,12 +24,14 @@ from stdit.models.attention import Attention, CrossAttention
 from stdit.models.mlp import Mlp, SwiGLU
 
 # Odd quintic polynomials a x + b x³ + c x⁵, each the nearest to 1 on the range where the one before leaves singular values of
-# 0.003 to 1 (Amsel et al. 2025, Polar Express): they end within 0.8 and 1.2, where Jordan's five steps leave 0.44 to 1.14.
+# 0.003 to 1 (Amsel et al. 2025, Polar Express): they end within 0.78 and 1.2, where Jordan's five steps leave 0.44 to 1.14.
+# Beyond 1 they diverge; values are kept 1 % below their ranges' ends, which is more than bfloat16 rounds.
+MARGIN = 1.01
 POLYNOMIALS = (
     (8.3837, -24.7659, 18.3571),
-    (4.0434, -3.0114, 0.5695),
-    (3.5056, -2.6267, 0.5257),
-    (2.4901, -1.8343, 0.4368),
+    (4.0034, -2.9228, 0.5419),
+    (3.4709, -2.5494, 0.5002),
+    (2.4654, -1.7804, 0.4156),
 )
 # Linear layers whose rows are several matrices: queries, keys and values; a gate and what it multiplies.
 FUSED = {"qkv": 3, "kv_linear": 2, "w12": 2}
@@ -43,7 +45,7 @@ def hidden_matrices(model: nn.Module) -> dict[nn.Parameter, int]:
         if "blocks" in name.split(".") and isinstance(module, Attention | CrossAttention | Mlp | SwiGLU):
             for child, layer in module.named_children():
                 if isinstance(layer, nn.Linear) and layer.weight.requires_grad:
-                    found[layer.weight] = FUSED.get(child, 1)
+                    found[cast(nn.Parameter, layer.weight)] = FUSED.get(child, 1)
     return found
 
 
@@ -54,9 +56,9 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     Scaled by 0.2 √max(rows, columns), which gives entries the root mean square of AdamW's steps, so that its learning rates
     and weight decays hold (Liu et al. 2025, section 2.2).
     """
-    n, rows, columns = matrices.shape
+    rows, columns = matrices.shape[1:]
     x = matrices.mT if rows > columns else matrices
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    x = x / (MARGIN * x.norm(dim=(1, 2), keepdim=True)).clamp_min(1e-7)
     if x.is_cuda:
         x = x.bfloat16()
     for a, b, c in POLYNOMIALS:
@@ -67,12 +69,12 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 class Piece(NamedTuple):
-    """Elements [start, start + count) of a matrix, flattened, at `offset` of a rank's partition."""
+    """Elements [start, start + numel) of a matrix, flattened, at `offset` of a rank's partition."""
 
     matrix: int
     start: int
     offset: int
-    count: int
+    numel: int
 
 
 class ZeroLayout:
@@ -97,18 +99,18 @@ class ZeroLayout:
     def orthogonalize(self, update: Tensor, device: torch.device) -> Tensor:
         """This rank's flat partition of matrices -> the same of the orthogonalised ones; 0 where there is no matrix."""
         sent = [p for to in self.sent for p in to]
-        outgoing = _concatenate([update[p.offset : p.offset + p.count] for p in sent], update).to(device)
+        outgoing = _concatenate([update[p.offset : p.offset + p.numel] for p in sent], update).to(device)
         incoming = self._exchange(outgoing, self.sent, self.received)
         matrices = {i: incoming.new_empty(math.prod(self.shapes[i])) for i in self.owned}
         received = [p for source in self.received for p in source]
-        for piece, values in zip(received, incoming.split([p.count for p in received]), strict=True):
-            matrices[piece.matrix][piece.start : piece.start + piece.count] = values
+        for piece, values in zip(received, incoming.split([p.numel for p in received]), strict=True):
+            matrices[piece.matrix][piece.start : piece.start + piece.numel] = values
         done = _orthogonalize_all({i: flat.view(self.shapes[i]) for i, flat in matrices.items()})
-        back = _concatenate([done[p.matrix].reshape(-1)[p.start : p.start + p.count] for p in received], incoming)
+        back = _concatenate([done[p.matrix].reshape(-1)[p.start : p.start + p.numel] for p in received], incoming)
         returned = self._exchange(back, self.received, self.sent).to(update.device)
         result = torch.zeros_like(update)
-        for piece, values in zip(sent, returned.split([p.count for p in sent]), strict=True):
-            result[piece.offset : piece.offset + piece.count] = values
+        for piece, values in zip(sent, returned.split([p.numel for p in sent]), strict=True):
+            result[piece.offset : piece.offset + piece.numel] = values
         return result
 
     @staticmethod
@@ -116,7 +118,7 @@ class ZeroLayout:
         """`values`, in the order of `sent`, to the ranks they are for; returns those of `received`."""
         if len(sent) == 1:
             return values
-        outgoing, incoming = ([sum(p.count for p in pieces) for pieces in both] for both in (sent, received))
+        outgoing, incoming = ([sum(p.numel for p in pieces) for pieces in both] for both in (sent, received))
         result = values.new_empty(sum(incoming))
         dist.all_to_all_single(result, values, incoming, outgoing)
         return result

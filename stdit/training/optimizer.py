@@ -41,9 +41,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     groups: list[dict[str, Any]] = []
     if config.name == "muon":
         hidden = hidden_matrices(model)
-        groups.append(
-            {"params": list(hidden), "weight_decay": config.weight_decay, "parts": list(hidden.values())}
-        )
+        groups.append({"params": list(hidden), "weight_decay": config.weight_decay, "parts": list(hidden.values())})
         parameters = [p for p in parameters if p not in hidden]
     if not config.weight_decay:
         # One group: one flat buffer under ZeRO.

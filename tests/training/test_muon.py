@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +38,14 @@ def test_singular_values_end_near_one_and_vectors_stay(shape: tuple[int, int, in
     u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
     rotated = u.mT @ step @ vh.mT  # diagonal: the same singular vectors
     torch.testing.assert_close(rotated, torch.diag_embed(rotated.diagonal(dim1=1, dim2=2)), rtol=0, atol=1e-4)
+
+
+def test_a_matrix_of_rank_one_does_not_diverge() -> None:
+    torch.manual_seed(0)
+    matrix = torch.outer(torch.randn(96), torch.randn(24))
+    step = orthogonalize(matrix[None])[0] / (0.2 * 96**0.5)
+    torch.testing.assert_close(step / step.norm(), matrix / matrix.norm(), rtol=1e-3, atol=1e-4)
+    assert 0.75 < step.norm() < 1.25
 
 
 def test_a_step_is_that_of_torchs_muon() -> None:
@@ -94,8 +100,12 @@ def test_muon_trains_the_matrices_of_attention_and_mlps_alone(changes: dict[str,
     last = {name.rsplit(".", 2)[1] for name in hidden}
     assert last <= {"qkv", "proj", "q_linear", "kv_linear", "fc1", "fc2", "w12", "w3"}
     assert {"qkv", "proj"} <= last
-    assert all(parts == {"qkv": 3, "kv_linear": 2, "w12": 2}.get(name.rsplit(".", 2)[1], 1) for name, parts in hidden.items())
-    in_groups = [p for group in parameter_groups(model, OptimizerConfig(name="muon", weight_decay=0.1)) for p in group["params"]]
+    assert all(
+        parts == {"qkv": 3, "kv_linear": 2, "w12": 2}.get(name.rsplit(".", 2)[1], 1) for name, parts in hidden.items()
+    )
+    in_groups = [
+        p for group in parameter_groups(model, OptimizerConfig(name="muon", weight_decay=0.1)) for p in group["params"]
+    ]
     assert sorted(names[id(p)] for p in in_groups) == sorted(names.values())
 
 
@@ -122,7 +132,9 @@ def test_pieces_of_ranks_become_the_steps_of_whole_matrices(size: int, monkeypat
     torch.testing.assert_close(torch.cat(found)[: len(flat)], expected, rtol=1e-4, atol=1e-5)
 
 
-def in_turns(layouts: list[ZeroLayout], partitions: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+def in_turns(
+    layouts: list[ZeroLayout], partitions: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> list[torch.Tensor]:
     """`orthogonalize` of all ranks in threads, whose all-to-all meets at a barrier."""
     import threading
     from concurrent.futures import ThreadPoolExecutor
@@ -154,7 +166,9 @@ def reference(solo: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("stage", "precision"), [*((s, "fp32") for s in range(4)), (0, "bf16"), (2, "bf16"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "precision"), [*((s, "fp32") for s in range(4)), (0, "bf16"), (2, "bf16"), (3, "bf16")]
+)
 def test_two_ranks_at_every_zero_stage_equal_one_rank(
     pair: Pool, reference: dict[str, Any], stage: int, precision: str, tmp_path: Path
 ) -> None:
