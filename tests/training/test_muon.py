@@ -33,7 +33,7 @@ def test_singular_values_end_near_one_and_vectors_stay(shape: tuple[int, int, in
     step = orthogonalize(matrices) / (0.2 * max(shape[1:]) ** 0.5)
     before = torch.linalg.svdvals(matrices / matrices.norm(dim=(1, 2), keepdim=True))
     after = torch.linalg.svdvals(step)
-    assert (after[before.flip(-1) > 0.004] > 0.75).all() if shape[1] == shape[2] else (after > 0.75).all()
+    assert ((after > 0.75).sum(1) >= (before > 0.004).sum(1)).all()
     assert (after < 1.25).all()
     u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
     rotated = u.mT @ step @ vh.mT  # diagonal: the same singular vectors
