@@ -13,7 +13,7 @@ from pipelines import changes, checks, child, workers
 from pipelines.plan import Plan, ResolvedStage, available_cpus, resolve
 from pipelines.progress import Clock, StepLine
 from pipelines.record import Record, set_aside
-from stdit.config import Config, ConfigError, EvaluateConfig, ReferenceConfig, load_config
+from stdit.config import ConfigError, EvaluateConfig, ReferenceConfig
 
 
 class PlanFailed(RuntimeError):
@@ -29,9 +29,11 @@ class PlanRunner:
         self.record = Record.read(plan.run_dir)
         self.extract = plan.extract
         for stage in stages:  # Runs trained without the plan, by stdit/train.py, are described by their own config.
-            file, part = stage.config.run_dir / "config.yaml", f"stages.{stage.name}"
-            if part not in self.record.parts and file.is_file():
-                self.record.parts[part] = changes.describe_stage(load_config(file, Config), plan.resources, stage.after)
+            run_dir, part = stage.config.run_dir, f"stages.{stage.name}"
+            if part not in self.record.parts and (run_dir / "config.yaml").is_file():
+                from stdit.training.run_dir import read_config
+
+                self.record.parts[part] = changes.describe_stage(read_config(run_dir), plan.resources, stage.after)
 
     # -------------------------------------------------------------------------------------- changes
 

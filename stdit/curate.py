@@ -9,7 +9,6 @@ Videos are not re-encoded: a row of the manifest names a file and a range of its
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ def run(config: CurateConfig, mapper: Mapper | None = None) -> Path:
     holds something else, or another curation at work. CurationError: too many bad files, or nothing kept (after the report is written).
     """
     from stdit.curation.cache import FILE
-    from stdit.curation.curation import REPORT, curate, report_lines
+    from stdit.curation.curation import curate, read_report, report_lines
     from stdit.curation.work import local_mapper
 
     out = config.out
@@ -43,7 +42,7 @@ def run(config: CurateConfig, mapper: Mapper | None = None) -> Path:
         raise ConfigError(f"out: another curation is at work in {out} ({error})") from None
     try:
         path = curate(config, mapper or local_mapper, lambda line: print(line, file=sys.stderr))
-        print("\n".join(report_lines(json.loads((out / REPORT).read_text()))), file=sys.stderr)
+        print("\n".join(report_lines(read_report(out))), file=sys.stderr)
         return path
     finally:
         lock.release()

@@ -1,17 +1,32 @@
-"""metrics.jsonl of a training run: one JSON object per logged step, appended. Standard library only."""
+"""metrics.jsonl of a training run: one JSON object per logged step, appended."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, ValidationError
+
+from stdit.config import FileSchema, NonNegative
+from stdit.files import parse_json, printable
+
 FILE = "metrics.jsonl"
 # `read_last` looks no further back than this.
 _TAIL_BYTES = 64 * 1024
+
+
+class MetricsEntry(FileSchema):
+    """A line. Further keys are numbers and names, by what the run measures."""
+
+    model_config = ConfigDict(extra="allow")
+
+    step: NonNegative
+    loss: float | None = None
 
 
 class MetricsLog:
@@ -46,8 +61,14 @@ class MetricsLog:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All complete entries in order; [] without a file. Lines cut off by a crash are skipped."""
-    return [entry for _, entry in _entries(path.read_bytes())] if path.is_file() else []
+    """All entries in order; [] without a file. A last line that was cut off is left out; so are damaged lines, which are
+    counted on stderr."""
+    damaged: list[str] = []
+    entries = [entry for _, entry in _entries(path.read_bytes(), damaged)] if path.is_file() else []
+    if damaged:
+        lines = f"{len(damaged)} damaged lines are" if len(damaged) > 1 else "a damaged line is"
+        print(printable(f"{path}: {lines} left out ({damaged[0]})"), file=sys.stderr)
+    return entries
 
 
 def read_last(path: Path) -> dict[str, Any] | None:
@@ -58,7 +79,7 @@ def read_last(path: Path) -> dict[str, Any] | None:
             tail = file.read()
     except OSError:
         return None
-    return next((entry for _, entry in reversed(list(_entries(tail))) if "loss" in entry), None)
+    return next((entry for _, entry in reversed(list(_entries(tail, []))) if "loss" in entry), None)
 
 
 def truncate(path: Path, step: int) -> None:
@@ -66,21 +87,25 @@ def truncate(path: Path, step: int) -> None:
     if not path.exists():
         return
     end = 0
-    for line_end, entry in _entries(path.read_bytes()):
+    for line_end, entry in _entries(path.read_bytes(), []):
         if entry["step"] > step:
             break
         end = line_end
     os.truncate(path, end)
 
 
-def _entries(content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(offset of the line's end, entry) for each complete line that is an object with a step."""
+def _entries(content: bytes, damaged: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(offset of the line's end, entry) for each line that is whole; what is wrong with others goes to `damaged`."""
     end = 0
-    for line in content.splitlines(keepends=True):
-        end += len(line)
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        end += len(line) + 1
+        if not line.strip():
             continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int) and line.endswith(b"\n"):
+        try:
+            entry = parse_json(line.decode())
+            MetricsEntry.model_validate(entry, strict=True)
+        except (ValueError, ValidationError) as error:
+            reason = "no entry of metrics" if isinstance(error, ValidationError) else str(error)
+            damaged.append(f"line {number}: {reason}")
+        else:
             yield end, entry

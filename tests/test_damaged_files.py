@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from pipelines.record import Record
 from stdit import cli, extract
-from stdit.config import Bucket, EvaluationConfig, SamplerConfig, dump
+from stdit.config import Bucket, Config, EvaluationConfig, SamplerConfig, dump, validate
+from stdit.curation.curation import read_report as read_curation_report
 from stdit.data.extraction import pending_shards, read_report
 from stdit.data.features import FeatureSet
 from stdit.evaluation.evaluator import evaluate_videos
@@ -32,8 +33,9 @@ from stdit.inference.prompts import Prompt
 from stdit.integrity import MANIFEST
 from stdit.models import lora
 from stdit.models.stdit import STDiT
-from stdit.training.checkpoint import CheckpointError
+from stdit.training.checkpoint import CheckpointError, read_done
 from stdit.training.identity import load_identity
+from stdit.training.run_dir import read_config, start
 from stdit.weights.convert import load_published
 from stdit.weights.transfer import transfer_file
 from tests.support import clip_folder
@@ -43,6 +45,13 @@ STEP = "run/checkpoints/step-00000020"
 PROMPTS = [Prompt("a wave", seed=1), Prompt("a beetle", seed=2)]
 STILL = Bucket(frames=1, height=16, width=16)
 METRICS = EvaluationConfig(classifier_steps=2, classifier_frames=8, classifier_size=8)
+
+
+CURATED = {
+    "files": 2, "files_excluded": 0, "files_bad": 1, "bad_files": [{"path": "footage/a.mp4", "reason": "no frame"}], "broken_files": [],
+    "clips": 3, "kept": 2, "kept_seconds": 4.5, "kept_images": 0, "dropped": 1, "dropped_by_reason": {"blur": 1}, "cropped": 0,
+    "captions": {"rules": {"captions": 2}}, "without_caption": 0, "notes": [],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +71,17 @@ def products(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generate(run, PROMPTS, home / "videos", STILL, SamplerConfig(steps=1))
     metrics(home)
     Record(home / "plan.json", {"extraction": {"frame_stride": 1}}, {"extraction": 1.5}).write()
+    start(read_identity_config(run))
+    (home / "curated").mkdir()
+    (home / "curated" / "report.json").write_text(json.dumps(CURATED))
     model = STDiT.from_settings(model_config(**TEXT))
     lora.add_adapter(model, 2)
     lora.save_adapter(model, home / "lora")
     return home
+
+
+def read_identity_config(run: Path) -> Config:
+    return validate(load_identity(run / "checkpoints/step-00000020")["config"], Config, "identity")
 
 
 def job(home: Path) -> Any:
@@ -159,6 +175,9 @@ JSON_FILES = [
     Product("videos/request.json", job),
     Product("videos/metrics.json", metrics, mended="equal"),
     Product("plan.json", lambda home: Record.read(home).parts),
+    Product("curated/report.json", lambda home: read_curation_report(home / "curated")),
+    Product("run/config.yaml", lambda home: read_config(home / "run"), parsed=False),
+    Product("run/done.json", lambda home: read_done(home / "run")),
 ]
 BINARY_FILES = [
     Product("features/samples.parquet", samples),
@@ -184,7 +203,7 @@ def damaged_json(content: bytes) -> Iterator[tuple[str, bytes | None]]:
     yield "nested", b'{"a": ' + b"[" * 10_000 + b"]" * 10_000 + b"}"
     yield "garbage", bytes(range(256))
     yield "UTF-16", content.decode().encode("utf-16")
-    yield "not UTF-8", content.replace(b'"', b'"\xff', 1)
+    yield "not UTF-8", content[:7] + b"\xff" + content[7:]
     yield "a folder", None
 
 
@@ -262,7 +281,7 @@ def home(products: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("product", JSON_FILES, ids=names(JSON_FILES))
-def test_a_damaged_json_file_is_one_error_that_names_it(product: Product, products: Path, home: Path) -> None:
+def test_a_damaged_text_file_is_one_error_that_names_it(product: Product, products: Path, home: Path) -> None:
     whole = product.read(home)
     content = (products / product.file).read_bytes()
     damages = list(damaged_json(content)) + (list(edited_json(content)) if product.parsed else [])

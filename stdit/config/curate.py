@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from stdit.config.base import Frozen, NonNegative, Positive, Share, Workers
+from stdit.config.base import Count, Frozen, NonNegative, Positive, Share, Threads, Workers
 from stdit.config.data import Where
 
 
@@ -80,11 +80,11 @@ class CaptionServer(Frozen):
     """Name of the model there."""
     api_key_env: str | None = None
     """Environment variable that holds the key."""
-    concurrency: Positive = 8
+    concurrency: Threads = 8
     """Requests at a time."""
     timeout_s: float = Field(default=120.0, gt=0)
     """Seconds after which a request is given up."""
-    attempts: Positive = 5
+    attempts: Count = 5
     """Attempts for each clip: after 429, 5xx, a lost connection, a time-out or an answer that is no completion."""
     backoff_s: float = Field(default=1.0, ge=0)
     """Wait before the second attempt, doubled for each further one, unless the server states one (Retry-After)."""

@@ -245,7 +245,7 @@ class TextEncoderConfig(Frozen):
     """Encoders concatenated along the tokens; narrower features are zero-padded."""
     channels: tuple[TextEncoderConfig, ...] | None = Field(default=None, min_length=2)
     """Encoders concatenated along the channels; all have the same number of tokens."""
-    width: Positive | None = None
+    width: Width | None = None
     """Zero-pad features to this width. null: the encoders' own width."""
 
     @model_validator(mode="after")

@@ -55,7 +55,7 @@ class DiffusionConfig(Frozen):
     sqrt(area ratio) * sqrt(frames ratio). auto: the smallest latent of the features. null: the same shift at every size."""
     noise_schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"
     """Beta schedule (ddpm), by diffusers' names."""
-    num_train_timesteps: Positive = 1000
+    num_train_timesteps: Annotated[int, Field(gt=0, le=1_000_000)] = 1000
     """Length of the noise schedule (ddpm)."""
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
     """ddpm: the noise's error is weighted by min(SNR, gamma) / SNR in training (Hang et al. 2023; they take 5). null: by 1."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stdit.config.base import Frozen, Positive, Threads, Workers
+from stdit.config.base import Frozen, Positive, Threads, Width, Workers
 
 
 class LoRASource(Frozen):
@@ -35,16 +35,16 @@ class GenerateConfig(Frozen):
     """Text (.txt), one prompt per line; or JSONL with prompt, class, seed, name, sizes, image (docs/data.md)."""
     out: Path
     """Folder for the videos, the manifest and the contact sheet."""
-    frames: Positive | None = None
+    frames: Annotated[int, Field(gt=0, le=1_000_000)] | None = None
     """Number of frames; 1 makes images. null: of the largest video bucket that the run was trained on, or of the largest
     image bucket where it has none."""
-    height: Positive | None = None
+    height: Width | None = None
     """Height in pixels. null: as `frames`."""
-    width: Positive | None = None
+    width: Width | None = None
     """Width in pixels. null: as `frames`."""
     scheduler: Literal["flow_euler", "ddim", "ddpm", "dpm_solver", "unipc"] | None = None
     """null: the run's `samples.sampler`, as for the next three."""
-    steps: Positive | None = None
+    steps: Annotated[int, Field(gt=0, le=100_000)] | None = None
     """Number of sampling steps."""
     guidance_scale: float | None = Field(default=None, ge=0, le=10_000)
     """Classifier-free guidance scale; 1 is no guidance."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from stdit.config.base import Frozen, NonNegative, Positive, Share
+from stdit.config.base import Count, Frozen, NonNegative, Positive, Share, Width
 from stdit.config.data import Bucket, DataConfig, MicroBatches
 from stdit.config.diffusion import DiffusionConfig, FrameConditioningConfig, SamplerConfig
 from stdit.config.load import ConfigError
@@ -55,7 +55,7 @@ class EMAConfig(Frozen):
 class LoRAConfig(Frozen):
     """Low-rank adapters on frozen weights, those of `init.source` (Hu et al. 2021)."""
 
-    rank: Positive
+    rank: Width
     """Rank of the update."""
     targets: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Names of linear layers, or their last parts: attn.qkv, cross_attn.q_linear, mlp.fc1. null: all attention
@@ -231,7 +231,7 @@ class SampleGridConfig(Frozen):
 
     every: Positive | None = None
     """Steps between sample grids; null: none."""
-    count: Positive = 8
+    count: Count = 8
     """Number of clips."""
     bucket: Bucket | None = None
     """Shape of the clips in pixels; null: the first bucket's."""

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from stdit.config import ConfigError, CurateConfig, Where
+from stdit.config import ConfigError, CurateConfig, FileSchema, NonNegative, Where, read_json
 from stdit.curation import scoring
 from stdit.curation.analysis import VERSION, Analysis
 from stdit.curation.cache import Cache
@@ -38,6 +38,41 @@ from stdit.files import atomic_path, atomic_write
 MANIFEST, REPORT, CLIPS, PAGE = "manifest.jsonl", "report.json", "clips.parquet", "curation.html"
 # Raised when the same numbers would be cut or compared in another way.
 RANGES_VERSION = 2
+
+
+class BadFile(FileSchema):
+    path: str
+    reason: str
+
+
+class BrokenFile(FileSchema):
+    path: str
+    broken: tuple[str, ...]
+
+
+class CurationReport(FileSchema):
+    """report.json: every file and clip counted once."""
+
+    files: NonNegative
+    files_excluded: NonNegative
+    files_bad: NonNegative
+    bad_files: tuple[BadFile, ...]
+    broken_files: tuple[BrokenFile, ...]
+    clips: NonNegative
+    kept: NonNegative
+    kept_seconds: float
+    kept_images: NonNegative
+    dropped: NonNegative
+    dropped_by_reason: dict[str, NonNegative]
+    cropped: NonNegative
+    captions: dict[str, dict[str, NonNegative]]
+    without_caption: NonNegative
+    notes: tuple[str, ...]
+
+
+def read_report(out: Path) -> dict[str, Any]:
+    """report.json of a curation. ConfigError: not there or damaged."""
+    return read_json(out / REPORT, CurationReport)
 
 
 class CurationError(ValueError):

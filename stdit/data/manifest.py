@@ -18,7 +18,7 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ RESERVED_COLUMNS = (
     "id", "shard", "bucket", "class_label", "text_length", "tensors_digest", "status", "reason", "detail", "cut", "size", "mtime_ns", "digest",
 )  # fmt: skip
 ERRORS_SHOWN = 20
+# Of all clips without free columns.
+NO_EXTRA: Mapping[str, Scalar] = {}
 INT32, INT64 = 2**31, 2**63
 # Digits of a class that is ordered as a number; Python reads no longer ones.
 CLASS_DIGITS = 4000
@@ -164,6 +166,7 @@ def _checked(path: Path, folder: Path, rows: Iterable[Row]) -> tuple[Clip, ...]:
     errors: list[tuple[int, str]] = []
     uncaptioned: list[int] = []
     columns: set[str] = set()
+    share = _sharing()
     number = 0
     try:
         for number, (row, found) in enumerate(rows, 1):
@@ -175,7 +178,7 @@ def _checked(path: Path, folder: Path, rows: Iterable[Row]) -> tuple[Clip, ...]:
                 raise ManifestError(
                     f"{path}:{row}: more than {MAX_ROWS:,} rows or {MAX_COLUMNS:,} columns, the most that a manifest has"
                 )
-            clip, complaints = _clip(row, found, folder)
+            clip, complaints = _clip(row, found, folder, share)
             errors.extend((row, complaint) for complaint in complaints)
             if "caption" not in found:
                 uncaptioned.append(row)
@@ -226,7 +229,23 @@ def file_problem(clip: Clip) -> str | None:
 # -------------------------------------------------------------------------------- from row to clip
 
 
-def _clip(row: int, found: dict[str, Any], folder: Path) -> tuple[Clip | None, list[str]]:
+# Values of a kind that are remembered as shared ones.
+MAX_SHARED = 100_000
+
+
+def _sharing() -> Callable[[Any], Any]:
+    """A function that returns an earlier equal value of the same type: classes, sizes and names of columns repeat, and of
+    millions of rows they would fill the memory."""
+    seen: dict[type, dict[Any, Any]] = {}
+
+    def share(value: Any) -> Any:
+        found = seen.setdefault(type(value), {})
+        return found.setdefault(value, value) if len(found) < MAX_SHARED else found.get(value, value)
+
+    return share
+
+
+def _clip(row: int, found: dict[str, Any], folder: Path, share: Callable[[Any], Any]) -> tuple[Clip | None, list[str]]:
     """The clip of one row, or None, and what is wrong with the row."""
     errors: list[str] = []
 
@@ -246,7 +265,8 @@ def _clip(row: int, found: dict[str, Any], folder: Path) -> tuple[Clip | None, l
         "end_frame": take("end_frame", _count),
         "crop": take("crop", _crop),
     }
-    extra = {name: take(name, _free) for name in found if name not in STANDARD_COLUMNS}
+    extra = {share(name): take(name, _free) for name in found if name not in STANDARD_COLUMNS}
+    extra = {name: share(value) if isinstance(value, str) else value for name, value in extra.items()}
     errors += _part_errors(part, values)
     if errors:
         return None, errors
@@ -256,9 +276,11 @@ def _clip(row: int, found: dict[str, Any], folder: Path) -> tuple[Clip | None, l
     if part["crop"] is not None:
         values |= {"height": part["crop"][2], "width": part["crop"][3]}
     captioned = found.get("caption") is not None
+    values = {name: share(value) for name, value in values.items()}
     return Clip(
-        key, folder, caption, class_name, split, fps, **values, captioned=captioned, row=row, extra=extra, **part
-    ), []
+        key, folder, caption, share(class_name), share(split), share(fps), **values,
+        captioned=captioned, row=row, extra=extra or NO_EXTRA, **part,
+    ), []  # fmt: skip
 
 
 def _part_errors(part: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:

@@ -58,14 +58,15 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
 def csv_rows(path: Path) -> Iterator[Row]:
     """Cells as text; an empty cell is None, and a free column that holds numbers alone is one of numbers."""
     csv.field_size_limit(MAX_BYTES)  # captions of any length; the default is 131,072 characters
-    reader = csv.reader(text_lines(path), strict=True)
-    rows: list[tuple[int, list[str]]] = []
+    header: list[str] = []
     errors: list[Row] = []
+    reader = csv.reader(text_lines(path), strict=True)
     try:
         header = next(reader, [])
+        numeric = {at for at, name in enumerate(header) if name not in TEXT + NUMBERS}
         for cells in reader:
             if len(cells) == len(header):
-                rows.append((reader.line_num, cells))
+                numeric -= {at for at in numeric if cells[at].strip() and _number(cells[at]) is None}
             elif cells:
                 errors.append((reader.line_num, f"{len(cells)} cells under a header of {len(header)}"))
     except (csv.Error, OverflowError) as error:
@@ -76,13 +77,13 @@ def csv_rows(path: Path) -> Iterator[Row]:
         yield 1, f"column {twice[0]!r} is given twice" if twice else f"no column 'path'; columns: {', '.join(header)}"
         return
     yield from errors
-    numeric = {
-        name
-        for at, name in enumerate(header)
-        if name not in TEXT + NUMBERS and all(_number(cells[at]) is not None for _, cells in rows if cells[at].strip())
-    }
-    for line, cells in rows:
-        yield line, {name: _cell(cell, name, numeric) for name, cell in zip(header, cells, strict=True)}
+    # Read again: what a column holds is known at the end, and all rows at once would fill the memory.
+    names = {header[at] for at in numeric}
+    reader = csv.reader(text_lines(path), strict=True)
+    next(reader, None)
+    for cells in reader:
+        if len(cells) == len(header):
+            yield reader.line_num, {name: _cell(cell, name, names) for name, cell in zip(header, cells, strict=True)}
 
 
 def _cell(text: str, column: str, numeric: set[str]) -> str | int | float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -57,8 +58,12 @@ class _Guided:
 
 
 def check_channels(channels: int | None, latent: int) -> None:
-    """ValueError where more channels are to be guided than the latents have."""
-    if channels is not None and channels > latent:
+    """ValueError unless None, or a number of the latents' channels."""
+    if channels is None:
+        return
+    if isinstance(channels, bool) or not isinstance(channels, Integral) or channels < 1:
+        raise ValueError(f"guidance_channels must be a whole number above 0, found {channels!r:.80}")
+    if channels > latent:
         raise ValueError(f"guidance_channels {channels} is more than the {latent} latent channels")
 
 

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from stdit import metrics_log
-from stdit.config import Bucket, Config, ConfigError, latent_shape, load_config, read_json, token_grid
+from stdit.config import Bucket, ConfigError, latent_shape, read_json, token_grid
 from stdit.evaluation.media_set import MANIFEST, read_frames
 from stdit.evaluation.pictures import smooth
 from stdit.evaluation.scores import SCORES, ScoresFile
@@ -28,6 +28,7 @@ from stdit.files import read_jsonl
 from stdit.media import Cell, moving_sheet, write_gif
 from stdit.models.cost import model_cost
 from stdit.training import checkpoint
+from stdit.training.run_dir import read_config
 
 AXES = ("step", "samples", "FLOPs", "hours")
 
@@ -142,7 +143,7 @@ def flops_by_bucket(run_dir: Path) -> dict[str, float]:
 
     ConfigError, ValueError: no readable config or checkpoint.
     """
-    config = load_config(run_dir / "config.yaml", Config)
+    config = read_config(run_dir)
     latest = checkpoint.find_latest(run_dir)
     if latest is None:
         raise ConfigError(f"{run_dir} has no checkpoint")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, cast
 
 import numpy as np
@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from stdit.config import Bucket, ModelConfig
+from stdit.config.load import shorten
 from stdit.diffusion.frame_conditioning import FrameCondition
 from stdit.encoders.text import TextFeatures
 from stdit.encoders.video import VideoEncoder
@@ -130,6 +131,8 @@ class ConditionEncoder:
         """Class labels as numbers, (B,) int64. ValueError: a name or number that is no class, with those there are."""
         if isinstance(labels, Tensor):
             labels = labels.tolist()
+        if not isinstance(labels, int | str | list | tuple | np.ndarray | range):
+            raise ValueError(f"class_labels: expected numbers or names, found {type(labels).__name__}")
         values = [labels] if isinstance(labels, int | str) else list(cast(Sequence[int | str | None], labels))
         count = self.settings.num_classes or 0
         if not values:
@@ -165,8 +168,7 @@ class ConditionEncoder:
             raise ValueError("prompt_attention_mask needs prompt_embeds")
         if not text and inputs.class_labels is None and (settings.text_dim or settings.num_classes):
             raise ValueError('give prompt or class_labels; prompt "" or class label -1 for no condition')
-        if inputs.num_videos_per_prompt < 1:
-            raise ValueError(f"num_videos_per_prompt must be 1 or more, found {inputs.num_videos_per_prompt}")
+        check_counts(num_videos_per_prompt=inputs.num_videos_per_prompt)
         check_embeds(inputs, settings)
 
 
@@ -212,43 +214,67 @@ def check_floats(name: str, value: Any, shape: Sequence[int | str | None]) -> No
 
 
 def check_counts(**counts: Any) -> None:
-    """ValueError: anything but a whole number above 0."""
+    """ValueError: anything but a whole number above 0, up to its limit."""
     for name, value in counts.items():
+        most = LIMITS[name] if name in LIMITS else 2**31 - 1
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{name} must be a whole number above 0, found {value!r}")
+            raise ValueError(f"{name} must be a whole number above 0, found {shorten(repr(value))}")
+        if int(value) > most:
+            raise ValueError(f"{name} must be {most} at most, found {shorten(repr(value))}")
+
+
+# As in configs.
+LIMITS = {"num_frames": 1_000_000, "height": 65_536, "width": 65_536, "num_inference_steps": 100_000}
 
 
 def check_output(output_type: str, callback_inputs: Sequence[str]) -> None:
     """ValueError: an unknown output_type; other callback tensors than latents."""
     if output_type not in ("pil", "np", "pt", "latent"):
         raise ValueError(f"output_type {output_type!r}: expected pil, np, pt or latent")
-    if set(callback_inputs) - {"latents"}:
+    names = callback_inputs if isinstance(callback_inputs, list | tuple) else [callback_inputs]
+    if any(name != "latents" for name in names):
         raise ValueError(
-            f"callback_on_step_end_tensor_inputs: only latents can be passed on, found {list(callback_inputs)}"
+            f"callback_on_step_end_tensor_inputs: only latents can be passed on, as ['latents']; found {shorten(repr(callback_inputs))}"
         )
 
 
-def checked_scale(scale: float) -> float:
-    """A guidance scale. ValueError: not a finite number, or below 0."""
-    if not (math.isfinite(scale) and scale >= 0):
-        raise ValueError(f"guidance_scale must be a finite number, 0 or more; found {scale}")
-    return scale
+# Scales beyond this overflow float32 within a few steps.
+MAX_SCALE = 10_000.0
+
+
+def checked_number(name: str, value: Any, low: float, high: float) -> float:
+    """ValueError: not a number from `low` to `high`."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not low <= float(value) <= high:
+        raise ValueError(f"{name} must be a finite number, {low:g} to {high:g}; found {shorten(repr(value))}")
+    return float(value)
+
+
+def check_callable(name: str, value: Any) -> None:
+    """ValueError: neither None nor a function."""
+    if value is not None and not callable(value):
+        raise ValueError(f"{name} must be a function, found {type(value).__name__}")
+
+
+def check_generator(generator: Any) -> None:
+    """ValueError: neither None, a torch.Generator, nor a list of them."""
+    for one in generator if isinstance(generator, list | tuple) else [generator]:
+        if one is not None and not isinstance(one, torch.Generator):
+            raise ValueError(f"generator must be a torch.Generator or a list of them, found {type(one).__name__}")
 
 
 # Frames per second where neither caller nor training says.
-DEFAULT_FPS = 8.0
+DEFAULT_FPS, MAX_FPS = 8.0, 10_000.0
 
 
 def checked_fps(fps: float | None, frames: int, trained: float | None) -> float:
     """Frames per second; None: those of most training videos (None: 8), and 0 for an image, as in training.
 
-    ValueError: not a finite number above 0.
+    ValueError: not a number above 0, up to MAX_FPS.
     """
     if fps is None:
         return (trained or DEFAULT_FPS) if frames > 1 else 0.0
-    if not (math.isfinite(fps) and fps > 0):
-        raise ValueError(f"fps must be a positive number, found {fps}")
-    return fps
+    return checked_number("fps", fps, math.ulp(0.0), MAX_FPS)
 
 
 def prepare_latents(shape: tuple[int, ...], generator: Any, latents: Tensor | None, device: torch.device) -> Tensor:
@@ -272,15 +298,48 @@ def encode_video(
 ) -> Tensor:
     """An image or video in any of diffusers' forms -> normalised latents (B, C, t, h, w).
 
-    As diffusers does, pictures of another size are stretched to the clip's. ValueError: not finite.
+    As diffusers does, pictures of another size are stretched to the clip's. ValueError: none of these forms, or values
+    beyond -1 to 1.
     """
     if isinstance(video, Image.Image):
         video = [video]
     elif isinstance(video, Tensor | np.ndarray) and video.ndim in (3, 4):
         video = [video[None] if video.ndim == 3 else video]
-    pixels = processor.preprocess_video(video, clip.height, clip.width)  # (B, 3, T, H, W) in [-1, 1]
-    check_floats(name, pixels, pixels.shape)
+    pixels = preprocess(processor.preprocess_video, video, clip, name)  # (B, 3, T, H, W) in [-1, 1]
+    if pixels.ndim != 5 or pixels.shape[1] != 3:
+        raise ValueError(
+            f"{name}: expected pictures of 3 channels, found an array of {tuple(pixels.shape)} (B, C, T, H, W)"
+        )
     return encoder.normalise(encoder.encode(pixels)[0])
+
+
+def preprocess(into: Callable[..., Tensor], pictures: Any, clip: Bucket, name: str) -> Tensor:
+    """Pictures in any of diffusers' forms as a tensor in [-1, 1]. ValueError: none of them, or not finite, or numbers that are
+    no colours from 0 to 1 (or, as diffusers allows, -1 to 1)."""
+    if _dtype_of(pictures) in INTEGERS:
+        raise ValueError(f"{name}: expected floating point from 0 to 1, or PIL images; found {_dtype_of(pictures)}")
+    try:
+        pixels = into(pictures, clip.height, clip.width)
+    except Exception as error:  # diffusers looks at what it is given piece by piece
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"{name}: not an image or a video ({type(pictures).__name__}: {shorten(reason, 200)})"
+        ) from error
+    check_floats(name, pixels, pixels.shape)
+    if pixels.abs().max() > 3:  # a decoder may be a little beyond; 0 to 255 is far
+        raise ValueError(f"{name}: expected numbers from 0 to 1, found up to {(pixels.max().item() + 1) / 2:g}")
+    return pixels
+
+
+INTEGERS = ("uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "bool", "object")
+
+
+def _dtype_of(pictures: Any) -> str:
+    """dtype of an array or tensor, or of the first one in (nested) lists; "" of anything else."""
+    for _ in range(3):
+        if isinstance(pictures, list | tuple) and pictures:
+            pictures = pictures[0]
+    return str(pictures.dtype).removeprefix("torch.") if isinstance(pictures, Tensor | np.ndarray) else ""
 
 
 def prepare_control_latents(
@@ -307,11 +366,11 @@ def prepare_control_latents(
     else:
         frames = clip if name == "control_video" else Bucket(frames=1, height=clip.height, width=clip.width)
         if name == "control_image":
-            value = (
-                processor.preprocess(value, clip.height, clip.width)[:, :, None].add(1).div(2)
-            )  # (B, 3, 1, H, W) in 0 to 1
+            value = preprocess(processor.preprocess, value, clip, name)[:, :, None].add(1).div(2)  # (B, 3, 1, H, W)
             value = list(value.movedim(2, 1))
         latents = encode_video(encoder, processor, value, frames, name)
+    if not isinstance(latents, Tensor):
+        raise ValueError(f"{name}: expected a tensor, found {type(latents).__name__}")
     control.check_control(latents[:1], torch.empty(1, 1, *latent, device="meta"))
     check_floats(name, latents, latents.shape)
     prompts = batch // num_videos_per_prompt
@@ -335,6 +394,8 @@ def prepare_frame_condition(
         if frames is None:
             return None
         raise ValueError("conditioning_frames needs conditioning_latents or conditioning_video")
+    if not isinstance(latents, Tensor):
+        raise ValueError(f"conditioning_latents: expected a tensor, found {type(latents).__name__}")
     batch, channels, length, *plane = shape
     expected = f"(1 or {batch}, {channels}, frames, {', '.join(map(str, plane))})"
     fits = latents.ndim == 5 and latents.shape[0] in (1, batch) and latents.shape[1] == channels
@@ -374,7 +435,14 @@ def _frame_numbers(frames: Frames | None, count: int, batch: int, length: int) -
                 f"{length} latent frames"
             )
         return [row.nonzero().flatten().tolist() for row in mask.cpu()], mask
-    named = list(range(count)) if frames is None else [int(number) for number in frames]
+    listed = range(count) if frames is None else frames
+    if not isinstance(listed, list | tuple | range | np.ndarray) or not all(
+        isinstance(n, Integral) and not isinstance(n, bool) for n in listed
+    ):
+        raise ValueError(
+            f"conditioning_frames: expected numbers of latent frames, or a mask (a bool tensor); found {shorten(repr(frames))}"
+        )
+    named = [int(number) for number in listed]
     if wrong := [number for number in named if not -length <= number < length]:
         raise ValueError(
             f"conditioning_frames lists latent frame {wrong[0]}; this clip has {length}, 0 to {length - 1}"

@@ -10,7 +10,6 @@ B videos · C latent channels · (t, h, w) latent frames, height, width · (T, H
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,14 +36,17 @@ from stdit.encoders.text_loading import from_components
 from stdit.encoders.video import VideoEncoder
 from stdit.inference.components import check_components, load_components, load_strictly, read_index
 from stdit.inference.inputs import (
+    MAX_SCALE,
     ConditionEncoder,
     Frames,
     Labels,
     PipelineInputs,
+    check_callable,
     check_counts,
+    check_generator,
     check_output,
     checked_fps,
-    checked_scale,
+    checked_number,
     encode_video,
     prepare_control_latents,
     prepare_frame_condition,
@@ -264,7 +266,7 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
             ValueError: an argument that the model or another argument does not allow, with both numbers.
         """
         if height is None or width is None:
-            raise ValueError(f"give height and width in pixels; found height {height}, width {width}")
+            raise ValueError(f"give height and width in pixels; found height {height!r:.80}, width {width!r:.80}")
         check_counts(num_frames=num_frames, height=height, width=width, num_inference_steps=num_inference_steps)
         check_output(output_type, callback_on_step_end_tensor_inputs)
         self._check_scheduler()
@@ -274,7 +276,10 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
             for part in filter(None, (self.transformer, self.control)):
                 onednn.set_backend(part, self.cpu_matmul_backend)
         check_channels(guidance_channels, settings.in_channels)
-        guidance_scale = checked_scale(guidance_scale)
+        check_callable("callback_on_step_end", callback_on_step_end)
+        check_generator(generator)
+        guidance_scale = checked_number("guidance_scale", guidance_scale, 0, MAX_SCALE)
+        control_scale = checked_number("control_scale", control_scale, -MAX_SCALE, MAX_SCALE)
         clip = Bucket(frames=num_frames, height=height, width=width)
         latent = VideoEncoder(self.vae).check(clip)
         token_grid(latent, settings.patch_size, f"a clip of {clip.key}", settings.pad_latents)
@@ -358,8 +363,8 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
         branch = self.control if control is None else control
         if branch is None and any(value is not None for value in conditions.values()):
             raise ValueError("this pipeline has no control branch; give control=…")
-        if not math.isfinite(scale):
-            raise ValueError(f"control_scale must be a finite number, found {scale}")
+        if branch is not None and not isinstance(branch, STDiTControl):
+            raise ValueError(f"control: expected an STDiTControl, found {type(branch).__name__}")
         if branch is None or scale == 0:
             return None
         branch.check_base(self.transformer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ def check_inputs(
     conditions: precomputed, and checked then, in place of `inputs`.
     """
     grid = check_latents(settings, latents)
+    if not isinstance(inputs.added_cond_kwargs or {}, Mapping):
+        raise ValueError(f"added_cond_kwargs is a {type(inputs.added_cond_kwargs).__name__}; expected a mapping")
     batch, added = latents.shape[0], inputs.added_cond_kwargs or {}
     if conditions is None:
         check_conditions(settings, batch, inputs)
@@ -73,6 +76,7 @@ def check_residuals(residuals: Sequence[Tensor], shape: tuple[int, ...], depth: 
 
 def check_latents(settings: ModelConfig, latents: Tensor, name: str = "hidden_states") -> Grid:
     """The grid (T, H, W) of patches of latents (B, C, T, H, W)."""
+    _check_floating(name, latents)
     if latents.ndim != 5:
         raise ValueError(f"{name} has {latents.ndim} dimensions {tuple(latents.shape)}; expected 5, (B, C, T, H, W)")
     channels, sizes = latents.shape[1], latents.shape[2:]
@@ -84,6 +88,13 @@ def check_latents(settings: ModelConfig, latents: Tensor, name: str = "hidden_st
     t, h, w = (-(-size // patch) for size, patch in zip(sizes, settings.patch_size, strict=True))
     _check_grid(settings, (t, h, w), name)
     return t, h, w
+
+
+def _check_floating(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__}; expected a tensor")
+    if not value.is_floating_point():
+        raise ValueError(f"{name} is {value.dtype}; expected floating point")
 
 
 def _check_grid(settings: ModelConfig, grid: Grid, name: str) -> None:
@@ -117,6 +128,11 @@ def check_conditions(settings: ModelConfig, batch: int, inputs: ConditionInputs)
     for name, value in named.items():
         if value is not None and not isinstance(value, Tensor):
             raise ValueError(f"{name} is a {type(value).__name__}; expected a tensor")
+    for name in ("encoder_hidden_states", "pooled_projections"):
+        if named[name] is not None:
+            _check_floating(name, named[name])
+    if mask is not None and mask.is_complex():
+        raise ValueError(f"encoder_attention_mask is {mask.dtype}; expected torch.bool")
     _check_text(settings, batch, features, mask, drop)
     if pooled is not None and settings.pooled_dim is None:
         raise ValueError(
@@ -149,8 +165,9 @@ def _check_scalars(settings: ModelConfig, batch: int, values: Mapping[str, Any])
         value = values[name]
         if value is None:
             continue
-        if not isinstance(value, Tensor | int | float):
-            raise ValueError(f"{name} is {value!r}; expected a number or a tensor of them")
+        if not isinstance(value, Tensor | int | float) or not _is_real(value):
+            found = value.dtype if isinstance(value, Tensor) else f"{value!r:.80}"
+            raise ValueError(f"{name} is {found}; expected a finite number or a tensor of them")
         shape = tuple(value.shape) if isinstance(value, Tensor) else ()
         if shape not in ((), (1,), (batch,)):
             raise ValueError(
@@ -167,6 +184,14 @@ def _check_scalars(settings: ModelConfig, batch: int, values: Mapping[str, Any])
                 )
 
 
+def _is_real(value: Tensor | int | float) -> bool:
+    """A number that is finite, or a tensor of real numbers, whose values are not read."""
+    if isinstance(value, Tensor):
+        return not value.is_complex() and value.dtype != torch.bool
+    # Compiled, a number may be a symbol.
+    return torch.compiler.is_compiling() or (math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63)
+
+
 def _is_readable(value: Any) -> bool:
     """Whether reading a value neither synchronises with a device nor breaks a compiled graph."""
     return not isinstance(value, Tensor) or (value.device.type == "cpu" and not torch.compiler.is_compiling())
@@ -175,6 +200,8 @@ def _is_readable(value: Any) -> bool:
 def _check_frames(settings: ModelConfig, frames: Tensor, expected: tuple[int, int]) -> None:
     if not isinstance(frames, Tensor):
         raise ValueError(f"conditioning_frames is a {type(frames).__name__}; expected a tensor {expected}")
+    if frames.dtype != torch.bool:
+        raise ValueError(f"conditioning_frames is {frames.dtype}; expected torch.bool")
     if tuple(frames.shape) != expected:
         raise ValueError(
             f"conditioning_frames has shape {tuple(frames.shape)}; expected (samples, latent frames) {expected}"

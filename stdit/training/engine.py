@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import os
 import pickle
@@ -23,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from stdit.config import Config
-from stdit.training.checkpoint import IDENTITY
 from stdit.training.deepspeed_config import make_deepspeed_config, set_accelerator
 from stdit.training.distributed import TIMEOUT, Ranks, init_process_group, set_timeout
+from stdit.training.identity import load_identity
 from stdit.training.muon import Muon, set_zero_layouts
 from stdit.training.optimizer import make_optimizer
 
@@ -309,7 +308,7 @@ def unreadable_shard(checkpoint: Path) -> str | None:
 
     Reads their structure alone. A rank that fails while loading would leave the others waiting in collectives.
     """
-    identity = json.loads((checkpoint / IDENTITY).read_text())
+    identity = load_identity(checkpoint)
     shards = len(list(checkpoint.glob("*optim_states.pt")))
     if identity["config"]["train"]["zero_stage"] and shards != identity["world_size"]:
         return f"it holds the optimizer state of {shards} ranks, and was saved by {identity['world_size']}"

@@ -8,7 +8,6 @@ that they need, and the exit code is what the run directory says.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -18,8 +17,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from stdit.config import ConfigError
 from stdit.files import FolderLock
-from stdit.training.checkpoint import DONE, STOPPED_FILE
+from stdit.training.checkpoint import STOPPED_FILE, read_done
 from stdit.training.stopping import SIGNALS, STOPPED, die_with_parent
 
 SCRIPT = Path(__file__).parents[1] / "train.py"
@@ -104,8 +104,8 @@ def _outcome(run_dir: Path, before: int | None, code: int) -> int:
 
 def _is_done(run_dir: Path) -> bool:
     try:
-        return bool(json.loads((run_dir / DONE).read_text())["checkpoint"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return bool(read_done(run_dir))
+    except ConfigError:
         return False
 
 

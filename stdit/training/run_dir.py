@@ -9,6 +9,7 @@ Whoever waits for a run reads these files; launchers' exit codes are their own (
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from stdit.config import Config, ConfigError, dump
+from stdit.config import Config, ConfigError, dump, load_config
 from stdit.files import FolderLock, atomic_write
 from stdit.training import checkpoint
 from stdit.training.checkpoint import DONE, STOPPED_FILE
@@ -24,6 +25,8 @@ from stdit.training.distributed import Ranks
 
 CONFIG = "config.yaml"
 MARK = "# Written by stdit: the resolved config of the run in this folder.\n"
+# Begins its second line: the hash of those that follow.
+_HASH = "# sha256 "
 # A new run waits this long for the ranks of a stopped one, which may be saving.
 LOCK_WAIT_S = 60.0
 # What launchers and shells write beside a run that has not begun.
@@ -71,8 +74,19 @@ def _is_log(path: Path) -> bool:
 
 def start(config: Config) -> None:
     """Marks the folder as this run's, with its resolved config; the run goes on. OSError: it can't be written."""
-    atomic_write(config.run_dir / CONFIG, MARK + dump(config))
+    text = dump(config)
+    atomic_write(config.run_dir / CONFIG, f"{MARK}{_HASH}{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
     (config.run_dir / STOPPED_FILE).unlink(missing_ok=True)
+
+
+def read_config(run_dir: Path) -> Config:
+    """The resolved config of a run. ConfigError: not there, damaged, or edited."""
+    file = run_dir / CONFIG
+    config = load_config(file, Config)
+    head, _, text = file.read_bytes().removeprefix(MARK.encode()).partition(b"\n")
+    if head.startswith(_HASH.encode()) and head != f"{_HASH}{hashlib.sha256(text).hexdigest()}".encode():
+        raise ConfigError(f"{file}: was changed after it was written (its content does not match its sha256)")
+    return config
 
 
 # ------------------------------------------------------------------------------------------- lock

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -330,3 +331,40 @@ def test_splits_and_fingerprint(tmp_path: Path) -> None:
     assert len(manifest.fingerprint) == 64
     assert Clip("a", Path("a"), "").split == "train"
     assert manifest.fingerprint != read(jsonl(tmp_path, *ROWS[:2])).fingerprint
+
+
+@pytest.mark.parametrize("form", [jsonl, "csv"], ids=["jsonl", "csv"])
+def test_a_row_takes_a_few_hundred_bytes_beside_its_path_and_caption(form: Any, tmp_path: Path) -> None:
+    count = 2000
+    rows = [
+        {"path": f"{i:04d}.mp4", "caption": f"clip {i}", "class": f"kind {i % 7}", "fps": 25.0, "frames": 300 + i % 2, "source": "films"}
+        for i in range(count)
+    ]  # fmt: skip
+    if form == "csv":
+        path = tmp_path / "manifest.csv"
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        path = jsonl(tmp_path, *rows)
+    read(path)  # what is imported and cached the first time
+    tracemalloc.start()
+    try:
+        clips = read(path).clips
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak / count < 800
+    assert [clip.value("frames") for clip in clips[:3]] == [300, 301, 300]
+    assert clips[1].class_name is clips[8].class_name
+
+
+def test_values_that_are_equal_keep_their_types(tmp_path: Path) -> None:
+    """1, 1.0 and true are equal in Python."""
+    clips = read(
+        jsonl(tmp_path, row(frames=1, fps=1, n=1, x=1.0, t=True), row(path="b.mp4", fps=1.0, n=0, x=0.0, t=False))
+    ).clips
+    assert [(type(c.fps), type(c.extra["n"]), type(c.extra["x"]), type(c.extra["t"])) for c in clips] == [
+        (float, int, float, bool)
+    ] * 2

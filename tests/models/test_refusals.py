@@ -133,7 +133,21 @@ def test_conditions_of_other_samples_are_refused(tiny: Tiny, noise: Noise) -> No
 ODD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"num_classes": 3}, {"drop_condition": torch.tensor([0, 1])}, "drop_condition is torch.int64; expected torch.bool"),
     ({"num_classes": 3}, {"class_labels": [0, 1]}, "class_labels is a list; expected a tensor"),
-    ({"micro_conditions": ("fps",)}, {"added_cond_kwargs": {"fps": "8"}}, "fps is '8'; expected a number"),
+    ({"micro_conditions": ("fps",)}, {"added_cond_kwargs": {"fps": "8"}}, "fps is '8'; expected a finite number"),
+    ({"micro_conditions": ("fps",)}, {"added_cond_kwargs": {"fps": float("inf")}}, "fps is inf; expected a finite number"),
+    ({"micro_conditions": ("fps",)}, {"added_cond_kwargs": {"fps": 10**400}}, "00000; expected a finite number"),
+    ({"micro_conditions": ("fps",)}, {"added_cond_kwargs": [8.0]}, "added_cond_kwargs is a list; expected a mapping"),
+    ({}, {"timestep": float("nan")}, "timestep is nan; expected a finite number"),
+    ({}, {"timestep": torch.ones(2, dtype=torch.complex64)}, "timestep is torch.complex64; expected a finite number"),
+    ({}, {"hidden_states": torch.ones(2, 3, 1, 8, 8, dtype=torch.int64)}, "hidden_states is torch.int64; expected floating point"),
+    ({}, {"hidden_states": [[1.0]]}, "hidden_states is a list; expected a tensor"),
+    ({}, {"conditioning_frames": torch.ones(2, 1)}, "conditioning_frames is torch.float32; expected torch.bool"),
+    ({"text_dim": 8}, {"encoder_hidden_states": torch.ones(2, 3, 8).long()}, "encoder_hidden_states is torch.int64; expected floating point"),
+    (
+        {"text_dim": 8},
+        {"encoder_hidden_states": torch.ones(2, 3, 8), "encoder_attention_mask": torch.ones(2, 3, dtype=torch.complex64)},
+        "encoder_attention_mask is torch.complex64; expected torch.bool",
+    ),
     ({"position_reference": 64}, {"added_cond_kwargs": {"height": 0, "width": 64}}, "height is 0; expected pixels, more than 0"),
     ({}, {"conditioning_frames": [[True], [False]]}, "conditioning_frames is a list; expected a tensor (2, 1)"),
     (
@@ -151,4 +165,4 @@ def test_values_of_another_kind_are_refused_with_what_was_expected(
     tiny: Tiny, changes: dict[str, Any], inputs: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        tiny(**changes)(torch.zeros(2, 3, 1, 8, 8), 300, **inputs)
+        tiny(**changes)(**{"hidden_states": torch.zeros(2, 3, 1, 8, 8), "timestep": 300, **inputs})
