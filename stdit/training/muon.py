@@ -24,7 +24,7 @@ from stdit.models.attention import Attention, CrossAttention
 from stdit.models.mlp import Mlp, SwiGLU
 
 # Odd quintic polynomials a x + b x³ + c x⁵, each the nearest to 1 on the range where the one before leaves singular values of
-# 0.003 to 1 (Amsel et al. 2025, Polar Express): they end within 0.78 and 1.2, where Jordan's five steps leave 0.44 to 1.14.
+# 0.003 to 1 (Amsel et al. 2025, Polar Express): they end within 0.78 and 1.20, Jordan's five steps within 0.68 and 1.20.
 # Beyond 1 they diverge; values are kept 1 % below their ranges' ends, which is more than bfloat16 rounds.
 MARGIN = 1.01
 POLYNOMIALS = (
