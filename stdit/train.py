@@ -72,17 +72,17 @@ def train_from_checkpoint(config: Config, report: Callable[[dict[str, Any]], Non
 
     from stdit.data.loader import Loader
     from stdit.training import resume, run_dir
+    from stdit.training.bad_steps import BadSteps
     from stdit.training.data import describe_data, open_data
     from stdit.training.derive import complete
     from stdit.training.distributed import sequence_group, world_size
-    from stdit.training.divergence import SkippedSteps, find_bad_samples, keep_bad_batches
     from stdit.training.engine import init_distributed
     from stdit.training.inputs import Inputs
     from stdit.training.machine import check_machine
     from stdit.training.optimizer import last_stable_step, learning_rate
     from stdit.training.out_of_memory import MemoryErrors
     from stdit.training.performance import Performance, profiler
-    from stdit.training.spikes import LossSpikes, Rewound, positions_left_out, read_rewinds, rewind
+    from stdit.training.spikes import positions_left_out
     from stdit.training.tracking import Tracker, is_due
     from stdit.training.validation import Validator
     from stdit.training.watchdog import Watchdog
@@ -108,16 +108,14 @@ def train_from_checkpoint(config: Config, report: Callable[[dict[str, Any]], Non
         tracker.print(describe_data(config, data))
         inputs = Inputs(config, data.video_encoder, ranks.device, data.empty_caption, ranks.sequence_rank)
         validator = Validator(config, data, inputs, ranks)
-        rewinds = ranks.broadcast(lambda: read_rewinds(config.run_dir))
+        bad_steps = BadSteps(config, ranks, state)
         loader = Loader(
             data.source, config.data, config.seed, ranks.data_rank, ranks.data_size, config.train.gradient_accumulation,
-            state.data_position, positions_left_out(rewinds),
+            state.data_position, positions_left_out(bad_steps.rewinds),
         )  # fmt: skip
         performance = Performance(config, ranks, data, sum(loader.counts.values()))
         timed, profile = performance.section, stack.enter_context(profiler(config, ranks, state.step + 1))
-        skipped, start = SkippedSteps(config.train), time.perf_counter()
-        spikes = LossSpikes(config.train, ranks, state.recent_losses)
-        saves = resume.FailedSaves(config, tracker.print)
+        saves, start = resume.FailedSaves(config, tracker.print), time.perf_counter()
         watchdog = stack.enter_context(closing(Watchdog(ranks.rank, config.run_dir, config.train.step_timeout_s, stop)))
         stop.start_training()
 
@@ -131,14 +129,14 @@ def train_from_checkpoint(config: Config, report: Callable[[dict[str, Any]], Non
                 sums += loss.logged * batch.weight
                 sample_losses.append(loss.each)
                 with timed("backward"):
-                    engine.backward(spikes.veto(loss.total * batch.weight, sums, data_step, i), len(data_step.batches))
+                    total = bad_steps.spikes.veto(loss.total * batch.weight, sums, data_step, i)
+                    engine.backward(total, len(data_step.batches))
             lr = learning_rate(config.train.optimizer, step, steps)
             with timed("optimizer"):
                 grad_norm = engine.step(lr)
                 finite = math.isfinite(grad_norm)  # else no weights were updated, on any rank
                 if finite:
                     ema.update(step)
-            skipped.add(data_step.bucket.key, not finite)
             state.advance(data_step.samples, data_step.position)
             performance.count(data_step)
 
@@ -150,24 +148,12 @@ def train_from_checkpoint(config: Config, report: Callable[[dict[str, Any]], Non
             }  # fmt: skip
             if config.train.dynamic:
                 metrics["flops_ratio"] = flops_ratio
-            if rewinds:
-                metrics["rewinds"] = len(rewinds)
-            if (spike := spikes.add(data_step.bucket.key, mean_loss)) is not None:
-                metrics["spike"] = spike
-            if not finite:
-                metrics["bad_steps"] = skipped.in_a_row
-                if spike is None or config.train.on_spike != "skip":
-                    metrics["bad_samples"] = find_bad_samples(data_step.batches, sample_losses, ranks)
-                    keep_bad_batches(config.run_dir, step, data_step.batches, sample_losses, ranks)
+            metrics |= bad_steps.metrics(step, data_step, sample_losses, mean_loss, finite)
             with timed("validation"):
                 metrics |= validator.run(engine, ema, tracker, step)
-            state.validation_loss, state.recent_losses = metrics.get("validation_loss"), spikes.recent
+            state.validation_loss, state.recent_losses = metrics.get("validation_loss"), bad_steps.spikes.recent
             logged = tracker.step(metrics, performance)
-            skipped.check(step, last=step == steps)
-            if spike is not None and config.train.on_spike == "rewind":
-                rewind(config.run_dir, config.train, step, mean_loss, data_step, ranks)
-                engine.close()
-                raise Rewound(f"step {step}: back to the newest checkpoint, without the samples of this step")
+            bad_steps.check(step, data_step, mean_loss, engine)
 
             saved, ends = None, bool(stops) or step == steps
             if ends or step == last_stable or is_due(config.train.checkpoint_every, step, steps):
@@ -187,7 +173,7 @@ def train_from_checkpoint(config: Config, report: Callable[[dict[str, Any]], Non
             profile()
             start = time.perf_counter()
 
-        if summary := skipped.summary():
+        if summary := bad_steps.skipped.summary():
             tracker.print(summary)
         run_dir.write_done(config, state.step, state.samples_seen, ranks)
         tracker.print(performance.summary())

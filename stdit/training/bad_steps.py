@@ -1,0 +1,53 @@
+"""Steps that go wrong: gradients that are not finite, and loss spikes. What is logged of them, kept, and done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from stdit.config import Config
+from stdit.data.loader import Step
+from stdit.training.resume import TrainState
+from stdit.training.distributed import Ranks
+from stdit.training.divergence import SkippedSteps, find_bad_samples, keep_bad_batches
+from stdit.training.engine import Engine
+from stdit.training.spikes import LossSpikes, Rewound, read_rewinds, rewind
+
+
+class BadSteps:
+    """Watches the steps of one run. Every method is collective."""
+
+    def __init__(self, config: Config, ranks: Ranks, state: TrainState) -> None:
+        self.config, self.ranks = config, ranks
+        self.skipped, self.spikes = SkippedSteps(config.train), LossSpikes(config.train, ranks, state.recent_losses)
+        self.rewinds = ranks.broadcast(lambda: read_rewinds(config.run_dir))
+        self._spike: float | None = None
+
+    def metrics(
+        self, step: int, data_step: Step, losses: Sequence[Tensor], mean_loss: float, finite: bool
+    ) -> dict[str, Any]:
+        """What is logged of a step. losses: of its samples, (B,) of each micro-batch. finite: its gradient, else its batches
+        are kept (stdit.training.divergence)."""
+        key, logged = data_step.bucket.key, {"rewinds": len(self.rewinds)} if self.rewinds else {}
+        self.skipped.add(key, not finite)
+        self._spike = self.spikes.add(key, mean_loss)
+        if self._spike is not None:
+            logged["spike"] = self._spike
+        if finite:
+            return logged
+        logged["bad_steps"] = self.skipped.in_a_row
+        if self._spike is None or self.config.train.on_spike != "skip":
+            logged["bad_samples"] = find_bad_samples(data_step.batches, losses, self.ranks)
+            keep_bad_batches(self.config.run_dir, step, data_step.batches, losses, self.ranks)
+        return logged
+
+    def check(self, step: int, data_step: Step, mean_loss: float, engine: Engine) -> None:
+        """After `metrics`. Diverged: too many steps were skipped, or spikes rewound. Rewound: this one is a spike, with
+        `train.on_spike: rewind`; the engine is closed."""
+        self.skipped.check(step, last=step == self.config.train.steps)
+        if self._spike is not None and self.config.train.on_spike == "rewind":
+            rewind(self.config.run_dir, self.config.train, step, mean_loss, data_step, self.ranks)
+            engine.close()
+            raise Rewound(f"step {step}: back to the newest checkpoint, without the samples of this step")
