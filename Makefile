@@ -9,13 +9,14 @@ PYTEST_PARALLEL ?= -n auto --dist loadgroup --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all golden lint format docs clean
+.PHONY: help setup demo test test-all golden gpu lint format docs clean
 
 help:
 	@echo "make demo      train a small text-to-video model in three stages, generate, evaluate, report (CPU, under 20 minutes)"
 	@echo "make test      the tests (CPU)"
 	@echo "make test-all  the slow tests too"
 	@echo "make golden    rewrite the golden losses in tests/golden/ (after a change that is meant to change them)"
+	@echo "make gpu       half an hour on one GPU: tests, attention, parity, speed, recipes; runs/gpu/gpu.json and gpu.md"
 	@echo "make lint      ruff and pyright"
 	@echo "make format    ruff, rewriting files"
 	@echo "make docs      docs/config.md and the editors' schemas, from the code"
@@ -45,6 +46,9 @@ test-all: setup
 
 golden: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.golden tests/golden
+
+gpu: setup
+	$(BIN)/python benchmarks/gpu.py --out runs/gpu
 
 lint: setup
 	$(BIN)/ruff check .

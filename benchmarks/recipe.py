@@ -4,8 +4,8 @@
 
 Each recipe changes one thing of a config (--base, by default the demo's stage of captions and clips, trained from scratch). The
 budget is what --steps steps of it cost; every recipe gets as many steps as the same budget, or a fraction of it, pays for. FLOPs
-of forward and backward are counted by stdit.models.cost, those of a step's arithmetic on each weight (AdamW, clipping, EMA) as
-PER_WEIGHT. Loss, digits and Fréchet distance are of the EMA's weights; the loss is the plain objective's. Recipes of noise prediction
+of forward and backward are counted by stdit.models.cost, those of the optimizer's products by torch, and a
+step's arithmetic on each weight (AdamW, clipping, EMA) as PER_WEIGHT. Loss, digits and Fréchet distance are of the EMA's weights; the loss is the plain objective's. Recipes of noise prediction
 are compared with `ddpm`, all others with `today`.
 
 Intervals are 95 %: of loss and distance Student's over seeds, and of their difference at equal seeds; of digits Wilson's over the
@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from scipy.stats import t as student
+from torch.utils.flop_counter import FlopCounterMode
 
 from stdit import extract, metrics_log
 from stdit.config import (
@@ -48,10 +49,12 @@ from stdit.evaluation.validation_clips import validation_prompts, write_prompts
 from stdit.files import atomic_write
 from stdit.generate import generate
 from stdit.inference.prompts import read_prompts
-from stdit.models.cost import model_cost, parameter_count
+from stdit.models.cost import model_cost
+from stdit.models.stdit import STDiT
 from stdit.train import train
 from stdit.training.data import open_data
 from stdit.training.derive import complete
+from stdit.training.optimizer import make_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "configs" / "stages" / "demo-2-clips.yaml"
@@ -63,6 +66,7 @@ PER_WEIGHT = 20
 def recipes(depth: int) -> dict[str, dict[str, Any]]:
     """What each recipe changes in the config, for a model of `depth` blocks."""
     wsd = {"train": {"optimizer": {"lr_schedule": "wsd"}}}
+    muon = {"train": {"optimizer": {"name": "muon"}}}
     routing = {"train": {"token_routing": {"share": 0.5, "start": 1, "end": depth - 1}}}
     contrastive = {"diffusion": {"contrastive_weight": 0.05}}
     return {
@@ -70,7 +74,9 @@ def recipes(depth: int) -> dict[str, dict[str, Any]]:
         "wsd": wsd,
         "token routing": routing,
         "contrastive": contrastive,
-        "all": merge(merge(wsd, routing), contrastive),
+        "muon": muon,
+        "muon, token routing": merge(muon, routing),
+        "all": merge(merge(merge(wsd, muon), routing), contrastive),
         "ddpm": {"diffusion": {"objective": "ddpm"}},
         "min-SNR": {"diffusion": {"objective": "ddpm", "min_snr_gamma": 5.0}},
     }
@@ -116,8 +122,14 @@ def make_config(base: dict[str, Any], changes: dict[str, Any], steps: int, seed:
 
 
 def optimizer_flops(config: Config) -> int:
-    """FLOPs of one optimizer step."""
-    return PER_WEIGHT * parameter_count(config.model)
+    """FLOPs of one optimizer step: the products of its matrices as they run, and PER_WEIGHT."""
+    model = STDiT.from_settings(config.model)
+    optimizer = make_optimizer(model, config.train.optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    return counter.get_total_flops() + PER_WEIGHT * sum(p.numel() for p in model.parameters())
 
 
 def spend(config: Config, steps: int | None = None, budget: float | None = None) -> tuple[int, float]:
