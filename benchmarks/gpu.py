@@ -60,7 +60,7 @@ ATTENTION = ((32, 256, 16, 72), (8, 1024, 16, 72), (128, 1024, 16, 72), (1, 1638
 ATTENTION_QUICK = ((2, 16, 2, 8),)
 RECIPE = (
     "--shapes", "1x32x32:16:4", "4x32x32:16:4", "--steps", "600", "--clips", "400", "--fractions", "1.0",
-    "--recipes", "today", "muon", "token routing", "contrastive", "all",
+    "--recipes", "today", "adamw", "token routing", "contrastive", "all",
     "--set", "model.hidden_size=384", "--set", "model.depth=12", "--set", "model.patch_size=[1,2,2]", "--set", "model.position_base=16",
     "--set", "data.buckets=[{frames: 1, height: 32, width: 32, batch_size: 256}, {frames: 4, height: 32, width: 32, batch_size: 64}]",
     "--set", "train.precision=bf16", "--set", "train.optimizer.learning_rate=1e-3", "--set", "train.compile=true",

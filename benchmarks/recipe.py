@@ -4,9 +4,9 @@
 
 Each recipe changes one thing of a config (--base, by default the demo's stage of captions and clips, trained from scratch). The
 budget is what --steps steps of it cost; every recipe gets as many steps as the same budget, or a fraction of it, pays for. FLOPs
-of forward and backward are counted by stdit.models.cost, those of the optimizer's products by torch, and a
-step's arithmetic on each weight (AdamW, clipping, EMA) as PER_WEIGHT. Loss, digits and Fréchet distance are of the EMA's weights; the loss is the plain objective's. Recipes of noise prediction
-are compared with `ddpm`, all others with `today`.
+of forward and backward are counted by stdit.models.cost, those of the optimizer's products by torch, and a step's arithmetic on
+each weight (AdamW, clipping, EMA) as PER_WEIGHT. Loss, digits and Fréchet distance are of the EMA's weights; the loss is the plain
+objective's. Recipes of noise prediction are compared with `ddpm`, all others with `today`.
 
 Intervals are 95 %: of loss and distance Student's over seeds, and of their difference at equal seeds; of digits Wilson's over the
 pooled clips. One process; a second call goes on where the first one stopped. Writes OUT/recipe.json and OUT/recipe.md.
@@ -74,6 +74,7 @@ def recipes(depth: int) -> dict[str, dict[str, Any]]:
         "wsd": wsd,
         "token routing": routing,
         "contrastive": contrastive,
+        "adamw": {"train": {"optimizer": {"name": "adamw"}}},
         "muon": muon,
         "muon, token routing": merge(muon, routing),
         "all": merge(merge(merge(wsd, muon), routing), contrastive),
