@@ -69,9 +69,9 @@ def main(
     curate: Callable[[CurateConfig], Path] = run,
 ) -> int:
     """Exit code 0: done; 1: too many bad files, nothing kept, or a write that failed; 2: unusable config or footage."""
+    options = arguments(program).parse_args(argv)
     from stdit.curation.curation import CurationError
 
-    options = arguments(program).parse_args(argv)
     try:
         path = curate(load_config(options.config, CurateConfig, options.set))
     except (ValueError, OSError) as error:

@@ -245,7 +245,7 @@ MAX_SCALE = 10_000.0
 def checked_number(name: str, value: Any, low: float, high: float) -> float:
     """ValueError: not a number from `low` to `high`."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not low <= float(value) <= high:
+    if not is_number or not low <= cast(Any, value) <= high:
         raise ValueError(f"{name} must be a finite number, {low:g} to {high:g}; found {shorten(repr(value))}")
     return float(value)
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from stdit.config import Config
 from stdit.data.loader import Step
-from stdit.training.resume import TrainState
 from stdit.training.distributed import Ranks
 from stdit.training.divergence import SkippedSteps, find_bad_samples, keep_bad_batches
 from stdit.training.engine import Engine
+from stdit.training.resume import TrainState
 from stdit.training.spikes import LossSpikes, Rewound, read_rewinds, rewind
 
 
@@ -30,7 +30,8 @@ class BadSteps:
     ) -> dict[str, Any]:
         """What is logged of a step. losses: of its samples, (B,) of each micro-batch. finite: its gradient, else its batches
         are kept (stdit.training.divergence)."""
-        key, logged = data_step.bucket.key, {"rewinds": len(self.rewinds)} if self.rewinds else {}
+        key = data_step.bucket.key
+        logged: dict[str, Any] = {"rewinds": len(self.rewinds)} if self.rewinds else {}
         self.skipped.add(key, not finite)
         self._spike = self.spikes.add(key, mean_loss)
         if self._spike is not None:

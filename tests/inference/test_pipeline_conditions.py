@@ -322,7 +322,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"width": 10**6}, "width must be 65536 at most, found 1000000"),
     ({"generator": 7}, "generator must be a torch.Generator or a list of them, found int"),
     ({"callback_on_step_end": "log"}, "callback_on_step_end must be a function, found str"),
-    ({"callback_on_step_end_tensor_inputs": None}, "callback_on_step_end_tensor_inputs: a list, .* found None"),
+    ({"callback_on_step_end_tensor_inputs": None}, "callback_on_step_end_tensor_inputs: only latents .* found None"),
     ({"conditioning_latents": [1.0]}, "conditioning_latents: expected a tensor, found list"),
     ({"conditioning_latents": torch.zeros(1, 3, 1, 16, 8), "conditioning_frames": [0.5]}, r"conditioning_frames: expected numbers .* found \[0.5\]"),
     ({"conditioning_latents": torch.zeros(1, 3, 1, 16, 8), "conditioning_frames": 0}, "conditioning_frames: expected numbers .* found 0"),
