@@ -24,7 +24,7 @@ from stdit import metrics_log
 from stdit.config import ConfigError
 from tests.support.paths import ROOT
 
-STEPS = 300
+STEPS = 200
 
 
 def clips(folder: Path, count: int = 24) -> Path:
@@ -53,14 +53,14 @@ def stage(**model: Any) -> dict[str, Any]:
         "model": {**sizes, **model},
         "data": {"features": "unused", "buckets": [{"frames": 1, "height": 8, "width": 8, "batch_size": 4}]},
         "train": {
-            "steps": STEPS, "zero_stage": 1, "checkpoint_every": 25, "log_every": 1, "tensorboard": False,
+            "steps": STEPS, "zero_stage": 1, "checkpoint_every": 50, "log_every": 1, "tensorboard": False,
             "optimizer": {"learning_rate": 1e-3}, "ema": {"decay": 0.9},
         },
     }  # fmt: skip
 
 
-def write_plan(folder: Path) -> Path:
-    """Two stages, classes and then captions, on two workers."""
+def write_plan(folder: Path, workers: int = 2) -> Path:
+    """Two stages, classes and then captions."""
     (folder / "one.yaml").write_text(yaml.safe_dump(stage(num_classes=2)))
     (folder / "two.yaml").write_text(yaml.safe_dump(stage(text_dim=16, max_text_tokens=32)))
     plan = {
@@ -72,7 +72,7 @@ def write_plan(folder: Path) -> Path:
             "video_encoder": {"kind": "pixels", "channels": 1},
             "text_encoder": {"byte_t5": {"width": 16, "depth": 1, "num_heads": 2}, "max_text_tokens": 32},
         },
-        "resources": {"workers": 2, "deadline_s": 240},
+        "resources": {"workers": workers, "deadline_s": 240},
         "stages": {
             "one": {"config": str(folder / "one.yaml")},
             "two": {"config": str(folder / "two.yaml"), "after": "one", "allow": ["class_to_text"]},
@@ -148,8 +148,9 @@ def checkpoints(run_dir: Path) -> list[Path]:
 @pytest.mark.ray
 @pytest.mark.distributed
 @pytest.mark.timeout(560)
-def test_a_plan_survives_its_driver_and_its_workers_and_then_does_nothing(tmp_path: Path, capsys) -> None:
-    plan = write_plan(tmp_path)
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_plan_survives_its_driver_and_its_workers_and_then_does_nothing(workers: int, tmp_path: Path, capsys) -> None:
+    plan = write_plan(tmp_path, workers)
     out = tmp_path / "run"
 
     # All is cut off in the first stage.
@@ -187,10 +188,10 @@ def test_a_plan_survives_its_driver_and_its_workers_and_then_does_nothing(tmp_pa
     assert done == {name: (out / name / "done.json").stat().st_mtime_ns for name in ("one", "two")}
 
     # A changed plan says what it makes void, and touches nothing.
-    change = ["--plan", str(plan), "--set", "stages.two.overrides.train.steps=301"]
+    change = ["--plan", str(plan), "--set", f"stages.two.overrides.train.steps={STEPS + 1}"]
     assert train_stages.main(change) == 2
     told = capsys.readouterr().err
-    assert f"stages.two.train.steps: {STEPS} -> 301" in told
+    assert f"stages.two.train.steps: {STEPS} -> {STEPS + 1}" in told
     assert "stages.two (changed)" in told
     assert "stages.one (" not in told
     assert (out / "two" / "done.json").exists()
