@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: help setup demo test test-all golden gpu lint format docs clean
 
 help:
-	@echo "make demo      train a small text-to-video model in three stages, generate, evaluate, report (CPU, under 20 minutes)"
+	@echo "make demo      train a small text-to-video model in three stages, generate, evaluate, report (CPU; about 25 minutes on 2 cores)"
 	@echo "make test      the tests (CPU)"
 	@echo "make test-all  the slow tests too"
 	@echo "make golden    rewrite the golden losses in tests/golden/ (after a change that is meant to change them)"
