@@ -62,6 +62,10 @@ class ExtractBucket(Bucket):
         )
 
 
+# Numbers of ranks that an error tries, to list those that work.
+MAX_LISTED_RANKS = 1024
+
+
 class MicroBatches(NamedTuple):
     """What one rank takes in an optimizer step of `samples` over all ranks: `accumulation` micro-batches of `size` samples, or of
     one less where the samples do not divide evenly."""
@@ -99,7 +103,9 @@ class TrainBucket(Bucket):
             return MicroBatches(self.batch_size, accumulation, data_ranks * self.batch_size * accumulation)
         if (divided := self._divide(self.global_batch, data_ranks)) is not None:
             return divided
-        ranks = [n for n in range(1, self.global_batch + 1) if self._divide(self.global_batch, n)]
+        ranks = [
+            n for n in range(1, min(self.global_batch, MAX_LISTED_RANKS) + 1) if self._divide(self.global_batch, n)
+        ]
         nearest = (
             range(self.global_batch - 1, 0, -1),
             range(self.global_batch + 1, self.global_batch + data_ranks + 1),

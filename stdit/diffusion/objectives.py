@@ -7,6 +7,7 @@ Both have the same methods; the model comes as a function `predict(x_t, timestep
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -49,7 +50,30 @@ def _check_prediction(prediction: Tensor, channels: int, x: Tensor) -> None:
         )
 
 
-class FlowMatching:
+class Objective(ABC):
+    """What both have in common."""
+
+    @abstractmethod
+    def training_loss(
+        self,
+        predict: Predict,
+        x0: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        conditioning_frames: Tensor | None = None,
+        negatives: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What is differentiated, and `loss`, of one prediction, (B,) each, in float32. conditioning_frames (B, T) bool: frames
+        that stay clean and out of the loss."""
+
+    def loss(
+        self, predict: Predict, x0: Tensor, noise: Tensor, t: Tensor, conditioning_frames: Tensor | None = None
+    ) -> Tensor:
+        """The objective without any switch, (B,): what is logged, validated and compared."""
+        return self.training_loss(predict, x0, noise, t, conditioning_frames)[1]
+
+
+class FlowMatching(Objective):
     """Straight paths x_t = (1 - t) x0 + t noise and their velocity noise - x0 (Lipman et al. 2023; the sign of
     diffusers, SD3 and Open-Sora 2), or with `velocity: data_minus_noise` its opposite (Open-Sora 1.2).
 
@@ -72,13 +96,6 @@ class FlowMatching:
         """t on the model's scale, 0 to 1000."""
         return t * TIMESTEPS
 
-    def loss(
-        self, predict: Predict, x0: Tensor, noise: Tensor, t: Tensor, conditioning_frames: Tensor | None = None
-    ) -> Tensor:
-        """Mean squared error of the velocity, (B,), in float32. conditioning_frames (B, T) bool: frames that
-        stay clean and out of the loss."""
-        return self.training_loss(predict, x0, noise, t, conditioning_frames)[1]
-
     def training_loss(
         self,
         predict: Predict,
@@ -88,11 +105,9 @@ class FlowMatching:
         conditioning_frames: Tensor | None = None,
         negatives: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What is differentiated, and `loss`, (B,) each, of one prediction.
-
-        negatives (B,): for each sample the index of another one; the former is then loss - contrastive_weight x the mean
-        squared distance to that one's velocity (Stoica et al. 2025, contrastive flow matching, equation 5).
-        """
+        """`loss` is the mean squared error of the velocity. negatives (B,): for each sample the index of another one; what is
+        differentiated is then loss - contrastive_weight x the mean squared distance to that one's velocity (Stoica et al. 2025,
+        contrastive flow matching, equation 5)."""
         prediction = predict(insert_frames(self.add_noise(x0, noise, t), x0, conditioning_frames), self.timestep(t))
         channels = x0.shape[1]
         _check_prediction(prediction, 2 * channels if self.learned_variance else channels, x0)
@@ -105,7 +120,7 @@ class FlowMatching:
         return loss - self.config.contrastive_weight * distance, loss
 
 
-class DDPM:
+class DDPM(Objective):
     """Noise prediction on diffusers' discrete schedule (Ho et al. 2020), with learned variance by the hybrid bound
     of Nichol & Dhariwal 2021, equations 15 and 16, as DiT trains it.
 
@@ -146,13 +161,6 @@ class DDPM:
         step = self.timestep(t)
         return self._at(self.signal, step, x0) * x0 + self._at(self.noise, step, x0) * noise
 
-    def loss(
-        self, predict: Predict, x0: Tensor, noise: Tensor, t: Tensor, conditioning_frames: Tensor | None = None
-    ) -> Tensor:
-        """Mean squared error of the noise, (B,), in float32; with learned variance plus 0.001 N times the bound's
-        term, in bits per dimension, from which the noise channels get no gradient. conditioning_frames: as in flow matching."""
-        return self.training_loss(predict, x0, noise, t, conditioning_frames)[1]
-
     def training_loss(
         self,
         predict: Predict,
@@ -162,7 +170,8 @@ class DDPM:
         conditioning_frames: Tensor | None = None,
         negatives: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What is differentiated, and `loss`, (B,) each, of one prediction: the former with the noise's error weighted by
+        """`loss` is the mean squared error of the noise, with learned variance plus 0.001 N times the bound's term, in bits per
+        dimension, from which the noise channels get no gradient. What is differentiated has the noise's error weighted by
         `min_snr_weight`, the bound's term by 1. negatives: for flow matching alone."""
         step, channels = self.timestep(t), x0.shape[1]
         x_t = insert_frames(self.add_noise(x0, noise, t), x0, conditioning_frames)

@@ -169,3 +169,12 @@ def test_the_ranks_there_are_decide_before_anything_is_written(pair: Pool, tmp_p
         pair(run_recorded, data)
     assert error.value.kind == "ConfigError"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.timeout(20)
+def test_an_impossible_division_of_billions_is_refused_at_once() -> None:
+    bucket = TrainBucket(frames=1, height=8, width=8, global_batch=2_000_000_001, batch_size=1)
+    with pytest.raises(
+        ConfigError, match=r"goes with 1, 3 ranks, and they with a global_batch of 2000000000 or 2000000002"
+    ):
+        bucket.micro_batches(2, 1)
