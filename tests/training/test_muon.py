@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from stdit.config import ConfigError, ModelConfig, OptimizerConfig
+from stdit.models.control import STDiTControl
 from stdit.models.stdit import STDiT
 from stdit.training.muon import Piece, ZeroLayout, hidden_matrices, orthogonalize
 from stdit.training.optimizer import make_optimizer, parameter_groups
@@ -107,6 +108,14 @@ def test_muon_trains_the_matrices_of_attention_and_mlps_alone(changes: dict[str,
         p for group in parameter_groups(model, OptimizerConfig(name="muon", weight_decay=0.1)) for p in group["params"]
     ]
     assert sorted(names[id(p)] for p in in_groups) == sorted(names.values())
+
+
+def test_muon_trains_the_copied_blocks_of_a_control_branch() -> None:
+    base = STDiT.from_settings(ModelConfig(hidden_size=32, depth=4, num_heads=2))
+    branch = STDiTControl.of(base, 2)
+    per_block = len(hidden_matrices(base)) // 4
+    assert len(hidden_matrices(branch)) == 2 * per_block > 0
+    assert not any(p is join.weight for p in hidden_matrices(branch) for join in branch.joins)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
