@@ -48,9 +48,10 @@ def describe_stage(config: Config, resources: Resources, after: str | None) -> S
     from: half the batch on twice the workers is no change."""
     data = config.model_dump(mode="json")
     sizes = global_batch_sizes(config, resources.ranks[0])
-    del data["train"]["gradient_accumulation"]
+    for name in ("gradient_accumulation", "tokens_per_step", "tokens_per_micro_batch", "samples_multiple_of"):
+        del data["train"][name]
     for bucket in data["data"]["buckets"]:
-        del bucket["batch_size"], bucket["global_batch"]
+        del bucket["batch_size"], bucket["global_batch"], bucket["tokens"]
     if after is not None and data["init"]:
         del data["init"]["source"]  # `after` says it, wherever run_dir is.
     return {

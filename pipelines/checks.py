@@ -39,7 +39,7 @@ def check_workers(resources: Resources, config: Config, source: str) -> None:
             config.micro_batches(count)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error} (resources.workers)") from error
-    alone = [bucket.key for bucket in config.data.buckets if bucket.global_batch is None]
+    alone = [bucket.key for bucket in config.data.buckets if bucket.global_batch is None and bucket.is_sized]
     if len(ranks) > 1 and alone:
         raise ConfigError(
             f"{source}: resources.workers may be {ranks[0]} to {ranks[-1]}, but bucket {alone[0]} states batch_size alone, so that a "
@@ -145,6 +145,7 @@ def complete(plan: Plan, stages: Sequence[ResolvedStage]) -> list[ResolvedStage]
             config = derive(stage.config, facts, {key: len(ids) for key, ids in clips.items()})
         except ConfigError as error:
             raise ConfigError(f"{stage.source}: {error}") from error
+        check_workers(plan.resources, config, stage.source)
         completed.append(replace(stage, config=config))
     return completed
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from pipelines.plan import Plan
 from stdit.config import Config, CurateConfig, EvaluateConfig, ExtractConfig, Frozen, GenerateConfig
@@ -68,6 +69,9 @@ EXAMPLES: dict[str, str] = {
     "CaptionServer": '{url: "http://localhost:8000/v1", model: Qwen2.5-VL-7B-Instruct}',
     "ExtractConfig": "{manifest: clips/, out: runs/features, buckets: [{frames: 17, height: 256, width: 256}]}",
     "ExtractBucket": "{frames: 49, height: 256, width: 256, keep_probability: 0.5}",
+    "AutoEntry": "{auto: {area: 262144, frames: [1, 17, 49]}}",
+    "AutoBuckets": "{area: 262144, frames: [1, 17, 49], aspects: 9, multiple_of: 16}",
+    "WindowsConfig": "{stride: 49, max: 20}",
     "VideoEncoderConfig": "{kind: video, path: Wan-AI/Wan2.1-T2V-1.3B-Diffusers, subfolder: vae, dtype: bfloat16}",
     "TextEncoderConfig": "{path: google/t5-v1_1-xxl, max_text_tokens: 200, dtype: bfloat16}",
     "ByteT5Config": "{width: 128, depth: 2, num_heads: 4}",
@@ -95,9 +99,15 @@ def sections(root: type[BaseModel], found: dict[str, type[BaseModel]] | None = N
     if root.__name__ not in found:
         found[root.__name__] = root
         for field in root.model_fields.values():
-            for section in _models(field.annotation):
+            for section in _models(_input(field)):
                 sections(section, found)
     return found
+
+
+def _input(field: FieldInfo) -> Any:
+    """The annotation of what a file may give for a field."""
+    stated = [item.json_schema_input_type for item in field.metadata if isinstance(item, BeforeValidator)]
+    return next((kind for kind in stated if kind is not PydanticUndefined), field.annotation)
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -150,7 +160,7 @@ def _section(name: str, section: type[BaseModel]) -> list[str]:
     lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
     for key, field in fields.items():
         meaning = " ".join((field.description or "").split())
-        cells = (f"`{key}`", _type(field.annotation, field.metadata), _default(field), meaning)
+        cells = (f"`{key}`", _type(_input(field), field.metadata), _default(field), meaning)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return lines
 
@@ -168,7 +178,8 @@ def _type(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
         return " | ".join(_type(part) for part in parts)
     if origin is tuple:
         if parts[-1] is Ellipsis:
-            return f"list of {_type(parts[0])}"
+            several = get_origin(parts[0]) in (Union, types.UnionType)
+            return f"list of ({_type(parts[0])})" if several else f"list of {_type(parts[0])}"
         return "[" + ", ".join(_type(part) for part in parts) + "]"
     if origin in (dict, Mapping):
         return f"mapping of {_type(parts[0])} to {_type(parts[1])}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.plan import ResolvedStage, Resources
 from stdit.config import Bucket, ConfigError, ExtractConfig, Where, latent_shape
+from stdit.config.token_budget import imbalance
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +33,8 @@ class BucketForecast:
     samples_per_step: int
     steps: int
     tokens: int
+    # Share of train.tokens_per_step that a step takes, and how far ranks are from equal work; None without it.
+    budget: tuple[float, float] | None = None
     # That a rank sends to those which share its clips, in a step.
     exchanged_bytes: int = 0
 
@@ -69,6 +72,11 @@ class Forecast:
             kept = f"{b.clips:,} clips" + (f" ({b.left_out:,} left out: not {self.where})" if self.where else "")
             lines.append(
                 f"  {b.key:<12} {kept}; {b.tokens} tokens; {b.steps} steps of {b.samples_per_step}, {b.epochs:.1f} epochs"
+                + (
+                    f"; {b.budget[0]:.0%} of tokens_per_step, ranks {b.budget[1]:.0%} from equal work"
+                    if b.budget
+                    else ""
+                )
                 + (f"; {_bytes(b.exchanged_bytes)} a step sent by a rank" if self.sequence_parallel > 1 else "")
             )
         m, shared = self.memory, self.sequence_parallel
@@ -121,7 +129,13 @@ def forecast(
         checkpointed = config.train.activation_checkpointing
         exchanged = own.exchanged_bytes_checkpointed if checkpointed else own.exchanged_bytes
         exchanged *= batch * count
-        buckets.append(BucketForecast(bucket.key, kept, left_out, size, steps[bucket.key], cost.tokens, exchanged))
+        budget = config.train.tokens_per_step and (
+            size * cost.tokens / config.train.tokens_per_step,
+            imbalance(size, data_ranks),
+        )
+        buckets.append(
+            BucketForecast(bucket.key, kept, left_out, size, steps[bucket.key], cost.tokens, budget, exchanged)
+        )
         flops += steps[bucket.key] * size * cost.training_flops
         activations = max(activations, saved_bytes(own, batch, checkpointed))
         parameters = cost.parameters
@@ -156,11 +170,12 @@ class ManifestSource:
         from stdit.data.decoding import ClipInfo
         from stdit.data.features import ORIGINAL
         from stdit.data.probe import probe_clips, stated_info
+        from stdit.data.transforms import frame_step, frames_available, window_count
 
         self._manifest = manifest.read(config.manifest)
         self.captions = (ORIGINAL, *config.captions)
         filters.check_where(self._manifest, config.where)
-        self._clips: list[tuple[Any, str]] = []
+        self._clips: list[tuple[Any, str]] = []  # one for each window
         outcomes: list[Any] = []
         kept = filters.filtered(self._manifest, config.where)
         self._filtered = len(self._manifest) - len(kept)
@@ -178,15 +193,21 @@ class ManifestSource:
             outcome = assign_clip(info, config, clip.id)
             outcomes.append(outcome)
             if isinstance(outcome, Bucket):
-                self._clips.append((clip, outcome.key))
+                frames = frames_available(
+                    info.frame_count, frame_step(info.fps, config.frame_stride, config.target_fps)
+                )
+                windows = (config.windows.stride, config.windows.max) if config.windows else (1, 1)
+                self._clips += [(clip, outcome.key)] * window_count(frames, outcome.frames, windows)
         self._tally = tally(outcomes, config.buckets)
+        self._windows = config.windows is not None
 
     def lines(self) -> list[str]:
         """As stdit.data.extraction.report_lines, as far as headers and manifest tell."""
         dropped = {**({"where": self._filtered} if self._filtered else {}), **self._tally["dropped"]}
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count)
+        samples = f" (as {len(self._clips):,} samples)" if self._windows else ""
         lines = [
-            f"clips: {len(self._manifest):,} in the manifest, not extracted yet: {len(self._clips):,} would be kept, "
+            f"clips: {len(self._manifest):,} in the manifest, not extracted yet: {sum(self._tally['kept'].values()):,} would be kept{samples}, "
             f"{sum(dropped.values()):,} dropped" + (f" ({reasons})" if reasons else "")
             + (f", {len(self.failures):,} can't be used" if self.failures else "")
         ]  # fmt: skip

@@ -122,7 +122,8 @@ def with_bucket(config: Config, key: str, size: int) -> Config:
     (bucket,) = (b for b in config.data.buckets if b.key == key)
     shape = {name: getattr(bucket, name) for name in ("frames", "height", "width")}
     buckets = (TrainBucket(**shape, batch_size=size),)
-    train = config.train.model_copy(update={"gradient_accumulation": 1})
+    alone = {"tokens_per_step": None, "tokens_per_micro_batch": None, "samples_multiple_of": None}
+    train = config.train.model_copy(update={"gradient_accumulation": 1, **alone})
     return config.model_copy(update={"data": config.data.model_copy(update={"buckets": buckets}), "train": train})
 
 
@@ -212,9 +213,14 @@ def _find(config: Config, own: list[str], args: argparse.Namespace) -> int:
             print(f"{bucket.key:<14} {found.size:>10}  {found.reason or 'fits':<18} {shown}".rstrip(), flush=True)
             if found.fits:
                 best[bucket.key] = max(best.get(bucket.key, 0), found.size)
-    for number, bucket in enumerate(complete(config).data.buckets):
-        if bucket.key in best:
-            print(f"data.buckets[{number}].batch_size: {best[bucket.key]}   # {bucket.key}")
+    if config.train.tokens_per_step is not None and best:
+        tokens = {bucket.key: best[bucket.key] * (bucket.tokens or 0) for bucket in buckets if bucket.key in best}
+        least = min(tokens, key=lambda key: tokens[key])
+        print(f"train.tokens_per_micro_batch: {tokens[least]}   # {best[least]} of {least}")
+    else:
+        for number, bucket in enumerate(complete(config).data.buckets):
+            if bucket.key in best:
+                print(f"data.buckets[{number}].batch_size: {best[bucket.key]}   # {bucket.key}")
     if missing := [b.key for b in buckets if b.key not in best]:
         print(
             f"error: nothing fits of bucket {', '.join(missing)}; train.activation_checkpointing and train.zero_stage save memory",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -60,6 +61,7 @@ def init(choices: Choices, progress: bool = True) -> list[str]:
     found = probe(source, progress=progress)
     limits = LATENTS if choices.video_encoder else PIXELS
     compression, patch = _geometry(choices)
+    multiple_of = math.lcm(compression[1] * patch[1], compression[2] * patch[2])
     proposal = propose_buckets(
         found.clips,
         compression,
@@ -75,7 +77,7 @@ def init(choices: Choices, progress: bool = True) -> list[str]:
         held_out = len(validation)
         (out / "clips").symlink_to(source.resolve(), target_is_directory=True)
         manifest.write(path, [_row(clip, validation) for clip in found.clips])
-    atomic_write(out / "plan.yaml", plan_text(choices, path, proposal, held_out))
+    atomic_write(out / "plan.yaml", plan_text(choices, path, proposal, held_out, multiple_of))
     return [*_report(found, proposal, held_out), f"wrote {out / 'plan.yaml'}" + (f", {path}" if path != source else "")]
 
 
@@ -153,8 +155,8 @@ def _report(found: Probe, proposal: BucketProposal, held_out: int) -> list[str]:
 # -------------------------------------------------------------------------------------------- plan
 
 
-def plan_text(choices: Choices, manifest: Path, proposal: BucketProposal, held_out: int) -> str:
-    """plan.yaml, annotated."""
+def plan_text(choices: Choices, manifest: Path, proposal: BucketProposal, held_out: int, multiple_of: int) -> str:
+    """plan.yaml, annotated. multiple_of: what sides of frames have to be multiples of, px."""
     latent = choices.video_encoder is not None
     gpus = _gpus()
     workers, cpus = (gpus, 4) if gpus else (1, len(os.sched_getaffinity(0)))
@@ -182,6 +184,9 @@ def plan_text(choices: Choices, manifest: Path, proposal: BucketProposal, held_o
     rate = "1e-4" if latent else "1e-3"
     precision = "bf16" if gpus else "fp32"
     video_bucket = max(proposal.buckets, key=lambda b: (b.frames, b.height * b.width))
+    area = max(b.height * b.width for b in proposal.buckets)
+    frames = sorted({b.frames for b in proposal.buckets})
+    auto = f"{{area: {area}, frames: {frames}, multiple_of: {multiple_of}}}"
     every = f"{max(1, steps // 4)}"
     watch = (
         f"      validation: {{every: {every}, samples: {min(64, held_out)}}}\n"
@@ -205,7 +210,8 @@ extraction:
   manifest: {_quoted(manifest)}
 {rehearsal}  video_encoder: {video}
   text_encoder: {text}
-  # Frames x height x width in pixels: multiples of compression x patch.
+  # Frames x height x width in pixels: multiples of compression x patch. A table of aspect ratios in their place:
+  # buckets: {{auto: {auto}}}
   buckets:
 {buckets}
 

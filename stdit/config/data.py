@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from stdit.config.auto_buckets import AutoEntry, expand_buckets
 from stdit.config.base import MAX_THREADS, Count, Frozen, NonNegative, Positive, Share, Width, Workers
 from stdit.config.load import ConfigError
 
@@ -76,21 +77,22 @@ class MicroBatches(NamedTuple):
 
 
 class TrainBucket(Bucket):
-    """A bucket that training draws batches from. It states batch_size, global_batch, or both."""
+    """A bucket that training draws batches from. It states batch_size, global_batch, or both, unless `train.tokens_per_step` does."""
 
     batch_size: Positive | None = None
     """Samples per rank and micro-batch; beside `global_batch`, the most that a micro-batch may have."""
     global_batch: Positive | None = None
     """Samples per optimizer step over all ranks, whatever their number: they are shared out as evenly as possible, in as few
     micro-batches as `batch_size` allows. null: data-parallel ranks * batch_size * train.gradient_accumulation."""
+    tokens: Positive | None = None
+    """Video tokens of a sample. Follows from the features with `train.tokens_per_step`, as the sizes above then do."""
     weight: float = Field(default=1.0, gt=0)
     """Sampling weight per clip, relative to the other buckets."""
 
-    @model_validator(mode="after")
-    def _check_size(self) -> TrainBucket:
-        if self.batch_size is None and self.global_batch is None:
-            raise ValueError(f"bucket {self.key} states neither batch_size nor global_batch")
-        return self
+    @property
+    def is_sized(self) -> bool:
+        """Whether it is known how many samples a step takes."""
+        return self.batch_size is not None or self.global_batch is not None
 
     def micro_batches(self, data_ranks: int, accumulation: int) -> MicroBatches:
         """One rank's share of a step on `data_ranks` data-parallel ranks. accumulation: micro-batches where the bucket states
@@ -295,6 +297,17 @@ class TextEncoderConfig(Frozen):
         return self.channels[0].feature_tokens if self.channels else self.max_text_tokens
 
 
+class WindowsConfig(Frozen):
+    """Samples of a long clip: windows of as many frames as its bucket has, from the clip's beginning, or around its middle
+    (`clip_window`)."""
+
+    stride: Positive
+    """Frames from the beginning of one window to the next, of those that frame_stride or target_fps leave. As many as a bucket has:
+    its windows adjoin; fewer: they overlap."""
+    max: Annotated[int, Field(gt=0, le=1_000_000)] = 8
+    """Windows of a clip at most."""
+
+
 class ExtractConfig(Frozen):
     """Feature extraction: clips and captions in, feature shards out (`stdit extract --config …`)."""
 
@@ -302,9 +315,14 @@ class ExtractConfig(Frozen):
     """A folder of clips (NAME.mp4 with its caption in NAME.txt), or a .jsonl, .csv or .parquet manifest."""
     out: Path
     """Folder of the features."""
-    buckets: Annotated[tuple[ExtractBucket, ...], Field(min_length=1), AfterValidator(_unique)]
-    """Clip shapes. A clip goes to the size that keeps most of it, crop and scale together, of those that it covers; then to
-    the longest bucket that it fits."""
+    buckets: Annotated[
+        tuple[ExtractBucket, ...],
+        Field(min_length=1),
+        AfterValidator(_unique),
+        BeforeValidator(expand_buckets, json_schema_input_type=tuple[ExtractBucket | AutoEntry, ...] | AutoEntry),
+    ]
+    """Clip shapes; `{auto: …}`, alone or in the list, makes them. A clip goes to the size that keeps most of it, crop and scale together,
+    of those that it covers; then to the longest bucket that it fits."""
     images_from_videos: bool = False
     """Videos that are too short for the other buckets go to buckets of one frame, which take their first. false: these
     take still images alone (where all buckets have one frame, videos too)."""
@@ -322,6 +340,8 @@ class ExtractConfig(Frozen):
     """Seconds after which decoding of a clip is given up."""
     clip_window: Literal["first", "center"] = "first"
     """Which frames of a clip longer than its bucket are taken."""
+    windows: WindowsConfig | None = None
+    """Several samples of a clip that is longer than its bucket. null: one."""
     frame_stride: Positive = 1
     """Take every n-th frame; the frame rate is divided by n."""
     target_fps: float | None = Field(default=None, gt=0, le=1000)
@@ -348,6 +368,11 @@ class ExtractConfig(Frozen):
         if self.target_fps is not None and self.frame_stride != 1:
             raise ValueError(f"target_fps {self.target_fps:g} decides which frames are taken; leave frame_stride out")
         return self
+
+    @property
+    def most_windows(self) -> int:
+        """Samples of a clip at most."""
+        return 1 if self.windows is None else self.windows.max
 
 
 class DataConfig(Frozen):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from stdit.config.base import Count, Frozen, NonNegative, Positive, Share, Width
-from stdit.config.data import Bucket, DataConfig, MicroBatches
+from stdit.config.data import Bucket, DataConfig, MicroBatches, TrainBucket
 from stdit.config.diffusion import DiffusionConfig, FrameConditioningConfig, SamplerConfig
 from stdit.config.load import ConfigError
 from stdit.config.model import ModelConfig
+from stdit.config.token_budget import MAX_IMBALANCE, StepSize, imbalance, step_sizes
 
 
 class OptimizerConfig(Frozen):
@@ -137,7 +139,16 @@ class TrainConfig(Frozen):
     token_routing: TokenRoutingConfig | None = None
     """Some tokens bypass some blocks in training. null: all run everywhere."""
     gradient_accumulation: Positive = 1
-    """Micro-batches per optimizer step, on each rank. Left out where a global_batch says it (data.buckets)."""
+    """Micro-batches per optimizer step, on each rank. Left out where a global_batch (data.buckets) or `tokens_per_step` says it."""
+    tokens_per_step: Positive | None = None
+    """Video tokens of an optimizer step over all ranks, whatever their number: a step has as many samples of its bucket as fit. In
+    place of batch_size and global_batch."""
+    tokens_per_micro_batch: Positive | None = None
+    """With `tokens_per_step`: video tokens of a rank's micro-batch at most; null: a rank takes its share of a step at once."""
+    samples_multiple_of: Positive | None = None
+    """With `tokens_per_step`: steps have a multiple of this many samples. Give the number of data-parallel ranks, or a multiple of all
+    that there may be: ranks more than 10 % from equal work are an error. null: 8 or the largest divisor of it that loses nothing in
+    the bucket with the most tokens."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and learning rate."""
     ema: EMAConfig = EMAConfig()
@@ -200,6 +211,11 @@ class TrainConfig(Frozen):
     step_timeout_s: float = Field(default=1800, gt=0)
     """Seconds that a step may take, with its validation, and a save without any of its files changing: a rank that takes
     longer hangs, prints its stack and ends the run with exit code 75."""
+
+    def step_sizes(self, tokens: Mapping[str, int]) -> dict[str, StepSize]:
+        """Samples by bucket under `tokens_per_step`. tokens: of a sample. ConfigError: one does not fit."""
+        assert self.tokens_per_step is not None
+        return step_sizes(tokens, self.tokens_per_step, self.samples_multiple_of, self.tokens_per_micro_batch)
 
     def data_ranks(self, ranks: int) -> int:
         """Ranks that read different samples, of `ranks`. ConfigError: sequence_parallel does not divide them."""
@@ -329,6 +345,47 @@ class Config(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _sizes_steps(self) -> Config:
+        """Steps are sized by the buckets or by tokens, not by both."""
+        data, train = self.data, self.train
+        if train.tokens_per_step is None:
+            for name in ("tokens_per_micro_batch", "samples_multiple_of"):
+                if (value := getattr(train, name)) is not None:
+                    raise ValueError(f"train.{name} is {value}, which needs train.tokens_per_step")
+            for bucket in data.buckets:
+                if not bucket.is_sized:
+                    raise ValueError(
+                        f"data.buckets: bucket {bucket.key} states neither batch_size nor global_batch, nor is there train.tokens_per_step"
+                    )
+                if bucket.tokens is not None:
+                    raise ValueError(
+                        f"data.buckets: bucket {bucket.key} states tokens, but there is no train.tokens_per_step"
+                    )
+            return self
+        sized = [(f"data.buckets {b.key}", b) for b in data.buckets if b.tokens is None]
+        for where, owner in [("data", data), *sized]:
+            for name in ("batch_size", "global_batch"):
+                if (value := getattr(owner, name)) is not None:
+                    raise ValueError(
+                        f"train.tokens_per_step is {train.tokens_per_step} and {where}: {name} {value}; one of them sizes a step, leave the other out"
+                    )
+        if train.gradient_accumulation != 1:
+            raise ValueError(
+                f"train.gradient_accumulation is {train.gradient_accumulation}, which follows from train.tokens_per_step and "
+                "train.tokens_per_micro_batch; leave it out"
+            )
+        tokens = {b.key: b.tokens for b in data.buckets if b.tokens is not None}
+        if tokens and len(tokens) == len(data.buckets):
+            sizes = self.train.step_sizes(tokens)
+            for bucket in data.buckets:
+                if (bucket.global_batch, bucket.batch_size) != sizes[bucket.key]:
+                    raise ValueError(
+                        f"data.buckets {bucket.key}: global_batch {bucket.global_batch} and batch_size {bucket.batch_size} of {bucket.tokens} tokens "
+                        f"are not what train.tokens_per_step {train.tokens_per_step} makes, {tuple(sizes[bucket.key])}; leave tokens and sizes out"
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _finds_best(self) -> Config:
         """The best checkpoints are known where each of them has a validation loss."""
         train, validated = self.train, self.validation.every
@@ -344,10 +401,15 @@ class Config(Frozen):
         return self
 
     def micro_batches(self, ranks: int) -> dict[str, MicroBatches]:
-        """One rank's micro-batches in a step of each bucket, by its key, on `ranks` ranks. ConfigError: train.sequence_parallel does
-        not divide them, or a global_batch is too small for them."""
+        """One rank's micro-batches in a step of each bucket whose size is known, by its key, on `ranks` ranks. ConfigError:
+        train.sequence_parallel does not divide them, or a global_batch is too small for them; with train.tokens_per_step also where
+        their work would not be equal."""
         data_ranks, accumulation = self.train.data_ranks(ranks), self.train.gradient_accumulation
-        found = {b.key: b.micro_batches(data_ranks, accumulation) for b in self.data.buckets}
+        sized = [b for b in self.data.buckets if b.is_sized]
+        if self.train.tokens_per_step is not None:
+            for bucket in sized:
+                self._check_balance(bucket, data_ranks)
+        found = {b.key: b.micro_batches(data_ranks, accumulation) for b in sized}
         for key, (_, count, samples) in found.items():
             if self.diffusion.contrastive_weight and samples // (data_ranks * count) == 1:
                 raise ConfigError(
@@ -355,6 +417,19 @@ class Config(Frozen):
                     f"micro-batches of bucket {key} have one sample (global_batch {samples})"
                 )
         return found
+
+    def _check_balance(self, bucket: TrainBucket, data_ranks: int) -> None:
+        assert bucket.global_batch is not None
+        assert bucket.tokens is not None
+        samples, budget = bucket.global_batch, self.train.tokens_per_step
+        if (found := imbalance(samples, data_ranks)) > MAX_IMBALANCE:
+            enough = max(b.tokens or 0 for b in self.data.buckets) * data_ranks
+            raise ConfigError(
+                f"data.buckets {bucket.key}: a step of train.tokens_per_step {budget} has {samples} samples of {bucket.tokens} tokens, "
+                f"{samples // data_ranks} to {-(-samples // data_ranks)} for each of {data_ranks} data-parallel ranks, which is {found:.0%} from "
+                f"equal work ({MAX_IMBALANCE:.0%} at most); set train.samples_multiple_of: {data_ranks}"
+                + (f" and a tokens_per_step of {enough} or more" if enough > (budget or 0) else "")
+            )
 
     @model_validator(mode="after")
     def _has_routers(self) -> Config:

@@ -40,7 +40,7 @@ from stdit.data.records import ReportTotals, ShardSpec
 from stdit.files import atomic_path, atomic_write, check_writable, seal, sha256
 
 SETTINGS = "extraction.json"
-# A bucket, or a clip, that keeps less of its pictures than this is mentioned at the end.
+# A clip that keeps less of its pictures than this is mentioned at the end.
 MENTIONED_CROP = 0.8
 # Threads that check sources for changes: they wait for the disk.
 CHECK_THREADS = 16
@@ -83,8 +83,10 @@ class ExtractionReport(FileSchema):
 
     clips: NonNegative
     kept: NonNegative
+    samples: NonNegative
     kept_by_bucket: dict[str, dict[str, NonNegative]]
     kept_share_by_bucket: dict[str, Share]
+    used_frames_by_bucket: dict[str, Share]
     most_cropped_clips: tuple[CroppedClip, ...]
     frame_rates: dict[str, NonNegative]
     misstated_clips: tuple[MisstatedClip, ...]
@@ -141,6 +143,8 @@ def plan_extraction(config: ExtractConfig, encoders: Mapping[str, Any]) -> Extra
     manifest = read(config.manifest)
     check_where(manifest, config.where)
     columns = records.extra_columns(manifest)
+    if config.windows is not None:  # samples say which frames of the file they are
+        columns = tuple(sorted({**dict(columns), "start_frame": "int64", "end_frame": "int64"}.items()))
     passed = passes(manifest.clips, config.where)
     kept = [(number, clip) for number, clip in enumerate(manifest) if passed[number]]
     if not kept:
@@ -152,7 +156,7 @@ def plan_extraction(config: ExtractConfig, encoders: Mapping[str, Any]) -> Extra
         json.dumps({"format": FORMAT, **config.model_dump(mode="json", exclude=excluded), **encoders})
     )
     # Left out where they change nothing, as features had it before there were these keys.
-    for key in ("control_column", "target_fps", "images_from_videos", "captions"):
+    for key in ("control_column", "target_fps", "images_from_videos", "captions", "windows"):
         if not settings[key]:
             del settings[key]
     for bucket in settings["buckets"]:
@@ -177,7 +181,14 @@ def plan_extraction(config: ExtractConfig, encoders: Mapping[str, Any]) -> Extra
     step = config.clips_per_shard
     chunks = [kept[start : start + step] for start in range(0, len(kept), step)]
     shards = tuple(
-        ShardSpec(number, tuple(i for i, _ in chunk), tuple(clip for _, clip in chunk), columns, settings_digest)
+        ShardSpec(
+            number,
+            tuple(i for i, _ in chunk),
+            tuple(clip for _, clip in chunk),
+            columns,
+            settings_digest,
+            config.most_windows,
+        )
         for number, chunk in enumerate(chunks)
     )
     uncaptioned = tuple(clip.id for _, clip in kept if not clip.captioned)
@@ -257,7 +268,7 @@ def finish(plan: ExtractionPlan) -> Path:
         raise ExtractionError(
             f"{out}: {len(plan.shards) - len(found)} of {len(plan.shards)} shards are missing; run again"
         )
-    if not totals.kept_count:
+    if not totals.samples:
         dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped_by_reason"].items())
         raise ExtractionError(f"none of {plan.clips} clips is kept ({dropped or 'all bad'}); see {out / REPORT}")
     expected = encoder_settings(plan.settings)
@@ -288,10 +299,12 @@ def report_lines(report: Mapping[str, Any], shown: int = 5) -> list[str]:
         f"clips: {report['clips']:,} = {report['kept']:,} kept + {report['dropped']:,} dropped"
         + (f" ({reasons})" if reasons else "")
         + f" + {report['bad']:,} that can't be used"
+        + (f"; {report['samples']:,} samples" if report["samples"] != report["kept"] else "")
     ]
     for key, splits in report["kept_by_bucket"].items():
-        kept = report["kept_share_by_bucket"].get(key, 1.0)
-        crop = f"; cropping keeps {kept:.0%} of their pictures" if kept < MENTIONED_CROP else ""
+        cropped = 1 - report["kept_share_by_bucket"].get(key, 1.0)
+        used = report["used_frames_by_bucket"].get(key, 1.0)
+        crop = f"; {cropped:.0%} of the pixels are cropped, {used:.0%} of the frames used" if splits else ""
         counts = ", ".join(f"{count:,} {split}" for split, count in splits.items())
         lines.append(f"  {key:<12} {counts or 'none'}{crop}")
     lines += [f"  {clip['path']}: {clip['reason']}" for clip in report["bad_clips"][:shown]]
@@ -339,7 +352,7 @@ def _read_records(plan: ExtractionPlan) -> tuple[ReportTotals, dict[int, dict[st
         except ValueError:  # finish says that it is missing
             continue
         found[spec.number] = info
-        totals.add(rows)
+        totals.add(rows, spec.windows)
     return totals, found
 
 
@@ -359,7 +372,7 @@ def _index(
     return {
         "format": FORMAT,
         "fingerprint": hashlib.sha256(digest_input.encode()).hexdigest(),
-        "samples": totals.kept_count,
+        "samples": totals.samples,
         "buckets": report["kept_by_bucket"],
         "classes": list(plan.classes),
         "posterior": any(info["posterior"] for info in found.values()),

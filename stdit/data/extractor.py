@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from stdit.data.manifest import Clip, file_problem
 from stdit.data.probe import part_info, stated_info
 from stdit.data.records import ShardResult, ShardSpec
 from stdit.data.subprocess_decoder import SubprocessDecoder
-from stdit.data.transforms import frame_indices, frame_step, to_pixels
+from stdit.data.transforms import frame_step, to_pixels, window_indices
 from stdit.files import Closable, sha256
 
 _Item = TypeVar("_Item")
@@ -114,6 +115,7 @@ class Extractor(Closable):
         records.record_path(out, spec.number).unlink(missing_ok=True)
         tensors: dict[str, Tensor] = {}
         rows = list(self._encode(prefetch(self._clips(spec), self.config.batch_size), tensors))
+        rows = _whole_clips(rows, tensors, spec.windows)
         empty = self._add_text([row for row in rows if row["status"] == "kept"], tensors)
         self._add_digests(rows, tensors)
         shard = shard_path(out, spec.number)
@@ -134,22 +136,22 @@ class Extractor(Closable):
             "settings": dict(self.settings),
         }
         records.write_record(out, spec, rows, info)
-        return ShardResult(spec.number, len(rows), sum(row["status"] == "bad" for row in rows))
+        return ShardResult(spec.number, len(spec.clips), sum(row["status"] == "bad" for row in rows))
 
     def _clips(self, spec: ShardSpec) -> Iterator[_Clip]:
         """The shard's clips in order, decoded and cropped."""
         for number, clip in zip(spec.ids, spec.clips, strict=True):
-            row = _row(spec.number, number, clip)
+            row = _row(spec.number, number * spec.windows, clip)
             if reason := file_problem(clip):
                 yield _Clip({**row, "status": "bad", "reason": reason})
                 continue
             try:
-                yield self._clip(clip, row)
+                yield from self._clip(clip, row)
             except DecodeError as error:
                 yield _Clip({**row, "status": "bad", "reason": error.reason})
 
-    def _clip(self, clip: Clip, row: dict[str, Any]) -> _Clip:
-        """One clip, decoded and cropped. Where file and manifest differ in length or size, the file is right. DecodeError."""
+    def _clip(self, clip: Clip, row: dict[str, Any]) -> list[_Clip]:
+        """One clip's windows, decoded and cropped. Where file and manifest differ in length or size, the file is right. DecodeError."""
         stated = stated_info(clip)
         if stated is None:
             return self._clip_of_size(clip, row, part_info(clip, self.decoder.probe(clip.file)))
@@ -157,34 +159,49 @@ class Extractor(Closable):
             return self._clip_of_size(clip, row, stated)
         try:
             found = self._clip_of_size(clip, row, stated)
-            if found.bucket is None:  # to be dropped for what the manifest says
+            if found[0].bucket is None:  # to be dropped for what the manifest says
                 check_info(clip.file, stated, self.decoder.probe(clip.file))
             return found
         except InfoMismatch as error:
             return self._clip_of_size(clip, {**row, "detail": error.reason}, error.found)
 
-    def _clip_of_size(self, clip: Clip, row: dict[str, Any], info: ClipInfo) -> _Clip:
-        """One clip of length and size `info`. DecodeError; InfoMismatch: the file has others."""
+    def _clip_of_size(self, clip: Clip, row: dict[str, Any], info: ClipInfo) -> list[_Clip]:
+        """One clip of length and size `info`: its windows. DecodeError; InfoMismatch: the file has others."""
         config = self.config
         step = frame_step(info.fps, config.frame_stride, config.target_fps)
         size = {"frames": info.frame_count, "height": info.height, "width": info.width}
         row = {**row, **size, "fps": info.fps / step}
         bucket = assign_clip(info, config, clip.id)
         if isinstance(bucket, Dropped):
-            return _Clip({**row, "status": "dropped", "reason": bucket.reason, "detail": bucket.detail})
-        indices = frame_indices(info.frame_count, bucket.frames, step, config.clip_window)
-        shape, control = (bucket.height, bucket.width), None
+            return [_Clip({**row, "status": "dropped", "reason": bucket.reason, "detail": bucket.detail})]
+        every = (1, 1) if config.windows is None else (config.windows.stride, config.windows.max)
+        windows = window_indices(info.frame_count, bucket.frames, step, config.clip_window, every)
+        indices = sorted({index for window in windows for index in window})  # no frame is decoded twice
+        shape, control, first = (bucket.height, bucket.width), None, clip.start_frame or 0
         if clip.is_part:
-            inside = [(clip.start_frame or 0) + index for index in indices]
-            frames = self.decoder.read_part(clip.file, inside, shape, clip.crop)
+            frames = self.decoder.read_part(clip.file, [first + index for index in indices], shape, clip.crop)
         else:
             frames = self.decoder.read(clip.file, indices, shape, info)
         if column := config.control_column:
-            read = read_control(self.decoder, clip, column, info, indices, bucket)
-            control = torch.from_numpy(to_pixels(read))
-        return _Clip(
-            {**row, "status": "kept", "bucket": bucket.key}, bucket, torch.from_numpy(to_pixels(frames)), control
-        )
+            control = read_control(self.decoder, clip, column, info, indices, bucket)
+        row = {**row, "status": "kept", "bucket": bucket.key, "used_frames": len(indices)}
+        found = []
+        for i, window in enumerate(windows):
+            places = np.searchsorted(indices, window)
+            own = {"id": row["id"] + i}
+            if config.windows is not None:
+                own |= {"start_frame": first + window[0], "end_frame": first + window[-1] + 1}
+            # One frame of control stands for all.
+            beside = None if control is None else control[places] if len(control) == len(indices) else control
+            found.append(
+                _Clip(
+                    {**row, **own},
+                    bucket,
+                    torch.from_numpy(to_pixels(frames[places])),
+                    None if beside is None else torch.from_numpy(to_pixels(beside)),
+                )
+            )
+        return found
 
     def _encode(self, clips: Iterable[_Clip], tensors: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
         """Encodes `clips` in batches of one bucket into `tensors`; yields their rows."""
@@ -270,9 +287,25 @@ class Extractor(Closable):
             yield {"text": text, **({} if pooled is None else {"pooled": pooled[i].to("cpu", dtype)})}
 
 
+def _whole_clips(rows: Sequence[dict[str, Any]], tensors: dict[str, Tensor], windows: int) -> list[dict[str, Any]]:
+    """Rows without those of clips of which one window is bad, but for a row that says so; their tensors are removed."""
+    bad = {row["id"] // windows: row for row in reversed(rows) if row["status"] == "bad"}
+    for name in list(tensors):
+        if int(name.partition(".")[0]) // windows in bad:
+            del tensors[name]
+    found: list[dict[str, Any]] = []
+    for row in rows:
+        clip = row["id"] // windows
+        if clip not in bad:
+            found.append(row)
+        elif row["id"] % windows == 0:
+            found.append({**bad[clip], "id": row["id"]})
+    return found
+
+
 def _row(shard: int, number: int, clip: Clip) -> dict[str, Any]:
     """A clip's row of the record before it is opened."""
-    sample = {"id": number, "shard": shard, "bucket": None, "text_length": 0, "cut": False}
+    sample = {"id": number, "shard": shard, "bucket": None, "text_length": 0, "cut": False, "used_frames": 0}
     stated = {"path": clip.key, "caption": clip.caption, "class": clip.class_name, "split": clip.split}
     size = {"fps": clip.fps, "frames": clip.frames, "height": clip.height, "width": clip.width}
     return {

@@ -249,10 +249,11 @@ class Loader(BucketSchedule):
         return list(shares)[min(at, len(shares) - 1)]
 
     def _positions(self, bucket: TrainBucket, first: int) -> Iterator[range]:
-        """This rank's positions in each micro-step of a step that begins at `first`."""
+        """This rank's positions in each micro-step of a step that begins at `first`: a run of its own, so that ranks differ by one
+        sample at most."""
         _, count, samples = self.micro_batches[bucket.key]
         shares = self.ranks * count
-        for share in range(self.rank, shares, self.ranks):
+        for share in range(self.rank * count, (self.rank + 1) * count):
             yield range(first + samples * share // shares, first + samples * (share + 1) // shares)
 
     def __iter__(self) -> Iterator[Step]:

@@ -32,7 +32,7 @@ STANDARD_COLUMNS = (
 )  # fmt: skip
 # Columns that features add themselves (stdit.data.features, .records); a manifest may not have them.
 RESERVED_COLUMNS = (
-    "id", "shard", "bucket", "class_label", "text_length", "tensors_digest", "status", "reason", "detail", "cut", "size", "mtime_ns", "digest",
+    "id", "shard", "bucket", "class_label", "text_length", "tensors_digest", "status", "reason", "detail", "cut", "used_frames", "size", "mtime_ns", "digest",
 )  # fmt: skip
 ERRORS_SHOWN = 20
 # Of all clips without free columns.

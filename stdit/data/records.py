@@ -1,6 +1,6 @@
 """Records of an extraction: what became of each clip of a shard, and the totals over all shards.
 
-    out/parts/00000.parquet    a row per clip of the shard: status, reason, and size, time and hash of its file
+    out/parts/00000.parquet    a row per clip of the shard (per window, of several): status, reason, and size, time and hash of its file
 
 A record is written after its shard, so a shard with a record is complete. It is up to date while its rows of
 the manifest, and the files that they name, are unchanged, and the shard has the SHA-256 that the record says.
@@ -9,6 +9,7 @@ the manifest, and the files that they name, are unchanged, and the shard has the
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,10 @@ from stdit.files import atomic_path, fingerprint_file, parse_json, seal, sha256
 
 # Beside the columns of samples.parquet. status: kept, dropped (fits no bucket) or bad (cannot be decoded).
 RECORD = {name: kind for name, kind in SAMPLE_COLUMNS.items() if name != "class_label"}
-STATUS = {"status": pa.string(), "reason": pa.string(), "detail": pa.string(), "cut": pa.bool_()}
+# used_frames: of the clip, by all of its samples.
+STATUS = {
+    "status": pa.string(), "reason": pa.string(), "detail": pa.string(), "cut": pa.bool_(), "used_frames": pa.int32(),
+}  # fmt: skip
 SOURCE = {"size": pa.int64(), "mtime_ns": pa.int64(), "digest": pa.string()}
 # Integers up to here are exact as 64-bit floats.
 EXACT = 2**53
@@ -77,7 +81,9 @@ class RecordInfo(SealedSchema):
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """The clips of one shard: consecutive rows of the manifest. `ids`: their positions in it. Small enough to send to a worker."""
+    """The clips of one shard: consecutive rows of the manifest. `ids`: their positions in it. Small enough to send to a worker.
+
+    The samples of clip i have the ids i * windows to (i + 1) * windows - 1, in the order of its windows."""
 
     number: int
     ids: tuple[int, ...]
@@ -86,6 +92,14 @@ class ShardSpec:
     columns: tuple[tuple[str, str], ...]
     # SHA-256 of the settings that decide features.
     settings: str
+    # Samples of a clip at most.
+    windows: int = 1
+
+    def has_samples(self, ids: Sequence[int]) -> bool:
+        """Whether `ids` are those of samples of all clips, of each its first ones, in order."""
+        first = [id for id in ids if id % self.windows == 0]
+        following = all(b == a + 1 for a, b in itertools.pairwise(ids) if b % self.windows)
+        return first == [id * self.windows for id in self.ids] and following
 
     @cached_property
     def key(self) -> str:
@@ -170,7 +184,7 @@ def write_record(out: Path, spec: ShardSpec, rows: Sequence[Mapping[str, Any]], 
 
 
 def read_record(out: Path, spec: ShardSpec) -> tuple[dict[str, Any], pa.Table]:
-    """A shard's RecordInfo and its rows, one for each clip. ValueError, with the path: it cannot be read, or is of other clips."""
+    """A shard's RecordInfo and its rows, one for each clip or window. ValueError, with the path: it cannot be read, or is of other clips."""
     record = record_path(out, spec.number)
     schema = pa.schema({**RECORD, **MANIFEST_COLUMNS, **STATUS, **SOURCE, **spec.extra})
     try:
@@ -190,7 +204,7 @@ def read_record(out: Path, spec: ShardSpec) -> tuple[dict[str, Any], pa.Table]:
     counts = (0, len(spec.clips))
     if (
         not table.schema.equals(schema)
-        or table["id"].to_pylist() != list(spec.ids)
+        or not spec.has_samples(table["id"].to_pylist())
         or len(info["controls"]) not in counts
     ):
         raise ValueError(f"{record} has other rows or columns than were written")
@@ -216,7 +230,7 @@ def stale_reason(out: Path, spec: ShardSpec) -> str | None:
         return f"{shard} cannot be read ({error.strerror})"
     if found != info["shard_sha256"]:
         return f"{shard} is gone or damaged"
-    rows = table.select(["path", *SOURCE]).to_pylist()
+    rows = [row for row in table.select(["id", *SOURCE]).to_pylist() if row["id"] % spec.windows == 0]
     for row, clip in zip(rows, spec.clips, strict=True):
         if _is_changed(row, clip.file):
             return f"{clip.file} has changed"
@@ -243,7 +257,8 @@ class ReportTotals:
     """Totals over records, for report.json."""
 
     clips: int = 0
-    # bucket -> split -> clips
+    # Clips with samples; bucket -> split -> samples
+    kept_clips: int = 0
     kept: dict[str, Counter[str]] = field(default_factory=dict)
     # reason -> clips
     dropped: Counter[str] = field(default_factory=Counter)
@@ -254,6 +269,10 @@ class ReportTotals:
     # bucket -> the sum of the shares of their pictures that its clips keep when they are cropped
     kept_shares: dict[str, float] = field(default_factory=dict)
     most_cropped: list[dict[str, Any]] = field(default_factory=list)
+    clips_by_bucket: Counter[str] = field(default_factory=Counter)
+    # bucket -> frames of its clips, and how many of them are in a sample
+    frames: Counter[str] = field(default_factory=Counter)
+    used_frames: Counter[str] = field(default_factory=Counter)
     # frame rate of kept videos, to a thousandth -> clips
     frame_rates: Counter[float] = field(default_factory=Counter)
     captions_cut: int = 0
@@ -261,33 +280,53 @@ class ReportTotals:
     # SHA-256 over the sources' fingerprints.
     sources: str = ""
 
-    def add(self, rows: pa.Table) -> None:
-        """Adds one record."""
-        self.clips += len(rows)
+    def add(self, rows: pa.Table, windows: int = 1) -> None:
+        """Adds one record. windows: samples of a clip at most; but for the numbers of samples, a clip counts by its first."""
         self.sources = hashlib.sha256(json.dumps([self.sources, rows["digest"].to_pylist()]).encode()).hexdigest()
-        columns = ["status", "reason", "detail", "bucket", "split", "path", "cut", "text_length"]
+        columns = [
+            "id",
+            "status",
+            "reason",
+            "detail",
+            "bucket",
+            "split",
+            "path",
+            "cut",
+            "text_length",
+            "frames",
+            "used_frames",
+        ]
         for row in rows.select([*columns, "height", "width", "fps"]).to_pylist():
+            key, path = row["bucket"], row["path"]
             if row["status"] == "kept":
-                self.kept.setdefault(row["bucket"], Counter())[row["split"]] += 1
-                share = kept_share(row["height"], row["width"], Bucket.parse(row["bucket"]))
-                self.kept_shares[row["bucket"]] = self.kept_shares.get(row["bucket"], 0.0) + share
+                self.kept.setdefault(key, Counter())[row["split"]] += 1
+            if row["id"] % windows:
+                continue
+            self.clips += 1
+            if row["status"] == "kept":
+                self.kept_clips += 1
+                share = kept_share(row["height"], row["width"], Bucket.parse(key))
+                self.kept_shares[key] = self.kept_shares.get(key, 0.0) + share
                 if share < 1:
-                    self.most_cropped.append({"path": row["path"], "bucket": row["bucket"], "kept": round(share, 4)})
+                    self.most_cropped.append({"path": path, "bucket": key, "kept": round(share, 4)})
+                self.frames[key] += row["frames"]
+                self.used_frames[key] += row["used_frames"]
+                self.clips_by_bucket[key] += 1
                 if row["fps"]:
                     self.frame_rates[round(row["fps"], 3)] += 1
                 if row["detail"]:
-                    self.misstated.append({"path": row["path"], "detail": row["detail"]})
+                    self.misstated.append({"path": path, "detail": row["detail"]})
                 self.captions_cut += row["cut"]
                 self.tokens += row["text_length"]
             elif row["status"] == "dropped":
                 self.dropped[row["reason"]] += 1
                 self.dropped_clips.append({key: row[key] for key in ("path", "reason", "detail")})
             else:
-                self.bad.append({"path": row["path"], "reason": row["reason"] or "unknown"})
+                self.bad.append({"path": path, "reason": row["reason"] or "unknown"})
         self.most_cropped = sorted(self.most_cropped, key=lambda clip: (clip["kept"], clip["path"]))[:MOST_CROPPED]
 
     @property
-    def kept_count(self) -> int:
+    def samples(self) -> int:
         return sum(counts.total() for counts in self.kept.values())
 
     def report(self, buckets: Sequence[str], filtered: int, max_bad_share: float) -> dict[str, Any]:
@@ -295,13 +334,16 @@ class ReportTotals:
         reasons = {**({"where": filtered} if filtered else {}), **dict(sorted(self.dropped.items()))}
         return {
             "clips": self.clips + filtered,
-            "kept": self.kept_count,
+            "kept": self.kept_clips,
+            "samples": self.samples,
             "kept_by_bucket": {key: dict(sorted(self.kept.get(key, Counter()).items())) for key in buckets},
-            # Mean share of the pictures that is left after cropping to a bucket's aspect; the clips of which least is left.
+            # Mean share of the pictures that is left after cropping to a bucket's aspect; share of the clips' frames that are in a sample;
+            # the clips of which cropping leaves least.
             "kept_share_by_bucket": {
-                key: round(self.kept_shares[key] / counts.total(), 4)
-                for key in buckets
-                if (counts := self.kept.get(key))
+                key: round(self.kept_shares[key] / count, 4) for key in buckets if (count := self.clips_by_bucket[key])
+            },
+            "used_frames_by_bucket": {
+                key: round(self.used_frames[key] / count, 4) for key in buckets if (count := self.frames[key])
             },
             "most_cropped_clips": self.most_cropped,
             "frame_rates": {f"{rate:g}": count for rate, count in self.frame_rates.most_common()},

@@ -40,6 +40,22 @@ def frame_indices(frame_count: int, frames: int, stride: float = 1, mode: str = 
     return [start + offset for offset in offsets]
 
 
+def window_count(frames_available: int, frames: int, windows: tuple[int, int]) -> int:
+    """How many windows of `frames` frames a clip gives. windows: frames from the beginning of one to the next, and the most."""
+    every, most = windows
+    return min(most, 1 + max(0, frames_available - frames) // every)
+
+
+def window_indices(
+    frame_count: int, frames: int, stride: float = 1, mode: str = "first", windows: tuple[int, int] = (1, 1)
+) -> list[list[int]]:
+    """`frame_indices` of each window of a clip (`window_count`); all are cut from one run of every `stride`-th frame. ValueError."""
+    every = windows[0]
+    count = window_count(frames_available(frame_count, stride), frames, windows)
+    taken = frame_indices(frame_count, (count - 1) * every + frames, stride, mode)
+    return [taken[i * every : i * every + frames] for i in range(count)]
+
+
 def crop_box(height: int, width: int, to: tuple[int, int]) -> tuple[float, float, float, float]:
     """(left, top, right, bottom) of the largest centred box, in px, with the aspect of `to` (height, width).
 

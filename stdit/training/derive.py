@@ -12,6 +12,7 @@ stdit.training.data. What can be left out:
 | model.text_dim, pooled_dim    | widths of the text features, where the config names no num_classes either |
 | model.max_text_tokens         | tokens of the longest caption                                             |
 | data.buckets                  | the buckets that hold training clips; of an image model those of one frame. Their sizes: data.batch_size, data.global_batch |
+| data.buckets[].tokens, sizes  | latents and patches, with train.tokens_per_step                           |
 | diffusion.shift_base: auto    | the smallest latent of the features                                       |
 """
 
@@ -22,7 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stdit.config import Bucket, Config, ConfigError, TrainBucket, token_grid, validate
+from stdit.config import Bucket, Config, ConfigError, TrainBucket, latent_shape, token_grid, validate
 
 if TYPE_CHECKING:
     from stdit.data.features import FeatureFacts
@@ -30,7 +31,12 @@ if TYPE_CHECKING:
 
 def is_complete(config: Config) -> bool:
     """Whether the config states everything that could follow from features."""
-    return not _missing(config) and bool(config.data.buckets) and config.diffusion.shift_base != "auto"
+    return not _missing(config) and _is_sized(config) and config.diffusion.shift_base != "auto"
+
+
+def _is_sized(config: Config) -> bool:
+    """Whether there are buckets, and their steps have sizes."""
+    return bool(config.data.buckets) and all(b.is_sized for b in config.data.buckets)
 
 
 def complete(config: Config) -> Config:
@@ -38,8 +44,9 @@ def complete(config: Config) -> Config:
     if is_complete(config):
         return config
     if not isinstance(config.data.features, Path):
-        if config.data.buckets and config.diffusion.shift_base != "auto":
-            return config  # synthetic features follow the model
+        if config.data.buckets and config.diffusion.shift_base != "auto":  # synthetic features follow the model
+            latents = {bucket.key: latent_shape(bucket, (1, 1, 1)) for bucket in config.data.buckets}
+            return config if _is_sized(config) else _with_token_budget(config, latents)
         raise ConfigError("data.features synthetic: data.buckets and diffusion.shift_base cannot follow from it")
     from stdit.data.features import FeatureSet
 
@@ -65,7 +72,20 @@ def derive(config: Config, facts: FeatureFacts, clips: Mapping[str, int]) -> Con
         data["data"]["batch_size"] = data["data"]["global_batch"] = None
     if config.diffusion.shift_base == "auto":
         data["diffusion"]["shift_base"] = list(facts.smallest_latent)
-    return validate(data, Config, f"{config.name}, completed from its features")
+    found = validate(data, Config, f"{config.name}, completed from its features")
+    return found if _is_sized(found) else _with_token_budget(found, facts.latents)
+
+
+def _with_token_budget(config: Config, latents: Mapping[str, tuple[int, int, int]]) -> Config:
+    """`config` with the tokens of each bucket, and the samples of a step that follow. ConfigError: a bucket without latents; a
+    budget that is too small."""
+    buckets, model = config.data.buckets, config.model
+    if absent := [bucket.key for bucket in buckets if bucket.key not in latents]:
+        raise ConfigError(f"data.buckets {', '.join(absent)} were not extracted; there are {', '.join(latents)}")
+    tokens = {b.key: math.prod(token_grid(latents[b.key], model.patch_size, b.key, model.pad_latents)) for b in buckets}
+    sizes = config.train.step_sizes(tokens)
+    sized = tuple(b.model_copy(update={"tokens": tokens[b.key], **sizes[b.key]._asdict()}) for b in buckets)
+    return config.model_copy(update={"data": config.data.model_copy(update={"buckets": sized})})
 
 
 def _missing(config: Config) -> list[str]:
@@ -99,7 +119,7 @@ def _buckets(config: Config, facts: FeatureFacts, clips: Mapping[str, int]) -> l
     made: list[TrainBucket] = []
     for key in usable:
         settings: dict[str, Any] = Bucket.parse(key).model_dump()
-        if size or not step:
+        if config.train.tokens_per_step is None and (size or not step):
             settings["batch_size"] = max(1, min((size or 1) * most // tokens[key], clips[key]))
         if step:
             settings["global_batch"] = step * max(1, min(most // tokens[key], clips[key] // step))

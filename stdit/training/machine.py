@@ -143,10 +143,11 @@ def _check_memory(
     activations = saved_bytes(cost, samples, config.train.activation_checkpointing or config.train.compile)
     if (needed + activations) * local > available:
         hint = "" if config.train.activation_checkpointing else ", or set train.activation_checkpointing: true"
+        budget = config.train.tokens_per_step is not None
+        lower = "train.tokens_per_micro_batch" if budget else "batch_size (and raise train.gradient_accumulation)"
         raise ConfigError(
             f"data.buckets {bucket.key}: the activations of a micro-batch of {samples} take "
-            f"{activations / 2**30:,.1f} GiB a rank, {model.removeprefix('model: ')}; {place}. Lower batch_size (and raise "
-            f"train.gradient_accumulation){hint}"
+            f"{activations / 2**30:,.1f} GiB a rank, {model.removeprefix('model: ')}; {place}. Lower {lower}{hint}"
         )
 
 

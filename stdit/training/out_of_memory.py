@@ -84,9 +84,10 @@ class MemoryErrors:
         while size > 1:
             size //= 2
             if size == 1 or self.estimate(self.config, bucket, size).total <= available:
-                found.append(
-                    f"data.buckets[{number}].batch_size: {size} ({_gib(self.estimate(self.config, bucket, size).total)})"
-                )
+                key = f"data.buckets[{number}].batch_size: {size}"
+                if train.tokens_per_step is not None:
+                    key = f"train.tokens_per_micro_batch: {size * (self.config.data.buckets[number].tokens or 1)}"
+                found.append(f"{key} ({_gib(self.estimate(self.config, bucket, size).total)})")
                 break
         if not train.activation_checkpointing:
             changed = self.config.model_copy(

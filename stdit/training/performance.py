@@ -12,6 +12,7 @@ print(performance.summary())
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
 import statistics
 import sys
@@ -22,8 +23,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stdit.config import Bucket, Config, token_grid
-from stdit.data.loader import Step
+from stdit.config import Bucket, Config, ModelConfig, token_grid
+from stdit.config.token_budget import imbalance
+from stdit.data.loader import Batch, Step
 from stdit.training.distributed import Ranks
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ class Performance:
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._costs: dict[str, tuple[int, int]] = {}
         self._steps = self._samples = self._tokens = self._flops = self._all_steps = 0
+        self._imbalance, self._useful, self._processed = 0.0, 0.0, 0
         self._begin = self._last = time.perf_counter()
 
     @contextlib.contextmanager
@@ -97,6 +100,11 @@ class Performance:
         self._samples += step.samples
         self._tokens += step.samples * tokens
         self._flops += step.samples * flops
+        self._imbalance = max(self._imbalance, imbalance(step.samples, self.ranks.data_size))
+        for batch in step.batches:
+            useful, processed = useful_tokens(batch, self.config.model)
+            self._useful += useful
+            self._processed += processed
 
     def metrics(self, step: int, samples_seen: int) -> dict[str, float]:
         """Means since the last call. Collective: ranks compare their times; a slow one is in "slow_rank"."""
@@ -113,6 +121,8 @@ class Performance:
         values: dict[str, float] = {
             "samples_per_second": self._samples / training,
             "tokens_per_second": self._tokens / training,
+            "tokens_per_step": self._tokens / steps,
+            "rank_imbalance": self._imbalance,
             "tflops_per_second": self._flops / training / 1e12,
             "mfu": self._flops / training / (self.peak_flops * self.ranks.size) if self.ranks.is_main else 0.0,
             "memory_gib": peak_memory(self.ranks.device) / 2**30,
@@ -125,7 +135,11 @@ class Performance:
             elif self._recent[name] > 1e-3:
                 values[f"seconds_{name}"] = self._recent[name]
         mine = (self._recent["data"] + self._recent["forward"]) / steps
-        everyone = self.ranks.gather(mine)
+        gathered = self.ranks.gather((mine, self._useful, self._processed))
+        everyone = [seconds for seconds, _, _ in gathered]
+        values["useful_tokens"] = sum(useful for _, useful, _ in gathered) / max(
+            1, sum(processed for _, _, processed in gathered)
+        )
         slowest = max(range(len(everyone)), key=everyone.__getitem__)
         if len(everyone) > 1 and everyone[slowest] > STRAGGLER * statistics.median_low(everyone) + 0.01:
             values |= {"slow_rank": slowest, "slow_rank_seconds": everyone[slowest]}
@@ -133,6 +147,7 @@ class Performance:
             self._totals[name] += self._recent[name]
             self._recent[name] = 0.0
         self._steps = self._samples = self._tokens = self._flops = 0
+        self._imbalance, self._useful, self._processed = 0.0, 0.0, 0
         self._last = now
         return {name: float(f"{value:.6g}") for name, value in values.items()}
 
@@ -167,6 +182,20 @@ class Performance:
             cost = model_cost(model, grid, self.data.text_tokens, token_routing=self.config.train.token_routing)
             self._costs[bucket.key] = cost.tokens, cost.training_flops
         return self._costs[bucket.key]
+
+
+def useful_tokens(batch: Batch, model: ModelConfig) -> tuple[float, int]:
+    """(Tokens that are not padding, all tokens) of a micro-batch: patches of latents, and caption tokens where the model takes them.
+
+    Padding is what makes captions as long as the longest of the micro-batch, and latents whole patches (`model.pad_latents`).
+    """
+    size = batch.mean.shape[2:]
+    patches = math.prod(-(-n // p) for n, p in zip(size, model.patch_size, strict=True))
+    useful, processed = len(batch) * math.prod(size) / math.prod(model.patch_size), len(batch) * patches
+    if batch.text_mask is not None and model.text_dim is not None:
+        useful += int(batch.text_mask.sum())
+        processed += batch.text_mask.numel()
+    return useful, processed
 
 
 def peak_memory(device: torch.device) -> int:

@@ -52,7 +52,10 @@ RESUME_KEYS = (
 # What shapes wsd's decay, which a run may choose until it begins.
 DECAY_KEYS = ("train.steps", "train.optimizer.decay_share", "train.optimizer.min_lr_ratio")
 # Keys that may change where the samples of a step stay the same.
-_SIZES = (".batch_size", ".global_batch")
+_SIZES = (
+    ".batch_size", ".global_batch", ".tokens", ".gradient_accumulation",
+    ".tokens_per_step", ".tokens_per_micro_batch", ".samples_multiple_of",
+)  # fmt: skip
 
 
 @dataclass
@@ -184,7 +187,7 @@ def check_resumable(identity: dict[str, Any], config: Config, world_size: int, f
     stable = min(last_stable_step(c.train.optimizer, c.train.steps) for c in (old, config))
     for change in changes(old.model_dump(mode="json"), config.model_dump(mode="json")):
         allowed = matches(change.key, RESUME_KEYS)
-        if before == now and (change.key.endswith(_SIZES) or change.key == "train.gradient_accumulation"):
+        if before == now and change.key.endswith(_SIZES):
             allowed = True
         if change.key == "init.source" and identity.get("base"):
             allowed = True

@@ -159,11 +159,12 @@ def test_every_clip_of_a_report_is_printed() -> None:
         "dropped": 1, "dropped_by_reason": {"too_short": 1}, "bad": 7,
         "bad_clips": [{"path": f"{i}.mp4", "reason": "no frames"} for i in range(7)],
         "captions_cut": 0, "uncaptioned": 0, "uncaptioned_clips": [], "kept_share_by_bucket": {"1x8x8": 0.9},
+        "samples": 4, "used_frames_by_bucket": {"1x8x8": 0.25},
         "most_cropped_clips": [], "frame_rates": {}, "misstated_clips": [],
     }  # fmt: skip
     lines = report_lines(report)
     assert lines[0] == "clips: 12 = 4 kept + 1 dropped (1 too_short) + 7 that can't be used"
-    assert "3 train, 1 validation" in lines[1]
+    assert "3 train, 1 validation; 10% of the pixels are cropped, 25% of the frames used" in lines[1]
     assert lines[2].endswith("none")
     assert "0.mp4: no frames" in lines[3]
     assert lines[-1].strip() == "… and 2 more, all in report.json"
