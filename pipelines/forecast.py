@@ -129,10 +129,9 @@ def forecast(
         checkpointed = config.train.activation_checkpointing
         exchanged = own.exchanged_bytes_checkpointed if checkpointed else own.exchanged_bytes
         exchanged *= batch * count
-        budget = config.train.tokens_per_step and (
-            size * cost.tokens / config.train.tokens_per_step,
-            imbalance(size, data_ranks),
-        )
+        budget = None
+        if config.train.tokens_per_step is not None:
+            budget = size * cost.tokens / config.train.tokens_per_step, imbalance(size, data_ranks)
         buckets.append(
             BucketForecast(bucket.key, kept, left_out, size, steps[bucket.key], cost.tokens, budget, exchanged)
         )

@@ -57,7 +57,7 @@ class AutoBuckets(Frozen):
             table = [(math.log(w / h), h, w) for h, w in size_table(area, self.multiple_of)]
             for aspect in wanted:
                 # Of two as near, the larger; of two as large, the one nearer to a square.
-                _, height, width = min(table, key=lambda s: (round(abs(s[0] - aspect), 9), -s[1] * s[2], abs(s[0])))  # noqa: B023
+                _, height, width = min(table, key=lambda s: (round(abs(s[0] - aspect), 9), -s[1] * s[2], abs(s[0])))
                 found[height, width] = None
         return list(found)
 

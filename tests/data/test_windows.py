@@ -101,7 +101,9 @@ def test_an_extraction_of_windows_is_idempotent_and_makes_again_what_has_changed
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != "report.json"}
     index = (out / "index.json").read_bytes()
     extract.run(settings)
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != "report.json"} == before
+    assert {
+        path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != "report.json"
+    } == before
     # The shard of clips 3 to 5 alone.
     lossless(tmp_path / "c.mp4", smooth(20, 16, 16))
     reasons = [records.stale_reason(out, spec) for spec in plan.shards]

@@ -103,7 +103,8 @@ def test_a_rank_that_is_slower_than_the_others_is_named(tmp_path: Path, clock: C
 
     class Others(Ranks):
         def gather(self, value: Any) -> list[Any]:
-            return [value, value * 1.1, value * factors.pop(0), value]
+            seconds, *tokens = value
+            return [(seconds * factor, *tokens) for factor in (1, 1.1, factors.pop(0), 1)]
 
     ranks = Others(0, 4, 0, torch.device("cpu"))
     measured, next_step = make(tmp_path, ranks)
