@@ -131,7 +131,7 @@ def available_memory() -> int:
     """Bytes that this process may still take."""
     import psutil
 
-    from stdit.training.machine import host_memory
+    from stdit.models.cost import host_memory
 
     return min(psutil.virtual_memory().available, host_memory())
 

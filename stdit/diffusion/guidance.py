@@ -64,7 +64,7 @@ def check_channels(channels: int | None, latent: int) -> None:
     if isinstance(channels, bool) or not isinstance(channels, Integral) or channels < 1:
         raise ValueError(f"guidance_channels must be a whole number above 0, found {channels!r:.80}")
     if channels > latent:
-        raise ValueError(f"guidance_channels {channels} is more than the {latent} latent channels")
+        raise ValueError(f"guidance_channels {channels!r:.80} is more than the {latent} latent channels")
 
 
 def double_conditions(cond: Conditions, negative: Conditions | None, device: torch.device) -> dict[str, Any]:

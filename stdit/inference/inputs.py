@@ -6,7 +6,7 @@ B videos · C latent channels · (t, h, w) latent frames, height, width · L tex
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, cast
@@ -23,8 +23,11 @@ from stdit.config.load import shorten
 from stdit.diffusion.frame_conditioning import FrameCondition
 from stdit.encoders.text import TextFeatures
 from stdit.encoders.video import VideoEncoder
-from stdit.inference.prompts import label_id
+from stdit.inference.prompts import check_text, label_id
 from stdit.models.control import STDiTControl
+from stdit.models.cost import device_memory
+from stdit.models.positions import Grid
+from stdit.models.stdit import STDiT
 
 Prompts = str | Sequence[str]
 Labels = int | str | Sequence[int | str | None] | Tensor
@@ -93,6 +96,9 @@ class ConditionEncoder:
         prompt, pooled = inputs.negative_prompt, inputs.negative_pooled_prompt_embeds
         repeats = inputs.num_videos_per_prompt
         prompts = batch // repeats
+        if prompt is not None:
+            listed = checked_prompts("negative_prompt", prompt)
+            prompt = prompt if isinstance(prompt, str) else listed
         if mask is not None and embeds is None:
             raise ValueError("negative_prompt_attention_mask needs negative_prompt_embeds")
         if prompt is not None and embeds is not None:
@@ -131,7 +137,9 @@ class ConditionEncoder:
         """Class labels as numbers, (B,) int64. ValueError: a name or number that is no class, with those there are."""
         if isinstance(labels, Tensor):
             labels = labels.tolist()
-        if not isinstance(labels, int | str | list | tuple | np.ndarray | range):
+        if isinstance(labels, np.ndarray):
+            labels = cast(Labels, labels.tolist())
+        if not isinstance(labels, int | str | list | tuple | range):
             raise ValueError(f"class_labels: expected numbers or names, found {type(labels).__name__}")
         values = [labels] if isinstance(labels, int | str) else list(cast(Sequence[int | str | None], labels))
         count = self.settings.num_classes or 0
@@ -170,6 +178,19 @@ class ConditionEncoder:
             raise ValueError('give prompt or class_labels; prompt "" or class label -1 for no condition')
         check_counts(num_videos_per_prompt=inputs.num_videos_per_prompt)
         check_embeds(inputs, settings)
+
+
+def checked_prompts(name: str, prompts: Any) -> list[str]:
+    """One or several captions as a list. ValueError: not text, or none."""
+    unfit = isinstance(prompts, Mapping | bytes) or not isinstance(prompts, Iterable)
+    if unfit or getattr(prompts, "ndim", 1) == 0:
+        raise ValueError(f"{name}: expected text, or a list of texts; found {type(prompts).__name__}")
+    listed = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not listed:
+        raise ValueError(f"{name} is an empty list")
+    for i, text in enumerate(listed):
+        check_text(text, f"{name} {i}")
+    return listed
 
 
 def check_embeds(inputs: PipelineInputs, settings: ModelConfig) -> None:
@@ -230,7 +251,7 @@ LIMITS = {"num_frames": 1_000_000, "height": 65_536, "width": 65_536, "num_infer
 def check_output(output_type: str, callback_inputs: Sequence[str]) -> None:
     """ValueError: an unknown output_type; other callback tensors than latents."""
     if output_type not in ("pil", "np", "pt", "latent"):
-        raise ValueError(f"output_type {output_type!r}: expected pil, np, pt or latent")
+        raise ValueError(f"output_type {shorten(repr(output_type))}: expected pil, np, pt or latent")
     names = callback_inputs if isinstance(callback_inputs, list | tuple) else [callback_inputs]
     if any(name != "latents" for name in names):
         raise ValueError(
@@ -258,9 +279,34 @@ def check_callable(name: str, value: Any) -> None:
 
 def check_generator(generator: Any) -> None:
     """ValueError: neither None, a torch.Generator, nor a list of them."""
-    for one in generator if isinstance(generator, list | tuple) else [generator]:
-        if one is not None and not isinstance(one, torch.Generator):
-            raise ValueError(f"generator must be a torch.Generator or a list of them, found {type(one).__name__}")
+    if generator is None:
+        return
+    several = generator if isinstance(generator, list) else [generator]
+    wrong = [type(one).__name__ for one in several if not isinstance(one, torch.Generator)]
+    if wrong or not several:
+        found = wrong[0] if wrong else "an empty list"
+        raise ValueError(f"generator must be a torch.Generator or a list of them, found {found}")
+
+
+def check_memory(transformer: STDiT, clip: Bucket, grid: Grid, inputs: PipelineInputs, guided: bool) -> None:
+    """ValueError: all videos at once take more memory than the device has.
+
+    grid: patches (T, H, W). guided: every video is computed twice. Counted is the least: the tokens, their norm and the MLP's
+    hidden layer of one block, and the pixels in float32.
+    """
+    given: tuple[Any, ...] = (inputs.prompt, inputs.class_labels, inputs.prompt_embeds)
+    rows = (len(x) for x in given if isinstance(x, list | tuple) or getattr(x, "ndim", 0) > 0)
+    videos = inputs.num_videos_per_prompt * next(rows, 1)
+    settings, tokens = transformer.settings, videos * math.prod(grid)
+    channels = settings.dimensions[0] * (2 + settings.mlp_ratio)
+    activations = (1 + guided) * tokens * int(channels) * transformer.dtype.itemsize
+    pixels = videos * 3 * clip.frames * clip.height * clip.width * 4
+    available = device_memory(transformer.device)
+    if (needed := max(activations, pixels)) > available:
+        raise ValueError(
+            f"num_frames, height, width, num_videos_per_prompt: {videos} videos of {clip.key} are {tokens:,} tokens and take "
+            f"{needed / 2**30:,.1f} GiB at least; the {transformer.device.type} has {available / 2**30:,.1f} GiB"
+        )
 
 
 # Frames per second where neither caller nor training says.
@@ -435,8 +481,10 @@ def _frame_numbers(frames: Frames | None, count: int, batch: int, length: int) -
                 f"{length} latent frames"
             )
         return [row.nonzero().flatten().tolist() for row in mask.cpu()], mask
-    listed = range(count) if frames is None else frames
-    if not isinstance(listed, list | tuple | range | np.ndarray) or not all(
+    listed: Any = range(count) if frames is None else frames
+    if isinstance(listed, np.ndarray):
+        listed = listed.tolist()
+    if not isinstance(listed, list | tuple | range) or not all(
         isinstance(n, Integral) and not isinstance(n, bool) for n in listed
     ):
         raise ValueError(

@@ -10,7 +10,7 @@ B videos · C latent channels · (t, h, w) latent frames, height, width · (T, H
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,16 +44,17 @@ from stdit.inference.inputs import (
     check_callable,
     check_counts,
     check_generator,
+    check_memory,
     check_output,
     checked_fps,
     checked_number,
+    checked_prompts,
     encode_video,
     prepare_control_latents,
     prepare_frame_condition,
     prepare_latents,
 )
 from stdit.inference.lora import LoraMixin
-from stdit.inference.prompts import check_text
 from stdit.integrity import check_saved
 from stdit.models.control import STDiTControl
 from stdit.models.sampling import CachedConditions, micro_conditions
@@ -267,7 +268,10 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
         """
         if height is None or width is None:
             raise ValueError(f"give height and width in pixels; found height {height!r:.80}, width {width!r:.80}")
-        check_counts(num_frames=num_frames, height=height, width=width, num_inference_steps=num_inference_steps)
+        check_counts(
+            num_frames=num_frames, height=height, width=width, num_inference_steps=num_inference_steps,
+            num_videos_per_prompt=num_videos_per_prompt,
+        )  # fmt: skip
         check_output(output_type, callback_on_step_end_tensor_inputs)
         self._check_scheduler()
         self._interrupt = False
@@ -282,13 +286,14 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
         control_scale = checked_number("control_scale", control_scale, -MAX_SCALE, MAX_SCALE)
         clip = Bucket(frames=num_frames, height=height, width=width)
         latent = VideoEncoder(self.vae).check(clip)
-        token_grid(latent, settings.patch_size, f"a clip of {clip.key}", settings.pad_latents)
+        grid = token_grid(latent, settings.patch_size, f"a clip of {clip.key}", settings.pad_latents)
 
         # 1. Text, class and micro-conditions
         inputs = PipelineInputs(
             prompt, class_labels, negative_prompt, prompt_embeds, prompt_attention_mask, pooled_prompt_embeds,
             negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds, num_videos_per_prompt,
         )  # fmt: skip
+        check_memory(self.transformer, clip, grid, inputs, guidance_scale != 1)
         encoder = self._condition_encoder()
         cond, batch = encoder.encode(inputs)
         if not cond:
@@ -406,16 +411,10 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
 
     def encode_prompt(self, prompt: str | Sequence[str]) -> TextFeatures:
         """(features (B, L, D) float32, mask (B, L)), and `.pooled`. ValueError: not text, no text encoder, no prompts."""
-        if isinstance(prompt, Mapping | bytes) or not isinstance(prompt, Iterable):
-            raise ValueError(f"prompt: expected text, or a list of texts; found {type(prompt).__name__}")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = checked_prompts("prompt", prompt)
         encoder = self.prompt_encoder
         if encoder is None:
             raise ValueError("this pipeline has no text_encoder; give prompt_embeds and prompt_attention_mask")
-        if not prompts:
-            raise ValueError("prompt is an empty list")
-        for i, text in enumerate(prompts):
-            check_text(text, f"prompt {i}")
         return encoder.encode(prompts)
 
     def label_ids(self, labels: Labels) -> Tensor:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stdit.config import Bucket, GenerateConfig, apply_override, validate
+from stdit.config.load import shorten
 from stdit.files import parse_jsonl, read_text
 
 # Longest slug of a file name; with index and seed well below the 255 bytes that file systems allow.
@@ -204,7 +205,7 @@ def label_id(label: int | str | None, classes: Mapping[str, int], count: int) ->
     except (TypeError, ValueError):
         number = count
     if not -1 <= number < count or (isinstance(label, str) and classes):
-        raise ValueError(f"class {label!r} is none of this model's {count} classes ({known})")
+        raise ValueError(f"class {shorten(repr(label))} is none of this model's {count} classes ({known})")
     return number
 
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +43,8 @@ from stdit.models.sequence_parallel import SequenceParallel
 from stdit.models.stdit import STDiT
 
 META = torch.device("meta")
+# Where the kernel says how much memory a container may take (cgroups 2 and 1).
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
@@ -248,6 +252,22 @@ def _inputs(
     if model.num_classes is not None:
         inputs["class_labels"] = torch.zeros(batch, device=META, dtype=torch.int64)
     return inputs
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory of a GPU, or that this process may use of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return host_memory()
+
+
+def host_memory() -> int:
+    """Bytes of memory that this process may use."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in CGROUP_LIMITS:
+        text = path.read_text().strip() if path.is_file() else "max"
+        found = min(found, int(text)) if text.isdigit() else found
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from diffusers.models.attention_dispatch import (
@@ -16,12 +15,8 @@ from diffusers.models.attention_dispatch import (
 
 from stdit.config import Bucket, Config, ConfigError, TrainConfig, token_grid
 from stdit.models.attention import AttentionProcessor
-from stdit.models.cost import ModelCost, model_cost, parameter_count
+from stdit.models.cost import ModelCost, device_memory, host_memory, model_cost, parameter_count
 from stdit.training.deepspeed_config import offloads
-
-# Where the kernel says how much memory a container may take (cgroups 2 and 1).
-CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-
 
 Grid = tuple[int, int, int]
 
@@ -121,7 +116,7 @@ def _check_memory(
     """
     on_host = device.type == "cpu" or offloads(config.train)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if on_host else 1
-    available = host_memory() if on_host else torch.cuda.get_device_properties(device).total_memory
+    available = host_memory() if on_host else device_memory(device)
     parameters = parameter_count(config.model)
     fine_tunes = config.train.lora is not None or config.train.control is not None
     needed = rank_memory(0 if fine_tunes else parameters, config.train, ranks).total or parameters * 2
@@ -149,15 +144,6 @@ def _check_memory(
             f"data.buckets {bucket.key}: the activations of a micro-batch of {samples} take "
             f"{activations / 2**30:,.1f} GiB a rank, {model.removeprefix('model: ')}; {place}. Lower {lower}{hint}"
         )
-
-
-def host_memory() -> int:
-    """Bytes of memory that this process may use."""
-    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in CGROUP_LIMITS:
-        text = path.read_text().strip() if path.is_file() else "max"
-        found = min(found, int(text)) if text.isdigit() else found
-    return found
 
 
 def _check_attention_backend(config: Config, device: torch.device) -> None:
