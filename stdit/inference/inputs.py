@@ -185,7 +185,7 @@ def checked_prompts(name: str, prompts: Any) -> list[str]:
     unfit = isinstance(prompts, Mapping | bytes) or not isinstance(prompts, Iterable)
     if unfit or getattr(prompts, "ndim", 1) == 0:
         raise ValueError(f"{name}: expected text, or a list of texts; found {type(prompts).__name__}")
-    listed = [prompts] if isinstance(prompts, str) else list(prompts)
+    listed: list[str] = [prompts] if isinstance(prompts, str) else list(prompts)
     if not listed:
         raise ValueError(f"{name} is an empty list")
     for i, text in enumerate(listed):
@@ -321,6 +321,15 @@ def checked_fps(fps: float | None, frames: int, trained: float | None) -> float:
     if fps is None:
         return (trained or DEFAULT_FPS) if frames > 1 else 0.0
     return checked_number("fps", fps, math.ulp(0.0), MAX_FPS)
+
+
+def check_finite(x: Tensor) -> None:
+    """ValueError: videos of the sampled latents (B, C, t, h, w) that are not finite, with their numbers."""
+    if wrong := (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
+        raise ValueError(
+            f"the result is not finite (NaN or infinity) in videos {shorten(str(wrong))} of {len(x)}: embeddings, latents or "
+            f"guidance_scale are too large for {x.dtype}, or the weights are damaged"
+        )
 
 
 def prepare_latents(shape: tuple[int, ...], generator: Any, latents: Tensor | None, device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from stdit.config.load import shorten
 from stdit.files import apply_umask
 from stdit.integrity import write_manifest
 from stdit.models import lora
@@ -74,7 +75,9 @@ class LoraMixin:
         if isinstance(names, Mapping):
             lora.set_adapters(self.transformer, names)
             return
-        chosen = [names] if isinstance(names, str) else list(names)
+        chosen = [names] if isinstance(names, str) else names
+        if not isinstance(chosen, list | tuple) or not all(isinstance(name, str) for name in chosen):
+            raise ValueError(f"adapters: expected names, found {shorten(repr(names))}")
         scales = [weights] * len(chosen) if isinstance(weights, int | float) else list(weights or [1.0] * len(chosen))
         if len(scales) != len(chosen):
             raise ValueError(f"{len(scales)} weights for {len(chosen)} adapters ({', '.join(chosen)})")

@@ -43,6 +43,7 @@ from stdit.inference.inputs import (
     PipelineInputs,
     check_callable,
     check_counts,
+    check_finite,
     check_generator,
     check_memory,
     check_output,
@@ -350,6 +351,8 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
                 model, scheduler, noise, num_inference_steps, arguments, generator, on_step, frame_condition,
                 interrupted=lambda: self.interrupt,
             )  # fmt: skip
+
+        check_finite(x)
 
         # 4. Decoding
         frames = x if output_type == "latent" else self._decode(x, output_type)

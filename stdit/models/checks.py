@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from stdit.config.load import shorten
 from stdit.config.model import ModelConfig
 from stdit.models.positions import Grid
 
@@ -24,7 +25,7 @@ def check_inputs(
     conditions: precomputed, and checked then, in place of `inputs`.
     """
     grid = check_latents(settings, latents)
-    if not isinstance(inputs.added_cond_kwargs or {}, Mapping):
+    if inputs.added_cond_kwargs is not None and not isinstance(inputs.added_cond_kwargs, Mapping):
         raise ValueError(f"added_cond_kwargs is a {type(inputs.added_cond_kwargs).__name__}; expected a mapping")
     batch, added = latents.shape[0], inputs.added_cond_kwargs or {}
     if conditions is None:
@@ -67,6 +68,8 @@ def check_static(settings: ModelConfig, inputs: ConditionInputs) -> None:
 
 def check_residuals(residuals: Sequence[Tensor], shape: tuple[int, ...], depth: int) -> None:
     """Residuals of a control branch: at most one per block, each of the tokens' shape (B, T, S, D)."""
+    if not isinstance(residuals, list | tuple) or not all(isinstance(one, Tensor) for one in residuals):
+        raise ValueError(f"block_residuals: expected a list of tensors, found {shorten(repr(residuals))}")
     if len(residuals) > depth:
         raise ValueError(f"block_residuals are {len(residuals)}; the model has {depth} blocks")
     for i, residual in enumerate(residuals):

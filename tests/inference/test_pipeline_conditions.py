@@ -298,6 +298,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"negative_pooled_prompt_embeds": torch.zeros(1, 5)}, "needs pooled_prompt_embeds"),
     ({"prompt_attention_mask": torch.ones(1, 5)}, "prompt_attention_mask needs prompt_embeds"),
     ({"prompt": None, "prompt_embeds": torch.full((1, 4, 32), float("nan"))}, "prompt_embeds: not finite"),
+    ({"prompt": None, "prompt_embeds": torch.full((1, 4, 32), 1e38)}, r"not finite \(NaN or infinity\) in videos \[0\] of 1"),
     ({"prompt": None, "prompt_embeds": torch.ones(1, 4, 32).bool()}, "expected floating point, found torch.bool"),
     ({"prompt": None, "prompt_embeds": torch.ones(1, 4, 32).to(torch.complex64)}, "expected floating point, found torch.complex64"),
     ({"prompt": None, "prompt_embeds": [[1.0]]}, "prompt_embeds: expected a tensor, found list"),

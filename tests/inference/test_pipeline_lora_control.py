@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -106,6 +106,8 @@ def test_adapters_add_up_and_merge_and_leave_no_trace(run: Path, style: Path, mo
     torch.testing.assert_close(draw(pipe), both, rtol=1e-5, atol=1e-5)
     pipe.unfuse_lora()
     assert torch.equal(draw(pipe), both)
+    with pytest.raises(ValueError, match=r"adapters: expected names, found \[7\]"):
+        pipe.set_adapters(cast(Any, [7]))
     pipe.set_adapters("lora_0")
     assert torch.equal(draw(pipe), first)
     pipe.set_adapters(["motion", "lora_0"], [0.5, 1.0])

@@ -155,6 +155,9 @@ ODD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         {"encoder_hidden_states": torch.zeros(2, 5, 6), "encoder_attention_mask": torch.eye(2, 5) * torch.tensor([[1], [0]])},
         "caption 1 has no token, and the model has no null caption",
     ),
+    ({}, {"block_residuals": [None]}, "block_residuals: expected a list of tensors, found [None]"),
+    ({}, {"block_residuals": 7}, "block_residuals: expected a list of tensors, found 7"),
+    ({}, {"added_cond_kwargs": torch.ones(2)}, "added_cond_kwargs is a Tensor; expected a mapping"),
     ({}, {"block_residuals": [torch.zeros(2, 1, 16, 31)]}, "block_residuals[0] has shape (2, 1, 16, 31); the tokens are (2, 1, 16, 32)"),
     ({}, {"block_residuals": [torch.zeros(2, 1, 16, 32)] * 3}, "block_residuals are 3; the model has 2 blocks"),
 ]  # fmt: skip
