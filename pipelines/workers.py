@@ -64,13 +64,15 @@ def _init(init: Callable[..., Any], num_cpus: int | None) -> Literal["joined", "
         return "joined"
     _own_token()
     # A bare ray.init() would attach to whatever Ray runs on this machine.
-    init(
-        address="local",
-        num_cpus=num_cpus or available_cpus(),
-        include_dashboard=False,
-        object_store_memory=_OBJECT_STORE_BYTES,
-        **quiet,
-    )
+    local: dict[str, Any] = {"address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+    local["num_cpus"] = num_cpus or available_cpus()
+    try:
+        init(**local, **quiet)
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        disconnect()
+        init(**local, **quiet)  # Ray waits for its node for 30 s, which a busy machine can exceed
     return "started"
 
 

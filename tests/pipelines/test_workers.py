@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -163,3 +164,25 @@ def test_a_local_ray_leaves_nothing_in_the_home_folder(tmp_path: Path) -> None:
     )
     assert done.stdout.split() == ["42"], done.stderr
     assert not (tmp_path / ".ray").exists()
+
+
+def test_a_ray_that_did_not_start_in_time_is_started_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def init(**options: Any) -> None:
+        calls.append(options)
+        if len(calls) <= failures:
+            raise Exception("The current node timed out during startup. This could happen because …")
+
+    monkeypatch.setattr(workers, "disconnect", lambda: calls.append({"disconnected": True}))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    failures = 1
+    assert workers._init(init, 2) == "started"
+    first, between, second = calls
+    assert first == second
+    assert between == {"disconnected": True}
+    calls.clear()
+    failures = 9
+    with pytest.raises(Exception, match="timed out during startup"):
+        workers._init(init, 2)
+    assert sum("address" in call for call in calls) == 2
