@@ -87,6 +87,10 @@ class Forecast:
             f" + gradients {_bytes(m.gradients)} + optimizer {_bytes(m.optimizer)} + average {_bytes(m.average)}"
             f" + activations {_bytes(m.activations)}"
         )
+        if m.checkpoint_copy:
+            lines.append(
+                f"  checkpoints: a copy of {_bytes(m.checkpoint_copy)} in the host's memory (train.checkpoint_in_background)"
+            )
         return "\n".join(lines)
 
 

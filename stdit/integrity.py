@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from stdit.config import ConfigError, FileSchema, NonNegative, Sha256, read_json
@@ -42,15 +43,24 @@ def digest(files: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def write_manifest(folder: Path, files: Iterable[Path]) -> None:
-    """Syncs `files`, which are in `folder`, to disk, then writes their manifest."""
+def write_manifest(
+    folder: Path, files: Iterable[Path], known: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+) -> None:
+    """Writes the manifest of `files`, which are in `folder`. known: `sync_files` of some of them; the others are synced here."""
     files = sorted(files)
-    with ThreadPoolExecutor(HASH_THREADS) as pool:
-        entries = list(pool.map(_entry, files))
+    content = dict(known) | sync_files(folder, [p for p in files if p.relative_to(folder).as_posix() not in known])
     for parent in {p.parent for p in files}:
         fsync_folder(parent)
-    content = {p.relative_to(folder).as_posix(): entry for p, entry in zip(files, entries, strict=True)}
+    content = {name: content[name] for p in files if (name := p.relative_to(folder).as_posix())}
     atomic_write(folder / MANIFEST, json.dumps({"files": content, "sha256": digest(content)}, indent=1))
+
+
+def sync_files(folder: Path, files: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Syncs files in `folder` to disk; returns their entries of a manifest, by name in it."""
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        return {
+            p.relative_to(folder).as_posix(): entry for p, entry in zip(files, pool.map(_entry, files), strict=True)
+        }
 
 
 def _entry(path: Path) -> dict[str, Any]:

@@ -46,7 +46,8 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
     """Trains `config` to its last step, from its newest checkpoint if there is one; returns the run directory.
 
     Every rank calls this. An existing process group (of a Ray Train worker) is used and left alone.
-    report: called on every rank after each logged or saved step, with its metrics and "checkpoint" (a path or None).
+    report: called on every rank after each logged step, and each at which a checkpoint was completed, with the step's metrics and
+    "checkpoint" (its path or None; written in the background, it is of an earlier step).
     stop: when it is set on any rank, all save a checkpoint and raise Stopped.
 
     Raises ConfigError and CheckpointError (no checkpoint there is intact) before anything is started, SaveError if a
@@ -82,6 +83,7 @@ def train_from_checkpoint(config: Config, report: Callable[[dict[str, Any]], Non
     from stdit.training.optimizer import last_stable_step, learning_rate
     from stdit.training.out_of_memory import MemoryErrors
     from stdit.training.performance import Performance, profiler
+    from stdit.training.saving import Saver
     from stdit.training.spikes import positions_left_out
     from stdit.training.tracking import Tracker, is_due
     from stdit.training.validation import Validator
@@ -115,7 +117,8 @@ def train_from_checkpoint(config: Config, report: Callable[[dict[str, Any]], Non
         )  # fmt: skip
         performance = Performance(config, ranks, data, sum(loader.counts.values()))
         timed, profile = performance.section, stack.enter_context(profiler(config, ranks, state.step + 1))
-        saves, start = resume.FailedSaves(config, tracker.print), time.perf_counter()
+        saver = stack.enter_context(closing(Saver(engine, ema, config, data, state, ranks, tracker.print)))
+        start = time.perf_counter()
         watchdog = stack.enter_context(closing(Watchdog(ranks.rank, config.run_dir, config.train.step_timeout_s, stop)))
         stop.start_training()
 
@@ -141,7 +144,7 @@ def train_from_checkpoint(config: Config, report: Callable[[dict[str, Any]], Non
             performance.count(data_step)
 
             means = (value / len(data_step.batches) / ranks.size for value in sums.tolist())
-            mean_loss, flops_ratio, stops = ranks.all_reduce(*means, float(bool(stop)))
+            mean_loss, flops_ratio, stops, *writing = ranks.all_reduce(*means, float(bool(stop)), *saver.status)
             metrics: dict[str, Any] = {
                 "step": step, "loss": mean_loss, "learning_rate": lr, "grad_norm": grad_norm, "bucket": data_step.bucket.key,
                 "samples_seen": state.samples_seen, "seconds": round(time.perf_counter() - start, 4),
@@ -156,11 +159,11 @@ def train_from_checkpoint(config: Config, report: Callable[[dict[str, Any]], Non
             bad_steps.check(step, data_step, mean_loss, engine)
 
             saved, ends = None, bool(stops) or step == steps
-            if ends or step == last_stable or is_due(config.train.checkpoint_every, step, steps):
+            due = ends or step == last_stable or is_due(config.train.checkpoint_every, step, steps)
+            if due or saver.is_over(*writing):
                 with timed("checkpoint"), watchdog.saving():
-                    saved = saves.attempt(
-                        lambda: resume.save_checkpoint(engine, ema, config, data, state, ranks), last=ends
-                    )
+                    saved = saver.save(last=ends) if due else saver.finish()
+                performance.count_save(saver.background_seconds)
             if report and (logged or saved):
                 report({**metrics, "checkpoint": saved and str(saved)})
             if saved and stops and step < steps:

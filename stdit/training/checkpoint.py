@@ -18,12 +18,14 @@ that carries its own hash. Folders of other names are ignored.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -43,6 +45,10 @@ _NAME = re.compile(r"step-(\d{8,})")
 _PARTIAL_NAME = re.compile(r"step-\d{8,}\.partial|\.universal")
 # A file in every folder that is being written or removed; only folders with it are ever deleted.
 PARTIAL_MARK = ".stdit-partial"
+# In a folder that is being written: files of each rank for rank 0.
+_RANK_PREFIX = ".rank-"
+# Entries of a manifest by file name.
+FileEntries = Mapping[str, Mapping[str, Any]]
 
 
 class CheckpointError(RuntimeError):
@@ -96,10 +102,11 @@ def remove_partial(folder: Path) -> None:
     folder.rmdir()
 
 
-def complete(partial: Path, checkpoint: Path, expected: Iterable[str] = ()) -> None:
+def complete(partial: Path, checkpoint: Path, expected: FileEntries = MappingProxyType({})) -> None:
     """Turns a partial folder into `checkpoint`: syncs every file, writes the manifest, renames, then writes `latest`.
 
-    CheckpointError: a file of `expected` (names in the folder) is missing, or `checkpoint` exists.
+    expected: files that their writers have synced. CheckpointError: one of them is missing or has another size, or
+    `checkpoint` exists.
     """
     write_manifest(partial, expected)
     if os.path.lexists(checkpoint):
@@ -110,13 +117,46 @@ def complete(partial: Path, checkpoint: Path, expected: Iterable[str] = ()) -> N
     atomic_write(checkpoint.parent / LATEST, checkpoint.name + "\n")
 
 
-def write_manifest(checkpoint: Path, expected: Iterable[str] = ()) -> None:
-    """Syncs every file to disk, then writes the manifest. CheckpointError: a file of `expected` is missing."""
-    if missing := sorted(name for name in expected if not (checkpoint / name).is_file()):
-        raise CheckpointError(f"{checkpoint}: {', '.join(missing)} missing; another process removed files there")
+def write_manifest(checkpoint: Path, expected: FileEntries = MappingProxyType({})) -> None:
+    """Syncs every file that is not in `expected` to disk, then writes the manifest of all. CheckpointError: as `complete`."""
+    missing = []
+    for name, entry in sorted(expected.items()):
+        path = checkpoint / name
+        if not path.is_file() or path.stat().st_size != entry["size"]:
+            missing.append(name)
+    if missing:
+        raise CheckpointError(f"{checkpoint}: {', '.join(missing)} missing or cut; another process changed files there")
     apply_umask(checkpoint)
     files = (p for p in checkpoint.rglob("*") if p.is_file() and p.name not in (MANIFEST, PARTIAL_MARK))
-    integrity.write_manifest(checkpoint, files)
+    integrity.write_manifest(checkpoint, files, expected)
+
+
+def write_rank_mark(partial: Path, rank: int, files: Sequence[Path]) -> None:
+    """Syncs the files that `rank` has written into `partial`, and says so there: they are complete, with their hashes."""
+    atomic_write(partial / _rank_mark(rank), json.dumps(integrity.sync_files(partial, files)))
+
+
+def read_rank_marks(partial: Path, ranks: int) -> dict[str, dict[str, Any]] | None:
+    """The files of all ranks with their manifest entries; None as long as a rank has not written all of its own."""
+    marks = [partial / _rank_mark(rank) for rank in range(ranks)]
+    if not all(mark.is_file() for mark in marks):
+        return None
+    return {name: entry for mark in marks for name, entry in json.loads(mark.read_text()).items()}
+
+
+def remove_rank_marks(partial: Path) -> None:
+    """Removes what ranks have left for rank 0 alone."""
+    for path in partial.glob(f"{_RANK_PREFIX}*"):
+        path.unlink()
+
+
+def rank_partition(partial: Path, rank: int) -> Path:
+    """File for rank 0: a rank's partitions of the weights and of their average."""
+    return partial / f"{_RANK_PREFIX}{rank:05d}.pt"
+
+
+def _rank_mark(rank: int) -> str:
+    return f"{_RANK_PREFIX}{rank:05d}.json"
 
 
 def is_own(checkpoint: Path) -> bool:
@@ -341,8 +381,9 @@ def _checkpoint_of(run_or_checkpoint: Path) -> Path:
     )
 
 
+@cache
 def git_revision() -> str | None:
-    """Commit of the running source, with "+changes" if the tree is modified; None outside git."""
+    """Commit of the running source at the first call, with "+changes" if the tree is modified; None outside git."""
     here = Path(__file__).resolve().parent
     try:
         output = subprocess.run(

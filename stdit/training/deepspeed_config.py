@@ -125,6 +125,11 @@ def read_override(train: TrainConfig, generated: dict[str, Any]) -> dict[str, An
         raise ConfigError(
             f"{name}: zero_optimization.stage: {zero['stage']}, but train.zero_stage is {train.zero_stage}"
         )
+    writer = raw.get("checkpoint", {}).get("writer") if isinstance(raw.get("checkpoint"), dict) else None
+    if writer is not None and train.checkpoint_in_background:
+        raise ConfigError(
+            f"{name}: checkpoint.writer: {writer!r}, but train.checkpoint_in_background: true writes through torch.save; set it to false"
+        )
     _check_numbers(raw, name)
     _check_zero(zero, name)
     for section in sorted(set(raw) & {"activation_checkpointing", "aio", "flops_profiler", "comms_logger"}):

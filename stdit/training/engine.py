@@ -25,8 +25,9 @@ from stdit.config import Config
 from stdit.training.deepspeed_config import make_deepspeed_config, set_accelerator
 from stdit.training.distributed import TIMEOUT, Ranks, init_process_group, set_timeout
 from stdit.training.identity import load_identity
-from stdit.training.muon import Muon, set_zero_layouts
+from stdit.training.muon import Muon, set_zero_layouts, zero3_fragment, zero12_fragment
 from stdit.training.optimizer import make_optimizer
+from stdit.training.snapshot import Fragment, MasterLayout
 
 
 def init_distributed(sequence_parallel: int = 1) -> Ranks:
@@ -97,6 +98,8 @@ class Engine:
             )[0]
         # Of the groups that DeepSpeed has created; the watchdog comes first.
         set_timeout(max(TIMEOUT, timedelta(seconds=2 * config.train.step_timeout_s)))
+        # Convenience scripts beside the checkpoints, whose failure on rank 0 would leave the others waiting.
+        self.engine._copy_recovery_script = lambda folder: None
         self.optimizer: Any = self.engine.optimizer
         if isinstance(self.base_optimizer, Muon) and self.stage:
             set_zero_layouts(self.base_optimizer, self.optimizer, self.stage, groups, ranks.device)
@@ -159,12 +162,18 @@ class Engine:
 
     def masters(self) -> list[Tensor]:
         """This rank's master weights: the tensors themselves, to be updated in place."""
-        for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
-            if (partition := getattr(self.optimizer, name, None)) is not None:
-                return [t for t in partition if t.numel()]
+        if partitions := self._partitions():
+            return [t for t in partitions if t.numel()]
         if (groups := getattr(self.optimizer, "fp32_groups", None)) is not None:
             return [p.data for group in groups for p in group]
         return [p.data for p in self._trainable().values()]
+
+    def _partitions(self) -> list[Tensor]:
+        """ZeRO's flat partitions of the master weights, empty ones included; [] without ZeRO."""
+        for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
+            if (partitions := getattr(self.optimizer, name, None)) is not None:
+                return list(partitions)
+        return []
 
     @torch.no_grad()
     def sync_from_masters(self) -> None:
@@ -182,25 +191,34 @@ class Engine:
             for weights, masters in zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True):
                 torch._foreach_copy_(list(weights), list(masters))  # pyright: ignore
 
-    @torch.no_grad()
-    def weights(self) -> dict[str, Tensor]:
-        """Full master weights by name, float32 on the CPU, on rank 0; {} on other ranks."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
+    def master_layout(self) -> MasterLayout:
+        """Where each weight is in the ranks' `masters`."""
         named = self._trainable()
-        replicas = self._replicated_masters()
-        state: dict[str, Tensor] = {}
-        for name, parameter in named.items():
-            full = replicas[id(parameter)] if replicas is not None else safe_get_full_fp32_param(parameter)
-            assert full is not None, f"DeepSpeed holds no float32 weights of {name}"
-            if self.ranks.is_main:
-                state[name] = full.detach().float().cpu().clone()
-        if self.ranks.is_main:
-            parameters = dict(self.module.named_parameters())
-            for name, buffer in self.module.state_dict().items():
-                if name not in parameters:
-                    state[name] = buffer.detach().cpu().clone()
-        return state
+        # By address: `masters` makes tensors anew.
+        numbers = {tensor.data_ptr(): number for number, tensor in enumerate(self.masters())}
+        if (replicas := self._replicated_masters()) is not None:
+            whole = {n: replicas[id(p)] for n, p in named.items()}
+            mine = {n: Fragment(numbers[t.data_ptr()], 0, 0, t.numel()) for n, t in whole.items()}
+            return MasterLayout({n: p.shape for n, p in named.items()}, [mine])
+        shapes = {n: torch.Size(getattr(p, "ds_shape", p.shape)) for n, p in named.items()}
+        groups: list[list[nn.Parameter]] = []
+        if self.stage < 3:  # bf16_groups: of bfloat16 at stage 1
+            groups = getattr(self.optimizer, "bit16_groups", None) or self.optimizer.bf16_groups
+        number = {id(p): i for i, group in enumerate(groups) for p in group}
+        mine = {}
+        for name, p in named.items():
+            if self.stage == 3:
+                found = zero3_fragment(self.optimizer, p, self.ranks.rank)
+            else:
+                found = zero12_fragment(number[id(p)], p)
+            if found.numel:
+                mine[name] = found._replace(master=numbers[self._partitions()[found.master].data_ptr()])
+        return MasterLayout(shapes, self.ranks.gather(mine))
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The model's persistent buffers by name."""
+        parameters = dict(self.module.named_parameters())
+        return {name: tensor for name, tensor in self.module.state_dict().items() if name not in parameters}
 
     @torch.no_grad()
     def set_weights(self, state: dict[str, Tensor]) -> None:
@@ -227,29 +245,23 @@ class Engine:
 
     # --------------------------------------------------------------------------------- checkpoints
 
-    def save(self, folder: Path, tag: str) -> Exception | None:
-        """Writes every rank's shards into folder/tag; returns what kept this rank from writing one of them."""
+    def save(self, folder: Path, tag: str, keep: Callable[[Any], Any]) -> ShardWriter:
+        """What DeepSpeed would write on this rank into folder/tag; `ShardWriter.write` writes it.
+
+        keep: what is to become of each file's state until then; the identity, where weights do not change before.
+        """
         writer = self.engine.checkpoint_engine
-        self.engine.checkpoint_engine = tolerant = TolerantWriter(writer)
+        self.engine.checkpoint_engine = shards = ShardWriter(writer, keep)
         try:
             self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
         finally:
             self.engine.checkpoint_engine = writer
-        return tolerant.error
+        return shards
 
     def state_tensors(self) -> list[Tensor]:
         """This rank's master weights and optimizer state."""
         state = [v for values in self.base_optimizer.state.values() for v in values.values() if torch.is_tensor(v)]
         return [*self.masters(), *state]
-
-    def shard_names(self) -> list[str]:
-        """Names of the files that `save` writes on this rank."""
-        paths = []
-        if self.engine.save_non_zero_checkpoint:
-            paths.append(self.engine._get_ckpt_name("", ""))
-        if self.engine.save_zero_checkpoint:
-            paths.append(self.engine._get_zero_ckpt_name("", ""))
-        return [Path(path).name for path in paths]
 
     def load(self, folder: Path, tag: str) -> None:
         """Loads weights and optimizer state from folder/tag. ValueError: DeepSpeed found nothing there."""
@@ -272,29 +284,40 @@ class Engine:
         self.engine.destroy()
 
 
-class TolerantWriter:
-    """DeepSpeed's checkpoint engine, which remembers the first error of writing instead of raising it: a rank that left
-    `save_checkpoint` would leave the others waiting in its barriers."""
+class ShardWriter:
+    """DeepSpeed's checkpoint engine, which collects what is to be written and writes it later, without the other ranks.
 
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
+    `error` is the first one of collecting, which is remembered instead of raised: a rank that left `save_checkpoint` would leave
+    the others waiting in its barriers.
+    """
+
+    def __init__(self, writer: Any, keep: Callable[[Any], Any]) -> None:
+        self._writer, self._keep = writer, keep
+        self._states: list[tuple[Any, str]] = []
         self.error: Exception | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._writer, name)
 
-    def save(self, *args: Any, **kwargs: Any) -> None:
-        self._attempt(self._writer.save, *args, **kwargs)
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Nothing: the folder is there."""
 
-    def makedirs(self, *args: Any, **kwargs: Any) -> None:
-        self._attempt(self._writer.makedirs, *args, **kwargs)
-
-    def _attempt(self, write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    def save(self, state_dict: Any, path: str) -> None:
+        """Called by DeepSpeed for each file of this rank."""
         if self.error is None:
             try:
-                write(*args, **kwargs)
-            except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError
+                self._states.append((self._keep(state_dict), path))
+            except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError
                 self.error = error
+
+    def write(self) -> list[Path]:
+        """Writes the files and frees what they hold; returns their paths."""
+        paths = []
+        while self._states:
+            state, path = self._states.pop(0)
+            self._writer.save(state, path)
+            paths.append(Path(path))
+        return paths
 
 
 def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:

@@ -23,13 +23,15 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. Activations: of its largest bucket's micro-batch."""
+    """Bytes of one rank. Activations: of its largest bucket's micro-batch. checkpoint_copy: of rank 0, in the host's memory, not in
+    `total`."""
 
     weights: int
     gradients: int
     optimizer: int
     average: int
     activations: int
+    checkpoint_copy: int = 0
 
     @property
     def total(self) -> int:
@@ -50,7 +52,17 @@ def rank_memory(parameters: int, train: TrainConfig, ranks: int, activations: in
     master = 4 if bf16 or stage > 0 else 0
     # bfloat16 gradients are summed up in float32 under ZeRO (stdit.training.deepspeed_config).
     gradient = 2 if bf16 and stage == 0 else 4
-    return Memory(share(2 if bf16 else 4, 3), share(gradient, 2), share(moments + master, 1), share(4, 1), activations)
+    weights, optimizer, average = share(2 if bf16 else 4, 3), share(moments + master, 1), share(4, 1)
+    # ZeRO-3's shards have the masters alone (stdit.training.saving).
+    copied = optimizer + average + (weights if stage < 3 else 0) if copies_checkpoints(train) else 0
+    return Memory(weights, share(gradient, 2), optimizer, average, activations, copied)
+
+
+def copies_checkpoints(train: TrainConfig) -> bool:
+    """Whether checkpoints are written while training goes on: all but the last one."""
+    return train.checkpoint_in_background and (
+        train.checkpoint_every is not None or train.optimizer.lr_schedule == "wsd"
+    )
 
 
 def sample_cost(
@@ -119,7 +131,9 @@ def _check_memory(
     available = host_memory() if on_host else device_memory(device)
     parameters = parameter_count(config.model)
     fine_tunes = config.train.lora is not None or config.train.control is not None
-    needed = rank_memory(0 if fine_tunes else parameters, config.train, ranks).total or parameters * 2
+    memory = rank_memory(0 if fine_tunes else parameters, config.train, ranks)
+    needed = memory.total or parameters * 2
+    _check_checkpoint_copy(memory, needed if on_host else 0, config.train)
     place = "this machine" if on_host else torch.cuda.get_device_name(device)
     place = f"{place} has {available / 2**30:,.1f} GiB" + (f" for {local} ranks" if local > 1 else "")
     model = (
@@ -143,6 +157,20 @@ def _check_memory(
         raise ConfigError(
             f"data.buckets {bucket.key}: the activations of a micro-batch of {samples} take "
             f"{activations / 2**30:,.1f} GiB a rank, {model.removeprefix('model: ')}; {place}. Lower {lower}{hint}"
+        )
+
+
+def _check_checkpoint_copy(memory: Memory, needed: int, train: TrainConfig) -> None:
+    """needed: bytes of the host's memory that a rank takes without the copies of checkpoints. ConfigError: they don't fit beside it."""
+    local, available = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), host_memory()
+    # Without ZeRO rank 0 alone copies; with it, what is partitioned is copied by all.
+    others = memory.optimizer + memory.average if train.zero_stage else 0
+    copies = memory.checkpoint_copy + (local - 1) * others
+    if memory.checkpoint_copy and needed * local <= available < needed * local + copies:
+        raise ConfigError(
+            f"train.checkpoint_in_background: true copies {memory.checkpoint_copy / 2**30:,.1f} GiB of a rank to the host's memory, "
+            f"beside {needed / 2**30:,.1f} GiB; this machine has {available / 2**30:,.1f} GiB for {local} ranks. "
+            "false writes without a copy"
         )
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from stdit.models.attention import Attention, CrossAttention
 from stdit.models.mlp import Mlp, SwiGLU
+from stdit.training.snapshot import Fragment
 
 # Odd quintic polynomials a x + b x³ + c x⁵, each the nearest to 1 on the range where the one before leaves singular values of
 # 0.003 to 1 (Amsel et al. 2025, Polar Express): they end within 0.78 and 1.20, Jordan's five steps within 0.68 and 1.20.
@@ -209,7 +210,7 @@ def set_zero_layouts(
     mine: dict[int, list[Piece]] = defaultdict(list)
     for p, parts in zip(groups[group], group_parts, strict=True):
         rows, columns = tuple(cast(Any, p).ds_shape if stage == 3 else p.shape)
-        partition, start, offset, count = _zero3_piece(zero, p, rank) if stage == 3 else _zero12_piece(group, p)
+        partition, start, offset, count = zero3_fragment(zero, p, rank) if stage == 3 else zero12_fragment(group, p)
         numel = rows // parts * columns
         for part in range(parts):
             # The overlap of [start, start + count) with this part's elements.
@@ -225,16 +226,17 @@ def set_zero_layouts(
     }
 
 
-def _zero3_piece(zero: Any, p: Any, rank: int) -> tuple[int, int, int, int]:
-    """Flat partition, first element of `p`, its place there, and number of elements, on this rank."""
+def zero3_fragment(zero: Any, p: Any, rank: int) -> Fragment:
+    """The part of parameter `p` that a rank has; `master` is the number of ZeRO's flat partition."""
     partition, offset, length = zero.grad_position[zero.get_param_id(p)]
     start = rank * length
-    return partition, start, offset, max(0, min(length, p.ds_numel - start))
+    return Fragment(partition, start, offset, max(0, min(length, p.ds_numel - start)))
 
 
-def _zero12_piece(group: int, p: Any) -> tuple[int, int, int, int]:
+def zero12_fragment(group: int, p: Any) -> Fragment:
+    """As `zero3_fragment`, on this rank, of a parameter in optimizer group `group`."""
     mapping = p._hp_mapping
     if mapping is None:
-        return group, 0, 0, 0
+        return Fragment(group, 0, 0, 0)
     ours, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
-    return group, ours.start, flat.start, flat.numel
+    return Fragment(group, ours.start, flat.start, flat.numel)

@@ -62,6 +62,8 @@ class Performance:
         self._recent = dict.fromkeys(SECTIONS, 0.0)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._costs: dict[str, tuple[int, int]] = {}
+        # Seconds in which checkpoints were written while training went on, and those of them that are logged.
+        self._written = self._written_logged = 0.0
         self._steps = self._samples = self._tokens = self._flops = self._all_steps = 0
         self._imbalance, self._useful, self._processed = 0.0, 0.0, 0
         self._begin = self._last = time.perf_counter()
@@ -106,6 +108,11 @@ class Performance:
             self._useful += useful
             self._processed += processed
 
+    def count_save(self, background_seconds: float) -> None:
+        """Takes the seconds that this rank has written checkpoints in the background, in all. Training's own wait is section
+        "checkpoint"."""
+        self._written = background_seconds
+
     def metrics(self, step: int, samples_seen: int) -> dict[str, float]:
         """Means since the last call. Collective: ranks compare their times; a slow one is in "slow_rank"."""
         if self._events:
@@ -134,6 +141,9 @@ class Performance:
                 values[f"seconds_{name}"] = self._recent[name] / steps
             elif self._recent[name] > 1e-3:
                 values[f"seconds_{name}"] = self._recent[name]
+        if self._written > self._written_logged:
+            values["seconds_checkpoint_written"] = self._written - self._written_logged
+            self._written_logged = self._written
         mine = (self._recent["data"] + self._recent["forward"]) / steps
         gathered = self.ranks.gather((mine, self._useful, self._processed))
         everyone = [seconds for seconds, _, _ in gathered]
@@ -157,7 +167,8 @@ class Performance:
         parts = {name: self._totals[name] + self._recent[name] for name in SECTIONS}
         parts["other"] = max(0.0, total - sum(parts.values()))
         shown = [f"{name} {value:.1f} s ({value / total:.0%})" for name, value in parts.items() if value >= 0.05]
-        return f"time: {total:.1f} s: " + ", ".join(shown)
+        line = f"time: {total:.1f} s: " + ", ".join(shown)
+        return f"{line}; checkpoints written meanwhile in {self._written:.1f} s" if self._written >= 0.05 else line
 
     @cached_property
     def peak_flops(self) -> float:

@@ -1,38 +1,31 @@
-"""Saving and resuming a run: TrainState, checks of a changed config, checkpoints in and out.
+"""Resuming a run: TrainState, checks of a changed config, loading of checkpoints.
 
-What makes a checkpoint folder complete is in stdit.training.checkpoint; the run's other files are in stdit.training.run_dir.
+They are written by stdit.training.saving; what makes a folder complete is in stdit.training.checkpoint, the run's other files
+are in stdit.training.run_dir.
 """
 
 from __future__ import annotations
 
-import errno
-import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import nn
 
 from stdit.config import Config, ConfigError, validate
 from stdit.config.diff import TRAINING_RUNTIME_KEYS, changes, global_batch_sizes, matches
-from stdit.files import atomic_write
 from stdit.models.control import Controlled
 from stdit.models.stdit import STDiT
 from stdit.training import adapters, checkpoint
 from stdit.training.adapters import Base
-from stdit.training.checkpoint import FOLDER, IDENTITY, TRANSFORMER, CheckpointError, SaveError, folder_of_step
+from stdit.training.checkpoint import TRANSFORMER, CheckpointError
 from stdit.training.data import TrainData
 from stdit.training.distributed import Ranks
-from stdit.training.divergence import check_finite
 from stdit.training.ema import EMA
 from stdit.training.engine import Engine, unreadable_shard
 from stdit.training.optimizer import last_stable_step
@@ -272,143 +265,6 @@ def load_checkpoint(engine: Engine, state: TrainState, ranks: Ranks) -> None:
     engine.load(folder, source.name)
 
 
-# ------------------------------------------------------------------------------------------- saving
-
-
-def save_checkpoint(engine: Engine, ema: EMA, config: Config, data: TrainData, state: TrainState, ranks: Ranks) -> Path:
-    """Writes the checkpoint of `state` and removes old ones; collective. Earlier checkpoints stay intact on failure.
-
-    NotWritten, on all ranks: a file could not be written on one of them (a full disk, say); training may go on. Diverged, on all
-    ranks and before anything is written: weights, EMA or optimizer state are not finite.
-    """
-    check_finite(engine, ema, state.step, ranks)
-    folder = config.run_dir / FOLDER / folder_of_step(state.step)
-    unfinished = checkpoint.partial_folder(folder)
-
-    def write(files: Callable[[], object]) -> None:
-        """Runs `files` on every rank; if one fails to write, NotWritten on all of them."""
-        reason = None
-        try:
-            files()
-        except (OSError, RuntimeError, SafetensorError) as error:
-            reason = str(error) if isinstance(error, CheckpointError) else _cause(error, folder.parent)
-        if failed := {rank: said for rank, said in enumerate(ranks.gather(reason)) if said is not None}:
-            rank, said = next(iter(failed.items()))
-            where = f" on rank {rank}" if ranks.size > 1 else ""
-            raise NotWritten(
-                f"{folder}: the checkpoint could not be written{where} ({said}). "
-                "Earlier checkpoints are intact: the same command resumes from them"
-            )
-
-    try:
-        write(lambda: ranks.is_main and checkpoint.start_partial(unfinished))
-        error = engine.save(unfinished.parent, unfinished.name)
-        write(lambda: _raise(error))
-        kind = checkpoint.config_kind(config.train)
-        for average in (False, True):
-            with ema.swapped() if average else nullcontext():
-                weights = engine.weights()
-            part = unfinished / checkpoint.weights_folder(kind, "ema" if average else "model")
-            write(lambda: ranks.is_main and adapters.save_trained(engine.module, weights, part))  # noqa: B023
-        shards = [name for names in ranks.gather(engine.shard_names()) for name in names]
-        write(lambda: ranks.is_main and _complete(engine, config, data, state, ranks, folder, shards))
-    except NotWritten:
-        if ranks.is_main:  # what there is of it takes the room that the next one needs
-            with suppress(OSError, CheckpointError):
-                checkpoint.remove_partial(unfinished)
-        raise
-    except RuntimeError as error:  # in a collective: it cannot go on
-        raise SaveError(
-            f"{folder}: the checkpoint could not be written ({_cause(error, folder.parent)}). "
-            "Earlier checkpoints are intact: the same command resumes from them"
-        ) from error
-    return folder
-
-
-class NotWritten(SaveError):
-    """A checkpoint that could not be written, known to all ranks."""
-
-
-def _raise(error: Exception | None) -> None:
-    if error is not None:
-        raise error
-
-
-class FailedSaves:
-    """Lets a run go on after a checkpoint that could not be written, `train.max_failed_saves` times in a row."""
-
-    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
-        self.limit, self.say, self.in_a_row = config.train.max_failed_saves, say, 0
-
-    def attempt(self, save: Callable[[], Path], last: bool) -> Path | None:
-        """The checkpoint that `save` writes; None if it could not, which is said. last: the run ends here, so that it must.
-        NotWritten: it must, or one time too many."""
-        try:
-            saved = save()
-        except NotWritten as error:
-            self.in_a_row += 1
-            if last or self.in_a_row > self.limit:
-                raise
-            self.say(
-                f"WARNING: {error}. Training goes on without it ({self.in_a_row} in a row; train.max_failed_saves is {self.limit})"
-            )
-            return None
-        self.in_a_row = 0
-        return saved
-
-
-# torch and safetensors report a failed write without its cause; a file of this size, written there, tells.
-_PROBE_BYTES = 2**20
-
-
-def _cause(error: Exception, folder: Path) -> str:
-    """Cause of a failed save: the file system's own error, if writing to `folder` fails; else what `error` says."""
-    free = "its disk is gone"
-    try:
-        free = f"{shutil.disk_usage(folder.parent).free / 2**20:,.0f} MiB are free"
-        atomic_write(folder / ".probe", bytes(_PROBE_BYTES))
-        (folder / ".probe").unlink()
-    except OSError as failed:
-        full = failed.errno in (errno.ENOSPC, errno.EDQUOT)
-        return f"{failed.strerror}; {free}: make room" if full else str(failed.strerror)
-    text = f"{type(error).__name__}: {first_line(error)}"
-    if isinstance(error, OSError) or "writ" in text.lower():  # the file that did not fit may have been larger
-        return f"{text}; {free}"
-    if isinstance(error, dist.DistError) or "connection" in text.lower():
-        return f"{text}; another rank has died, and its own message says why"
-    return text
-
-
 def first_line(error: Exception) -> str:
     """The first line of an error's message."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-
-
-def _complete(
-    engine: Engine, config: Config, data: TrainData, state: TrainState, ranks: Ranks, folder: Path, shards: list[str]
-) -> None:
-    """Adds the identity, turns the partial folder into `folder`, and removes old checkpoints; on rank 0."""
-    unfinished, train = checkpoint.partial_folder(folder), config.train
-    architecture = adapters.submodels(engine.module)[0].config
-    identity = checkpoint.make_identity(
-        config,
-        architecture={k: v for k, v in architecture.items() if not k.startswith("_")},
-        data={
-            "video_encoder": data.video_encoder,
-            "text_encoder": data.text_encoder,
-            "classes": list(data.classes),
-            "features": data.fingerprint,
-            "frame_rates": data.frame_rates,
-        },
-        step=state.step,
-        samples_seen=state.samples_seen,
-        data_position=state.data_position,
-        world_size=ranks.size,
-        base=state.base and asdict(state.base),
-        validation_loss=state.validation_loss,
-        recent_losses=state.recent_losses,
-    )
-    atomic_write(unfinished / IDENTITY, json.dumps(identity, indent=1))
-    checkpoint.complete(unfinished, folder, shards)
-    state.intact.add(folder)
-    checkpoint.prune(config.run_dir, train.keep_checkpoints, state.intact, train.keep_every, train.keep_best)

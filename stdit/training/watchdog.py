@@ -36,7 +36,8 @@ PHASES = {
     "keep_bad_batches": "writing metrics",
     "Validator.run": "validation",
     "Tracker.step": "writing metrics",
-    "save_checkpoint": "saving a checkpoint",
+    "Saver.save": "saving a checkpoint",
+    "Saver.finish": "waiting for a checkpoint to be written",
 }
 
 

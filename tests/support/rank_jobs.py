@@ -166,6 +166,91 @@ def run_with_full_disk(data: dict[str, Any], steps: list[int], rank: int = 0) ->
         return run(data)
 
 
+def run_with_slow_writes(data: dict[str, Any], steps: int, fail_at: int | None = None) -> dict[str, Any]:
+    """Trains; a checkpoint in the background is not written before `steps` more steps have changed the weights. "writes": what this
+    rank's writers did, with the steps taken by then. fail_at: that step's forward pass raises, once a write has been going on for
+    a second."""
+    import threading
+    import time
+    from unittest.mock import patch
+
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    from stdit.training.checkpoint import step_of
+    from stdit.training.engine import Engine
+    from stdit.training.inputs import Inputs
+    from stdit.training.saving import Write
+
+    Init.param_id = 0  # ZeRO-3 writes the numbers of parameters, which count on within a process
+    run_write, step_of_engine, loss = Write.run, Engine.step, Inputs.loss
+    taken, writes, changed = 0, [], threading.Condition()
+
+    def stepping(self: Engine, learning_rate: float) -> float:
+        nonlocal taken
+        norm = step_of_engine(self, learning_rate)
+        with changed:
+            taken += 1
+            changed.notify_all()
+        return norm
+
+    def slow(self: Write) -> None:
+        begun = step_of(self.folder)
+        writes.append((self.folder.name, "begins", begun))
+        with changed:
+            if self.background and fail_at is None:
+                assert changed.wait_for(lambda: taken >= begun + steps, 60), "training does not go on"
+        if fail_at is not None:
+            time.sleep(1)
+        run_write(self)
+        writes.append((self.folder.name, "ends", taken))
+
+    def failing(self: Inputs, model: Any, batch: Any, step: int) -> Any:
+        if step == fail_at:
+            raise ValueError("a test asked")
+        return loss(self, model, batch, step)
+
+    with (
+        patch.object(Write, "run", slow),
+        patch.object(Engine, "step", stepping),
+        patch.object(Inputs, "loss", failing),
+    ):
+        return {**run(data), "writes": writes}
+
+
+def run_with_hanging_writes(data: dict[str, Any], after: int) -> dict[str, Any]:
+    """Trains; checkpoints of steps beyond `after` are written but for their mark, and then their writer waits for ever."""
+    import time
+    from unittest.mock import patch
+
+    from stdit.training import checkpoint
+
+    mark = checkpoint.write_rank_mark
+
+    def hanging(partial: Path, rank: int, files: Any) -> None:
+        if int(partial.name.split("-")[1].split(".")[0]) > after:
+            time.sleep(3600)
+        mark(partial, rank, files)
+
+    with patch.object(checkpoint, "write_rank_mark", hanging):
+        return run(data)
+
+
+def run_measuring_copies(data: dict[str, Any]) -> dict[str, Any]:
+    """Trains; "copied": bytes of each snapshot of this rank."""
+    from unittest.mock import patch
+
+    from stdit.training.snapshot import HostCopies
+
+    end, copied = HostCopies.end, []
+
+    def measured(self: HostCopies) -> None:
+        copied.append(self.nbytes)
+        end(self)
+
+    with patch.object(HostCopies, "end", measured):
+        return {**run(data), "copied": copied}
+
+
 def run_stopping_on_rank_1(data: dict[str, Any], step: int) -> dict[str, Any]:
     import torch.distributed as dist
 
@@ -244,6 +329,7 @@ def engine_steps(data: dict[str, Any], bad_rank: int) -> dict[str, Any]:
     from stdit.training.ema import EMA, decay_at
     from stdit.training.engine import Engine, init_distributed
     from stdit.training.inputs import Inputs
+    from tests.support.engine_weights import assembled_weights, gathered_weights
 
     config = config_of(data)
     checked = open_data(config)
@@ -256,7 +342,7 @@ def engine_steps(data: dict[str, Any], bad_rank: int) -> dict[str, Any]:
     loader = Loader(
         checked.source, config.data, config.seed, ranks.rank, ranks.size, config.train.gradient_accumulation
     )
-    weights = engine.weights()
+    weights = gathered_weights(engine)
     start_error = max(((weights[k] - initial[k]).abs().max().item() for k in weights if k in initial), default=0.0)
     average = {k: v.clone() for k, v in weights.items()}
     losses, norms, unchanged = [], [], []
@@ -272,19 +358,20 @@ def engine_steps(data: dict[str, Any], bad_rank: int) -> dict[str, Any]:
             hook.remove()
         norms.append(engine.step(1e-3))
         losses.append(ranks.all_reduce(sum(micro) / len(micro) / ranks.size)[0])
-        now = engine.weights()
+        now = gathered_weights(engine)
         unchanged.append(all(torch.equal(now[k], weights[k]) for k in now))
         weights = now
         ema.update(number)
         decay = decay_at(config.train.ema, number)
         average = {k: decay * average[k] + (1 - decay) * weights[k] for k in average}
     with ema.swapped(engine.sync_from_masters):
-        averaged, made_by_average = engine.weights(), _made(engine)
-    after, made = engine.weights(), _made(engine)
+        averaged, made_by_average = gathered_weights(engine), _made(engine)
+    after, made = gathered_weights(engine), _made(engine)
+    assembled = assembled_weights(engine)
     engine.close()
     return {
         "losses": losses, "norms": norms, "unchanged": unchanged, "start_error": start_error, "weights": weights,
-        "after": after, "average": average, "averaged": averaged, "made": made, "made_by_average": made_by_average,
+        "after": after, "assembled": assembled, "average": average, "averaged": averaged, "made": made, "made_by_average": made_by_average,
         "live": str(next(iter(engine.module.parameters())).dtype),
     }  # fmt: skip
 

@@ -65,6 +65,7 @@ def train_steps(data: dict[str, Any], count: int, broken: str | None = None) -> 
     from stdit.training.ema import EMA
     from stdit.training.engine import Engine, init_distributed
     from stdit.training.inputs import Inputs
+    from tests.support.engine_weights import gathered_weights
 
     config = config_of(data)
     checked = open_data(config)
@@ -95,9 +96,9 @@ def train_steps(data: dict[str, Any], count: int, broken: str | None = None) -> 
                     engine.backward(loss.total, len(step.batches))
             losses.append(ranks.all_reduce(total)[0])
             norms.append(engine.step(1e-3))
-    weights = engine.weights()
+    weights = gathered_weights(engine)
     with ema.swapped():
-        average = engine.weights()
+        average = gathered_weights(engine)
     engine.close()
     return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights, "ema": average}
 

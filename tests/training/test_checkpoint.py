@@ -194,8 +194,11 @@ def json_of(content: bytes) -> object:
 
 def test_a_manifest_is_not_written_without_the_shards_of_every_rank(tmp_path: Path) -> None:
     folder = make(tmp_path, 1, whole=False)
+    (entry,) = integrity.sync_files(folder, [folder / "shard.pt"]).values()
     with pytest.raises(checkpoint.CheckpointError, match="shard-of-rank-1.pt missing"):
-        checkpoint.write_manifest(folder, ["shard.pt", "shard-of-rank-1.pt"])
+        checkpoint.write_manifest(folder, {"shard.pt": entry, "shard-of-rank-1.pt": entry})
+    with pytest.raises(checkpoint.CheckpointError, match="shard.pt missing or cut"):
+        checkpoint.write_manifest(folder, {"shard.pt": {**entry, "size": 7}})
     assert not (folder / "manifest.json").exists()
 
 

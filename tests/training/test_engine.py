@@ -77,6 +77,15 @@ def test_bfloat16_stays_near_float32_and_its_masters_begin_unrounded(
 
 
 @pytest.mark.parametrize(("stage", "precision"), COMBINATIONS)
+def test_weights_joined_from_the_partitions_are_those_that_deepspeed_gathers(
+    steps: Steps, stage: int, precision: str
+) -> None:
+    found = steps(stage, precision)[0]
+    assert found["assembled"].keys() == found["after"].keys()
+    assert all(torch.equal(found["assembled"][name], weight) for name, weight in found["after"].items())
+
+
+@pytest.mark.parametrize(("stage", "precision"), COMBINATIONS)
 def test_the_average_of_the_partitions_is_the_average_of_the_weights(steps: Steps, stage: int, precision: str) -> None:
     found = steps(stage, precision)[0]
     for name, expected in found["average"].items():

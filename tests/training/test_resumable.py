@@ -11,7 +11,7 @@ import torch
 
 from stdit.config import ConfigError, merge
 from stdit.config.diff import flatten
-from stdit.training import resume, run_dir
+from stdit.training import run_dir, saving
 from stdit.training.distributed import Ranks
 from stdit.training.resume import check_resumable
 from tests.support.rank_jobs import config_of, settings
@@ -106,9 +106,9 @@ def test_two_runs_in_one_run_dir_are_refused(tmp_path: Path, monkeypatch: pytest
 def test_a_failed_save_names_its_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "checkpoints"
     died = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234")
-    assert "another rank has died" in resume._cause(died, folder)
-    assert "room" not in resume._cause(died, folder)
-    assert resume._cause(ValueError("shapes differ"), folder) == "ValueError: shapes differ"
+    assert "another rank has died" in saving._cause(died, folder)
+    assert "room" not in saving._cause(died, folder)
+    assert saving._cause(ValueError("shapes differ"), folder) == "ValueError: shapes differ"
     hidden = RuntimeError("Parent directory runs/x does not exist.")
     for code, cause in (
         (errno.EROFS, "Read-only file system"),
@@ -118,5 +118,5 @@ def test_a_failed_save_names_its_cause(tmp_path: Path, monkeypatch: pytest.Monke
         def fail(*_: Any, code: int = code) -> None:
             raise OSError(code, os.strerror(code))
 
-        monkeypatch.setattr(resume, "atomic_write", fail)
-        assert re.fullmatch(cause, resume._cause(hidden, folder))
+        monkeypatch.setattr(saving, "atomic_write", fail)
+        assert re.fullmatch(cause, saving._cause(hidden, folder))

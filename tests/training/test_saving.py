@@ -1,0 +1,226 @@
+"""Checkpoints that are written while training goes on: equal to those for which it stops, whole or not there."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from stdit.training import checkpoint
+from stdit.training.machine import rank_memory
+from stdit.training.snapshot import HostCopies
+from tests.support import forked
+from tests.support.rank_jobs import (
+    config_of,
+    for_ranks,
+    metrics,
+    numbers,
+    run,
+    run_measuring_copies,
+    run_with_full_disk,
+    run_with_hanging_writes,
+    run_with_slow_writes,
+    settings,
+)
+from tests.support.rank_pool import Pool, RankError, _serve, free_port
+
+PARTITION_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+MUON = {"optimizer": {"name": "muon"}}
+LORA: dict[str, Any] = {"lora": {"rank": 4}}
+
+
+def data_for(path: Path, stage: int, ranks: int = 2, **train: Any) -> dict[str, Any]:
+    extra = {"deepspeed": PARTITION_ALL} if stage == 3 else {}
+    data = settings(path, train={"zero_stage": stage, "checkpoint_every": 2, "keep_checkpoints": 9, **extra, **train})
+    data["data"]["buckets"] = for_ranks(ranks)
+    return data
+
+
+def files(run_dir: Path, step: int) -> dict[str, bytes]:
+    """Content of a checkpoint's files, but for what names its run."""
+    folder = run_dir / "checkpoints" / checkpoint.folder_of_step(step)
+    found = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    return {name: path.read_bytes() for name, path in found.items() if name not in ("manifest.json", "identity.json")}
+
+
+def identity(run_dir: Path, step: int) -> dict[str, Any]:
+    found = json.loads((run_dir / "checkpoints" / checkpoint.folder_of_step(step) / "identity.json").read_text())
+    found["config"]["run_dir"] = found["config"]["train"]["checkpoint_in_background"] = None
+    return found
+
+
+CASES = [
+    *((stage, {}) for stage in (0, 1, 2, 3)),
+    (1, {"precision": "bf16"}),
+    (3, {"precision": "bf16"}),
+    (2, MUON),
+    (3, MUON),
+    (2, {"deepspeed": OFFLOAD}),
+    *(pytest.param(stage, {"precision": "bf16"}, marks=pytest.mark.slow) for stage in (0, 2)),
+]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("stage", "train"), CASES)
+def test_a_checkpoint_in_the_background_is_the_one_that_training_stops_for(
+    pair: Pool, stage: int, train: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = pair(run_with_slow_writes, data_for(tmp_path / "stop", stage, **train, checkpoint_in_background=False), 0)[
+        0
+    ]
+    # Two steps change weights, moments and average before anything is written.
+    found = pair(run_with_slow_writes, data_for(tmp_path / "go", stage, **train), 2)
+    assert numbers(found[0]["metrics"]) == numbers(whole["metrics"])
+    for step in (2, 4, 6):
+        assert checkpoint.verify(tmp_path / "go/checkpoints" / checkpoint.folder_of_step(step)) is None
+        assert files(tmp_path / "go", step) == files(tmp_path / "stop", step)
+        assert identity(tmp_path / "go", step) == identity(tmp_path / "stop", step)
+    # One at a time; the last one at once, after the one before it.
+    names = [f"step-0000000{n}" for n in (2, 4, 6)]
+    for rank in found:
+        assert [w[:2] for w in rank["writes"]] == [(name, what) for name in names for what in ("begins", "ends")]
+        assert [taken for _, what, taken in rank["writes"] if what == "ends"][:2] >= [4, 6]
+    reported = {r["checkpoint"] for r in found[0]["reports"] if r["checkpoint"]}
+    assert {Path(path).name for path in reported} >= {"step-00000002", "step-00000006"}
+
+
+@pytest.mark.distributed
+def test_adapters_are_written_in_the_background_too(pair: Pool, tmp_path: Path) -> None:
+    base = {"init": {"source": str(tmp_path / "base")}}
+    pair(run, data_for(tmp_path / "base", 1))
+    for name, how in (("stop", False), ("go", True)):
+        data = {**data_for(tmp_path / name, 2, **LORA, checkpoint_in_background=how), **base}
+        pair(run_with_slow_writes, data, 2)
+    for step in (2, 4, 6):
+        assert files(tmp_path / "go", step) == files(tmp_path / "stop", step)
+        assert any(name.startswith("lora_ema/") for name in files(tmp_path / "go", step))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [0, 3])
+def test_all_ranks_killed_while_writing_lose_that_checkpoint_alone(pair: Pool, stage: int, tmp_path: Path) -> None:
+    whole = pair(run, data_for(tmp_path / "whole", stage, steps=8))[0]
+    data = data_for(tmp_path / "broken", stage, steps=8)
+    port, pipes, processes = free_port(), [], []
+    for rank in range(2):
+        ours, theirs = forked.context().Pipe()
+        processes.append(forked.context().Process(target=_serve, args=(rank, 2, port, theirs), daemon=True))
+        processes[-1].start()
+        pipes.append(ours)
+        # Step 4 is written in the background, but for the marks.
+        ours.send((run_with_hanging_writes, (data, 2)))
+    until = time.monotonic() + 60
+    while len(metrics(tmp_path / "broken")) < 5 and time.monotonic() < until:
+        time.sleep(0.05)
+    folder = tmp_path / "broken/checkpoints"
+    while not list(folder.glob("step-00000004.partial/*optim*" if stage else "step-00000004.partial/*model*")):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    for process in processes:
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join(10)
+    assert sorted(p.name for p in folder.glob("step-*")) == ["step-00000002", "step-00000004.partial"]
+    resumed = pair(run, data)[0]
+    assert "resumes after step 2" in resumed["said"]
+    assert numbers(resumed["metrics"]) == numbers(whole["metrics"])
+    # ZeRO-3's shards also have the numbers of parameters, which count on within a process.
+    for name, content in files(tmp_path / "whole", 8).items():
+        assert (stage == 3 and name.endswith(".pt")) or files(tmp_path / "broken", 8)[name] == content
+    assert not list(folder.glob("*.partial"))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_disk_that_fails_in_the_background_is_said_at_a_later_step(pair: Pool, rank: int, tmp_path: Path) -> None:
+    found = pair(run_with_full_disk, data_for(tmp_path, 2, steps=8), [2, 4], rank)[0]
+    folder = tmp_path / "checkpoints"
+    assert f"WARNING: {folder}/step-00000002: the checkpoint could not be written on rank {rank} (" in found["said"]
+    assert "Training goes on without it (2 in a row" in found["said"]
+    assert sorted(p.name for p in folder.glob("step-*")) == ["step-00000006", "step-00000008"]
+    assert len(found["metrics"]) == 8
+    data = data_for(tmp_path / "often", 2, steps=8, max_failed_saves=1)
+    with pytest.raises(RankError, match="step-00000004: the checkpoint could not be written"):
+        pair(run_with_full_disk, data, [2, 4], rank)
+
+
+@pytest.mark.distributed
+def test_a_run_that_ends_by_an_error_waits_for_the_checkpoint_that_is_being_written(pair: Pool, tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="a test asked"):
+        pair(run_with_slow_writes, data_for(tmp_path, 2), 0, 3)
+    found = checkpoint.find_latest(tmp_path)
+    assert found is not None
+    assert checkpoint.step_of(found) == 2
+    assert pair(run, data_for(tmp_path, 2))[0]["metrics"][-1]["step"] == 6
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_forecast_counts_the_copy(pair: Pool, stage: int, precision: str, tmp_path: Path) -> None:
+    data = data_for(tmp_path, stage, precision=precision, steps=3)
+    data["model"]["hidden_size"] = 128
+    first, second = pair(run_measuring_copies, data)
+    from stdit.models.stdit import STDiT
+
+    config = config_of(data)
+    parameters = sum(p.numel() for p in STDiT.from_settings(config.model, 0).parameters())
+    forecast = rank_memory(parameters, config.train, 2).checkpoint_copy
+    # The last save, at step 3, is written without a copy.
+    assert first["copied"][0] == pytest.approx(forecast, rel=0.1)
+    assert second["copied"][0] <= first["copied"][0]
+    assert first["copied"][1] == 0
+
+
+def saved(state: Any) -> bytes:
+    content = io.BytesIO()
+    torch.save(state, content)
+    return content.getvalue()
+
+
+def test_copies_share_storage_as_their_originals_do_and_are_saved_as_the_same_bytes() -> None:
+    flat = torch.arange(100.0)
+    parameter = nn.Parameter(torch.randn(3, 4))
+    parameter.ds_id = [1, 2]  # pyright: ignore[reportAttributeAccessIssue]  (an attribute of DeepSpeed's)
+    views = {"a": flat[:40].view(4, 10), "b": flat[40:60], "t": flat.view(10, 10).t(), "step": torch.tensor(3)}
+    state = {
+        "views": views,
+        "again": [views],
+        "flat": (flat, "text", 1.5, None),
+        "p": parameter,
+        "empty": torch.empty(0),
+    }
+    expected = saved(state)
+    copies, copied = HostCopies(pinned=False), state
+    for _ in range(2):
+        copies.begin()
+        copied = copies.copy(state)
+        copies.end()
+        assert copies.nbytes == sum(t.untyped_storage().nbytes() for t in (flat, parameter, views["step"]))
+        assert saved(copied) == expected
+        assert copied["again"][0] is copied["views"]
+        assert copied["views"]["b"].untyped_storage().data_ptr() == copied["flat"][0].untyped_storage().data_ptr()
+    flat.zero_()
+    with torch.no_grad():
+        parameter.zero_()
+    assert saved(copied) == expected
+
+
+def test_the_next_copy_takes_the_memory_of_the_last_one() -> None:
+    copies, state = HostCopies(pinned=False), [torch.randn(1000), torch.randn(1000), torch.randn(7)]
+    places = []
+    for _ in range(3):
+        copies.begin()
+        places.append({tensor.data_ptr() for tensor in copies.copy(state)})
+        copies.end()
+    assert places[0] == places[1] == places[2]
+    assert len(places[0]) == 3
