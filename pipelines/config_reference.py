@@ -46,6 +46,7 @@ EXAMPLES: dict[str, str] = {
     "DiffusionConfig": "{objective: flow, flow_shift: 3.0, caption_dropout: 0.1}",
     "FrameConditioningConfig": "{first: 0.2, tail: 0.1}",
     "DataConfig": "{features: runs/features, batch_size: 4, where: [{column: aesthetic, at_least: 5.0}]}",
+    "FeatureSetConfig": "{path: runs/films/features, weight: 0.7}",
     "TrainBucket": "{frames: 17, height: 256, width: 256, batch_size: 4}",
     "Where": "{column: aesthetic, at_least: 5.0}",
     "TrainConfig": "{steps: 100000, precision: bf16, zero_stage: 2, checkpoint_every: 1000}",

@@ -326,6 +326,11 @@ def _resolve_one(plan: Plan, name: str, path: str) -> ResolvedStage:
         raise ConfigError(f"{path}: stages.{name}.config: {error}") from error
     data = merge(merge(data, plan.overrides), stage.overrides)
     data = merge(data, {"name": name, "run_dir": str(plan.run_dir / name), "seed": plan.seed})
+    if isinstance((data.get("data") or {}).get("features"), list):
+        raise ConfigError(
+            f"{source}: data.features lists several sets, but a plan's stages train on its own features, {plan.extract.out}; train on "
+            "several with `stdit train`"
+        )
     data = merge(data, {"data": {"features": str(plan.extract.out)}})
     if stage.after is not None:
         if data.get("init") is not None:

@@ -74,7 +74,7 @@ def train_from_checkpoint(config: Config, report: Callable[[dict[str, Any]], Non
     from stdit.data.loader import Loader
     from stdit.training import resume, run_dir
     from stdit.training.bad_steps import BadSteps
-    from stdit.training.data import describe_data, open_data
+    from stdit.training.data import describe_data, describe_sets, open_data
     from stdit.training.derive import complete
     from stdit.training.distributed import sequence_group, world_size
     from stdit.training.engine import init_distributed
@@ -151,6 +151,7 @@ def train_from_checkpoint(config: Config, report: Callable[[dict[str, Any]], Non
             }  # fmt: skip
             if config.train.dynamic:
                 metrics["flops_ratio"] = flops_ratio
+            metrics |= {f"samples_seen/{name}": n for name, n in loader.samples_by_set(data_step.position).items()}
             metrics |= bad_steps.metrics(step, data_step, sample_losses, mean_loss, finite)
             with timed("validation"):
                 metrics |= validator.run(engine, ema, tracker, step)
@@ -176,8 +177,9 @@ def train_from_checkpoint(config: Config, report: Callable[[dict[str, Any]], Non
             profile()
             start = time.perf_counter()
 
-        if summary := bad_steps.skipped.summary():
-            tracker.print(summary)
+        for line in (bad_steps.skipped.summary(), describe_sets(loader.samples_by_set(state.data_position))):
+            if line:
+                tracker.print(line)
         run_dir.write_done(config, state.step, state.samples_seen, ranks)
         tracker.print(performance.summary())
         engine.close()

@@ -375,11 +375,21 @@ class ExtractConfig(Frozen):
         return 1 if self.windows is None else self.windows.max
 
 
+class FeatureSetConfig(Frozen):
+    """One of several feature sets that a run trains on."""
+
+    path: Path
+    """The `out` of an extraction."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share of the samples that come from this set, relative to the other sets. Left out of all sets: each gives as many as it has clips."""
+
+
 class DataConfig(Frozen):
     """The extracted features that a training run reads."""
 
-    features: Path | Literal["synthetic"]
-    """The `out` of an extraction; or `synthetic`: random data, to test a launch."""
+    features: Path | Literal["synthetic"] | Annotated[tuple[FeatureSetConfig, ...], Field(min_length=1)]
+    """The `out` of an extraction; or several of the same encoders, [{path: a, weight: 0.7}, {path: b, weight: 0.3}]; or `synthetic`:
+    random data, to test a launch."""
     buckets: Annotated[tuple[TrainBucket, ...], Field(min_length=1), AfterValidator(_unique)] = ()
     """Shapes to train on, each with its batch size. Left out: all buckets of the features that hold training clips (of an
     image model, those of one frame)."""
@@ -400,6 +410,38 @@ class DataConfig(Frozen):
     """Split of validation losses and sample grids."""
     workers: Annotated[int, Field(ge=0, le=MAX_THREADS)] = 0
     """Threads of each rank that read ahead; 0: none."""
+
+    @property
+    def feature_paths(self) -> tuple[Path, ...]:
+        """Folders of the features; empty for synthetic ones."""
+        if isinstance(self.features, tuple):
+            return tuple(features.path for features in self.features)
+        return (self.features,) if isinstance(self.features, Path) else ()
+
+    @property
+    def feature_weights(self) -> tuple[float, ...] | None:
+        """Weights of several sets; None: by their clips."""
+        weights = [f.weight for f in self.features if f.weight is not None] if isinstance(self.features, tuple) else []
+        return tuple(weights) or None
+
+    @property
+    def source_name(self) -> str:
+        """The features, for messages."""
+        return ", ".join(map(str, self.feature_paths)) or "synthetic"
+
+    @model_validator(mode="after")
+    def _check_sets(self) -> DataConfig:
+        paths = [str(path) for path in self.feature_paths]
+        if repeated := sorted({path for path in paths if paths.count(path) > 1}):
+            raise ValueError(f"features: {', '.join(repeated)} listed twice; a set's share is its weight")
+        weightless = (
+            [str(f.path) for f in self.features if f.weight is None] if isinstance(self.features, tuple) else []
+        )
+        if weightless and self.feature_weights is not None:
+            raise ValueError(
+                f"features: {', '.join(weightless)} has no weight, but others have; give all sets one, or none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sizes(self) -> DataConfig:

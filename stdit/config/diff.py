@@ -7,6 +7,7 @@ for change in changes(old.model_dump(mode="json"), new.model_dump(mode="json")):
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from stdit.config.train import Config
 TRAINING_RUNTIME_KEYS = (
     "name",
     "run_dir",
-    "data.features",
+    "data.features",  # but for the weights of several sets: `matches`
     "data.workers",
     "train.log_every",
     "train.profile",
@@ -78,9 +79,13 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     return [Change(key, a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)]
 
 
+# In a section that affects no result, what does.
+_WEIGHT = re.compile(r"data\.features\.\d+\.weight")
+
+
 def matches(key: str, keys: Sequence[str]) -> bool:
     """Whether `key` is one of `keys`, or lies in a section that is."""
-    return any(key == one or key.startswith(f"{one}.") for one in keys)
+    return not _WEIGHT.fullmatch(key) and any(key == one or key.startswith(f"{one}.") for one in keys)
 
 
 def global_batch_sizes(config: Config, world_size: int) -> dict[str, int]:

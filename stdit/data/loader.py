@@ -1,6 +1,7 @@
 """Batches for training: one bucket per step, the same on all ranks, in an order that depends on the seed alone.
 
-Each bucket is a stream of permutations of its samples, seeded by (seed, epoch, bucket). A step takes the next
+Each bucket is a stream of permutations of its samples, seeded by (seed, epoch, bucket); of several sets, of each its share (mixture.py).
+A step takes the next
 ranks · batch_size · accumulation samples of one stream (or its global_batch); which one follows from the streams'
 positions. So the positions, one number per bucket, are the loader's full state, independent of the number of ranks.
 
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from stdit.config import Bucket, ConfigError, DataConfig, TrainBucket, Where
 from stdit.data.features import ORIGINAL, EmptyCaption, Sample, pad_texts
+from stdit.data.mixture import Mixture, mix
+from stdit.data.order import MixedStream, Stream
 
 # Purpose of the draw of a caption, among the numbers that seed it.
 CAPTIONS = 1
@@ -141,24 +144,6 @@ def _stacked(controls: Sequence[Tensor | None], frames: int) -> Tensor | None:
     return torch.stack(held) if held else None
 
 
-class Stream:
-    """The endless order of one bucket's samples."""
-
-    def __init__(self, ids: np.ndarray, seed: int, bucket: Bucket) -> None:
-        self.ids = ids
-        self._seed = (seed, bucket.frames, bucket.height, bucket.width)
-        self._orders: dict[int, np.ndarray] = {}
-
-    def at(self, position: int) -> int:
-        """Id of the sample at `position` = 0, 1, 2, …"""
-        epoch, within = divmod(position, len(self.ids))
-        if epoch not in self._orders:
-            # A step spans at most two epochs of a stream longer than itself; orders of shorter ones are recomputed.
-            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = np.random.default_rng((*self._seed, epoch)).permutation(len(self.ids))
-        return int(self.ids[self._orders[epoch][within]])
-
-
 class BucketSchedule:
     """Which bucket each step takes. `ids`: of the training clips, by bucket key; `counts`: how many there are.
 
@@ -171,16 +156,21 @@ class BucketSchedule:
         self.micro_batches = {b.key: b.micro_batches(ranks, accumulation) for b in data.buckets}
         if unknown := sorted(set(data.captions or ()) - set(index.captions if data.captions else ())):
             raise ConfigError(
-                f"data.captions: {data.features} has no captions {', '.join(unknown)}; it has {', '.join(index.captions)}"
+                f"data.captions: {data.source_name} has no captions {', '.join(unknown)}; it has {', '.join(index.captions)}"
             )
         self.ids = index.select(data.train_split, data.buckets, data.where)
         for i, bucket in enumerate(data.buckets):
             if len(self.ids[bucket.key]) == 0:
                 conditions = " that meets data.where" if data.where else ""
                 raise ConfigError(
-                    f"data.buckets[{i}]: {data.features} holds no sample of bucket {bucket.key} in split {data.train_split!r}{conditions}"
+                    f"data.buckets[{i}]: {data.source_name} holds no sample of bucket {bucket.key} in split {data.train_split!r}{conditions}"
                 )
         self.counts = {key: len(found) for key, found in self.ids.items()}
+        self.mixed = mix(index, self.ids, data.buckets) if isinstance(index, Mixture) else None
+        # Of all samples, the part that each bucket gives: by its clips and weight.
+        self.shares = {
+            b.key: self.mixed[b.key].share if self.mixed else self.counts[b.key] * b.weight for b in data.buckets
+        }
 
     def step_size(self, bucket: TrainBucket) -> int:
         """Samples of one step, over all ranks and micro-steps."""
@@ -190,7 +180,7 @@ class BucketSchedule:
         """Picks the bucket furthest behind its weighted share: samples · weight per epoch, whatever the batch sizes."""
         return min(
             self.data.buckets,
-            key=lambda b: (position[b.key] + self.step_size(b)) / (self.counts[b.key] * b.weight),
+            key=lambda b: (position[b.key] + self.step_size(b)) / self.shares[b.key],
         )
 
 
@@ -213,8 +203,21 @@ class Loader(BucketSchedule):
     ) -> None:
         super().__init__(source, data, ranks, accumulation)
         self.source, self.seed, self.rank, self.left_out = source, seed, rank, left_out or {}
-        self.streams = {b.key: Stream(self.ids[b.key], seed, b) for b in data.buckets}
+        self.streams = {b.key: self._stream(b) for b in data.buckets}
         self.position = {b.key: int((position or {}).get(b.key, 0)) for b in data.buckets}
+
+    def _stream(self, bucket: TrainBucket) -> Stream | MixedStream:
+        if self.mixed is None:
+            return Stream(self.ids[bucket.key], self.seed, bucket)
+        return MixedStream(self.mixed[bucket.key].ids, self.mixed[bucket.key].counts, self.seed, bucket)
+
+    def samples_by_set(self, position: Mapping[str, int]) -> dict[str, int]:
+        """Samples before `position` of each set of a mixture, by its name; empty for one set."""
+        if not isinstance(self.source, Mixture):
+            return {}
+        streams = ((stream, position[key]) for key, stream in self.streams.items())
+        taken = sum(stream.taken(end) for stream, end in streams if isinstance(stream, MixedStream))
+        return {name: int(count) for name, count in zip(self.source.names, np.asarray(taken), strict=True)}
 
     def _plan(self) -> Iterator[tuple[TrainBucket, int, dict[str, int]]]:
         """(bucket, first position, positions afterwards) of each step."""
@@ -232,8 +235,8 @@ class Loader(BucketSchedule):
         if self.data.captions is None:
             samples = [self.source.sample(i) for i in ids]
         else:
-            count = len(self.streams[bucket.key].ids)
-            names = [self._caption(id, position // count) for position, id in zip(positions, ids, strict=True)]
+            epochs = [self.streams[bucket.key].epoch_of(position) for position in positions]
+            names = [self._caption(id, epoch) for id, epoch in zip(ids, epochs, strict=True)]
             samples = [self.source.sample(i, name) for i, name in zip(ids, names, strict=True)]
         return replace(collate(samples, positions, bucket), weight=len(ids) * self.ranks * accumulation / step)
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from diffusers.models.attention_dispatch import AttentionBackendName
 
 from stdit.config import Bucket, Config, ConfigError, ModelConfig, latent_shape, token_grid
-from stdit.data.features import EmptyCaption, FeatureSet
+from stdit.data.features import EmptyCaption
 from stdit.data.loader import Loader, Source, Synthetic
+from stdit.data.mixture import Mixture, open_features
 from stdit.diffusion.schedulers import check_sampler
 from stdit.encoders.video import PixelAutoencoder, VideoEncoder
 from stdit.models.cost import parameter_count
@@ -44,7 +45,7 @@ def open_data(config: Config, ranks: int | None = None) -> TrainData:
     _check_names(config)
     check_lora_targets(config)
     source, video, text, classes, fingerprint = _open(config)
-    where = f"data.features {config.data.features}"
+    where = f"data.features {config.data.source_name}"
     model = config.model
     if model.in_channels != video["channels"]:
         raise ConfigError(
@@ -146,7 +147,7 @@ def _check_text(model: ModelConfig, text: dict[str, Any] | None, where: str) -> 
 def describe_data(config: Config, data: TrainData) -> str:
     """For the log: parameters, training clips by bucket, and the buckets of the features that are not trained on."""
     line = f"{parameter_count(config.model) / 1e6:,.2f} M parameters"
-    if not isinstance(config.data.features, Path):
+    if not config.data.feature_paths:
         return f"{line}, random data"
     extracted = [Bucket.parse(key) for key in data.source.index["buckets"]]  # pyright: ignore[reportAttributeAccessIssue]
     trained = {bucket.key for bucket in config.data.buckets}
@@ -155,7 +156,26 @@ def describe_data(config: Config, data: TrainData) -> str:
     }
     counts = ", ".join(f"{key} {clips[key]:,}" for key in clips if key in trained)
     left_out = ", ".join(f"{key} ({count:,} clips)" for key, count in clips.items() if key not in trained and count)
-    return f"{line}; training clips by bucket: {counts}" + (f"; not trained on: {left_out}" if left_out else "")
+    sets = ""
+    if isinstance(data.source, Mixture):
+        trained_ids = np.concatenate(
+            [*data.source.select(config.data.train_split, config.data.buckets, config.data.where).values()]
+        )
+        clips_of = [len(part) for part in data.source.split(np.sort(trained_ids))]
+        weights = data.source.weights or clips_of
+        named = zip(data.source.names, weights, clips_of, strict=True)
+        sets = "; sets: " + ", ".join(
+            f"{name} {w / sum(weights):.1%} of the samples ({n:,} clips)" for name, w, n in named
+        )
+    return f"{line}; training clips by bucket: {counts}{sets}" + (f"; not trained on: {left_out}" if left_out else "")
+
+
+def describe_sets(samples: Mapping[str, int]) -> str:
+    """For the end of the log: what a mixture's sets have given. samples: by set; empty for one set."""
+    total = max(1, sum(samples.values()))
+    return "samples by set: " * bool(samples) + ", ".join(
+        f"{name} {n:,} ({n / total:.1%})" for name, n in samples.items()
+    )
 
 
 def _frame_rates(config: Config, source: Source) -> dict[str, int]:
@@ -207,9 +227,9 @@ def _check_control(config: Config, source: Source, latents: dict[str, tuple[int,
     control = config.train.control
     if control is None:
         return
-    if control.condition == "paired" and not (isinstance(source, FeatureSet) and source.has_control):
+    if control.condition == "paired" and not getattr(source, "has_control", False):
         raise ConfigError(
-            f"train.control.condition is paired, but data.features {config.data.features} holds no conditions: "
+            f"train.control.condition is paired, but data.features {config.data.source_name} holds no conditions: "
             "extract with control_column, or take first_frame or low_resolution"
         )
     for key, (_, h, w) in latents.items():
@@ -227,8 +247,8 @@ def _check_control(config: Config, source: Source, latents: dict[str, tuple[int,
 def _open(config: Config) -> tuple[Source, dict[str, Any], dict[str, Any] | None, tuple[str, ...], str]:
     """Source, identities, classes and fingerprint of `data.features`."""
     model = config.model
-    if isinstance(config.data.features, Path):
-        features = FeatureSet(config.data.features)
+    if config.data.feature_paths:
+        features = open_features(config.data)
         return (
             features,
             features.video_encoder,

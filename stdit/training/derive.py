@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stdit.config import Bucket, Config, ConfigError, TrainBucket, latent_shape, token_grid, validate
@@ -43,14 +42,14 @@ def complete(config: Config) -> Config:
     """`config` with what it leaves out, from the features that it names. ConfigError: they don't exist or don't fit."""
     if is_complete(config):
         return config
-    if not isinstance(config.data.features, Path):
+    if not config.data.feature_paths:
         if config.data.buckets and config.diffusion.shift_base != "auto":  # synthetic features follow the model
             latents = {bucket.key: latent_shape(bucket, (1, 1, 1)) for bucket in config.data.buckets}
             return config if _is_sized(config) else _with_token_budget(config, latents)
         raise ConfigError("data.features synthetic: data.buckets and diffusion.shift_base cannot follow from it")
-    from stdit.data.features import FeatureSet
+    from stdit.data.mixture import open_features
 
-    features = FeatureSet(config.data.features)
+    features = open_features(config.data)
     buckets = [Bucket.parse(key) for key in features.index["buckets"]]
     found = features.select(config.data.train_split, buckets, config.data.where)
     return derive(config, features.facts(), {key: len(ids) for key, ids in found.items()})
@@ -108,7 +107,7 @@ def _buckets(config: Config, facts: FeatureFacts, clips: Mapping[str, int]) -> l
     if not usable:
         kind = "" if model.has_time else " of one frame (model.temporal is false)"
         raise ConfigError(
-            f"data.buckets is left out, but no bucket{kind} of {config.data.features} holds a clip of split "
+            f"data.buckets is left out, but no bucket{kind} of {config.data.source_name} holds a clip of split "
             f"{config.data.train_split!r}; its buckets: {', '.join(facts.latents)}"
         )
     tokens = {

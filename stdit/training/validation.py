@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from stdit.config import Bucket, Config, latent_shape
-from stdit.data.loader import Batch, Stream, collate
+from stdit.data.loader import Batch, collate
+from stdit.data.order import Stream
 from stdit.diffusion.guidance import guided
 from stdit.diffusion.objectives import Predict, with_scheduler_sign
 from stdit.diffusion.sample import sample

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from stdit.config import Bucket, ConfigError, DataConfig, Where
 from stdit.data.features import Sample
-from stdit.data.loader import Loader, Step, Stream, Synthetic, collate
+from stdit.data.loader import Loader, Step, Synthetic, collate
+from stdit.data.order import Stream
 
 
 class Numbered:
