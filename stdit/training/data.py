@@ -151,22 +151,16 @@ def describe_data(config: Config, data: TrainData) -> str:
         return f"{line}, random data"
     extracted = [Bucket.parse(key) for key in data.source.index["buckets"]]  # pyright: ignore[reportAttributeAccessIssue]
     trained = {bucket.key for bucket in config.data.buckets}
-    clips = {
-        key: len(ids) for key, ids in data.source.select(config.data.train_split, extracted, config.data.where).items()
-    }
+    chosen = data.source.select(config.data.train_split, extracted, config.data.where)
+    clips = {key: len(ids) for key, ids in chosen.items()}
     counts = ", ".join(f"{key} {clips[key]:,}" for key in clips if key in trained)
     left_out = ", ".join(f"{key} ({count:,} clips)" for key, count in clips.items() if key not in trained and count)
     sets = ""
     if isinstance(data.source, Mixture):
-        trained_ids = np.concatenate(
-            [*data.source.select(config.data.train_split, config.data.buckets, config.data.where).values()]
-        )
-        clips_of = [len(part) for part in data.source.split(np.sort(trained_ids))]
-        weights = data.source.weights or clips_of
-        named = zip(data.source.names, weights, clips_of, strict=True)
-        sets = "; sets: " + ", ".join(
-            f"{name} {w / sum(weights):.1%} of the samples ({n:,} clips)" for name, w, n in named
-        )
+        found = [len(part) for part in data.source.split(np.sort(np.concatenate([chosen[key] for key in trained])))]
+        weights = data.source.weights or found
+        named = zip(data.source.names, weights, found, strict=True)
+        sets = f"; sets: {', '.join(f'{name} {w / sum(weights):.1%} of the samples ({n:,} clips)' for name, w, n in named)}"
     return f"{line}; training clips by bucket: {counts}{sets}" + (f"; not trained on: {left_out}" if left_out else "")
 
 

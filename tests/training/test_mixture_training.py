@@ -73,7 +73,7 @@ def test_what_a_config_leaves_out_follows_from_all_sets(sets: list[dict[str, Any
     assert (config.model.in_channels, config.model.text_dim, config.model.max_text_tokens) == (3, 16, 24)
     assert [b.key for b in config.data.buckets] == ["1x16x16", "5x16x16"]
     data = open_data(config)
-    assert data.frame_rates == {"24": 11}
+    assert data.frame_rates == {"24": 9}
     assert "25.0% of the samples (18 clips)" in describe_data(config, data)
     assert data.empty_caption is None
 
