@@ -54,6 +54,7 @@ def test_a_mixture_is_resumed_by_other_ranks_and_counts_its_sets(
     # Bit for bit on as many ranks, up to rounding on others.
     assert [m["loss"] for m in again[-1][0]["metrics"]] == losses
     assert [m["loss"] for m in parts[-1][0]["metrics"]] == pytest.approx(losses, rel=1e-5)
+    counts: list[int] = []
     for metrics in (whole[0]["metrics"], parts[-1][0]["metrics"]):
         for entry in metrics:
             counts = [entry[f"samples_seen/{each['path']}"] for each in sets]
