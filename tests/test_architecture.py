@@ -48,6 +48,7 @@ LEVELS = {
     "stdit.compare": 4.3,
     # Takes steps as training does.
     "stdit.find_batch_size": 4.2,
+    "stdit.plan_compute": 4.2,
     "stdit.cli": 4.5,
     "pipelines": 5,
     "cluster": 6,
