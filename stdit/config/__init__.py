@@ -32,7 +32,6 @@ from stdit.config.data import (
     MOST_TEXT_ENCODERS,
     Bucket,
     ByteT5Config,
-    CacheConfig,
     DataConfig,
     ExtractBucket,
     ExtractConfig,
@@ -67,7 +66,6 @@ from stdit.config.load import (
     read_yaml,
     validate,
 )
-from stdit.config.location import Location, Url, parse_location
 from stdit.config.model import SIZES, ModelConfig
 from stdit.config.train import (
     Config,
@@ -90,7 +88,6 @@ __all__ = [
     "SIZES",
     "Bucket",
     "ByteT5Config",
-    "CacheConfig",
     "CaptionConfig",
     "CaptionServer",
     "Config",
@@ -114,7 +111,6 @@ __all__ = [
     "InitConfig",
     "LoRAConfig",
     "LoRASource",
-    "Location",
     "ModelConfig",
     "NetworkPaths",
     "NonNegative",
@@ -135,7 +131,6 @@ __all__ = [
     "TrainBucket",
     "TrainConfig",
     "Transition",
-    "Url",
     "ValidationConfig",
     "VideoEncoderConfig",
     "Where",
@@ -147,7 +142,6 @@ __all__ = [
     "latent_shape",
     "load_config",
     "merge",
-    "parse_location",
     "parse_yaml",
     "read_extended",
     "read_json",

@@ -20,8 +20,6 @@ TRAINING_RUNTIME_KEYS = (
     "run_dir",
     "data.features",  # but for the weights of several sets: `matches`
     "data.workers",
-    "data.cache.folder",
-    "data.cache.size_gb",
     "train.log_every",
     "train.profile",
     "train.peak_tflops",
@@ -38,6 +36,7 @@ TRAINING_RUNTIME_KEYS = (
     "train.step_timeout_s",
     "train.activation_checkpointing",
     "train.sequence_parallel",
+    "train.zero_stage",
     "train.attention_backend",
     "train.matmul_precision",
     "train.cpu_matmul_backend",

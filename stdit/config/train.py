@@ -162,7 +162,7 @@ class TrainConfig(Frozen):
     """Library of float32 linear layers on a CPU. auto: oneDNN on AMD processors with AVX-512, where torch's own (MKL) is
     slower; else torch."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO stage: 1 shards the optimizer state, 2 gradients too, 3 weights too."""
+    """DeepSpeed ZeRO stage: 1 shards the optimizer state, 2 gradients too, 3 weights too. A resumed run may have another one."""
     sequence_parallel: Positive = 1
     """Ranks that share the tokens of one clip; must divide the number of ranks, and the rest is data parallel
     (docs/cluster.md)."""

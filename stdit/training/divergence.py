@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -134,10 +133,7 @@ def describe_bad_samples(names: Sequence[str]) -> str:
 
 def check_finite(engine: Engine, ema: EMA, step: int, ranks: Ranks) -> None:
     """Diverged, on all ranks, if master weights, optimizer state or EMA hold NaN or infinity on any of them; collective."""
-    weights, average = (
-        float(any(not bool(torch.isfinite(t).all()) for t in tensors))
-        for tensors in (engine.state_tensors(), ema.average)
-    )
+    weights, average = (float(not all(map(_is_finite, tensors))) for tensors in (engine.state_tensors(), ema.average))
     bad = ranks.all_reduce(weights, average)
     names = [name for name, count in zip(("weights or optimizer state", "EMA weights"), bad, strict=True) if count]
     if names:
@@ -145,3 +141,8 @@ def check_finite(engine: Engine, ema: EMA, step: int, ranks: Ranks) -> None:
             f"step {step}: the {' and the '.join(names)} are not finite, and are not saved. Earlier checkpoints are kept; "
             "a lower learning rate or train.optimizer.max_grad_norm may help"
         )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite. Those make the sum so, which takes one pass and no memory; a sum may also overflow."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())

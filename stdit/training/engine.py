@@ -28,6 +28,7 @@ from stdit.training.identity import load_identity
 from stdit.training.muon import Muon, set_zero_layouts, zero3_fragment, zero12_fragment
 from stdit.training.optimizer import make_optimizer
 from stdit.training.snapshot import Fragment, MasterLayout
+from stdit.training.universal import States
 
 
 def init_distributed(sequence_parallel: int = 1) -> Ranks:
@@ -89,6 +90,9 @@ class Engine:
             self.ds_config["checkpoint"] = {**self.ds_config.get("checkpoint", {}), "load_universal": True}
         self.base_optimizer = make_optimizer(model, config.train.optimizer)
         groups = [group["params"] for group in self.base_optimizer.param_groups]
+        names = {id(p): name for name, p in model.named_parameters()}
+        # Trained weights in the order of the optimizer's groups.
+        self.optimizer_names = [names[id(p)] for group in groups for p in group]
         rounded = self.dtype != torch.float32
         initial = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad} if rounded else {}
         # Its bfloat16 optimizer prints memory statistics.
@@ -162,11 +166,8 @@ class Engine:
 
     def masters(self) -> list[Tensor]:
         """This rank's master weights: the tensors themselves, to be updated in place."""
-        if partitions := self._partitions():
-            return [t for t in partitions if t.numel()]
-        if (groups := getattr(self.optimizer, "fp32_groups", None)) is not None:
-            return [p.data for group in groups for p in group]
-        return [p.data for p in self._trainable().values()]
+        partitioned = bool(self._partitions())
+        return [tensor if partitioned else tensor.data for tensor in self.optimized()]
 
     def _partitions(self) -> list[Tensor]:
         """ZeRO's flat partitions of the master weights, empty ones included; [] without ZeRO."""
@@ -193,14 +194,18 @@ class Engine:
 
     def master_layout(self) -> MasterLayout:
         """Where each weight is in the ranks' `masters`."""
+        shapes = {n: torch.Size(getattr(p, "ds_shape", p.shape)) for n, p in self._trainable().items()}
+        mine = self._fragments()
+        return MasterLayout(shapes, self.ranks.gather(mine) if self.stage else [mine])
+
+    def _fragments(self) -> dict[str, Fragment]:
+        """What this rank has of each weight in its `masters`."""
         named = self._trainable()
         # By address: `masters` makes tensors anew.
         numbers = {tensor.data_ptr(): number for number, tensor in enumerate(self.masters())}
         if (replicas := self._replicated_masters()) is not None:
             whole = {n: replicas[id(p)] for n, p in named.items()}
-            mine = {n: Fragment(numbers[t.data_ptr()], 0, 0, t.numel()) for n, t in whole.items()}
-            return MasterLayout({n: p.shape for n, p in named.items()}, [mine])
-        shapes = {n: torch.Size(getattr(p, "ds_shape", p.shape)) for n, p in named.items()}
+            return {n: Fragment(numbers[t.data_ptr()], 0, 0, t.numel()) for n, t in whole.items()}
         groups: list[list[nn.Parameter]] = []
         if self.stage < 3:  # bf16_groups: of bfloat16 at stage 1
             groups = getattr(self.optimizer, "bit16_groups", None) or self.optimizer.bf16_groups
@@ -213,7 +218,7 @@ class Engine:
                 found = zero12_fragment(number[id(p)], p)
             if found.numel:
                 mine[name] = found._replace(master=numbers[self._partitions()[found.master].data_ptr()])
-        return MasterLayout(shapes, self.ranks.gather(mine))
+        return mine
 
     def buffers(self) -> dict[str, Tensor]:
         """The model's persistent buffers by name."""
@@ -279,6 +284,32 @@ class Engine:
         for state in self.base_optimizer.state.values():
             if torch.is_tensor(step := state.get("step")):
                 state["step"] = step.clone()
+
+    @torch.no_grad()
+    def load_states(self, states: States) -> None:
+        """Sets masters, model weights and optimizer state from full ones, of which every rank reads its parts, a weight at a time."""
+        masters, optimizer = self.masters(), self.base_optimizer
+        for name, fragment in self._fragments().items():
+            full, key = states[name], self.optimized()[fragment.master]
+            state = optimizer.state[key]
+            if "exp_avg" not in state:
+                state |= {"exp_avg": torch.zeros_like(key.detach()), "exp_avg_sq": torch.zeros_like(key.detach())}
+            targets = {"fp32": masters[fragment.master], "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+            for which, target in targets.items():
+                part = full[which][fragment.start : fragment.start + fragment.numel]
+                target.view(-1)[fragment.offset : fragment.offset + fragment.numel] = part.to(target.device)
+        for key, state in optimizer.state.items():
+            device = key.device if optimizer.defaults.get("fused") else "cpu"
+            state["step"] = torch.tensor(states.step, dtype=torch.float32, device=device)
+        self.sync_from_masters()
+
+    def optimized(self) -> list[Tensor]:
+        """The tensors that the optimizer has for `masters`, and its state by them."""
+        if partitions := self._partitions():
+            return [t for t in partitions if t.numel()]
+        if (groups := getattr(self.optimizer, "fp32_groups", None)) is not None:
+            return [p for group in groups for p in group]
+        return list(self._trainable().values())
 
     def close(self) -> None:
         self.engine.destroy()

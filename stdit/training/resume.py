@@ -30,9 +30,9 @@ from stdit.training.ema import EMA
 from stdit.training.engine import Engine, unreadable_shard
 from stdit.training.optimizer import last_stable_step
 from stdit.training.out_of_memory import is_out_of_memory
-from stdit.training.universal import convert
+from stdit.training.universal import convert, open_states
 
-# Universal copy of a checkpoint, for another number of ranks; removed once loaded.
+# Universal copy of a checkpoint, for another number of ranks or ZeRO stage; removed once loaded.
 UNIVERSAL = ".universal"
 # Changes that a resumed run may have: all that leave the weights alone, and the length of the run.
 RESUME_KEYS = (
@@ -59,8 +59,9 @@ class TrainState:
     samples_seen: int = 0
     data_position: dict[str, int] = field(default_factory=dict)
     checkpoint: Path | None = None
-    # Number of ranks that wrote the checkpoint.
+    # Number of ranks that wrote the checkpoint, and their ZeRO stage.
     world_size: int = 1
+    zero_stage: int = 0
     # For the log: config changes since the checkpoint, and what was loaded from elsewhere.
     notes: list[str] = field(default_factory=list)
     report: list[str] = field(default_factory=list)
@@ -78,9 +79,9 @@ class TrainState:
         self.samples_seen += samples
         self.data_position = data_position
 
-    def needs_conversion(self, zero_stage: int, world_size: int) -> bool:
-        """Whether the checkpoint's shards are partitioned for another number of ranks."""
-        return self.checkpoint is not None and zero_stage > 0 and self.world_size != world_size
+    def has_other_ranks(self, zero_stage: int, world_size: int) -> bool:
+        """Whether the checkpoint's shards are of this ZeRO stage, but partitioned for another number of ranks."""
+        return self.checkpoint is not None and self.zero_stage == zero_stage > 0 and self.world_size != world_size
 
 
 # ----------------------------------------------------------------------------------------- resuming
@@ -112,7 +113,7 @@ def restore(
         state = ranks.broadcast(lambda: find_resume_state(config, data, ranks.size, unusable))
         try:
             model = prepare(build_model(config, state, ranks))
-            engine = Engine(model, config, ranks, state.needs_conversion(config.train.zero_stage, ranks.size))
+            engine = Engine(model, config, ranks, state.has_other_ranks(config.train.zero_stage, ranks.size))
             # Copies the masters, which hold a checkpoint's EMA until load_checkpoint.
             ema = EMA(engine.masters, config.train.ema)
             load_checkpoint(engine, state, ranks)
@@ -152,6 +153,7 @@ def find_resume_state(
         data_position=identity["data_position"],
         checkpoint=latest,
         world_size=identity["world_size"],
+        zero_stage=identity["config"]["train"]["zero_stage"],
         notes=check_resumable(identity, config, world_size, data.fingerprint),
         base=Base(**identity["base"]) if identity.get("base") else None,
         intact={latest},
@@ -250,11 +252,12 @@ def build_model(config: Config, state: TrainState, ranks: Ranks) -> STDiT | Cont
 
 
 def load_checkpoint(engine: Engine, state: TrainState, ranks: Ranks) -> None:
-    """Loads weights and optimizer state of `state.checkpoint`, if any, converted for this number of ranks."""
+    """Loads weights and optimizer state of `state.checkpoint`, if any, converted for this number of ranks and ZeRO stage."""
     if state.checkpoint is None:
         return
     source, folder = state.checkpoint, state.checkpoint.parent
-    if state.needs_conversion(engine.stage, ranks.size):
+    other_stage = state.zero_stage != engine.stage
+    if state.has_other_ranks(engine.stage, ranks.size) or (other_stage and state.zero_stage > 0):
         folder = folder / UNIVERSAL
 
         def convert_on_main() -> None:
@@ -262,7 +265,12 @@ def load_checkpoint(engine: Engine, state: TrainState, ranks: Ranks) -> None:
             convert(source, folder / source.name)
 
         ranks.broadcast(convert_on_main)
-    engine.load(folder, source.name)
+    if other_stage:
+        # DeepSpeed loads a universal checkpoint of stage 3 at stage 3 alone, and without ZeRO none.
+        converted = folder / source.name if state.zero_stage else None
+        engine.load_states(open_states(source, converted, engine.optimizer_names))
+    else:
+        engine.load(folder, source.name)
 
 
 def first_line(error: Exception) -> str:

@@ -251,6 +251,30 @@ def run_measuring_copies(data: dict[str, Any]) -> dict[str, Any]:
         return {**run(data), "copied": copied}
 
 
+def restored(data: dict[str, Any]) -> dict[str, Any]:
+    """Restores a run without training it: on rank 0 full weights, their average, both moments and steps of the optimizer."""
+    from stdit.training.data import open_data
+    from stdit.training.engine import init_distributed
+    from stdit.training.resume import restore
+    from stdit.training.snapshot import full_weights
+
+    config, ranks = config_of(data), init_distributed()
+    state, engine, ema = restore(config, open_data(config), ranks, lambda model: model)
+    states = [engine.base_optimizer.state[key] for key in engine.optimized()]
+    layout = engine.master_layout()
+    found: dict[str, Any] = {
+        "step": state.step,
+        "notes": state.notes,
+        "steps": {float(each["step"]) for each in states},
+    }
+    moments = {name: [each[name] for each in states] for name in ("exp_avg", "exp_avg_sq")}
+    for name, tensors in {"weights": engine.masters(), "ema": ema.average, **moments}.items():
+        parts = ranks.gather([tensor.detach().clone() for tensor in tensors])
+        found[name] = {key: full.clone() for key, full in full_weights(layout, parts).items()}
+    engine.close()
+    return found
+
+
 def run_stopping_on_rank_1(data: dict[str, Any], step: int) -> dict[str, Any]:
     import torch.distributed as dist
 

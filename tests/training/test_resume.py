@@ -176,7 +176,7 @@ def test_a_save_that_was_cut_off_counts_as_not_there(solo: Pool, tmp_path: Path)
             {"optimizer": {"learning_rate": 1.0}},
             "train.optimizer.learning_rate: 0.003 -> 1.0",
         ),
-        ("train", {"zero_stage": 3}, "train.zero_stage: 1 -> 3"),
+        ("train", {"precision": "bf16"}, "train.precision: fp32 -> bf16"),
         ("train", {"gradient_accumulation": 2}, "train.gradient_accumulation: 1 -> 2"),
     ],
 )
