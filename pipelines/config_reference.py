@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from pipelines.plan import Plan
-from stdit.config import Config, CurateConfig, EvaluateConfig, ExtractConfig, Frozen, GenerateConfig
+from stdit.config import Config, CurateConfig, EvaluateConfig, ExtractConfig, Frozen, GenerateConfig, Url
 from stdit.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +47,7 @@ EXAMPLES: dict[str, str] = {
     "FrameConditioningConfig": "{first: 0.2, tail: 0.1}",
     "DataConfig": "{features: runs/features, batch_size: 4, where: [{column: aesthetic, at_least: 5.0}]}",
     "FeatureSetConfig": "{path: runs/films/features, weight: 0.7}",
+    "CacheConfig": "{folder: /local/stdit, size_gb: 500}",
     "TrainBucket": "{frames: 17, height: 256, width: 256, batch_size: 4}",
     "Where": "{column: aesthetic, at_least: 5.0}",
     "TrainConfig": "{steps: 100000, precision: bf16, zero_stage: 2, checkpoint_every: 1000}",
@@ -187,7 +188,15 @@ def _type(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         name = annotation.__name__
         return f"[{name}](#{name.lower()})"
-    names = {str: "text", int: "int", float: "number", bool: "true / false", Path: "path", types.NoneType: "null"}
+    names = {
+        str: "text",
+        int: "int",
+        float: "number",
+        bool: "true / false",
+        Path: "path",
+        Url: "URL",
+        types.NoneType: "null",
+    }
     return names.get(annotation, getattr(annotation, "__name__", "any")) + _bounds(metadata)
 
 

@@ -74,6 +74,10 @@ def _find_batch_size(arguments: list[str]) -> int | None:
     return _main("stdit.find_batch_size", arguments)
 
 
+def _plan_compute(arguments: list[str]) -> int | None:
+    return _main("stdit.plan_compute", arguments)
+
+
 def _train_stages(arguments: list[str]) -> int | None:
     return _pipeline("train_stages", "stdit train-stages", arguments)
 
@@ -135,6 +139,7 @@ VERBS = {
     "extract": Verb("encode clips and captions into feature shards", _extract),
     "train": Verb("train one config", _train),
     "find-batch-size": Verb("the largest batch_size of each bucket that fits into memory", _find_batch_size),
+    "plan-compute": Verb("size and steps for a budget of FLOPs, from a ladder of small runs", _plan_compute),
     "train-stages": Verb("run a plan: extract, train each stage, generate, evaluate", _train_stages),
     "forecast": Verb("clips per bucket, tokens, FLOPs and memory of a plan; starts nothing", _forecast),
     "generate": Verb("videos or images for a file of prompts", _generate),

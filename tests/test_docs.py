@@ -17,7 +17,7 @@ import pytest
 
 from pipelines import plan as plans
 from pipelines import train_stages
-from stdit import arguments, cli, curate, find_batch_size, init, train
+from stdit import arguments, cli, curate, find_batch_size, init, plan_compute, train
 from stdit import extract as extraction
 from stdit.config import Config, CurateConfig, ExtractConfig, load_config, read_extended
 from stdit.inference import prompts
@@ -54,6 +54,7 @@ PARSERS: dict[str, Callable[[str], argparse.ArgumentParser]] = {
     "extract": extraction.arguments,
     "train": training,
     "find-batch-size": find_batch_size.arguments,
+    "plan-compute": plan_compute.arguments,
     "train-stages": train_stages.arguments,
     "forecast": train_stages.arguments,
     "generate": prompts.arguments,
@@ -71,6 +72,7 @@ MODULES = {
     "stdit.evaluate": "evaluate",
     "stdit.compare": "compare",
     "stdit.find_batch_size": "find-batch-size",
+    "stdit.plan_compute": "plan-compute",
     "stdit.weights.convert": "convert",
     "stdit.weights.transfer": "transfer",
     "stdit.models.cost": "summary",

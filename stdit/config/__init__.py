@@ -32,6 +32,7 @@ from stdit.config.data import (
     MOST_TEXT_ENCODERS,
     Bucket,
     ByteT5Config,
+    CacheConfig,
     DataConfig,
     ExtractBucket,
     ExtractConfig,
@@ -66,6 +67,7 @@ from stdit.config.load import (
     read_yaml,
     validate,
 )
+from stdit.config.location import Location, Url, parse_location
 from stdit.config.model import SIZES, ModelConfig
 from stdit.config.train import (
     Config,
@@ -88,6 +90,7 @@ __all__ = [
     "SIZES",
     "Bucket",
     "ByteT5Config",
+    "CacheConfig",
     "CaptionConfig",
     "CaptionServer",
     "Config",
@@ -111,6 +114,7 @@ __all__ = [
     "InitConfig",
     "LoRAConfig",
     "LoRASource",
+    "Location",
     "ModelConfig",
     "NetworkPaths",
     "NonNegative",
@@ -131,6 +135,7 @@ __all__ = [
     "TrainBucket",
     "TrainConfig",
     "Transition",
+    "Url",
     "ValidationConfig",
     "VideoEncoderConfig",
     "Where",
@@ -142,6 +147,7 @@ __all__ = [
     "latent_shape",
     "load_config",
     "merge",
+    "parse_location",
     "parse_yaml",
     "read_extended",
     "read_json",

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WrapValidator, model_validator
 
 from stdit.config.auto_buckets import AutoEntry, expand_buckets
 from stdit.config.base import MAX_THREADS, Count, Frozen, NonNegative, Positive, Share, Width, Workers
 from stdit.config.load import ConfigError
+from stdit.config.location import Location, Url, validate_location
 
 
 class Bucket(Frozen):
@@ -308,6 +309,15 @@ class WindowsConfig(Frozen):
     """Windows of a clip at most."""
 
 
+class CacheConfig(Frozen):
+    """The local cache of what is read by URL. All processes of a machine with the same folder share it."""
+
+    folder: Path | None = None
+    """Folder of the cache, on a local disk. null: stdit/objects in $XDG_CACHE_HOME or ~/.cache."""
+    size_gb: float = Field(default=50.0, gt=0)
+    """Most that it holds, 10^9 bytes; what was used longest ago is removed first. At least the largest file."""
+
+
 class ExtractConfig(Frozen):
     """Feature extraction: clips and captions in, feature shards out (`stdit extract --config …`)."""
 
@@ -378,8 +388,8 @@ class ExtractConfig(Frozen):
 class FeatureSetConfig(Frozen):
     """One of several feature sets that a run trains on."""
 
-    path: Path
-    """The `out` of an extraction."""
+    path: Location
+    """The `out` of an extraction, a path or a URL."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """Share of the samples that come from this set, relative to the other sets. Left out of all sets: each gives as many as it has clips."""
 
@@ -387,9 +397,12 @@ class FeatureSetConfig(Frozen):
 class DataConfig(Frozen):
     """The extracted features that a training run reads."""
 
-    features: Path | Literal["synthetic"] | Annotated[tuple[FeatureSetConfig, ...], Field(min_length=1)]
-    """The `out` of an extraction; or several of the same encoders, [{path: a, weight: 0.7}, {path: b, weight: 0.3}]; or `synthetic`:
-    random data, to test a launch."""
+    features: Annotated[
+        Path | Url | Literal["synthetic"] | Annotated[tuple[FeatureSetConfig, ...], Field(min_length=1)],
+        WrapValidator(validate_location),
+    ]
+    """The `out` of an extraction, a path or a URL (s3://…, gs://…); or several of the same encoders, [{path: a, weight: 0.7},
+    {path: b, weight: 0.3}]; or `synthetic`: random data, to test a launch."""
     buckets: Annotated[tuple[TrainBucket, ...], Field(min_length=1), AfterValidator(_unique)] = ()
     """Shapes to train on, each with its batch size. Left out: all buckets of the features that hold training clips (of an
     image model, those of one frame)."""
@@ -410,13 +423,15 @@ class DataConfig(Frozen):
     """Split of validation losses and sample grids."""
     workers: Annotated[int, Field(ge=0, le=MAX_THREADS)] = 0
     """Threads of each rank that read ahead; 0: none."""
+    cache: CacheConfig = CacheConfig()
+    """Where shards are kept of features that are read by URL: fetched whole and ahead of their use. Best larger than the features."""
 
     @property
-    def feature_paths(self) -> tuple[Path, ...]:
-        """Folders of the features; empty for synthetic ones."""
+    def feature_paths(self) -> tuple[Path | Url, ...]:
+        """Folders or URLs of the features; empty for synthetic ones."""
         if isinstance(self.features, tuple):
             return tuple(features.path for features in self.features)
-        return (self.features,) if isinstance(self.features, Path) else ()
+        return (self.features,) if isinstance(self.features, Path | Url) else ()
 
     @property
     def feature_weights(self) -> tuple[float, ...] | None:

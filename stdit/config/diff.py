@@ -20,6 +20,8 @@ TRAINING_RUNTIME_KEYS = (
     "run_dir",
     "data.features",  # but for the weights of several sets: `matches`
     "data.workers",
+    "data.cache.folder",
+    "data.cache.size_gb",
     "train.log_every",
     "train.profile",
     "train.peak_tflops",

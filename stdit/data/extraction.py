@@ -373,6 +373,11 @@ def _index(
         "format": FORMAT,
         "fingerprint": hashlib.sha256(digest_input.encode()).hexdigest(),
         "samples": totals.samples,
+        "shards": {
+            str(number): {"bytes": info["shard_bytes"], "sha256": info["shard_sha256"]}
+            for number, info in found.items()
+            if info["shard_sha256"]
+        },
         "buckets": report["kept_by_bucket"],
         "classes": list(plan.classes),
         "posterior": any(info["posterior"] for info in found.values()),

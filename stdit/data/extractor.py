@@ -119,13 +119,15 @@ class Extractor(Closable):
         empty = self._add_text([row for row in rows if row["status"] == "kept"], tensors)
         self._add_digests(rows, tensors)
         shard = shard_path(out, spec.number)
+        size = 0
         if tensors:
-            write_shard(shard, tensors)
+            size = write_shard(shard, tensors)
         else:
             shard.unlink(missing_ok=True)
         column = self.config.control_column
         info = {
             "shard_sha256": sha256(shard) if tensors else None,
+            "shard_bytes": size,
             "posterior": any(name.endswith(".std") for name in tensors),
             "empty_caption": empty,
             "controls": [control_state(clip, column) for clip in spec.clips] if column else [],

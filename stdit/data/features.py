@@ -20,10 +20,10 @@ import hashlib
 import math
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -36,19 +36,25 @@ from torch import Tensor
 
 from stdit.config import (
     Bucket,
+    CacheConfig,
     ConfigError,
     FileSchema,
     NonNegative,
     Positive,
     SealedSchema,
     Sha256,
+    Url,
     Where,
     latent_shape,
-    read_json,
+    parse_location,
 )
 from stdit.config.identity import TextIdentity, VideoIdentity
 from stdit.data.filters import passing
+from stdit.data.object_cache import ObjectCache, ReadAhead
+from stdit.data.objects import ChangedObject, Digest, NoSuchObject, StoreError, read_json
 from stdit.files import atomic_path, sha256
+
+Folder = TypeVar("Folder", bound=Path | Url)
 
 FORMAT: Literal[2] = 2
 # Takes the place of a sample's id for the features of the empty caption, in every shard with text.
@@ -88,6 +94,11 @@ class ManifestFingerprint(FileSchema):
     sha256: str
 
 
+class ShardEntry(FileSchema):
+    bytes: NonNegative
+    sha256: Sha256
+
+
 class FeatureIndex(SealedSchema):
     """index.json."""
 
@@ -95,6 +106,7 @@ class FeatureIndex(SealedSchema):
     fingerprint: Sha256
     samples: Positive
     samples_sha256: Sha256
+    shards: dict[Annotated[str, Field(pattern=r"^\d+$")], ShardEntry]
     buckets: dict[Annotated[str, Field(pattern=r"^[1-9]\d{0,6}(x[1-9]\d{0,6}){2}$")], dict[str, NonNegative]]
     classes: tuple[str, ...]
     posterior: bool
@@ -112,9 +124,9 @@ class FeatureIndex(SealedSchema):
         return value
 
 
-def shard_path(out: Path, number: int) -> Path:
-    """Path of shard `number`."""
-    return out / "shards" / f"{number:05d}.safetensors"
+def shard_path(out: Folder, number: int) -> Folder:
+    """Path or URL of shard `number`."""
+    return cast(Folder, out / "shards" / f"{number:05d}.safetensors")
 
 
 def samples_schema(extra: Mapping[str, pa.DataType]) -> pa.Schema:
@@ -205,15 +217,17 @@ def feature_facts(
 
 
 class FeatureSet:
-    """The features in a folder. Cheap to open, to pickle (by its path) and to fork; thread-safe.
+    """The features in a folder, or at a URL, whose shards are fetched into `cache`. Cheap to open, to pickle (by its path) and, of a
+    folder, to fork; thread-safe.
 
-    Raises ConfigError: no such folder, an incomplete extraction, or files of another format.
+    Raises ConfigError: no such folder, no access to it, an incomplete extraction, or files of another format.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path | str, cache: CacheConfig = CacheConfig()) -> None:  # noqa: B008 (immutable)
+        self.path = parse_location(path) if isinstance(path, str) else path
         self.index = read_index(self.path)
-        self.rows = _read_samples(self.path, self.index)
+        self._config, self.cache = cache, ObjectCache.of(cache)
+        self.rows = _read_samples(self.path, self.index, self.cache)
         self.ids: np.ndarray = self.rows["id"].to_numpy()
         self._columns = {
             name: self.rows[name].to_numpy()
@@ -231,8 +245,8 @@ class FeatureSet:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __reduce__(self) -> tuple[type[FeatureSet], tuple[Path]]:
-        return FeatureSet, (self.path,)
+    def __reduce__(self) -> tuple[type[FeatureSet], tuple[Path | Url, CacheConfig]]:
+        return FeatureSet, (self.path, self._config)
 
     @property
     def classes(self) -> list[str]:
@@ -270,8 +284,8 @@ class FeatureSet:
         path = shard_path(self.path, place["shard"])
         names = ("text", "pooled") if self.has_pooled else ("text",)
         try:
+            shard = self._shard(place["shard"])
             with self._lock:
-                shard = self._shard(place["shard"])
                 found = {name: shard.get_tensor(f"{EMPTY_CAPTION}.{name}").clone() for name in names}
         except SafetensorError as error:
             raise ConfigError(f"{path}: the empty caption cannot be read ({error})") from error
@@ -372,6 +386,15 @@ class FeatureSet:
         return {f"{rate:.6g}": count for rate, count in sorted(rates.items(), key=lambda item: (-item[1], item[0]))}
 
     def _read(self, id: int, row: int, suffix: str) -> dict[str, Tensor]:
+        """As `_read_once`; a shard that was damaged in the cache is fetched again."""
+        try:
+            return self._read_once(id, row, suffix)
+        except ConfigError:
+            if isinstance(self.path, Path) or not self._discard(int(self._columns["shard"][row])):
+                raise
+        return self._read_once(id, row, suffix)
+
+    def _read_once(self, id: int, row: int, suffix: str) -> dict[str, Tensor]:
         """The tensors of a sample with one caption, by kind, as the shard's memory. The first time all are read, and compared
         with their digest. ConfigError: gone, or not what was written."""
         number = int(self._columns["shard"][row])
@@ -384,8 +407,8 @@ class FeatureSet:
         verified = self._verified[row]
         others = () if verified else ("", *(f".{name}" for name in self._captions(row)[1:]))
         kinds = dict.fromkeys([*wanted, *(f"{kind}{other}" for other in others for kind in texts)])
+        shard = self._shard(number)
         with self._lock:
-            shard = self._shard(number)
             try:
                 found = {kind: shard.get_tensor(f"{id}.{kind}") for kind in kinds}
             except SafetensorError as error:
@@ -408,38 +431,107 @@ class FeatureSet:
 
     def _shard(self, number: int) -> Any:
         """The memory-mapped shard; closes the least recently used one when too many are open."""
-        if number in self._open:
-            self._open.move_to_end(number)
-            return self._open[number]
+        with self._lock:
+            if number in self._open:
+                self._open.move_to_end(number)
+                return self._open[number]
         path = shard_path(self.path, number)
         try:
-            self._open[number] = safe_open(path, framework="pt")
+            with self.cache.local(path, self._digest(number)) as file:
+                shard = safe_open(file, framework="pt")
+        except StoreError as error:
+            raise ConfigError(f"{error}" + (f"; {REMEDY}" if isinstance(error, ChangedObject) else "")) from error
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{path}: damaged or gone ({error}); {REMEDY}") from error
-        if len(self._open) > OPEN_SHARDS:
-            self._open.popitem(last=False)
-        return self._open[number]
+        with self._lock:
+            self._open[number] = shard
+            if isinstance(path, Url):  # the disk space of removed files is free once they are closed
+                for other in [n for n in self._open if n != number and not self._cached(n).exists()]:
+                    del self._open[other]
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return shard
+
+    def _digest(self, number: int) -> Digest:
+        entry = self.index["shards"].get(str(number))
+        if entry is None:
+            raise ConfigError(f"{self.path / INDEX}: lists no shard {number}; {REMEDY}")
+        return Digest(entry["bytes"], entry["sha256"])
+
+    def _cached(self, number: int) -> Path:
+        """Where the cache of features at a URL keeps a shard."""
+        assert isinstance(self.path, Url)
+        return self.cache.path(shard_path(self.path, number), self._digest(number))
+
+    def _discard(self, number: int) -> bool:
+        """Removes a shard's copy from the cache; whether there was one."""
+        with self._lock:
+            self._open.pop(number, None)
+        cached = self._cached(number)
+        there = cached.exists()
+        cached.unlink(missing_ok=True)
+        return there
+
+    def shard_objects(self, ids: Sequence[int]) -> list[tuple[Url, Digest]]:
+        """The objects that samples are read from; none of a folder."""
+        if isinstance(self.path, Path):
+            return []
+        numbers = dict.fromkeys(self._columns["shard"][np.searchsorted(self.ids, ids)].tolist())
+        return [(shard_path(self.path, n), self._digest(n)) for n in numbers]
+
+    def read_ahead(self) -> ShardReadAhead | None:
+        """Fetches shards ahead of their use, of features at a URL; None for a folder."""
+        return ShardReadAhead(self.shard_objects, ReadAhead(self.cache)) if isinstance(self.path, Url) else None
 
 
-def read_index(path: Path | str) -> dict[str, Any]:
+class ShardReadAhead:
+    """Fetches the shards of announced samples; see ReadAhead. shards: the objects that samples are read from."""
+
+    def __init__(self, shards: Callable[[Sequence[int]], list[tuple[Url, Digest]]], ahead: ReadAhead) -> None:
+        self._shards, self._ahead = shards, ahead
+
+    @property
+    def is_full(self) -> bool:
+        return self._ahead.is_full
+
+    def announce(self, ids: Sequence[int]) -> None:
+        for url, digest in self._shards(ids):
+            self._ahead.announce(url, digest)
+
+    def release(self, ids: Sequence[int]) -> None:
+        for url, _ in self._shards(ids):
+            self._ahead.release(url)
+
+    def close(self) -> None:
+        self._ahead.close()
+
+
+def read_index(path: Path | Url) -> dict[str, Any]:
     """index.json of the features in `path`. ConfigError: not there, damaged or edited, or of another format."""
-    file = Path(path) / INDEX
-    if not file.is_file() and not file.exists():
-        missing = "no such folder" if not file.parent.is_dir() else f"no {INDEX}: the extraction into it has not ended"
-        raise ConfigError(f"{path}: {missing} (python -m pipelines.extract_features --config … makes or completes it)")
+    file = path / INDEX
+    missing = None
     try:
-        return read_json(file, FeatureIndex)
+        if isinstance(file, Path) and not file.exists():
+            missing = f"no {INDEX}: the extraction into it has not ended" if file.parent.is_dir() else "no such folder"
+        else:
+            return read_json(file, FeatureIndex)
+    except NoSuchObject:
+        missing = f"no {INDEX}: nothing was extracted there, or the extraction has not ended"
+    except StoreError as error:
+        raise ConfigError(str(error)) from error
     except ConfigError as error:
         raise ConfigError(f"{error}; {REMEDY}") from error
+    raise ConfigError(f"{path}: {missing} (python -m pipelines.extract_features --config … makes or completes it)")
 
 
-def _read_samples(path: Path, index: Mapping[str, Any]) -> pa.Table:
+def _read_samples(path: Path | Url, index: Mapping[str, Any], cache: ObjectCache) -> pa.Table:
     """samples.parquet. ConfigError: gone, or not what was written."""
     file = path / SAMPLES
     try:
-        if sha256(file) != index["samples_sha256"]:
-            raise ConfigError(f"{file}: is not what was written (its sha256 is not that in {INDEX}); {REMEDY}")
-        return parquet.read_table(file, memory_map=True)
+        with cache.local(file) as local:
+            if sha256(local) != index["samples_sha256"]:
+                raise ConfigError(f"{file}: is not what was written (its sha256 is not that in {INDEX}); {REMEDY}")
+            return parquet.read_table(local, memory_map=True)
     except (OSError, pa.ArrowException) as error:
         raise ConfigError(f"{file}: cannot be read ({error}); {REMEDY}") from error
 

@@ -26,6 +26,8 @@ from stdit.data.features import ORIGINAL, EmptyCaption, Sample, pad_texts
 from stdit.data.mixture import Mixture, mix
 from stdit.data.order import MixedStream, Stream
 
+# Steps that are announced to a source that fetches ahead, if it takes as many.
+STEPS_AHEAD = 64
 # Purpose of the draw of a caption, among the numbers that seed it.
 CAPTIONS = 1
 
@@ -230,6 +232,29 @@ class Loader(BucketSchedule):
                 continue
             yield bucket, first, dict(position)
 
+    def _announced(self) -> Iterator[tuple[TrainBucket, int, dict[str, int]]]:
+        """`_plan`; a source that reads from another machine is told of this rank's samples before they are needed."""
+        open_ahead = getattr(self.source, "read_ahead", None)
+        ahead = open_ahead and open_ahead()
+        if ahead is None:
+            yield from self._plan()
+            return
+        upcoming: deque[tuple[tuple[TrainBucket, int, dict[str, int]], list[int]]] = deque()
+        try:
+            for step in self._plan():
+                bucket, first, _ = step
+                ids = [
+                    self.streams[bucket.key].at(p) for positions in self._positions(bucket, first) for p in positions
+                ]
+                ahead.announce(ids)
+                upcoming.append((step, ids))
+                while upcoming and (ahead.is_full or len(upcoming) > STEPS_AHEAD):
+                    step, ids = upcoming.popleft()
+                    yield step
+                    ahead.release(ids)
+        finally:
+            ahead.close()
+
     def _read(self, bucket: TrainBucket, positions: Sequence[int], ids: Sequence[int]) -> Batch:
         _, accumulation, step = self.micro_batches[bucket.key]
         if self.data.captions is None:
@@ -261,7 +286,7 @@ class Loader(BucketSchedule):
 
     def __iter__(self) -> Iterator[Step]:
         if self.data.workers == 0:
-            for bucket, first, position in self._plan():
+            for bucket, first, position in self._announced():
                 batches = []
                 for positions in self._positions(bucket, first):
                     batches.append(self._read(bucket, positions, [self.streams[bucket.key].at(p) for p in positions]))
@@ -270,7 +295,7 @@ class Loader(BucketSchedule):
         with ThreadPoolExecutor(self.data.workers, thread_name_prefix="loader") as pool:
             ahead: deque[tuple[list[Future[Batch]], int, dict[str, int]]] = deque()
             try:
-                for bucket, first, position in self._plan():
+                for bucket, first, position in self._announced():
                     futures = []
                     for positions in self._positions(bucket, first):
                         ids = [self.streams[bucket.key].at(p) for p in positions]

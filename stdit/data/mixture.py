@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from stdit.config import Bucket, ConfigError, DataConfig, TrainBucket, Where
+from stdit.config import Bucket, ConfigError, DataConfig, TrainBucket, Url, Where
 from stdit.config.diff import changes
-from stdit.data.features import ORIGINAL, EmptyCaption, FeatureFacts, FeatureSet, Sample, feature_facts
+from stdit.data.features import ORIGINAL, EmptyCaption, FeatureFacts, FeatureSet, Sample, ShardReadAhead, feature_facts
+from stdit.data.object_cache import ReadAhead
+from stdit.data.objects import Digest
 
 
 class Mixture:
@@ -99,6 +101,19 @@ class Mixture:
         found = vars(self.sets[number].sample(own, caption))
         label = found["class_label"]
         return Sample(**{**found, "id": int(id), "class_label": self._labels[number][label] if label >= 0 else -1})
+
+    def shard_objects(self, ids: Sequence[int]) -> list[tuple[Url, Digest]]:
+        """As FeatureSet.shard_objects."""
+        own: dict[int, list[int]] = {}
+        for id in ids:
+            number, id_there = self._find(id)
+            own.setdefault(number, []).append(id_there)
+        return [found for number, there in own.items() for found in self.sets[number].shard_objects(there)]
+
+    def read_ahead(self) -> ShardReadAhead | None:
+        """As FeatureSet.read_ahead; None where no set is at a URL."""
+        remote = [features for features in self.sets if isinstance(features.path, Url)]
+        return ShardReadAhead(self.shard_objects, ReadAhead(remote[0].cache)) if remote else None
 
     def text_lengths(self, ids: np.ndarray) -> np.ndarray:
         """As FeatureSet.text_lengths."""
@@ -185,5 +200,5 @@ def apportion(total: int, shares: Sequence[float]) -> tuple[int, ...]:
 def open_features(data: DataConfig) -> FeatureSet | Mixture:
     """The features of `data.features`, which are not synthetic. ConfigError: one is not there or damaged; they do not go together."""
     assert data.feature_paths
-    sets = [FeatureSet(path) for path in data.feature_paths]
+    sets = [FeatureSet(path, data.cache) for path in data.feature_paths]
     return sets[0] if len(sets) == 1 else Mixture(sets, data.feature_weights)

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from stdit.config import Bucket, ConfigError, FileSchema, SealedSchema, Sha256, check
+from stdit.config import Bucket, ConfigError, FileSchema, NonNegative, SealedSchema, Sha256, check
 from stdit.config.identity import TextIdentity, VideoIdentity
 from stdit.data.buckets import kept_share
 from stdit.data.features import MANIFEST_COLUMNS, SAMPLE_COLUMNS, shard_path
@@ -69,6 +69,9 @@ class RecordInfo(SealedSchema):
     """ShardSpec.key."""
     shard_sha256: Sha256 | None
     """null: no clip is kept, there is no shard."""
+    shard_bytes: NonNegative
+    rows_sha256: Sha256
+    """Of the record's rows: Parquet's checksums leave its headers out."""
     posterior: bool
     empty_caption: Sha256 | None
     """`digest_of` its features, where there is text."""
@@ -175,12 +178,19 @@ def record_path(out: Path, number: int) -> Path:
 
 
 def write_record(out: Path, spec: ShardSpec, rows: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> None:
-    """Writes the record that marks a shard as complete. info: RecordInfo without `key`. OSError: no space, no permission."""
+    """Writes the record that marks a shard as complete. info: RecordInfo without `key` and `rows_sha256`. OSError: no space, no
+    permission."""
     schema = pa.schema({**RECORD, **MANIFEST_COLUMNS, **STATUS, **SOURCE, **spec.extra})
-    schema = schema.with_metadata({_INFO: json.dumps(seal({"key": spec.key, **info}))})
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema)
+    sealed = seal({"key": spec.key, "rows_sha256": _rows_digest(table), **info})
     with atomic_path(record_path(out, spec.number)) as temporary:
-        table = pa.Table.from_pylist([dict(row) for row in rows], schema)
-        parquet.write_table(table, temporary, write_page_checksum=True)
+        parquet.write_table(
+            table.replace_schema_metadata({_INFO: json.dumps(sealed)}), temporary, write_page_checksum=True
+        )
+
+
+def _rows_digest(table: pa.Table) -> str:
+    return hashlib.sha256(json.dumps(table.to_pylist()).encode()).hexdigest()
 
 
 def read_record(out: Path, spec: ShardSpec) -> tuple[dict[str, Any], pa.Table]:
@@ -205,6 +215,7 @@ def read_record(out: Path, spec: ShardSpec) -> tuple[dict[str, Any], pa.Table]:
     if (
         not table.schema.equals(schema)
         or not spec.has_samples(table["id"].to_pylist())
+        or _rows_digest(table) != info["rows_sha256"]
         or len(info["controls"]) not in counts
     ):
         raise ValueError(f"{record} has other rows or columns than were written")

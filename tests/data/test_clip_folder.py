@@ -100,7 +100,7 @@ def test_extraction_of_a_folder_names_clips_without_caption_and_follows_captions
     assert features.rows["caption"].to_pylist() == ["slow", "", "held out", "a wave, moving", ""]
     assert features.rows["bucket"].to_pylist() == ["5x16x32", "1x16x16", "1x16x16", "5x16x16", "1x16x16"]
     assert features.rows["split"].to_pylist().count("validation") == 1
-    report = json.loads((features.path / "report.json").read_text())
+    report = json.loads(Path(features.path, "report.json").read_text())
     assert (report["uncaptioned"], report["uncaptioned_clips"]) == (1, ["b/none.jpg"])
     assert "captions: 1 clips have none: b/none.jpg" in capsys.readouterr().err
     before = features.index["fingerprint"]

@@ -1,0 +1,102 @@
+"""Where files are: a path of this machine, or the URL of an object in a store.
+
+Location = Path | Url        # a config's field; file:///data/clips is the path /data/clips
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+from urllib.parse import unquote
+
+from pydantic import GetCoreSchemaHandler, WrapValidator
+from pydantic_core import core_schema
+
+# memory: of this process alone (fsspec), for tests.
+SCHEMES = ("s3", "gs", "memory")
+
+
+class Url(str):
+    """The URL of an object or a folder of objects, s3://BUCKET/KEY. Joined and taken apart like a path: url / "index.json"."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Url:
+        """ValueError: another scheme, no bucket, credentials or a query in it, a `..`."""
+        scheme, _, rest = text.partition("://")
+        scheme = scheme.lower()
+        if scheme not in SCHEMES:
+            accepted = ", ".join(f"{one}://" for one in ("file", *SCHEMES))
+            raise ValueError(f"a URL begins with {accepted}; found {scheme[:20]!r}")
+        bucket, _, key = rest.partition("/")
+        if "@" in bucket or ":" in bucket:
+            raise ValueError(
+                f"{scheme}://…: names more than a bucket; credentials and endpoints are given to the store's client "
+                "(AWS_PROFILE, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, …), never in a URL, which is logged"
+            )
+        parts = [part for part in key.split("/") if part]
+        if not bucket or ".." in parts or "." in parts:
+            raise ValueError(f"{text!r}: expected {scheme}://BUCKET/KEY")
+        if re.search(r"[?#\x00-\x1f]", text):
+            raise ValueError(
+                f"{scheme}://{bucket}/…: a '?', '#' or control character in a URL; signed URLs are not read"
+            )
+        return cls(f"{scheme}://{'/'.join((bucket, *parts))}")
+
+    @property
+    def scheme(self) -> str:
+        return self.partition("://")[0]
+
+    @property
+    def key(self) -> str:
+        """BUCKET/KEY."""
+        return self.partition("://")[2]
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.key).name
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.key).suffix
+
+    @property
+    def parent(self) -> Url:
+        return Url(f"{self.scheme}://{PurePosixPath(self.key).parent}")
+
+    def __truediv__(self, name: str) -> Url:
+        return Url(f"{self}/{name}")
+
+    def is_relative_to(self, folder: Path | Url) -> bool:
+        """Whether it lies below `folder`."""
+        return isinstance(folder, Url) and f"{self}/".startswith(f"{folder}/")
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.json_or_python_schema(
+            json_schema=core_schema.no_info_after_validator_function(cls.parse, core_schema.str_schema()),
+            python_schema=core_schema.is_instance_schema(cls),
+            serialization=core_schema.to_string_ser_schema(),
+        )
+
+
+def parse_location(text: str) -> Path | Url:
+    """A path, or a URL where there is a `://`. ValueError: as Url.parse; a file:// URL of another machine."""
+    if "://" not in text:
+        return Path(text)
+    scheme, _, rest = text.partition("://")
+    if scheme.lower() != "file":
+        return Url.parse(text)
+    if not rest.startswith("/"):
+        raise ValueError(f"{text!r}: expected file:///PATH")
+    return Path(unquote(rest))
+
+
+def validate_location(value: Any, handler: Any) -> Any:
+    """A pydantic WrapValidator of a union with Url: what looks like a URL is one, or an error."""
+    return parse_location(value) if isinstance(value, str) and "://" in value else handler(value)
+
+
+Location = Annotated[Path | Url, WrapValidator(validate_location)]

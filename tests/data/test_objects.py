@@ -1,0 +1,170 @@
+"""Laws of objects by URL, against an S3 server: what passes is tried again, what does not is one line without credentials."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+
+from stdit.config import ConfigError, DataConfig, Url, parse_location, validate
+from stdit.data import objects
+from stdit.data.objects import ChangedObject, Digest, NoAccess, NoSuchObject, StoreError
+from tests.support.object_store import SECRET, Kind, ObjectStore
+
+CONTENT = bytes(range(256)) * 400
+FILE = Url("s3://bucket/folder/a.bin")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    folder = tmp_path_factory.mktemp("store")
+    (folder / "bucket" / "folder").mkdir(parents=True)
+    with ObjectStore(folder) as found:
+        yield found
+
+
+@pytest.fixture
+def store(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(objects, "FIRST_WAIT_S", 0.01)
+    (server.folder / "bucket/folder/a.bin").write_bytes(CONTENT)
+    server.heal()
+    yield server
+    server.heal()
+
+
+def fetch(url: Url = FILE, expected: Digest | None = None) -> bytes:
+    target = BytesIO()
+    objects.download(url, target, expected)
+    return target.getvalue()
+
+
+def test_objects_are_read_written_listed_and_removed(store: ObjectStore, tmp_path: Path) -> None:
+    assert fetch() == CONTENT == objects.read(FILE, len(CONTENT))
+    assert objects.stat(FILE).size == len(CONTENT)
+    objects.write(FILE.parent / "deep" / "b.txt", "text")
+    large = tmp_path / "large"
+    large.write_bytes(bytes(12 << 20))  # in several parts
+    objects.upload(large, FILE.parent / "c")
+    assert objects.listing(FILE.parent) == {"a.bin": len(CONTENT), "c": 12 << 20, "deep/b.txt": 4}
+    assert objects.exists(FILE.parent / "c")
+    objects.remove(FILE.parent / "c")
+    objects.remove(FILE.parent / "c")
+    assert not objects.exists(FILE.parent / "c")
+    assert objects.listing(Url("s3://bucket/nothing")) == {}
+
+
+def test_memory_is_a_store_too() -> None:
+    objects.write(Url("memory://bucket/x/y.txt"), "text")
+    assert objects.read(Url("memory://bucket/x/y.txt"), 10) == b"text"
+    assert objects.listing(Url("memory://bucket/x")) == {"y.txt": 4}
+    with pytest.raises(NoSuchObject, match=r"^memory://bucket/z: no such object$"):
+        objects.stat(Url("memory://bucket/z"))
+
+
+@pytest.mark.parametrize("kind", ["500", "503", "429", "cut"])
+def test_what_passes_is_tried_again_and_said(
+    kind: Kind, store: ObjectStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.fail(kind, times=3)
+    assert fetch() == CONTENT
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3
+    assert said[0].startswith(f"stdit: {FILE}: ")
+    assert "try 2 of 6 in 0.0 s" in said[0]
+
+
+def test_a_body_that_ends_early_is_read_on(store: ObjectStore) -> None:
+    store.fail("truncate", times=3)
+    assert fetch() == CONTENT
+
+
+def test_a_store_that_stays_away_is_an_error_of_one_line(store: ObjectStore) -> None:
+    store.fail("500", times=100, method="HEAD")
+    with pytest.raises(StoreError, match=rf"^{FILE}: .*\(6 tries\)$") as found:
+        fetch()
+    assert "\n" not in str(found.value)
+    assert len(store.requests) == objects.TRIES
+
+
+def test_a_server_that_never_answers_is_left(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "READ_TIMEOUT_S", 1)
+    monkeypatch.setenv("AWS_PROFILE_OF_THIS_TEST", "1")  # another client
+    store.fail("silent", method="HEAD")
+    assert fetch() == CONTENT
+
+
+@pytest.mark.parametrize(("kind", "error"), [("403", NoAccess), ("404", NoSuchObject), ("400", StoreError)])
+def test_what_does_not_pass_is_asked_once(kind: Kind, error: type[StoreError], store: ObjectStore) -> None:
+    store.fail(kind, times=100, method="HEAD")
+    with pytest.raises(error, match=f"^{FILE}: "):
+        fetch()
+    assert len(store.requests) == 1
+
+
+def test_wrong_credentials_are_refused_and_never_printed(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", wrong := "another-secret-not-to-be-printed")
+    for attempt in (fetch, lambda: objects.listing(FILE.parent), lambda: objects.write(FILE, "x")):
+        with pytest.raises(NoAccess, match="access denied") as found:
+            attempt()
+        assert wrong not in str(found.value)
+        assert SECRET not in str(found.value) + capsys.readouterr().err
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "session-token-of-the-test")
+    text = f"Could not sign with {wrong} session-token-of-the-test; https://host/x?X-Amz-Signature=abc123&X-Amz-Credential=me"
+    assert not set(objects.redacted(text).split("=")) & {wrong, "abc123"}
+    assert "session-token" not in objects.redacted(text)
+    assert "me" not in objects.redacted(text).rpartition("=")[2]
+
+
+def test_an_object_that_changed_is_named_and_fetched_no_further(store: ObjectStore) -> None:
+    whole = Digest(len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+    assert fetch(expected=whole) == CONTENT
+    file = store.folder / "bucket/folder/a.bin"
+    file.write_bytes(CONTENT[:-1])
+    with pytest.raises(ChangedObject, match=r"has 102,399 bytes where 102,400 were written; it was changed"):
+        fetch(expected=whole)
+    file.write_bytes(b"\1" + CONTENT[1:])
+    before = objects.stat(FILE)
+    with pytest.raises(ChangedObject, match=r"sha256 [0-9a-f]{12}… where [0-9a-f]{12}… was written; it was changed"):
+        fetch(expected=whole)
+    file.write_bytes(b"\2" + CONTENT[1:])
+    assert objects.stat(FILE).version != before.version
+
+
+# ------------------------------------------------------------------------------------------------ URLs
+
+
+def test_urls_are_joined_and_taken_apart_like_paths() -> None:
+    url = Url.parse("S3://bucket//a/b/")
+    assert url == "s3://bucket/a/b"
+    assert url / "c.mp4" == "s3://bucket/a/b/c.mp4"
+    assert (url / "c.mp4").suffix == ".mp4"
+    assert (url.name, url.parent, url.key) == ("b", "s3://bucket/a", "bucket/a/b")
+    assert url.is_relative_to(Url("s3://bucket/a"))
+    assert not url.is_relative_to(Url("s3://bucket/a/b/c"))
+    assert parse_location("file:///data/my%20clips") == Path("/data/my clips")
+    assert parse_location("clips/x") == Path("clips/x")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("http://host/x", r"a URL begins with file://, s3://, gs://, memory://; found 'http'"),
+        ("s3:///x", r"expected s3://BUCKET/KEY"),
+        ("s3://bucket/../other", r"expected s3://BUCKET/KEY"),
+        ("s3://KEY:hidden@bucket/x", r"credentials and endpoints are given to the store's client"),
+        ("s3://bucket/x?X-Amz-Signature=hidden", r"signed URLs are not read"),
+        ("file://host/x", r"expected file:///PATH"),
+    ],
+)
+def test_other_urls_are_refused_with_what_is_accepted(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as found:
+        validate({"features": text}, DataConfig, "f")
+    assert "hidden" not in str(found.value)
+    assert str(found.value).startswith("f: features")
