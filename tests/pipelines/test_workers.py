@@ -186,3 +186,42 @@ def test_a_ray_that_did_not_start_in_time_is_started_once_more(monkeypatch: pyte
     with pytest.raises(Exception, match="timed out during startup"):
         workers._init(init, 2)
     assert sum("address" in call for call in calls) == 2
+
+
+KILL_RAYLET = """
+import sys
+from pathlib import Path
+import psutil
+from pipelines import workers
+from pipelines.plan import Resources
+from stdit.config import Config, load_config
+
+out = Path(sys.argv[1])
+config = load_config("configs/debug.yaml", Config, [f"run_dir={out / 'run'}", "train.steps=100000", "name=stage"])
+killed = False
+
+def tick():
+    global killed
+    log = out / "run" / "metrics.jsonl"
+    if killed or not log.is_file() or log.read_text().count("\\n") < 2:
+        return
+    for process in psutil.Process().children(recursive=True):
+        if process.name() == "raylet":
+            process.kill()
+            killed = True
+
+workers.connect(2)
+try:
+    workers.train_stage(config, Resources(workers=2, deadline_s=240), out / "ray", tick)
+except workers.RayLost as lost:
+    print("lost", killed, lost)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_dead_raylet_ends_the_stage_as_a_lost_ray(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", KILL_RAYLET, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
+    )  # fmt: skip
+    assert "lost True stage stage: " in done.stdout, done.stdout + done.stderr
