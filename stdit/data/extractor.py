@@ -29,6 +29,8 @@ from stdit.data.transforms import frame_step, to_pixels, window_indices
 from stdit.files import Closable, sha256
 
 _Item = TypeVar("_Item")
+# Of a clip of many windows so much is decoded at once, in bytes of its bucket's size.
+READ_BYTES = 128 * 2**20
 
 
 class VideoEncoder(Protocol):
@@ -152,58 +154,67 @@ class Extractor(Closable):
             except DecodeError as error:
                 yield _Clip({**row, "status": "bad", "reason": error.reason})
 
-    def _clip(self, clip: Clip, row: dict[str, Any]) -> list[_Clip]:
+    def _clip(self, clip: Clip, row: dict[str, Any]) -> Iterator[_Clip]:
         """One clip's windows, decoded and cropped. Where file and manifest differ in length or size, the file is right. DecodeError."""
         stated = stated_info(clip)
         if stated is None:
-            return self._clip_of_size(clip, row, part_info(clip, self.decoder.probe(clip.file)))
+            yield from self._windows(clip, row, part_info(clip, self.decoder.probe(clip.file)))
+            return
         if clip.is_part:  # a file that breaks off has clips, too: it is not probed
-            return self._clip_of_size(clip, row, stated)
+            yield from self._windows(clip, row, stated)
+            return
         try:
-            found = self._clip_of_size(clip, row, stated)
-            if found[0].bucket is None:  # to be dropped for what the manifest says
+            windows = self._windows(clip, row, stated)
+            first = next(windows)
+            if first.bucket is None:  # to be dropped for what the manifest says
                 check_info(clip.file, stated, self.decoder.probe(clip.file))
-            return found
         except InfoMismatch as error:
-            return self._clip_of_size(clip, {**row, "detail": error.reason}, error.found)
+            yield from self._windows(clip, {**row, "detail": error.reason}, error.found)
+            return
+        yield first
+        yield from windows
 
-    def _clip_of_size(self, clip: Clip, row: dict[str, Any], info: ClipInfo) -> list[_Clip]:
-        """One clip of length and size `info`: its windows. DecodeError; InfoMismatch: the file has others."""
+    def _windows(self, clip: Clip, row: dict[str, Any], info: ClipInfo) -> Iterator[_Clip]:
+        """The windows of one clip of length and size `info`, some at a time. DecodeError; at the first, InfoMismatch: the file has
+        others."""
         config = self.config
         step = frame_step(info.fps, config.frame_stride, config.target_fps)
         size = {"frames": info.frame_count, "height": info.height, "width": info.width}
         row = {**row, **size, "fps": info.fps / step}
         bucket = assign_clip(info, config, clip.id)
         if isinstance(bucket, Dropped):
-            return [_Clip({**row, "status": "dropped", "reason": bucket.reason, "detail": bucket.detail})]
+            yield _Clip({**row, "status": "dropped", "reason": bucket.reason, "detail": bucket.detail})
+            return
         every = (1, 1) if config.windows is None else (config.windows.stride, config.windows.max)
         windows = window_indices(info.frame_count, bucket.frames, step, config.clip_window, every)
-        indices = sorted({index for window in windows for index in window})  # no frame is decoded twice
+        used = len({index for window in windows for index in window})
+        row = {**row, "status": "kept", "bucket": bucket.key, "used_frames": used}
+        number = row["id"]
+        for group in grouped(windows, READ_BYTES // (3 * bucket.height * bucket.width)):
+            for window, pixels, control in self._read(clip, info, bucket, group):
+                start = (clip.start_frame or 0) + window[0]
+                part = {"start_frame": start, "end_frame": start + window[-1] - window[0] + 1} if config.windows else {}
+                yield _Clip({**row, "id": number, **part}, bucket, pixels, control)
+                number += 1
+
+    def _read(
+        self, clip: Clip, info: ClipInfo, bucket: ExtractBucket, windows: Sequence[list[int]]
+    ) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
+        """Pixels and control input of `windows`, whose frames are decoded together. DecodeError."""
+        indices = sorted({index for window in windows for index in window})  # none is decoded twice
         shape, control, first = (bucket.height, bucket.width), None, clip.start_frame or 0
         if clip.is_part:
             frames = self.decoder.read_part(clip.file, [first + index for index in indices], shape, clip.crop)
         else:
             frames = self.decoder.read(clip.file, indices, shape, info)
-        if column := config.control_column:
+        if column := self.config.control_column:
             control = read_control(self.decoder, clip, column, info, indices, bucket)
-        row = {**row, "status": "kept", "bucket": bucket.key, "used_frames": len(indices)}
-        found = []
-        for i, window in enumerate(windows):
+        for window in windows:
             places = np.searchsorted(indices, window)
-            own = {"id": row["id"] + i}
-            if config.windows is not None:
-                own |= {"start_frame": first + window[0], "end_frame": first + window[-1] + 1}
             # One frame of control stands for all.
             beside = None if control is None else control[places] if len(control) == len(indices) else control
-            found.append(
-                _Clip(
-                    {**row, **own},
-                    bucket,
-                    torch.from_numpy(to_pixels(frames[places])),
-                    None if beside is None else torch.from_numpy(to_pixels(beside)),
-                )
-            )
-        return found
+            pixels = torch.from_numpy(to_pixels(frames[places]))
+            yield window, pixels, None if beside is None else torch.from_numpy(to_pixels(beside))
 
     def _encode(self, clips: Iterable[_Clip], tensors: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
         """Encodes `clips` in batches of one bucket into `tensors`; yields their rows."""
@@ -289,20 +300,32 @@ class Extractor(Closable):
             yield {"text": text, **({} if pooled is None else {"pooled": pooled[i].to("cpu", dtype)})}
 
 
+def grouped(windows: Sequence[list[int]], frames: int) -> Iterator[list[list[int]]]:
+    """`windows` in runs that have at most `frames` frames together, or are of one window."""
+    group: list[list[int]] = []
+    for window in windows:
+        if group and window[-1] - group[0][0] + 1 > frames:
+            yield group
+            group = []
+        group.append(window)
+    if group:
+        yield group
+
+
 def _whole_clips(rows: Sequence[dict[str, Any]], tensors: dict[str, Tensor], windows: int) -> list[dict[str, Any]]:
     """Rows without those of clips of which one window is bad, but for a row that says so; their tensors are removed."""
     bad = {row["id"] // windows: row for row in reversed(rows) if row["status"] == "bad"}
     for name in list(tensors):
         if int(name.partition(".")[0]) // windows in bad:
             del tensors[name]
-    found: list[dict[str, Any]] = []
+    found: dict[int, dict[str, Any]] = {}
     for row in rows:
         clip = row["id"] // windows
         if clip not in bad:
-            found.append(row)
-        elif row["id"] % windows == 0:
-            found.append({**bad[clip], "id": row["id"]})
-    return found
+            found[row["id"]] = row
+        else:  # in the place of its first
+            found.setdefault(clip * windows, {**bad[clip], "id": clip * windows})
+    return list(found.values())
 
 
 def _row(shard: int, number: int, clip: Clip) -> dict[str, Any]:

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pipelines.forecast import ManifestSource
 from stdit import extract
 from stdit.config import ConfigError, ExtractBucket, ExtractConfig
 from stdit.config.data import WindowsConfig
+from stdit.data import extractor as room
 from stdit.data import records
-from stdit.data.decoding import open_clip
+from stdit.data.decoding import DecodeError, open_clip
 from stdit.data.extraction import plan_extraction
-from stdit.data.extractor import Extractor
 from stdit.data.features import FeatureSet
 from stdit.data.transforms import frame_indices, frames_available, resize_crop, to_pixels, window_indices
 from tests.support import clip_folder
@@ -57,10 +57,7 @@ def test_windows_lie_within_the_clip_a_stride_apart_and_there_are_as_many_as_fit
     frame_count: int, frames: int, stride: float, every: int, most: int, mode: str
 ) -> None:
     available = frames_available(frame_count, stride)
-    if available < frames:
-        with pytest.raises(ValueError, match="span"):
-            window_indices(frame_count, frames, stride, mode, (every, most))
-        return
+    assume(available >= frames)  # as the bucket is chosen
     found = window_indices(frame_count, frames, stride, mode, (every, most))
     assert len(found) == min(most, len(range(0, available - frames + 1, every)))
     assert all(len(set(window)) == frames and window[0] >= 0 and window[-1] < frame_count for window in found)
@@ -118,6 +115,48 @@ def test_an_extraction_of_windows_is_idempotent_and_makes_again_what_has_changed
         extract.run(config(tmp_path, windows=WindowsConfig(stride=5, max=6)))
 
 
+def test_a_long_clip_is_decoded_some_windows_at_a_time_with_equal_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = FeatureSet(extract.run(config(tmp_path)))
+    monkeypatch.setattr(room, "READ_BYTES", 10 * 16 * 16 * 3)
+    reads, read = [], room.SubprocessDecoder.read
+
+    def counted(self: Any, path: Path, indices: Any, *args: Any) -> np.ndarray:
+        reads.append(len(indices))
+        return read(self, path, indices, *args)
+
+    monkeypatch.setattr(room.SubprocessDecoder, "read", counted)
+    parts = FeatureSet(extract.run(config(tmp_path, out=tmp_path / "parts")))
+    assert max(reads) <= 10
+    assert len(reads) > 5
+    assert parts.rows == whole.rows
+    assert all(torch.equal(parts.sample(i).mean, whole.sample(i).mean) for i in whole.ids)
+    assert list(room.grouped([[0, 1], [2, 3], [4, 5]], 4)) == [[[0, 1], [2, 3]], [[4, 5]]]
+    assert list(room.grouped([[0, 9]], 4)) == [[[0, 9]]]
+
+
+def test_a_clip_that_breaks_off_behind_its_first_windows_is_bad_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "READ_BYTES", 1)
+    read = room.SubprocessDecoder.read
+
+    def broken(self: Any, path: Path, indices: Any, *args: Any) -> np.ndarray:
+        if path.name == "d.mp4" and indices[0] > 8:
+            raise DecodeError(path, "breaks off")
+        return read(self, path, indices, *args)
+
+    monkeypatch.setattr(room.SubprocessDecoder, "read", broken)
+    settings = config(tmp_path, max_bad_share=0.5)
+    features = FeatureSet(extract.run(settings))
+    told = json.loads((settings.out / "report.json").read_text())
+    assert [clip["reason"] for clip in told["bad_clips"]] == ["breaks off"]
+    assert (told["clips"], told["kept"], told["bad"], told["samples"]) == (7, 5, 1, 7)
+    assert "d" not in features.rows["caption"].to_pylist()
+    assert not any(record.name.endswith(".part") for record in settings.out.rglob("*"))
+
+
 def test_a_clip_of_which_one_window_is_bad_is_bad_as_a_whole(tmp_path: Path) -> None:
     class Broken:
         """Latents of bright clips are not finite."""
@@ -138,14 +177,12 @@ def test_a_clip_of_which_one_window_is_bad_is_bad_as_a_whole(tmp_path: Path) -> 
         tmp_path, made, buckets=BUCKETS[1:], windows=WindowsConfig(stride=5), text_encoder=None, max_bad_share=0.5
     )
     plan = plan_extraction(settings, {"video_encoder": {}, "text_encoder": None})
-    with Extractor(settings, Broken(), None, {}) as extractor:
+    with room.Extractor(settings, Broken(), None, {}) as extractor:
         (spec,) = plan.shards
         tensors: dict[str, torch.Tensor] = {}
-        from stdit.data.extractor import _whole_clips
-
         rows = list(extractor._encode(extractor._clips(spec), tensors))
         assert [row["status"] for row in rows] == ["kept", "kept", "bad", "kept"] + ["kept"] * 4
-        rows = _whole_clips(rows, tensors, spec.windows)
+        rows = room._whole_clips(rows, tensors, spec.windows)
     assert [(row["id"], row["status"]) for row in rows] == [(0, "bad"), *((8 + i, "kept") for i in range(4))]
     assert sorted(tensors) == [f"{8 + i}.mean" for i in (2, 3)] + ["8.mean", "9.mean"]
     assert "not finite" in rows[0]["reason"]
