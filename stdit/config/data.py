@@ -8,14 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, WrapValidator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from stdit.config.auto_buckets import AutoEntry, expand_buckets
 from stdit.config.base import MAX_THREADS, Count, Frozen, NonNegative, Positive, Share, Width, Workers
 from stdit.config.load import ConfigError
-from stdit.config.location import Location, Url, validate_location
+from stdit.config.location import Location, Url
 
 
 class Bucket(Frozen):
@@ -394,12 +394,18 @@ class FeatureSetConfig(Frozen):
     """Share of the samples that come from this set, relative to the other sets. Left out of all sets: each gives as many as it has clips."""
 
 
+def _kind_of_features(found: Any) -> str:
+    return "sets" if isinstance(found, list | tuple) else "synthetic" if found == "synthetic" else "location"
+
+
 class DataConfig(Frozen):
     """The extracted features that a training run reads."""
 
     features: Annotated[
-        Path | Url | Literal["synthetic"] | Annotated[tuple[FeatureSetConfig, ...], Field(min_length=1)],
-        WrapValidator(validate_location),
+        Annotated[Location, Tag("location")]
+        | Annotated[Literal["synthetic"], Tag("synthetic")]
+        | Annotated[tuple[FeatureSetConfig, ...], Field(min_length=1), Tag("sets")],
+        Discriminator(_kind_of_features),
     ]
     """The `out` of an extraction, a path or a URL (s3://…, gs://…); or several of the same encoders, [{path: a, weight: 0.7},
     {path: b, weight: 0.3}]; or `synthetic`: random data, to test a launch."""

@@ -95,8 +95,12 @@ def parse_location(text: str) -> Path | Url:
 
 
 def validate_location(value: Any, handler: Any) -> Any:
-    """A pydantic WrapValidator of a union with Url: what looks like a URL is one, or an error."""
-    return parse_location(value) if isinstance(value, str) and "://" in value else handler(value)
+    """A pydantic WrapValidator of Path | Url: what looks like a URL is one, or an error."""
+    if isinstance(value, str) and not isinstance(value, Url):
+        return parse_location(value)
+    if not isinstance(value, Path | Url):
+        raise ValueError(f"expected a path or a URL, found {value!r}")
+    return handler(value)
 
 
 Location = Annotated[Path | Url, WrapValidator(validate_location)]
