@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from stdit.training import checkpoint
+from stdit.training import checkpoint, saving
+from stdit.training.distributed import Ranks
 from stdit.training.machine import rank_memory
-from stdit.training.snapshot import HostCopies
+from stdit.training.snapshot import HostCopies, MasterLayout
 from tests.support import forked
 from tests.support.rank_jobs import (
     config_of,
@@ -137,6 +139,25 @@ def test_all_ranks_killed_while_writing_lose_that_checkpoint_alone(pair: Pool, s
     for name, content in files(tmp_path / "whole", 8).items():
         assert (stage == 3 and name.endswith(".pt")) or files(tmp_path / "broken", 8)[name] == content
     assert not list(folder.glob("*.partial"))
+
+
+def test_rank_0_does_not_wait_for_ever_for_a_rank_that_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "ORPHAN_S", 0.5)
+    folder = tmp_path / "checkpoints/step-00000002"
+    checkpoint.start_partial(checkpoint.partial_folder(folder))
+    write = object.__new__(saving.Write)
+    threading.Thread.__init__(write, daemon=True)
+    write.folder, write.partial = folder, checkpoint.partial_folder(folder)
+    write.ranks, write.layout = Ranks(0, 2, 0, torch.device("cpu")), MasterLayout({}, [{}, {}])
+    write.shards = saving.ShardWriter(None, lambda state: state)
+    write.written, write._abandoned, write.error = threading.Event(), threading.Event(), None
+    write._weights, write.seconds = {}, 0.0
+    write.start()
+    began = time.monotonic()
+    write.outlive()
+    assert time.monotonic() - began < 10
+    assert "other ranks have not written their part" in str(write.error)
+    assert not folder.exists()
 
 
 @pytest.mark.distributed
