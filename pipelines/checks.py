@@ -165,7 +165,7 @@ def extracted_features(plan: Plan) -> FeatureSet | None:
 
 def check_manifest(plan: Plan) -> None:
     """ConfigError without a manifest and without `prepare` and `curation`, which write one."""
-    if plan.prepare is None and plan.curation is None and not plan.extract.manifest.exists():
+    if plan.prepare is None and plan.curation is None and not plan.extract.has_manifest:
         raise ConfigError(f"extraction.manifest: {plan.extract.manifest} does not exist")
 
 
@@ -235,7 +235,7 @@ def forecast_lines(plan: Plan, stages: Sequence[ResolvedStage]) -> list[str]:
     else:
         source = (
             ManifestSource(plan.extract)
-            if plan.extract.manifest.exists()
+            if plan.extract.has_manifest
             else EqualSource(plan.extract.manifest, plan.extract.captions)
         )
         lines = source.lines()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.plan import ResolvedStage, Resources
-from stdit.config import Bucket, ConfigError, ExtractConfig, Where, latent_shape
+from stdit.config import Bucket, ConfigError, ExtractConfig, Url, Where, latent_shape
 from stdit.config.token_budget import imbalance
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ class ManifestSource:
         self._filtered = len(self._manifest) - len(kept)
         rated = config.target_fps is not None or any(b.min_fps or b.max_fps for b in config.buckets)
         unstated = [clip for clip in kept if stated_info(clip, rated) is None]
-        probed = probe_clips(unstated, config.decoder, config.decode_timeout_s) if unstated else []
+        probed = probe_clips(unstated, config.decoder, config.decode_timeout_s, cache=config.cache) if unstated else []
         by_key = dict(zip((clip.id for clip in unstated), probed, strict=True))
         self.failures = {key: found for key, found in by_key.items() if isinstance(found, str)}
         for clip in kept:
@@ -245,7 +245,7 @@ class EqualSource:
 
     CLIPS = 1_000_000
 
-    def __init__(self, manifest: Path, captions: Sequence[str] = ()) -> None:
+    def __init__(self, manifest: Path | Url, captions: Sequence[str] = ()) -> None:
         from stdit.data.features import ORIGINAL
 
         self.manifest, self.captions = manifest, (ORIGINAL, *captions)

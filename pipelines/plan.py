@@ -23,12 +23,15 @@ from stdit.config import (
     ExtractConfig,
     Frozen,
     InitConfig,
+    LocalPath,
+    Location,
     NonNegative,
     Positive,
     SamplerConfig,
     ScoreConfig,
     Threads,
     Transition,
+    Url,
     Workers,
     apply_override,
     default_bucket,
@@ -66,16 +69,16 @@ class Curation(CurateConfig):
 
     footage: str | tuple[str, ...] = ""
     """Folder, pattern, list or manifest; default: the folder of `prepare`."""
-    out: Path = Path()
+    out: LocalPath = Path()
     """Folder of the manifest and the report; default: RUN_DIR/curated."""
 
 
 class Extraction(ExtractConfig):
     """An extraction; `out` defaults to RUN_DIR/features, `manifest` to that of `curation`, else of `prepare`."""
 
-    manifest: Path = Path()
+    manifest: Location = Path()
     """Manifest of the clips; default: that of `curation`, else of `prepare`."""
-    out: Path = Path()
+    out: LocalPath = Path()
     """Folder of the features; default: RUN_DIR/features."""
     workers: Workers | Literal["auto"] = 1  # pyright: ignore[reportIncompatibleVariableOverride]
     """Actors that extract, each with the encoders; `auto`: one for each of this machine's CPUs."""
@@ -205,7 +208,7 @@ class Plan(Frozen):
 
     name: str
     """Title of the report."""
-    run_dir: Path
+    run_dir: LocalPath
     """Folder of all results."""
     seed: NonNegative = 0
     """Seed of every stage."""
@@ -232,6 +235,11 @@ class Plan(Frozen):
                 raise ValueError(f"a stage can't be called {name!r}: RUN_DIR/{name} holds something else")
         if self.prepare is None and self.curation is None and self.extraction.manifest == Path():
             raise ValueError("extraction.manifest is needed without `prepare` and `curation`")
+        if self.evaluation is not None and isinstance(self.extraction.manifest, Url):
+            raise ValueError(
+                f"evaluation: compares with the clips of extraction.manifest, which are read from this machine; found "
+                f"{self.extraction.manifest}"
+            )
         if self.curation is not None and self.prepare is None and not self.curation.footage:
             raise ValueError("curation.footage is needed without `prepare`")
         if self.curation is not None and self.extraction.manifest != Path():

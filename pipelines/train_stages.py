@@ -39,12 +39,12 @@ def run_plan(
     if job.in_packaged_job() and checkout is None:
         job.require_absolute_paths({"run_dir": plan.run_dir, "extraction.out": plan.extract.out})
     resolved = plans.resolve(plan, str(path))
-    if plan.curate and not plan.prepare and not only_forecast and not plan.extract.manifest.exists():
+    if plan.curate and not plan.prepare and not only_forecast and not plan.extract.has_manifest:
         # First: stages may leave out what follows from its manifest.
         curate_clips.curate_footage(plan.curate)
     stages = checks.complete(plan, resolved)
     checks.check_early(plan, stages)
-    if plan.extract.manifest.exists():
+    if plan.extract.has_manifest:
         checks.check_validation_split(plan)
     if only_forecast:
         print(printable("\n".join(checks.forecast_lines(plan, stages))), flush=True)

@@ -93,9 +93,10 @@ def load_extractor(config: ExtractConfig, device: str | None = None) -> Extracto
 def extract_shard(config: ExtractConfig, spec: ShardSpec) -> Path:
     """Extracts one shard unless it is up to date; returns its path (no file if none of its clips is kept)."""
     from stdit.data.features import shard_path
+    from stdit.data.object_cache import ObjectCache
     from stdit.data.records import stale_reason
 
-    if stale_reason(config.out, spec):
+    if stale_reason(config.out, spec, ObjectCache.of(config.cache)):
         with load_extractor(config) as extractor:
             extractor.extract(spec)
     return shard_path(config.out, spec.number)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stdit.config import ConfigError
+from stdit.config import ConfigError, Url, parse_location
 from stdit.files import atomic_write, printable
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Choices:
     """What the command line asks for."""
 
     out: Path
-    clips: Path
+    clips: Path | Url
     video_encoder: str | None = None
     text_encoder: str | None = None
     max_pixels: int | None = None
@@ -70,22 +70,32 @@ def init(choices: Choices, progress: bool = True) -> list[str]:
         max_frames=choices.max_frames or limits["max_frames"],
     )
     out.mkdir(parents=True, exist_ok=True)
-    path, held_out = source, sum(clip.split == "validation" for clip in found.clips)
-    if source.is_dir():
+    path: Path | Url = source
+    held_out = sum(clip.split == "validation" for clip in found.clips)
+    if _is_folder(source):
         path = out / "manifest.jsonl"
         validation = validation_clips([clip for clip in found.clips if clip.path not in proposal.dropped])
         held_out = len(validation)
-        (out / "clips").symlink_to(source.resolve(), target_is_directory=True)
-        manifest.write(path, [_row(clip, validation) for clip in found.clips])
+        below = str(source)
+        if isinstance(source, Path):
+            below = "clips"
+            (out / below).symlink_to(source.resolve(), target_is_directory=True)
+        manifest.write(path, [_row(clip, validation, below) for clip in found.clips])
     atomic_write(out / "plan.yaml", plan_text(choices, path, proposal, held_out, multiple_of))
     return [*_report(found, proposal, held_out), f"wrote {out / 'plan.yaml'}" + (f", {path}" if path != source else "")]
 
 
-def _check_out(out: Path, source: Path) -> None:
+def _is_folder(source: Path | Url) -> bool:
+    from stdit.data.rows import READERS
+
+    return source.suffix.lower() not in READERS if isinstance(source, Url) else source.is_dir()
+
+
+def _check_out(out: Path, source: Path | Url) -> None:
     """ConfigError: no clips there, or something that would be overwritten."""
-    if not source.exists():
+    if isinstance(source, Path) and not source.exists():
         raise ConfigError(f"--clips {source}: no such folder or manifest")
-    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+    if isinstance(source, Path) and source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"{out} is inside --clips {source}, where its own files would count as clips")
     for name in ("plan.yaml", "manifest.jsonl", "clips"):
         if (out / name).exists() or (out / name).is_symlink():
@@ -118,8 +128,8 @@ def validation_clips(clips: Sequence[ProbedClip]) -> set[str]:
     return {clips[i * len(clips) // count].path for i in range(count)}
 
 
-def _row(clip: ProbedClip, validation: set[str]) -> dict[str, Any]:
-    row: dict[str, Any] = {"path": f"clips/{clip.path}", "caption": clip.caption or ""}
+def _row(clip: ProbedClip, validation: set[str], below: str) -> dict[str, Any]:
+    row: dict[str, Any] = {"path": f"{below}/{clip.path}", "caption": clip.caption or ""}
     row |= {"split": "validation" if clip.path in validation else "train"}
     row |= {"fps": clip.fps} if clip.frames > 1 and clip.fps > 0 else {}
     return row | {"frames": clip.frames, "height": clip.height, "width": clip.width}
@@ -155,7 +165,7 @@ def _report(found: Probe, proposal: BucketProposal, held_out: int) -> list[str]:
 # -------------------------------------------------------------------------------------------- plan
 
 
-def plan_text(choices: Choices, manifest: Path, proposal: BucketProposal, held_out: int, multiple_of: int) -> str:
+def plan_text(choices: Choices, manifest: Path | Url, proposal: BucketProposal, held_out: int, multiple_of: int) -> str:
     """plan.yaml, annotated. multiple_of: what sides of frames have to be multiples of, px."""
     latent = choices.video_encoder is not None
     gpus = _gpus()
@@ -257,7 +267,12 @@ def _gpus() -> int:
 def arguments(prog: str = "stdit init") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for the plan and everything that it makes")
-    parser.add_argument("--clips", type=Path, required=True, help="folder of NAME.mp4 and NAME.txt, or a manifest")
+    parser.add_argument(
+        "--clips",
+        type=parse_location,
+        required=True,
+        help="folder of NAME.mp4 and NAME.txt, or a manifest; path or URL",
+    )
     parser.add_argument("--video-encoder", metavar="PATH", help="video autoencoder: folder or hub id (default: pixels)")
     parser.add_argument("--text-encoder", metavar="PATH", help="T5: folder or hub id (default: a small random one)")
     parser.add_argument(

@@ -67,7 +67,7 @@ from stdit.config.load import (
     read_yaml,
     validate,
 )
-from stdit.config.location import Location, Url, parse_location
+from stdit.config.location import LocalPath, Location, Url, parse_location
 from stdit.config.model import SIZES, ModelConfig
 from stdit.config.train import (
     Config,
@@ -114,6 +114,7 @@ __all__ = [
     "InitConfig",
     "LoRAConfig",
     "LoRASource",
+    "LocalPath",
     "Location",
     "ModelConfig",
     "NetworkPaths",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from stdit.config.base import Count, Frozen, NonNegative, Positive, Share, Threads, Workers
 from stdit.config.data import Where
+from stdit.config.location import LocalPath
 
 
 class CutsConfig(Frozen):
@@ -141,7 +141,7 @@ class CurateConfig(Frozen):
 
     footage: str | tuple[str, ...]
     """Folder, pattern (films/**/*.mp4), list of files (.txt, a path a line) or manifest; or several of these."""
-    out: Path
+    out: LocalPath
     """Folder of the manifest, the report and everything computed."""
     where: tuple[Where, ...] = ()
     """Filters on columns of the footage's own manifest."""

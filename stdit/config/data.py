@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 from stdit.config.auto_buckets import AutoEntry, expand_buckets
 from stdit.config.base import MAX_THREADS, Count, Frozen, NonNegative, Positive, Share, Width, Workers
 from stdit.config.load import ConfigError
-from stdit.config.location import Location, Url
+from stdit.config.location import LocalPath, Location, Url
 
 
 class Bucket(Frozen):
@@ -321,9 +321,10 @@ class CacheConfig(Frozen):
 class ExtractConfig(Frozen):
     """Feature extraction: clips and captions in, feature shards out (`stdit extract --config …`)."""
 
-    manifest: Path
-    """A folder of clips (NAME.mp4 with its caption in NAME.txt), or a .jsonl, .csv or .parquet manifest."""
-    out: Path
+    manifest: Location
+    """A folder of clips (NAME.mp4 with its caption in NAME.txt), or a .jsonl, .csv or .parquet manifest; a path or a URL (s3://…,
+    gs://…)."""
+    out: LocalPath
     """Folder of the features."""
     buckets: Annotated[
         tuple[ExtractBucket, ...],
@@ -372,6 +373,13 @@ class ExtractConfig(Frozen):
     """Processes that extract (Ray actors under `pipelines.extract_features`)."""
     seed: NonNegative = 0
     """Seed of keep_probability."""
+    cache: CacheConfig = CacheConfig()
+    """Where clips are kept that are read by URL."""
+
+    @property
+    def has_manifest(self) -> bool:
+        """Whether the manifest is there; of a URL, reading it will tell."""
+        return isinstance(self.manifest, Url) or self.manifest.exists()
 
     @model_validator(mode="after")
     def _check_rate(self) -> ExtractConfig:

@@ -48,7 +48,7 @@ TRAINING_RUNTIME_KEYS = (
     "samples",
 )
 # The same of an extraction. The manifest is compared by its content.
-EXTRACTION_RUNTIME_KEYS = ("manifest", "out", "workers", "batch_size", "decode_timeout_s", "max_bad_share")
+EXTRACTION_RUNTIME_KEYS = ("manifest", "out", "workers", "batch_size", "decode_timeout_s", "max_bad_share", "cache")
 
 
 class Change(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from stdit.config.base import Frozen, NonNegative, Positive, Share, Threads, Workers
+from stdit.config.location import LocalPath
 
 # Scores by name; stdit/evaluation/scores.py defines each.
 ScoreName = Literal[
@@ -110,7 +111,7 @@ class EvaluateConfig(ScoreConfig):
     """What they are compared with; null: only scores that need none."""
     training: ReferenceConfig | None = None
     """Training set whose media must not be in the reference: they are counted. null: split train of a reference's manifest."""
-    out: Path
+    out: LocalPath
     """Folder of scores.json, the statistics and the cache of features."""
     cache: Path | None = None
     """Folder of features, which other evaluations may share; null: OUT/features."""

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from stdit.config.base import Frozen, Positive, Threads, Width, Workers
+from stdit.config.location import LocalPath
 
 
 class LoRASource(Frozen):
@@ -33,7 +34,7 @@ class GenerateConfig(Frozen):
     they were in training."""
     prompts: Path
     """Text (.txt), one prompt per line; or JSONL with prompt, class, seed, name, sizes, image (docs/data.md)."""
-    out: Path
+    out: LocalPath
     """Folder for the videos, the manifest and the contact sheet."""
     frames: Annotated[int, Field(gt=0, le=1_000_000)] | None = None
     """Number of frames; 1 makes images. null: of the largest video bucket that the run was trained on, or of the largest

@@ -104,3 +104,17 @@ def validate_location(value: Any, handler: Any) -> Any:
 
 
 Location = Annotated[Path | Url, WrapValidator(validate_location)]
+
+
+def _local(value: Any, handler: Any) -> Any:
+    if isinstance(value, str) and "://" in value:
+        found = parse_location(value)
+        if isinstance(found, Url):
+            raise ValueError(
+                f"{found} is in an object store; this is a folder of this machine, or of a disk that it mounts"
+            )
+        return found
+    return handler(value)
+
+
+LocalPath = Annotated[Path, WrapValidator(_local)]

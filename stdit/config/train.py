@@ -12,6 +12,7 @@ from stdit.config.base import Count, Frozen, NonNegative, Positive, Share, Width
 from stdit.config.data import Bucket, DataConfig, MicroBatches, TrainBucket
 from stdit.config.diffusion import DiffusionConfig, FrameConditioningConfig, SamplerConfig
 from stdit.config.load import ConfigError
+from stdit.config.location import LocalPath
 from stdit.config.model import ModelConfig
 from stdit.config.token_budget import MAX_IMBALANCE, StepSize, imbalance, step_sizes
 
@@ -287,7 +288,7 @@ class Config(Frozen):
 
     name: str = "run"
     """Name in logs, progress bar and W&B."""
-    run_dir: Path
+    run_dir: LocalPath
     """Folder for checkpoints, metrics and samples; the same one again resumes the run."""
     seed: NonNegative = 0
     """Seed of initialisation, data order, noise and timesteps."""

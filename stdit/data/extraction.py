@@ -36,6 +36,7 @@ from stdit.data.features import (
 )
 from stdit.data.filters import check_where, passes
 from stdit.data.manifest import read
+from stdit.data.object_cache import ObjectCache
 from stdit.data.records import ReportTotals, ShardSpec
 from stdit.files import atomic_path, atomic_write, check_writable, seal, sha256
 
@@ -237,8 +238,9 @@ def write_settings(plan: ExtractionPlan, overwrite: bool = False) -> None:
 
 def pending_shards(plan: ExtractionPlan) -> tuple[list[ShardSpec], str]:
     """The shards to extract, and a line that says why."""
+    cache = ObjectCache.of(plan.config.cache)
     with ThreadPoolExecutor(CHECK_THREADS) as pool:
-        reasons = list(pool.map(lambda spec: records.stale_reason(plan.config.out, spec), plan.shards))
+        reasons = list(pool.map(lambda spec: records.stale_reason(plan.config.out, spec, cache), plan.shards))
     todo = [spec for spec, reason in zip(plan.shards, reasons, strict=True) if reason is not None]
     again = [reason for reason in reasons if reason not in (None, records.NEW)]
     line = f"{len(todo)} of {len(plan.shards)} shards to extract"

@@ -9,6 +9,7 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -22,6 +23,8 @@ from stdit.data.control import control_state, read_control
 from stdit.data.decoding import ClipInfo, DecodeError, InfoMismatch, check_info
 from stdit.data.features import EMPTY_CAPTION, INDEX, digest_of, sample_digest, shard_path, unpad, write_shard
 from stdit.data.manifest import Clip, file_problem
+from stdit.data.object_cache import ObjectCache
+from stdit.data.objects import StoreError, is_of_object
 from stdit.data.probe import part_info, stated_info
 from stdit.data.records import ShardResult, ShardSpec
 from stdit.data.subprocess_decoder import SubprocessDecoder
@@ -101,6 +104,7 @@ class Extractor(Closable):
         self.text = text
         self.settings = settings
         self.decoder = SubprocessDecoder(config.decoder, config.decode_timeout_s)
+        self.cache = ObjectCache.of(config.cache)
 
     def close(self) -> None:
         """Ends the decoding subprocess."""
@@ -132,7 +136,7 @@ class Extractor(Closable):
             "shard_bytes": size,
             "posterior": any(name.endswith(".std") for name in tensors),
             "empty_caption": empty,
-            "controls": [control_state(clip, column) for clip in spec.clips] if column else [],
+            "controls": [control_state(clip, column, self.cache) for clip in spec.clips] if column else [],
             "encoders": {
                 "video_encoder": self.video.identity,
                 "text_encoder": self.text.identity if self.text else None,
@@ -143,38 +147,45 @@ class Extractor(Closable):
         return ShardResult(spec.number, len(spec.clips), sum(row["status"] == "bad" for row in rows))
 
     def _clips(self, spec: ShardSpec) -> Iterator[_Clip]:
-        """The shard's clips in order, decoded and cropped."""
-        for number, clip in zip(spec.ids, spec.clips, strict=True):
-            row = _row(spec.number, number * spec.windows, clip)
+        """The shard's clips in order, decoded and cropped. StoreError: a store that does not answer."""
+        files = self.cache.ahead([clip.location for clip in spec.clips])
+        for number, clip, location in zip(spec.ids, spec.clips, files, strict=True):
+            row = {**_row(spec.number, number * spec.windows, clip), **records.source_state(location, self.cache)}
             if reason := file_problem(clip):
                 yield _Clip({**row, "status": "bad", "reason": reason})
                 continue
             try:
-                yield from self._clip(clip, row)
+                with self.cache.local(location) as file:
+                    yield from self._clip(clip, file, row)
             except DecodeError as error:
                 yield _Clip({**row, "status": "bad", "reason": error.reason})
+            except StoreError as error:
+                if not is_of_object(error):
+                    raise
+                yield _Clip({**row, "status": "bad", "reason": error.strerror})
 
-    def _clip(self, clip: Clip, row: dict[str, Any]) -> Iterator[_Clip]:
-        """One clip's windows, decoded and cropped. Where file and manifest differ in length or size, the file is right. DecodeError."""
+    def _clip(self, clip: Clip, file: Path, row: dict[str, Any]) -> Iterator[_Clip]:
+        """The windows of one clip, which lies in `file`, decoded and cropped. Where file and manifest differ in length or size, the
+        file is right. DecodeError."""
         stated = stated_info(clip)
         if stated is None:
-            yield from self._windows(clip, row, part_info(clip, self.decoder.probe(clip.file)))
+            yield from self._windows(clip, file, row, part_info(clip, self.decoder.probe(file)))
             return
         if clip.is_part:  # a file that breaks off has clips, too: it is not probed
-            yield from self._windows(clip, row, stated)
+            yield from self._windows(clip, file, row, stated)
             return
         try:
-            windows = self._windows(clip, row, stated)
+            windows = self._windows(clip, file, row, stated)
             first = next(windows)
             if first.bucket is None:  # to be dropped for what the manifest says
-                check_info(clip.file, stated, self.decoder.probe(clip.file))
+                check_info(file, stated, self.decoder.probe(file))
         except InfoMismatch as error:
-            yield from self._windows(clip, {**row, "detail": error.reason}, error.found)
+            yield from self._windows(clip, file, {**row, "detail": error.reason}, error.found)
             return
         yield first
         yield from windows
 
-    def _windows(self, clip: Clip, row: dict[str, Any], info: ClipInfo) -> Iterator[_Clip]:
+    def _windows(self, clip: Clip, file: Path, row: dict[str, Any], info: ClipInfo) -> Iterator[_Clip]:
         """The windows of one clip of length and size `info`, some at a time. DecodeError; at the first, InfoMismatch: the file has
         others."""
         config = self.config
@@ -191,24 +202,24 @@ class Extractor(Closable):
         row = {**row, "status": "kept", "bucket": bucket.key, "used_frames": used}
         number = row["id"]
         for group in grouped(windows, READ_BYTES // (3 * bucket.height * bucket.width)):
-            for window, pixels, control in self._read(clip, info, bucket, group):
+            for window, pixels, control in self._read(clip, file, info, bucket, group):
                 start = (clip.start_frame or 0) + window[0]
                 part = {"start_frame": start, "end_frame": start + window[-1] - window[0] + 1} if config.windows else {}
                 yield _Clip({**row, "id": number, **part}, bucket, pixels, control)
                 number += 1
 
     def _read(
-        self, clip: Clip, info: ClipInfo, bucket: ExtractBucket, windows: Sequence[list[int]]
+        self, clip: Clip, file: Path, info: ClipInfo, bucket: ExtractBucket, windows: Sequence[list[int]]
     ) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
         """Pixels and control input of `windows`, whose frames are decoded together. DecodeError."""
         indices = sorted({index for window in windows for index in window})  # none is decoded twice
         shape, control, first = (bucket.height, bucket.width), None, clip.start_frame or 0
         if clip.is_part:
-            frames = self.decoder.read_part(clip.file, [first + index for index in indices], shape, clip.crop)
+            frames = self.decoder.read_part(file, [first + index for index in indices], shape, clip.crop)
         else:
-            frames = self.decoder.read(clip.file, indices, shape, info)
+            frames = self.decoder.read(file, indices, shape, info)
         if column := self.config.control_column:
-            control = read_control(self.decoder, clip, column, info, indices, bucket)
+            control = read_control(self.decoder, clip, column, info, indices, bucket, self.cache)
         for window in windows:
             places = np.searchsorted(indices, window)
             # One frame of control stands for all.
@@ -341,7 +352,6 @@ def _row(shard: int, number: int, clip: Clip) -> dict[str, Any]:
         **size,
         "reason": None,
         "detail": None,
-        **records.source_state(clip.file),
     }
 
 

@@ -16,14 +16,28 @@ import math
 import os
 import posixpath
 import re
+import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
-from stdit.data.rows import MAX_COLUMNS, MAX_ROWS, READERS, ManifestError, Row, folder_rows, scan_folder
+from stdit.config import Url
+from stdit.data import objects
+from stdit.data.objects import NoSuchObject, StoreError
+from stdit.data.rows import (
+    MAX_COLUMNS,
+    MAX_ROWS,
+    READERS,
+    ClipFolder,
+    ManifestError,
+    Row,
+    clip_folder,
+    folder_rows,
+    scan_folder,
+)
 from stdit.files import atomic_write, sha256
 
 Scalar = str | int | float | bool | None
@@ -53,7 +67,7 @@ class Clip:
     """
 
     key: str
-    folder: Path  # the manifest's
+    folder: Path | Url  # the manifest's
     caption: str
     class_name: str | None = None
     split: str = "train"
@@ -80,9 +94,17 @@ class Clip:
         return self.end_frame is not None or self.crop is not None
 
     @property
+    def location(self) -> Path | Url:
+        """Full path, or URL."""
+        return Url(self.key) if "://" in self.key else self.folder / self.key
+
+    @property
     def file(self) -> Path:
-        """Full path."""
-        return self.folder / self.key
+        """Full path. ManifestError: an object, which `stdit extract` and `stdit init` read, but not what asks for this."""
+        location = self.location
+        if isinstance(location, Url):
+            raise ManifestError(f"{location}: clips are read from folders of this machine here; fetch them first")
+        return location
 
     def value(self, column: str) -> Scalar:
         """The value of a column, known or free; None where the row has none."""
@@ -93,16 +115,17 @@ class Clip:
             return crop_text(self.crop)
         return getattr(self, column) if column in STANDARD_COLUMNS else self.extra.get(column)
 
-    def beside(self, path: Scalar) -> Path:
+    def beside(self, path: Scalar) -> Path | Url:
         """The file that a column's value names, as `path` is named: below the manifest's folder. ValueError: it is no such path."""
-        return self.folder / _path(path, self.folder)
+        key = _path(path, self.folder)
+        return Url(key) if "://" in key else self.folder / key
 
 
 @dataclass(frozen=True)
 class Manifest:
     """All clips of a manifest. `fingerprint`: SHA-256 of its file; of a folder, of paths and captions."""
 
-    path: Path
+    path: Path | Url
     clips: tuple[Clip, ...]
     fingerprint: str
     # Of a folder: files that are neither clips nor their captions.
@@ -137,20 +160,18 @@ class Manifest:
         return set(STANDARD_COLUMNS).union(*(clip.extra for clip in self.clips))
 
 
-def read(path: Path | str) -> Manifest:
-    """Reads and checks a manifest: a .jsonl, .csv or .parquet file, or a folder of clips.
+def read(path: Path | Url | str) -> Manifest:
+    """Reads and checks a manifest: a .jsonl, .csv or .parquet file, or a folder of clips; or such an object, or objects, by URL.
 
     Raises ManifestError: missing, unreadable or empty file; rows that are no objects; missing,
     mistyped or contradictory values; paths that leave the manifest's folder; a clip listed twice;
     a folder without clips, or with captions that are not UTF-8. Up to 20 errors are listed at once.
     """
+    if "://" in str(path):
+        return _read_url(Url.parse(str(path)))
     path = Path(path)
     if path.is_dir():
-        found = scan_folder(path)
-        clips = _checked(path, path, folder_rows(path, found))
-        listed = [[clip.key, clip.caption if clip.captioned else None] for clip in clips]
-        digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-        return Manifest(path, clips, digest, found.other_files)
+        return _of_folder(path, scan_folder(path))
     if path.suffix.lower() not in READERS:
         raise ManifestError(
             f"{path}: a manifest is a folder of clips or one of {', '.join(READERS)}; found suffix {path.suffix!r}"
@@ -160,7 +181,33 @@ def read(path: Path | str) -> Manifest:
     return Manifest(path, _checked(path, path.parent, READERS[path.suffix.lower()](path)), sha256(path))
 
 
-def _checked(path: Path, folder: Path, rows: Iterable[Row]) -> tuple[Clip, ...]:
+def _of_folder(folder: Path | Url, found: ClipFolder) -> Manifest:
+    clips = _checked(folder, folder, folder_rows(folder, found))
+    listed = [[clip.key, clip.caption if clip.captioned else None] for clip in clips]
+    digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    return Manifest(folder, clips, digest, found.other_files)
+
+
+def _read_url(url: Url) -> Manifest:
+    """As `read`. ManifestError: also no access to it, a store that does not answer."""
+    try:
+        reader = READERS.get(url.suffix.lower())
+        if reader is None:
+            return _of_folder(url, clip_folder(url, objects.listing(url)))
+        with tempfile.NamedTemporaryFile(suffix=url.suffix) as copy:
+            objects.download(url, cast(BinaryIO, copy))
+            path = Path(copy.name)
+            try:
+                return Manifest(url, _checked(url, url.parent, reader(path)), sha256(path))
+            except ManifestError as error:
+                raise ManifestError(str(error).replace(str(path), url)) from error
+    except NoSuchObject as error:
+        raise ManifestError(f"{error.filename}: no such manifest") from error
+    except StoreError as error:
+        raise ManifestError(str(error)) from error
+
+
+def _checked(path: Path | Url, folder: Path | Url, rows: Iterable[Row]) -> tuple[Clip, ...]:
     """The clips of `rows`, with files below `folder`. ManifestError: rows that are wrong, up to 20 of them; no rows."""
     clips: list[Clip] = []
     errors: list[tuple[int, str]] = []
@@ -198,9 +245,11 @@ def _checked(path: Path, folder: Path, rows: Iterable[Row]) -> tuple[Clip, ...]:
     return tuple(clips)
 
 
-def fingerprint(path: Path | str) -> str | None:
+def fingerprint(path: Path | Url | str) -> str | None:
     """`read(path).fingerprint`; of a file without reading its rows. None where there is no manifest. ManifestError: a folder
     that cannot be used."""
+    if "://" in str(path):
+        return read(path).fingerprint
     path = Path(path)
     if path.is_file():
         return sha256(path)
@@ -214,7 +263,9 @@ def write(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def file_problem(clip: Clip) -> str | None:
-    """Why the clip's file is of no use, as far as a look at the folder tells; None: it may be of use."""
+    """Why the clip's file is of no use, as far as a look at the folder tells; None: it may be of use, or is an object."""
+    if isinstance(clip.location, Url):
+        return None
     try:
         size = clip.file.stat().st_size
     except FileNotFoundError:
@@ -245,7 +296,9 @@ def _sharing() -> Callable[[Any], Any]:
     return share
 
 
-def _clip(row: int, found: dict[str, Any], folder: Path, share: Callable[[Any], Any]) -> tuple[Clip | None, list[str]]:
+def _clip(
+    row: int, found: dict[str, Any], folder: Path | Url, share: Callable[[Any], Any]
+) -> tuple[Clip | None, list[str]]:
     """The clip of one row, or None, and what is wrong with the row."""
     errors: list[str] = []
 
@@ -299,16 +352,20 @@ def _part_errors(part: Mapping[str, Any], values: Mapping[str, Any]) -> list[str
     return errors
 
 
-def _path(value: Any, folder: Path) -> str:
-    """A path below `folder`, relative to it. ValueError: another one."""
+def _path(value: Any, folder: Path | Url) -> str:
+    """A path below `folder`, relative to it; or the URL of an object elsewhere. ValueError: another one."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"expected a path, found {value!r}")
     if "\0" in value or _surrogate(value):
         raise ValueError(f"holds a character that no path can have: {value!r}")
     if "://" in value:
-        raise ValueError(f"{value!r} is an address; clips are files beside the manifest")
+        if value.lower().startswith("file:"):
+            raise ValueError(f"{value!r}: a file of this machine is given by its path below the manifest's folder")
+        url = Url.parse(value)
+        return url.removeprefix(f"{folder}/") if url.is_relative_to(folder) else url
     path = posixpath.normpath(value)
-    for root in (os.path.abspath(folder), os.path.realpath(folder)) if posixpath.isabs(path) else ():
+    roots = (os.path.abspath(folder), os.path.realpath(folder)) if isinstance(folder, Path) else ()
+    for root in roots if posixpath.isabs(path) else ():
         if path.startswith(root.rstrip("/") + "/"):
             path = posixpath.relpath(path, root)
     if posixpath.isabs(path) or path == "." or path.split("/")[0] == "..":

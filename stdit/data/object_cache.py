@@ -19,7 +19,7 @@ import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -68,6 +68,25 @@ class ObjectCache:
             yield path
         finally:
             pin.close()
+
+    def ahead(self, files: Sequence[Path | Url]) -> Iterator[Path | Url]:
+        """Iterates over `files`, while the next FETCH_THREADS objects among them are being fetched."""
+        if not any(isinstance(file, Url) for file in files):
+            yield from files
+            return
+
+        def fetch(file: Path | Url) -> None:
+            with suppress(OSError), self.local(file):  # its reader will meet the error
+                pass
+
+        pool = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
+        try:
+            for number, file in enumerate(files):
+                for later in files[1:FETCH_THREADS] if number == 0 else files[number + FETCH_THREADS - 1 :][:1]:
+                    pool.submit(fetch, later)
+                yield file
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def path(self, url: Url, expected: Digest | None, info: objects.ObjectInfo | None = None) -> Path:
         """Where an object is kept."""

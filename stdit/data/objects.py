@@ -62,6 +62,11 @@ class ChangedObject(StoreError):
     """An object that is not the one whose size or hash was written down."""
 
 
+def is_of_object(error: StoreError) -> bool:
+    """Whether an error says something of the object, which others of the store need not share; else the store is out of reach."""
+    return isinstance(error, NoSuchObject | NoAccess | ChangedObject) or error.errno == errno.EFBIG
+
+
 @dataclass(frozen=True)
 class ObjectInfo:
     """Size in bytes, and what changes when the object does: its ETag, generation or time."""

@@ -17,10 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from stdit.config import ConfigError, ExtractBucket, ExtractConfig
+from stdit.config import CacheConfig, ConfigError, ExtractBucket, ExtractConfig, Url
 from stdit.data.buckets import assign_clip
 from stdit.data.decoding import ClipInfo, DecodeError
 from stdit.data.manifest import Clip, file_problem, read
+from stdit.data.object_cache import ObjectCache
+from stdit.data.objects import StoreError, is_of_object
 from stdit.data.subprocess_decoder import SubprocessDecoder
 from stdit.data.transforms import frames_available
 
@@ -74,7 +76,11 @@ def stated_info(clip: Clip, rate: bool = True) -> ClipInfo | None:
 
 
 def probe(
-    path: Path | str, decoder: str = "auto", timeout_s: float = 20.0, workers: int | None = None, progress: bool = True
+    path: Path | Url | str,
+    decoder: str = "auto",
+    timeout_s: float = 20.0,
+    workers: int | None = None,
+    progress: bool = True,
 ) -> Probe:
     """Opens all clips of a folder or manifest (see probe_clips); in its order. ManifestError: as manifest.read."""
     manifest = read(path)
@@ -96,15 +102,17 @@ def probe_clips(
     timeout_s: float = 20.0,
     workers: int | None = None,
     progress: bool = True,
+    cache: CacheConfig = CacheConfig(),  # noqa: B008 (immutable)
 ) -> list[ClipInfo | str]:
-    """Frames, frame rate and size of each clip from its file, or why it cannot be used; in order.
+    """Frames, frame rate and size of each clip from its file, or why it cannot be used; in order. StoreError: a store that does
+    not answer.
 
     timeout_s: for each file. workers: child processes that read; None: one per core, at most 8. progress: a bar on stderr.
     """
     from tqdm import tqdm
 
     workers = max(1, min(workers or min(8, len(os.sched_getaffinity(0))), len(clips)))
-    own = threading.local()
+    own, objects_here = threading.local(), ObjectCache.of(cache)
     decoders: list[SubprocessDecoder] = []
 
     def start() -> None:
@@ -113,9 +121,14 @@ def probe_clips(
 
     def look(clip: Clip) -> ClipInfo | str:
         try:
-            return file_problem(clip) or part_info(clip, own.decoder.probe(clip.file))
+            with objects_here.local(clip.location) as file:
+                return file_problem(clip) or part_info(clip, own.decoder.probe(file))
         except DecodeError as error:
             return error.reason
+        except StoreError as error:
+            if not is_of_object(error):
+                raise
+            return str(error.strerror)
 
     try:
         with ThreadPoolExecutor(workers, thread_name_prefix="probe", initializer=start) as pool:
@@ -131,9 +144,9 @@ def part_info(clip: Clip, info: ClipInfo) -> ClipInfo:
     start, end = clip.start_frame or 0, clip.end_frame or info.frame_count
     top, left, height, width = clip.crop or (0, 0, info.height, info.width)
     if end > info.frame_count:
-        raise DecodeError(clip.file, f"frames {start} to {end} were asked for, the file has {info.frame_count}")
+        raise DecodeError(clip.key, f"frames {start} to {end} were asked for, the file has {info.frame_count}")
     if top + height > info.height or left + width > info.width:
-        raise DecodeError(clip.file, f"crop {list(clip.crop or ())} is not within {info.height}x{info.width}")
+        raise DecodeError(clip.key, f"crop {list(clip.crop or ())} is not within {info.height}x{info.width}")
     fps = 0.0 if end - start == 1 else info.fps
     return ClipInfo(end - start, fps, height, width)
 

@@ -22,11 +22,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from stdit.config import Bucket, ConfigError, FileSchema, NonNegative, SealedSchema, Sha256, check
+from stdit.config import Bucket, ConfigError, FileSchema, NonNegative, SealedSchema, Sha256, Url, check
 from stdit.config.identity import TextIdentity, VideoIdentity
+from stdit.data import objects
 from stdit.data.buckets import kept_share
 from stdit.data.features import MANIFEST_COLUMNS, SAMPLE_COLUMNS, shard_path
 from stdit.data.manifest import RESERVED_COLUMNS, Clip, Manifest
+from stdit.data.object_cache import ObjectCache
+from stdit.data.objects import StoreError, is_of_object
 from stdit.files import atomic_path, fingerprint_file, parse_json, seal, sha256
 
 # Beside the columns of samples.parquet. status: kept, dropped (fits no bucket) or bad (cannot be decoded).
@@ -162,15 +165,27 @@ def _type(kinds: set[type]) -> str:
     return "string"  # nothing but nulls
 
 
-def source_state(file: Path) -> dict[str, Any]:
-    """A source file's size, modification time and fingerprint; size -1 if it cannot be read."""
+def source_state(file: Path | Url, cache: ObjectCache) -> dict[str, Any]:
+    """A source file's size, modification time (of an object: a number of its version) and fingerprint; size -1 if it cannot be
+    read. StoreError: a store that does not answer."""
     try:
-        stat = file.stat()
-        if not S_ISREG(stat.st_mode):  # opening a pipe would wait for ever
-            raise OSError(f"{file} is not a file")
-        return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "digest": fingerprint_file(file)}
-    except OSError:
+        size, mtime = _size_and_time(file)
+        with cache.local(file) as path:
+            return {"size": size, "mtime_ns": mtime, "digest": fingerprint_file(path)}
+    except OSError as error:
+        if isinstance(error, StoreError) and not is_of_object(error):
+            raise
         return {"size": -1, "mtime_ns": 0, "digest": ""}
+
+
+def _size_and_time(file: Path | Url) -> tuple[int, int]:
+    if isinstance(file, Url):
+        found = objects.stat(file)
+        return found.size, int.from_bytes(hashlib.sha256(found.version.encode()).digest()[:7], "big")
+    stat = file.stat()
+    if not S_ISREG(stat.st_mode):  # opening a pipe would wait for ever
+        raise OSError(f"{file} is not a file")
+    return stat.st_size, stat.st_mtime_ns
 
 
 def record_path(out: Path, number: int) -> Path:
@@ -222,7 +237,7 @@ def read_record(out: Path, spec: ShardSpec) -> tuple[dict[str, Any], pa.Table]:
     return info, table
 
 
-def stale_reason(out: Path, spec: ShardSpec) -> str | None:
+def stale_reason(out: Path, spec: ShardSpec, cache: ObjectCache) -> str | None:
     """Why a shard has to be extracted (again); None if shard and record are complete and nothing has changed.
 
     Reads every byte of the shard. A source with another time but the same size is compared by fingerprint: copying a
@@ -243,24 +258,26 @@ def stale_reason(out: Path, spec: ShardSpec) -> str | None:
         return f"{shard} is gone or damaged"
     rows = [row for row in table.select(["id", *SOURCE]).to_pylist() if row["id"] % spec.windows == 0]
     for row, clip in zip(rows, spec.clips, strict=True):
-        if _is_changed(row, clip.file):
-            return f"{clip.file} has changed"
+        if _is_changed(row, clip.location, cache):
+            return f"{clip.location} has changed"
     for row, clip in zip(info["controls"], spec.clips if info["controls"] else (), strict=True):
-        if row["path"] is not None and _is_changed(row, clip.beside(row["path"])):
+        if row["path"] is not None and _is_changed(row, clip.beside(row["path"]), cache):
             return f"{clip.beside(row['path'])} has changed"
     return None
 
 
-def _is_changed(row: Mapping[str, Any], file: Path) -> bool:
+def _is_changed(row: Mapping[str, Any], file: Path | Url, cache: ObjectCache) -> bool:
     try:
-        stat = file.stat()
-    except OSError:
+        size, mtime = _size_and_time(file)
+    except OSError as error:
+        if isinstance(error, StoreError) and not is_of_object(error):
+            raise
         return row["size"] != -1
-    if row["size"] != -1 and stat.st_size != row["size"]:
+    if row["size"] != -1 and size != row["size"]:
         return True
-    if row["size"] != -1 and stat.st_mtime_ns == row["mtime_ns"]:
+    if row["size"] != -1 and mtime == row["mtime_ns"]:
         return False
-    return source_state(file)["digest"] != row["digest"]
+    return source_state(file, cache)["digest"] != row["digest"]
 
 
 @dataclass

@@ -11,11 +11,14 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from stdit.config import Url
+from stdit.data import objects
 from stdit.files import open_regular, parse_jsonl
 
 # Columns of a CSV that are text whatever their cells look like, and those that are numbers.
@@ -147,6 +150,8 @@ VIDEO_SUFFIXES = {
 CAPTION_SUFFIX = ".txt"
 # Clips below this folder are of the split of its name; all others are of split train.
 VALIDATION_FOLDER = "validation"
+# Caption objects that are read at a time.
+READ_THREADS = 16
 # A longer caption file is no caption.
 MAX_CAPTION_BYTES = 1 << 20
 
@@ -165,26 +170,33 @@ def scan_folder(folder: Path) -> ClipFolder:
 
     Raises ManifestError: a manifest lies in it (which of the two is meant?); it holds no clip; a subfolder cannot be read.
     """
-    from stdit.data.decoding import IMAGE_SUFFIXES
 
     def unreadable(error: OSError) -> None:
         raise ManifestError(f"{error.filename}: cannot be read ({error.strerror})")
 
-    clips, texts, others = [], [], 0
+    files = []
     for place, folders, names in os.walk(folder, onerror=unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = Path(place, name).relative_to(folder)
-            if path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES and not name.startswith("."):
-                clips.append(path.as_posix())
-            elif path.suffix.lower() == CAPTION_SUFFIX and not name.startswith("."):
-                texts.append(path.as_posix())
-            elif path.suffix.lower() in READERS and path.stem == "manifest" and place == str(folder):
-                raise ManifestError(
-                    f"{folder}: holds {name}; give {folder / name}, or move it out of the folder of clips"
-                )
-            else:
-                others += 1
+        files += [Path(place, name).relative_to(folder).as_posix() for name in names]
+    return clip_folder(folder, files)
+
+
+def clip_folder(folder: Path | Url, files: Iterable[str]) -> ClipFolder:
+    """Clips and captions among `files`, paths relative to `folder`. ManifestError: as scan_folder."""
+    from stdit.data.decoding import IMAGE_SUFFIXES
+
+    clips, texts, others = [], [], 0
+    for name in files:
+        path = PurePosixPath(name)
+        hidden = any(part.startswith(".") for part in path.parts)
+        if path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES and not hidden:
+            clips.append(name)
+        elif path.suffix.lower() == CAPTION_SUFFIX and not hidden:
+            texts.append(name)
+        elif path.suffix.lower() in READERS and path.stem == "manifest" and len(path.parts) == 1:
+            raise ManifestError(f"{folder}: holds {name}; give {folder / name}, or move it out of the folder of clips")
+        else:
+            others += 1
     if not clips:
         found = f"{len(texts)} {CAPTION_SUFFIX} files and {others} others" if texts or others else "it is empty"
         kinds = " ".join(sorted(VIDEO_SUFFIXES | IMAGE_SUFFIXES))
@@ -194,9 +206,11 @@ def scan_folder(folder: Path) -> ClipFolder:
     return ClipFolder(tuple(sorted(clips)), captions, others + len(texts) - len(set(captions.values())))
 
 
-def folder_rows(folder: Path, found: ClipFolder) -> Iterator[Row]:
+def folder_rows(folder: Path | Url, found: ClipFolder) -> Iterator[Row]:
     """A row a clip: its path, and as caption the text of NAME.txt beside NAME.mp4 (UTF-8); null where there is none."""
     owners: dict[str, str] = {}
+    with ThreadPoolExecutor(READ_THREADS if isinstance(folder, Url) else 1) as pool:
+        read = {text: pool.submit(read_caption, folder / text) for text in set(found.captions.values())}
     for number, clip in enumerate(found.clips, 1):
         text = found.captions.get(clip)
         split = {"split": VALIDATION_FOLDER} if clip.startswith(f"{VALIDATION_FOLDER}/") else {}
@@ -206,16 +220,20 @@ def folder_rows(folder: Path, found: ClipFolder) -> Iterator[Row]:
             yield number, f"{owner} and {clip} share the caption file {text}; give clips in one folder different names"
         else:
             try:
-                yield number, {"path": clip, "caption": read_caption(folder / text), **split}
+                yield number, {"path": clip, "caption": read[text].result(), **split}
             except ManifestError as error:
                 yield number, str(error)
 
 
-def read_caption(path: Path) -> str:
+def read_caption(path: Path | Url) -> str:
     try:
+        if isinstance(path, Url):
+            return objects.read(path, MAX_CAPTION_BYTES).decode("utf-8-sig")
         return "".join(text_lines(path, MAX_CAPTION_BYTES))
     except OSError as error:
         raise ManifestError(f"{path.name}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{path.name}: not UTF-8 (byte {error.start})") from error
 
 
 # ---------------------------------------------------------------------------------------- readers by suffix

@@ -194,7 +194,7 @@ def test_a_manifest_that_is_not_there_or_of_no_known_kind_is_an_error(tmp_path: 
         (row(path="b/../../a.mp4"), "leaves the manifest's folder"),
         (row(path="/etc/passwd"), "leaves the manifest's folder"),
         (row(path="/"), "leaves the manifest's folder"),
-        (row(path="https://example.org/a.mp4"), "is an address"),
+        (row(path="https://example.org/a.mp4"), "a URL begins with file://, s3://"),
         (row(path="a\0.mp4"), "no path can have"),
         (row(caption=7), "caption: expected text, found 7"),
         (row(caption="\ud800"), "caption: holds half a surrogate pair"),

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 
 from pipelines.forecast import ManifestSource
 from stdit import extract
-from stdit.config import ConfigError, ExtractBucket, ExtractConfig
+from stdit.config import CacheConfig, ConfigError, ExtractBucket, ExtractConfig
 from stdit.config.data import WindowsConfig
 from stdit.data import extractor as room
 from stdit.data import records
 from stdit.data.decoding import DecodeError, open_clip
 from stdit.data.extraction import plan_extraction
 from stdit.data.features import FeatureSet
+from stdit.data.object_cache import ObjectCache
 from stdit.data.transforms import frame_indices, frames_available, resize_crop, to_pixels, window_indices
 from tests.support import clip_folder
 from tests.support.videos import lossless, smooth
@@ -103,7 +104,7 @@ def test_an_extraction_of_windows_is_idempotent_and_makes_again_what_has_changed
     } == before
     # The shard of clips 3 to 5 alone.
     lossless(tmp_path / "c.mp4", smooth(20, 16, 16))
-    reasons = [records.stale_reason(out, spec) for spec in plan.shards]
+    reasons = [records.stale_reason(out, spec, ObjectCache.of(CacheConfig())) for spec in plan.shards]
     assert [reason is None for reason in reasons] == [True, False, True]
     extract.run(settings)
     assert len(FeatureSet(out)) == 15

@@ -76,7 +76,7 @@ def test_a_plan_curates_before_it_derives_its_stages(tmp_path: Path, monkeypatch
     (tmp_path / "plan.yaml").write_text(dump(plan(tmp_path)))
 
     def stop(own: plans.Plan, stages: object) -> None:
-        assert own.extract.manifest.is_file()
+        assert Path(own.extract.manifest).is_file()
         raise ConfigError("far enough")
 
     monkeypatch.setattr(checks, "complete", stop)

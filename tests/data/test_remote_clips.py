@@ -1,0 +1,148 @@
+"""Laws of manifests and clips by URL: the features of a local folder, and bad objects that harm no other clip."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stdit import extract
+from stdit.config import CacheConfig, ConfigError, ExtractConfig, Url, load_config, validate
+from stdit.data import manifest, objects
+from stdit.data.features import FeatureSet
+from stdit.data.objects import StoreError
+from stdit.data.rows import ManifestError
+from stdit.init import main as init
+from tests.support import clip_folder
+from tests.support.clip_folder import rows
+from tests.support.object_store import ObjectStore
+
+AT = Url("s3://bucket/clips")
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven clips and their manifest."""
+    home = tmp_path_factory.mktemp("local") / "clips"
+    clip_folder.write(home, rows(home, 7))
+    return home
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    folder = tmp_path_factory.mktemp("store")
+    (folder / "bucket").mkdir()
+    with ObjectStore(folder) as found:
+        yield found
+
+
+@pytest.fixture
+def store(server: ObjectStore, local: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(objects, "FIRST_WAIT_S", 0.01)
+    shutil.rmtree(server.folder / "bucket", ignore_errors=True)
+    shutil.copytree(local, server.folder / "bucket/clips")
+    server.heal()
+    yield server
+    server.heal()
+
+
+def config(folder: Path, at: Path | Url, **changes: object) -> ExtractConfig:
+    made = {"manifest": at, "out": folder / "features", "cache": CacheConfig(folder=folder / "cache"), **changes}
+    return clip_folder.config(folder / "unused", rows(folder / "unused", 1)).model_copy(update=made)
+
+
+def test_features_of_clips_at_a_url_are_those_of_a_local_folder(
+    store: ObjectStore, local: Path, tmp_path: Path
+) -> None:
+    truth = FeatureSet(extract.run(config(tmp_path / "a", local / "manifest.jsonl")))
+    remote = config(tmp_path / "b", AT / "manifest.jsonl")
+    found = FeatureSet(extract.run(remote))
+    assert found.index["fingerprint"] == truth.index["fingerprint"]
+    assert found.index["shards"] == truth.index["shards"]
+    store.requests.clear()
+    assert not extract.pending_shards(extract.plan_shards(remote))[0]
+    assert not store.fetches("mp4") + store.fetches("png")
+    (clip := store.folder / "bucket/clips/2.mp4").write_bytes(clip.read_bytes() + b" ")
+    todo, line = extract.pending_shards(extract.plan_shards(remote))
+    assert [spec.number for spec in todo] == [0]
+    assert f"{AT}/2.mp4 has changed" in line
+
+
+def test_a_local_manifest_may_name_objects(store: ObjectStore, tmp_path: Path) -> None:
+    made = [{"path": f"{AT}/{name}", "caption": ""} for name in ("0.png", "2.mp4")]
+    manifest.write(tmp_path / "manifest.jsonl", [*made, {"path": "own.png", "caption": ""}])
+    shutil.copy(store.folder / "bucket/clips/1.png", tmp_path / "own.png")
+    found = FeatureSet(extract.run(config(tmp_path, tmp_path / "manifest.jsonl", text_encoder=None)))
+    assert found.rows["path"].to_pylist() == [f"{AT}/0.png", f"{AT}/2.mp4", "own.png"]
+
+
+def test_a_folder_of_objects_is_a_manifest(store: ObjectStore, tmp_path: Path) -> None:
+    (store.folder / "bucket/clips/manifest.jsonl").rename(tmp_path / "manifest.jsonl")
+    (store.folder / "bucket/clips/2.txt").write_text("a wave")
+    found = manifest.read(AT)
+    assert [clip.key for clip in found] == [f"{i}.{'mp4' if i in (2, 5) else 'png'}" for i in range(7)]
+    assert found.clips[2].caption == "a wave"
+    assert next(iter(found)).location == AT / "0.png"
+
+
+def test_bad_objects_are_bad_clips_with_a_reason(store: ObjectStore, tmp_path: Path) -> None:
+    (store.folder / "bucket/clips/1.png").unlink()
+    store.fail("403", times=100, method="HEAD", path="2.mp4")
+    remote = config(tmp_path, AT / "manifest.jsonl", max_bad_share=0.5)
+    assert FeatureSet(extract.run(remote)).ids.tolist() == [0, 3, 4, 5, 6]
+    from stdit.data.extraction import read_report
+
+    bad = {clip["path"]: clip["reason"] for clip in read_report(remote.out)["bad_clips"]}
+    assert bad == {"1.png": "no such object", "2.mp4": "access denied (ACCESS_DENIED)"}
+
+
+def test_a_store_that_stays_away_ends_the_extraction_and_a_second_call_resumes(
+    store: ObjectStore, tmp_path: Path
+) -> None:
+    remote = config(tmp_path, AT / "manifest.jsonl")
+    store.fail("500", times=1000, method="HEAD", path="4.png")
+    with pytest.raises(StoreError, match=r"^s3://bucket/clips/4.png: .*\(6 tries\)"):
+        extract.run(remote)
+    store.heal()
+    assert len(FeatureSet(extract.run(remote))) == 7
+
+
+def test_a_manifest_that_cannot_be_read_is_one_line_and_exit_code_2(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "extract.yaml"
+    file.write_text(
+        f"manifest: {AT}/manifest.jsonl\nout: {tmp_path / 'out'}\nbuckets: [{{frames: 1, height: 16, width: 16}}]\n"
+    )
+    assert load_config(file, ExtractConfig).manifest == AT / "manifest.jsonl"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-wrong-secret")
+    assert extract.main(["--config", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert said == f"error: {AT}/manifest.jsonl: access denied (ACCESS_DENIED)\n"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", store.environment["AWS_SECRET_ACCESS_KEY"])
+    with pytest.raises(ManifestError, match=rf"^{AT}/x.jsonl: no such manifest$"):
+        manifest.read(AT / "x.jsonl")
+    (store.folder / "bucket/clips/x.jsonl").write_text('{"path": "../up.mp4"}\n{"path": "file:///etc/passwd"}\n')
+    with pytest.raises(
+        ManifestError, match=rf"^{AT}/x.jsonl:1: path: '../up.mp4' leaves .*\n{AT}/x.jsonl:2: path: 'file:"
+    ):
+        manifest.read(AT / "x.jsonl")
+    with pytest.raises(
+        ConfigError, match=r"f: out: s3://bucket/out is in an object store; this is a folder of this machine"
+    ):
+        validate({"manifest": "clips", "out": "s3://bucket/out", "buckets": []}, ExtractConfig, "f")
+
+
+def test_init_writes_a_plan_for_a_folder_of_objects(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (store.folder / "bucket/clips/manifest.jsonl").unlink()
+    assert init([str(tmp_path / "run"), "--clips", str(AT)]) == 0, capsys.readouterr().err
+    found = manifest.read(tmp_path / "run/manifest.jsonl")
+    assert found.clips[0].location == AT / "0.png"
+    assert len(found) == 7
