@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stdit.config import Config, ConfigError, ModelConfig, load_config, validate
+from stdit.config import Config, ConfigError, ModelConfig, apply_override, load_config, validate
 from stdit.files import atomic_write, printable
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ class Costs:
         from stdit.data.loader import BucketSchedule
         from stdit.training.machine import sample_cost
 
-        schedule = BucketSchedule(self.data.source, config.data, self.ranks, config.train.gradient_accumulation)
+        ranks = config.train.data_ranks(self.ranks)
+        schedule = BucketSchedule(self.data.source, config.data, ranks, config.train.gradient_accumulation)
         flops = {}
         for bucket in config.data.buckets:
             latent, samples = self.data.latents[bucket.key], schedule.step_size(bucket)
@@ -143,7 +144,7 @@ def make_ladder(config: Config, costs: Costs, out: Path) -> list[Rung]:
     return rungs
 
 
-def train(rung: Rung, processes: int) -> int:
+def train_run(rung: Rung, processes: int) -> int:
     """Trains a run, or goes on with it; the exit code of `stdit train`."""
     import yaml
 
@@ -215,16 +216,24 @@ def propose(config: Config, costs: Costs, points: Sequence[Point], law: ScalingL
     )  # fmt: skip
 
 
-def proposal_yaml(source: Path, proposal: Proposal, budget: float) -> str:
-    """A config that extends `source`."""
+def proposal_yaml(source: Path, overrides: Sequence[str], proposal: Proposal, budget: float) -> str:
+    """A config that extends `source` with the ladder's `--set` and the proposal."""
+    import yaml
+
     model, train = proposal.config.model, proposal.config.train
-    size = f"{{size: null, hidden_size: {model.hidden_size}, depth: {model.depth}, num_heads: {model.num_heads}}}"
+    data: dict[str, Any] = {}
+    for text in overrides:
+        data = apply_override(data, text)
+    size = {"size": None, "hidden_size": model.hidden_size, "depth": model.depth, "num_heads": model.num_heads}
+    data["model"] = {**data.get("model", {}), **size}
+    own = data.get("train", {})
+    optimizer = {**own.get("optimizer", {}), "warmup_steps": train.optimizer.warmup_steps}
+    data["train"] = {**own, "steps": train.steps, "optimizer": optimizer}
     low, high = proposal.sizes
     return (
         f"# For {budget:.3g} FLOPs: {proposal.parameters / 1e6:,.1f} M parameters (80 %: {low / 1e6:,.1f} to {high / 1e6:,.1f} M), "
         f"validation loss {proposal.loss:.4f} (80 %: {proposal.losses[0]:.4f} to {proposal.losses[1]:.4f}). By stdit plan-compute.\n"
-        f"extends: [{source.resolve()}]\nmodel: {size}\n"
-        f"train: {{steps: {train.steps}, optimizer: {{warmup_steps: {train.optimizer.warmup_steps}}}}}\n"
+        f"{yaml.safe_dump({'extends': [str(source.resolve())], **data}, sort_keys=False, allow_unicode=True)}"
     )
 
 
@@ -270,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0; 2: what cannot be used; else that of the run that did not end (75: the same command goes on)."""
     args = arguments().parse_args(argv)
     try:
-        return plan(args, train)
+        return plan(args, train_run)
     except (ConfigError, ValueError, OSError) as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         return 2
@@ -279,6 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def plan(args: argparse.Namespace, run: Callable[[Rung, int], int]) -> int:
     """As `main`. run: trains one run of the ladder."""
     from stdit.training.derive import complete
+    from stdit.training.resume import is_finished
     from stdit.training.scaling_law import Point, fit
 
     if not 0 < args.budget < math.inf or args.nproc < 1:
@@ -290,18 +300,18 @@ def plan(args: argparse.Namespace, run: Callable[[Rung, int], int]) -> int:
         raise ConfigError(
             f"init.source {config.init.source}: a ladder begins with new weights of every size; leave init out"
         )
-    if config.data.validation_split is None:
-        raise ConfigError("data.validation_split: a ladder compares validation losses; name a split")
-    costs = Costs(config, args.nproc)
+    # Validation is on in every run of the ladder: opened so, the data are checked for clips of that split.
+    costs = Costs(with_steps(config, config.train.steps, config.run_dir), args.nproc)
     rungs = make_ladder(config, costs, args.out)
     print(f"a ladder of {len(rungs)} runs, {sum(r.flops for r in rungs):.3g} FLOPs in all, in {args.out}", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     for number, rung in enumerate(rungs, 1):
-        if not (rung.config.run_dir / "done.json").is_file():
-            print(f"run {number}/{len(rungs)}: {describe(rung)}", flush=True)
-            if code := run(rung, args.nproc):
-                print(f"error: {rung.config.run_dir}: training ended with exit code {code}", file=sys.stderr)
-                return code
+        if is_finished(rung.config, costs.data, args.nproc):
+            continue
+        print(f"run {number}/{len(rungs)}: {describe(rung)}", flush=True)
+        if code := run(rung, args.nproc):
+            print(f"error: {rung.config.run_dir}: training ended with exit code {code}", file=sys.stderr)
+            return code
     points = [Point(rung.parameters, rung.flops, final_loss(rung)) for rung in rungs]
     for rung, point in zip(rungs, points, strict=True):
         print(f"  {describe(rung)}, validation loss {point.loss:.4f}")
@@ -313,7 +323,7 @@ def plan(args: argparse.Namespace, run: Callable[[Rung, int], int]) -> int:
         f"check, the largest run from the other {len(points) - 1}: predicted {predicted:.4f}, measured {points[0].loss:.4f}"
     )
     proposal = propose(config, costs, points, law, args.budget)
-    text = proposal_yaml(Path(args.config), proposal, args.budget)
+    text = proposal_yaml(Path(args.config), args.set, proposal, args.budget)
     atomic_write(args.out / PROPOSAL, text)
     plot(points, law, args.budget, args.out / PLOT)
     found: dict[str, Any] = {

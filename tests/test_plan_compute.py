@@ -36,6 +36,14 @@ def pretend(rung: Rung, processes: int) -> int:
     return 0
 
 
+@pytest.fixture(autouse=True)
+def _pretended(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of `pretend` are finished when it says so."""
+    if "slow" not in request.keywords:
+        finished = "stdit.training.resume.is_finished"
+        monkeypatch.setattr(finished, lambda config, *_: (config.run_dir / "done.json").is_file())
+
+
 def test_a_ladder_proposes_the_size_and_steps_of_least_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs: list[Rung] = []
 
@@ -43,7 +51,10 @@ def test_a_ladder_proposes_the_size_and_steps_of_least_loss(tmp_path: Path, caps
         runs.append(rung)
         return pretend(rung, processes)
 
-    assert plan(arguments().parse_args(options(tmp_path)), run) == 0
+    sets = "data.buckets=[{frames: 1, height: 16, width: 16, batch_size: 6}]"
+    out = tmp_path / "a, b: [c]"
+    assert plan(arguments().parse_args(options(out, sets)), run) == 0
+    tmp_path = out
     assert [rung.config.model.dimensions[0] for rung in runs[:3]] == [96, 64, 48]
     assert [rung.config.model.dimensions[1] for rung in runs[:3]] == [4, 3, 2]
     own = runs[0].flops
@@ -57,6 +68,7 @@ def test_a_ladder_proposes_the_size_and_steps_of_least_loss(tmp_path: Path, caps
     best = LAW.best_parameters(1e15)
     assert parameter_count(config.model) == pytest.approx(best, rel=0.35)  # widths are multiples of a head's
     assert config.model.dimensions[0] % 16 == 0
+    assert config.data.buckets[0].batch_size == 6, "the ladder's own settings"
     assert found["parameters_interval"][0] <= found["parameters_interval"][1]
     assert (tmp_path / "ladder.png").stat().st_size > 5000
     assert "80 %" in capsys.readouterr().out
@@ -87,6 +99,7 @@ def test_runs_that_are_done_are_kept_and_a_stopped_one_stops_the_ladder(tmp_path
         (("train.steps=20",), "1e15", "train.steps 20: a run of .* of its FLOPs has"),
         (("init.source=runs/other",), "1e15", "a ladder begins with new weights"),
         (("train.lora={rank: 4}", "init.source=runs/other"), "1e15", "a ladder trains whole models"),
+        (("data.validation_split=test",), "1e15", "synthetic data has no split 'test'"),
         ((), "-1", "--budget -1"),
         ((), "inf", "--budget inf"),
     ],
@@ -108,3 +121,5 @@ def test_a_real_ladder_predicts_its_largest_run(tmp_path: Path) -> None:
     assert main(options(tmp_path, *small)) == 0
     found = json.loads((tmp_path / "ladder.json").read_text())["largest_run"]
     assert found["predicted"] == pytest.approx(found["measured"], rel=0.2)
+    assert main(options(tmp_path, *small)) == 0, "nothing is trained again"
+    assert main(options(tmp_path, *small, "train.optimizer.betas=[0.9, 0.99]")) == 2, "runs of other settings"

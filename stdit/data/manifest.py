@@ -57,6 +57,13 @@ CLASS_DIGITS = 4000
 WHOLE_NUMBER = re.compile(r"([-+]?)([0-9]+)(?:\.0*)?")
 
 
+def in_label_order(names: Iterable[str]) -> list[str]:
+    """Class names, each once, in the order of their labels: by number where all are numbers, else by code point."""
+    found = sorted(set(names))  # 1 and 01, which are one number, too
+    numbers = all(re.fullmatch(rf"-?[0-9]{{1,{CLASS_DIGITS}}}", name) for name in found)
+    return sorted(found, key=int) if numbers else found
+
+
 @dataclass(frozen=True, slots=True)
 class Clip:
     """One row. `key`, the path as the manifest spells it (normalised), names its file; `file` is its full path.
@@ -140,9 +147,7 @@ class Manifest:
     @property
     def classes(self) -> list[str]:
         """The class names in the order of their labels: by number where all are numbers, else by code point."""
-        names = {clip.class_name for clip in self.clips if clip.class_name is not None}
-        numbers = all(re.fullmatch(rf"-?[0-9]{{1,{CLASS_DIGITS}}}", n) for n in names)
-        return sorted(names, key=int) if numbers else sorted(names)
+        return in_label_order(clip.class_name for clip in self.clips if clip.class_name is not None)
 
     @property
     def uncaptioned(self) -> list[str]:

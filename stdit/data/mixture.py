@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import numpy as np
 from stdit.config import Bucket, ConfigError, DataConfig, TrainBucket, Url, Where
 from stdit.config.diff import changes
 from stdit.data.features import ORIGINAL, EmptyCaption, FeatureFacts, FeatureSet, Sample, ShardReadAhead, feature_facts
+from stdit.data.manifest import in_label_order
 from stdit.data.object_cache import ReadAhead
 from stdit.data.objects import Digest
 
@@ -38,7 +38,7 @@ class Mixture:
             _check_compatible(first, other)
         # First id of each set, and one behind the last.
         self.starts = np.cumsum([0, *(int(features.ids[-1]) + 1 for features in self.sets)])
-        self.classes = merged_classes([features.classes for features in self.sets])
+        self.classes = in_label_order(name for features in self.sets for name in features.classes)
         self._labels = [[self.classes.index(name) for name in features.classes] for features in self.sets]
         self.captions = tuple(dict.fromkeys(name for features in self.sets for name in features.captions))
         self.video_encoder, self.text_encoder = first.video_encoder, first.text_encoder
@@ -129,12 +129,6 @@ class Mixture:
         for start, features, part in zip(self.starts, self.sets, self.split(np.sort(ids)), strict=False):
             total.update(features.frame_rates(part - start))
         return dict(sorted(total.items(), key=lambda item: (-item[1], float(item[0]))))
-
-
-def merged_classes(lists: Sequence[Sequence[str]]) -> list[str]:
-    """The class names of several sets in the order of their labels: by number where all are numbers, else by code point."""
-    names = {name for names in lists for name in names}
-    return sorted(names, key=int) if all(re.fullmatch(r"-?[0-9]+", name) for name in names) else sorted(names)
 
 
 def _check_compatible(first: FeatureSet, other: FeatureSet) -> None:

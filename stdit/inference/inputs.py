@@ -291,15 +291,16 @@ def check_generator(generator: Any) -> None:
 def check_memory(transformer: STDiT, clip: Bucket, grid: Grid, inputs: PipelineInputs, guided: bool) -> None:
     """ValueError: all videos at once take more memory than the device has.
 
-    grid: patches (T, H, W). guided: every video is computed twice. Counted is the least: the tokens, their norm and the MLP's
-    hidden layer of one block, and the pixels in float32.
+    grid: patches (T, H, W). guided: every video is computed twice. Counted is the least: the tokens (of this rank), their norm
+    and the MLP's hidden layer of one block, and the pixels in float32.
     """
     given: tuple[Any, ...] = (inputs.prompt, inputs.class_labels, inputs.prompt_embeds)
     rows = (len(x) for x in given if isinstance(x, list | tuple) or getattr(x, "ndim", 0) > 0)
     videos = inputs.num_videos_per_prompt * next(rows, 1)
     settings, tokens = transformer.settings, videos * math.prod(grid)
+    ranks = 1 if transformer.sequence_parallel is None else transformer.sequence_parallel.size
     channels = settings.dimensions[0] * (2 + settings.mlp_ratio)
-    activations = (1 + guided) * tokens * int(channels) * transformer.dtype.itemsize
+    activations = (1 + guided) * (tokens // ranks) * int(channels) * transformer.dtype.itemsize
     pixels = videos * 3 * clip.frames * clip.height * clip.width * 4
     available = device_memory(transformer.device)
     if (needed := max(activations, pixels)) > available:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,7 +61,13 @@ def open_data(config: Config, ranks: int | None = None) -> TrainData:
     latents = {}
     for i, bucket in enumerate(config.data.buckets):
         latents[bucket.key] = latent_shape(bucket, tuple(video["compression"]))
-        token_grid(latents[bucket.key], model.patch_size, f"data.buckets[{i}] {bucket.key}", model.pad_latents)
+        name = f"data.buckets[{i}] {bucket.key}"
+        tokens = math.prod(token_grid(latents[bucket.key], model.patch_size, name, model.pad_latents))
+        if bucket.tokens not in (None, tokens):
+            raise ConfigError(
+                f"{name}: tokens is {bucket.tokens}, but a sample of this model has {tokens}; leave tokens, global_batch and "
+                "batch_size out, and train.tokens_per_step gives them"
+            )
         if not model.temporal and latents[bucket.key][0] > 1:
             raise ConfigError(
                 f"data.buckets[{i}]: {bucket.frames} frames, but model.temporal is false: an image model takes 1"

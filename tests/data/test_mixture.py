@@ -18,7 +18,8 @@ from stdit.config import Bucket, ConfigError, DataConfig, VideoEncoderConfig, Wh
 from stdit.config.diff import TRAINING_RUNTIME_KEYS, changes, matches
 from stdit.data.features import FeatureSet
 from stdit.data.loader import Loader, Step
-from stdit.data.mixture import Mixture, apportion, merged_classes, open_features
+from stdit.data.manifest import in_label_order
+from stdit.data.mixture import Mixture, apportion, open_features
 from stdit.data.order import MixedStream
 from tests.support import clip_folder
 
@@ -131,7 +132,8 @@ def test_samples_are_those_of_the_sets_with_classes_of_all(folders: tuple[Path, 
         mixture.select(None, [Bucket(frames=9, height=16, width=16)])
     with pytest.raises(ConfigError, match="no column 'nope'"):
         mixture.select(None, clip_folder.BUCKETS, [Where(column="nope", at_least=1)])
-    assert merged_classes([["10", "2"], ["-1"]]) == ["-1", "2", "10"]
+    assert in_label_order(["10", "2", "-1", "2"]) == ["-1", "2", "10"]
+    assert in_label_order(["1", "02", "01", "2"]) == ["01", "1", "02", "2"], "whatever the order of a set"
 
 
 def test_without_weights_every_sample_of_an_epoch_comes_once(folders: tuple[Path, Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from PIL import Image
 
-from stdit.config import ByteT5Config, DiffusionConfig, SamplerConfig, TextEncoderConfig
+from stdit.config import Bucket, ByteT5Config, DiffusionConfig, SamplerConfig, TextEncoderConfig
 from stdit.diffusion.schedulers import is_ours, make_scheduler
 from stdit.encoders.text import TextFeatures
 from stdit.encoders.text_loading import load_text_encoder
 from stdit.encoders.video import PixelAutoencoder
-from stdit.inference.inputs import ConditionEncoder, PipelineInputs, Prompts
+from stdit.inference import inputs
+from stdit.inference.inputs import ConditionEncoder, PipelineInputs, Prompts, check_memory
 from stdit.inference.pipeline import STDiTPipeline, STDiTPipelineOutput
 from stdit.models.stdit import STDiT
 from tests.support.runs import CLASSES, TEXT, lively, model_config
@@ -395,3 +397,17 @@ def test_a_scheduler_of_ours_stays_ours_through_saving_and_changing(tmp_path: Pa
     )
     assert is_ours(changed)
     assert not is_ours(UniPCMultistepScheduler())
+
+
+def test_memory_is_that_of_a_ranks_share_of_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pipeline(**WORDS).transformer
+    clip, grid, asked = Bucket(frames=4, height=16, width=8), (4, 16, 8), PipelineInputs(prompt="a")
+    tokens = 4 * 16 * 8
+    needed = 2 * tokens * int(model.settings.dimensions[0] * (2 + model.settings.mlp_ratio)) * 4
+    monkeypatch.setattr(inputs, "device_memory", lambda device: needed)
+    check_memory(model, clip, grid, asked, guided=True)
+    monkeypatch.setattr(inputs, "device_memory", lambda device: needed - 1)
+    with pytest.raises(ValueError, match="1 videos of 4x16x8 are 512 tokens"):
+        check_memory(model, clip, grid, asked, guided=True)
+    monkeypatch.setattr(model, "sequence_parallel", SimpleNamespace(size=2))
+    check_memory(model, clip, grid, asked, guided=True)

@@ -22,6 +22,7 @@ from stdit.config import Config, ConfigError, ModelConfig, dump, load_config, me
 from stdit.config.token_budget import MAX_IMBALANCE, NODE, imbalance, step_sizes
 from stdit.data.features import pad_texts
 from stdit.data.loader import Loader, Synthetic, collate
+from stdit.training.data import open_data
 from stdit.training.derive import complete
 from stdit.training.performance import useful_tokens
 from tests.support.rank_jobs import config_of, run_recorded, settings
@@ -102,6 +103,9 @@ def test_sizes_follow_from_the_models_tokens_and_stand_in_the_resolved_config(tm
     assert complete(config) is config
     with pytest.raises(ConfigError, match=r"global_batch 64 .* not what train.tokens_per_step 4096 makes, \(128, 15\)"):
         load_config(tmp_path / "config.yaml", Config, ["train.tokens_per_step=4096"])
+    coarser = load_config(tmp_path / "config.yaml", Config, ["model.patch_size=[1, 4, 4]"])
+    with pytest.raises(ConfigError, match=r"data.buckets\[0\] 2x8x8: tokens is 32, but a sample of this model has 8"):
+        open_data(complete(coarser))
 
 
 @pytest.mark.parametrize(
