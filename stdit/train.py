@@ -117,9 +117,11 @@ def train_from_checkpoint(config: Config, report: Callable[[dict[str, Any]], Non
         )  # fmt: skip
         performance = Performance(config, ranks, data, sum(loader.counts.values()))
         timed, profile = performance.section, stack.enter_context(profiler(config, ranks, state.step + 1))
-        saver = stack.enter_context(closing(Saver(engine, ema, config, data, state, ranks, tracker.print)))
         start = time.perf_counter()
         watchdog = stack.enter_context(closing(Watchdog(ranks.rank, config.run_dir, config.train.step_timeout_s, stop)))
+        # Closed before the watchdog, which watches over that, too.
+        saver = Saver(engine, ema, config, data, state, ranks, tracker.print, watchdog.saving)
+        stack.enter_context(closing(saver))
         stop.start_training()
 
         for step, data_step in zip(range(state.step + 1, steps + 1), performance.waiting(loader), strict=False):
@@ -157,12 +159,12 @@ def train_from_checkpoint(config: Config, report: Callable[[dict[str, Any]], Non
                 metrics |= validator.run(engine, ema, tracker, step)
             state.validation_loss, state.recent_losses = metrics.get("validation_loss"), bad_steps.spikes.recent
             logged = tracker.step(metrics, performance)
-            bad_steps.check(step, data_step, mean_loss, engine)
+            bad_steps.check(step, data_step, mean_loss, saver)
 
             saved, ends = None, bool(stops) or step == steps
             due = ends or step == last_stable or is_due(config.train.checkpoint_every, step, steps)
             if due or saver.is_over(*writing):
-                with timed("checkpoint"), watchdog.saving():
+                with timed("checkpoint"):
                     saved = saver.save(last=ends) if due else saver.finish()
                 performance.count_save(saver.background_seconds)
             if report and (logged or saved):

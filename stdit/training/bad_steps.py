@@ -11,8 +11,8 @@ from stdit.config import Config
 from stdit.data.loader import Step
 from stdit.training.distributed import Ranks
 from stdit.training.divergence import SkippedSteps, find_bad_samples, keep_bad_batches
-from stdit.training.engine import Engine
 from stdit.training.resume import TrainState
+from stdit.training.saving import Saver
 from stdit.training.spikes import LossSpikes, Rewound, read_rewinds, rewind
 
 
@@ -44,11 +44,12 @@ class BadSteps:
             keep_bad_batches(self.config.run_dir, step, data_step.batches, losses, self.ranks)
         return logged
 
-    def check(self, step: int, data_step: Step, mean_loss: float, engine: Engine) -> None:
+    def check(self, step: int, data_step: Step, mean_loss: float, saver: Saver) -> None:
         """After `metrics`. Diverged: too many steps were skipped, or spikes rewound. Rewound: this one is a spike, with
-        `train.on_spike: rewind`; the engine is closed."""
+        `train.on_spike: rewind`; the checkpoint on its way is written, to be the one that is gone back to, and the engine closed."""
         self.skipped.check(step, last=step == self.config.train.steps)
         if self._spike is not None and self.config.train.on_spike == "rewind":
             rewind(self.config.run_dir, self.config.train, step, mean_loss, data_step, self.ranks)
-            engine.close()
+            saver.finish()
+            saver.engine.close()
             raise Rewound(f"step {step}: back to the newest checkpoint, without the samples of this step")

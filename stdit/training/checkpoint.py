@@ -225,6 +225,19 @@ def find_final(run_dir: Path) -> Path | None:
     return None
 
 
+def unfinished_files(run_dir: Path) -> set[tuple[str, int]]:
+    """Files of checkpoints that are being written or removed, with their sizes. Never fails: what is renamed, removed or lost meanwhile
+    is left out."""
+    found: set[tuple[str, int]] = set()
+    with contextlib.suppress(OSError):
+        for partial in (run_dir / FOLDER).glob("*.partial"):
+            for folder, _, names in os.walk(partial):  # unlike Path.rglob it passes over what it cannot list
+                for path in (os.path.join(folder, name) for name in names):
+                    with contextlib.suppress(OSError):
+                        found.add((path, os.stat(path).st_size))
+    return found
+
+
 def remove_partials(run_dir: Path) -> None:
     """Removes what interrupted saves, removals and conversions have left: folders with their mark."""
     for folder in (run_dir / FOLDER).glob("*"):

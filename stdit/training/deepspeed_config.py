@@ -126,9 +126,9 @@ def read_override(train: TrainConfig, generated: dict[str, Any]) -> dict[str, An
             f"{name}: zero_optimization.stage: {zero['stage']}, but train.zero_stage is {train.zero_stage}"
         )
     writer = raw.get("checkpoint", {}).get("writer") if isinstance(raw.get("checkpoint"), dict) else None
-    if writer is not None and train.checkpoint_in_background:
+    if writer is not None:
         raise ConfigError(
-            f"{name}: checkpoint.writer: {writer!r}, but train.checkpoint_in_background: true writes through torch.save; set it to false"
+            f"{name}: checkpoint.writer: {writer!r}, but this trainer writes checkpoints itself (train.checkpoint_in_background)"
         )
     _check_numbers(raw, name)
     _check_zero(zero, name)

@@ -19,7 +19,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -68,9 +68,11 @@ class Saver:
         state: TrainState,
         ranks: Ranks,
         say: Callable[[str], None],
+        watched: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        """watched: `Watchdog.saving`, under which all is waited for."""
         self.engine, self.ema, self.config, self.data, self.state, self.ranks = engine, ema, config, data, state, ranks
-        self.say = say
+        self.say, self._watched = say, watched
         self.failed_in_a_row = 0
         # Seconds that this rank's threads have written while training went on.
         self.background_seconds = 0.0
@@ -91,7 +93,7 @@ class Saver:
     def save(self, last: bool) -> Path | None:
         """Saves a checkpoint of this step, or begins to. last: the run ends here, so that it must be written at once. Returns the newest
         checkpoint that was completed meanwhile, if any: this one, or the one before it."""
-        before = self._attempt(self._finish, last=False)
+        before = self.finish()
         background = self.config.train.checkpoint_in_background and not last
 
         def write() -> Path | None:
@@ -105,9 +107,10 @@ class Saver:
         return self._attempt(self._finish, last=False)
 
     def close(self) -> None:
-        """Where the run ends by an error or goes back, without `finish`: waits for a checkpoint that is being written."""
+        """Where the run ends by an error, without `finish`: waits for a checkpoint that is being written."""
         if self._write is not None:
-            self._write.outlive()
+            with self._watched():
+                self._write.outlive()
             if self._write.error is not None:
                 self.say(f"{self._write.folder}: the checkpoint was not written ({first_line(self._write.error)})")
             self._write = None
@@ -115,7 +118,8 @@ class Saver:
     def _attempt(self, write: Callable[[], Path | None], last: bool) -> Path | None:
         """The checkpoint that `write` completes, None if there is none. NotWritten: it failed and must not, or one time too many."""
         try:
-            saved = write()
+            with self._watched():
+                saved = write()
         except NotWritten as error:
             self.failed_in_a_row += 1
             limit = self.config.train.max_failed_saves
@@ -252,7 +256,7 @@ class Write(threading.Thread):
         """Waits for the end; on rank 0, whose other ranks may be dead, as long as files of the checkpoint change."""
         files, since = set(), time.monotonic()
         while self.is_alive():
-            if self.written.is_set() and (now := _sizes(self.partial)) != files:
+            if self.written.is_set() and (now := checkpoint.unfinished_files(self.config.run_dir)) != files:
                 files, since = now, time.monotonic()
             if self.written.is_set() and time.monotonic() - since > ORPHAN_S:
                 self.abandon()
@@ -314,15 +318,6 @@ def make_identity(engine: Engine, config: Config, data: TrainData, state: TrainS
         validation_loss=state.validation_loss,
         recent_losses=state.recent_losses,
     )
-
-
-def _sizes(folder: Path) -> set[tuple[str, int]]:
-    """Files in `folder` with their sizes."""
-    found = set()
-    for path in folder.rglob("*"):
-        with suppress(OSError):
-            found.add((str(path), path.stat().st_size))
-    return found
 
 
 def _message(folder: Path, reason: str, where: str = "") -> str:

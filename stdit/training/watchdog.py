@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from stdit.training.checkpoint import unfinished_files
 from stdit.training.stopping import STOPPED, Stop
 
 POLL_S = 0.5
@@ -38,6 +39,7 @@ PHASES = {
     "Tracker.step": "writing metrics",
     "Saver.save": "saving a checkpoint",
     "Saver.finish": "waiting for a checkpoint to be written",
+    "Saver.close": "waiting for a checkpoint to be written, after an error",
 }
 
 
@@ -51,9 +53,9 @@ class Watchdog:
         self.rank, self.run_dir, self.limit_s, self.stop = rank, run_dir, limit_s, stop
         self._thread = threading.get_ident()
         self._step, self._since, self._longest, self._saving = 0, time.monotonic(), 0.0, False
-        self._files: set[tuple[str, int]] = set()
         self._closed = threading.Event()
-        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+        for watch in (self._watch, self._watch_files):
+            threading.Thread(target=watch, daemon=True, name="watchdog").start()
 
     def start_step(self, step: int) -> None:
         """Called as each step begins."""
@@ -79,10 +81,15 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._closed.wait(POLL_S):
-            if self._saving and (files := self._unfinished_files()) != self._files:
-                self._files, self._since = files, time.monotonic()
             if (reason := self._overdue(time.monotonic())) and not self._closed.is_set():
                 self._end(reason)
+
+    def _watch_files(self) -> None:
+        """In a thread of its own, which a dead disk may hold for ever."""
+        files: set[tuple[str, int]] = set()
+        while not self._closed.wait(POLL_S):
+            if self._saving and (now := unfinished_files(self.run_dir)) != files:
+                files, self._since = now, time.monotonic()
 
     def _overdue(self, now: float) -> str | None:
         """Why the process has to end; None as long as it need not."""
@@ -93,14 +100,6 @@ class Watchdog:
             if now - max(self._since, self.stop.since) > grace:
                 return f"more than {grace:.0f} s since the stop was requested ({self.stop.reason})"
         return None
-
-    def _unfinished_files(self) -> set[tuple[str, int]]:
-        """Files of the checkpoint that is being written, with their sizes."""
-        found = set()
-        for path in (self.run_dir / "checkpoints").glob("*.partial/**/*"):
-            with contextlib.suppress(OSError):
-                found.add((str(path), path.stat().st_size))
-        return found
 
     def _end(self, reason: str) -> None:
         threading.Thread(target=lambda: (time.sleep(REPORT_S), os._exit(STOPPED)), daemon=True).start()

@@ -235,6 +235,59 @@ def run_with_hanging_writes(data: dict[str, Any], after: int) -> dict[str, Any]:
         return run(data)
 
 
+def run_failing_on_a_dead_disk(data: dict[str, Any], at: int) -> dict[str, Any]:
+    """Trains; checkpoints are written but for their mark, and then their writer waits for ever. The forward pass of step `at` raises,
+    and from then on the watchdog waits a second."""
+    from unittest.mock import patch
+
+    from stdit.training.inputs import Inputs
+    from stdit.training.watchdog import Watchdog
+
+    loss, make, dogs = Inputs.loss, Watchdog.__init__, []
+
+    def made(self: Watchdog, *args: Any) -> None:
+        dogs.append(self)
+        make(self, *args)
+
+    def failing(self: Inputs, model: Any, batch: Any, step: int) -> Any:
+        if step == at:
+            dogs[-1].limit_s = 1.0
+            raise ValueError("a test asked")
+        return loss(self, model, batch, step)
+
+    with patch.object(Inputs, "loss", failing), patch.object(Watchdog, "__init__", made):
+        return run_with_hanging_writes(data, 0)
+
+
+def run_with_spike_before_a_checkpoint_is_written(data: dict[str, Any], at: int, saved: int) -> dict[str, Any]:
+    """As `run_with_spike`; the checkpoint of step `saved` is still on its way then, and rank 1 takes a second for its part, while no
+    file changes. Where a run ends by an error, rank 0 would wait for a quarter of it."""
+    import threading
+    import time
+    from unittest.mock import patch
+
+    from stdit.training import bad_steps, checkpoint, saving
+
+    mark, rewind, goes_back = checkpoint.write_rank_mark, bad_steps.rewind, threading.Event()
+
+    def late(partial: Path, rank: int, files: Any) -> None:
+        if partial.name.startswith(checkpoint.folder_of_step(saved)) and not goes_back.is_set():
+            assert goes_back.wait(60)
+            time.sleep(rank)
+        mark(partial, rank, files)
+
+    def going_back(*args: Any) -> None:
+        rewind(*args)
+        goes_back.set()
+
+    with (
+        patch.object(checkpoint, "write_rank_mark", late),
+        patch.object(bad_steps, "rewind", going_back),
+        patch.object(saving, "ORPHAN_S", 0.25),
+    ):
+        return run_with_spike(data, at)
+
+
 def run_measuring_copies(data: dict[str, Any]) -> dict[str, Any]:
     """Trains; "copied": bytes of each snapshot of this rank."""
     from unittest.mock import patch

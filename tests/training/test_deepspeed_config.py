@@ -65,12 +65,17 @@ def test_raw_settings_are_merged_key_by_key() -> None:
         ({"gradient_predivide_factor": float("nan")}, "gradient_predivide_factor: expected a finite number"),
         ({"zero_optimization": {"allgather_bucket_size": -5}}, "allgather_bucket_size"),
         ({"zero_optimization": {"overlap_comm": "maybe"}}, "zero_optimization.overlap_comm: .* found 'maybe'"),
+        (
+            {"checkpoint": {"writer": {"type": "FAST", "decoupled": True}}},
+            "checkpoint.writer: .* writes checkpoints itself",
+        ),
         ({"pipeline": {}}, "pipeline: this part of DeepSpeed is not supported"),
     ],
 )
-def test_what_deepspeed_would_ignore_or_contradict_is_refused(raw: dict[str, Any], said: str) -> None:
+@pytest.mark.parametrize("background", [True, False])
+def test_what_deepspeed_would_ignore_or_contradict_is_refused(raw: dict[str, Any], said: str, background: bool) -> None:
     with pytest.raises(ConfigError, match=said):
-        made(raw)
+        made(raw, checkpoint_in_background=background)
 
 
 def test_values_auto_are_left_to_the_trainer() -> None:

@@ -9,7 +9,8 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from stdit.training import checkpoint, saving
 from stdit.training.distributed import Ranks
 from stdit.training.machine import rank_memory
 from stdit.training.snapshot import HostCopies, MasterLayout
+from stdit.training.stopping import STOPPED
 from tests.support import forked
 from tests.support.rank_jobs import (
     config_of,
@@ -26,6 +28,7 @@ from tests.support.rank_jobs import (
     metrics,
     numbers,
     run,
+    run_failing_on_a_dead_disk,
     run_measuring_copies,
     run_with_full_disk,
     run_with_hanging_writes,
@@ -148,6 +151,7 @@ def test_rank_0_does_not_wait_for_ever_for_a_rank_that_is_dead(tmp_path: Path, m
     write = object.__new__(saving.Write)
     threading.Thread.__init__(write, daemon=True)
     write.folder, write.partial = folder, checkpoint.partial_folder(folder)
+    write.config = cast(Any, SimpleNamespace(run_dir=tmp_path))
     write.ranks, write.layout = Ranks(0, 2, 0, torch.device("cpu")), MasterLayout({}, [{}, {}])
     write.shards = saving.ShardWriter(None, lambda state: state)
     write.written, write._abandoned, write.error = threading.Event(), threading.Event(), None
@@ -158,6 +162,19 @@ def test_rank_0_does_not_wait_for_ever_for_a_rank_that_is_dead(tmp_path: Path, m
     assert time.monotonic() - began < 10
     assert "other ranks have not written their part" in str(write.error)
     assert not folder.exists()
+
+
+@pytest.mark.distributed
+def test_a_run_that_ends_by_an_error_on_a_disk_that_is_dead_is_ended_by_its_watchdog(tmp_path: Path) -> None:
+    ours, theirs = forked.context().Pipe()
+    process = forked.context().Process(target=_serve, args=(0, 1, free_port(), theirs), daemon=True)
+    process.start()
+    ours.send((run_failing_on_a_dead_disk, (data_for(tmp_path, 1, ranks=1), 3)))
+    process.join(60)
+    process.kill()
+    assert process.exitcode == STOPPED
+    said = (tmp_path / "stalled-rank-0.txt").read_text()
+    assert "step 3, waiting for a checkpoint to be written, after an error: more than 1 s" in said
 
 
 @pytest.mark.distributed

@@ -13,7 +13,7 @@ from stdit.config import TrainConfig
 from stdit.training import checkpoint
 from stdit.training.distributed import Ranks
 from stdit.training.spikes import LEAST, LossSpikes
-from tests.support.rank_jobs import run_with_spike, settings
+from tests.support.rank_jobs import run_with_spike, run_with_spike_before_a_checkpoint_is_written, settings
 from tests.support.rank_pool import Pool, RankError
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
@@ -93,6 +93,12 @@ def test_rewind_goes_back_to_the_checkpoint_and_leaves_the_samples_out(pair: Poo
     position = checkpoint.read_identity(tmp_path)["data_position"]
     assert position == {"1x8x8": 27 * 8}
     assert f"step {AT}: back to the newest checkpoint" in found["said"]
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_on_its_way_is_the_one_that_a_rewind_goes_back_to(pair: Pool, tmp_path: Path) -> None:
+    found = pair(run_with_spike_before_a_checkpoint_is_written, data_for(tmp_path, "rewind", steps=24), AT, 16)[0]
+    assert [step for step, _ in found["positions"]] == [*range(1, AT + 1), *range(17, 25)]
 
 
 @pytest.mark.distributed

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stdit.training import watchdog
+from stdit.training.checkpoint import unfinished_files
 from stdit.training.stopping import STOPPED, Stop
 from stdit.training.watchdog import Watchdog
 from tests.support.paths import ROOT
@@ -20,6 +24,7 @@ HANGS = """
 import ctypes, os, sys, threading
 from pathlib import Path
 from stdit.training import watchdog
+from stdit.training.checkpoint import unfinished_files
 from stdit.training.stopping import Stop
 watchdog.STOP_GRACE_S = 0.5
 class Engine:
@@ -81,17 +86,46 @@ def test_a_save_may_take_long_if_its_files_change(tmp_path: Path, monkeypatch: p
     ended: list[str] = []
     monkeypatch.setattr(Watchdog, "_end", lambda self, reason: ended.append(reason) or self.close())
     monkeypatch.setattr(watchdog, "POLL_S", 0.02)
-    watched = Watchdog(0, tmp_path, 0.5, Stop())
+    watched = Watchdog(0, tmp_path, 1.0, Stop())
     folder = tmp_path / "checkpoints/step-00000001.partial/transformer"
     folder.mkdir(parents=True)
     watched.start_step(1)
     with watched.saving():
-        for number in range(12):
+        for number in range(20):
             (folder / f"{number}").write_bytes(b"x")
             time.sleep(0.1)
         assert not ended
-        time.sleep(1.5)
-    assert ended == ["more than 0.5 s (train.step_timeout_s)"]
+        assert watched._closed.wait(20)
+    assert ended == ["more than 1 s (train.step_timeout_s)"]
+
+
+def test_files_that_vanish_while_they_are_looked_at_end_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "checkpoints/step-00000001.partial/transformer"
+    folder.mkdir(parents=True)
+    (folder / "a").write_bytes(b"xyz")
+    assert unfinished_files(tmp_path) == {(str(folder / "a"), 3)}
+
+    def vanished(path: Any, *args: Any, **settings: Any) -> Any:
+        raise FileNotFoundError(errno.ENOENT, "renamed meanwhile", str(path))
+
+    for name in ("scandir", "stat"):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, name, vanished)
+            assert unfinished_files(tmp_path) == set()
+    assert unfinished_files(tmp_path / "none") == set()
+
+
+def test_a_save_on_a_disk_that_answers_nothing_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended, answers = threading.Event(), threading.Event()
+    monkeypatch.setattr(Watchdog, "_end", lambda self, reason: ended.set() or self.close())
+    monkeypatch.setattr(watchdog, "POLL_S", 0.02)
+    monkeypatch.setattr(watchdog, "unfinished_files", lambda run_dir: answers.wait(30) and set())
+    watched = Watchdog(0, tmp_path, 0.2, Stop())
+    with watched.saving():
+        assert ended.wait(10)
+    answers.set()
 
 
 def test_the_time_of_a_save_is_no_part_of_a_step(tmp_path: Path) -> None:
