@@ -55,6 +55,10 @@ class Url(str):
         return self.partition("://")[2]
 
     @property
+    def bucket(self) -> str:
+        return self.key.partition("/")[0]
+
+    @property
     def name(self) -> str:
         return PurePosixPath(self.key).name
 

@@ -9,7 +9,8 @@
            .lock                 held while room is made
 
 The files used longest ago are removed first; one that is in use stays until it is released, and a file that is open or mapped
-stays readable after. Files that are being fetched count as if they were whole, so the folder never exceeds the limit.
+stays readable after. Files that are being fetched count as if they were whole, so they never exceed the limit. Other files in the folder are
+neither counted nor touched.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,11 +36,14 @@ from stdit.data.objects import Digest, StoreError
 ROOM_WAIT_S = 300.0
 # Objects that one process fetches at a time when it reads ahead.
 FETCH_THREADS = 8
+# Files of the cache: a hash with the object's suffix; one that is being fetched.
+_WHOLE = re.compile(r"[0-9a-f]{64}(\.[^.]+)?", re.DOTALL)
+_PART = re.compile(r"\.[0-9a-f]{64}(\.[^.]+)?\.part", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class ObjectCache:
-    """limit: bytes of all files in `folder`."""
+    """limit: bytes of all its files in `folder`."""
 
     folder: Path
     limit: int
@@ -103,6 +108,7 @@ class ObjectCache:
                 part.unlink()
                 return
             try:
+                file.truncate(0)  # what a process that died has left
                 self._make_room(url, file, size)
                 objects.download(url, file, expected, size)
                 os.fsync(file.fileno())
@@ -140,11 +146,12 @@ class ObjectCache:
         for entry in os.scandir(self.folder):
             path = Path(entry.path)
             with suppress(FileNotFoundError):
-                if entry.name.startswith(".") and (not entry.name.endswith(".part") or _remove_unused(path)):
+                whole, part = _WHOLE.fullmatch(entry.name), _PART.fullmatch(entry.name)
+                if not (whole or part) or not entry.is_file(follow_symlinks=False) or (part and _remove_unused(path)):
                     continue
                 found = entry.stat()
                 total += found.st_size
-                if not entry.name.startswith("."):
+                if whole:
                     files.append((found.st_mtime_ns, found.st_size, path))
         return total, files
 

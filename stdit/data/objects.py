@@ -51,7 +51,11 @@ class StoreError(OSError):
 
 
 class NoSuchObject(StoreError, FileNotFoundError):
-    """The store has no object, or no bucket, of this name."""
+    """The bucket has no object of this name."""
+
+
+class NoSuchBucket(StoreError, FileNotFoundError):
+    """The store has no such bucket: a wrong name, or another store's endpoint."""
 
 
 class NoAccess(StoreError, PermissionError):
@@ -63,8 +67,9 @@ class ChangedObject(StoreError):
 
 
 def is_of_object(error: StoreError) -> bool:
-    """Whether an error says something of the object, which others of the store need not share; else the store is out of reach."""
-    return isinstance(error, NoSuchObject | NoAccess | ChangedObject) or error.errno == errno.EFBIG
+    """Whether an error says something of the object, which others of the store need not share; else the store is out of reach, as
+    without access or bucket: then nothing is known of the object, and what was made of it stays."""
+    return isinstance(error, NoSuchObject | ChangedObject) or error.errno == errno.EFBIG
 
 
 @dataclass(frozen=True)
@@ -225,7 +230,7 @@ def remove(url: Url) -> None:
 def listing(folder: Url) -> dict[str, int]:
     """Sizes of all objects below `folder`, by their names relative to it, in order; empty if there are none.
 
-    NoSuchObject: no such bucket; NoAccess, StoreError.
+    NoSuchBucket, NoAccess, StoreError.
     """
 
     def attempt() -> dict[str, int]:
@@ -274,7 +279,9 @@ class _LocalError(Exception):
     """An error of this machine's disk in the midst of a download."""
 
 
-_MISSING = re.compile(r"NO_SUCH|NOT_FOUND|HTTP status 404|No such file|does not exist", re.IGNORECASE)
+_MISSING = re.compile(
+    r"NO_SUCH|NOT_FOUND|HTTP status 404|No such file|Not a regular file|does not exist", re.IGNORECASE
+)
 _REFUSED = re.compile(
     r"ACCESS_DENIED|SIGNATURE|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|EXPIRED_TOKEN|UNRECOGNIZED_CLIENT|MISSING_AUTH|"
     r"HTTP status 40[13]|PERMISSION_DENIED|UNAUTHENTICATED|Forbidden|Unauthorized",
@@ -295,6 +302,8 @@ def _retried(url: Url, attempt: Callable[[], _Result]) -> _Result:
             raise
         except (OSError, pa.ArrowException) as error:
             found, passes = _store_error(error, url)
+        if isinstance(found, NoSuchObject):
+            found, passes = _no_such_bucket(url) or (found, False)
         if not passes or number == TRIES:
             tries = f" ({number} tries)" if passes else ""
             raise type(found)(found.errno or errno.EIO, f"{found.strerror}{tries}", url) from None
@@ -315,6 +324,20 @@ def _store_error(error: Exception, url: Url) -> tuple[StoreError, bool]:
     # "… AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 7, Could not connect"
     reason = re.sub(r"^.*?(?=AWS Error|google::cloud)", "", text)
     return StoreError(errno.EIO, reason[:300] or type(error).__name__, url), not _PERMANENT.search(text)
+
+
+def _no_such_bucket(url: Url) -> tuple[StoreError, bool] | None:
+    """The error of a bucket that is not there, or cannot be asked for, as `_store_error`; None if there is one."""
+    if url.scheme == "memory":
+        return None
+    try:
+        there = _store(url.scheme).get_file_info(url.bucket).type != fs.FileType.NotFound
+    except (OSError, pa.ArrowException) as error:
+        found, passes = _store_error(error, url)
+        return (
+            None if isinstance(found, NoAccess) else (found, passes)
+        )  # the right to ask for the bucket is another one
+    return None if there else (NoSuchBucket(errno.ENOENT, f"no such bucket as {url.bucket}", url), False)
 
 
 def redacted(text: str) -> str:

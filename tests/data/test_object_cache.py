@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
 import subprocess
 import sys
 import threading
@@ -103,9 +105,13 @@ def test_the_bound_holds_at_every_moment_for_many_readers(store: ObjectStore, tm
     def watch() -> None:
         while not stop.is_set():
             total = 0
-            for path in found.folder.glob("*"):
-                with suppress(FileNotFoundError):
-                    total += path.stat().st_size
+            with (found.folder / ".lock").open("a") as lock:
+                fcntl.flock(
+                    lock, fcntl.LOCK_EX
+                )  # else a file that makes room and the one it makes room for are both summed up
+                for path in found.folder.glob("*"):
+                    with suppress(FileNotFoundError):
+                        total += path.stat().st_size
             most[0] = max(most[0], total)
 
     watcher = threading.Thread(target=watch)
@@ -157,9 +163,35 @@ def test_processes_of_one_machine_fetch_an_object_once(store: ObjectStore, tmp_p
 def test_what_a_killed_process_left_makes_room(store: ObjectStore, tmp_path: Path) -> None:
     found = cache(tmp_path, files=1.5)
     found.folder.mkdir(parents=True)
-    (found.folder / ".abc.bin.part").write_bytes(bytes(SIZE // 2))
+    (found.folder / f".{'0' * 64}.bin.part").write_bytes(bytes(SIZE // 2))
     assert get(found, 1) == content(1)
     assert len([path for path in found.folder.iterdir() if path.name != ".lock"]) == 1
+
+
+def test_what_a_killed_process_left_of_an_object_takes_no_room_beside_it(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_cache, "ROOM_WAIT_S", 0.3)
+    found = cache(tmp_path, files=1.5)
+    found.folder.mkdir(parents=True)
+    (found.folder / f".{digest(1).sha256}.bin.part").write_bytes(bytes(SIZE))  # as large as it would have been
+    assert get(found, 1) == content(1)
+
+
+def test_files_that_are_not_the_caches_are_neither_counted_nor_removed(store: ObjectStore, tmp_path: Path) -> None:
+    found = cache(tmp_path, files=2)
+    own = [
+        found.folder / name for name in ("my-only-copy.mp4", ".download.part", f"{'0' * 63}.mp4", f"{'a' * 64}.x.mp4")
+    ]
+    (found.folder / f"{'b' * 64}.mp4").mkdir(parents=True)
+    (found.folder / f"{'c' * 64}.mp4").symlink_to(own[0])
+    for path in own:
+        path.write_bytes(bytes(3 * SIZE))
+        os.utime(path, (0, 0))
+    for number in range(4):
+        assert get(found, number) == content(number)
+    assert all(path.stat().st_size == 3 * SIZE for path in own)
+    assert len(list(found.folder.glob("*.bin"))) == 2
 
 
 def test_a_changed_object_is_never_taken_for_the_old_one(store: ObjectStore, tmp_path: Path) -> None:

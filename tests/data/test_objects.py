@@ -11,7 +11,7 @@ import pytest
 
 from stdit.config import ConfigError, DataConfig, Url, parse_location, validate
 from stdit.data import objects
-from stdit.data.objects import ChangedObject, Digest, NoAccess, NoSuchObject, StoreError
+from stdit.data.objects import ChangedObject, Digest, NoAccess, NoSuchBucket, NoSuchObject, StoreError, is_of_object
 from tests.support.object_store import SECRET, Kind, ObjectStore
 
 CONTENT = bytes(range(256)) * 400
@@ -100,10 +100,32 @@ def test_a_server_that_never_answers_is_left(store: ObjectStore, monkeypatch: py
 
 @pytest.mark.parametrize(("kind", "error"), [("403", NoAccess), ("404", NoSuchObject), ("400", StoreError)])
 def test_what_does_not_pass_is_asked_once(kind: Kind, error: type[StoreError], store: ObjectStore) -> None:
-    store.fail(kind, times=100, method="HEAD")
+    store.fail(kind, times=100, method="HEAD", path="a.bin")
     with pytest.raises(error, match=f"^{FILE}: "):
         fetch()
-    assert len(store.requests) == 1
+    assert sum("a.bin" in path for _, path, _ in store.requests) == 1
+
+
+def test_only_an_object_that_is_missing_or_changed_says_nothing_of_the_store(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def error(url: Url) -> StoreError:
+        with pytest.raises(StoreError) as found:
+            objects.stat(url)
+        return found.value
+
+    assert is_of_object(error(FILE.parent / "missing"))
+    for url in (Url("s3://nobucket/folder/a.bin"), Url("s3://nobucket")):
+        assert str(missing := error(url)) == f"{url}: no such bucket as nobucket"
+        assert isinstance(missing, NoSuchBucket)
+        assert not is_of_object(missing)
+    store.fail("403", method="HEAD", path="/bucket")  # of the object that is missing
+    assert isinstance(error(FILE.parent / "missing"), NoAccess)
+    store.fail("404", method="HEAD", path="a.bin")
+    store.fail("403", method="HEAD", path="/bucket")  # no right to ask for the bucket
+    assert isinstance(error(FILE), NoSuchObject)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "an-expired-secret")
+    assert not is_of_object(error(FILE))
 
 
 def test_wrong_credentials_are_refused_and_never_printed(

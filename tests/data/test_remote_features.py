@@ -164,7 +164,7 @@ def test_what_cannot_be_opened_is_one_line(
 ) -> None:
     with pytest.raises(ConfigError, match=rf"^{AT}x: no index.json: nothing was extracted there"):
         FeatureSet(Url(f"{AT}x"))
-    with pytest.raises(ConfigError, match=r"^s3://nobucket/f: no index.json"):
+    with pytest.raises(ConfigError, match=r"^s3://nobucket/f/index.json: no such bucket as nobucket$"):
         FeatureSet("s3://nobucket/f")
     (store.folder / "bucket/features/index.json").write_text("{")
     with pytest.raises(ConfigError, match=rf"^{AT}/index.json: not valid JSON .*run the extraction again"):
