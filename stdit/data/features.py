@@ -51,10 +51,20 @@ from stdit.config import (
 from stdit.config.identity import TextIdentity, VideoIdentity
 from stdit.data.filters import passing
 from stdit.data.object_cache import ObjectCache, ReadAhead
-from stdit.data.objects import ChangedObject, Digest, NoSuchObject, StoreError, read_json
+from stdit.data.objects import (
+    ChangedObject,
+    Digest,
+    NoAccess,
+    NoSuchBucket,
+    NoSuchObject,
+    StoreError,
+    is_of_object,
+    read_json,
+)
 from stdit.files import atomic_path, sha256
 
 Folder = TypeVar("Folder", bound=Path | Url)
+_Result = TypeVar("_Result")
 
 FORMAT: Literal[2] = 2
 # Takes the place of a sample's id for the features of the empty caption, in every shard with text.
@@ -220,7 +230,8 @@ class FeatureSet:
     """The features in a folder, or at a URL, whose shards are fetched into `cache`. Cheap to open, to pickle (by its path) and, of a
     folder, to fork; thread-safe.
 
-    Raises ConfigError: no such folder, no access to it, an incomplete extraction, or files of another format.
+    Raises ConfigError: no such folder, no access to it, an incomplete extraction, or files of another format. OSError, here and where
+    samples are read: a store out of reach, a cache that cannot be written.
     """
 
     def __init__(self, path: Path | str, cache: CacheConfig = CacheConfig()) -> None:  # noqa: B008 (immutable)
@@ -279,8 +290,9 @@ class FeatureSet:
     def empty_caption(self) -> EmptyCaption | None:
         """The empty caption's features; None where no text was extracted. ConfigError: missing or damaged."""
         place = self.index["empty_caption"]
-        if place is None:
-            return None
+        return None if place is None else self._mended(place["shard"], lambda: self._read_empty_caption(place))
+
+    def _read_empty_caption(self, place: Mapping[str, Any]) -> EmptyCaption:
         path = shard_path(self.path, place["shard"])
         names = ("text", "pooled") if self.has_pooled else ("text",)
         try:
@@ -387,12 +399,17 @@ class FeatureSet:
 
     def _read(self, id: int, row: int, suffix: str) -> dict[str, Tensor]:
         """As `_read_once`; a shard that was damaged in the cache is fetched again."""
+        return self._mended(int(self._columns["shard"][row]), lambda: self._read_once(id, row, suffix))
+
+    def _mended(self, number: int, read: Callable[[], _Result]) -> _Result:
+        """`read()`, of shard `number`. Where it finds damage in the cache, it is called once more with the shard fetched again."""
         try:
-            return self._read_once(id, row, suffix)
-        except ConfigError:
-            if isinstance(self.path, Path) or not self._discard(int(self._columns["shard"][row])):
+            return read()
+        except ConfigError as error:
+            if isinstance(self.path, Path) or isinstance(error.__cause__, StoreError):
                 raise
-        return self._read_once(id, row, suffix)
+        self._discard(number)  # unless another rank, which found the same, has done so and is fetching it
+        return read()
 
     def _read_once(self, id: int, row: int, suffix: str) -> dict[str, Tensor]:
         """The tensors of a sample with one caption, by kind, as the shard's memory. The first time all are read, and compared
@@ -440,8 +457,10 @@ class FeatureSet:
             with self.cache.local(path, self._digest(number)) as file:
                 shard = safe_open(file, framework="pt")
         except StoreError as error:
-            raise ConfigError(f"{error}" + (f"; {REMEDY}" if isinstance(error, ChangedObject) else "")) from error
+            raise _unreadable(error) from error
         except (SafetensorError, OSError) as error:
+            if isinstance(path, Url) and isinstance(error, OSError):  # of the cache's disk
+                raise
             raise ConfigError(f"{path}: damaged or gone ({error}); {REMEDY}") from error
         with self._lock:
             self._open[number] = shard
@@ -463,14 +482,11 @@ class FeatureSet:
         assert isinstance(self.path, Url)
         return self.cache.path(shard_path(self.path, number), self._digest(number))
 
-    def _discard(self, number: int) -> bool:
-        """Removes a shard's copy from the cache; whether there was one."""
+    def _discard(self, number: int) -> None:
+        """Removes a shard's copy from the cache if it is there."""
         with self._lock:
             self._open.pop(number, None)
-        cached = self._cached(number)
-        there = cached.exists()
-        cached.unlink(missing_ok=True)
-        return there
+        self._cached(number).unlink(missing_ok=True)
 
     def shard_objects(self, ids: Sequence[int]) -> list[tuple[Url, Digest]]:
         """The objects that samples are read from; none of a folder."""
@@ -518,22 +534,40 @@ def read_index(path: Path | Url) -> dict[str, Any]:
     except NoSuchObject:
         missing = f"no {INDEX}: nothing was extracted there, or the extraction has not ended"
     except StoreError as error:
-        raise ConfigError(str(error)) from error
+        if isinstance(error, NoAccess | NoSuchBucket):  # nothing has begun: credentials or the URL are wrong
+            raise ConfigError(str(error)) from error
+        raise _unreadable(error) from error
     except ConfigError as error:
         raise ConfigError(f"{error}; {REMEDY}") from error
     raise ConfigError(f"{path}: {missing} (python -m pipelines.extract_features --config … makes or completes it)")
 
 
 def _read_samples(path: Path | Url, index: Mapping[str, Any], cache: ObjectCache) -> pa.Table:
-    """samples.parquet. ConfigError: gone, or not what was written."""
+    """samples.parquet; a copy that was damaged in the cache is fetched again. ConfigError: gone, or not what was written. OSError: a
+    store out of reach, a cache that cannot be written."""
     file = path / SAMPLES
     try:
-        with cache.local(file) as local:
-            if sha256(local) != index["samples_sha256"]:
-                raise ConfigError(f"{file}: is not what was written (its sha256 is not that in {INDEX}); {REMEDY}")
-            return parquet.read_table(local, memory_map=True)
+        for _ in range(2 if isinstance(file, Url) else 1):
+            with cache.local(file) as local:
+                if sha256(local) == index["samples_sha256"]:
+                    return parquet.read_table(local, memory_map=True)
+                if isinstance(file, Url):
+                    local.unlink(missing_ok=True)
+    except StoreError as error:
+        raise _unreadable(error) from error
     except (OSError, pa.ArrowException) as error:
+        if isinstance(file, Url) and isinstance(error, OSError):  # of the cache's disk
+            raise
         raise ConfigError(f"{file}: cannot be read ({error}); {REMEDY}") from error
+    raise ConfigError(f"{file}: is not what was written (its sha256 is not that in {INDEX}); {REMEDY}")
+
+
+def _unreadable(error: StoreError) -> Exception:
+    """What an object's error says of the features: a ConfigError of what is missing or damaged; else the error itself, which a run
+    may outlive: nothing is wrong with the features."""
+    if not is_of_object(error):
+        return error
+    return ConfigError(f"{error}" + (f"; {REMEDY}" if isinstance(error, ChangedObject | NoSuchObject) else ""))
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ from stdit import config
 from stdit.config import ConfigError, Url
 from stdit.files import MAX_JSON_BYTES, parse_json, printable
 
-TRIES = 6
+# Over about two minutes: a store that restarts, or limits its rate, does not end a run.
+TRIES = 12
 # Seconds before the second try; they double, up to the longest, less a random part so that ranks do not come in step.
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 20.0
 # Seconds without an answer or a byte after which a connection is lost.

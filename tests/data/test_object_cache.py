@@ -51,6 +51,7 @@ def store(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Obje
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(objects, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(objects, "LONGEST_WAIT_S", 0.02)
     for number in range(12):
         (server.folder / f"bucket/files/{number}.bin").write_bytes(content(number))
     server.heal()

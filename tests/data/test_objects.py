@@ -31,6 +31,7 @@ def store(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Obje
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(objects, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(objects, "LONGEST_WAIT_S", 0.02)
     (server.folder / "bucket/folder/a.bin").write_bytes(CONTENT)
     server.heal()
     yield server
@@ -75,7 +76,7 @@ def test_what_passes_is_tried_again_and_said(
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 3
     assert said[0].startswith(f"stdit: {FILE}: ")
-    assert "try 2 of 6 in 0.0 s" in said[0]
+    assert "try 2 of 12 in 0.0 s" in said[0]
 
 
 def test_a_body_that_ends_early_is_read_on(store: ObjectStore) -> None:
@@ -85,10 +86,24 @@ def test_a_body_that_ends_early_is_read_on(store: ObjectStore) -> None:
 
 def test_a_store_that_stays_away_is_an_error_of_one_line(store: ObjectStore) -> None:
     store.fail("500", times=100, method="HEAD")
-    with pytest.raises(StoreError, match=rf"^{FILE}: .*\(6 tries\)$") as found:
+    with pytest.raises(StoreError, match=rf"^{FILE}: .*\(12 tries\)$") as found:
         fetch()
     assert "\n" not in str(found.value)
     assert len(store.requests) == objects.TRIES
+
+
+def test_an_outage_of_a_minute_is_outlasted(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.undo()
+    for name, value in store.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(objects.time, "sleep", waits.append)
+    monkeypatch.setattr(objects._waits, "uniform", lambda least, most: least)  # pyright: ignore[reportPrivateUsage]
+    store.fail("500", times=100, method="HEAD")
+    with pytest.raises(StoreError):
+        objects.stat(FILE)
+    assert 60 < sum(waits) < 180
+    assert max(waits) == objects.LONGEST_WAIT_S / 2
 
 
 def test_a_server_that_never_answers_is_left(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,7 @@ def store(server: ObjectStore, local: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(objects, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(objects, "LONGEST_WAIT_S", 0.02)
     shutil.rmtree(server.folder / "bucket", ignore_errors=True)
     shutil.copytree(local, server.folder / "bucket/clips")
     server.heal()
@@ -139,7 +140,7 @@ def test_a_store_that_stays_away_ends_the_extraction_and_a_second_call_resumes(
 ) -> None:
     remote = config(tmp_path, AT / "manifest.jsonl")
     store.fail("500", times=1000, method="HEAD", path="4.png")
-    with pytest.raises(StoreError, match=r"^s3://bucket/clips/4.png: .*\(6 tries\)"):
+    with pytest.raises(StoreError, match=r"^s3://bucket/clips/4.png: .*\(12 tries\)"):
         extract.run(remote)
     store.heal()
     assert len(FeatureSet(extract.run(remote))) == 7

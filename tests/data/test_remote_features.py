@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 import shutil
 from collections.abc import Iterator, Sequence
@@ -15,10 +16,11 @@ import torch
 
 from stdit import extract
 from stdit.config import CacheConfig, ConfigError, DataConfig, Url
-from stdit.data import objects
-from stdit.data.features import FeatureSet, shard_path
+from stdit.data import object_cache, objects
+from stdit.data.features import SAMPLES, FeatureSet, shard_path
 from stdit.data.loader import Loader, Step
 from stdit.data.mixture import Mixture
+from stdit.data.objects import NoAccess, StoreError
 from tests.support import clip_folder
 from tests.support.clip_folder import BUCKETS, rows
 from tests.support.object_store import ObjectStore
@@ -46,6 +48,7 @@ def store(server: ObjectStore, local: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(objects, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(objects, "LONGEST_WAIT_S", 0.02)
     shutil.rmtree(server.folder / "bucket/features", ignore_errors=True)
     shutil.copytree(local, server.folder / "bucket/features")
     server.heal()
@@ -103,7 +106,7 @@ def test_a_lost_connection_changes_no_batch(
     store.fail("cut", times=4, path="shards/")
     store.fail("503", times=2, method="HEAD", path="shards/")
     assert_same(steps(features, 12), steps(FeatureSet(local), 12))
-    assert "try 2 of 6" in capsys.readouterr().err
+    assert "try 2 of 12" in capsys.readouterr().err
 
 
 def test_ranks_of_a_node_share_what_they_fetch(store: ObjectStore, local: Path, tmp_path: Path) -> None:
@@ -132,6 +135,77 @@ def test_a_shard_damaged_in_the_cache_is_fetched_again(store: ObjectStore, local
     cached.write_bytes(content)
     found, truth = FeatureSet(AT, config), FeatureSet(local)
     assert all(same(found.sample(i), truth.sample(i)) for i in range(3))
+
+
+def damage(folder: Path, pattern: str) -> None:
+    """Zeros at the end of the one file, in place: maps of it change too."""
+    (path,) = folder.glob(pattern)
+    with path.open("r+b") as file:
+        file.seek(-400, 2)
+        file.write(bytes(400))
+
+
+def test_all_ranks_that_find_a_damaged_copy_go_on(
+    store: ObjectStore, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, truth = cache(tmp_path, 100, local), FeatureSet(local)
+    first, second = FeatureSet(AT, config), FeatureSet(AT, config)
+    first.sample(0)
+    damage(tmp_path / "cache", "*.safetensors")
+    second._shard(0)  # pyright: ignore[reportPrivateUsage]
+    # The first has removed the copy and is fetching another when the second finds the same damage in its map.
+    first._discard(0)  # pyright: ignore[reportPrivateUsage]
+    assert all(same(second.sample(i), truth.sample(i)) for i in range(3))
+    assert all(same(first.sample(i), truth.sample(i)) for i in range(3))
+
+
+def test_the_table_and_the_empty_caption_are_fetched_again_too(store: ObjectStore, local: Path, tmp_path: Path) -> None:
+    found, truth = FeatureSet(AT, config := cache(tmp_path, 100, local)), FeatureSet(local)
+    assert same(found.empty_caption, truth.empty_caption)
+    damage(tmp_path / "cache", "*.parquet")
+    assert FeatureSet(AT, config).rows.equals(truth.rows)
+    (path,) = (tmp_path / "cache").glob("*.safetensors")
+    path.write_bytes(bytes(path.stat().st_size))
+    assert same(FeatureSet(AT, config).empty_caption, truth.empty_caption)
+    (store.folder / "bucket/features" / SAMPLES).write_bytes((local / SAMPLES).read_bytes() + b" ")
+    with pytest.raises(ConfigError, match=rf"^{AT}/samples.parquet: is not what was written .*run the extraction"):
+        FeatureSet(AT, config)
+
+
+@pytest.mark.parametrize("lost", ["store", "access", "room", "disk"])
+def test_a_store_or_cache_that_fails_is_no_fault_of_the_features(
+    lost: str, store: ObjectStore, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An OSError ends training with exit code 1, a ConfigError with 2: nothing was started."""
+    config = cache(tmp_path, 100, local)
+    features = FeatureSet(AT, config)
+    error = OSError
+    if lost == "store":
+        store.fail("503", times=10_000, method="HEAD")
+        error = StoreError
+    elif lost == "access":
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "an-expired-secret")
+        error = NoAccess
+    elif lost == "room":
+        monkeypatch.setattr(object_cache, "ROOM_WAIT_S", 0.0)
+        monkeypatch.setattr(object_cache.ObjectCache, "_usage", lambda self: (self.limit, []))
+        error = StoreError
+    else:
+        monkeypatch.setattr(objects, "download", full)
+    for read in (lambda: steps(features, 1), lambda: features.empty_caption):
+        with pytest.raises(error) as found:
+            read()
+        assert "run the extraction" not in str(found.value)
+    for path in (tmp_path / "cache").glob("*.parquet"):
+        path.unlink()
+    if lost != "access":  # of which read_index says that nothing has begun
+        with pytest.raises(error) as found:
+            FeatureSet(AT, config)
+        assert "run the extraction" not in str(found.value)
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize(
