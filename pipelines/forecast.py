@@ -90,6 +90,7 @@ class Forecast:
         if m.checkpoint_copy:
             lines.append(
                 f"  checkpoints: a copy of {_bytes(m.checkpoint_copy)} in the host's memory (train.checkpoint_in_background)"
+                + (f", and {_bytes(m.full_weights)} there while rank 0 joins full weights" if m.full_weights else "")
             )
         return "\n".join(lines)
 

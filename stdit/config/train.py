@@ -182,7 +182,7 @@ class TrainConfig(Frozen):
     checkpoint_in_background: bool = True
     """Training waits only until its state is copied to the host's memory, and goes on while that is written; one checkpoint at a time.
     Files are equal bit for bit. The copy takes 12 to 20 bytes of host memory a parameter, divided by the ranks under ZeRO but for the
-    model's own weights (the forecast says it). A run's last checkpoint is written at once."""
+    model's own weights, and rank 0 four more while it joins full weights from several ranks' (the forecast says it). A run's last checkpoint is written at once."""
     keep_checkpoints: Positive = 2
     """Newest checkpoints that are kept."""
     keep_every: Positive | None = None

@@ -128,6 +128,8 @@ def write_manifest(checkpoint: Path, expected: FileEntries = MappingProxyType({}
         raise CheckpointError(f"{checkpoint}: {', '.join(missing)} missing or cut; another process changed files there")
     apply_umask(checkpoint)
     files = (p for p in checkpoint.rglob("*") if p.is_file() and p.name not in (MANIFEST, PARTIAL_MARK))
+    # What NFS keeps of a removed file as long as a process has it open.
+    files = (p for p in files if not p.name.startswith(".nfs"))
     integrity.write_manifest(checkpoint, files, expected)
 
 

@@ -106,7 +106,7 @@ class Engine:
         self.engine._copy_recovery_script = lambda folder: None
         self.optimizer: Any = self.engine.optimizer
         if isinstance(self.base_optimizer, Muon) and self.stage:
-            set_zero_layouts(self.base_optimizer, self.optimizer, self.stage, groups, ranks.device)
+            set_zero_layouts(self.base_optimizer, self.optimizer, self._partitions(), self.stage, groups, ranks.device)
         if initial:
             # DeepSpeed makes the masters from weights already rounded; without ZeRO it also takes a step from zero
             # gradients, which counts in AdamW's bias correction.

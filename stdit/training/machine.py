@@ -23,8 +23,8 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. Activations: of its largest bucket's micro-batch. checkpoint_copy: of rank 0, in the host's memory, not in
-    `total`."""
+    """Bytes of one rank. Activations: of its largest bucket's micro-batch. Of rank 0, in the host's memory, not in `total`:
+    checkpoint_copy, and full_weights, which it joins from all ranks' parts while a checkpoint is written."""
 
     weights: int
     gradients: int
@@ -32,6 +32,7 @@ class Memory:
     average: int
     activations: int
     checkpoint_copy: int = 0
+    full_weights: int = 0
 
     @property
     def total(self) -> int:
@@ -55,7 +56,9 @@ def rank_memory(parameters: int, train: TrainConfig, ranks: int, activations: in
     weights, optimizer, average = share(2 if bf16 else 4, 3), share(moments + master, 1), share(4, 1)
     # ZeRO-3's shards have the masters alone (stdit.training.saving).
     copied = optimizer + average + (weights if stage < 3 else 0) if copies_checkpoints(train) else 0
-    return Memory(weights, share(gradient, 2), optimizer, average, activations, copied)
+    # The weights, then their average.
+    joined = 4 * parameters if stage and ranks > 1 else 0
+    return Memory(weights, share(gradient, 2), optimizer, average, activations, copied, joined)
 
 
 def copies_checkpoints(train: TrainConfig) -> bool:
@@ -165,10 +168,11 @@ def _check_checkpoint_copy(memory: Memory, needed: int, train: TrainConfig) -> N
     local, available = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), host_memory()
     # Without ZeRO rank 0 alone copies; with it, what is partitioned is copied by all.
     others = memory.optimizer + memory.average if train.zero_stage else 0
-    copies = memory.checkpoint_copy + (local - 1) * others
+    copies = memory.checkpoint_copy + memory.full_weights + (local - 1) * others
     if memory.checkpoint_copy and needed * local <= available < needed * local + copies:
         raise ConfigError(
-            f"train.checkpoint_in_background: true copies {memory.checkpoint_copy / 2**30:,.1f} GiB of a rank to the host's memory, "
+            f"train.checkpoint_in_background: true copies {memory.checkpoint_copy / 2**30:,.1f} GiB of a rank to the host's memory"
+            f"{f' and joins {memory.full_weights / 2**30:,.1f} GiB of full weights there' if memory.full_weights else ''}, "
             f"beside {needed / 2**30:,.1f} GiB; this machine has {available / 2**30:,.1f} GiB for {local} ranks. "
             "false writes without a copy"
         )

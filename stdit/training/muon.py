@@ -195,17 +195,21 @@ def _orthogonalize_all(matrices: dict[Any, Tensor]) -> dict[Any, Tensor]:
 
 
 def set_zero_layouts(
-    optimizer: Muon, zero: Any, stage: int, groups: list[list[nn.Parameter]], device: torch.device
+    optimizer: Muon,
+    zero: Any,
+    partitions: list[Tensor],
+    stage: int,
+    groups: list[list[nn.Parameter]],
+    device: torch.device,
 ) -> None:
     """Finds the matrices in DeepSpeed's flat partitions. Collective; after `deepspeed.initialize`.
 
-    zero: DeepSpeed's optimizer. groups: parameters of each of `optimizer`'s groups, as they were given to it. device: that of
+    zero: DeepSpeed's optimizer. partitions: its flat ones of the master weights. groups: parameters of each of `optimizer`'s groups, as they were given to it. device: that of
     the exchange and the products, also where the partitions are offloaded.
     """
     optimizer.device = device
     rank, size = dist.get_rank(), dist.get_world_size()
     group, group_parts = next((i, g["parts"]) for i, g in enumerate(optimizer.param_groups) if "parts" in g)
-    partitions = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
     shapes: dict[int, list[tuple[int, int]]] = defaultdict(list)
     mine: dict[int, list[Piece]] = defaultdict(list)
     for p, parts in zip(groups[group], group_parts, strict=True):

@@ -31,7 +31,7 @@ from torch import Tensor
 from stdit.config import Config
 from stdit.files import atomic_write
 from stdit.training import adapters, checkpoint
-from stdit.training.checkpoint import FOLDER, IDENTITY, CheckpointError, SaveError, folder_of_step
+from stdit.training.checkpoint import FOLDER, IDENTITY, CheckpointError, SaveError, Weights, folder_of_step
 from stdit.training.data import TrainData
 from stdit.training.distributed import Ranks
 from stdit.training.divergence import check_finite
@@ -277,17 +277,9 @@ class Write(threading.Thread):
 
     def _complete(self, files: dict[str, dict[str, Any]]) -> None:
         """Adds full weights and identity, turns the partial folder into `folder`, and removes old checkpoints."""
-        train, kind = self.config.train, checkpoint.config_kind(self.config.train)
-        parts: list[dict[str, Any]] = [self._weights]
-        if self.layout.partitioned:
-            others = (checkpoint.rank_partition(self.partial, rank) for rank in range(1, self.ranks.size))
-            parts += [torch.load(path, map_location="cpu", mmap=True, weights_only=True) for path in others]
+        train = self.config.train
         for weights in ("model", "ema"):
-            full: dict[str, Tensor] = full_weights(self.layout, [part[weights] for part in parts])
-            full |= self._weights["buffers"]
-            full = {name: tensor.cpu() for name, tensor in full.items()}
-            adapters.save_trained(self.engine.module, full, self.partial / checkpoint.weights_folder(kind, weights))
-        parts.clear()
+            self._write_full(weights)
         checkpoint.remove_rank_marks(self.partial)
         atomic_write(self.partial / IDENTITY, self._identity)
         checkpoint.complete(self.partial, self.folder, files)
@@ -295,6 +287,19 @@ class Write(threading.Thread):
         checkpoint.prune(
             self.config.run_dir, train.keep_checkpoints, self.state.intact, train.keep_every, train.keep_best
         )
+
+    def _write_full(self, weights: Weights) -> None:
+        """Writes full weights, or their average, from all ranks' parts. On return neither is held: a file that is removed while it
+        is mapped stays in its folder on NFS, under another name."""
+        parts: list[dict[str, Any]] = [self._weights]
+        if self.layout.partitioned:
+            others = (checkpoint.rank_partition(self.partial, rank) for rank in range(1, self.ranks.size))
+            parts += [torch.load(path, map_location="cpu", mmap=True, weights_only=True) for path in others]
+        full: dict[str, Tensor] = full_weights(self.layout, [part[weights] for part in parts])
+        full |= self._weights["buffers"]
+        full = {name: tensor.cpu() for name, tensor in full.items()}
+        folder = checkpoint.weights_folder(checkpoint.config_kind(self.config.train), weights)
+        adapters.save_trained(self.engine.module, full, self.partial / folder)
 
 
 def make_identity(engine: Engine, config: Config, data: TrainData, state: TrainState, ranks: int) -> dict[str, Any]:

@@ -288,6 +288,31 @@ def run_with_spike_before_a_checkpoint_is_written(data: dict[str, Any], at: int,
         return run_with_spike(data, at)
 
 
+def run_watching_full_weights(data: dict[str, Any]) -> dict[str, Any]:
+    """Trains. "mapped": files of other ranks that rank 0 still maps as they are removed; "held": how many full weights are in memory as
+    others are about to be joined."""
+    import weakref
+    from unittest.mock import patch
+
+    from stdit.training import checkpoint, saving
+
+    remove, full_weights = checkpoint.remove_rank_marks, saving.full_weights
+    mapped, held, joined = [], [], []
+
+    def removing(partial: Path) -> None:
+        mapped.extend(line for line in Path("/proc/self/maps").read_text().splitlines() if "/.rank-" in line)
+        remove(partial)
+
+    def joining(*args: Any) -> Any:
+        held.append(sum(each() is not None for each in joined))
+        found = full_weights(*args)
+        joined[:] = [weakref.ref(tensor) for tensor in found.values()]
+        return found
+
+    with patch.object(checkpoint, "remove_rank_marks", removing), patch.object(saving, "full_weights", joining):
+        return {**run(data), "mapped": mapped, "held": held}
+
+
 def run_measuring_copies(data: dict[str, Any]) -> dict[str, Any]:
     """Trains; "copied": bytes of each snapshot of this rank."""
     from unittest.mock import patch

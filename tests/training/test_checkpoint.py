@@ -192,6 +192,15 @@ def json_of(content: bytes) -> object:
         return None
 
 
+def test_what_nfs_keeps_of_removed_files_is_no_part_of_a_checkpoint(tmp_path: Path) -> None:
+    folder = make(tmp_path, 1, whole=False)
+    (folder / ".nfs000000000000002a00000001").write_bytes(b"of a file that is mapped")
+    checkpoint.write_manifest(folder)
+    assert checkpoint.verify(folder) is None
+    (folder / ".nfs000000000000002a00000001").unlink()
+    assert checkpoint.verify(folder) is None
+
+
 def test_a_manifest_is_not_written_without_the_shards_of_every_rank(tmp_path: Path) -> None:
     folder = make(tmp_path, 1, whole=False)
     (entry,) = integrity.sync_files(folder, [folder / "shard.pt"]).values()

@@ -84,6 +84,23 @@ def test_the_limit_is_the_memory_that_weights_optimizer_and_activations_need(
     machine.check_machine(config, 2, LATENTS, 0)
 
 
+def test_full_weights_are_counted_beside_the_copy_of_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path / "run", zero_stage=2, checkpoint_every=1)
+    parameters = parameter_count(config.model)
+    memory = machine.rank_memory(parameters, config.train, 2)
+    assert memory.full_weights == 4 * parameters
+    assert machine.rank_memory(parameters, config.train, 1).full_weights == 0
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    copies = memory.checkpoint_copy + memory.optimizer + memory.average + memory.full_weights
+    monkeypatch.setattr(machine, "host_memory", lambda: 2 * memory.total + copies)
+    machine._check_checkpoint_copy(memory, memory.total, config.train)
+    monkeypatch.setattr(machine, "host_memory", lambda: 2 * memory.total + copies - 1)
+    with pytest.raises(ConfigError, match=r"to the host's memory and joins .* GiB of full weights there, beside"):
+        machine._check_checkpoint_copy(memory, memory.total, config.train)
+
+
 def test_a_batch_that_no_memory_holds_is_refused_before_the_run_is_begun(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a micro-batch of 1000000000 take [\d,.]+ GiB") as caught:
         train(config_of(tmp_path / "run", batch_size=10**9))

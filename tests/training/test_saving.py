@@ -30,6 +30,7 @@ from tests.support.rank_jobs import (
     run,
     run_failing_on_a_dead_disk,
     run_measuring_copies,
+    run_watching_full_weights,
     run_with_full_disk,
     run_with_hanging_writes,
     run_with_slow_writes,
@@ -217,6 +218,17 @@ def test_the_forecast_counts_the_copy(pair: Pool, stage: int, precision: str, tm
     assert first["copied"][0] == pytest.approx(forecast, rel=0.1)
     assert second["copied"][0] <= first["copied"][0]
     assert first["copied"][1] == 0
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("background", [True, False])
+def test_full_weights_and_other_ranks_files_are_let_go_once_written(
+    pair: Pool, background: bool, tmp_path: Path
+) -> None:
+    data = data_for(tmp_path, 2, steps=3, checkpoint_in_background=background)
+    found = pair(run_watching_full_weights, data)[0]
+    assert found["mapped"] == []
+    assert found["held"] == [0] * 4
 
 
 def saved(state: Any) -> bytes:
