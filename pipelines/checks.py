@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pipelines import plan as plans
 from pipelines.plan import Plan, ResolvedStage, Resources
-from stdit.config import Config, ConfigError, TextEncoderConfig
+from stdit.config import Config, ConfigError, TextEncoderConfig, Url
 from stdit.files import printable
 
 if TYPE_CHECKING:
@@ -105,7 +105,8 @@ def check_scores(plan: Plan) -> None:
 
 
 def check_validation_split(plan: Plan) -> None:
-    """ConfigError where the manifest lacks the validation split, or a column, of the plan's evaluation."""
+    """ConfigError where the manifest lacks the validation split, or a column, of the plan's evaluation, or has clips by URL, which
+    evaluation does not read."""
     if plan.evaluation is None:
         return
     from stdit.data import manifest
@@ -113,6 +114,11 @@ def check_validation_split(plan: Plan) -> None:
 
     config, source = plan.evaluation.metrics, manifest.read(plan.extract.manifest)
     check_columns(source, config)
+    if remote := next((clip for clip in source if isinstance(clip.location, Url)), None):
+        raise ConfigError(
+            f"evaluation: compares with the clips of {plan.extract.manifest}, which are read from this machine; row {remote.row} is "
+            f"{remote.location}: fetch the clips, or leave evaluation out"
+        )
     if not any(clip.split == config.validation_split for clip in source):
         raise ConfigError(
             f"evaluation.metrics.validation_split {config.validation_split!r}: no clip of {plan.extract.manifest} is in "

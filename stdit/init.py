@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stdit.config import ConfigError, Url, parse_location
+from stdit.config.location import hide_credentials
 from stdit.files import atomic_write, printable
 
 if TYPE_CHECKING:
@@ -264,12 +265,20 @@ def _gpus() -> int:
 # ----------------------------------------------------------------------------------- command line
 
 
+def _location(text: str) -> Path | Url:
+    """`parse_location` for argparse, which prints the value in place of a ValueError's reason."""
+    try:
+        return parse_location(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(hide_credentials(str(error))) from None
+
+
 def arguments(prog: str = "stdit init") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for the plan and everything that it makes")
     parser.add_argument(
         "--clips",
-        type=parse_location,
+        type=_location,
         required=True,
         help="folder of NAME.mp4 and NAME.txt, or a manifest; path or URL",
     )

@@ -412,7 +412,7 @@ class DataConfig(Frozen):
     features: Annotated[
         Annotated[Location, Tag("location")]
         | Annotated[Literal["synthetic"], Tag("synthetic")]
-        | Annotated[tuple[FeatureSetConfig, ...], Field(min_length=1), Tag("sets")],
+        | Annotated[tuple[FeatureSetConfig, ...], Field(json_schema_extra={"minItems": 1}), Tag("sets")],
         Discriminator(_kind_of_features),
     ]
     """The `out` of an extraction, a path or a URL (s3://…, gs://…); or several of the same encoders, [{path: a, weight: 0.7},
@@ -460,6 +460,8 @@ class DataConfig(Frozen):
 
     @model_validator(mode="after")
     def _check_sets(self) -> DataConfig:
+        if not self.features:  # here: a bound on its length would be reported beside an error of an entry
+            raise ValueError("features: an empty list; expected one set or more, [{path: …, weight: …}, …]")
         paths = [str(path) for path in self.feature_paths]
         if repeated := sorted({path for path in paths if paths.count(path) > 1}):
             raise ValueError(f"features: {', '.join(repeated)} listed twice; a set's share is its weight")

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from stdit import files
 from stdit.config.base import SealedSchema
+from stdit.config.location import hide_credentials
 from stdit.files import read_text
 
 _Section = TypeVar("_Section", bound=BaseModel)
@@ -173,14 +174,34 @@ def validate(data: dict[str, Any], schema: type[_Section], name: str) -> _Sectio
     except ValidationError as error:
         lines = []
         for e in error.errors():
-            where = ".".join(str(part) for part in e["loc"]) or "(top)"
+            where = ".".join(_keys(data, e["loc"], e["type"] == "missing")) or "(top)"
             if e["type"] == "extra_forbidden":
                 lines.append(f"{name}: {where}: unknown key")
             else:
-                found = "" if e["type"] in ("missing", "value_error") else f", found {shorten(repr(e['input']), 200)}"
-                lines.append(f"{name}: {where}: {e['msg'].removeprefix('Value error, ')}{found}")
+                found = (
+                    ""
+                    if e["type"] in ("missing", "value_error")
+                    else f", found {shorten(hide_credentials(repr(e['input'])), 200)}"
+                )
+                lines.append(f"{name}: {where}: {hide_credentials(e['msg'].removeprefix('Value error, '))}{found}")
         more = [f"{name}: and {len(lines) - MAX_LINES} more"] if len(lines) > MAX_LINES else []
         raise ConfigError("\n".join(lines[:MAX_LINES] + more)) from None
+
+
+def _keys(data: Any, loc: Sequence[int | str], missing: bool) -> list[str]:
+    """The keys of `data` that an error's `loc` goes through, without pydantic's names of union members among them. missing: the last
+    is the key that is not there."""
+    keys: list[str] = []
+    for number, part in enumerate(loc):
+        held: dict[Any, Any] = (
+            data if isinstance(data, dict) else dict(enumerate(data)) if isinstance(data, list | tuple) else {}
+        )
+        if part in held:
+            keys.append(str(part))
+            data = held[part]
+        elif missing and number == len(loc) - 1:
+            keys.append(str(part))
+    return keys
 
 
 def read_json(path: Path | str, schema: type[BaseModel]) -> dict[str, Any]:

@@ -36,13 +36,13 @@ class Url(str):
                 f"{scheme}://…: names more than a bucket; credentials and endpoints are given to the store's client "
                 "(AWS_PROFILE, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, …), never in a URL, which is logged"
             )
+        if found := re.search(r"[?#\x00-\x1f]", rest):
+            raise ValueError(
+                f"{scheme}://{rest[: found.start()]}…: a '?', '#' or control character in a URL; signed URLs are not read"
+            )
         parts = [part for part in key.split("/") if part]
         if not bucket or ".." in parts or "." in parts:
             raise ValueError(f"{text!r}: expected {scheme}://BUCKET/KEY")
-        if re.search(r"[?#\x00-\x1f]", text):
-            raise ValueError(
-                f"{scheme}://{bucket}/…: a '?', '#' or control character in a URL; signed URLs are not read"
-            )
         return cls(f"{scheme}://{'/'.join((bucket, *parts))}")
 
     @property
@@ -96,6 +96,12 @@ def parse_location(text: str) -> Path | Url:
     if not rest.startswith("/"):
         raise ValueError(f"{text!r}: expected file:///PATH")
     return Path(unquote(rest))
+
+
+def hide_credentials(text: str) -> str:
+    """`text`, a message, without what URLs in it have before an @ or after a ?: keys, secrets and signatures."""
+    text = re.sub(r"""(?<=://)(?:[^\s'"/@]*:[^\s'"]*|[^\s'"/@]*)@""", "***@", text)
+    return re.sub(r"""(://[^\s'"?]*)\?[^\s'"]*""", r"\1?***", text)
 
 
 def validate_location(value: Any, handler: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Objects of a store by URL: read, written, listed and removed through pyarrow's file systems (S3 and GCS; fsspec's memory).
+"""Objects of a store by URL: read and listed through pyarrow's file systems (S3 and GCS; fsspec's memory).
 
 Credentials, endpoint and region are those of the store's own environment (AWS_PROFILE, AWS_ENDPOINT_URL, AWS_REGION, …;
 GOOGLE_APPLICATION_CREDENTIALS). What may pass by itself (a lost connection, 429, 5xx, a body cut short) is tried again TRIES times
@@ -101,15 +101,6 @@ def stat(url: Url) -> ObjectInfo:
     return _retried(url, attempt)
 
 
-def exists(url: Url) -> bool:
-    """Whether there is such an object. NoAccess, StoreError."""
-    try:
-        stat(url)
-    except NoSuchObject:
-        return False
-    return True
-
-
 def read(url: Url, limit: int) -> bytes:
     """A small object, whole. StoreError, with the size: larger than `limit`."""
 
@@ -182,50 +173,6 @@ def read_json(file: Path | Url, schema: type[BaseModel]) -> dict[str, Any]:
         raise ConfigError(f"{file}: expected a JSON object, found {type(found).__name__}")
     config.check(found, schema, file)
     return found
-
-
-def upload(path: Path, url: Url) -> None:
-    """Writes a file as an object, which appears whole. OSError: the file cannot be read; NoAccess, StoreError."""
-    size = path.stat().st_size
-
-    def attempt() -> None:
-        with path.open("rb") as source, _store(url.scheme).open_output_stream(url.key) as target:
-            while chunk := source.read(CHUNK_BYTES):
-                target.write(chunk)
-        _check_written(url, size)
-
-    _retried(url, attempt)
-
-
-def write(url: Url, content: bytes | str) -> None:
-    """Writes a small object. NoAccess, StoreError."""
-    content = content.encode() if isinstance(content, str) else content
-
-    def attempt() -> None:
-        with _store(url.scheme).open_output_stream(url.key) as target:
-            target.write(content)
-        _check_written(url, len(content))
-
-    _retried(url, attempt)
-
-
-def _check_written(url: Url, size: int) -> None:
-    """An upload that failed half-way may leave an object that ends there."""
-    with _store(url.scheme).open_input_file(url.key) as file:
-        if (found := file.size()) != size:
-            raise ConnectionError(f"{found:,} of {size:,} bytes arrived")
-
-
-def remove(url: Url) -> None:
-    """Removes an object if it is there. NoAccess, StoreError."""
-
-    def attempt() -> None:
-        _store(url.scheme).delete_file(url.key)
-
-    try:
-        _retried(url, attempt)
-    except NoSuchObject:
-        return
 
 
 def listing(folder: Url) -> dict[str, int]:

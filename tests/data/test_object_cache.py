@@ -20,7 +20,7 @@ from stdit.config import CacheConfig, Url
 from stdit.data import object_cache, objects
 from stdit.data.object_cache import ObjectCache, ReadAhead
 from stdit.data.objects import ChangedObject, Digest, StoreError
-from tests.support.object_store import ObjectStore
+from tests.support.object_store import ObjectStore, write
 
 SIZE = 10_000
 FOLDER = Url("s3://bucket/files")
@@ -214,7 +214,7 @@ def test_reading_ahead_leaves_room_for_what_is_in_use(tmp_path: Path) -> None:
     found = cache(tmp_path, files=4)
     ahead, names = ReadAhead(found), [Url(f"memory://bucket/{number}.bin") for number in range(4)]
     for number, name in enumerate(names):
-        objects.write(name, content(number))
+        write(name, content(number))
     announced = 0
     while not ahead.is_full:
         ahead.announce(names[announced], digest(announced))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 from stdit.config import ConfigError, DataConfig, Url, parse_location, validate
 from stdit.data import objects
 from stdit.data.objects import ChangedObject, Digest, NoAccess, NoSuchBucket, NoSuchObject, StoreError, is_of_object
-from tests.support.object_store import SECRET, Kind, ObjectStore
+from stdit.init import main as init
+from tests.support.object_store import SECRET, Kind, ObjectStore, write
 
 CONTENT = bytes(range(256)) * 400
 FILE = Url("s3://bucket/folder/a.bin")
@@ -44,23 +46,16 @@ def fetch(url: Url = FILE, expected: Digest | None = None) -> bytes:
     return target.getvalue()
 
 
-def test_objects_are_read_written_listed_and_removed(store: ObjectStore, tmp_path: Path) -> None:
+def test_objects_are_read_and_listed(store: ObjectStore) -> None:
     assert fetch() == CONTENT == objects.read(FILE, len(CONTENT))
     assert objects.stat(FILE).size == len(CONTENT)
-    objects.write(FILE.parent / "deep" / "b.txt", "text")
-    large = tmp_path / "large"
-    large.write_bytes(bytes(12 << 20))  # in several parts
-    objects.upload(large, FILE.parent / "c")
-    assert objects.listing(FILE.parent) == {"a.bin": len(CONTENT), "c": 12 << 20, "deep/b.txt": 4}
-    assert objects.exists(FILE.parent / "c")
-    objects.remove(FILE.parent / "c")
-    objects.remove(FILE.parent / "c")
-    assert not objects.exists(FILE.parent / "c")
+    write(FILE.parent / "deep" / "b.txt", "text")
+    assert objects.listing(FILE.parent) == {"a.bin": len(CONTENT), "deep/b.txt": 4}
     assert objects.listing(Url("s3://bucket/nothing")) == {}
 
 
 def test_memory_is_a_store_too() -> None:
-    objects.write(Url("memory://bucket/x/y.txt"), "text")
+    write(Url("memory://bucket/x/y.txt"), "text")
     assert objects.read(Url("memory://bucket/x/y.txt"), 10) == b"text"
     assert objects.listing(Url("memory://bucket/x")) == {"y.txt": 4}
     with pytest.raises(NoSuchObject, match=r"^memory://bucket/z: no such object$"):
@@ -147,7 +142,7 @@ def test_wrong_credentials_are_refused_and_never_printed(
     store: ObjectStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", wrong := "another-secret-not-to-be-printed")
-    for attempt in (fetch, lambda: objects.listing(FILE.parent), lambda: objects.write(FILE, "x")):
+    for attempt in (fetch, lambda: objects.listing(FILE.parent)):
         with pytest.raises(NoAccess, match="access denied") as found:
             attempt()
         assert wrong not in str(found.value)
@@ -197,11 +192,61 @@ def test_urls_are_joined_and_taken_apart_like_paths() -> None:
         ("s3://bucket/../other", r"expected s3://BUCKET/KEY"),
         ("s3://KEY:hidden@bucket/x", r"credentials and endpoints are given to the store's client"),
         ("s3://bucket/x?X-Amz-Signature=hidden", r"signed URLs are not read"),
+        ("s3://bucket?X-Amz-Signature=hidden", r"signed URLs are not read"),
+        ("s3://bucket/../x?X-Amz-Signature=hidden", r"signed URLs are not read"),
         ("file://host/x", r"expected file:///PATH"),
     ],
 )
-def test_other_urls_are_refused_with_what_is_accepted(text: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as found:
-        validate({"features": text}, DataConfig, "f")
-    assert "hidden" not in str(found.value)
-    assert str(found.value).startswith("f: features")
+def test_other_urls_are_refused_with_what_is_accepted(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for features, key in (
+        (text, "features"),
+        ([{"path": text}], "features.0.path"),
+        ([{"path": "x"}, {"path": text, "weight": 1}], "features.1.path"),
+    ):
+        with pytest.raises(ConfigError, match=message) as found:
+            validate({"features": features}, DataConfig, "f")
+        (line,) = str(found.value).splitlines()
+        assert line.startswith(f"f: {key}: ")
+        assert "hidden" not in line
+    with pytest.raises(SystemExit) as code:
+        init([str(tmp_path / "run"), "--clips", text])
+    said = capsys.readouterr().err
+    assert code.value.code == 2
+    assert re.search(message, said)
+    assert "hidden" not in said
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"path": "s3://KEY:hid/den@bucket/x"},
+        [{"path": "x", "weight": "s3://KEY:hid/den@bucket/x"}],
+        ["s3://KEY:hid/den@bucket/x"],
+        [["https://host/x?X-Amz-Signature=hidden&X-Amz-Credential=hidden"]],
+    ],
+)
+def test_no_message_of_a_config_holds_a_credential(features: object) -> None:
+    with pytest.raises(ConfigError) as found:
+        validate({"features": features}, DataConfig, "f")
+    assert not re.search("hid|den", str(found.value))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            {"features": [{"path": "a", "weight": 0}]},
+            r"^f: features.0.weight: Input should be greater than 0, found 0$",
+        ),
+        ({"features": [{"weight": 1}]}, r"^f: features.0.path: Field required$"),
+        ({"features": [{"path": "a", "wait": 1}]}, r"^f: features.0.wait: unknown key$"),
+        ({"features": 3}, r"^f: features: expected a path or a URL, found 3$"),
+        ({"features": []}, r"^f: .*features: an empty list; expected one set or more"),
+        ({}, r"^f: features: Field required$"),
+    ],
+)
+def test_errors_name_the_keys_that_the_file_has(data: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(data, DataConfig, "f")

@@ -136,8 +136,8 @@ def test_a_name_given_twice_is_an_error(write, tmp_path):
     ("change", "message"),
     [
         ({"stagse": {}}, "stagse: unknown key"),
-        ({"resources": {"workers": "2"}}, r"resources\.workers\.fixed: .* found '2'"),
-        ({"resources": {"workers": 0}}, r"resources\.workers\.fixed: .* found 0"),
+        ({"resources": {"workers": "2"}}, r"resources\.workers: .* found '2'"),
+        ({"resources": {"workers": 0}}, r"resources\.workers: .* found 0"),
         ({"stages": {"a b": {"config": "x"}}}, "should match pattern"),
         ({"stages": {"features": {"config": "x"}}}, "a stage can't be called 'features'"),
         ({"stages": {"a": {"config": "x", "allow": ["class_to_text"]}}}, "needs after"),

@@ -270,6 +270,20 @@ def test_what_the_plan_cannot_read_is_an_error_before_training(tmp_path: Path, c
     assert "manifest.jsonl" in refused(capsys, plan)
 
 
+def test_clips_by_url_that_an_evaluation_could_not_read_are_refused_before_training(tmp_path: Path, capsys) -> None:
+    plan = write_plan(tmp_path)
+    manifest = tmp_path / "clips" / "manifest.jsonl"
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    rows[3]["path"] = "s3://bucket/clips/3.mp4"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = refused(capsys, plan)
+    assert (
+        f"evaluation: compares with the clips of {manifest}, which are read from this machine; row 4 is s3://bucket/"
+        in said
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_two_at_once_is_refused(tmp_path: Path, capsys) -> None:
     from pipelines.record import lock_run_dir
 

@@ -21,6 +21,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
 
+from stdit.config import Url
+from stdit.data import objects
+
 KEY, SECRET = "KEYOFTHETESTS", "a-secret-that-must-not-be-printed"
 # cut: the connection is closed half-way; truncate: half a body that says it is whole; silent: no answer.
 Kind = Literal["cut", "truncate", "silent", "400", "403", "404", "429", "500", "503"]
@@ -124,6 +127,12 @@ class ObjectStore:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def write(url: Url, content: bytes | str) -> None:
+    """Writes a small object through the client that the package reads with."""
+    with objects._store(url.scheme).open_output_stream(url.key) as target:  # pyright: ignore[reportPrivateUsage]
+        target.write(content.encode() if isinstance(content, str) else content)
 
 
 def _handler(store: ObjectStore) -> type[BaseHTTPRequestHandler]:
