@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ class HostCopies:
 
     def __init__(self, pinned: bool) -> None:
         self._pinned = pinned
+        if pinned:
+            pin_exact_sizes()
         self._free: dict[int, list[Tensor]] = defaultdict(list)
         self._used: list[Tensor] = []
         # By the storage's identity; storages are held, so that no other one gets it.
@@ -77,6 +80,17 @@ class HostCopies:
         source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         buffer.copy_(source, non_blocking=self._pinned)
         return buffer.untyped_storage()
+
+
+def pin_exact_sizes() -> None:
+    """Sets torch's allocator of pinned memory to take what is asked for, and to free it: by default it rounds every size up to a power of
+    two (17 GiB to 32) and keeps what is freed. Settings of PYTORCH_ALLOC_CONF stay, and win."""
+    settings = torch._C._accelerator_getAllocatorSettings()
+    if "pinned_max" not in settings:
+        # In MB: smaller ones are still rounded and kept. A torch that does not know it rounds, as before.
+        with suppress(RuntimeError, ValueError):
+            ours = "pinned_max_cached_size_mb:1"
+            torch._C._accelerator_setAllocatorSettings(f"{settings},{ours}" if settings else ours)
 
 
 def _tensors(state: Any) -> Iterator[Tensor]:

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -22,6 +24,7 @@ from stdit.training.machine import rank_memory
 from stdit.training.snapshot import HostCopies, MasterLayout
 from stdit.training.stopping import STOPPED
 from tests.support import forked
+from tests.support.paths import ROOT
 from tests.support.rank_jobs import (
     config_of,
     for_ranks,
@@ -263,6 +266,33 @@ def test_copies_share_storage_as_their_originals_do_and_are_saved_as_the_same_by
     with torch.no_grad():
         parameter.zero_()
     assert saved(copied) == expected
+
+
+# In a process of its own: the settings are the process's.
+PINS = """
+import torch
+from stdit.training.snapshot import HostCopies
+get = torch._C._accelerator_getAllocatorSettings
+HostCopies(pinned=False)
+before = get()
+HostCopies(pinned=True)
+HostCopies(pinned=True)
+print(before, get(), sep="|")
+"""
+
+
+@pytest.mark.parametrize(
+    ("users", "expected"),
+    [
+        ("", "|pinned_max_cached_size_mb:1"),
+        ("expandable_segments:True", "expandable_segments:True|expandable_segments:True,pinned_max_cached_size_mb:1"),
+        ("pinned_max_round_threshold_mb:8", "pinned_max_round_threshold_mb:8|pinned_max_round_threshold_mb:8"),
+    ],
+)
+def test_torch_is_told_to_pin_exact_sizes_unless_the_user_says_otherwise(users: str, expected: str) -> None:
+    env = {**os.environ, "PYTORCH_ALLOC_CONF": users}
+    found = subprocess.run([sys.executable, "-c", PINS], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == expected
 
 
 def test_the_next_copy_takes_the_memory_of_the_last_one() -> None:
