@@ -41,8 +41,8 @@ def run(config: CurateConfig, mapper: Mapper | None = None) -> Path:
     except BlockingIOError as error:
         raise ConfigError(f"out: another curation is at work in {out} ({error})") from None
     try:
-        path = curate(config, mapper or local_mapper, lambda line: print(line, file=sys.stderr))
-        print("\n".join(report_lines(read_report(out))), file=sys.stderr)
+        path = curate(config, mapper or local_mapper, lambda line: print(printable(line), file=sys.stderr))
+        print("\n".join(map(printable, report_lines(read_report(out)))), file=sys.stderr)
         return path
     finally:
         lock.release()

@@ -195,6 +195,14 @@ def test_files_of_unknown_origin_are_not_taken_for_results(runs: dict[str, Path]
         make(runs["text"], tmp_path)
 
 
+@pytest.mark.parametrize("name", ["manifest.jsonl", "contact_sheet.png"])
+def test_results_of_others_are_not_overwritten(runs: dict[str, Path], tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"of the user")
+    with pytest.raises(ValueError, match=f"holds 1 files such as {name}, and no request.json"):
+        make(runs["text"], tmp_path)
+    assert (tmp_path / name).read_bytes() == b"of the user"
+
+
 def test_a_damaged_request_is_named(runs: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "request.json").write_text("{")
     with pytest.raises(ConfigError, match=r"request\.json: not valid JSON"):
@@ -495,7 +503,15 @@ def test_prompts_come_as_text_or_json_lines(tmp_path: Path) -> None:
         ("p.jsonl", b'{"prompt": "a", "seed": true}', r"p.jsonl:1: seed: expected int, found True"),
         ("p.jsonl", b'{"caption": "a"}', r"p.jsonl:1: has neither prompt nor class; keys found: caption"),
         ("p.jsonl", b'{"prompt": "a", "frames": 2.5}', r"p.jsonl:1: frames: expected int, found 2.5"),
-        ("p.jsonl", b'{"prompt": "a", "height": 0}', r"p.jsonl:1: height: expected a whole number above 0, found 0"),
+        (
+            "p.jsonl",
+            b'{"prompt": "a", "height": 0}',
+            r"p.jsonl:1: height: expected a whole number above 0 and at most 65536, found 0",
+        ),
+        ("p.jsonl", b'{"prompt": "a", "height": 70000}', r"height: .* at most 65536, found 70000"),
+        ("p.jsonl", b'{"prompt": "a", "video": "b.mp4"}', r"key 'video' .* did you mean conditioning_video"),
+        ("p.jsonl", b'{"prompt": "a", "Frames": 4}', r"key 'Frames' .* did you mean frames"),
+        ("p.jsonl", b'{"prompt": "a", "negative_prompt": "b"}', r"'negative_prompt' .* a setting of the whole job"),
         ("p.jsonl", b'{"prompt": "a", "fps": -1}', r"p.jsonl:1: fps: expected a number above 0"),
         ("p.jsonl", b'{"prompt": "a", "image": "none.png"}', r"p.jsonl:1: image: none.png: no such file"),
         ("p.jsonl", b'{"prompt": "a", "conditioning_frames": [0]}', r"conditioning_frames needs conditioning_video"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -29,14 +30,24 @@ class Frozen(BaseModel):
     @field_validator("*", mode="after")
     @classmethod
     def _bounded(cls, value: Any) -> Any:
-        values = value if isinstance(value, tuple) else (value,)
-        for number in values:
+        for number in _leaves(value):
             limit = MAX_FLOAT if isinstance(number, float) else MAX_INT
-            if isinstance(number, int | float) and abs(number) > limit:
+            if isinstance(number, int | float) and not abs(number) <= limit:  # nor NaN
                 raise ValueError(f"{number:g} is beyond ±{limit:g}")
         return value
 
 
+def _leaves(value: Any) -> Iterator[Any]:
+    """The values in nested tuples, lists and dicts."""
+    if isinstance(value, tuple | list | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(inner)
+    else:
+        yield value
+
+
+# A time-out beyond it overflows what it is handed to.
+MAX_SECONDS = 1e8
 # More threads of a process, or processes on one machine, are a slip of the hand; starting them ends the process.
 MAX_THREADS, MAX_WORKERS = 1024, 4096
 Threads = Annotated[int, Field(gt=0, le=MAX_THREADS)]

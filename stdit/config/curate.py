@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from stdit.config.base import Count, Frozen, NonNegative, Positive, Share, Threads, Workers
+from stdit.config.base import MAX_SECONDS, Count, Frozen, NonNegative, Positive, Share, Threads, Workers
 from stdit.config.data import Where
 from stdit.config.location import LocalPath
 
@@ -82,7 +82,7 @@ class CaptionServer(Frozen):
     """Environment variable that holds the key."""
     concurrency: Threads = 8
     """Requests at a time."""
-    timeout_s: float = Field(default=120.0, gt=0)
+    timeout_s: float = Field(default=120.0, gt=0, le=MAX_SECONDS)
     """Seconds after which a request is given up."""
     attempts: Count = 5
     """Attempts for each clip: after 429, 5xx, a lost connection, a time-out or an answer that is no completion."""
@@ -163,7 +163,7 @@ class CurateConfig(Frozen):
     """Selects the validation files."""
     workers: Workers = 1
     """Processes that analyse footage (Ray actors under `pipelines.curate_clips`)."""
-    stall_timeout_s: float = Field(default=60.0, gt=0)
+    stall_timeout_s: float = Field(default=60.0, gt=0, le=MAX_SECONDS)
     """Seconds without a frame after which a file is given up; the clips before that are kept."""
     max_bad_share: Share = 0.2
     """Share of the files that may be unusable before curation is an error."""

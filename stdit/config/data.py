@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from stdit.config.auto_buckets import AutoEntry, expand_buckets
-from stdit.config.base import MAX_THREADS, Count, Frozen, NonNegative, Positive, Share, Width, Workers
+from stdit.config.base import MAX_SECONDS, MAX_THREADS, Count, Frozen, NonNegative, Positive, Share, Width, Workers
 from stdit.config.load import ConfigError
 from stdit.config.location import LocalPath, Location, Url
 
@@ -347,7 +347,7 @@ class ExtractConfig(Frozen):
     """The text encoder. null: no text features (class-conditional or unconditional training)."""
     decoder: Literal["auto", "decord", "pyav"] = "auto"
     """Video decoder. auto: decord, and PyAV for what decord cannot read reliably."""
-    decode_timeout_s: float = Field(default=60.0, gt=0)
+    decode_timeout_s: float = Field(default=60.0, gt=0, le=MAX_SECONDS)
     """Seconds after which decoding of a clip is given up."""
     clip_window: Literal["first", "center"] = "first"
     """Which frames of a clip longer than its bucket are taken."""

@@ -106,6 +106,7 @@ def hide_credentials(text: str) -> str:
 
 def validate_location(value: Any, handler: Any) -> Any:
     """A pydantic WrapValidator of Path | Url: what looks like a URL is one, or an error."""
+    _check_text(value)
     if isinstance(value, str) and not isinstance(value, Url):
         return parse_location(value)
     if not isinstance(value, Path | Url):
@@ -116,7 +117,14 @@ def validate_location(value: Any, handler: Any) -> Any:
 Location = Annotated[Path | Url, WrapValidator(validate_location)]
 
 
+def _check_text(value: Any) -> None:
+    """ValueError: no path: nothing, or characters that no file's name has."""
+    if isinstance(value, str) and (not value or any(ord(character) < 32 for character in value)):
+        raise ValueError(f"expected a path, found {value!r:.80}")
+
+
 def _local(value: Any, handler: Any) -> Any:
+    _check_text(value)
     if isinstance(value, str) and "://" in value:
         found = parse_location(value)
         if isinstance(found, Url):

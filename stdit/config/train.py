@@ -8,13 +8,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from stdit.config.base import Count, Frozen, NonNegative, Positive, Share, Width
+from stdit.config.base import MAX_SECONDS, Count, Frozen, NonNegative, Positive, Share, Width
 from stdit.config.data import Bucket, DataConfig, MicroBatches, TrainBucket
 from stdit.config.diffusion import DiffusionConfig, FrameConditioningConfig, SamplerConfig
 from stdit.config.load import ConfigError
 from stdit.config.location import LocalPath
 from stdit.config.model import ModelConfig
 from stdit.config.token_budget import MAX_IMBALANCE, StepSize, imbalance, step_sizes
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Frozen):
@@ -25,7 +27,7 @@ class OptimizerConfig(Frozen):
     AdamW's for both."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's betas."""
     eps: float = Field(default=1e-8, gt=0)
     """AdamW's epsilon."""
@@ -213,7 +215,7 @@ class TrainConfig(Frozen):
     spike; the first 20 are none."""
     max_rewinds: NonNegative = 3
     """Rewinds of one run; one more ends it."""
-    step_timeout_s: float = Field(default=1800, gt=0)
+    step_timeout_s: float = Field(default=1800, gt=0, le=MAX_SECONDS)
     """Seconds that a step may take, with its validation, and a save without any of its files changing: a rank that takes
     longer hangs, prints its stack and ends the run with exit code 75."""
 

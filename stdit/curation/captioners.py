@@ -24,6 +24,7 @@ from stdit.config import CaptionConfig, CaptionServer, ConfigError
 from stdit.curation.caption_text import prompt_for
 from stdit.curation.clips import ClipView
 from stdit.curation.scoring import load_function
+from stdit.encoders.pretrained import load_pretrained
 from stdit.files import fingerprint_files
 
 # Of a server's answer, at most so much is read.
@@ -92,14 +93,15 @@ class ModelCaptioner:
 
     def __init__(self, config: CaptionConfig) -> None:
         import torch
-        from transformers import pipeline
+        from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
+        assert config.path is not None
         self.config = config
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            self.pipe: Any = pipeline(
-                "image-text-to-text", model=config.path, dtype=getattr(torch, config.dtype), device=device
-            )
+            processor = AutoProcessor.from_pretrained(config.path, trust_remote_code=False)
+            model = load_pretrained(AutoModelForImageTextToText, config.path, dtype=getattr(torch, config.dtype))
+            self.pipe: Any = pipeline("image-text-to-text", model=model, processor=processor, device=device)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"captions: {config.name}: path {config.path}: {str(error).splitlines()[0]}") from error
 

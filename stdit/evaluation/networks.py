@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from stdit.config import NetworkPaths
+from stdit.encoders.pretrained import load_pretrained
 from stdit.evaluation import video_quality
 from stdit.evaluation.inception import ORIGINAL_SHA256, load_inception
 from stdit.files import fingerprint_files, sha256
@@ -192,9 +193,12 @@ class TransformersNetwork(Network):
         import transformers
 
         try:
-            model = getattr(transformers, self.architecture).from_pretrained(
-                self.folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+            # Features are taken before pooler and predictor, which published folders may lack.
+            kind, options = (
+                getattr(transformers, self.architecture),
+                {"local_files_only": True, "use_safetensors": True},
             )
+            model = load_pretrained(kind, self.folder, ("pooler.", "predictor."), dtype=torch.float32, **options)
         except (OSError, ValueError, RuntimeError) as error:
             raise NetworkError(f"networks.{self.key}: {self.folder}: {error}") from error
         return model.eval().requires_grad_(False).to(self.device)
@@ -234,7 +238,7 @@ class Clip(TransformersNetwork):
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
 
     @property
     def size(self) -> int:

@@ -257,7 +257,7 @@ def _claim(job: Job, settings: dict[str, Any], overwrite: bool) -> None:
         for name in {*old["files"], MANIFEST, SHEET, MOVING}:
             (job.out / Path(name).name).unlink(missing_ok=True)
         path.unlink()
-    strangers = [name for name in files if (job.out / name).exists()]
+    strangers = [name for name in (*files, MANIFEST, SHEET, MOVING) if (job.out / name).exists()]
     if strangers and not overwrite:
         raise ValueError(
             f"{job.out} holds {len(strangers)} files such as {strangers[0]}, and no {REQUEST} that says how they were made; "

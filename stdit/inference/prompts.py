@@ -27,6 +27,13 @@ KEYS = ("prompt", "class", "seed", "name")
 OWN_KEYS = ("frames", "height", "width", "fps", "image", "conditioning_video", "conditioning_frames")
 TEXT_SUFFIXES, JSON_SUFFIXES = ("", ".txt", ".text", ".md"), (".jsonl", ".ndjson")
 MAX_BYTES = 1 << 30
+LIMITS = {"frames": 1_000_000, "height": 65_536, "width": 65_536}  # a bucket's
+# Arguments of the pipeline or of `stdit generate` that a prompt has under another name, or not of its own.
+OTHER_KEYS = {
+    "video": "conditioning_video", "given_frames": "conditioning_frames", "num_frames": "frames", "negative_prompt": None,
+    "guidance_scale": None, "steps": None, "num_inference_steps": None, "num_videos_per_prompt": None, "scheduler": None,
+    "class_label": "class", "class_labels": "class", "generator": "seed",
+}  # fmt: skip
 # Keys of manifest rows that generation writes.
 RESERVED = ("index", "file", "error", "protocol")
 
@@ -64,8 +71,12 @@ class Prompt:
         """ValueError, beginning with `where`: sizes that are no whole numbers above 0, files that are not there."""
         for key in ("frames", "height", "width"):
             value = getattr(self, key)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31):
-                raise ValueError(f"{where}: {key}: expected a whole number above 0, found {value!r}")
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LIMITS[key]
+            ):
+                raise ValueError(
+                    f"{where}: {key}: expected a whole number above 0 and at most {LIMITS[key]}, found {shorten(repr(value))}"
+                )
         if self.fps is not None and not 0 < self.fps <= 1000:
             raise ValueError(f"{where}: fps: expected a number above 0 and at most 1000, found {self.fps!r}")
         if self.image is not None and self.conditioning_video is not None:
@@ -139,6 +150,11 @@ def _parsed(row: dict[str, Any] | str, where: str) -> Prompt:
         raise ValueError(f"{where}: has neither prompt nor class; keys found: {', '.join(map(str, row)) or 'none'}")
     if taken := [key for key in row if key in RESERVED]:
         raise ValueError(f"{where}: key {taken[0]!r} is written by generation; give it another name")
+    for key in row:
+        meant = OTHER_KEYS.get(key, key.lower())
+        if key in OTHER_KEYS or (key != meant and meant in KEYS + OWN_KEYS):
+            instead = f"; did you mean {meant}?" if meant else "; it is a setting of the whole job"
+            raise ValueError(f"{where}: key {key!r} is none that a prompt has{instead}")
     numbers = row.get("conditioning_frames")
     if numbers is not None and not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
         raise ValueError(f"{where}: conditioning_frames: expected a list of whole numbers, found {numbers!r}")

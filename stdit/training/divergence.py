@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stdit.config import TrainConfig
 from stdit.data.loader import Batch
+from stdit.files import apply_umask
 from stdit.training.distributed import Ranks
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ def keep_bad_batches(
         with contextlib.suppress(OSError, SafetensorError):
             folder.mkdir(exist_ok=True)
             save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata)
+            apply_umask(folder)
 
 
 def describe_bad_samples(names: Sequence[str]) -> str:
