@@ -18,7 +18,7 @@ from pydantic import Field
 
 from pipelines.changes import Settings
 from stdit.config import ConfigError, SealedSchema, read_json
-from stdit.files import FolderLock, atomic_write, seal
+from stdit.files import FolderLock, atomic_write, check_writable, seal
 
 FILE, FORMAT = "plan.json", 1
 
@@ -97,7 +97,11 @@ def set_aside(path: Path, run_dir: Path) -> Path | None:
 
 @contextmanager
 def lock_run_dir(run_dir: Path) -> Iterator[None]:
-    """Locks RUN_DIR for this process. ConfigError: another process holds the lock."""
+    """Locks RUN_DIR for this process. ConfigError: another process holds the lock, or nothing can be written there."""
+    try:
+        check_writable(run_dir)
+    except ValueError as error:
+        raise ConfigError(f"run_dir: {error}") from error
     lock = FolderLock(run_dir)
     try:
         lock.acquire()

@@ -160,8 +160,10 @@ def apply_override(data: dict[str, Any], text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"--set {text}: expected key=value, such as train.steps=100")
+    if len(parts := key.split(".")) > MAX_DEPTH:
+        raise ConfigError(f"--set {shorten(text)}: nested more than {MAX_DEPTH} deep")
     change: Any = parse_yaml(value, f"--set {text}")
-    for part in reversed(key.split(".")):
+    for part in reversed(parts):
         change = {part: change}
     return merge(data, change)
 

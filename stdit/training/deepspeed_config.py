@@ -238,6 +238,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         raw = json.loads(read_text(path, MAX_JSON_BYTES), object_pairs_hook=once)
     except OSError as error:
         raise ConfigError(f"train.deepspeed: {path}: cannot be read ({error})") from error
+    except RecursionError:
+        raise ConfigError(f"train.deepspeed: {path}: nested too deep") from None
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise

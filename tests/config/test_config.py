@@ -187,6 +187,11 @@ def test_extends_is_at_most_two_deep(tmp_path: Path) -> None:
         c.read_extended(path)
 
 
+def test_an_override_of_thousands_of_parts_is_refused() -> None:
+    with pytest.raises(c.ConfigError, match="nested more than 40 deep"):
+        c.apply_override({}, ".".join("a" * 3000) + "=1")
+
+
 @pytest.mark.parametrize("text", ["steps", "=3", "a..b=3"])
 def test_an_override_without_key_or_value_is_refused(text: str) -> None:
     with pytest.raises(c.ConfigError, match="expected key=value"):

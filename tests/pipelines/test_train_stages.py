@@ -373,3 +373,15 @@ def test_help_answers_at_once() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", "heavy modules are imported late"
     assert time.monotonic() - began < 20
+
+
+def test_a_plan_whose_run_dir_is_a_file_is_refused_and_the_file_kept(tmp_path: Path) -> None:
+    from pipelines.record import lock_run_dir
+
+    (tmp_path / "run").write_text("of the user")
+    with (
+        pytest.raises(ConfigError, match=r"run_dir: .*run: cannot be written to \(is not a folder\)"),
+        lock_run_dir(tmp_path / "run"),
+    ):
+        pass
+    assert (tmp_path / "run").read_text() == "of the user"

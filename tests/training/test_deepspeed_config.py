@@ -100,6 +100,7 @@ def test_a_file_is_named_in_what_is_said_of_it(tmp_path: Path) -> None:
         ("{", "not valid JSON"),
         ("[]", "expected an object at the top, found list"),
         ('{"aio": {}, "aio": {}}', "key 'aio' is given twice"),
+        ("[" * 100_000, "nested too deep"),
         ('{"wal_clock_breakdown": true}', "unknown to DeepSpeed"),
     ):
         path.write_text(content)
