@@ -18,6 +18,7 @@ from stdit.config import EvaluateConfig, validate
 from stdit.evaluation.comparison import comparison_curves, find_results, flops_by_bucket, loss_curve, same_requests
 from stdit.evaluation.scores import evaluate_media
 from stdit.evaluation.votes import Ballot, make_server, read_votes, tally
+from stdit.files import seal
 from stdit.media import write_video
 
 
@@ -64,7 +65,7 @@ def comparable(runs: list[Path], tmp_path: Path) -> list[Path]:
         found = json.loads(scores.read_text())
         for score in found["scores"].values():  # the fourth seed differs, which alone would be another protocol
             score["protocol"]["generated"]["seeds"] = [0, 3, "x"]
-        scores.write_text(json.dumps(found))
+        scores.write_text(json.dumps(seal(found)))
     return runs[:2]
 
 
@@ -127,6 +128,12 @@ def test_what_cannot_be_compared_is_one_line(paths: list[str], message: str, tmp
 def test_a_damaged_scores_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "scores.json").write_text('{"scores": {"fid": {}}}')
     with pytest.raises(ValueError, match=r"scores\.json: scores\.fid\.value: "):
+        find_results(tmp_path, "a")
+    whole = {"version": 1, "subject": {}, "scores": {}, "skipped": {}, "warnings": []}
+    (tmp_path / "scores.json").write_text(json.dumps(seal(whole)))
+    assert find_results(tmp_path, "a").scores is not None
+    (tmp_path / "scores.json").write_text(json.dumps({**seal(whole), "warnings": ["edited"]}))
+    with pytest.raises(ValueError, match=r"scores\.json: .*sha256"):
         find_results(tmp_path, "a")
     (tmp_path / "scores.json").unlink()
     with pytest.raises(ValueError, match=r"holds no scores\.json"):

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from stdit.config import EvaluateConfig, FileSchema, ReferenceConfig
+from stdit.config import EvaluateConfig, FileSchema, ReferenceConfig, SealedSchema
 from stdit.config.diff import changes
 from stdit.evaluation import metrics
 from stdit.evaluation.adm import AdmFile, read_adm, write_samples, write_statistics
@@ -28,7 +28,7 @@ from stdit.evaluation.feature_cache import FeatureJob, compute_features, load_fe
 from stdit.evaluation.media_set import MediaSet, open_generated, open_reference, overlap, size_of
 from stdit.evaluation.metrics import Statistics, bootstrap_interval, in_canonical_order
 from stdit.evaluation.networks import Clip, MissingWeights, Network, NetworkError, find_network
-from stdit.files import atomic_write
+from stdit.files import atomic_write, seal
 
 SCORES = "scores.json"
 # Behind a score: which values are better.
@@ -101,7 +101,7 @@ class ScoreEntry(FileSchema):
     protocol: dict[str, Any]
 
 
-class ScoresFile(FileSchema):
+class ScoresFile(SealedSchema):
     """scores.json."""
 
     version: Literal[1]
@@ -169,7 +169,7 @@ def evaluate_media(config: EvaluateConfig, compute: Compute = compute_features) 
     if config.save_samples:
         images = (frames[0] for frames in generated.frames(generated.media))
         write_samples(config.out / "samples.npz", images, len(generated))
-    atomic_write(config.out / SCORES, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    atomic_write(config.out / SCORES, json.dumps(seal(result), indent=1, ensure_ascii=False) + "\n")
     return result
 
 
