@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -30,20 +31,25 @@ class Frozen(BaseModel):
     @field_validator("*", mode="after")
     @classmethod
     def _bounded(cls, value: Any) -> Any:
-        for number in _leaves(value):
+        for key, number in _leaves(value):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{key}expected a finite number, found {number:g}")
             limit = MAX_FLOAT if isinstance(number, float) else MAX_INT
-            if isinstance(number, int | float) and not abs(number) <= limit:  # nor NaN
-                raise ValueError(f"{number:g} is beyond ±{limit:g}")
+            if isinstance(number, int | float) and abs(number) > limit:
+                raise ValueError(f"{key}{number:g} is beyond ±{limit:g}")
         return value
 
 
-def _leaves(value: Any) -> Iterator[Any]:
-    """The values in nested tuples, lists and dicts."""
-    if isinstance(value, tuple | list | dict):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(inner)
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The values in nested tuples, lists and dicts, with their keys in dicts for messages."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}{name}: ")
+    elif isinstance(value, tuple | list):
+        for inner in value:
+            yield from _leaves(inner, key)
     else:
-        yield value
+        yield key, value
 
 
 # A time-out beyond it overflows what it is handed to.

@@ -19,7 +19,12 @@ KINDS = {TRAIN: Config, EXTRACT: ExtractConfig, CURATE: CurateConfig}
         (EXTRACT, "out=''", "out: .*expected a path, found ''"),
         (EXTRACT, "manifest=''", "manifest: .*expected a path, found ''"),
         (TRAIN, "train.optimizer.betas=[1.5, -3.0]", "train.optimizer.betas.0: .* less than 1"),
-        (TRAIN, "data.captions={a: 1.7e308, b: 1.0}", "data.captions: 1.7e.308 is beyond"),
+        (TRAIN, "data.captions={a: 1.7e308, b: 1.0}", "data.captions: a: 1.7e.308 is beyond"),
+        (
+            TRAIN,
+            "train.deepspeed={gradient_predivide_factor: .nan}",
+            "train.deepspeed: gradient_predivide_factor: expected a finite number",
+        ),
         (TRAIN, "train.step_timeout_s=1e12", "train.step_timeout_s: .* less than or equal to 100000000"),
         (EXTRACT, "decode_timeout_s=1e12", "decode_timeout_s: .* less than or equal to 100000000"),
         (CURATE, "stall_timeout_s=1e12", "stall_timeout_s: .* less than or equal to 100000000"),

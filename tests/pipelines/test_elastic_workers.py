@@ -24,7 +24,7 @@ def test_ray_is_given_both_numbers_and_one_number_stays_one() -> None:
     found = workers._workers(elastic(check_every_s=5))
     assert found == {"num_workers": (1, 2), "elastic_resize_monitor_interval_s": 5}
     assert elastic().cpus == 2
-    with pytest.raises(ConfigError, match=r"workers\.elastic: min 3 is above max 2"):
+    with pytest.raises(ConfigError, match=r"workers: min 3 is above max 2"):
         elastic(min=3)
 
 
