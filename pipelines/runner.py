@@ -259,7 +259,7 @@ class PlanRunner:
         before = _mtime(file)
         prompts = EvaluationPrompts(count=evaluation.prompts, seed=evaluation.seed, **stage.largest.model_dump())
         metrics = evaluate_run(
-            run.config.run_dir, self.extract.manifest, out, prompts, evaluation.metrics, folder, generate,
+            run.config.run_dir, self._local_manifest, out, prompts, evaluation.metrics, folder, generate,
             **evaluation.sampler.model_dump(), weights=evaluation.weights, batch_size=evaluation.batch_size,
             fps=evaluation.fps, workers=evaluation.workers, threads=evaluation.threads_each, overwrite=True,
         )  # fmt: skip
@@ -282,11 +282,17 @@ class PlanRunner:
         split = evaluation.metrics.validation_split
         config = EvaluateConfig(
             **dict(evaluation.scores), generated=folder / stage.name / "videos", out=folder / stage.name / "scores",
-            reference=ReferenceConfig(path=self.extract.manifest, split=split, crop=True), cache=folder / "cache",
+            reference=ReferenceConfig(path=self._local_manifest, split=split, crop=True), cache=folder / "cache",
             metrics=evaluation.metrics, threads=evaluation.threads_each,
         )  # fmt: skip
         for line in scores_table(evaluate_media(config, compute)).splitlines():
             self.clock.say(f"{stage.name}/scores: {line}")
+
+    @property
+    def _local_manifest(self) -> Path:
+        """The manifest of a plan with an evaluation, which is refused with one at a URL (pipelines.plan)."""
+        assert isinstance(self.extract.manifest, Path)
+        return self.extract.manifest
 
     def previous(self, stage: ResolvedStage) -> ResolvedStage | None:
         """The stage that initialises this one."""
