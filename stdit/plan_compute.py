@@ -322,15 +322,18 @@ def plan(args: argparse.Namespace, run: Callable[[Rung, int], int]) -> int:
         f"{law.data:.4f} (C / N / {law.scale[1]:.3g})^-{law.beta:.3f}\n"
         f"check, the largest run from the other {len(points) - 1}: predicted {predicted:.4f}, measured {points[0].loss:.4f}"
     )
+    found: dict[str, Any] = {
+        "runs": [{"run": rung.name, **point._asdict()} for rung, point in zip(rungs, points, strict=True)],
+        "law": vars(law), "largest_run": {"predicted": predicted, "measured": points[0].loss}, "budget": args.budget,
+    }  # fmt: skip
+    atomic_write(args.out / LADDER, json.dumps(found, indent=1) + "\n")  # also where there is no proposal
     proposal = propose(config, costs, points, law, args.budget)
     text = proposal_yaml(Path(args.config), args.set, proposal, args.budget)
     atomic_write(args.out / PROPOSAL, text)
     plot(points, law, args.budget, args.out / PLOT)
-    found: dict[str, Any] = {
-        "runs": [{"run": rung.name, **point._asdict()} for rung, point in zip(rungs, points, strict=True)],
-        "law": vars(law), "largest_run": {"predicted": predicted, "measured": points[0].loss},
-        "budget": args.budget, "parameters": proposal.parameters, "steps": proposal.config.train.steps,
-        "loss": proposal.loss, "loss_interval": proposal.losses, "parameters_interval": proposal.sizes,
+    found |= {
+        "parameters": proposal.parameters, "steps": proposal.config.train.steps, "loss": proposal.loss,
+        "loss_interval": proposal.losses, "parameters_interval": proposal.sizes,
     }  # fmt: skip
     atomic_write(args.out / LADDER, json.dumps(found, indent=1) + "\n")
     print(f"{text}{args.out / PROPOSAL}")
