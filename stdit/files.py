@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import IO, Any, BinaryIO, Self
 
 
 def fsync_folder(path: Path) -> None:
@@ -192,7 +192,7 @@ class FolderLock:
         BlockingIOError, with the owner as its message: it is still taken.
         """
         until, announced = time.monotonic() + wait_s, False
-        while not self._lock(fcntl.LOCK_EX):
+        while not flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB):
             self._file.seek(0)
             owner = self._file.read().strip()
             if time.monotonic() >= until:
@@ -207,22 +207,24 @@ class FolderLock:
 
     def share(self) -> None:
         """Shares the lock with other processes that call this. BlockingIOError: one holds it alone."""
-        if not self._lock(fcntl.LOCK_SH):
+        if not flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB):
             raise BlockingIOError
 
     def release(self) -> None:
         """Releases this process's hold."""
         self._file.close()
 
-    def _lock(self, kind: int) -> bool:
-        try:
-            fcntl.flock(self._file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise
-        return True
+
+def flock(file: IO[Any], kind: int) -> bool:
+    """Whether the lock was got, without waiting if `kind` has LOCK_NB. Where the file system has no locks, as if it was."""
+    try:
+        fcntl.flock(file, kind)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    return True
 
 
 def sha256(path: Path | str) -> str:

@@ -74,7 +74,7 @@ class Mixture:
                 f"{', '.join(self.index['buckets'])}"
             )
         found: dict[str, list[np.ndarray]] = {bucket.key: [] for bucket in buckets}
-        for start, features in zip(self.starts, self.sets, strict=False):
+        for start, features in zip(self.starts[:-1], self.sets, strict=True):
             own = [bucket for bucket in buckets if bucket.key in features.index["buckets"]]
             for key, ids in features.select(split, own, where).items():
                 found[key].append(ids + start)
@@ -126,7 +126,7 @@ class Mixture:
     def frame_rates(self, ids: np.ndarray) -> dict[str, int]:
         """As FeatureSet.frame_rates."""
         total: Counter[str] = Counter()
-        for start, features, part in zip(self.starts, self.sets, self.split(np.sort(ids)), strict=False):
+        for start, features, part in zip(self.starts[:-1], self.sets, self.split(np.sort(ids)), strict=True):
             total.update(features.frame_rates(part - start))
         return dict(sorted(total.items(), key=lambda item: (-item[1], float(item[0]))))
 

@@ -31,6 +31,7 @@ from typing import BinaryIO
 from stdit.config import CacheConfig, Url
 from stdit.data import objects
 from stdit.data.objects import Digest, StoreError
+from stdit.files import flock
 
 # Seconds to wait for others to release files when there is no room.
 ROOM_WAIT_S = 300.0
@@ -204,18 +205,6 @@ class ReadAhead:
 # ---------------------------------------------------------------------------------------------- locks
 
 
-def _flock(file: BinaryIO, kind: int) -> bool:
-    """Whether the lock was got. Where the file system has none, as if it was."""
-    try:
-        fcntl.flock(file, kind)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            raise
-    return True
-
-
 def _is_at(file: BinaryIO, path: Path) -> bool:
     """Whether the open file is still the one of this name."""
     try:
@@ -229,7 +218,7 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
     """The file `path`, created if need be, open and locked for this thread alone."""
     while True:
         with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
-            _flock(file, fcntl.LOCK_EX)
+            flock(file, fcntl.LOCK_EX)
             if _is_at(file, path):  # else the one who held it has renamed or removed it
                 yield file
                 return
@@ -241,7 +230,7 @@ def _pin(path: Path) -> BinaryIO | None:
         file = path.open("rb")
     except FileNotFoundError:
         return None
-    _flock(file, fcntl.LOCK_SH)
+    flock(file, fcntl.LOCK_SH)
     if not _is_at(file, path):
         file.close()
         return None
@@ -253,7 +242,7 @@ def _pin(path: Path) -> BinaryIO | None:
 def _remove_unused(path: Path) -> bool:
     """Removes a file that nobody has locked."""
     with suppress(FileNotFoundError), path.open("rb") as file:
-        if not _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        if not flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
             return False
         if _is_at(file, path):
             path.unlink()

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from stdit.config import CacheConfig, Url
-from stdit.data import object_cache, objects
+from stdit.data import object_cache
 from stdit.data.object_cache import ObjectCache, ReadAhead
 from stdit.data.objects import ChangedObject, Digest, StoreError
 from tests.support.object_store import ObjectStore, write
@@ -38,25 +37,12 @@ def digest(number: int) -> Digest:
     return Digest(SIZE, hashlib.sha256(content(number)).hexdigest())
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    folder = tmp_path_factory.mktemp("store")
-    (folder / "bucket" / "files").mkdir(parents=True)
-    with ObjectStore(folder) as found:
-        yield found
-
-
 @pytest.fixture
-def store(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(objects, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(objects, "LONGEST_WAIT_S", 0.02)
+def store(s3: ObjectStore) -> ObjectStore:
+    (s3.folder / "bucket/files").mkdir(exist_ok=True)
     for number in range(12):
-        (server.folder / f"bucket/files/{number}.bin").write_bytes(content(number))
-    server.heal()
-    yield server
-    server.heal()
+        (s3.folder / f"bucket/files/{number}.bin").write_bytes(content(number))
+    return s3
 
 
 def cache(folder: Path, files: float = 4) -> ObjectCache:

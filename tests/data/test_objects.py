@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -20,24 +19,11 @@ CONTENT = bytes(range(256)) * 400
 FILE = Url("s3://bucket/folder/a.bin")
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    folder = tmp_path_factory.mktemp("store")
-    (folder / "bucket" / "folder").mkdir(parents=True)
-    with ObjectStore(folder) as found:
-        yield found
-
-
 @pytest.fixture
-def store(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(objects, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(objects, "LONGEST_WAIT_S", 0.02)
-    (server.folder / "bucket/folder/a.bin").write_bytes(CONTENT)
-    server.heal()
-    yield server
-    server.heal()
+def store(s3: ObjectStore) -> ObjectStore:
+    (s3.folder / "bucket/folder").mkdir(exist_ok=True)
+    (s3.folder / "bucket/folder/a.bin").write_bytes(CONTENT)
+    return s3
 
 
 def fetch(url: Url = FILE, expected: Digest | None = None) -> bytes:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from stdit import extract
 from stdit.config import CacheConfig, ConfigError, ExtractConfig, Url, load_config, validate
-from stdit.data import manifest, objects
+from stdit.data import manifest
 from stdit.data.features import FeatureSet
 from stdit.data.objects import StoreError
 from stdit.data.rows import ManifestError
@@ -30,25 +29,11 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    folder = tmp_path_factory.mktemp("store")
-    (folder / "bucket").mkdir()
-    with ObjectStore(folder) as found:
-        yield found
-
-
 @pytest.fixture
-def store(server: ObjectStore, local: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(objects, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(objects, "LONGEST_WAIT_S", 0.02)
-    shutil.rmtree(server.folder / "bucket", ignore_errors=True)
-    shutil.copytree(local, server.folder / "bucket/clips")
-    server.heal()
-    yield server
-    server.heal()
+def store(s3: ObjectStore, local: Path) -> ObjectStore:
+    shutil.rmtree(s3.folder / "bucket/clips", ignore_errors=True)
+    shutil.copytree(local, s3.folder / "bucket/clips")
+    return s3
 
 
 def config(folder: Path, at: Path | Url, **changes: object) -> ExtractConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import pickle
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from itertools import islice
 from pathlib import Path
@@ -35,25 +35,11 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return extract.run(clip_folder.config(home, rows(home, 12)))
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    folder = tmp_path_factory.mktemp("store")
-    (folder / "bucket").mkdir()
-    with ObjectStore(folder) as found:
-        yield found
-
-
 @pytest.fixture
-def store(server: ObjectStore, local: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(objects, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(objects, "LONGEST_WAIT_S", 0.02)
-    shutil.rmtree(server.folder / "bucket/features", ignore_errors=True)
-    shutil.copytree(local, server.folder / "bucket/features")
-    server.heal()
-    yield server
-    server.heal()
+def store(s3: ObjectStore, local: Path) -> ObjectStore:
+    shutil.rmtree(s3.folder / "bucket/features", ignore_errors=True)
+    shutil.copytree(local, s3.folder / "bucket/features")
+    return s3
 
 
 def cache(folder: Path, shards: float, local: Path) -> CacheConfig:
