@@ -20,6 +20,7 @@ from stdit.config.base import (
     Threads,
     Workers,
 )
+from stdit.config.buckets import Bucket, ExtractBucket, TrainBucket, default_bucket, latent_shape, token_grid
 from stdit.config.curate import (
     CaptionConfig,
     CaptionServer,
@@ -28,22 +29,7 @@ from stdit.config.curate import (
     DuplicatesConfig,
     ScorerConfig,
 )
-from stdit.config.data import (
-    MOST_TEXT_ENCODERS,
-    Bucket,
-    ByteT5Config,
-    CacheConfig,
-    DataConfig,
-    ExtractBucket,
-    ExtractConfig,
-    TextEncoderConfig,
-    TrainBucket,
-    VideoEncoderConfig,
-    Where,
-    default_bucket,
-    latent_shape,
-    token_grid,
-)
+from stdit.config.data import CacheConfig, DataConfig, Where
 from stdit.config.diffusion import DiffusionConfig, FrameConditioningConfig, SamplerConfig
 from stdit.config.evaluate import (
     EvaluateConfig,
@@ -53,6 +39,7 @@ from stdit.config.evaluate import (
     ScoreConfig,
     ScoreName,
 )
+from stdit.config.extract import MOST_TEXT_ENCODERS, ByteT5Config, ExtractConfig, TextEncoderConfig, VideoEncoderConfig
 from stdit.config.generate import GenerateConfig, LoRASource
 from stdit.config.load import (
     ConfigError,

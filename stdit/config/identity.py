@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from stdit.config.base import FileSchema, Positive
-from stdit.config.data import MOST_TEXT_ENCODERS, ByteT5Config
+from stdit.config.extract import MOST_TEXT_ENCODERS, ByteT5Config
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from stdit.config.base import MAX_SECONDS, Count, Frozen, NonNegative, Positive, Share, Width
-from stdit.config.data import Bucket, DataConfig, MicroBatches, TrainBucket
+from stdit.config.buckets import Bucket, MicroBatches, TrainBucket
+from stdit.config.data import DataConfig
 from stdit.config.diffusion import DiffusionConfig, FrameConditioningConfig, SamplerConfig
 from stdit.config.load import ConfigError
 from stdit.config.location import LocalPath

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pipelines.forecast import ManifestSource
 from stdit import extract
 from stdit.config import CacheConfig, ConfigError, ExtractBucket, ExtractConfig
-from stdit.config.data import WindowsConfig
+from stdit.config.extract import WindowsConfig
 from stdit.data import extractor as room
 from stdit.data import records
 from stdit.data.decoding import DecodeError, open_clip

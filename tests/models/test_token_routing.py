@@ -166,4 +166,7 @@ def test_what_cannot_be_routed_is_refused(changes: dict[str, Any], routing: tupl
 
 
 def test_windows_outside_of_the_route_are_fine() -> None:
-    ModelConfig(hidden_size=32, depth=4, num_heads=4, window_size=2, window_blocks=(0, 3)).check_token_routing(1, 3)
+    model = ModelConfig(hidden_size=32, depth=4, num_heads=4, window_size=2, window_blocks=(0, 3))
+    model.check_token_routing(1, 3)
+    with pytest.raises(ValueError, match="window_size 2 of block 3"):
+        model.check_token_routing(1, 4)
