@@ -20,7 +20,10 @@ MAX_WORKERS = 8
 # The one called "ray" shares the fixture `local_ray`.
 GROUPS: dict[str, tuple[str, ...]] = {
     "training": ("tests/training/",),
-    "plan": ("tests/pipelines/test_train_stages.py::test_a_plan_survives",),
+    "plan": (
+        "tests/pipelines/test_train_stages.py::test_a_plan_survives",
+        "tests/pipelines/test_train_stages.py::test_a_plan_goes",
+    ),
     "ray": (
         "tests/pipelines/test_generate_videos.py",
         "tests/pipelines/test_extract_features.py",

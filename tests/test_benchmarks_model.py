@@ -12,6 +12,7 @@ import pytest
 from tests.support.paths import ROOT
 
 
+@pytest.mark.slow
 def test_the_benchmark_compares_and_prints_a_table() -> None:
     results = ROOT / "benchmarks" / "results" / "model.md"
     before = results.read_bytes() if results.exists() else None

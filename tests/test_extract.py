@@ -548,6 +548,7 @@ def test_an_error_names_what_is_wrong_and_ends_with_a_code(tmp_path: Path) -> No
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_clear_error_and_leaves_nothing_half_written(tmp_path: Path) -> None:
     """On a real full disk: a small tmpfs in a mount namespace of its own, listed before it vanishes."""
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:

@@ -333,8 +333,9 @@ def can_mount() -> bool:
     return done.returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_mount(), reason="needs unshare -rm, for a small disk of its own")
-@pytest.mark.parametrize("ranks", [pytest.param(1), pytest.param(2, marks=[pytest.mark.slow, pytest.mark.distributed])])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.distributed)])
 def test_a_full_disk_ends_the_run_and_spares_the_checkpoint_before(ranks: int, tmp_path: Path) -> None:
     start = f"{sys.executable} stdit/train.py"
     if ranks == 2:

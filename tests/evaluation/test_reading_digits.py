@@ -21,6 +21,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_digits(tmp_path_factory.mktemp("digits"), DigitsOptions(shapes=SHAPES), workers=2)
 
 
+@pytest.mark.slow
 def test_the_classifier_recognises_held_out_digits_at_both_sizes(digits: Path, tmp_path: Path) -> None:
     config, source = EvaluationConfig(classifier_steps=200, classifier_frames=2000), read(digits)
     classifier = load_or_train_classifier(source, config, tmp_path)

@@ -156,6 +156,7 @@ def test_the_size_of_a_chunk_does_not_change_features(
     np.testing.assert_array_equal(load_features(other)["features"], features)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_workers_give_the_statistics_of_one(reference: Path, i3d: Path, tmp_path: Path) -> None:
@@ -257,6 +258,7 @@ def test_a_score_is_not_computed_with_another_network(tmp_path: Path, inception:
         evaluate_media(validate(data | {"scores": ["inception_score"]}, EvaluateConfig, "test"))
 
 
+@pytest.mark.slow
 def test_images_are_scored_by_inception_and_through_adms_files(tmp_path: Path, inception: Path, monkeypatch) -> None:
     monkeypatch.setattr(networks.Inception, "expected_sha256", sha256(inception)[:8])
     monkeypatch.setattr("stdit.evaluation.inception.SIZE", 107)  # 299 takes ten times as long

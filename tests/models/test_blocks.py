@@ -93,6 +93,7 @@ def test_a_shared_modulation_is_one_for_each(noise: Noise) -> None:
     torch.testing.assert_close(layer(x, code), layer(x, code.expand(3, -1, -1)))
 
 
+@pytest.mark.slow  # tests/models/test_compile.py has a short form
 @pytest.mark.parametrize("attention", ["factorized", "full"])
 def test_a_block_compiles_without_graph_breaks(noise: Noise, attention: str) -> None:
     made = block(attention=attention)

@@ -295,6 +295,7 @@ def test_blocks_compile_without_graph_breaks(tiny: Tiny, noise: Noise, kind: dic
     torch.testing.assert_close(model(x, 300, text, mask).sample, expected)
 
 
+@pytest.mark.slow
 def test_the_whole_model_compiles_without_graph_breaks(tiny: Tiny, noise: Noise) -> None:
     model = tiny(text_dim=6, num_classes=3, pooled_text=True, depth=1)
     compiled = torch.compile(model, fullgraph=True, backend="eager")

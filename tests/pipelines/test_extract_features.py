@@ -35,6 +35,7 @@ def test_two_workers_extract_what_one_process_does(tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in many.rglob("*.safetensors")} == before
 
 
+@pytest.mark.slow
 def test_what_stops_a_worker_reaches_the_caller_without_rays_own(tmp_path: Path) -> None:
     config = clip_folder.config(tmp_path, rows(tmp_path, 4))
     extract.prepare(config)
@@ -46,6 +47,7 @@ def test_what_stops_a_worker_reaches_the_caller_without_rays_own(tmp_path: Path)
     assert not (config.out / "index.json").exists()
 
 
+@pytest.mark.slow
 def test_an_encoder_that_no_worker_can_load_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "t5").mkdir()
     (tmp_path / "t5" / "config.json").write_text("{}")

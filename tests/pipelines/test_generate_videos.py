@@ -108,6 +108,7 @@ def test_a_second_command_makes_only_what_is_missing(
     assert "guidance_scale: 4.0 -> 2.0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_a_worker_that_can_not_load_stops_all_and_says_why(run: Path, prompts: Path, tmp_path: Path) -> None:
     from stdit.generate import job_from_config

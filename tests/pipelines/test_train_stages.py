@@ -147,8 +147,9 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 @pytest.mark.ray
 @pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.timeout(560)
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_plan_survives_its_driver_and_its_workers_and_then_does_nothing(workers: int, tmp_path: Path, capsys) -> None:
     plan = write_plan(tmp_path, workers)
     out = tmp_path / "run"
@@ -168,6 +169,23 @@ def test_a_plan_survives_its_driver_and_its_workers_and_then_does_nothing(worker
     assert "extraction: " in log
     assert "is complete" in log, "what was extracted is not extracted again"
     assert "stage 1/2 one: resumes from step-" in log
+    check_a_finished_plan(plan, out, log, capsys)
+
+
+@pytest.mark.ray
+@pytest.mark.distributed
+@pytest.mark.timeout(280)
+def test_a_plan_goes_through_its_stages_and_then_does_nothing(tmp_path: Path, capsys) -> None:
+    """The short form of the test above."""
+    plan = write_plan(tmp_path, 1)
+    run = Run(plan, tmp_path / "1.log")
+    run.until(lambda: checkpoints(tmp_path / "run/one") and run.trainers())
+    run.trainers()[0].kill()
+    assert run.end() == 0, run.log.read_text()
+    check_a_finished_plan(plan, tmp_path / "run", run.log.read_text(), capsys)
+
+
+def check_a_finished_plan(plan: Path, out: Path, log: str, capsys) -> None:
     assert "note: class_to_text" in log, "what crosses is said"
     for name in ("one", "two"):
         assert steps(out / name) == list(range(1, STEPS + 1)), "every step once, none twice, none missing"

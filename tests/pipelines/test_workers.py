@@ -151,6 +151,7 @@ def test_progress_tells_new_steps_only(tmp_path: Path, capsys) -> None:
     assert "s: step 60/100, loss not a number, " in told[1]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_local_ray_leaves_nothing_in_the_home_folder(tmp_path: Path) -> None:
     script = (

@@ -72,7 +72,7 @@ def check_as_if_nothing_had_happened(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_ranks_then_one_then_two_train_as_one_rank_does(pair: Pool, solo: Pool, stage: int, tmp_path: Path) -> None:
     whole = solo(run_recorded, elastic(tmp_path / "whole", stage))
     data = elastic(tmp_path / "parts", stage)

@@ -176,7 +176,12 @@ def reference(solo: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("stage", "precision"), [*((s, "fp32") for s in range(4)), (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+    ("stage", "precision"),
+    [
+        *((stage, "fp32") for stage in range(4)),
+        (1, "bf16"),
+        *(pytest.param(stage, "bf16", marks=pytest.mark.slow) for stage in (0, 2, 3)),
+    ],
 )
 def test_two_ranks_at_every_zero_stage_equal_one_rank(
     pair: Pool, reference: dict[str, Any], stage: int, precision: str, tmp_path: Path
@@ -192,7 +197,13 @@ def test_two_ranks_at_every_zero_stage_equal_one_rank(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("stage", "precision"), [*((s, "fp32") for s in range(4)), (1, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        *((s, "fp32") for s in range(3)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((3, "fp32"), (1, "bf16"))),
+    ],
+)
 def test_muon_resumes_bitwise(pair: Pool, stage: int, precision: str, tmp_path: Path) -> None:
     whole = pair(run, data_for(tmp_path / "whole", stage, precision=precision))[0]
     broken = data_for(tmp_path / "broken", stage, precision=precision)
@@ -201,7 +212,7 @@ def test_muon_resumes_bitwise(pair: Pool, stage: int, precision: str, tmp_path: 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2, 3))])
 def test_muon_goes_on_with_another_number_of_ranks(pair: Pool, solo: Pool, stage: int, tmp_path: Path) -> None:
     whole = pair(run, data_for(tmp_path / "whole", stage))[0]["metrics"]
     pair(run, data_for(tmp_path / "broken", stage), 3)

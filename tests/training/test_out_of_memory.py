@@ -73,6 +73,7 @@ def config_file(folder: Path, **changes: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_try_says_what_fits_in_real_processes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = config_file(tmp_path)

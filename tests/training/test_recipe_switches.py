@@ -41,7 +41,8 @@ def weights(run_dir: Path, step: int) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "changes"), [(0, FLOW), (3, FLOW), (2, DDPM), pytest.param(1, FLOW, marks=pytest.mark.slow)]
+    ("stage", "changes"),
+    [(0, FLOW), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, FLOW), (3, FLOW), (2, DDPM)))],
 )
 def test_a_run_with_every_switch_resumes_bit_by_bit(pair: Pool, stage: int, changes: dict, tmp_path: Path) -> None:
     whole = pair(run, data_for(tmp_path / "whole", 2, stage, changes))[0]

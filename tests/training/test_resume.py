@@ -69,8 +69,8 @@ def test_bfloat16_resumes_bitwise_too(pair: Pool, tmp_path: Path) -> None:
 
 
 # Stages 1 to 3 go through DeepSpeed's converter, some three seconds each; those of 1 and 2 are alike.
-FORTH = [(0, 2), (2, 1), (3, 2)]
-BACK = [(0, 1), (1, 1), (1, 2), (2, 2), (3, 1)]
+FORTH = [(0, 2), (2, 1)]
+BACK = [(0, 1), (1, 1), (1, 2), (2, 2), (3, 1), (3, 2)]
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [*FORTH, *(pytest.param(*c, marks=pytest.mark.slow) for c in BACK)])
@@ -273,7 +273,10 @@ def test_if_deepspeed_can_load_none_nothing_is_renamed(solo: Pool, tmp_path: Pat
     assert checkpoint.list_checkpoints(tmp_path) == folders
 
 
-SPOILED = [(2, 2, "weights"), (1, 0, "ema"), (1, 1, "moments"), (1, 2, "weights")]
+SPOILED = [
+    pytest.param(2, 2, "weights", marks=pytest.mark.slow),
+    *((1, 0, "ema"), (1, 1, "moments"), (1, 2, "weights")),
+]
 
 
 @pytest.mark.parametrize(("ranks", "stage", "what"), SPOILED)
@@ -392,7 +395,7 @@ def test_a_new_run_begins_from_another_one(solo: Pool, small: dict[str, Any], tm
     assert error.value.kind == "ConfigError"
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_save_that_fails_is_said_and_the_run_goes_on_as_if_it_had_not_been_due(
     pair: Pool, rank: int, tmp_path: Path
 ) -> None:

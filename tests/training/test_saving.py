@@ -67,14 +67,11 @@ def identity(run_dir: Path, step: int) -> dict[str, Any]:
     return found
 
 
+BF16 = {"precision": "bf16"}
+REST = [(1, {}), (3, {}), (0, BF16), (1, BF16), (3, BF16), (2, MUON), (3, MUON)]
 CASES = [
-    *((stage, {}) for stage in (0, 1, 2, 3)),
-    (1, {"precision": "bf16"}),
-    (3, {"precision": "bf16"}),
-    (2, MUON),
-    (3, MUON),
-    (2, {"deepspeed": OFFLOAD}),
-    *(pytest.param(stage, {"precision": "bf16"}, marks=pytest.mark.slow) for stage in (0, 2)),
+    *((0, {}), (2, {}), (2, BF16), (2, {"deepspeed": OFFLOAD})),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in REST),
 ]
 
 
@@ -103,6 +100,7 @@ def test_a_checkpoint_in_the_background_is_the_one_that_training_stops_for(
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_adapters_are_written_in_the_background_too(pair: Pool, tmp_path: Path) -> None:
     base = {"init": {"source": str(tmp_path / "base")}}
     pair(run, data_for(tmp_path / "base", 1))
@@ -115,7 +113,7 @@ def test_adapters_are_written_in_the_background_too(pair: Pool, tmp_path: Path) 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_all_ranks_killed_while_writing_lose_that_checkpoint_alone(pair: Pool, stage: int, tmp_path: Path) -> None:
     whole = pair(run, data_for(tmp_path / "whole", stage, steps=8))[0]
     data = data_for(tmp_path / "broken", stage, steps=8)
@@ -182,7 +180,7 @@ def test_a_run_that_ends_by_an_error_on_a_disk_that_is_dead_is_ended_by_its_watc
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_disk_that_fails_in_the_background_is_said_at_a_later_step(pair: Pool, rank: int, tmp_path: Path) -> None:
     found = pair(run_with_full_disk, data_for(tmp_path, 2, steps=8), [2, 4], rank)[0]
     folder = tmp_path / "checkpoints"
@@ -206,7 +204,7 @@ def test_a_run_that_ends_by_an_error_waits_for_the_checkpoint_that_is_being_writ
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_forecast_counts_the_copy(pair: Pool, stage: int, precision: str, tmp_path: Path) -> None:
     data = data_for(tmp_path, stage, precision=precision, steps=3)
@@ -285,8 +283,16 @@ print(before, get(), sep="|")
     ("users", "expected"),
     [
         ("", "|pinned_max_cached_size_mb:1"),
-        ("expandable_segments:True", "expandable_segments:True|expandable_segments:True,pinned_max_cached_size_mb:1"),
-        ("pinned_max_round_threshold_mb:8", "pinned_max_round_threshold_mb:8|pinned_max_round_threshold_mb:8"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (
+                    "expandable_segments:True",
+                    "expandable_segments:True|expandable_segments:True,pinned_max_cached_size_mb:1",
+                ),
+                ("pinned_max_round_threshold_mb:8", "pinned_max_round_threshold_mb:8|pinned_max_round_threshold_mb:8"),
+            )
+        ),
     ],
 )
 def test_torch_is_told_to_pin_exact_sizes_unless_the_user_says_otherwise(users: str, expected: str) -> None:

@@ -248,7 +248,7 @@ BESIDE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("kind", "stage"), [("factorized", 2), ("joint", 3)])
+@pytest.mark.parametrize(("kind", "stage"), [("factorized", 2), pytest.param("joint", 3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("beside", BESIDE)
 def test_it_goes_with(pair: Pool, solo: Pool, kind: str, stage: int, beside: str, tmp_path: Path) -> None:
     changes = BESIDE[beside]
@@ -260,7 +260,7 @@ def test_it_goes_with(pair: Pool, solo: Pool, kind: str, stage: int, beside: str
     assert_equal(pair(train_steps, run_settings(tmp_path / "2", kind, stage, 2, **changes), STEPS)[0], expected)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_in_bfloat16_it_stays_near_float32(
     pair: Pool, alone: Callable[..., dict[str, Any]], stage: int, tmp_path: Path
 ) -> None:

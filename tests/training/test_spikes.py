@@ -65,7 +65,7 @@ def test_warn_marks_a_spike_and_trains_on_it(pair: Pool, tmp_path: Path) -> None
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_skip_leaves_the_weights_of_all_ranks_alone(pair: Pool, stage: int, tmp_path: Path) -> None:
     ranks = pair(run_with_spike, data_for(tmp_path, "skip", zero_stage=stage), AT)
     for found in ranks:
@@ -96,6 +96,7 @@ def test_rewind_goes_back_to_the_checkpoint_and_leaves_the_samples_out(pair: Poo
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_checkpoint_on_its_way_is_the_one_that_a_rewind_goes_back_to(pair: Pool, tmp_path: Path) -> None:
     found = pair(run_with_spike_before_a_checkpoint_is_written, data_for(tmp_path, "rewind", steps=24), AT, 16)[0]
     assert [step for step, _ in found["positions"]] == [*range(1, AT + 1), *range(17, 25)]

@@ -149,7 +149,7 @@ def test_ranks_far_from_equal_work_are_refused_with_what_helps() -> None:
 def test_two_ranks_then_one_train_as_stated_global_batches_do_and_log_their_work(
     pair: Pool, solo: Pool, tmp_path: Path
 ) -> None:
-    stated = settings(tmp_path / "stated", train={"zero_stage": 1})
+    stated = settings(tmp_path / "stated", train={"zero_stage": 0})
     stated["data"]["buckets"] = [{**b, "global_batch": n} for b, n in zip(BUCKETS, (64, 128), strict=True)]
     whole = solo(run_recorded, stated)
     data = budgeted(tmp_path / "parts", tokens_per_micro_batch=480)

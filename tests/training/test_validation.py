@@ -84,7 +84,7 @@ def test_validation_losses_are_told_by_time_and_bucket_and_of_both_weights(solo:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_training_and_inference_agree_at_every_checkpoint_on_any_number_of_ranks(
     solo: Pool, pair: Pool, tmp_path: Path, stage: int
 ) -> None:
