@@ -140,7 +140,7 @@ def spend(config: Config, steps: int | None = None, budget: float | None = None)
     own, cost = optimizer_flops(config), {}
     for bucket in config.data.buckets:
         grid = token_grid(data.latents[bucket.key], config.model.patch_size, bucket.key, config.model.pad_latents)
-        found = model_cost(config.model, grid, data.text_tokens, token_routing=config.train.token_routing)
+        found = model_cost(config.model, grid, data.text_tokens, train=config.train)
         cost[bucket.key] = loader.step_size(bucket) * found.training_flops + own
     taken, flops, count = dict.fromkeys(loader.counts, 0), 0.0, 0
     while count != steps:

@@ -28,6 +28,7 @@ def check_early(plan: Plan, stages: Sequence[ResolvedStage]) -> None:
         if stage.after is not None:
             check_transition(by_name[stage.after], stage)
         check_evaluation(plan, stage)
+    _check_random_encoders(plan.extract.text_encoder)
     check_scores(plan)
 
 
@@ -66,51 +67,70 @@ def _check_text(stage: ResolvedStage, encoder: TextEncoderConfig | None) -> None
         )
 
 
+def _check_random_encoders(encoder: TextEncoderConfig | None) -> None:
+    """ConfigError: a byte_t5 whose sizes do not go together, or that memory does not hold."""
+    from stdit.encoders.byte_t5 import check_byte_t5
+
+    for one in () if encoder is None else encoder.encoders:
+        if one.byte_t5 is not None:
+            try:
+                check_byte_t5(one.byte_t5)
+            except ConfigError as error:
+                raise ConfigError(f"extraction.{error}") from error
+
+
 def check_evaluation(plan: Plan, stage: ResolvedStage) -> None:
-    """ConfigError where the plan's evaluation cannot work for a stage: sampler, splits, columns."""
+    """ConfigError where the plan's evaluation cannot work for a stage, whatever the clips are: its sampler."""
     evaluation = plan.evaluation
     if evaluation is None:
         return
+    from stdit.diffusion.guidance import check_channels
     from stdit.diffusion.schedulers import check_sampler
 
-    where = f"{stage.source}: evaluation"
     try:
         check_sampler(evaluation.sampler, stage.config.diffusion)
+        check_channels(evaluation.sampler.guidance_channels, stage.config.model.in_channels)
     except ValueError as error:
-        raise ConfigError(f"{where}.sampler: {error}") from error
-    model, metrics = stage.config.model, evaluation.metrics
-    if model.num_classes is not None and model.text_dim is None and metrics.class_column is None:
-        raise ConfigError(
-            f"{where}.metrics.class_column is null, but the stage is class-conditional (model.num_classes "
-            f"{model.num_classes}): its prompts need the class of held-out clips. Set class_column: class"
-        )
+        raise ConfigError(f"{stage.source}: evaluation.sampler: {error}") from error
 
 
 def check_scores(plan: Plan) -> None:
-    """ConfigError where a score that the plan names has other weights than those that define it."""
-    scores = None if plan.evaluation is None else plan.evaluation.scores
-    if scores is None or scores.scores is None:
+    """ConfigError where a score that the plan names has other weights than those that define it, or one that will be computed needs
+    more clips than are generated."""
+    if plan.evaluation is None or plan.evaluation.scores is None:
         return
     from stdit.evaluation.networks import MissingWeights, NetworkError, find_network
     from stdit.evaluation.scores import SPECS
 
-    for name in scores.scores:
-        if name in SPECS and SPECS[name].kind != "accuracy":
-            try:
-                find_network(SPECS[name].network, scores.networks)
-            except MissingWeights:
-                continue  # the score is skipped, with the reason
-            except NetworkError as error:
-                raise ConfigError(f"evaluation.scores: {name}: {error}") from error
+    scores, prompts = plan.evaluation.scores, plan.evaluation.prompts
+    least = {"inception_score": ("splits", scores.splits)}
+    least |= dict.fromkeys(("precision", "recall"), ("neighbors", scores.neighbors + 1))
+    for name in scores.scores or tuple(SPECS):
+        if name not in SPECS or SPECS[name].kind == "accuracy":
+            continue
+        try:
+            find_network(SPECS[name].network, scores.networks)
+        except MissingWeights:
+            continue  # the score is skipped, with the reason
+        except NetworkError as error:
+            if scores.scores is None:
+                continue  # likewise
+            raise ConfigError(f"evaluation.scores: {name}: {error}") from error
+        key, needed = least.get(SPECS[name].kind, ("two samples", 2 if SPECS[name].needs_reference else 1))
+        if prompts < needed:
+            raise ConfigError(
+                f"evaluation.scores: {name} ({key}) needs {needed} clips or more, but evaluation.prompts is {prompts}"
+            )
 
 
-def check_validation_split(plan: Plan) -> None:
-    """ConfigError where the manifest lacks the validation split, or a column, of the plan's evaluation, or has clips by URL, which
-    evaluation does not read."""
+def check_validation_split(plan: Plan, stages: Sequence[ResolvedStage]) -> None:
+    """ConfigError where the manifest lacks the validation split, a column, or clips of a stage's shape (with a class, if the stage is
+    class-conditional) for the plan's evaluation, has clips by URL, which evaluation does not read, or more than memory holds."""
     if plan.evaluation is None:
         return
     from stdit.data import manifest
-    from stdit.evaluation.validation_clips import check_columns
+    from stdit.evaluation.evaluator import check_memory
+    from stdit.evaluation.validation_clips import check_clips, check_columns
 
     config, source = plan.evaluation.metrics, manifest.read(plan.extract.manifest)
     check_columns(source, config)
@@ -124,6 +144,14 @@ def check_validation_split(plan: Plan) -> None:
             f"evaluation.metrics.validation_split {config.validation_split!r}: no clip of {plan.extract.manifest} is in "
             f"it; splits: {', '.join(map(str, source.splits))}"
         )
+    for stage in stages:
+        model = stage.config.model
+        classes = None if model.num_classes is None else "required" if model.text_dim is None else "optional"
+        try:
+            check_clips(source, config.validation_split, stage.largest, classes)
+            check_memory(config, source, stage.largest, plan.evaluation.prompts)
+        except ValueError as error:
+            raise ConfigError(f"{stage.source}: evaluation.metrics: {error}") from error
 
 
 def complete(plan: Plan, stages: Sequence[ResolvedStage]) -> list[ResolvedStage]:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from stdit.files import printable
+from stdit.files import exit_code, printable
 
 if TYPE_CHECKING:
     from stdit.evaluation.feature_cache import FeatureJob
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return score_command(config, FeaturePool(config.workers) if config.workers > 1 else None)
         except (ValueError, OSError, RuntimeError) as error:
             print(printable(f"evaluate: {error}"), file=sys.stderr)
-            return 2
+            return exit_code(error)
     workers = options.workers or 1
     generate = generate_videos if workers > 1 else generate_missing
     return run_command(options, generate, workers=workers)

@@ -57,15 +57,17 @@ class Forecast:
     where: str
     text_length: int
     parameters: int
+    trained: int
     flops: int
     memory: Memory
     sequence_parallel: int = 1
 
     def __str__(self) -> str:
         samples = sum(b.steps * b.samples_per_step for b in self.buckets)
+        trained = "" if self.trained == self.parameters else f" ({self.trained / 1e6:.2f} M trained)"
         lines = [
             f"stage {self.name}: {self.steps} steps, {self.ranks} ranks, {samples:,} samples, "
-            f"{self.parameters / 1e6:.2f} M parameters, {_si(self.flops)}FLOPs"
+            f"{self.parameters / 1e6:.2f} M parameters{trained}, {_si(self.flops)}FLOPs"
             + (f", captions of {self.text_length} tokens (mean)" if self.text_length else "")
         ]
         for b in self.buckets:
@@ -113,6 +115,7 @@ def forecast(
     schedule = BucketSchedule(source, config.data, data_ranks, config.train.gradient_accumulation)
     latents = {b.key: latent_shape(b, compression) for b in config.data.buckets}
     check_sequence_parallel(config, latents, ranks)
+    check_held_out(stage, source)
     everything = source.select(config.data.train_split, config.data.buckets)
     taken = dict.fromkeys(schedule.counts, 0)
     steps = dict.fromkeys(schedule.counts, 0)
@@ -121,7 +124,7 @@ def forecast(
         taken[bucket.key] += schedule.step_size(bucket)
         steps[bucket.key] += 1
     text = text_length if config.model.text_dim is not None else 0
-    buckets, flops, activations, parameters = [], 0, 0, 0
+    buckets, flops, activations, parameters, trained = [], 0, 0, 0, 0
     for bucket in config.data.buckets:
         batch, count, _ = schedule.micro_batches[bucket.key]
         try:
@@ -142,7 +145,7 @@ def forecast(
         )
         flops += steps[bucket.key] * size * cost.training_flops
         activations = max(activations, saved_bytes(own, batch, checkpointed))
-        parameters = cost.parameters
+        parameters, trained = cost.parameters, cost.trained
     return Forecast(
         name=stage.name,
         steps=config.train.steps,
@@ -153,10 +156,22 @@ def forecast(
         where=" and ".join(_condition(w) for w in config.data.where),
         text_length=text,
         parameters=parameters,
+        trained=trained,
         flops=flops,
-        memory=rank_memory(parameters, config.train, ranks, activations),
+        memory=rank_memory(trained, config.train, ranks, activations, parameters - trained),
         sequence_parallel=shared,
     )
+
+
+def check_held_out(stage: ResolvedStage, source: ClipIndex) -> None:
+    """ConfigError: the stage validates or draws samples, and its buckets hold no clip of the validation split."""
+    config, data = stage.config, stage.config.data
+    key = "validation.every" if config.validation.every else "samples.every" if config.samples.every else None
+    if key and not any(map(len, source.select(data.validation_split, data.buckets, data.where).values())):
+        raise ConfigError(
+            f"{stage.source}: {key}: no clip of split {data.validation_split!r} (data.validation_split) is in the stage's buckets, "
+            f"{', '.join(bucket.key for bucket in data.buckets)}"
+        )
 
 
 # ----------------------------------------------------------------------------------------- clips

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pipelines.workers import connect, disconnect
 from stdit.config import ConfigError, GenerateConfig
-from stdit.files import printable
+from stdit.files import exit_code, printable
 
 if TYPE_CHECKING:
     from stdit.generate import Job, Outcome
@@ -112,7 +112,7 @@ def generate_videos(config: GenerateConfig, progress: bool = True) -> tuple[list
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0: all generated; 1: some prompts failed; 2: the job could not run or continue."""
+    """Exit code 0: all generated; 1: some prompts failed, or the job could not continue; 2: a job that cannot be run."""
     from stdit.inference.prompts import arguments, settings
 
     options = arguments(__doc__).parse_args(argv)
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows, outcomes = generate_videos(config)
     except (ConfigError, ValueError, OSError, RuntimeError) as error:
         print(printable(f"generate_videos: {error}"), file=sys.stderr)
-        return 2
+        return exit_code(error)
     from stdit.generate import report
 
     return report(rows, outcomes, config.out)

@@ -21,6 +21,7 @@ from stdit.config import (
     CurateConfig,
     EvaluationConfig,
     ExtractConfig,
+    Fps,
     Frozen,
     InitConfig,
     LocalPath,
@@ -28,7 +29,9 @@ from stdit.config import (
     NonNegative,
     Positive,
     SamplerConfig,
+    Samples,
     ScoreConfig,
+    Seconds,
     Threads,
     Transition,
     Url,
@@ -109,7 +112,7 @@ class Stage(Frozen):
 class Evaluation(Frozen):
     """Generation and metrics after each stage, for captions of the held-out split (`metrics.validation_split`)."""
 
-    prompts: Positive = 100
+    prompts: Samples = 100
     """Number of captions."""
     seed: NonNegative = 0
     """Selects the captions; seed of the first video."""
@@ -117,9 +120,9 @@ class Evaluation(Frozen):
     """Scheduler, steps and guidance."""
     weights: Literal["ema", "model"] = "ema"
     """Weights to generate with."""
-    batch_size: Positive = 25
+    batch_size: Samples = 25
     """Videos per batch."""
-    fps: Positive | None = None
+    fps: Fps | None = None
     """Frames per second of the files. null: of most videos that the stage was trained on."""
     workers: Workers = 1
     """Ray actors that generate, each with one pipeline; 1: in the driver."""
@@ -145,7 +148,7 @@ class ElasticWorkers(Frozen):
     """With fewer, training waits."""
     max: Workers
     """More are not taken."""
-    check_every_s: Annotated[float, Field(gt=0)] = 300
+    check_every_s: Seconds = 300
     """Seconds between looks for nodes that have come, or come back; taking them restarts the stage from its newest checkpoint."""
 
     @model_validator(mode="after")

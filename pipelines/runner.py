@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import changes, checks, child, workers
-from pipelines.plan import Plan, ResolvedStage, available_cpus, resolve
+from pipelines.plan import Evaluation, Plan, ResolvedStage, available_cpus, resolve
 from pipelines.progress import Clock, StepLine
 from pipelines.record import Record, set_aside
 from stdit.config import ConfigError, EvaluateConfig, ReferenceConfig
@@ -223,10 +223,15 @@ class PlanRunner:
                 return
 
     def evaluate(self, stage: ResolvedStage) -> dict[str, Any] | None:
-        """Videos for held-out captions, and their metrics; what exists is kept. None: the plan has no evaluation."""
-        evaluation = self.plan.evaluation
-        if evaluation is None:
+        """Videos for held-out captions, and their metrics; what exists is kept. None: the plan has no evaluation. PlanFailed."""
+        if self.plan.evaluation is None:
             return None
+        try:
+            return self._evaluate(stage, self.plan.evaluation)
+        except ValueError as error:  # what could be known before was checked before (pipelines.checks)
+            raise PlanFailed(f"stage {stage.name}: evaluation: {error}") from error
+
+    def _evaluate(self, stage: ResolvedStage, evaluation: Evaluation) -> dict[str, Any]:
         name, before = f"{stage.name}/evaluation", self.previous(stage)
         self.clock.say(f"{name}: {evaluation.prompts} prompts of split {evaluation.metrics.validation_split!r}")
         start = time.monotonic()
@@ -308,7 +313,7 @@ class PlanRunner:
         self.prepare()
         self.curation()
         self.handle_changes()  # Again: the manifest is known now.
-        checks.check_validation_split(self.plan)
+        checks.check_validation_split(self.plan, self.stages)
         self.extraction()
         self.stages = checks.complete(self.plan, resolve(self.plan, self.path))  # as the features are now
         lines = checks.stage_lines(self.plan, self.stages)

@@ -22,7 +22,7 @@ from pipelines import plan as plans
 from pipelines.child import Terminated
 from pipelines.record import lock_run_dir
 from pipelines.runner import PlanFailed, PlanRunner
-from stdit.files import printable
+from stdit.files import exit_code, printable
 
 STOPPED = 75  # stdit.training.stopping.STOPPED.
 
@@ -45,7 +45,7 @@ def run_plan(
     stages = checks.complete(plan, resolved)
     checks.check_early(plan, stages)
     if plan.extract.has_manifest:
-        checks.check_validation_split(plan)
+        checks.check_validation_split(plan, stages)
     if only_forecast:
         print(printable("\n".join(checks.forecast_lines(plan, stages))), flush=True)
         return {}
@@ -88,14 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except workers.StageStopped as stopped:
         print(printable(stopped), file=sys.stderr)
         return STOPPED
-    except (RuntimeError, OSError) as error:
-        if not isinstance(error, workers.StageFailed | PlanFailed | OSError):
+    except (RuntimeError, OSError, ValueError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, workers.StageFailed | PlanFailed):
             print(printable(traceback.format_exc()), file=sys.stderr)
         print(printable(f"error: {error}"), file=sys.stderr)
-        return 1
-    except ValueError as error:  # ConfigError, ManifestError, ExtractionError: errors of the input.
-        print(printable(f"error: {error}"), file=sys.stderr)
-        return 2
+        return exit_code(error)
     except Terminated as signal:
         print(f"ended by {signal}; run the same command again to resume", file=sys.stderr)
         return 143

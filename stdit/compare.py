@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stdit.files import atomic_write, printable
+from stdit.files import atomic_write, exit_code, printable
 
 if TYPE_CHECKING:
     from stdit.evaluation.comparison import Curve, Pair, RunResults
@@ -256,7 +256,7 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0; 2: unusable folders, or scores of different protocols."""
+    """Exit code 0; 1: a file cannot be written; 2: unusable folders, or scores of different protocols."""
     options = arguments().parse_args(argv)
     try:
         if options.count < 0:
@@ -267,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{compare(options.runs, options.out, options.count)} is written")
     except (ValueError, OSError) as error:
         print(printable(f"compare: {error}"), file=sys.stderr)
-        return 2
+        return exit_code(error)
     return 0
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stdit.config import ConfigError, CurateConfig, load_config
-from stdit.files import FolderLock, printable
+from stdit.files import FolderLock, exit_code, printable
 
 # Imported late, so that --help answers at once.
 if TYPE_CHECKING:
@@ -70,13 +70,11 @@ def main(
 ) -> int:
     """Exit code 0: done; 1: too many bad files, nothing kept, or a write that failed; 2: unusable config or footage."""
     options = arguments(program).parse_args(argv)
-    from stdit.curation.curation import CurationError
-
     try:
         path = curate(load_config(options.config, CurateConfig, options.set))
     except (ValueError, OSError) as error:
         print(printable(f"error: {error}"), file=sys.stderr)
-        return 1 if isinstance(error, CurationError | OSError) else 2
+        return exit_code(error)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command again goes on", file=sys.stderr)
         return 130

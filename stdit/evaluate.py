@@ -18,22 +18,27 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stdit.config import (
     Bucket,
     ConfigError,
     EvaluateConfig,
     EvaluationConfig,
+    Frames,
     Frozen,
     GenerateConfig,
     NonNegative,
-    Positive,
+    Samples,
+    Width,
     apply_override,
     load_config,
     validate,
 )
-from stdit.files import atomic_write, check_writable, printable
+from stdit.files import atomic_write, check_writable, exit_code, printable
+
+if TYPE_CHECKING:
+    from stdit.inference.job import Source
 
 Generate = Callable[[GenerateConfig], object]
 
@@ -41,11 +46,11 @@ Generate = Callable[[GenerateConfig], object]
 class EvaluationPrompts(Frozen):
     """`count` held-out captions, chosen by `seed`, and the shape of the clips (default: the run's largest bucket)."""
 
-    count: Positive = 100
+    count: Samples = 100
     seed: NonNegative = 0
-    frames: Positive | None = None
-    height: Positive | None = None
-    width: Positive | None = None
+    frames: Frames | None = None
+    height: Width | None = None
+    width: Width | None = None
 
 
 def generate_missing(config: GenerateConfig) -> None:
@@ -74,27 +79,26 @@ def evaluate_run(
     """
     from stdit.evaluation.evaluator import evaluate_videos
     from stdit.evaluation.validation_clips import validation_prompts, write_prompts
+    from stdit.inference.job import find_source
 
     prompts = prompts or EvaluationPrompts()
-    shape = clip_shape(run, settings.get("weights", "ema"), prompts)
+    source = find_source(run, settings.get("weights", "ema"))
+    shape = clip_shape(source, prompts)
     file = out / "prompts.jsonl"
-    write_prompts(file, validation_prompts(manifest, prompts.count, shape, prompts.seed, config))
+    write_prompts(file, validation_prompts(manifest, prompts.count, shape, prompts.seed, config, source.classes))
     job = {**settings, **shape.model_dump(), "run": str(run), "prompts": str(file), "out": str(out / "videos")}
     generate(validate(job, GenerateConfig, f"evaluation of {run}"))
     return evaluate_videos(out / "videos", manifest, config, cache or out)
 
 
-def clip_shape(run: Path, weights: Any, prompts: EvaluationPrompts) -> Bucket:
+def clip_shape(source: Source, prompts: EvaluationPrompts) -> Bucket:
     """The shape of the clips: as configured, else of the largest bucket in training."""
-    from stdit.inference.job import find_source
-
-    largest = find_source(run, weights).largest
     shape = {
-        **(largest.model_dump() if largest else {}),
+        **(source.largest.model_dump() if source.largest else {}),
         **prompts.model_dump(include={"frames", "height", "width"}, exclude_none=True),
     }
     if missing := [key for key in ("frames", "height", "width") if key not in shape]:
-        raise ConfigError(f"{run}: a saved pipeline has no training buckets; set {', '.join(missing)}")
+        raise ConfigError(f"{source.path}: a saved pipeline has no training buckets; set {', '.join(missing)}")
     return Bucket(**shape)
 
 
@@ -218,7 +222,7 @@ def run_command(options: argparse.Namespace, generate: Generate, **settings: Any
         )  # fmt: skip
     except (ValueError, OSError) as error:
         print(printable(f"evaluate: {error}"), file=sys.stderr)
-        return 2
+        return exit_code(error)
     from stdit.evaluation.tables import metrics_table
 
     print(printable(metrics_table(results)))
@@ -228,7 +232,7 @@ def run_command(options: argparse.Namespace, generate: Generate, **settings: Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0: all runs evaluated; 1: some failed; 2: unusable arguments."""
+    """Exit code 0: all runs evaluated; 1: some failed, or a write did; 2: unusable arguments or input."""
     options = arguments().parse_args(argv)
     if options.config is None:
         return run_command(options, generate_missing)
@@ -236,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return score_command(evaluate_config(options))
     except (ValueError, OSError) as error:
         print(printable(f"evaluate: {error}"), file=sys.stderr)
-        return 2
+        return exit_code(error)
 
 
 if __name__ == "__main__":

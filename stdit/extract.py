@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stdit.config import ExtractConfig, load_config
-from stdit.files import printable
+from stdit.config import ConfigError, ExtractConfig, load_config
+from stdit.files import exit_code, printable
 
 # Imported late, so that --help answers at once.
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def plan_shards(config: ExtractConfig) -> ExtractionPlan:
     """Checks what can be checked without opening a clip, and divides the manifest into shards.
 
     Raises ManifestError: the manifest. ConfigError: an encoder that is not there, sizes that the
-    autoencoder's compression does not divide.
+    autoencoder's compression does not divide, a batch that memory does not hold.
     """
     from stdit.data.extraction import plan_extraction
     from stdit.encoders.text_loading import feature_identity
@@ -39,9 +39,25 @@ def plan_shards(config: ExtractConfig) -> ExtractionPlan:
     video = load_video_encoder(config.video_encoder)
     for bucket in config.buckets:
         video.check(bucket)
-    return plan_extraction(
+    plan = plan_extraction(
         config, _encoder_identities(video.identity, config.text_encoder and feature_identity(config.text_encoder))
     )
+    check_batch(config, plan.clips)
+    return plan
+
+
+def check_batch(config: ExtractConfig, clips: int) -> None:
+    """ConfigError: the decoded pixels of `batch_size` of the `clips`, in float32, are more than memory holds."""
+    from stdit.memory import gib, host_memory
+
+    most = min(config.batch_size, min(clips, config.clips_per_shard) * config.most_windows)
+    bucket = max(config.buckets, key=lambda b: b.frames * b.height * b.width)
+    needed, available = most * bucket.frames * bucket.height * bucket.width * 3 * 4, host_memory()
+    if needed > available:
+        raise ConfigError(
+            f"batch_size {config.batch_size}: the pixels of {most:,} clips of bucket {bucket.key} take {gib(needed)}; this machine has "
+            f"{gib(available)}. Lower batch_size, or leave the bucket out"
+        )
 
 
 def _encoder_identities(video: dict[str, Any], text: dict[str, Any] | None) -> dict[str, Any]:
@@ -180,10 +196,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report_error(error: Exception) -> int:
     """Prints why an extraction ended; its exit code: 2 for a config, manifest or folder that cannot be used, else 1."""
-    from stdit.data.extraction import ExtractionError
-
     print(printable(f"error: {error}"), file=sys.stderr)
-    return 1 if isinstance(error, OSError | ExtractionError) else 2
+    return exit_code(error)
 
 
 if __name__ == "__main__":

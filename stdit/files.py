@@ -111,6 +111,16 @@ def apply_umask(folder: Path) -> None:
             os.chmod(file, mode)
 
 
+class WorkFailed(ValueError):
+    """Work that was done, and whose result cannot be used. Other ValueErrors are input that cannot."""
+
+
+def exit_code(error: Exception) -> int:
+    """Of a command that ends by `error`: 2, input that cannot be used; 1, work that failed (a full disk, a lost store)."""
+    unusable = isinstance(error, ValueError) and not isinstance(error, WorkFailed)
+    return 2 if unusable or isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError) else 1
+
+
 def check_writable(folder: Path) -> None:
     """ValueError, naming it: no file could be created in `folder`, which need not exist yet. Nothing is left behind."""
     nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists() or p.is_symlink())

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from stdit.config import Config, ConfigError, TrainBucket, load_config
-from stdit.files import printable
+from stdit.files import exit_code, printable
 
 # Exit code of a try that ran out of memory.
 OUT_OF_MEMORY = 3
@@ -83,9 +83,9 @@ def take_steps(config: Config, key: str, size: int, memory: float | None) -> dic
     import torch
 
     from stdit.data.loader import Loader
+    from stdit.models.fine_tuning import add_trainable
     from stdit.models.stdit import STDiT
     from stdit.train import prepare
-    from stdit.training.adapters import add_trainable
     from stdit.training.data import open_data
     from stdit.training.ema import EMA
     from stdit.training.engine import Engine, init_distributed
@@ -103,7 +103,7 @@ def take_steps(config: Config, key: str, size: int, memory: float | None) -> dic
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     data = open_data(config)
     ranks = init_distributed()
-    model = add_trainable(STDiT.from_settings(config.model, config.seed), config)
+    model = add_trainable(STDiT.from_settings(config.model, config.seed), config.train, config.seed)
     engine = Engine(prepare(model, config, ranks.device), config, ranks)
     ema = EMA(engine.masters, config.train.ema)
     inputs = Inputs(config, data.video_encoder, ranks.device, data.empty_caption)
@@ -131,7 +131,7 @@ def available_memory() -> int:
     """Bytes that this process may still take."""
     import psutil
 
-    from stdit.models.cost import host_memory
+    from stdit.memory import host_memory
 
     return min(psutil.virtual_memory().available, host_memory())
 
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _find(config, own, args)
     except (ConfigError, RuntimeError, OSError) as error:
         print(printable(f"error: {error}"), file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return exit_code(error)
 
 
 def _try(config: Config, key: str, size: int, memory: float | None) -> int:

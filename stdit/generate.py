@@ -28,10 +28,11 @@ import numpy as np
 import torch
 
 from stdit.config import Bucket, LoRASource, SamplerConfig
+from stdit.config.identity import FrameSampling
 from stdit.data.decoding import open_clip
-from stdit.data.transforms import resize_crop
+from stdit.data.transforms import frame_indices, frame_step, resize_crop
 from stdit.diffusion.randomness import seed_for
-from stdit.files import atomic_path, atomic_write, printable
+from stdit.files import atomic_path, atomic_write, exit_code, printable
 from stdit.inference.job import MANIFEST, MOVING, SHEET, Job, job_from_config, open_job
 from stdit.inference.parallel import launched_ranks
 from stdit.inference.pipeline import STDiTPipeline, STDiTPipelineOutput
@@ -181,21 +182,30 @@ def _read_frames(path: Path | str | None, shape: Bucket, most: int) -> np.ndarra
 
 
 def _control(pipe: STDiTPipeline, some: Sequence[Item]) -> dict[str, Any]:
-    """Control conditions of these items: images, repeated over time where another item's is a video.
-
-    Of a video that is longer the first frames, as training takes them.
-    """
+    """Control conditions of these items: images, repeated over time where another item's is a video."""
     if pipe.control is None:
         return {}
     shape, clips = some[0].shape, []
     for item in some:
-        clip = _read_frames(path := item.prompt.extra["control"], shape, shape.frames)
-        if len(clip) not in (1, shape.frames):
-            raise ValueError(f"{path} has {len(clip)} frames; give {shape.frames} or more, as the video has, or 1")
-        clips.append(clip)
+        clips.append(_read_control(item.prompt.extra["control"], shape, pipe.frame_sampling))
     if all(len(clip) == 1 for clip in clips):
         return {"control_image": np.concatenate(clips)}
     return {"control_video": [clip.repeat(shape.frames // len(clip), 0) for clip in clips]}
+
+
+def _read_control(path: Path | str, shape: Bucket, sampling: FrameSampling) -> np.ndarray:
+    """A control image or video (1 or T, H, W, 3) in 0 to 1: of a video the frames that extraction takes of a clip of its length; one
+    that is as long as what is generated is taken as it is. ValueError: one that is too short."""
+    with open_clip(path, "pyav") as reader:
+        count, indices = reader.frame_count, range(reader.frame_count)
+        if count not in (1, shape.frames):
+            step = frame_step(reader.fps, sampling.frame_stride, sampling.target_fps)
+            try:
+                indices = frame_indices(count, shape.frames, step, sampling.clip_window)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}; give so many, {shape.frames}, or 1") from error
+        frames = reader.get(indices)
+    return resize_crop(frames, shape.height, shape.width) / 255
 
 
 def _notes(pipe: STDiTPipeline, some: Sequence[Item]) -> list[Outcome]:
@@ -316,8 +326,8 @@ def run_groups(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line, in one process or on every rank of a launcher. Exit code 0: all generated; 1: some prompts failed;
-    2: nothing was done."""
+    """The command line, in one process or on every rank of a launcher. Exit code 0: all generated; 1: some prompts failed, or
+    a file could not be written; 2: a job that cannot be run, nothing was done."""
     options = arguments(__doc__).parse_args(argv)
     try:
         config = settings(options)
@@ -328,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, checkpoint.CheckpointError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(printable(f"stdit.generate: {error}"), file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, checkpoint.CheckpointError) else exit_code(error)
     if not ranks.is_main:
         return int(any(row["file"] is None for row in rows))
     return report(rows, outcomes, job.out)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from stdit.config import ConfigError, Url, parse_location
 from stdit.config.location import hide_credentials
-from stdit.files import atomic_write, printable
+from stdit.files import atomic_write, exit_code, printable
 
 if TYPE_CHECKING:
     from stdit.data.probe import BucketProposal, Probe, ProbedClip
@@ -293,7 +293,7 @@ def arguments(prog: str = "stdit init") -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0: written; 2: nothing was written."""
+    """Exit code 0: written; 1: a file cannot be written; 2: unusable arguments or clips, nothing was written."""
     parser = arguments()
     options = parser.parse_args(argv)
     for name in ("max_pixels", "max_frames", "steps"):
@@ -303,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = init(Choices(**vars(options)))
     except (ValueError, OSError) as error:
         print(printable(f"stdit init: {error}"), file=sys.stderr)
-        return 2
+        return exit_code(error)
     print(printable("\n".join(lines)))
     print(printable(f"next: stdit train-stages --plan {options.out}/plan.yaml"))
     return 0

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stdit.config import Config, ConfigError, ModelConfig, apply_override, load_config, validate
-from stdit.files import atomic_write, printable
+from stdit.files import atomic_write, exit_code, printable
 
 if TYPE_CHECKING:
     from stdit.training.scaling_law import Point, ScalingLaw
@@ -276,13 +276,13 @@ def arguments(prog: str = "stdit plan-compute") -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0; 2: what cannot be used; else that of the run that did not end (75: the same command goes on)."""
+    """Exit code: 0; 1: a file cannot be written; 2: what cannot be used; else that of the run that did not end (75: the same command goes on)."""
     args = arguments().parse_args(argv)
     try:
         return plan(args, train_run)
     except (ConfigError, ValueError, OSError) as error:
         print(printable(f"error: {error}"), file=sys.stderr)
-        return 2
+        return exit_code(error)
 
 
 def plan(args: argparse.Namespace, run: Callable[[Rung, int], int]) -> int:

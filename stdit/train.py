@@ -193,8 +193,8 @@ def prepare(model: Any, config: Config, device: torch.device, parallel: Sequence
     compilation."""
     import torch
 
+    from stdit.models.fine_tuning import submodels
     from stdit.ops import onednn
-    from stdit.training.adapters import submodels
 
     # Global in torch, so it is set for every run.
     torch.set_float32_matmul_precision(config.train.matmul_precision)

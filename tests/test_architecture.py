@@ -22,6 +22,7 @@ LEVELS = {
     "stdit.files": -1,
     "stdit.metrics_log": 0.1,
     "stdit.integrity": 0.1,
+    "stdit.memory": 0.1,
     "stdit.fonts": 0.25,
     "stdit.media": 0.5,
     "stdit.arguments": 0.5,

@@ -18,7 +18,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from stdit import extract
+from stdit import extract, memory
 from stdit.config import ConfigError, ExtractBucket, ExtractConfig, VideoEncoderConfig, Where, dump
 from stdit.data import extractor as room
 from stdit.data import records
@@ -81,6 +81,27 @@ def test_every_clip_is_kept_or_dropped_or_bad_with_its_reason(tmp_path: Path) ->
     assert sum(sum(splits.values()) for splits in told["kept_by_bucket"].values()) == 12
     assert told["captions_cut"] == 6  # of CAPTIONS the German one, long in bytes, and the long one
     assert set(features.rows["path"].to_pylist()) == {row["path"] for row in [*made[1:12], made[-1]]}
+
+
+def test_null_captions_of_a_jsonl_manifest_are_counted_and_told(tmp_path: Path, capsys) -> None:
+    made = rows(tmp_path, 4)
+    made[0]["caption"], made[2]["caption"] = None, ""  # an empty one is a caption
+    config = clip_folder.config(tmp_path, made)
+    extract.run(config)
+    told = report(config)
+    assert (told["uncaptioned"], told["uncaptioned_clips"]) == (1, [made[0]["path"]])
+    assert f"captions: 1 clips have none: {made[0]['path']}" in capsys.readouterr().err
+
+
+def test_a_batch_of_clips_that_memory_does_not_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = clip_folder.config(tmp_path, rows(tmp_path, 4), batch_size=1_000_000, clips_per_shard=4)
+    bucket = max(config.buckets, key=lambda b: b.frames * b.height * b.width)
+    needed = 4 * bucket.frames * bucket.height * bucket.width * 3 * 4
+    monkeypatch.setattr(memory, "host_memory", lambda: needed)
+    extract.plan_shards(config)
+    monkeypatch.setattr(memory, "host_memory", lambda: needed - 1)
+    with pytest.raises(ConfigError, match=rf"batch_size 1000000: the pixels of 4 clips of bucket {bucket.key} take"):
+        extract.plan_shards(config)
 
 
 @pytest.mark.parametrize("stated", [True, False])

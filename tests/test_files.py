@@ -14,11 +14,13 @@ from safetensors.numpy import save_file
 from stdit.files import (
     MAX_WORD,
     FolderLock,
+    WorkFailed,
     atomic_folder,
     atomic_path,
     atomic_write,
     check_writable,
     describe_failed_write,
+    exit_code,
     fingerprint_files,
     printable,
     read_json,
@@ -212,6 +214,17 @@ def test_a_place_that_cannot_be_written_is_named_before_anything_is(tmp_path: Pa
         check_writable(tmp_path / "file" / "folder")
     with pytest.raises(ValueError, match="cannot be written to"):
         check_writable(Path("/proc/stdit"))
+
+
+def test_exit_codes_tell_unusable_input_from_failed_work() -> None:
+    for error in (ValueError("a"), FileNotFoundError(2, "none"), NotADirectoryError(20, "file")):
+        assert exit_code(error) == 2
+    for error in (
+        WorkFailed("too many bad clips"),
+        OSError(28, "No space left on device"),
+        RuntimeError("a rank died"),
+    ):
+        assert exit_code(error) == 1
 
 
 def test_a_failed_write_names_the_file_systems_own_error(tmp_path: Path) -> None:

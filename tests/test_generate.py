@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ from stdit import generate as generation
 from stdit.config import Bucket, ConfigError, DiffusionConfig, GenerateConfig, SamplerConfig, default_bucket
 from stdit.data.decoding import open_clip
 from stdit.generate import Prompt, generate, job_from_config, noise_seed, read_prompts
+from stdit.inference import job
 from stdit.inference.pipeline import STDiTPipeline, STDiTPipelineOutput
 from stdit.inference.prompts import SLUG_LENGTH, items, slug
 from stdit.media import write_clip
@@ -488,6 +490,39 @@ def test_prompts_come_as_text_or_json_lines(tmp_path: Path) -> None:
     found = read_prompts(tmp_path / "p.jsonl")
     assert found == [Prompt("a", "7", 3, "x", {"direction": "left"}), Prompt("", 0), Prompt("")]
     assert found[0].row() == rows[0]
+
+
+def test_a_file_of_prompts_that_never_ends_is_refused_at_once(tmp_path: Path) -> None:
+    for suffix in (".txt", ".jsonl"):
+        os.mkfifo(tmp_path / f"pipe{suffix}")
+        (tmp_path / f"zero{suffix}").symlink_to("/dev/zero")
+        for name in (f"pipe{suffix}", f"zero{suffix}"):
+            with pytest.raises(ValueError, match=f"{name}: cannot be read .*not a regular file"):
+                read_prompts(tmp_path / name)
+
+
+def test_a_job_of_more_videos_than_a_list_holds_is_refused() -> None:
+    message = r"2 prompts with videos_per_prompt 600,000 are 1,200,000 videos; a job has at most 1,000,000"
+    with pytest.raises(ValueError, match=message):
+        items([Prompt("a"), Prompt("b")], 600_000, SHAPE, 8.0)
+
+
+def test_overwriting_in_a_place_that_cannot_be_written_removes_nothing(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {"prompts": PROMPTS[:1], "shape": SHAPE, "sampler": SAMPLER}
+    out = generation.open_job(runs["text"], out=tmp_path / "out", **asked).out
+    name = json.loads((out / "request.json").read_text())["files"][0]
+    (out / name).write_bytes(b"a video")
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+
+    def refuse(folder: Path) -> None:
+        raise ValueError(f"{folder}: cannot be written to (Read-only file system)")
+
+    monkeypatch.setattr(job, "check_writable", refuse)
+    with pytest.raises(ValueError, match="cannot be written to"):
+        generation.open_job(runs["text"], out=out, **(asked | {"sampler": SamplerConfig(steps=3)}), overwrite=True)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
 @pytest.mark.parametrize(

@@ -15,23 +15,23 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from stdit.config.base import Count, Frozen, Positive
+from stdit.config.base import Count, Frames, Frozen, Positive, Width
 from stdit.config.load import ConfigError, validate
 
 
 class AutoBuckets(Frozen):
     """Buckets of one area or several: its sizes in `aspects` aspect ratios, each with all lengths."""
 
-    area: Positive | Annotated[tuple[Positive, ...], Field(min_length=1)]
+    area: Positive | Annotated[tuple[Positive, ...], Field(min_length=1, max_length=64)]
     """Pixels of a frame, height * width, at most; sizes come as near to it as `multiple_of` allows. A list: sizes of each area."""
-    frames: Annotated[tuple[Annotated[int, Field(gt=0, le=1_000_000)], ...], Field(min_length=1)] = (1,)
+    frames: Annotated[tuple[Frames, ...], Field(min_length=1, max_length=256)] = (1,)
     """Lengths; 1 for images."""
     aspects: Count = 9
     """Aspect ratios, at equal steps of their logarithm from 1 : max_aspect to max_aspect : 1. With the defaults 9:16, 3:4, 1:1, 4:3,
     16:9 and one between each two. Those that have the same nearest size are one."""
     max_aspect: Annotated[float, Field(ge=1, le=100)] = 16 / 9
     """Largest ratio of the longer to the shorter side."""
-    multiple_of: Positive = 16
+    multiple_of: Width = 16
     """Heights and widths are multiples of this, px: the autoencoder's compression times the model's patch size, or a multiple of that."""
 
     @model_validator(mode="after")

@@ -15,6 +15,12 @@ Width = Annotated[int, Field(gt=0, le=65_536)]
 Count = Annotated[int, Field(gt=0, le=1024)]
 Table = Annotated[int, Field(gt=0, le=10_000_000)]
 Scale = Annotated[float, Field(gt=0, le=10_000)]
+Frames = Annotated[int, Field(gt=0, le=1_000_000)]
+Fps = Annotated[float, Field(gt=0, le=1000)]
+# Clips, videos or captions of which a list is made.
+Samples = Annotated[int, Field(gt=0, le=1_000_000)]
+# Optimizer steps: a forecast counts them one by one.
+Steps = Annotated[int, Field(gt=0, le=10_000_000)]
 NonNegative = Annotated[int, Field(ge=0)]
 # Beyond these a number in a config is a slip of the hand; seeds have 63 bits.
 MAX_INT, MAX_FLOAT = 2**63 - 1, 1e12
@@ -54,6 +60,7 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 # A time-out beyond it overflows what it is handed to.
 MAX_SECONDS = 1e8
+Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
 # More threads of a process, or processes on one machine, are a slip of the hand; starting them ends the process.
 MAX_THREADS, MAX_WORKERS = 1024, 4096
 Threads = Annotated[int, Field(gt=0, le=MAX_THREADS)]

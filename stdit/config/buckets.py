@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from pydantic import Field, model_validator
 
-from stdit.config.base import Frozen, Positive, Share, Width
+from stdit.config.base import Fps, Frames, Frozen, Positive, Share, Width
 from stdit.config.load import ConfigError
 
 
 class Bucket(Frozen):
     """A clip shape in pixels. A batch holds clips of one bucket."""
 
-    frames: Annotated[int, Field(gt=0, le=1_000_000)]
+    frames: Frames
     """Frames of a clip; 1 for images."""
     height: Width
     """Height in pixels."""
@@ -40,9 +40,9 @@ class ExtractBucket(Bucket):
 
     keep_probability: Share = 1.0
     """Share of the clips fitting this bucket that it keeps; the others go to the next bucket that they fit."""
-    min_fps: float | None = Field(default=None, gt=0, le=1000)
+    min_fps: Fps | None = None
     """Lowest frame rate of videos that go here, after `frame_stride` or `target_fps`. null: any."""
-    max_fps: float | None = Field(default=None, gt=0, le=1000)
+    max_fps: Fps | None = None
     """Highest frame rate of videos that go here. null: any."""
 
     @model_validator(mode="after")

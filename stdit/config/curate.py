@@ -6,7 +6,18 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from stdit.config.base import MAX_SECONDS, Count, Frozen, NonNegative, Positive, Share, Threads, Workers
+from stdit.config.base import (
+    MAX_SECONDS,
+    Count,
+    Frozen,
+    NonNegative,
+    Positive,
+    Seconds,
+    Share,
+    Threads,
+    Width,
+    Workers,
+)
 from stdit.config.data import Where
 from stdit.config.location import LocalPath
 
@@ -22,9 +33,9 @@ class CutsConfig(Frozen):
     """Dissolves and fades: frames that the classifier gives at least this probability. 1: they are not looked for."""
     margin_frames: NonNegative = 2
     """Frames that a clip loses at each cut."""
-    min_seconds: float = Field(default=1.0, ge=0)
+    min_seconds: float = Field(default=1.0, ge=0, le=MAX_SECONDS)
     """Shorter clips are dropped (`too_short`)."""
-    max_seconds: float = Field(default=20.0, gt=0)
+    max_seconds: Seconds = 20.0
     """Longer shots are divided evenly."""
 
     @model_validator(mode="after")
@@ -47,7 +58,7 @@ class ScorerConfig(Frozen):
     Ours: stdit.curation.scorers.aesthetic:Aesthetic, .similarity:Similarity, .safety:Safety, .ocr:TextOnScreen."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Arguments of a class, such as the path of its weights."""
-    frames: Positive = 4
+    frames: Count = 4
     """Frames of each clip that it is shown, evenly spread."""
     version: str = ""
     """Change it to have all clips scored again; a change of `settings` or of the module's VERSION does so too."""
@@ -82,11 +93,11 @@ class CaptionServer(Frozen):
     """Environment variable that holds the key."""
     concurrency: Threads = 8
     """Requests at a time."""
-    timeout_s: float = Field(default=120.0, gt=0, le=MAX_SECONDS)
+    timeout_s: Seconds = 120.0
     """Seconds after which a request is given up."""
     attempts: Count = 5
     """Attempts for each clip: after 429, 5xx, a lost connection, a time-out or an answer that is no completion."""
-    backoff_s: float = Field(default=1.0, ge=0)
+    backoff_s: float = Field(default=1.0, ge=0, le=3600)
     """Wait before the second attempt, doubled for each further one, unless the server states one (Retry-After)."""
 
 
@@ -107,13 +118,13 @@ class CaptionConfig(Frozen):
     """`module:function` in place of `path`: clip -> text."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Precision of the model at `path`."""
-    frames: Positive = 4
+    frames: Count = 4
     """Frames that the model is shown, evenly spread."""
-    max_side: Positive = 512
+    max_side: Width = 512
     """Longer side of these frames, px; larger ones are shrunk."""
-    batch_size: Positive = 8
+    batch_size: Count = 8
     """Clips per call of the model."""
-    max_new_tokens: Positive = 256
+    max_new_tokens: Width = 256
     """Length limit of an answer."""
     min_words: Positive = 3
     """A shorter answer is none (`short`)."""
@@ -163,7 +174,7 @@ class CurateConfig(Frozen):
     """Selects the validation files."""
     workers: Workers = 1
     """Processes that analyse footage (Ray actors under `pipelines.curate_clips`)."""
-    stall_timeout_s: float = Field(default=60.0, gt=0, le=MAX_SECONDS)
+    stall_timeout_s: Seconds = 60.0
     """Seconds without a frame after which a file is given up; the clips before that are kept."""
     max_bad_share: Share = 0.2
     """Share of the files that may be unusable before curation is an error."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stdit.config.base import Frozen, NonNegative, Positive, Share, Threads, Workers
+from stdit.config.base import Count, Frozen, NonNegative, Samples, Share, Steps, Threads, Workers
 from stdit.config.location import LocalPath
 
 # Scores by name; stdit/evaluation/scores.py defines each.
@@ -38,15 +38,15 @@ class EvaluationConfig(Frozen):
     """Least displacement of the centroid, as a fraction of the shorter side; below it the direction is `none`."""
     crop: Literal["foreground", "frame"] = "foreground"
     """Input of the classifier: `foreground`, what differs from the border colour, centred and scaled; `frame`, all of it."""
-    real_clips: Positive = 512
+    real_clips: Samples = 512
     """Largest number of held-out clips in the reference."""
-    classifier_frames: Positive = 4096
+    classifier_frames: Samples = 4096
     """Largest number of frames that the classifier is trained on, one of each clip."""
-    classifier_steps: Positive = 400
+    classifier_steps: Steps = 400
     """Optimizer steps of the classifier."""
     classifier_seed: NonNegative = 0
     """Seed of the classifier's initialisation, batches and frames."""
-    classifier_size: Annotated[int, Field(ge=8, multiple_of=4)] = 16
+    classifier_size: Annotated[int, Field(ge=8, le=256, multiple_of=4)] = 16
     """Input size of the classifier in pixels."""
 
 
@@ -92,13 +92,13 @@ class ScoreConfig(Frozen):
     """Resamples of the 95 % intervals."""
     seed: NonNegative = 2020
     """Seed of subsets, splits and resamples (2020: torch-fidelity's)."""
-    kid_subsets: Positive = 100
+    kid_subsets: Annotated[int, Field(gt=0, le=10_000)] = 100
     """Pairs of subsets of KID."""
-    kid_subset_size: Annotated[int, Field(ge=2)] = 1000
+    kid_subset_size: Annotated[int, Field(ge=2, le=10_000)] = 1000
     """Samples of each; fewer where there are fewer."""
-    neighbors: Positive = 3
+    neighbors: Count = 3
     """Neighbours of precision and recall."""
-    splits: Positive = 10
+    splits: Count = 10
     """Parts of the Inception Score."""
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from stdit.config.auto_buckets import AutoEntry, expand_buckets
-from stdit.config.base import MAX_SECONDS, Count, Frozen, NonNegative, Positive, Share, Width, Workers
+from stdit.config.base import Count, Fps, Frames, Frozen, NonNegative, Samples, Seconds, Share, Width, Workers
 from stdit.config.buckets import ExtractBucket, unique_buckets
 from stdit.config.data import CacheConfig, Where
 from stdit.config.location import LocalPath, Location, Url
@@ -27,7 +27,7 @@ class VideoEncoderConfig(Frozen):
     """Kind pixels: 1 (luma) or 3 (RGB)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the autoencoder and of the stored latents."""
-    frames_at_once: Positive = 16
+    frames_at_once: Frames = 16
     """Kind image: frames encoded or decoded per forward pass."""
 
     @model_validator(mode="after")
@@ -141,10 +141,10 @@ class WindowsConfig(Frozen):
     """Samples of a long clip: windows of as many frames as its bucket has, from the clip's beginning, or around its middle
     (`clip_window`)."""
 
-    stride: Positive
+    stride: Frames
     """Frames from the beginning of one window to the next, of those that frame_stride or target_fps leave. As many as a bucket has:
     its windows adjoin; fewer: they overlap."""
-    max: Annotated[int, Field(gt=0, le=1_000_000)] = 8
+    max: Frames = 8
     """Windows of a clip at most."""
 
 
@@ -177,20 +177,20 @@ class ExtractConfig(Frozen):
     """The text encoder. null: no text features (class-conditional or unconditional training)."""
     decoder: Literal["auto", "decord", "pyav"] = "auto"
     """Video decoder. auto: decord, and PyAV for what decord cannot read reliably."""
-    decode_timeout_s: float = Field(default=60.0, gt=0, le=MAX_SECONDS)
+    decode_timeout_s: Seconds = 60.0
     """Seconds after which decoding of a clip is given up."""
     clip_window: Literal["first", "center"] = "first"
     """Which frames of a clip longer than its bucket are taken."""
     windows: WindowsConfig | None = None
     """Several samples of a clip that is longer than its bucket. null: one."""
-    frame_stride: Positive = 1
+    frame_stride: Frames = 1
     """Take every n-th frame; the frame rate is divided by n."""
-    target_fps: float | None = Field(default=None, gt=0, le=1000)
+    target_fps: Fps | None = None
     """Take frames at this rate, of videos of any higher one; slower videos are dropped. null: at the videos' own rates,
     which a bucket's `min_fps` and `max_fps` can keep apart."""
-    clips_per_shard: Positive = 512
+    clips_per_shard: Samples = 512
     """Clips per shard, the unit of work and of resuming."""
-    batch_size: Positive = 16
+    batch_size: Samples = 16
     """Clips per forward pass of the autoencoder, captions per forward pass of the text encoder."""
     max_bad_share: Share = 0.05
     """Share of the clips that may fail to decode before extraction is an error."""

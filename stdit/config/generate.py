@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stdit.config.base import Frozen, Positive, Threads, Width, Workers
+from stdit.config.base import Fps, Frames, Frozen, Positive, Samples, Threads, Width, Workers
 from stdit.config.location import LocalPath
 
 
@@ -36,7 +36,7 @@ class GenerateConfig(Frozen):
     """Text (.txt), one prompt per line; or JSONL with prompt, class, seed, name, sizes, image (docs/data.md)."""
     out: LocalPath
     """Folder for the videos, the manifest and the contact sheet."""
-    frames: Annotated[int, Field(gt=0, le=1_000_000)] | None = None
+    frames: Frames | None = None
     """Number of frames; 1 makes images. null: of the largest video bucket that the run was trained on, or of the largest
     image bucket where it has none."""
     height: Width | None = None
@@ -51,12 +51,12 @@ class GenerateConfig(Frozen):
     """Classifier-free guidance scale; 1 is no guidance."""
     guidance_channels: Positive | None = None
     """Number of latent channels that are guided, from the first."""
-    videos_per_prompt: Positive = 1
+    videos_per_prompt: Samples = 1
     """Videos for each prompt, from consecutive seeds."""
-    fps: float | None = Field(default=None, gt=0, le=1000)
+    fps: Fps | None = None
     """Frames per second: of the files, and the condition of models with an fps micro-condition. null: that of most videos
     that the run was trained on; 8 where that is not known."""
-    batch_size: Positive = 8
+    batch_size: Samples = 8
     """Videos sampled at a time. Batches are cut from the file of prompts, so the same settings give the same videos."""
     workers: Workers = 1
     """Pipelines that sample in parallel (under Ray)."""

@@ -46,6 +46,14 @@ class VideoIdentity(FileSchema):
         return self
 
 
+class FrameSampling(FileSchema):
+    """Which frames of a clip an extraction took: keys of ExtractConfig."""
+
+    frame_stride: Positive = 1
+    target_fps: float | None = None
+    clip_window: Literal["first", "center"] = "first"
+
+
 class SyntheticTextIdentity(FileSchema):
     """Of synthetic captions, which no encoder reads."""
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from stdit.config.base import MAX_SECONDS, Count, Frozen, NonNegative, Positive, Share, Width
+from stdit.config.base import Count, Frozen, NonNegative, Positive, Samples, Seconds, Share, Steps, Width
 from stdit.config.buckets import Bucket, MicroBatches, TrainBucket
 from stdit.config.data import DataConfig
 from stdit.config.diffusion import DiffusionConfig, FrameConditioningConfig, SamplerConfig
@@ -132,7 +132,7 @@ class ProfileConfig(Frozen):
 class TrainConfig(Frozen):
     """Training loop, optimizer, precision, parallelism, checkpoints and logging."""
 
-    steps: Positive
+    steps: Steps
     """Optimizer steps."""
     lora: LoRAConfig | None = None
     """Train LoRA adapters. null here and in `control`: all weights are trained."""
@@ -216,7 +216,7 @@ class TrainConfig(Frozen):
     spike; the first 20 are none."""
     max_rewinds: NonNegative = 3
     """Rewinds of one run; one more ends it."""
-    step_timeout_s: float = Field(default=1800, gt=0, le=MAX_SECONDS)
+    step_timeout_s: Seconds = 1800
     """Seconds that a step may take, with its validation, and a save without any of its files changing: a rank that takes
     longer hangs, prints its stack and ends the run with exit code 75."""
 
@@ -239,7 +239,7 @@ class ValidationConfig(Frozen):
 
     every: Positive | None = None
     """Steps between validations; null: none."""
-    samples: Positive = 64
+    samples: Samples = 64
     """Number of clips."""
     times: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     """Timesteps, in (0, 1), at which each clip's loss is taken; losses are also logged by timestep and by bucket."""

@@ -33,7 +33,7 @@ from stdit.curation.sources import Source, find_sources, make_links, stale_links
 from stdit.curation.work import SCORED_AT_ONCE, Mapper, Task
 from stdit.data.filters import passing, satisfies
 from stdit.data.manifest import RESERVED_COLUMNS, STANDARD_COLUMNS, crop_text
-from stdit.files import atomic_path, atomic_write
+from stdit.files import WorkFailed, atomic_path, atomic_write
 
 MANIFEST, REPORT, CLIPS, PAGE = "manifest.jsonl", "report.json", "clips.parquet", "curation.html"
 # Raised when the same numbers would be cut or compared in another way.
@@ -75,7 +75,7 @@ def read_report(out: Path) -> dict[str, Any]:
     return read_json(out / REPORT, CurationReport)
 
 
-class CurationError(ValueError):
+class CurationError(WorkFailed):
     """A curation whose result cannot be used. report.json has been written and says why."""
 
 

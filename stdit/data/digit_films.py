@@ -21,7 +21,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter, zoom
 
 from stdit.data.digits import DIRECTIONS
-from stdit.files import atomic_write
+from stdit.files import atomic_write, exit_code
 from stdit.media import write_video
 
 FORMAT = 1
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         films = make_films(options.out, options.seed)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return exit_code(error)
     print(f"{options.out / 'films'}: {len(films)} films, {sum(map(len, films.values()))} shots, 2 images")
     return 0
 

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from stdit.data import manifest
-from stdit.files import atomic_write, printable
+from stdit.files import atomic_write, exit_code, printable
 from stdit.media import write_clip
 
 # Raised when the same options would give other files.
@@ -385,7 +385,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = make_digits(given.out, options, overwrite=given.overwrite, workers=given.workers, progress=True)
     except (ValueError, OSError) as error:
         print(printable(f"error: {error}"), file=sys.stderr)
-        return 1
+        return exit_code(error)
     clips = manifest.read(path)
     print(f"{path}: {len(clips)} clips, {', '.join(f'{count} {split}' for split, count in clips.splits.items())}")
     return 0

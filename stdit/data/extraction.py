@@ -38,7 +38,7 @@ from stdit.data.filters import check_where, passes
 from stdit.data.manifest import read
 from stdit.data.object_cache import ObjectCache
 from stdit.data.records import ReportTotals, ShardSpec
-from stdit.files import atomic_path, atomic_write, check_writable, seal, sha256
+from stdit.files import WorkFailed, atomic_path, atomic_write, check_writable, seal, sha256
 
 SETTINGS = "extraction.json"
 # A clip that keeps less of its pictures than this is mentioned at the end.
@@ -105,7 +105,7 @@ class ExtractionReport(FileSchema):
     missing_parts: NonNegative
 
 
-class ExtractionError(ValueError):
+class ExtractionError(WorkFailed):
     """An extraction whose result cannot be used. report.json has been written and says why."""
 
 

@@ -48,7 +48,7 @@ from stdit.config import (
     latent_shape,
     parse_location,
 )
-from stdit.config.identity import TextIdentity, VideoIdentity
+from stdit.config.identity import FrameSampling, TextIdentity, VideoIdentity
 from stdit.data.filters import passing
 from stdit.data.object_cache import ObjectCache, ReadAhead
 from stdit.data.objects import (
@@ -306,6 +306,12 @@ class FeatureSet:
                 f"{path}: the empty caption is not what was written (sha256 {digest[:12]}…, {INDEX} says {place['sha256'][:12]}…); {REMEDY}"
             )
         return EmptyCaption(**{name: tensor.float() for name, tensor in found.items()})
+
+    @property
+    def frame_sampling(self) -> FrameSampling:
+        """Which frames of a clip were taken."""
+        config = self.index["config"]
+        return FrameSampling(**{key: config[key] for key in FrameSampling.model_fields if key in config})
 
     @property
     def has_control(self) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 
 from stdit.config import Bucket, ConfigError, DataConfig, TrainBucket, Url, Where
 from stdit.config.diff import changes
+from stdit.config.identity import FrameSampling
 from stdit.data.features import ORIGINAL, EmptyCaption, FeatureFacts, FeatureSet, Sample, ShardReadAhead, feature_facts
 from stdit.data.manifest import in_label_order
 from stdit.data.object_cache import ReadAhead
@@ -63,6 +64,12 @@ class Mixture:
         rates = [rate for features in self.sets for rate in features.rows["fps"].to_pylist()]
         buckets = [Bucket.parse(key) for key in self.index["buckets"]]
         return feature_facts(self.video_encoder, self.text_encoder, buckets, len(self.classes), rates)
+
+    @property
+    def frame_sampling(self) -> FrameSampling | None:
+        """As FeatureSet.frame_sampling; None where the sets differ."""
+        first, *others = (features.frame_sampling for features in self.sets)
+        return first if all(other == first for other in others) else None
 
     def select(
         self, split: str | None, buckets: Sequence[Bucket], where: Sequence[Where] = ()

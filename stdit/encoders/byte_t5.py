@@ -9,6 +9,7 @@ import torch
 from transformers import T5Config, T5EncoderModel
 
 from stdit.config import ByteT5Config, ConfigError
+from stdit.memory import gib, host_memory
 
 
 def random_byte_t5(config: ByteT5Config) -> T5EncoderModel:
@@ -18,16 +19,10 @@ def random_byte_t5(config: ByteT5Config) -> T5EncoderModel:
     takes it), norms are one. Drawn uniformly from PCG64's raw stream: normal numbers pass through log and
     sqrt, which differ in the last bit between CPUs, and the weights' SHA-256 stands in every checkpoint.
     """
-    if config.width % config.num_heads:
-        raise ConfigError(f"text_encoder.byte_t5.width {config.width} is not divisible by num_heads {config.num_heads}")
+    check_byte_t5(config)
     head = config.width // config.num_heads
-    # ByT5's vocabulary: 256 bytes, 3 special tokens, 125 unused.
-    settings = T5Config(
-        vocab_size=384, d_model=config.width, d_kv=head, d_ff=2 * config.width, num_layers=config.depth, num_heads=config.num_heads,
-        dropout_rate=0.0, feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
-    )  # fmt: skip
     with torch.random.fork_rng([]):  # the constructor draws weights, which are replaced below
-        model = T5EncoderModel(settings)
+        model = T5EncoderModel(_settings(config))
     for name, weight in model.named_parameters():
         if weight.ndim == 1:
             weight.data.fill_(1.0)
@@ -40,6 +35,28 @@ def random_byte_t5(config: ByteT5Config) -> T5EncoderModel:
         uniform = np.random.Generator(np.random.PCG64(key)).random(tuple(weight.shape), dtype=np.float32)
         weight.data.copy_(torch.from_numpy((uniform * 2 - 1) * np.float32(3**0.5 * std)))
     return model
+
+
+def check_byte_t5(config: ByteT5Config) -> None:
+    """ConfigError: widths that do not divide, or weights that this machine's memory does not hold."""
+    if config.width % config.num_heads:
+        raise ConfigError(f"text_encoder.byte_t5.width {config.width} is not divisible by num_heads {config.num_heads}")
+    with torch.device("meta"):
+        parameters = T5EncoderModel(_settings(config)).num_parameters()
+    needed, available = 4 * parameters, host_memory()
+    if needed > available:
+        raise ConfigError(
+            f"text_encoder.byte_t5: width {config.width} and depth {config.depth} are {parameters / 1e6:,.0f} M parameters, which "
+            f"take {gib(needed)}; this machine has {gib(available)}"
+        )
+
+
+def _settings(config: ByteT5Config) -> T5Config:
+    # ByT5's vocabulary: 256 bytes, 3 special tokens, 125 unused.
+    return T5Config(
+        vocab_size=384, d_model=config.width, d_kv=config.width // config.num_heads, d_ff=2 * config.width, num_layers=config.depth,
+        num_heads=config.num_heads, dropout_rate=0.0, feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
+    )  # fmt: skip
 
 
 def weights_sha256(model: torch.nn.Module) -> str:

@@ -28,6 +28,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from stdit.memory import device_memory, gib
+
 T5 = (T5EncoderModel, MT5EncoderModel, UMT5EncoderModel)
 CLIP = (CLIPTextModel, CLIPTextModelWithProjection)
 # Along what the features of several encoders are concatenated.
@@ -191,13 +193,14 @@ class TextEncoder:
         """TextFeatures of `captions`; L is the longest caption in tokens, at most max_text_tokens.
 
         Padding is masked; with keep_padding it counts as tokens, and L is max_text_tokens. Longer captions are
-        truncated; an empty one has its special tokens (T5: </s>).
+        truncated; an empty one has its special tokens (T5: </s>). ValueError: more memory than there is.
         """
         onload(self.model)
         padding = "max_length" if self.keep_padding else "longest"
         tokens = self.tokenizer(
             captions, padding=padding, truncation=True, max_length=self.max_text_tokens, return_tensors="pt"
         )
+        self._check_memory(*tokens["input_ids"].shape)
         ids, mask = tokens["input_ids"].to(self.model.device), tokens["attention_mask"].to(self.model.device)
         if self.keep_padding:
             mask = torch.ones_like(mask)
@@ -212,6 +215,16 @@ class TextEncoder:
             pooled = out.text_embeds if isinstance(self.model, CLIPTextModelWithProjection) else out.pooler_output
         features = pad_width(features.float() * mask[..., None], self.dim)
         return TextFeatures(features, mask.bool(), None if pooled is None else pooled.float())
+
+    def _check_memory(self, captions: int, length: int) -> None:
+        """ValueError: T5's attention scores of one layer, which it computes in full, do not fit."""
+        heads = cast(Any, self.model.config).num_heads if isinstance(self.model, T5) else 0
+        needed, available = captions * heads * length**2 * self.dtype.itemsize, device_memory(self.model.device)
+        if needed > available:
+            raise ValueError(
+                f"text_encoder: the attention of {captions} captions of {length} tokens takes {gib(needed)} at least; there are "
+                f"{gib(available)}. Lower max_text_tokens or batch_size"
+            )
 
     def token_counts(self, captions: list[str]) -> list[int]:
         """Tokens of each caption before truncation."""

@@ -152,7 +152,7 @@ def flops_by_bucket(run_dir: Path) -> dict[str, float]:
     for bucket in config.data.buckets:
         latent = latent_shape(Bucket(frames=bucket.frames, height=bucket.height, width=bucket.width), (t, h, w))
         grid = token_grid(latent, model.patch_size, bucket.key, model.pad_latents)
-        cost = model_cost(model, grid, model.max_text_tokens or 0, token_routing=config.train.token_routing)
+        cost = model_cost(model, grid, model.max_text_tokens or 0, train=config.train)
         found[bucket.key] = float(cost.training_flops)
     return found
 

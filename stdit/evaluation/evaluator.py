@@ -37,8 +37,17 @@ from stdit.evaluation.classifier import (
 )
 from stdit.evaluation.generated import GeneratedClip, fingerprint_videos, read_generated, sampling_protocol
 from stdit.evaluation.metrics import accuracy, confusion_matrix, frechet_distance, kernel_distance
-from stdit.evaluation.validation_clips import check_columns, class_of, direction_of, load_clips, load_frame, select
+from stdit.evaluation.validation_clips import (
+    check_columns,
+    class_of,
+    direction_of,
+    load_clips,
+    load_frame,
+    select,
+    stated_count,
+)
 from stdit.files import atomic_write, seal
+from stdit.memory import gib, host_memory
 
 # Incremented when the metrics of the same clips change, which invalidates metrics and classifiers on disk.
 VERSION = 3
@@ -122,6 +131,28 @@ def evaluate_videos(
     return json.loads(text)
 
 
+def check_memory(config: EvaluationConfig, source: Manifest, shape: Bucket, generated: int) -> None:
+    """ConfigError: clips or the classifier's frames, which are held at once, are more than this machine's memory.
+
+    generated: clips of `shape`, with which those real ones are compared that `select` gives, `real_clips` at most.
+    """
+    available = host_memory()
+    real = min(config.real_clips, stated_count(source, config.validation_split, shape, 2 * generated))
+    labelled = sum(clip.split == config.train_split and class_of(clip, config) is not None for clip in source)
+    frames = min(config.classifier_frames, labelled)
+    needs = {
+        f"{generated:,} generated and {real:,} real clips (real_clips {config.real_clips:,}) of {shape.key}": (
+            (generated + real) * shape.frames * shape.height * shape.width * 3
+        ),
+        f"{frames:,} frames (classifier_frames) of classifier_size {config.classifier_size}": (
+            frames * config.classifier_size**2 * 3 * 4
+        ),
+    }
+    for what, needed in needs.items():
+        if needed > available:
+            raise ConfigError(f"{what} take {gib(needed)}; this machine has {gib(available)}")
+
+
 def load_or_train_classifier(source: Manifest, config: EvaluationConfig, cache: Path) -> ClipClassifier | None:
     """The classifier of the classes of `source`, trained or read from `cache`; None with fewer than two classes."""
     relevant = config.model_dump(mode="json", include=set(_CLASSIFIER_KEYS))
@@ -174,11 +205,12 @@ def _labelled_frames(
 
 def _compute_metrics(videos: Path, source: Manifest, config: EvaluationConfig, cache: Path) -> dict[str, Any]:
     clips, failures = read_generated(videos)
+    frames, height, width = clips[0].frames.shape[:3]
+    shape = Bucket(frames=frames, height=height, width=width)
+    check_memory(config, source, shape, len(clips))
     classifier = load_or_train_classifier(source, config, cache)
     requested = [clip.class_name for clip in clips], [clip.direction for clip in clips]
     generated = _predict([clip.frames for clip in clips], *requested, classifier, config)
-    frames, height, width = clips[0].frames.shape[:3]
-    shape = Bucket(frames=frames, height=height, width=width)
     real, damaged = _predict_real(source, config, shape, 2 * len(clips), classifier)
     distances, upper_bound = _distances(generated, real)
     metrics = generated.accuracies()

@@ -27,6 +27,8 @@ class GeneratedRow(FileSchema):
     error: str | None = None
     prompt: str | None = None
     class_name: str | int | None = Field(default=None, alias="class")
+    # Where the class that is measured is another one than the model was conditioned on.
+    measured_class: str | None = None
     direction: str | None = None
     seed: int | None = None
     fps: float | None = Field(default=None, gt=0)
@@ -60,7 +62,8 @@ def read_generated(videos: Path, limit: int | None = None) -> tuple[list[Generat
             continue
         if limit is not None and len(clips) >= limit:
             break
-        requested = {key: None if row.get(key) is None else str(row[key]) for key in ("class", "direction")}
+        asked = {"class": row.get("measured_class", row.get("class")), "direction": row.get("direction")}
+        requested = {key: None if value is None else str(value) for key, value in asked.items()}
         frames = _decode(videos / row["file"])
         prompt = str(row.get("prompt") or "")
         clips.append(

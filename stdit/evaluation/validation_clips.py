@@ -5,26 +5,33 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from stdit.config import Bucket, EvaluationConfig
-from stdit.data.decoding import DecodeError, open_clip
+from stdit.data.decoding import ClipReader, DecodeError, open_clip, open_part
 from stdit.data.manifest import Clip, Manifest, ManifestError, read
+from stdit.data.probe import part_info
 from stdit.data.transforms import frame_indices, resize_crop
 from stdit.evaluation.classifier import DIRECTIONS, Frames
 from stdit.files import atomic_write
 
+# How a model is conditioned on the manifest's classes: by them alone, or beside a caption. None: not at all.
+Classes = Literal["required", "optional"] | None
+
 
 def check_columns(manifest: Manifest, config: EvaluationConfig) -> None:
-    """ManifestError: a configured column that is in no row (the default columns may be absent)."""
+    """ManifestError: a configured column that is in no row (the default columns may be absent), a held-out clip's direction that is none."""
     default = EvaluationConfig()
     for setting in ("class_column", "direction_column"):
         column = getattr(config, setting)
         if column is not None and column != getattr(default, setting) and column not in manifest.columns:
             columns = ", ".join(sorted(manifest.columns))
             raise ManifestError(f"{manifest.path}: {setting}: no column {column!r}; columns: {columns}")
+    for clip in manifest:
+        if clip.split == config.validation_split:
+            direction_of(clip, config)
 
 
 def class_of(clip: Clip, config: EvaluationConfig) -> str | None:
@@ -44,12 +51,53 @@ def direction_of(clip: Clip, config: EvaluationConfig) -> str | None:
     return None if value is None else str(value)
 
 
-def select(manifest: Manifest, split: str, shape: Bucket, min_count: int, seed: int) -> list[Clip]:
-    """Clips of `split` that have, or can be cropped to, `shape`, in a random order (`seed`).
+def check_clips(manifest: Manifest, split: str, shape: Bucket, classes: Classes = None) -> None:
+    """ManifestError: no clip of `split` has, or can be cropped to, `shape`; or none that can has a class, which a model of classes
+    needs. Files are opened only as far as the manifest states no sizes."""
+    held_out = sorted((clip for clip in manifest if clip.split == split), key=lambda clip: clip.frames is None)
+    with_class = [clip for clip in held_out if classes != "required" or clip.class_name is not None]
+    if any(_fits(clip, shape) for clip in with_class):
+        return
+    where = f"{manifest.path}: validation_split {split!r}"
+    if len(with_class) < len(held_out) and any(_fits(clip, shape) for clip in held_out):
+        raise ManifestError(
+            f"{where}: the model is class-conditional, but {len(held_out) - len(with_class)} of {len(held_out)} clips have no class "
+            f"(column class), and none that has one is {shape.key} or larger"
+        )
+    sizes = sorted(size for clip in held_out if (size := _shape(clip)) is not None)
+    raise ManifestError(
+        f"{where}: none of its {len(held_out)} clips has, or can be cropped to, {shape.key} (frames x height x width)"
+        + (f"; the longest is {'x'.join(map(str, sizes[-1]))}" if sizes else "")
+        + ("" if held_out else f"; splits: {', '.join(manifest.splits)}")
+    )
+
+
+def _fits(clip: Clip, shape: Bucket) -> bool:
+    size = _shape(clip)
+    target = (shape.frames, shape.height, shape.width)
+    return size is not None and all(s >= t for s, t in zip(size, target, strict=True))
+
+
+def stated_count(manifest: Manifest, split: str, shape: Bucket, min_count: int) -> int:
+    """How many clips `select` gives at least: by the sizes that the manifest states."""
+    target = (shape.frames, shape.height, shape.width)
+    stated = [(c.frames, c.height, c.width) for c in manifest if c.split == split and c.frames and c.height and c.width]
+    exact = sum(size == target for size in stated)
+    covering = sum(all(s >= t for s, t in zip(size, target, strict=True)) for size in stated)
+    return exact + min(covering - exact, max(0, min_count - exact))
+
+
+def select(
+    manifest: Manifest, split: str, shape: Bucket, min_count: int, seed: int, classes: Classes = None
+) -> list[Clip]:
+    """Clips of `split` that have, or can be cropped to, `shape`, in a random order (`seed`); classes: of a model of classes alone,
+    those that have one.
 
     All clips of exactly that shape; larger and longer ones only to fill up to `min_count`.
     """
     candidates = [clip for clip in manifest if clip.split == split]
+    if classes == "required":
+        candidates = [clip for clip in candidates if clip.class_name is not None]
     order = np.random.default_rng([seed, 1]).permutation(len(candidates))
     exact: list[Clip] = []
     larger: list[Clip] = []
@@ -69,42 +117,50 @@ def _shape(clip: Clip) -> tuple[int, int, int] | None:
         return clip.frames, clip.height, clip.width
     try:
         with open_clip(clip.file, "pyav") as reader:
-            return reader.frame_count, reader.height, reader.width
+            info = part_info(clip, reader.info)
+        return info.frame_count, info.height, info.width
     except DecodeError:
         return None
 
 
 def validation_prompts(
-    manifest: Path, count: int, shape: Bucket, seed: int = 0, config: EvaluationConfig | None = None
+    manifest: Path,
+    count: int,
+    shape: Bucket,
+    seed: int = 0,
+    config: EvaluationConfig | None = None,
+    classes: Classes = None,
 ) -> list[dict[str, Any]]:
     """`count` captions of held-out clips of `shape` as prompts: prompt, class, direction (None for images), seed.
 
-    Balanced over classes and directions as far as there are captions; with fewer captions than `count` they repeat
-    with other seeds. ManifestError: no such clip.
+    classes: of a class-conditional model; its prompts have the classes that it is trained on, the manifest's column class, whatever
+    `config.class_column` measures (which is then `measured_class`). Balanced over classes and directions as far as there are captions;
+    with fewer captions than `count` they repeat with other seeds. ManifestError: no such clip.
     """
     config = config or EvaluationConfig()
     source = read(manifest)
     check_columns(source, config)
-    clips = select(source, config.validation_split, shape, count, seed)
+    clips = select(source, config.validation_split, shape, count, seed, classes)
     if not clips:
-        raise ManifestError(
-            f"{manifest}: no clip of split {config.validation_split!r} has, or can be cropped to, {shape.key}; "
-            f"splits: {source.splits}"
-        )
+        check_clips(source, config.validation_split, shape, classes)
     groups: dict[tuple[str, str], list[Clip]] = {}
     for clip in clips:
-        key = (class_of(clip, config) or "", direction_of(clip, config) or "")
-        groups.setdefault(key, []).append(clip)
+        named = (clip.class_name if classes else None) or class_of(clip, config)
+        groups.setdefault((named or "", direction_of(clip, config) or ""), []).append(clip)
     chosen = _round_robin([groups[key] for key in sorted(groups)], count, seed)
-    return [
-        {
-            "prompt": clip.caption,
-            "class": class_of(clip, config),
-            "direction": direction_of(clip, config) if shape.frames > 1 else None,
-            "seed": seed + i,
-        }
-        for i, clip in enumerate(chosen)
-    ]
+    return [_prompt(clip, shape, seed + i, config, classes) for i, clip in enumerate(chosen)]
+
+
+def _prompt(clip: Clip, shape: Bucket, seed: int, config: EvaluationConfig, classes: Classes) -> dict[str, Any]:
+    measured = class_of(clip, config)
+    named = clip.class_name if classes else measured
+    return {
+        "prompt": clip.caption,
+        "class": named,
+        **({} if measured in (None, named) else {"measured_class": measured}),
+        "direction": direction_of(clip, config) if shape.frames > 1 else None,
+        "seed": seed,
+    }
 
 
 def _round_robin(groups: Sequence[Sequence[Clip]], count: int, seed: int) -> list[Clip]:
@@ -130,10 +186,21 @@ def write_prompts(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def load_clip(clip: Clip, shape: Bucket) -> Frames:
     """The clip cropped to `shape` as in extraction: first frames, resized, centre crop. Raises DecodeError."""
-    with open_clip(clip.file, "pyav") as reader:
-        if reader.frame_count < shape.frames:
-            raise DecodeError(clip.file, f"has {reader.frame_count} frames, needs {shape.frames}")
-        return resize_crop(reader.get(frame_indices(reader.frame_count, shape.frames)), shape.height, shape.width)
+    with open_part(clip.file, "pyav") as reader:
+        found = part_info(clip, reader.info)
+        if found.frame_count < shape.frames:
+            raise DecodeError(clip.file, f"has {found.frame_count} frames, needs {shape.frames}")
+        frames = _part(clip, reader, frame_indices(found.frame_count, shape.frames))
+        return resize_crop(frames, shape.height, shape.width)
+
+
+def _part(clip: Clip, reader: ClipReader, indices: Sequence[int]) -> Frames:
+    """Frames of the clip, counted from its own first, of its own pixels."""
+    frames = reader.get([(clip.start_frame or 0) + index for index in indices])
+    if clip.crop is None:
+        return frames
+    top, left, height, width = clip.crop
+    return frames[:, top : top + height, left : left + width]
 
 
 def load_clips(clips: Sequence[Clip], shape: Bucket) -> Iterator[tuple[Clip, Frames]]:
@@ -149,7 +216,7 @@ def load_clips(clips: Sequence[Clip], shape: Bucket) -> Iterator[tuple[Clip, Fra
 def load_frame(clip: Clip, rng: np.random.Generator) -> Frames | None:
     """One random frame of the clip, (1, H, W, 3); None if it cannot be decoded."""
     try:
-        with open_clip(clip.file, "pyav") as reader:
-            return reader.get([int(rng.integers(reader.frame_count))])
+        with open_part(clip.file, "pyav") as reader:
+            return _part(clip, reader, [int(rng.integers(part_info(clip, reader.info).frame_count))])
     except DecodeError:
         return None

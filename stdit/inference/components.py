@@ -19,6 +19,7 @@ from stdit.config import (
     read_json,
     validate,
 )
+from stdit.config.identity import FrameSampling
 from stdit.diffusion.schedulers import compatible_scheduler, make_scheduler
 from stdit.encoders.text_loading import SUFFIXES, components, load_text_model, text_encoder_from_identity
 from stdit.encoders.video import VideoEncoder, load_autoencoder, video_encoder_from_identity
@@ -42,6 +43,7 @@ class PipelineIndex(FileSchema):
     classes: dict[str, NonNegative] | None = None
     fps: float | None = Field(default=None, gt=0)
     text_layout: dict[str, Any] | None = None
+    frame_sampling: FrameSampling | None = None
 
     @model_validator(mode="after")
     def _check_components(self) -> PipelineIndex:
@@ -124,6 +126,7 @@ def load_components(run: Path, weights: Weights, kwargs: dict[str, Any]) -> dict
         "classes": {name: i for i, name in enumerate(identity.get("classes") or [])} or None,
         "control": control,
         "fps": checkpoint.common_frame_rate(identity),
+        "frame_sampling": identity.get("frame_sampling"),
         **parts,
     }
 

@@ -24,8 +24,8 @@ from stdit.diffusion.frame_conditioning import FrameCondition
 from stdit.encoders.text import TextFeatures
 from stdit.encoders.video import VideoEncoder
 from stdit.inference.prompts import check_text, label_id
+from stdit.memory import device_memory
 from stdit.models.control import STDiTControl
-from stdit.models.cost import device_memory
 from stdit.models.positions import Grid
 from stdit.models.stdit import STDiT
 

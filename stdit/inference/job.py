@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +37,7 @@ from stdit.inference.components import read_index
 from stdit.inference.inputs import DEFAULT_FPS
 from stdit.inference.prompts import Item, Prompt, items, read_prompts
 from stdit.training import adapters, checkpoint
-from stdit.training.identity import load_identity
+from stdit.training.identity import Architecture, load_identity
 
 MANIFEST, REQUEST, SHEET, MOVING = "manifest.jsonl", "request.json", "contact_sheet.png", "contact_sheet.gif"
 
@@ -62,6 +62,8 @@ class Source:
     largest: Bucket | None
     # Frames per second of most videos that the run was trained on.
     fps: float | None = None
+    # Whether the model takes classes: it cannot do without, or takes them beside captions. None: neither.
+    classes: Literal["required", "optional"] | None = None
     # The base model of adapters or a control branch: its path, and the fingerprint of its weights.
     base: Path | None = None
     base_fingerprint: str | None = None
@@ -108,7 +110,15 @@ def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
         default = compatible_scheduler(SamplerConfig(), diffusion)
         facts = {"run": str(run), "checkpoint": None, "step": None, "weights": None}
         return Source(
-            run.resolve(), weights, facts, _fingerprint(run / "transformer"), diffusion, default, None, index.get("fps")
+            run.resolve(),
+            weights,
+            facts,
+            _fingerprint(run / "transformer"),
+            diffusion,
+            default,
+            None,
+            index.get("fps"),
+            _classes(read_json(run / "transformer" / "config.json", Architecture)),
         )
     transformer = checkpoint.find_weights(run, weights)
     place = transformer.parent
@@ -126,7 +136,15 @@ def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
         compatible_scheduler(sampler, diffusion),
         default_bucket(buckets),
         checkpoint.common_frame_rate(identity),
+        _classes(identity["architecture"]),
     )
+
+
+def _classes(architecture: Mapping[str, Any]) -> Literal["required", "optional"] | None:
+    """`Source.classes` of a model by its config."""
+    if architecture.get("num_classes") is None:
+        return None
+    return "required" if architecture.get("text_dim") is None else "optional"
 
 
 def _with_base(source: Source, base: Path | None) -> Source:

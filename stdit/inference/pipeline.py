@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stdit.config import Bucket, DiffusionConfig, SamplerConfig, token_grid, validate
+from stdit.config.identity import FrameSampling
 from stdit.diffusion.guidance import check_channels, guided
 from stdit.diffusion.objectives import with_scheduler_sign
 from stdit.diffusion.sample import sample
@@ -86,6 +87,8 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
         are concatenated (the `layout` of stdit.encoders.text); None: there is one.
     control: a control branch of the transformer.
     fps: frames per second of most of the videos that the transformer was trained on; None: not known.
+    frame_sampling: which frames of a clip it was trained on (FrameSampling or its JSON), as `stdit generate` reads control videos;
+        None: the first.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->vae"
@@ -120,6 +123,7 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
         tokenizer_3: PreTrainedTokenizerBase | None = None,
         text_layout: dict | None = None,
         fps: float | None = None,
+        frame_sampling: dict | FrameSampling | None = None,
     ) -> None:
         super().__init__()
         self._interrupt = False
@@ -135,12 +139,16 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
         self.classes: dict[str, int] = dict(classes or {})
         self.text_layout = text_layout
         self.fps = fps
+        if isinstance(frame_sampling, dict):
+            frame_sampling = validate(frame_sampling, FrameSampling, "STDiTPipeline: frame_sampling")
+        self.frame_sampling = frame_sampling or FrameSampling()
         self.register_to_config(
             diffusion=self.diffusion.model_dump(mode="json"),
             max_text_tokens=max_text_tokens,
             classes=classes,
             text_layout=text_layout,
             fps=fps,
+            frame_sampling=self.frame_sampling.model_dump(mode="json"),
         )
         self.video_processor = VideoProcessor()
         check_components(transformer, vae, control, self.prompt_encoder)

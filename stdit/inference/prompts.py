@@ -27,6 +27,8 @@ KEYS = ("prompt", "class", "seed", "name")
 OWN_KEYS = ("frames", "height", "width", "fps", "image", "conditioning_video", "conditioning_frames")
 TEXT_SUFFIXES, JSON_SUFFIXES = ("", ".txt", ".text", ".md"), (".jsonl", ".ndjson")
 MAX_BYTES = 1 << 30
+# Videos of one job: a list of them is made.
+MAX_VIDEOS = 1_000_000
 LIMITS = {"frames": 1_000_000, "height": 65_536, "width": 65_536}  # a bucket's
 # Arguments of the pipeline or of `stdit generate` that a prompt has under another name, or not of its own.
 OTHER_KEYS = {
@@ -180,8 +182,12 @@ def items(prompts: Sequence[Prompt], videos_per_prompt: int, shape: Bucket | Non
     """All videos to generate, in the order of the prompts: `videos_per_prompt` each, from consecutive seeds.
 
     shape, fps: of prompts without their own. File names begin with the prompt's index, so they are unique whatever the
-    prompts are. ValueError: neither the prompt nor `shape` says a size.
+    prompts are. ValueError: neither the prompt nor `shape` says a size; more than MAX_VIDEOS.
     """
+    if (count := len(prompts) * videos_per_prompt) > MAX_VIDEOS:
+        raise ValueError(
+            f"{len(prompts):,} prompts with videos_per_prompt {videos_per_prompt:,} are {count:,} videos; a job has at most {MAX_VIDEOS:,}"
+        )
     found = []
     for i, p in enumerate(prompts):
         size: dict[str, Any] = {

@@ -5,19 +5,17 @@
 
 Measured by running the model on torch's meta device, not computed from formulas. Multiply-adds are half of the FLOPs of
 matrix products, attention and convolutions (the DiT paper's Gflops); a training step costs three forwards, of the tokens that
-token routing keeps.
+token routing keeps. Beside frozen weights (LoRA, a control branch) it is counted: their gradients are not computed.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +30,7 @@ from stdit.config import (
     ConfigError,
     ModelConfig,
     TokenRoutingConfig,
+    TrainConfig,
     latent_shape,
     read_extended,
     token_grid,
@@ -39,24 +38,26 @@ from stdit.config import (
 )
 from stdit.files import printable
 from stdit.models.attention import Attention, CrossAttention
+from stdit.models.control import Controlled
+from stdit.models.fine_tuning import add_trainable, submodels
 from stdit.models.sequence_parallel import SequenceParallel
 from stdit.models.stdit import STDiT
 
 META = torch.device("meta")
-# Where the kernel says how much memory a container may take (cgroups 2 and 1).
-CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Cost per sample. Activations: bytes saved for backward, with fused attention (no score matrix).
+    """Cost per sample. Activations: bytes saved for backward, with fused attention (no score matrix). trained: parameters that
+    training changes; the others are frozen.
 
     Under sequence parallelism multiply-adds, activations and exchanged bytes (sent to other ranks in forward and backward)
     are those of the rank with the largest share.
     """
 
     parameters: int
+    trained: int
     tokens: int
     forward_macs: int
     training_flops: int
@@ -85,14 +86,15 @@ def model_cost(
     bytes_per_element: int = 4,
     batch: int = 2,
     sequence_parallel: int = 1,
-    token_routing: TokenRoutingConfig | None = None,
+    train: TrainConfig | None = None,
 ) -> ModelCost:
     """Cost of `model` on a grid (T, H, W) of patches (`stdit.config.token_grid`) with captions of `text_length` tokens
     (0: the null caption), in float32 (bytes_per_element 4) or bfloat16 (2).
 
     batch: samples measured together, each with its own timestep; the result is per sample. (Alone, a sample saves less:
-    norm and modulation are one kernel.) sequence_parallel: ranks that share each sample. token_routing: of training, whose
-    FLOPs and activations are then fewer than those of three forwards. Dynamic models count in full.
+    norm and modulation are one kernel.) sequence_parallel: ranks that share each sample. train: its token routing, whose
+    FLOPs and activations are fewer than those of three forwards, and its LoRA adapters or control branch, beside which the
+    model is frozen; None: all of the model is trained, on all tokens. Dynamic models count in full.
     ValueError: arguments that the model rejects.
     """
     if bytes_per_element not in DTYPES:
@@ -104,10 +106,13 @@ def model_cost(
             raise ValueError(f"{name} {value}; expected {least} or more")
     t, h, w = grid
     arguments = model.model_dump_json(), (t, h, w), text_length, DTYPES[bytes_per_element], batch, sequence_parallel
-    dense = _measure(*arguments)
-    if token_routing is None:
+    added = None
+    if train is not None and (train.lora or train.control):
+        added = train.model_dump_json(include={"steps", "lora", "control"})
+    dense = _measure(*arguments, added)
+    if train is None or train.token_routing is None:
         return dense
-    return replace(_measure(*arguments, token_routing.model_dump_json()), forward_macs=dense.forward_macs)
+    return replace(_measure(*arguments, added, train.token_routing.model_dump_json()), forward_macs=dense.forward_macs)
 
 
 @lru_cache(maxsize=256)
@@ -118,30 +123,48 @@ def _measure(
     dtype: torch.dtype,
     batch: int,
     ranks: int,
+    added: str | None = None,
     token_routing: str | None = None,
 ) -> ModelCost:
     model = ModelConfig.model_validate_json(settings)
-    built = _build(model.model_copy(update={"exit_depths": ()})).train()
+    train = None if added is None else TrainConfig.model_validate_json(added)
+    built = _build(model.model_copy(update={"exit_depths": ()}), train).train()
     torch.nn.Module.to(built, dtype)  # diffusers' own warns
     for module in built.modules():
         if isinstance(module, (Attention, CrossAttention)):
             module.processor = _fused_attention
-    if ranks > 1:  # on the meta device the exchanges need no process group
-        built.set_sequence_parallel(SequenceParallel("none", 0, ranks))
-    if token_routing is not None:
-        built.set_token_routing(TokenRoutingConfig.model_validate_json(token_routing))
+    for part in submodels(built):
+        if ranks > 1:  # on the meta device the exchanges need no process group
+            part.set_sequence_parallel(SequenceParallel("none", 0, ranks))
+        if token_routing is not None:
+            part.set_token_routing(TokenRoutingConfig.model_validate_json(token_routing))
     saved = _SavedTensors(built)
     keeping = torch.autograd.graph.saved_tensors_hooks(saved.save, lambda x: x)
     exchanged = _Exchanged(saved)
-    with torch.enable_grad(), FlopCounterMode(display=False) as counter, exchanged, keeping:
-        built(**_inputs(model, grid, text_length, batch, dtype))
-    macs = counter.get_total_flops() // 2 // batch
+    inputs = _inputs(model, grid, text_length, batch, dtype)
+    if train is not None and train.control is not None:
+        latents = inputs["hidden_states"]
+        inputs["control"] = latents[:, :, :1] if train.control.condition == "first_frame" else latents
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        with exchanged, keeping:
+            output = built(**inputs, return_dict=False)[0]
+        forward = counter.get_total_flops()
+        if train is not None and ranks == 1:
+            output.sum().backward()
+            # Fused attention computes one of its five products once more, which is no part of the model's.
+            by_operator = counter.get_flop_counts()["Global"].items()
+            again = sum(flops for name, flops in by_operator if "attention_backward" in str(name)) // 5
+            training = counter.get_total_flops() - again
+        else:
+            training = 3 * forward
+    macs = forward // 2 // batch
     plain, checkpointed = saved.totals()
     return ModelCost(
         parameters=sum(p.numel() for p in built.parameters()),
+        trained=sum(p.numel() for p in built.parameters() if p.requires_grad),
         tokens=math.prod(grid),
         forward_macs=macs,
-        training_flops=6 * macs,
+        training_flops=training // batch if train is not None else 6 * macs,
         activation_bytes=plain // batch,
         activation_bytes_checkpointed=checkpointed // batch,
         exchanged_bytes=2 * (exchanged.in_blocks + exchanged.elsewhere) // batch,
@@ -154,9 +177,19 @@ def parameter_count(model: ModelConfig) -> int:
     return sum(p.numel() for p in _build(model).parameters())
 
 
-def _build(model: ModelConfig) -> STDiT:
+def trained_parameters(model: ModelConfig, train: TrainConfig) -> tuple[int, int]:
+    """Parameters that training changes, and those that are frozen."""
+    counts = {True: 0, False: 0}
+    for parameter in _build(model, train).parameters():
+        counts[parameter.requires_grad] += parameter.numel()
+    return counts[True], counts[False]
+
+
+def _build(model: ModelConfig, train: TrainConfig | None = None) -> STDiT | Controlled:
+    """The model on the meta device; train: with its adapters or control branch, and otherwise frozen, if it has any."""
     with META:
-        return STDiT.from_settings(model)
+        built = STDiT.from_settings(model)
+        return built if train is None else add_trainable(built, train)
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -170,7 +203,7 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
 class _SavedTensors:
     """Records tensors saved for backward, each storage once, without parameters, by block."""
 
-    def __init__(self, model: STDiT) -> None:
+    def __init__(self, model: STDiT | Controlled) -> None:
         self.block: int | None = None
         self.alive: list[Any] = []  # keeps storages alive, so that addresses are not reused
         self.owned = {self._address(p) for p in model.parameters()}
@@ -179,7 +212,7 @@ class _SavedTensors:
         self.inside: list[dict[int, int]] = []
         self.outside: dict[int, int] = {}
         self.inputs: list[dict[int, int]] = []
-        for block in model.blocks:
+        for block in (block for part in submodels(model) for block in part.blocks):
             block.register_forward_pre_hook(self._enter)
             block.register_forward_hook(self._leave)
 
@@ -252,22 +285,6 @@ def _inputs(
     if model.num_classes is not None:
         inputs["class_labels"] = torch.zeros(batch, device=META, dtype=torch.int64)
     return inputs
-
-
-def device_memory(device: torch.device) -> int:
-    """Bytes of memory of a GPU, or that this process may use of the host's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return host_memory()
-
-
-def host_memory() -> int:
-    """Bytes of memory that this process may use."""
-    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in CGROUP_LIMITS:
-        text = path.read_text().strip() if path.is_file() else "max"
-        found = min(found, int(text)) if text.isdigit() else found
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:

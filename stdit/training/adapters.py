@@ -20,6 +20,7 @@ from stdit.config import Config, ConfigError, validate
 from stdit.files import fingerprint_files, sha256
 from stdit.models import lora
 from stdit.models.control import Controlled, STDiTControl
+from stdit.models.fine_tuning import add_trainable
 from stdit.models.stdit import STDiT
 from stdit.training import checkpoint
 from stdit.training.checkpoint import Weights
@@ -122,29 +123,14 @@ def load_merged(folder: Path) -> STDiT:
 # ---------------------------------------------------------------------------------------- training
 
 
-def add_trainable(base: STDiT, config: Config) -> STDiT | Controlled:
-    """`base` with new LoRA adapters or a new control branch, and otherwise frozen, if the config trains one; else `base`."""
-    if (settings := config.train.lora) is not None:
-        lora.add_adapter(base, settings.rank, settings.targets, settings.alpha, settings.dropout, config.seed)
-        return base
-    if (control := config.train.control) is not None:
-        return Controlled(base, STDiTControl.of(base, control.blocks, seed=config.seed))
-    return base
-
-
 def load_trainable(base: STDiT, trained: Path, config: Config) -> STDiT | Controlled:
     """`add_trainable`, with adapters or branch from the folder `trained`."""
-    model = add_trainable(base, config)
+    model = add_trainable(base, config.train, config.seed)
     if isinstance(model, Controlled):
         model.control = STDiTControl.from_pretrained(trained)
     else:
         lora.restore_adapter(model, trained)
     return model
-
-
-def submodels(model: nn.Module) -> list[STDiT]:
-    """The diffusers models in `model`: itself, or base and control branch."""
-    return [model.base, model.control] if isinstance(model, Controlled) else [model]  # pyright: ignore
 
 
 def save_trained(module: nn.Module, state: dict[str, Tensor], folder: Path) -> None:

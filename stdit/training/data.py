@@ -11,6 +11,7 @@ import numpy as np
 from diffusers.models.attention_dispatch import AttentionBackendName
 
 from stdit.config import Bucket, Config, ConfigError, ModelConfig, latent_shape, token_grid
+from stdit.config.identity import FrameSampling
 from stdit.data.features import EmptyCaption
 from stdit.data.loader import Loader, Source, Synthetic
 from stdit.data.mixture import Mixture, open_features
@@ -36,6 +37,7 @@ class TrainData:
     text_tokens: int = 0  # mean length of a training caption; 0: no text
     # frame rates of the videos that are trained on, the most common first: {"25": 730, "30": 12}
     frame_rates: dict[str, int] = field(default_factory=dict)
+    frame_sampling: FrameSampling | None = None  # which frames of a clip were extracted
 
 
 def open_data(config: Config, ranks: int | None = None) -> TrainData:
@@ -100,6 +102,7 @@ def open_data(config: Config, ranks: int | None = None) -> TrainData:
         empty,
         _text_tokens(config, source),
         _frame_rates(config, source),
+        getattr(source, "frame_sampling", None),
     )
 
 

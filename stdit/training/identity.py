@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict
 
 from stdit.config import Config, DiffusionConfig, FileSchema, NonNegative, Positive, read_json
-from stdit.config.identity import TextIdentity, VideoIdentity
+from stdit.config.identity import FrameSampling, TextIdentity, VideoIdentity
 from stdit.integrity import IDENTITY
 
 # What a run trains: all weights, LoRA adapters, or a control branch.
@@ -44,6 +44,8 @@ class Identity(FileSchema):
     classes: tuple[str, ...]
     features: str
     frame_rates: dict[str, NonNegative]
+    # None: synthetic clips, or sets of which frames were taken differently.
+    frame_sampling: FrameSampling | None = None
     step: NonNegative
     samples_seen: NonNegative
     data_position: dict[str, NonNegative]

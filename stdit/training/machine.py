@@ -14,8 +14,9 @@ from diffusers.models.attention_dispatch import (
 )
 
 from stdit.config import Bucket, Config, ConfigError, TrainConfig, token_grid
+from stdit.memory import device_memory, gib, host_memory
 from stdit.models.attention import AttentionProcessor
-from stdit.models.cost import ModelCost, device_memory, host_memory, model_cost, parameter_count
+from stdit.models.cost import ModelCost, model_cost, trained_parameters
 from stdit.training.deepspeed_config import offloads
 
 Grid = tuple[int, int, int]
@@ -39,12 +40,15 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.average + self.activations
 
 
-def rank_memory(parameters: int, train: TrainConfig, ranks: int, activations: int = 0) -> Memory:
+def rank_memory(trained: int, train: TrainConfig, ranks: int, activations: int = 0, frozen: int = 0) -> Memory:
     """Bytes of one rank under DeepSpeed: weights, gradients and optimizer state are replicated, or partitioned over `ranks`
-    from ZeRO stage 3, 2 and 1 on (Rajbhandari et al. 2020). What `train.deepspeed` offloads is not taken off."""
+    from ZeRO stage 3, 2 and 1 on (Rajbhandari et al. 2020). What `train.deepspeed` offloads is not taken off.
+
+    trained, frozen: parameters; frozen ones are weights alone, and in no checkpoint.
+    """
     stage, bf16 = train.zero_stage, train.precision == "bf16"
 
-    def share(bytes_each: int, cut_from: int) -> int:
+    def share(bytes_each: int, cut_from: int, parameters: int = trained) -> int:
         return -(-parameters * bytes_each // (ranks if stage >= cut_from else 1))
 
     # AdamW's two moments (Muon has one, but for a few per cent of the weights), and the float32 weights that it steps, which
@@ -57,7 +61,8 @@ def rank_memory(parameters: int, train: TrainConfig, ranks: int, activations: in
     # ZeRO-3's shards have the masters alone (stdit.training.saving).
     copied = optimizer + average + (weights if stage < 3 else 0) if copies_checkpoints(train) else 0
     # The weights, then their average.
-    joined = 4 * parameters if stage and ranks > 1 else 0
+    joined = 4 * trained if stage and ranks > 1 else 0
+    weights += share(2 if bf16 else 4, 3, frozen)
     return Memory(weights, share(gradient, 2), optimizer, average, activations, copied, joined)
 
 
@@ -79,9 +84,9 @@ def sample_cost(
     grid = token_grid(latent, model.patch_size, name, model.pad_latents)
     text = text_length if model.text_dim is not None else 0
     batch = samples if sequence_parallel > 1 else min(2, samples)
-    size, routing = 2 if config.train.precision == "bf16" else 4, config.train.token_routing
+    size = 2 if config.train.precision == "bf16" else 4
     try:
-        return model_cost(model, grid, text, size, batch, sequence_parallel, routing)
+        return model_cost(model, grid, text, size, batch, sequence_parallel, config.train)
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from error
 
@@ -96,9 +101,7 @@ def step_memory(config: Config, bucket: Bucket, latent: Grid, text_length: int, 
     train = config.train
     cost = sample_cost(config, bucket, latent, text_length, samples, train.sequence_parallel)
     activations = saved_bytes(cost, samples, train.activation_checkpointing)
-    if train.lora or train.control:  # all but a fraction is frozen
-        return Memory(cost.parameters * (2 if train.precision == "bf16" else 4), 0, 0, 0, activations)
-    return rank_memory(cost.parameters, train, ranks, activations)
+    return rank_memory(cost.trained, train, ranks, activations, cost.parameters - cost.trained)
 
 
 def local_share(device: torch.device) -> tuple[int, str]:
@@ -125,28 +128,29 @@ def check_machine(config: Config, ranks: int, latents: Mapping[str, Grid], text_
 def _check_memory(
     config: Config, ranks: int, device: torch.device, latents: Mapping[str, Grid], text_length: int
 ) -> None:
-    """Weights, gradients, optimizer and activations have to fit: what a step needs at least.
+    """Weights, gradients, optimizer, activations and a step's samples have to fit: what a step needs at least.
 
-    Not counted: adapters and control branches with their activations; what `train.compile` recomputes.
+    Not counted: what `train.compile` recomputes.
     """
     on_host = device.type == "cpu" or offloads(config.train)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if on_host else 1
     available = host_memory() if on_host else device_memory(device)
-    parameters = parameter_count(config.model)
-    fine_tunes = config.train.lora is not None or config.train.control is not None
-    memory = rank_memory(0 if fine_tunes else parameters, config.train, ranks)
-    needed = memory.total or parameters * 2
+    try:
+        trained, frozen = trained_parameters(config.model, config.train)
+    except ValueError as error:
+        raise ConfigError(f"train: {error}") from error
+    memory = rank_memory(trained, config.train, ranks, frozen=frozen)
+    needed = memory.total
     _check_checkpoint_copy(memory, needed if on_host else 0, config.train)
     place = "this machine" if on_host else torch.cuda.get_device_name(device)
     place = f"{place} has {available / 2**30:,.1f} GiB" + (f" for {local} ranks" if local > 1 else "")
     model = (
-        f"model: {parameters / 1e6:,.0f} M parameters take {needed / 2**30:,.1f} GiB a rank for weights, gradients, optimizer "
+        f"model: {(trained + frozen) / 1e6:,.0f} M parameters{f', of which {trained / 1e6:,.1f} M are trained,' if frozen else ''} take "
+        f"{needed / 2**30:,.1f} GiB a rank for weights, gradients, optimizer "
         f"and average (ZeRO-{config.train.zero_stage}, {config.train.precision}, {ranks} ranks)"
     )
     if needed * local > available:
         raise ConfigError(f"{model}; {place}. A smaller model, a higher train.zero_stage or more ranks take less")
-    if fine_tunes:
-        return
     sizes = {key: each.size for key, each in config.micro_batches(ranks).items()}
     bucket = max(config.data.buckets, key=lambda b: sizes[b.key] * math.prod(latents[b.key]))
     samples = sizes[bucket.key]
@@ -161,6 +165,20 @@ def _check_memory(
             f"data.buckets {bucket.key}: the activations of a micro-batch of {samples} take "
             f"{activations / 2**30:,.1f} GiB a rank, {model.removeprefix('model: ')}; {place}. Lower {lower}{hint}"
         )
+    _check_step(config, ranks, latents)
+
+
+def _check_step(config: Config, ranks: int, latents: Mapping[str, Grid]) -> None:
+    """ConfigError: the latents of a step's samples, which a rank reads into the host's memory together, do not fit."""
+    local, available = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), host_memory()
+    for key, each in config.micro_batches(ranks).items():
+        samples = each.size * each.accumulation
+        needed = samples * config.model.in_channels * math.prod(latents[key]) * 4
+        if needed * local > available:
+            raise ConfigError(
+                f"data.buckets {key}: the latents of a rank's {samples:,} samples of a step take {gib(needed)}; this machine has "
+                f"{gib(available)} for {local} ranks. Lower global_batch or train.gradient_accumulation"
+            )
 
 
 def _check_checkpoint_copy(memory: Memory, needed: int, train: TrainConfig) -> None:

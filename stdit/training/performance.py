@@ -190,7 +190,7 @@ class Performance:
 
             model = self.config.model
             grid = token_grid(self.data.latents[bucket.key], model.patch_size, bucket.key, model.pad_latents)
-            cost = model_cost(model, grid, self.data.text_tokens, token_routing=self.config.train.token_routing)
+            cost = model_cost(model, grid, self.data.text_tokens, train=self.config.train)
             self._costs[bucket.key] = cost.tokens, cost.training_flops
         return self._costs[bucket.key]
 

@@ -20,6 +20,7 @@ from torch import nn
 from stdit.config import Config, ConfigError, validate
 from stdit.config.diff import TRAINING_RUNTIME_KEYS, changes, global_batch_sizes, matches
 from stdit.models.control import Controlled
+from stdit.models.fine_tuning import add_trainable
 from stdit.models.stdit import STDiT
 from stdit.training import adapters, checkpoint
 from stdit.training.adapters import Base
@@ -239,7 +240,7 @@ def build_model(config: Config, state: TrainState, ranks: Ranks) -> STDiT | Cont
     base, report = adapters.load_base(folder, config)
     state.report.append(report)
     if state.checkpoint is None:
-        model = adapters.add_trainable(base, config)
+        model = add_trainable(base, config.train, config.seed)
     else:
         weights = checkpoint.weights_folder(checkpoint.config_kind(config.train), "ema")
         model = adapters.load_trainable(base, state.checkpoint / weights, config)

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from stdit.config import Config
 from stdit.files import atomic_write
+from stdit.models.fine_tuning import submodels
 from stdit.training import adapters, checkpoint
 from stdit.training.checkpoint import FOLDER, IDENTITY, CheckpointError, SaveError, Weights, folder_of_step
 from stdit.training.data import TrainData
@@ -304,7 +305,7 @@ class Write(threading.Thread):
 
 def make_identity(engine: Engine, config: Config, data: TrainData, state: TrainState, ranks: int) -> dict[str, Any]:
     """identity.json of the checkpoint of `state`."""
-    architecture = adapters.submodels(engine.module)[0].config
+    architecture = submodels(engine.module)[0].config
     return checkpoint.make_identity(
         config,
         architecture={k: v for k, v in architecture.items() if not k.startswith("_")},
@@ -314,6 +315,7 @@ def make_identity(engine: Engine, config: Config, data: TrainData, state: TrainS
             "classes": list(data.classes),
             "features": data.fingerprint,
             "frame_rates": data.frame_rates,
+            "frame_sampling": data.frame_sampling and data.frame_sampling.model_dump(mode="json"),
         },
         step=state.step,
         samples_seen=state.samples_seen,

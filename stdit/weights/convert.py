@@ -29,7 +29,15 @@ from torch import Tensor
 from stdit import arguments
 from stdit.config import ConfigError, ModelConfig
 from stdit.config.load import apply_override, validate
-from stdit.files import atomic_folder, atomic_path, check_writable, describe_failed_write, printable, read_json
+from stdit.files import (
+    atomic_folder,
+    atomic_path,
+    check_writable,
+    describe_failed_write,
+    exit_code,
+    printable,
+    read_json,
+)
 from stdit.integrity import IDENTITY, MANIFEST, seal_model
 from stdit.models.checks import check_config
 from stdit.models.control import OWN as CONTROL_KEYS
@@ -382,7 +390,9 @@ def open_as_is(source: Path, weights: Any) -> Iterator[Path]:
 
 
 def main(argv: Sequence[str] | None = None, open_source: OpenSource = open_as_is) -> int:
-    """open_source: yields the weights to read for SOURCE (`stdit` merges LoRA runs: stdit.training.adapters.full_model)."""
+    """Exit code 0; 1: a file cannot be written; 2: weights or arguments that cannot be used.
+
+    open_source: yields the weights to read for SOURCE (`stdit` merges LoRA runs: stdit.training.adapters.full_model)."""
     args = arguments.convert().parse_args(argv)
     ema = None if args.weights is None else args.weights == "ema"
     try:
@@ -393,7 +403,7 @@ def main(argv: Sequence[str] | None = None, open_source: OpenSource = open_as_is
             print(printable(convert(source, args.out, args.layout, overrides, ema)))
     except (ConfigError, ValueError, OSError) as error:
         print(printable(f"error: {error}"), file=sys.stderr)
-        return 2
+        return exit_code(error)
     return 0
 
 

@@ -38,8 +38,10 @@ from torch import Tensor
 
 from stdit import arguments
 from stdit.config import ConfigError, ModelConfig, Transition, apply_override, read_extended, validate
-from stdit.files import atomic_folder, check_writable, printable
+from stdit.files import atomic_folder, check_writable, exit_code, printable
 from stdit.integrity import seal_model
+from stdit.memory import gib, host_memory
+from stdit.models.cost import parameter_count
 from stdit.models.stdit import STDiT
 from stdit.weights import transitions
 from stdit.weights.convert import OpenSource, failed_writes_named, load_published, open_as_is
@@ -364,14 +366,16 @@ def _format_indices(blocks: list[int]) -> str:
 
 
 def main(argv: Sequence[str] | None = None, open_source: OpenSource = open_as_is) -> int:
-    """open_source: yields the weights to read for SOURCE (`stdit` merges LoRA runs: stdit.training.adapters.full_model)."""
+    """Exit code 0; 1: a file cannot be written; 2: weights or arguments that cannot be used.
+
+    open_source: yields the weights to read for SOURCE (`stdit` merges LoRA runs: stdit.training.adapters.full_model)."""
     args = arguments.transfer().parse_args(argv)
     try:
         with open_source(args.source, "ema") as source:
             print(printable(transfer_file(source, args.out, args.config, args.overrides, tuple(args.allow), args.seed)))
     except (ConfigError, ValueError, OSError) as error:
         print(printable(f"error: {error}"), file=sys.stderr)
-        return 2
+        return exit_code(error)
     return 0
 
 
@@ -395,6 +399,11 @@ def transfer_file(
     if len({p.dtype for p in model.parameters()}) > 1:  # one dtype for all, without loss
         torch.nn.Module.to(model, torch.float32)
     target = _target_config(model, config, overrides)
+    needed, available = parameter_count(target) * 4, host_memory()
+    if needed > available:
+        raise ConfigError(
+            f"the target has {needed / 4e6:,.0f} M parameters, which take {gib(needed)}; this machine has {gib(available)}"
+        )
     new, report = transfer_weights(model, target, allow, seed)
     with failed_writes_named(out), atomic_folder(out) as folder:
         new.save_pretrained(folder)

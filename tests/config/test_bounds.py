@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from stdit.config import Config, ConfigError, CurateConfig, ExtractConfig, load_config
+from stdit.config import Config, ConfigError, CurateConfig, EvaluateConfig, ExtractConfig, load_config
 from tests.support.paths import ROOT
 
-TRAIN, EXTRACT, CURATE = "debug.yaml", "extract/digits.yaml", "curate/footage.yaml"
-KINDS = {TRAIN: Config, EXTRACT: ExtractConfig, CURATE: CurateConfig}
+TRAIN, EXTRACT, CURATE, EVALUATE = "debug.yaml", "extract/digits.yaml", "curate/footage.yaml", "evaluate/media.yaml"
+KINDS = {TRAIN: Config, EXTRACT: ExtractConfig, CURATE: CurateConfig, EVALUATE: EvaluateConfig}
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,21 @@ KINDS = {TRAIN: Config, EXTRACT: ExtractConfig, CURATE: CurateConfig}
         (TRAIN, "train.step_timeout_s=1e12", "train.step_timeout_s: .* less than or equal to 100000000"),
         (EXTRACT, "decode_timeout_s=1e12", "decode_timeout_s: .* less than or equal to 100000000"),
         (CURATE, "stall_timeout_s=1e12", "stall_timeout_s: .* less than or equal to 100000000"),
+        (
+            CURATE,
+            "scorers=[{name: a, function: 'm:f', frames: 1000000}]",
+            "scorers.0.frames: .* less than or equal to 1024",
+        ),
+        (TRAIN, "train.steps=2000000000", "train.steps: .* less than or equal to 10000000"),
+        (TRAIN, "validation.samples=2000000000", "validation.samples: .* less than or equal to 1000000"),
+        (EXTRACT, "batch_size=2000000000", "batch_size: .* less than or equal to 1000000"),
+        (EVALUATE, "metrics.classifier_size=100000", "metrics.classifier_size: .* less than or equal to 256"),
+        (
+            EVALUATE,
+            "metrics.classifier_frames=2000000000",
+            "metrics.classifier_frames: .* less than or equal to 1000000",
+        ),
+        (EVALUATE, "kid_subset_size=100000", "kid_subset_size: .* less than or equal to 10000"),
     ],
 )
 def test_what_can_be_no_setting_is_refused_by_its_key(file: str, setting: str, message: str) -> None:

@@ -252,5 +252,5 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "50 clips, 40 train, 10 validation" in capsys.readouterr().out
     row = json.loads((tmp_path / "out" / "manifest.jsonl").read_text().splitlines()[0])
     assert set(row) >= {"path", "caption", "class", "fps", "frames", "height", "width", "split", "direction", "score"}
-    assert digits.main([*command[:-1], "9x9:8"]) == 1
+    assert digits.main([*command[:-1], "9x9:8"]) == 2
     assert capsys.readouterr().err.startswith("error: shape '9x9:8'")

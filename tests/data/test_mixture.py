@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from stdit import extract
 from stdit.config import Bucket, ConfigError, DataConfig, VideoEncoderConfig, Where, validate
 from stdit.config.diff import TRAINING_RUNTIME_KEYS, changes, matches
+from stdit.config.identity import FrameSampling
 from stdit.data.features import FeatureSet
 from stdit.data.loader import Loader, Step
 from stdit.data.manifest import in_label_order
@@ -126,6 +127,7 @@ def test_samples_are_those_of_the_sets_with_classes_of_all(folders: tuple[Path, 
         sum(own.frame_rates(own.ids).values()) for own in (first, second)
     )
     assert mixture.facts().num_classes == 4
+    assert mixture.frame_sampling == first.frame_sampling == FrameSampling()
     with pytest.raises(KeyError):
         mixture.sample(32)
     with pytest.raises(ConfigError, match=r"buckets 9x16x16 were not extracted into any of"):

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from stdit.config import ByteT5Config, ConfigError, TextEncoderConfig
+from stdit.encoders import byte_t5, text
 from stdit.encoders.byte_t5 import random_byte_t5
 from stdit.encoders.text import TextEncoder
 from stdit.encoders.text_loading import load_text_encoder, text_encoder_from_identity
@@ -199,6 +200,27 @@ def test_a_tokenizer_larger_than_the_model_is_refused() -> None:
 def test_an_indivisible_width_is_refused() -> None:
     with pytest.raises(ConfigError, match="width 30 is not divisible by num_heads 4"):
         random_byte_t5(ByteT5Config(width=30))
+
+
+def test_weights_and_attention_that_memory_does_not_hold_are_refused_before_they_are_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = ByteT5Config(width=16, num_heads=2)
+    needed = 4 * random_byte_t5(config).num_parameters()
+    monkeypatch.setattr(byte_t5, "host_memory", lambda: needed)
+    encoder = load_text_encoder(RANDOM)
+    monkeypatch.setattr(byte_t5, "host_memory", lambda: needed - 1)
+    with pytest.raises(
+        ConfigError, match=r"text_encoder.byte_t5: width 16 and depth 2 are 0 M parameters, which take 0.0 GiB"
+    ):
+        random_byte_t5(config)
+    # Two captions of 5 bytes and </s>: the scores of 2 heads, float32.
+    monkeypatch.setattr(text, "device_memory", lambda device: 2 * 2 * 6 * 6 * 4)
+    encoder.encode(["abcde", "fghij"])
+    with pytest.raises(
+        ValueError, match="the attention of 2 captions of 7 tokens takes .* Lower max_text_tokens or batch"
+    ):
+        encoder.encode(["abcdef", "f"])
 
 
 def test_code_in_an_encoders_folder_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

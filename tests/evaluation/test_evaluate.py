@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stdit.config import Bucket, EvaluationConfig
-from stdit.data.manifest import ManifestError
+from stdit.config import Bucket, ConfigError, EvaluationConfig
+from stdit.data.manifest import ManifestError, read
+from stdit.evaluation import evaluator
 from stdit.evaluation.evaluator import evaluate_videos
-from stdit.evaluation.validation_clips import load_clip, select, validation_prompts, write_prompts
-from tests.support.shapes_dataset import SHAPES, STEPS, save_generated, wandering
+from stdit.evaluation.generated import read_generated
+from stdit.evaluation.validation_clips import load_clip, load_frame, select, validation_prompts, write_prompts
+from tests.support.shapes_dataset import SHAPES, STEPS, save_clip, save_generated, wandering
 
 CLIP, IMAGE = Bucket(frames=4, height=16, width=16), Bucket(frames=1, height=16, width=16)
 PROTOCOL = {"run": "runs/x", "step": 7, "weights": "ema", "sampler": "flow_euler", "steps": 20, "guidance_scale": 3.0}
@@ -180,6 +182,82 @@ def test_larger_clips_fill_up_the_count_and_are_cropped(manifest, settings_for_s
 def test_a_shape_that_no_clip_covers_is_an_error(manifest, settings_for_shapes) -> None:
     with pytest.raises(ManifestError, match="can be cropped to, 4x64x64"):
         validation_prompts(manifest, 4, Bucket(frames=4, height=64, width=64), 0, settings_for_shapes)
+
+
+def with_classes(manifest: Path, folder: Path, classless: str = "") -> Path:
+    """The manifest with a column class of other names than its shapes; clips of the shape `classless` have none."""
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for row in rows:
+        if row["shape"] != classless:
+            row["class"] = f"kind of {row['shape']}"
+    path = manifest.parent / f"{folder.name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_prompts_of_a_class_conditional_model_have_the_classes_it_was_trained_on(manifest, tmp_path: Path) -> None:
+    classes = with_classes(manifest, tmp_path)
+    free = EvaluationConfig(class_column=None, direction_column=None)
+    rows = validation_prompts(classes, 24, CLIP, 0, free, "required")
+    assert Counter(row["class"] for row in rows) == {f"kind of {shape}": 8 for shape in SHAPES}, "balanced over them"
+    measured = EvaluationConfig(class_column="shape", direction_column=None)
+    rows = validation_prompts(classes, 24, CLIP, 0, measured, "optional")
+    assert all(row["class"] == f"kind of {row['measured_class']}" for row in rows)
+    clips, _ = read_generated(save_generated(tmp_path / "v", rows, perfect_shapes(rows)))
+    assert [clip.class_name for clip in clips] == [row["measured_class"] for row in rows], "what the metrics compare"
+    assert "measured_class" not in validation_prompts(classes, 1, CLIP, 0, measured)[0]
+
+
+def perfect_shapes(rows: list[dict]) -> list[np.ndarray]:
+    return perfect_samples([{"class": row["measured_class"], "direction": None} for row in rows], CLIP)
+
+
+def test_clips_without_a_class_are_no_prompts_of_a_model_of_classes_alone(manifest, tmp_path: Path) -> None:
+    classes = with_classes(manifest, tmp_path, "disc")
+    free = EvaluationConfig(class_column=None, direction_column=None)
+    rows = validation_prompts(classes, 12, CLIP, 0, free, "required")
+    assert {row["class"] for row in rows} == {"kind of cross", "kind of bar"}
+    with pytest.raises(ManifestError, match="class-conditional, but 72 of 72 clips have no class"):
+        validation_prompts(manifest, 12, CLIP, 0, free, "required")
+
+
+def test_a_clip_that_is_a_part_of_a_file_is_read_as_that_part(tmp_path: Path) -> None:
+    film = np.arange(9, dtype=np.uint8)[:, None, None, None] * 20 + np.zeros((9, 16, 16, 3), np.uint8)
+    film[:, :, 8:] += 5
+    save_clip(tmp_path / "film.png", film)
+    row = {
+        "path": "film.png",
+        "caption": "",
+        "split": "validation",
+        "start_frame": 4,
+        "end_frame": 8,
+        "crop": [0, 8, 16, 8],
+    }
+    (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
+    (clip,) = read(tmp_path / "m.jsonl")
+    shape = Bucket(frames=3, height=8, width=8)
+    assert load_clip(clip, shape)[:, 0, 0, 0].tolist() == [85, 105, 125]
+    frame = load_frame(clip, np.random.default_rng(0))
+    assert frame is not None
+    assert frame.shape == (1, 16, 8, 3)
+    assert int(frame[0, 0, 0, 0]) in (85, 105, 125, 145)
+    assert select(read(tmp_path / "m.jsonl"), "validation", Bucket(frames=5, height=8, width=8), 1, 0) == []
+
+
+def test_what_an_evaluation_holds_at_once_has_to_fit_into_memory(
+    manifest, settings_for_shapes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = read(manifest)
+    clips, frames = (5 + 48) * 4 * 16 * 16 * 3, 156 * 16 * 16 * 3 * 4
+    monkeypatch.setattr(evaluator, "host_memory", lambda: max(clips, frames))
+    evaluator.check_memory(settings_for_shapes, source, CLIP, 5)
+    assert len(select(source, "validation", CLIP, 10, 0)) == 48, "held-out clips of that shape"
+    monkeypatch.setattr(evaluator, "host_memory", lambda: frames - 1)
+    with pytest.raises(ConfigError, match=r"156 frames \(classifier_frames\) of classifier_size 16 take"):
+        evaluator.check_memory(settings_for_shapes, source, CLIP, 5)
+    monkeypatch.setattr(evaluator, "host_memory", lambda: clips - 1)
+    with pytest.raises(ConfigError, match=r"5 generated and 48 real clips \(real_clips 512\) of 4x16x16 take"):
+        evaluator.check_memory(settings_for_shapes, source, CLIP, 5)
 
 
 def test_prompts_already_written_are_left_alone(tmp_path: Path) -> None:

@@ -27,12 +27,15 @@ from stdit.config import (
     TrainBucket,
     TrainConfig,
 )
-from stdit.generate import generate
+from stdit.config.identity import FrameSampling
+from stdit.data.transforms import frame_indices, frame_step
+from stdit.generate import _read_control, generate
 from stdit.inference.pipeline import STDiTPipeline
 from stdit.inference.prompts import Prompt
 from stdit.media import write_clip
 from stdit.models import lora
 from stdit.models.control import STDiTControl
+from stdit.models.fine_tuning import add_trainable
 from stdit.models.stdit import STDiT
 from stdit.training import adapters, checkpoint
 from tests.support.runs import CLASSES, make_run, model_config
@@ -179,7 +182,7 @@ def test_an_adapter_that_does_not_fit_is_refused(run: Path, style: Path, tmp_pat
     assert torch.equal(draw(pipe), plain)
 
 
-def trained_beside(base: Path, run: Path, kind: str) -> Path:
+def trained_beside(base: Path, run: Path, kind: str, sampling: dict[str, Any] | None = None) -> Path:
     """The run directory of an adapter's or a branch's training on `base`, without the training."""
     source = checkpoint.find_weights(base)
     config = Config(
@@ -193,7 +196,7 @@ def trained_beside(base: Path, run: Path, kind: str) -> Path:
         ),
         init=InitConfig(source=base),
     )
-    model = adapters.add_trainable(adapters.load_base(source, config)[0], config)
+    model = add_trainable(adapters.load_base(source, config)[0], config.train, config.seed)
     shaken((p for p in model.parameters() if p.requires_grad), 3)
     folder = run / checkpoint.FOLDER / checkpoint.folder_of_step(1)
     state = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
@@ -201,6 +204,7 @@ def trained_beside(base: Path, run: Path, kind: str) -> Path:
         adapters.save_trained(model, state, folder / checkpoint.weights_folder(kind, weights))  # type: ignore[arg-type]
     told = checkpoint.read_identity(base)
     data = {key: told[key] for key in ("video_encoder", "text_encoder", "classes", "features", "frame_rates")}
+    data["frame_sampling"] = sampling
     found = adapters.make_base(source)
     identity = checkpoint.make_identity(
         config, told["architecture"], data, 1, 1, {}, 1, {"folder": found.folder, "fingerprint": found.fingerprint}
@@ -284,6 +288,40 @@ def test_generation_takes_conditions_from_the_prompts(run: Path, tmp_path: Path)
     assert "the key control" in rows[3]["error"]
     alone = generate(made, prompts[:1], tmp_path / "alone", **asked)
     assert (tmp_path / "alone" / alone[0]["file"]).stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("sampling", "frames"),
+    [
+        ({"frame_stride": 2}, [0, 2, 4, 6]),
+        ({"target_fps": 4.0, "clip_window": "center"}, [1, 3, 5, 7]),
+        ({}, [0, 1, 2, 3]),
+    ],
+)
+def test_a_control_video_is_read_as_extraction_reads_its_clips(
+    run: Path, tmp_path: Path, sampling: dict[str, Any], frames: list[int]
+) -> None:
+    """The same control clip, of 9 frames at 8 fps, through both."""
+    video = np.arange(9, dtype=np.uint8)[:, None, None, None].repeat(16, 1).repeat(16, 2).repeat(3, 3) * 25
+    Image.fromarray(video[0]).save(
+        tmp_path / "c.png", save_all=True, append_images=[Image.fromarray(f) for f in video[1:]], duration=125
+    )
+    own, shape = FrameSampling(**sampling), Bucket(frames=4, height=16, width=16)
+    found = _read_control(tmp_path / "c.png", shape, own)
+    assert (found[:, 0, 0, 0] * 255).round().tolist() == [25 * frame for frame in frames]
+    step = frame_step(8.0, own.frame_stride, own.target_fps)
+    assert frame_indices(9, 4, step, own.clip_window) == frames, "as the extractor"
+    as_long = _read_control(tmp_path / "c.png", Bucket(frames=9, height=16, width=16), own)
+    assert len(as_long) == 9
+    if len(sampling) == 1:
+        with pytest.raises(
+            ValueError, match=r"c.png: 8 frames at stride 2 span 15 frames, the clip has 9; give so many, 8, or 1"
+        ):
+            _read_control(tmp_path / "c.png", Bucket(frames=8, height=16, width=16), own)
+    pipe = opened(trained_beside(run, tmp_path / "control", "control", sampling))
+    assert pipe.frame_sampling == own
+    pipe.save_pretrained(tmp_path / "saved")
+    assert opened(tmp_path / "saved").frame_sampling == own
 
 
 def test_a_branch_goes_with_the_pipeline(run: Path, tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from stdit.config import ModelConfig
+from stdit.config import ControlConfig, LoRAConfig, ModelConfig, TrainConfig
 from stdit.models import cost as module
 from stdit.models.cost import model_cost
+from stdit.models.fine_tuning import add_trainable
 from stdit.models.stdit import STDiT
 
 Settings = Callable[..., ModelConfig]
@@ -209,3 +210,17 @@ def test_the_command_says_errors_in_a_line(
     (tmp_path / "model.yaml").write_text("model: {size: S}\n")
     monkeypatch.setattr(sys, "argv", ["summary", "--config", str(tmp_path / "model.yaml"), *arguments.split()])
     assert said in failing(capsys)
+
+
+@pytest.mark.parametrize("train", [{"lora": LoRAConfig(rank=2)}, {"control": ControlConfig()}], ids=["lora", "control"])
+def test_beside_frozen_weights_their_gradients_cost_nothing(settings: Settings, train: dict[str, Any]) -> None:
+    model, trained = settings(), TrainConfig(steps=1, **train)
+    built = add_trainable(STDiT.from_settings(model), trained).train()
+    given = inputs(model, (3, 4, 2), 5)
+    given |= {"control": given["hidden_states"]} if trained.control else {}
+    with FlopCounterMode(display=False) as counter:
+        built(**given, return_dict=False)[0].sum().backward()
+    counted = model_cost(model, (3, 4, 2), 5, train=trained)
+    assert counter.get_total_flops() == BATCH * counted.training_flops
+    assert counted.training_flops < 6 * counted.forward_macs
+    assert counted.trained == sum(p.numel() for p in built.parameters() if p.requires_grad) < counted.parameters

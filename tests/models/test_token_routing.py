@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from stdit.config import ModelConfig, TokenRoutingConfig
+from stdit.config import ModelConfig, TokenRoutingConfig, TrainConfig
 from stdit.models.attention import plain_attention
 from stdit.models.cost import model_cost
 from stdit.models.stdit import STDiT
@@ -141,7 +141,10 @@ def test_training_flops_are_those_that_run_and_sampling_costs_as_before(tiny: Ti
     with FlopCounterMode(display=False) as counter:
         model(x, **inputs)
     length = 5 if model.settings.text_dim else 0
-    dense, routed = (model_cost(model.settings, (2, 4, 4), length, token_routing=r) for r in (None, ROUTING))
+    dense, routed = (
+        model_cost(model.settings, (2, 4, 4), length, train=TrainConfig(steps=1, token_routing=r))
+        for r in (None, ROUTING)
+    )
     assert routed.training_flops == 3 * counter.get_total_flops() // 2
     assert routed.training_flops < dense.training_flops
     assert routed.forward_macs == dense.forward_macs

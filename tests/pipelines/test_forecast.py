@@ -34,6 +34,7 @@ def stage(**train: object) -> ResolvedStage:
             "where": [{"column": "score", "at_least": 0.5}],
         },
         "train": {"steps": 60, **train},
+        **({"init": {"source": "base"}} if "lora" in train else {}),
     }
     return ResolvedStage("s", validate(config, Config, "test"), None, "test")
 
@@ -72,6 +73,41 @@ def test_checkpointed_activations_take_less() -> None:
         forecast(stage(activation_checkpointing=on), Resources(), Source(), (1, 1, 1), 5).memory for on in (False, True)
     )
     assert checkpointed.activations < plain.activations
+
+
+def test_an_adapter_s_forecast_counts_what_it_trains() -> None:
+    whole = forecast(stage(), Resources(), Source(), (1, 1, 1), 5)
+    lora = stage(lora={"rank": 2})
+    found = forecast(lora, Resources(), Source(), (1, 1, 1), 5)
+    assert 0 < found.trained < found.parameters / 5
+    assert (
+        found.memory.optimizer
+        == rank_memory(found.trained, lora.config.train, 1).optimizer
+        < whole.memory.optimizer / 5
+    )
+    assert found.memory.weights >= whole.memory.weights
+    assert found.flops < whole.flops
+    assert "M parameters (0.0" in str(found)
+    assert " trained), " in str(found)
+
+
+def test_held_out_clips_that_a_stage_needs_are_looked_for(tmp_path: Path) -> None:
+    class Training(Source):
+        def select(self, split, buckets, where=()):
+            return {
+                b.key: ids[: len(ids) * (split == "train")]
+                for b, ids in zip(buckets, super().select(split, buckets, where).values(), strict=True)
+            }
+
+    forecast(stage(), Resources(), Training(), (1, 1, 1), 5)
+    validating = stage()
+    section = validating.config.validation.model_copy(update={"every": 10})
+    validating = replace(validating, config=validating.config.model_copy(update={"validation": section}))
+    with pytest.raises(
+        ConfigError,
+        match=r"validation.every: no clip of split 'validation' .* is in the stage's buckets, 1x16x16, 4x16x16",
+    ):
+        forecast(validating, Resources(), Training(), (1, 1, 1), 5)
 
 
 def test_a_bucket_that_the_model_does_not_take_is_named() -> None:

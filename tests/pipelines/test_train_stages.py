@@ -18,10 +18,15 @@ import pytest
 import yaml
 from PIL import Image
 
+from pipelines import plan as plans
 from pipelines import train_stages
 from pipelines.record import Record, set_aside
+from pipelines.runner import PlanFailed, PlanRunner
 from stdit import metrics_log
 from stdit.config import ConfigError
+from stdit.curation.curation import CurationError
+from stdit.data.extraction import ExtractionError
+from stdit.evaluation import networks
 from tests.support.paths import ROOT
 
 STEPS = 200
@@ -251,9 +256,13 @@ def refused(capsys, plan: Path, *sets: str) -> str:
         ("extraction.manifest=nowhere.jsonl", "extraction.manifest: nowhere.jsonl does not exist"),
         ("stages.one.config=nowhere.yaml", "stages.one.config: nowhere.yaml: cannot be read"),
         ("stages.one.overrides.train.stepz=1", "train.stepz: unknown key"),
+        ("evaluation.prompts=2000000", "evaluation.prompts: Input should be less than or equal to 1000000"),
+        ("evaluation.fps=5000", "evaluation.fps: Input should be less than or equal to 1000"),
+        ("evaluation.sampler.guidance_channels=2", "evaluation.sampler: guidance_channels 2 is more than the 1 latent"),
+        ("evaluation.metrics.direction_column=caption", "a direction is one of left, right, up, down"),
         (
-            "evaluation.metrics.class_column=null",
-            "evaluation.metrics.class_column is null, but the stage is class-cond",
+            "extraction.text_encoder.byte_t5={width: 65536, depth: 64, num_heads: 4}",
+            "extraction.text_encoder.byte_t5: width 65536 and depth 64 are 2,748,",
         ),
         ("evaluation.scores={scores: [fid], networks: {inception: README.md}}", "README.md has SHA-256 "),
         ("evaluation.sampler.scheduler=ddim", "evaluation.sampler: sampler.scheduler ddim "),
@@ -267,6 +276,76 @@ def test_a_plan_that_cannot_work_is_refused_before_anything_is_written(
     plan = write_plan(tmp_path)
     assert message in refused(capsys, plan, override)
     assert not (tmp_path / "run").exists()
+
+
+def test_held_out_clips_of_a_stage_s_shape_and_class_are_looked_for_at_the_forecast(tmp_path: Path, capsys) -> None:
+    plan = write_plan(tmp_path)
+    larger = "extraction.buckets=[{frames: 1, height: 8, width: 8}, {frames: 1, height: 16, width: 16}]"
+    stage = "stages.two.overrides.data.buckets=[{frames: 1, height: 16, width: 16, batch_size: 4}]"
+    told = refused(capsys, plan, larger, stage)
+    assert "stages.two (" in told
+    assert "evaluation.metrics: " in told
+    assert (
+        "validation_split 'validation': none of its 8 clips has, or can be cropped to, 1x16x16 (frames x height x width); the longest is 1x8x8"
+        in told
+    )
+    # A class-conditional stage takes its own classes, whatever is measured.
+    free = "evaluation.metrics.class_column=null"
+    assert train_stages.main(["--plan", str(plan), "--forecast", "--set", free]) == 0
+    manifest = tmp_path / "clips" / "manifest.jsonl"
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    rows = [row | {"class": None if row["split"] == "validation" else row["class"]} for row in rows]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = refused(capsys, plan, free)
+    assert "stages.one (" in told
+    assert "the model is class-conditional, but 8 of 8 clips have no class (column class)" in told
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (CurationError("3 of 4 files cannot be used"), 1),
+        (ExtractionError("3 of 4 clips cannot be used"), 1),
+        (OSError(28, "No space left on device"), 1),
+        (PlanFailed("stage a: evaluation: no clip was generated"), 1),
+        (ConfigError("run_dir: a key"), 2),
+        (FileNotFoundError(2, "No such file"), 2),
+    ],
+)
+def test_a_plan_ends_with_the_exit_code_of_the_command_that_does_the_same(
+    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(train_stages, "run_plan", fail)
+    assert train_stages.main(["--plan", "p.yaml"]) == code
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_scores_that_need_more_clips_than_are_generated_are_refused(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(networks, "find_network", lambda *names: None)
+    plan = write_plan(tmp_path)
+    told = refused(capsys, plan, "evaluation.scores={scores: [inception_score]}")
+    assert "evaluation.scores: inception_score (splits) needs 10 clips or more, but evaluation.prompts is 4" in told
+    told = refused(capsys, plan, "evaluation.scores={scores: [recall], neighbors: 4}")
+    assert "evaluation.scores: recall (neighbors) needs 5 clips or more, but evaluation.prompts is 4" in told
+
+
+def test_an_evaluation_that_fails_is_a_failed_part_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_plan(tmp_path)
+    plan = plans.read(path)
+    stages = plans.resolve(plan, str(path))
+    runner = PlanRunner(plan, stages, str(path), False)
+
+    def fail(*args: object) -> None:
+        raise ValueError("no clip was generated")
+
+    monkeypatch.setattr(runner, "_evaluate_run", fail)
+    with pytest.raises(PlanFailed, match=r"^stage one: evaluation: no clip was generated$"):
+        runner.evaluate(stages[0])
 
 
 def test_a_forecast_starts_nothing_and_counts_every_clip(tmp_path: Path, capsys) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,31 @@ def test_a_local_ray_goes_without_the_cleaner_that_waits_for_a_dashboard(monkeyp
     assert "PlacementGroupCleanerCallback" in whole
     monkeypatch.delenv("RAY_ADDRESS")
     assert callbacks() == [name for name in whole if name != "PlacementGroupCleanerCallback"]
+
+
+def test_what_ray_s_start_writes_is_shown_only_if_it_fails(monkeypatch, capfd) -> None:
+    import ray
+
+    def start(fails: bool) -> Callable[..., None]:
+        def init(**options: object) -> None:
+            os.write(2, b"raylet: no space left\n")
+            if fails:
+                raise ConnectionError("the cluster is gone")
+
+        return init
+
+    for name, value in (("RAY_ADDRESS", "10.0.0.1:6379"), ("RAY_CHDIR_TO_TRIAL_DIR", "0")):
+        monkeypatch.setenv(name, value)
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_BACKEND_LOG_LEVEL"):
+        monkeypatch.setenv(name, os.environ.get(name, "0"))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", start(False))
+    assert workers.connect() == "joined"
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(ray, "init", start(True))
+    with pytest.raises(ConnectionError, match="the cluster is gone"):
+        workers.connect()
+    assert "raylet: no space left" in capfd.readouterr().err
 
 
 def test_a_deadline_is_kept_though_training_never_ends() -> None:

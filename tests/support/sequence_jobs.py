@@ -58,8 +58,8 @@ def train_steps(data: dict[str, Any], count: int, broken: str | None = None) -> 
     from deepspeed.utils import safe_get_full_grad
 
     from stdit.data.loader import Loader
+    from stdit.models.fine_tuning import add_trainable
     from stdit.train import prepare
-    from stdit.training.adapters import add_trainable
     from stdit.training.data import open_data
     from stdit.training.distributed import sequence_group
     from stdit.training.ema import EMA
@@ -71,7 +71,7 @@ def train_steps(data: dict[str, Any], count: int, broken: str | None = None) -> 
     checked = open_data(config)
     ranks = init_distributed(config.train.sequence_parallel)
     base = shaken(STDiT.from_settings(config.model, config.seed))
-    model = add_trainable(base, config)
+    model = add_trainable(base, config.train, config.seed)
     if model is not base:  # a branch or adapters that add something
         with torch.no_grad():
             generator = torch.Generator().manual_seed(7)

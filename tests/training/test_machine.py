@@ -8,8 +8,20 @@ from typing import Any
 import pytest
 import torch
 
-from stdit.config import Config, ConfigError, DataConfig, ModelConfig, TrainBucket, TrainConfig, validate
-from stdit.models.cost import model_cost, parameter_count
+from stdit.config import (
+    Config,
+    ConfigError,
+    ControlConfig,
+    DataConfig,
+    InitConfig,
+    LoRAConfig,
+    ModelConfig,
+    TrainBucket,
+    TrainConfig,
+    validate,
+)
+from stdit.models.cost import model_cost, parameter_count, trained_parameters
+from stdit.models.fine_tuning import add_trainable
 from stdit.models.stdit import STDiT
 from stdit.train import train
 from stdit.training import machine
@@ -26,6 +38,7 @@ def config_of(run_dir: Path, model: dict[str, Any] | None = None, batch_size: in
             features="synthetic", buckets=(TrainBucket(frames=1, height=16, width=16, batch_size=batch_size),)
         ),
         train=TrainConfig(steps=1, **changes),
+        init=InitConfig(source=run_dir) if {"lora", "control"} & changes.keys() else None,
     )
 
 
@@ -84,6 +97,43 @@ def test_the_limit_is_the_memory_that_weights_optimizer_and_activations_need(
     machine.check_machine(config, 2, LATENTS, 0)
 
 
+def test_a_processor_without_bfloat16_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated=True: emulated)
+    with pytest.raises(ConfigError, match=r"^train.precision: Tesla T4 does not compute in bfloat16; use fp32$"):
+        machine.check_machine(config_of(tmp_path / "run", precision="bf16"), 1, LATENTS, 0)
+
+
+def test_samples_of_a_step_that_memory_does_not_hold_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path / "run", batch_size=1, gradient_accumulation=10**6)
+    monkeypatch.setattr(machine, "host_memory", lambda: 10**6 * 3 * 16 * 16 * 4)
+    machine.check_machine(config, 1, LATENTS, 0)
+    monkeypatch.setattr(machine, "host_memory", lambda: 10**6 * 3 * 16 * 16 * 4 - 1)
+    with pytest.raises(ConfigError, match=r"data.buckets 1x16x16: the latents of a rank's 1,000,000 samples of a step"):
+        machine.check_machine(config, 1, LATENTS, 0)
+
+
+FINE_TUNING: list[dict[str, Any]] = [
+    {"lora": LoRAConfig(rank=4)},
+    {"control": ControlConfig(condition="low_resolution")},
+]
+
+
+@pytest.mark.parametrize("changes", FINE_TUNING, ids=["lora", "control"])
+def test_frozen_weights_take_neither_gradients_nor_optimizer_state(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = config_of(tmp_path / "run", zero_stage=0, **changes)
+    trained, frozen = trained_parameters(config.model, config.train)
+    assert frozen == parameter_count(config.model)
+    assert 0 < trained < frozen
+    memory = machine.step_memory(config, config.data.buckets[0], LATENTS["1x16x16"], 0, 1, 1)
+    assert (memory.weights, memory.gradients) == (4 * (trained + frozen), 4 * trained)
+    assert (memory.optimizer, memory.average) == (8 * trained, 4 * trained)
+    assert memory.activations > 0
+
+
 def test_full_weights_are_counted_beside_the_copy_of_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,10 +160,15 @@ def test_a_batch_that_no_memory_holds_is_refused_before_the_run_is_begun(tmp_pat
 
 def test_a_step_takes_no_less_memory_than_was_estimated(tmp_path: Path) -> None:
     """What autograd keeps of a real forward: an estimate above it would refuse runs that fit."""
-    for model in ({}, {"attention": "full", "qk_norm": "rms"}, {"num_classes": 3, "hidden_size": 48, "num_heads": 4}):
-        config = config_of(tmp_path / "run", model=model, batch_size=2)
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({}, {}), ({"attention": "full", "qk_norm": "rms"}, {}), ({"num_classes": 3, "hidden_size": 48, "num_heads": 4}, {}),
+        *(({}, changes) for changes in FINE_TUNING),
+    ]  # fmt: skip
+    for model, changes in cases:
+        config = config_of(tmp_path / "run", model=model, batch_size=2, **changes)
         bucket = config.data.buckets[0]
-        network = STDiT.from_settings(config.model, 0).train()
+        network = add_trainable(STDiT.from_settings(config.model, 0), config.train).train()
+        inputs = {"control": torch.randn(2, 3, 1, 16, 16)} if config.train.control else {}
         owned = {p.untyped_storage().data_ptr() for p in network.parameters()}
         kept: dict[int, int] = {}
 
@@ -124,7 +179,7 @@ def test_a_step_takes_no_less_memory_than_was_estimated(tmp_path: Path) -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            network(torch.randn(2, 3, 1, 16, 16), torch.tensor([10.0, 900.0]), return_dict=False)[0].sum()
+            network(torch.randn(2, 3, 1, 16, 16), torch.tensor([10.0, 900.0]), return_dict=False, **inputs)[0].sum()
         cost = machine.sample_cost(config, bucket, LATENTS[bucket.key], 0, 2)
         assert machine.saved_bytes(cost, 2, False) <= sum(kept.values())
 

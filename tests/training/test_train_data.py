@@ -11,6 +11,7 @@ import torch
 
 from stdit import extract
 from stdit.config import Bucket, ConfigError, merge
+from stdit.config.identity import FrameSampling
 from stdit.data.features import EmptyCaption
 from stdit.models.stdit import STDiT
 from stdit.training import data as train_data
@@ -123,7 +124,7 @@ def test_a_sampler_of_another_objective_is_refused() -> None:
 
 
 def test_the_log_says_parameters_clips_frame_rates_and_the_buckets_left_out(tmp_path: Path) -> None:
-    features = extract.run(clip_folder.config(tmp_path, clip_folder.rows(tmp_path, 6)))
+    features = extract.run(clip_folder.config(tmp_path, clip_folder.rows(tmp_path, 6), clip_window="center"))
     sizes = {"hidden_size": 32, "depth": 2, "num_heads": 2, "in_channels": 3, "text_dim": 16, "max_text_tokens": 24}
     config = config_of(
         {
@@ -138,6 +139,7 @@ def test_the_log_says_parameters_clips_frame_rates_and_the_buckets_left_out(tmp_
     )
     data = train_data.open_data(config)
     assert data.frame_rates == {"24": 1}
+    assert data.frame_sampling == FrameSampling(clip_window="center")
     parameters = sum(p.numel() for p in STDiT.from_settings(config.model).parameters())
     assert train_data.describe_data(config, data) == (
         f"{parameters / 1e6:.2f} M parameters; training clips by bucket: 1x16x16 2, 5x16x16 1; "

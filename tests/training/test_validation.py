@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stdit.config import Config, validate
 from stdit.training.distributed import Ranks
-from stdit.training.validation import PADDING, shard_batches
+from stdit.training.validation import PADDING, Validator, shard_batches
 from tests.support import rank_jobs, sample_grid
 from tests.support.rank_jobs import settings as run_settings
 from tests.support.rank_pool import Pool
@@ -27,6 +29,29 @@ def test_ranks_share_samples_in_order_and_are_equally_busy(count: int, size: int
     # Fillers come last, fewer than there are ranks.
     assert together[count:] == [PADDING] * (len(together) - count)
     assert len(together) - count < size
+
+
+def test_a_grid_of_fewer_samples_than_were_asked_for_is_remarked_on_once(tmp_path: Path) -> None:
+    class Held:
+        def select(self, split: str, buckets: Any, where: Any = ()) -> dict[str, np.ndarray]:
+            return {bucket.key: np.arange(3) for bucket in buckets}
+
+    class Tracker:
+        said: list[str] = []  # noqa: RUF012
+
+        def print(self, line: str) -> None:
+            self.said.append(line)
+
+    data = run_settings(tmp_path, samples={"every": 1, "count": 3})
+    for count, said in ((3, []), (9, ["samples.count 9: 6 are drawn, one for each clip of split 'validation'"])):
+        data["samples"]["count"] = count
+        data["data"]["buckets"] = [{"frames": n, "height": 8, "width": 8, "batch_size": 2} for n in (1, 2)]
+        config, tracker = validate(data, Config, "test"), Tracker()
+        ranks = Ranks(0, 1, 0, torch.device("cpu"))
+        validator = Validator(config, cast(Any, SimpleNamespace(source=Held())), cast(Any, None), ranks)
+        for _ in range(2):
+            validator._remark_count(cast(Any, tracker))
+        assert tracker.said == said
 
 
 def grid_of(pool: Pool, path: Path, stage: int, **changes: Any) -> tuple[np.ndarray, list[dict[str, Any]]]:

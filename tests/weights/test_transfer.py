@@ -504,6 +504,10 @@ def test_the_command_refuses_before_it_writes(tiny: Tiny, tmp_path: Path, capsys
             r"temporal False -> True \(needs init.allow: \[add_temporal\]",
         ),
         ((image, "--to", video, "--set", "widht=1"), "widht: unknown key"),
+        (
+            (image, "--to", video, "--set", "hidden_size=65536", "--set", "depth=1000"),
+            r"the target has [\d,]{10,} M parameters, which take [\d,.]+ GiB; this machine has",
+        ),
         ((image, "--to", video, "--config", tmp_path / "no.yaml"), r"no\.yaml: cannot be read"),
     ):
         assert run(*arguments) == 2

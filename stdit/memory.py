@@ -1,0 +1,36 @@
+"""Memory of this machine and of its GPUs, against which estimates are held before anything is allocated."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+# Where the kernel says how much memory a container may take (cgroups 2 and 1).
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def host_memory() -> int:
+    """Bytes of memory that this process may use."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in CGROUP_LIMITS:
+        text = path.read_text().strip() if path.is_file() else "max"
+        found = min(found, int(text)) if text.isdigit() else found
+    return found
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory of a GPU, or that this process may use of the host's."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_properties(device).total_memory
+    return host_memory()
+
+
+def gib(size: float) -> str:
+    """Bytes for messages: 1,234.5 GiB."""
+    return f"{size / 2**30:,.1f} GiB"
