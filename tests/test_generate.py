@@ -521,7 +521,7 @@ def test_overwriting_in_a_place_that_cannot_be_written_removes_nothing(
 
     monkeypatch.setattr(job, "check_writable", refuse)
     with pytest.raises(ValueError, match="cannot be written to"):
-        generation.open_job(runs["text"], out=out, **(asked | {"sampler": SamplerConfig(steps=3)}), overwrite=True)
+        generation.open_job(runs["text"], out=out, **asked, fps=3.0, overwrite=True)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
