@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 
 from stdit.config import Config, ConfigError, CurateConfig, EvaluateConfig, ExtractConfig, load_config
@@ -48,3 +52,33 @@ KINDS = {TRAIN: Config, EXTRACT: ExtractConfig, CURATE: CurateConfig, EVALUATE: 
 def test_what_can_be_no_setting_is_refused_by_its_key(file: str, setting: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(ROOT / "configs" / file, KINDS[file], [setting])
+
+
+# Seeds, values of columns and arguments, numbers of blocks (compared with the depth), and counts of which nothing is made.
+UNBOUNDED = {
+    "seed", "classifier_seed", "one_of", "args", "kv_compress_blocks", "window_blocks", "start", "factor", "margin_frames",
+    "keep_best", "max_bad_steps", "max_failed_saves", "max_failures", "max_rewinds", "warmup_steps",
+}  # fmt: skip
+
+
+def unbounded(schema: Any, key: str = "") -> Iterator[str]:
+    """Keys of a JSON schema whose integers have no upper bound."""
+    if isinstance(schema, list):
+        for entry in schema:
+            yield from unbounded(entry, key)
+    elif isinstance(schema, dict):
+        if schema.get("type") == "integer" and not schema.keys() & {"maximum", "exclusiveMaximum", "const", "enum"}:
+            yield key
+        for name, value in schema.items():
+            inner = value.items() if name in ("properties", "$defs") else [(key, value)]
+            for own, entry in inner:
+                yield from unbounded(entry, own)
+
+
+def test_every_size_and_count_of_which_something_is_made_has_an_upper_bound() -> None:
+    found = {
+        path.name: set(unbounded(json.loads(path.read_text()))) for path in (ROOT / "configs/schema").glob("*.json")
+    }
+    assert {"train.json", "plan.json", "evaluate.json"} <= found.keys()
+    assert {name: keys - UNBOUNDED for name, keys in found.items()} == {name: set() for name in found}
+    assert set().union(*found.values()) == UNBOUNDED, "what is bounded now is no exception"
