@@ -31,7 +31,8 @@ def fsync_folder(path: Path) -> None:
 
 
 def atomic_write(path: Path | str, content: bytes | str) -> None:
-    """Writes `content` to `path`, which holds the old file or the new one, never a part. OSError: disk full, no permission."""
+    """Writes `content` to `path`, which holds the old file or the new one, never a part. OSError, with the path: disk full, no
+    permission."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -41,8 +42,9 @@ def atomic_write(path: Path | str, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        _name(error, path)
         raise
     fsync_folder(path.parent)
 
@@ -63,8 +65,9 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        _name(error, path)
         raise
     fsync_folder(path.parent)
 
@@ -87,10 +90,17 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        _name(error, path)
         raise
     fsync_folder(path.parent)
+
+
+def _name(error: BaseException, path: Path) -> None:
+    """Has an error of writing name `path`: that of a full disk names none."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        error.filename = str(path)
 
 
 def _new_file_mode(path: Path) -> int:

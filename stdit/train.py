@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from stdit.models.sequence_parallel import SequenceParallel
     from stdit.training.distributed import Ranks
     from stdit.training.resume import TrainState
+    from stdit.training.watchdog import Watchdog
 
 
 class Stopped(Exception):
@@ -54,19 +55,24 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
     checkpoint cannot be written, Diverged if gradients or weights are not finite, OutOfMemory. A rank that hangs ends its
     process (stdit.training.watchdog).
     """
-    from stdit.training.spikes import Rewound
+    from stdit.training.watchdog import Watchdog
 
-    stop = Stop() if stop is None else stop
+    stop, rank = Stop() if stop is None else stop, int(os.environ.get("RANK", 0))
     while True:
-        try:
-            return train_from_checkpoint(config, report, stop)
-        except Rewound as rewound:  # once more from the newest checkpoint, without the samples of the spike
-            if os.environ.get("RANK", "0") == "0":
-                complain(str(rewound))
+        with closing(Watchdog(rank, config.run_dir, config.train, stop)) as watchdog:
+            from stdit.training.spikes import Rewound  # imports may hang, too
+
+            try:
+                return train_from_checkpoint(config, report, stop, watchdog)
+            except Rewound as rewound:  # once more from the newest checkpoint, without the samples of the spike
+                if rank == 0:
+                    complain(str(rewound))
         gc.collect()  # the engine that was left
 
 
-def train_from_checkpoint(config: Config, report: Callable[[dict[str, Any]], None] | None, stop: Stop) -> Path:
+def train_from_checkpoint(
+    config: Config, report: Callable[[dict[str, Any]], None] | None, stop: Stop, watchdog: Watchdog
+) -> Path:
     """As `train`, which says what is what. Rewound: a loss spike with `train.on_spike: rewind`."""
     # Imported late, so that `--help` and invalid configs are answered at once.
     import torch
@@ -87,7 +93,6 @@ def train_from_checkpoint(config: Config, report: Callable[[dict[str, Any]], Non
     from stdit.training.spikes import positions_left_out
     from stdit.training.tracking import Tracker, is_due
     from stdit.training.validation import Validator
-    from stdit.training.watchdog import Watchdog
 
     config = complete(config)
     config.micro_batches(world_size())  # checked before any work
@@ -118,8 +123,6 @@ def train_from_checkpoint(config: Config, report: Callable[[dict[str, Any]], Non
         performance = Performance(config, ranks, data, sum(loader.counts.values()))
         timed, profile = performance.section, stack.enter_context(profiler(config, ranks, state.step + 1))
         start = time.perf_counter()
-        watchdog = stack.enter_context(closing(Watchdog(ranks.rank, config.run_dir, config.train.step_timeout_s, stop)))
-        # Closed before the watchdog, which watches over that, too.
         saver = Saver(engine, ema, config, data, state, ranks, tracker.print, watchdog.saving)
         stack.enter_context(closing(saver))
         stop.start_training()
@@ -243,35 +246,52 @@ def arguments(prog: str = "stdit/train.py") -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments().parse_args(argv)
     stop, code = Stop().listen(), 1
+    from stdit.training.checkpoint import CheckpointError, SaveError
+
     try:
         config = load_config(args.config, Config, args.set)
-        from stdit.training.checkpoint import CheckpointError, SaveError
-        from stdit.training.distributed import destroy_process_group
-
         try:
             train(config, stop=stop)
             code = 0
         except Stopped:
             code = STOPPED
-        except CheckpointError as error:
-            if isinstance(error, SaveError):
-                raise
-            raise ConfigError(str(error)) from error
+        from stdit.training.distributed import destroy_process_group
+
         destroy_process_group()
-    except ConfigError as error:
-        complain(f"error: {error}")
-        code = 2
+    except (ConfigError, CheckpointError) as error:
+        code = 1 if isinstance(error, SaveError) else 2
+        if is_mine(error, stop):
+            complain(f"error: {error}")
     except (OSError, RuntimeError, ValueError) as error:
         # Also raised on a rank when another one has died, whose own message says why.
         import traceback
 
-        complain(traceback.format_exc().rstrip())
-        complain(f"error: {error}")
+        if not getattr(error, "shared", False):
+            complain(traceback.format_exc().rstrip())
+        if is_mine(error, stop):
+            complain(f"error: {error}")
     with contextlib.suppress(OSError):  # a terminal or pipe that is gone
         sys.stdout.flush()
         sys.stderr.flush()
     # Not sys.exit: a rank that fails must not wait, in libraries' exit handlers, for others that wait for it.
     os._exit(code)
+
+
+# A rank that finds its config invalid waits so long for its host's first one to say so and for the launcher to end all.
+HOLD_S = 3.0
+
+
+def is_mine(error: Exception, stop: Stop) -> bool:
+    """Whether this rank has to say `error`. Rank 0 says what all raise (`shared`); what is found before the ranks have met, a host's
+    first, unless it finds nothing wrong."""
+    if getattr(error, "shared", False):
+        return os.environ.get("RANK", "0") == "0"
+    distributed = sys.modules.get("torch.distributed")
+    met = distributed is not None and distributed.is_initialized()
+    if met or not isinstance(error, ConfigError) or os.environ.get("LOCAL_RANK", "0") == "0":
+        return True
+    stop.start_training()  # a signal ends waiting, not the process
+    return not stop.wait(HOLD_S)
 
 
 def complain(message: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,11 +124,39 @@ def test_a_lock_is_held_by_one_or_shared_and_free_once_all_have_left(tmp_path: P
     third.acquire()
 
 
-def test_a_dead_owners_lock_is_free(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["write", "path", "folder"])
+def test_an_error_of_writing_names_the_file(how: str, tmp_path: Path) -> None:
+    target = tmp_path / "done.json"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))  # as a full disk: the error of the system names no file
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*done\.json'"):
+            if how == "write":
+                atomic_write(target, "x" * 100)
+            elif how == "path":
+                with atomic_path(target) as path, path.open("wb", buffering=0) as file:
+                    while True:
+                        file.write(b"x" * 100)
+            else:
+                with atomic_folder(target) as folder, (folder / "a").open("wb", buffering=0) as file:
+                    while True:
+                        file.write(b"x" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("prefix", [[], ["unshare", "--fork", "--pid", "--kill-child"]], ids=["", "namespace"])
+def test_a_dead_owners_lock_is_free(prefix: list[str], tmp_path: Path) -> None:
+    if prefix and (shutil.which("unshare") is None or subprocess.run([*prefix, "true"]).returncode):
+        pytest.skip("needs unshare --pid")
     program = "import sys; from pathlib import Path; from stdit.files import FolderLock\n"
     program += "lock = FolderLock(Path(sys.argv[1])); lock.acquire(); print('locked', flush=True); sys.stdin.read()"
     owner = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*prefix, sys.executable, "-c", program, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert owner.stdout is not None
     assert owner.stdout.readline() == "locked\n"

@@ -18,7 +18,10 @@ from typing import Any
 import psutil
 import pytest
 
+from stdit.config import ConfigError
 from stdit.training import checkpoint
+from stdit.training.divergence import Diverged
+from stdit.training.saving import NotWritten
 from stdit.training.stopping import STOPPED
 from tests.support import forked
 from tests.support.paths import ROOT
@@ -272,6 +275,76 @@ def test_a_rank_that_hangs_ends_the_run_with_75_and_is_named(tmp_path: Path) -> 
         end(again, tmp_path)
     finally:
         end(process, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_rank_that_is_stopped_before_its_first_step_ends_the_run_with_75(tmp_path: Path) -> None:
+    process = stdit_train(tmp_path, "train.start_timeout_s=25")
+    try:
+        wait_for(lambda: len(running(tmp_path)) == 2)
+        os.kill(next(pid for pid, rank in running(tmp_path).items() if rank == 1), signal.SIGSTOP)
+        output, _ = process.communicate(timeout=150)
+        assert process.returncode == STOPPED, output
+        said = "[rank 0] before the first step, waiting for the other ranks to start: more than 25 s (train.start_timeout_s)"
+        assert said in output
+        assert not running(tmp_path)
+    finally:
+        end(process, tmp_path)
+
+
+class Ended(Exception):
+    """The process would have ended."""
+
+
+def say_error(error: Exception, rank: int, monkeypatch: pytest.MonkeyPatch, signalled: bool = False) -> int:
+    """What main() makes of an error of train() on a rank; its exit code."""
+    from stdit import train as verb
+    from stdit.training.stopping import Stop
+
+    def fail(*_: Any, stop: Stop) -> None:
+        if signalled:
+            stop.request("SIGTERM")
+        raise error
+
+    codes: list[int] = []
+
+    def ended(code: int) -> None:
+        codes.append(code)
+        raise Ended
+
+    monkeypatch.setattr(verb, "train", fail)
+    monkeypatch.setattr(verb, "HOLD_S", 0.1)
+    monkeypatch.setattr(Stop, "listen", lambda self: self)
+    monkeypatch.setattr(os, "_exit", ended)
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(Ended):
+        verb.main(DEBUG)
+    return codes[0]
+
+
+@pytest.mark.parametrize(
+    "error", [Diverged("step 4: loss"), NotWritten("no room"), OSError(28, "No space left", "done.json")]
+)
+def test_what_all_ranks_raise_is_one_line_of_rank_0(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    error.shared = True  # pyright: ignore[reportAttributeAccessIssue]  (of Ranks.broadcast)
+    assert [say_error(error, rank, monkeypatch) for rank in (0, 1)] == [1, 1]
+    assert capfd.readouterr().err == f"[rank 0] error: {error}\n"
+
+
+def test_an_invalid_config_is_one_line_of_a_hosts_first_rank(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert say_error(ConfigError("data.x: no"), 0, monkeypatch) == 2
+    # The launcher ends the others as soon as one has failed.
+    assert say_error(ConfigError("data.x: no"), 1, monkeypatch, signalled=True) == 2
+    assert capfd.readouterr().err == "[rank 0] error: data.x: no\n"
+    # Unless it alone finds something wrong.
+    assert say_error(ConfigError("data.x: no"), 1, monkeypatch) == 2
+    assert capfd.readouterr().err == "[rank 1] error: data.x: no\n"
 
 
 @pytest.mark.slow

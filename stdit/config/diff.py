@@ -35,6 +35,7 @@ TRAINING_RUNTIME_KEYS = (
     "train.wandb_project",
     "train.max_bad_steps",
     "train.max_bad_share",
+    "train.start_timeout_s",
     "train.step_timeout_s",
     "train.activation_checkpointing",
     "train.sequence_parallel",

@@ -216,6 +216,9 @@ class TrainConfig(Frozen):
     spike; the first 20 are none."""
     max_rewinds: NonNegative = 3
     """Rewinds of one run; one more ends it."""
+    start_timeout_s: Seconds = 1800
+    """Seconds that a rank may take from its start to its first step, with verifying and loading its checkpoint: one that takes longer
+    hangs, or waits for one that does, names the phase, prints its stack and ends the run with exit code 75."""
     step_timeout_s: Seconds = 1800
     """Seconds that a step may take, with its validation, and a save without any of its files changing: a rank that takes
     longer hangs, prints its stack and ends the run with exit code 75."""

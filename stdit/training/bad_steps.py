@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
 
 from stdit.config import Config
 from stdit.data.loader import Step
+from stdit.training.checkpoint import SaveError
 from stdit.training.distributed import Ranks
-from stdit.training.divergence import SkippedSteps, find_bad_samples, keep_bad_batches
+from stdit.training.divergence import Diverged, SkippedSteps, find_bad_samples, keep_bad_batches
 from stdit.training.resume import TrainState
 from stdit.training.saving import Saver
 from stdit.training.spikes import LossSpikes, Rewound, read_rewinds, rewind
@@ -40,16 +42,25 @@ class BadSteps:
             return logged
         logged["bad_steps"] = self.skipped.in_a_row
         if self._spike is None or self.config.train.on_spike != "skip":
-            logged["bad_samples"] = find_bad_samples(data_step.batches, losses, self.ranks)
+            logged["bad_samples"], largest = find_bad_samples(data_step.batches, losses, self.ranks)
+            if largest:
+                logged["largest_losses"] = largest
             keep_bad_batches(self.config.run_dir, step, data_step.batches, losses, self.ranks)
         return logged
 
     def check(self, step: int, data_step: Step, mean_loss: float, saver: Saver) -> None:
         """After `metrics`. Diverged: too many steps were skipped, or spikes rewound. Rewound: this one is a spike, with
-        `train.on_spike: rewind`; the checkpoint on its way is written, to be the one that is gone back to, and the engine closed."""
-        self.skipped.check(step, last=step == self.config.train.steps)
-        if self._spike is not None and self.config.train.on_spike == "rewind":
-            rewind(self.config.run_dir, self.config.train, step, mean_loss, data_step, self.ranks)
+        `train.on_spike: rewind`; the engine is closed. Both on every rank, so that the checkpoint on its way is written before."""
+        rewinds = self._spike is not None and self.config.train.on_spike == "rewind"
+        try:
+            self.skipped.check(step, last=step == self.config.train.steps)
+            if rewinds:
+                rewind(self.config.run_dir, self.config.train, step, mean_loss, data_step, self.ranks)
+        except Diverged:
+            with suppress(SaveError):
+                saver.finish()
+            raise
+        if rewinds:
             saver.finish()
             saver.engine.close()
             raise Rewound(f"step {step}: back to the newest checkpoint, without the samples of this step")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -57,7 +58,7 @@ class Ranks:
         return tensor.tolist()
 
     def broadcast(self, compute: Callable[[], T]) -> T:
-        """Runs `compute` on rank 0 and returns its result, or raises its error, on every rank."""
+        """Runs `compute` on rank 0 and returns its result, or raises its error, on every rank, marked as `shared`: rank 0 says it for all."""
         if self.size == 1:
             return compute()
         result: list[Any] = [None, None]  # value, error
@@ -68,6 +69,7 @@ class Ranks:
                 result[1] = error
         dist.broadcast_object_list(result, src=0, device=self.device)
         if result[1] is not None:
+            result[1].shared = True
             raise result[1]
         return result[0]
 
@@ -92,9 +94,11 @@ class Ranks:
 
 
 def destroy_process_group() -> None:
-    """Destroys the process group once all ranks are here: a process that exits with one may abort."""
+    """Destroys the process group once all ranks are here, for which END_WAIT is waited: a process that exits with one may abort."""
     if dist.is_initialized():
-        dist.barrier()
+        set_timeout(END_WAIT)
+        with suppress(RuntimeError):  # a rank that was stopped, or died; the run is complete
+            dist.barrier()
         dist.destroy_process_group()
 
 
@@ -162,6 +166,8 @@ def _neighbours(world: dist.ProcessGroup, size: int) -> dist.ProcessGroup:
 # Rank 0 alone writes and hashes checkpoints, which takes minutes for large models; the others wait in a collective. Steps
 # have a limit of their own (stdit.training.watchdog).
 TIMEOUT = timedelta(minutes=60)
+# For ranks that have completed their run.
+END_WAIT = timedelta(seconds=60)
 
 
 def set_timeout(timeout: timedelta) -> None:

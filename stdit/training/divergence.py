@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,9 @@ BATCH_TENSORS = ("mean", "std", "text", "text_mask", "class_labels", "fps", "hei
 
 
 class Diverged(RuntimeError):
-    """Too many steps had a gradient that is not finite, or the weights are not."""
+    """Too many steps had a gradient that is not finite, or the weights are not. Raised on every rank."""
+
+    shared = True
 
 
 class SkippedSteps:
@@ -78,19 +81,26 @@ class SkippedSteps:
         return f"skipped steps, whose gradient was not finite: {', '.join(parts)}" if parts else None
 
 
-def find_bad_samples(batches: Sequence[Batch], losses: Sequence[Tensor], ranks: Ranks) -> list[str]:
-    """Samples of a step, of all ranks, whose loss is not finite: id, bucket, source file and caption; collective.
+def find_bad_samples(batches: Sequence[Batch], losses: Sequence[Tensor], ranks: Ranks) -> tuple[list[str], list[str]]:
+    """Samples of a step, of all ranks: id, bucket, source file and caption of those whose loss is not finite; if there are none (the
+    gradient overflowed), also of the MAX_NAMED with the largest losses; collective.
 
     losses: of each sample of each batch, (B,).
     """
-    found = []
+    found: list[tuple[float, str]] = []
     for batch, loss in zip(batches, losses, strict=True):
-        for i, bad in enumerate((~loss.isfinite()).tolist()):
-            if bad:
-                file = f", {batch.paths[i]}" if batch.paths[i] else ""
-                found.append(f"sample {batch.ids[i]} (bucket {batch.bucket.key}{file}, {batch.captions[i][:80]!r})")
+        for i, value in enumerate(loss.tolist()):
+            file = f", {batch.paths[i]}" if batch.paths[i] else ""
+            name = f"sample {batch.ids[i]} (bucket {batch.bucket.key}{file}, {batch.captions[i][:80]!r})"
+            found.append((value, name))
+    bad = [name for value, name in found if not math.isfinite(value)]
+    largest = sorted(((value, name) for value, name in found if math.isfinite(value)), reverse=True)[:MAX_NAMED]
+    gathered = ranks.gather((bad, largest))
     # Ranks that share a clip's tokens find the same ones.
-    return list(dict.fromkeys(name for names in ranks.gather(found) for name in names))
+    if names := list(dict.fromkeys(name for theirs, _ in gathered for name in theirs)):
+        return names, []
+    every = sorted({each for _, theirs in gathered for each in theirs}, reverse=True)
+    return [], [f"{name}, loss {value:.4g}" for value, name in every[:MAX_NAMED]]
 
 
 def keep_bad_batches(
@@ -125,12 +135,12 @@ def keep_bad_batches(
             apply_umask(folder)
 
 
-def describe_bad_samples(names: Sequence[str]) -> str:
-    """The samples in one line."""
-    if not names:
-        return "every sample's loss is finite: the gradient overflowed"
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return f"loss not finite: {'; '.join(names[:MAX_NAMED])}{more}"
+def describe_bad_samples(bad: Sequence[str], largest: Sequence[str]) -> str:
+    """What `find_bad_samples` has found, in one line."""
+    if not bad:
+        return f"every sample's loss is finite: the gradient overflowed; the largest losses: {'; '.join(largest)}"
+    more = f" and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else ""
+    return f"loss not finite: {'; '.join(bad[:MAX_NAMED])}{more}"
 
 
 def check_finite(engine: Engine, ema: EMA, step: int, ranks: Ranks) -> None:

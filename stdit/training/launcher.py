@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from stdit.config import ConfigError
@@ -40,7 +41,7 @@ def launch(ranks: int, arguments: Sequence[str], run_dir: Path) -> int:
         str(SCRIPT), *arguments,
     ]  # fmt: skip
     # A session of its own: Ctrl-C in a terminal then reaches this process alone.
-    process = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)
+    process = subprocess.Popen(command, start_new_session=True, preexec_fn=partial(die_with_parent, os.getpid()))
     signals: list[int] = []
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in handlers.items():
@@ -64,6 +65,10 @@ def launch(ranks: int, arguments: Sequence[str], run_dir: Path) -> int:
 def _stop(launcher: int) -> None:
     """Asks the ranks to save and end; the launcher too, if it has none yet."""
     print("stopping after a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
+    if os.path.lexists("/proc/self") and os.readlink("/proc/self") != str(os.getpid()):
+        # /proc is another PID namespace's: no rank can be told. This ends the launchers, whose death the ranks notice, too.
+        os.killpg(launcher, signal.SIGUSR1)
+        return
     ranks = _ranks(launcher)
     for rank in ranks:
         with contextlib.suppress(ProcessLookupError):

@@ -12,16 +12,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stdit.config import Config, ConfigError, dump, load_config
 from stdit.files import FolderLock, atomic_write
 from stdit.training import checkpoint
 from stdit.training.checkpoint import DONE, STOPPED_FILE
-from stdit.training.distributed import Ranks
+
+if TYPE_CHECKING:
+    from stdit.training.distributed import Ranks
 
 CONFIG = "config.yaml"
 MARK = "# Written by stdit: the resolved config of the run in this folder.\n"
@@ -29,8 +33,9 @@ MARK = "# Written by stdit: the resolved config of the run in this folder.\n"
 _HASH = "# sha256 "
 # A new run waits this long for the ranks of a stopped one, which may be saving.
 LOCK_WAIT_S = 60.0
-# What launchers and shells write beside a run that has not begun.
+# What launchers and shells write beside a run that has not begun; and a rank that hung before its first step.
 LOG_SUFFIXES = (".log", ".out", ".err")
+_STALLED = re.compile(r"stalled-rank-\d+\.txt")
 
 
 # ----------------------------------------------------------------------------------- whose it is
@@ -69,7 +74,16 @@ def _is_log(path: Path) -> bool:
         return False
     if path.name == ".lock":
         return path.read_bytes()[:8] in (b"", b"process ")  # FolderLock's own
-    return path.suffix in LOG_SUFFIXES or path.name.startswith(".")
+    return path.suffix in LOG_SUFFIXES or path.name.startswith(".") or _STALLED.fullmatch(path.name) is not None
+
+
+def stalled_file(run_dir: Path, rank: int) -> Path | None:
+    """Where a rank that hangs writes its stack; None if the folder is not there, or no run's."""
+    try:
+        check(run_dir)
+    except ConfigError:
+        return None
+    return run_dir / f"stalled-rank-{rank}.txt" if run_dir.is_dir() else None
 
 
 def start(config: Config) -> None:
@@ -122,16 +136,12 @@ def lock(config: Config, ranks: Ranks) -> Iterator[None]:
 
 
 def write_done(config: Config, step: int, samples_seen: int, ranks: Ranks) -> None:
-    """Writes done.json, which marks the run as complete."""
-    if ranks.is_main:
-        done = {"step": step, "samples_seen": samples_seen, "checkpoint": checkpoint.folder_of_step(step)}
-        atomic_write(config.run_dir / DONE, json.dumps(done))
-    ranks.barrier()
+    """Writes done.json, which marks the run as complete. OSError, on every rank: it can't be written."""
+    done = {"step": step, "samples_seen": samples_seen, "checkpoint": checkpoint.folder_of_step(step)}
+    ranks.broadcast(lambda: atomic_write(config.run_dir / DONE, json.dumps(done)))
 
 
 def write_stopped(config: Config, saved: Path, reason: str, ranks: Ranks) -> None:
-    """Writes stopped.json: the run was stopped and goes on from the checkpoint `saved`."""
-    if ranks.is_main:
-        stopped = {"step": checkpoint.step_of(saved), "checkpoint": saved.name, "reason": reason}
-        atomic_write(config.run_dir / STOPPED_FILE, json.dumps(stopped))
-    ranks.barrier()
+    """Writes stopped.json: the run was stopped and goes on from the checkpoint `saved`. OSError, on every rank: it can't be written."""
+    stopped = {"step": checkpoint.step_of(saved), "checkpoint": saved.name, "reason": reason}
+    ranks.broadcast(lambda: atomic_write(config.run_dir / STOPPED_FILE, json.dumps(stopped)))

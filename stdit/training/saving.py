@@ -49,7 +49,9 @@ ORPHAN_S = 20.0
 
 
 class NotWritten(SaveError):
-    """A checkpoint that could not be written, known to all ranks."""
+    """A checkpoint that could not be written, raised on every rank."""
+
+    shared = True
 
 
 class Saver:

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 # Exit code of a run that was stopped or ended itself: the same command goes on.
@@ -21,9 +22,10 @@ STOPPED = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
 POLL_S = 0.5
-# Programs that adopt processes whose parent has died.
-ADOPTERS = ("init", "systemd", "tini", "dumb-init", "docker-init", "catatonit")
 _PARENT = os.getppid()
+# DeepSpeed's programs: the command, and the inner launcher that it starts on each host, which starts the ranks.
+DEEPSPEED = ("deepspeed", "ds", "deepspeed.pt", "deepspeed.launcher.runner")
+INNER_LAUNCHER = "deepspeed.launcher.launch"
 
 
 class Stop:
@@ -50,6 +52,10 @@ class Stop:
             # Nothing to save; and a rank that went on would wait for others, on a port that the next launch needs.
             _say(f"stopped before training began ({reason}); the same command starts again")
             os._exit(STOPPED)
+
+    def wait(self, seconds: float) -> bool:
+        """Waits up to `seconds` for a request; whether there is one."""
+        return self._event.wait(seconds)
 
     def start_training(self) -> None:
         """From now on a request is met at the end of a step, with a checkpoint."""
@@ -83,57 +89,85 @@ class Stop:
                     self.request(signal.Signals(number).name)
 
     def _watch_launcher(self) -> None:
-        above = _deepspeed_command(_PARENT)
-        if _has_adopted(_PARENT):
-            self.request("the process that started this one was gone from the start")
-        elif above is not None and _has_adopted(above):
-            self.request("the deepspeed command was gone from the start")
+        above = ancestors()
+        launchers, missing = find_launchers(sys.argv, [_command(process) for process in above])
+        if os.getppid() != _PARENT:
+            missing = "the process that started this one"
+        if missing:
+            self.request(f"{missing} was gone from the start")
         while not self:
             time.sleep(POLL_S)
-            if os.getppid() != _PARENT:
-                self.request("the process that started this one is gone")
-            elif above is not None and parent_of(_PARENT) != above:
-                # Killing `deepspeed` leaves its inner launcher and the ranks behind.
-                self.request("the deepspeed command is gone")
+            with contextlib.suppress(OSError):  # of files, this process may have too many open
+                if os.getppid() != _PARENT:
+                    self.request("the process that started this one is gone")
+                elif ancestors()[:launchers] != above[:launchers]:
+                    # Killing `deepspeed` leaves its inner launcher and the ranks behind.
+                    self.request("the deepspeed command is gone")
 
 
-def parent_of(process: int) -> int | None:
-    """Parent process id of `process`; None if unknown."""
+def parent_of(process: int | str) -> int | None:
+    """Parent process id of `process` ("self": of this one), both as /proc numbers them; None: there is no such process, or no /proc."""
     try:
         # The name, in parentheses, may hold spaces and parentheses itself.
         return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, ValueError, IndexError):
+    except (FileNotFoundError, ProcessLookupError, ValueError, IndexError):
         return None
 
 
+def ancestors() -> tuple[int, ...]:
+    """Process ids of this process's parent, of its parent and so on, as /proc numbers them, which may be of another namespace than
+    os.getppid()'s (`unshare --pid`). () without /proc."""
+    found: list[int] = []
+    process: int | str = "self"
+    while parent := parent_of(process):
+        found.append(parent)
+        process = parent
+    return tuple(found)
+
+
+def find_launchers(arguments: Sequence[str], commands: Sequence[Sequence[str]]) -> tuple[int, str | None]:
+    """How many of a rank's ancestors are its launchers, and which of DeepSpeed's is missing (None: none, or another program's rank).
+
+    Who adopts orphans is any program (a container's init, a user's systemd, any subreaper), so that a launcher is missed where it has to
+    be. arguments: of this process. commands: command lines of the ancestors, the nearest first; () where none can be told.
+    """
+    if not commands or not any(argument.startswith("--local_rank=") for argument in arguments):
+        return 1, None  # DeepSpeed's inner launcher adds it
+    inner = next((i for i, command in enumerate(commands) if _runs(command, INNER_LAUNCHER)), None)
+    if inner is None:
+        return 1, "the process that started this one"
+    if any(argument.startswith("--node_rank") for argument in commands[inner]):
+        return inner + 1, None  # `deepspeed` may be on another host
+    outer = next((i for i, command in enumerate(commands) if i > inner and _runs(command, *DEEPSPEED)), None)
+    return (inner + 1, "the deepspeed command") if outer is None else (outer + 1, None)
+
+
+def _runs(command: Sequence[str], *programs: str) -> bool:
+    """Whether a command line is Python's with one of `programs`, a script or a module: an init has that of what it starts."""
+    program = Path(command[0]).name if command else ""
+    is_python = program.startswith("python") or program == Path(sys.executable).name
+    return is_python and any(Path(argument).name in programs for argument in command[1:])
+
+
 def _command(process: int) -> list[str]:
-    """Command line of `process`; [] if unknown."""
+    """Command line of `process`; [] if unknown: of another user's, or gone."""
     try:
         return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return []
 
 
-def _deepspeed_command(launcher: int) -> int | None:
-    """Process id of the `deepspeed` command, where `launcher` is its inner launcher."""
-    return parent_of(launcher) if "deepspeed.launcher.launch" in _command(launcher) else None
-
-
-def _has_adopted(parent: int) -> bool:
-    """Whether `parent` adopted this process: it is an init, and its command is no launcher's."""
-    command = _command(parent)
-    if any(name in part for part in command for name in ("train.py", "torchrun", "deepspeed", "torch.distributed")):
-        return False
-    return parent == 1 or (bool(command) and Path(command[0]).name in ADOPTERS)
-
-
-def die_with_parent() -> None:
-    """In a child before exec: SIGTERM when the parent dies, however it dies (Linux)."""
+def die_with_parent(parent: int) -> None:
+    """In a child before exec: SIGTERM when `parent`, its parent, dies, however it dies (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # died before it could be told
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _say(line: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # a host's first says it
+        return
     rank = os.environ.get("RANK")
     with contextlib.suppress(OSError):  # a terminal that is gone
         os.write(2, (f"[rank {rank}] {line}\n" if rank else f"{line}\n").encode())

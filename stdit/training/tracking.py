@@ -84,7 +84,7 @@ class Tracker:
                 f"the last ones of bucket {metrics['bucket']}{action[train.on_spike]} (train.on_spike {train.on_spike})"
             )
         if bad_steps and "bad_samples" in metrics:
-            samples = describe_bad_samples(metrics["bad_samples"])
+            samples = describe_bad_samples(metrics["bad_samples"], metrics.get("largest_losses", ()))
             self.print(f"step {step}: gradient not finite; no weights were updated ({bad_steps} in a row); {samples}")
         validated = any(key in metrics for key in ("validation_loss", "inference_gap"))
         logged = bool(bad_steps) or "spike" in metrics or validated or is_due(train.log_every, step, train.steps)

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,7 @@ def convert(checkpoint: Path, out: Path) -> None:
         text=True,
         env=environment,
         cwd=Path(__file__).parents[2],
-        preexec_fn=die_with_parent,
+        preexec_fn=partial(die_with_parent, os.getpid()),
     )
     if done.returncode:
         raise CheckpointError(

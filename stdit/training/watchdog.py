@@ -1,4 +1,4 @@
-"""Watches a rank's training steps: one that takes too long is named, with its stack, and ends the process with code 75.
+"""Watches a rank, from its start to its last step: what takes too long is named, with its stack, and ends the process with code 75.
 
 A rank that hangs (in a collective that another one never joins, on a disk, in a decoder) would else be silent until the
 process group's time-out, and a request to stop would have no effect on it.
@@ -17,16 +17,38 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from stdit.config import TrainConfig
 from stdit.training.checkpoint import unfinished_files
+from stdit.training.run_dir import stalled_file
 from stdit.training.stopping import STOPPED, Stop
 
 POLL_S = 0.5
 # Once a stop is requested, the step may take this long, or this many times the longest step so far.
-STOP_GRACE_S, STOP_GRACE_STEPS = 30.0, 5.0
+STOP_GRACE_S, STOP_GRACE_STEPS = 10.0, 5.0
+# Validation is rare, so that no step may have had one yet.
+VALIDATION_GRACE_S = 300.0
 # A rank that cannot write its own report ends after this.
 REPORT_S = 10.0
-# Phases of a step, by the function that train() is in.
+# Phases, by the outermost function that train() is in: before the first step, and of a step.
 PHASES = {
+    "_find_and_load": "importing",
+    "complete": "reading the data's settings",
+    "open_data": "reading the data's settings",
+    "is_finished": "verifying the run's last checkpoint",
+    "check_machine": "checking this machine",
+    "init_distributed": "waiting for the other ranks to start",
+    "sequence_group": "waiting for the other ranks to start",
+    "lock": "locking the run directory",
+    "find_resume_state": "verifying checkpoints",
+    "build_model": "building the model",
+    "Engine.__init__": "starting DeepSpeed",
+    "load_checkpoint": "loading a checkpoint",
+    "clean_up": "removing unfinished checkpoints",
+    "Tracker.__init__": "opening metrics",
+    "Validator.__init__": "reading validation data",
+    "Loader.__init__": "reading data",
+    "Ranks.broadcast": "waiting for rank 0",
+    "Ranks.gather": "waiting for the other ranks",
     "Loader.__iter__": "reading data",
     "Inputs.loss": "forward",
     "Engine.backward": "backward",
@@ -44,13 +66,16 @@ PHASES = {
 
 
 class Watchdog:
-    """A thread that ends the process when the thread that created it is in one step for more than `limit_s` seconds.
+    """A thread that ends the process when the thread that created it takes more than `train.start_timeout_s` until its first step, or
+    more than `train.step_timeout_s` for a step.
 
-    A save may take longer, as long as its files change. A step that was asked to stop has what STOP_GRACE says.
+    A save may take longer, as long as its files change. A step that was asked to stop has what STOP_GRACE says; before the first one
+    a request ends the process by itself.
     """
 
-    def __init__(self, rank: int, run_dir: Path, limit_s: float, stop: Stop) -> None:
-        self.rank, self.run_dir, self.limit_s, self.stop = rank, run_dir, limit_s, stop
+    def __init__(self, rank: int, run_dir: Path, train: TrainConfig, stop: Stop) -> None:
+        self.rank, self.run_dir, self.stop = rank, run_dir, stop
+        self.start_s, self.limit_s = train.start_timeout_s, train.step_timeout_s
         self._thread = threading.get_ident()
         self._step, self._since, self._longest, self._saving = 0, time.monotonic(), 0.0, False
         self._closed = threading.Event()
@@ -93,19 +118,25 @@ class Watchdog:
 
     def _overdue(self, now: float) -> str | None:
         """Why the process has to end; None as long as it need not."""
-        if now - self._since > self.limit_s:
-            return f"more than {self.limit_s:g} s (train.step_timeout_s)"
-        if not self._saving and self.stop.since is not None:
+        limit, key = (self.limit_s, "train.step_timeout_s") if self._step else (self.start_s, "train.start_timeout_s")
+        if now - self._since > limit:
+            return f"more than {limit:g} s ({key})"
+        if self._step and not self._saving and self.stop.since is not None:
             grace = max(STOP_GRACE_S, STOP_GRACE_STEPS * self._longest)
+            if self._phase() == PHASES["Validator.run"]:
+                grace = max(grace, VALIDATION_GRACE_S)
             if now - max(self._since, self.stop.since) > grace:
                 return f"more than {grace:.0f} s since the stop was requested ({self.stop.reason})"
         return None
 
+    def _phase(self) -> str:
+        return phase_of(sys._current_frames().get(self._thread))
+
     def _end(self, reason: str) -> None:
         threading.Thread(target=lambda: (time.sleep(REPORT_S), os._exit(STOPPED)), daemon=True).start()
-        frame = sys._current_frames().get(self._thread)
+        when = f"step {self._step}" if self._step else "before the first step"
         text = (
-            f"[rank {self.rank}] step {self._step}, {phase_of(frame)}: {reason}. This rank waits for others or for a disk; "
+            f"[rank {self.rank}] {when}, {self._phase()}: {reason}. This rank waits for others or for a disk; "
             f"it ends with code {STOPPED}, and the same command goes on from the newest checkpoint. Its stack:"
         )
         with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -113,10 +144,12 @@ class Watchdog:
             assert sys.__stderr__ is not None
             faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         # Under Ray, stderr is far away.
-        with contextlib.suppress(OSError), (self.run_dir / f"stalled-rank-{self.rank}.txt").open("w") as file:
-            file.write(text + "\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
+        with contextlib.suppress(OSError):
+            if path := stalled_file(self.run_dir, self.rank):
+                with path.open("w") as file:
+                    file.write(text + "\n")
+                    file.flush()
+                    faulthandler.dump_traceback(file, all_threads=True)
         os._exit(STOPPED)
 
 

@@ -29,6 +29,7 @@ KINDS = {TRAIN: Config, EXTRACT: ExtractConfig, CURATE: CurateConfig, EVALUATE: 
             "train.deepspeed={gradient_predivide_factor: .nan}",
             "train.deepspeed: gradient_predivide_factor: expected a finite number",
         ),
+        (TRAIN, "train.start_timeout_s=0", "train.start_timeout_s: .* greater than 0"),
         (TRAIN, "train.step_timeout_s=1e12", "train.step_timeout_s: .* less than or equal to 100000000"),
         (EXTRACT, "decode_timeout_s=1e12", "decode_timeout_s: .* less than or equal to 100000000"),
         (CURATE, "stall_timeout_s=1e12", "stall_timeout_s: .* less than or equal to 100000000"),

@@ -215,6 +215,30 @@ def test_a_ray_that_did_not_start_in_time_is_started_once_more(monkeypatch: pyte
     assert sum("address" in call for call in calls) == 2
 
 
+@pytest.mark.parametrize("fails", [True, False])
+def test_what_a_ray_that_cannot_start_has_written_is_shown(
+    fails: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import ray
+
+    def init(**_: Any) -> None:
+        os.write(2, b"raylet: no port left\n")  # as its C++ side does
+        if fails:
+            raise ConnectionError("the node did not come up")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(workers, "_own_token", lambda: None)
+    for name in ("RAY_ADDRESS", "RAY_USAGE_STATS_ENABLED", "RAY_BACKEND_LOG_LEVEL", "RAY_CHDIR_TO_TRIAL_DIR"):
+        monkeypatch.setenv(name, "")
+    if fails:
+        with pytest.raises(ConnectionError, match="did not come up"):
+            workers.connect(1)
+    else:
+        assert workers.connect(1) == "started"
+    assert ("raylet: no port left" in capfd.readouterr().err) is fails
+
+
 KILL_RAYLET = """
 import sys
 from pathlib import Path

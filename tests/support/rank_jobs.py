@@ -259,6 +259,44 @@ def run_failing_on_a_dead_disk(data: dict[str, Any], at: int) -> dict[str, Any]:
         return run_with_hanging_writes(data, 0)
 
 
+def run_hanging_at_start(data: dict[str, Any]) -> list[str]:
+    """Trains; building the model takes until the watchdog ends the process, had it not been for the test: (reason, phase)."""
+    import threading
+    from unittest.mock import patch
+
+    import torch.distributed as dist
+
+    from stdit.models.stdit import STDiT
+    from stdit.training.watchdog import Watchdog
+
+    make, dogs, build = Watchdog.__init__, [], STDiT.from_settings
+    found, ended = [], threading.Event()
+
+    def made(self: Watchdog, *args: Any) -> None:
+        dogs.append(self)
+        make(self, *args)
+
+    def end(self: Watchdog, reason: str) -> None:
+        found[:] = [reason, self._phase()]
+        ended.set()
+
+    def from_settings(*args: Any) -> Any:
+        if not dist.is_initialized():  # its size is asked for
+            return build(*args)
+        dogs[-1].start_s = 0.1
+        assert ended.wait(60)
+        raise ValueError("a test asked")
+
+    with (
+        patch.object(STDiT, "from_settings", from_settings),
+        patch.object(Watchdog, "__init__", made),
+        patch.object(Watchdog, "_end", end),
+        contextlib.suppress(ValueError),
+    ):
+        run(data)
+    return found
+
+
 def run_with_spike_before_a_checkpoint_is_written(data: dict[str, Any], at: int, saved: int) -> dict[str, Any]:
     """As `run_with_spike`; the checkpoint of step `saved` is still on its way then, and rank 1 takes a second for its part, while no
     file changes. Where a run ends by an error, rank 0 would wait for a quarter of it."""

@@ -1,9 +1,19 @@
 from __future__ import annotations
 
-import pytest
+import math
+from typing import Any, cast
 
-from stdit.config import TrainConfig
-from stdit.training.divergence import MAX_NAMED, Diverged, SkippedSteps, describe_bad_samples
+import pytest
+import torch
+
+from stdit.config import Bucket, TrainConfig
+from stdit.data.loader import Batch
+from stdit.training import saving
+from stdit.training.bad_steps import BadSteps
+from stdit.training.distributed import Ranks
+from stdit.training.divergence import MAX_NAMED, Diverged, SkippedSteps, describe_bad_samples, find_bad_samples
+from stdit.training.resume import TrainState
+from tests.support.rank_jobs import config_of, settings
 
 
 def count(skipped: SkippedSteps, steps: str, bucket: str = "a", first: int = 1) -> int | None:
@@ -58,6 +68,52 @@ def test_a_short_run_of_mostly_skipped_steps_is_no_finished_one() -> None:
 
 
 def test_a_few_samples_are_named_and_the_rest_counted() -> None:
-    assert describe_bad_samples([]) == "every sample's loss is finite: the gradient overflowed"
+    assert describe_bad_samples([], ["sample 4, loss 9"]).endswith(
+        "the gradient overflowed; the largest losses: sample 4, loss 9"
+    )
     many = [f"sample {n}" for n in range(MAX_NAMED + 2)]
-    assert describe_bad_samples(many).endswith("sample 7 and 2 more")
+    assert describe_bad_samples(many, []).endswith("sample 7 and 2 more")
+
+
+def batch(first: int) -> Batch:
+    zeros, ids = torch.zeros(6), tuple(range(first, first + 6))
+    return Batch(
+        mean=torch.zeros(6, 1, 1, 2, 2), std=None, text=None, text_mask=None, class_labels=zeros.long(), fps=zeros, height=zeros,
+        width=zeros, ids=ids, captions=("a wave",) * 6, paths=tuple(f"{id}.mp4" for id in ids), positions=ids,
+        bucket=Bucket(frames=1, height=8, width=8),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_samples_are_named_whatever_is_not_finite(value: float) -> None:
+    alone = Ranks(0, 1, 0, torch.device("cpu"))
+    losses = [torch.arange(1.0, 7.0), torch.arange(7.0, 13.0)]
+    # The gradient alone: the samples that most of it comes from.
+    bad, largest = find_bad_samples([batch(10), batch(20)], losses, alone)
+    assert bad == []
+    assert largest[0] == "sample 25 (bucket 1x8x8, 25.mp4, 'a wave'), loss 12"
+    assert len(largest) == MAX_NAMED
+    losses[1][2] = value
+    bad, largest = find_bad_samples([batch(10), batch(20)], losses, alone)
+    assert (bad, largest) == (["sample 22 (bucket 1x8x8, 22.mp4, 'a wave')"], [])
+
+
+class FullDisk(saving.Saver):
+    """A checkpoint is on its way."""
+
+    def __init__(self) -> None:
+        self.finished = 0
+
+    def finish(self) -> None:
+        self.finished += 1
+        raise saving.NotWritten("no room")
+
+
+def test_an_error_of_all_ranks_waits_for_the_checkpoint_on_its_way_with_all_of_them() -> None:
+    data = config_of(settings("runs/x", train={"max_bad_steps": 0}))
+    bad_steps = BadSteps(data, Ranks(0, 1, 0, torch.device("cpu")), TrainState())
+    bad_steps.skipped.add("1x8x8", True)
+    saver = FullDisk()
+    with pytest.raises(Diverged, match="1 consecutive steps"):
+        bad_steps.check(3, cast(Any, None), math.nan, saver)
+    assert saver.finished == 1
