@@ -69,7 +69,7 @@ class Ranks:
                 result[1] = error
         dist.broadcast_object_list(result, src=0, device=self.device)
         if result[1] is not None:
-            result[1].shared = True
+            setattr(result[1], "shared", True)  # noqa: B010  (pyright knows no such attribute)
             raise result[1]
         return result[0]
 

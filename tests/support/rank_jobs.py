@@ -463,6 +463,11 @@ def engine_steps(data: dict[str, Any], bad_rank: int) -> dict[str, Any]:
     """Five steps of an Engine by hand; on rank `bad_rank` the gradients of step 4 are NaN behind a finite loss, and the
     loss of step 5 is. Losses, norms, weights, their average (also by the formula, from the weights after each step),
     and what the live model makes of both."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
     from stdit.data.loader import Loader
     from stdit.models.stdit import STDiT
     from stdit.training.data import open_data
@@ -476,7 +481,10 @@ def engine_steps(data: dict[str, Any], bad_rank: int) -> dict[str, Any]:
     ranks = init_distributed()
     model = STDiT.from_settings(config.model, config.seed)
     initial = {k: v.clone() for k, v in model.named_parameters()}
+    dist.new_group(timeout=timedelta(minutes=30))  # as DeepSpeed's
     engine = Engine(model, config, ranks)
+    groups = [group for group in distributed_c10d._world.pg_map if dist.get_rank(group) >= 0]
+    time_outs = {cast(Any, group)._get_backend(torch.device("cpu")).options._timeout for group in groups}
     ema = EMA(engine.masters, config.train.ema)
     inputs = Inputs(config, checked.video_encoder, ranks.device)
     loader = Loader(
@@ -512,7 +520,7 @@ def engine_steps(data: dict[str, Any], bad_rank: int) -> dict[str, Any]:
     return {
         "losses": losses, "norms": norms, "unchanged": unchanged, "start_error": start_error, "weights": weights,
         "after": after, "assembled": assembled, "average": average, "averaged": averaged, "made": made, "made_by_average": made_by_average,
-        "live": str(next(iter(engine.module.parameters())).dtype),
+        "live": str(next(iter(engine.module.parameters())).dtype), "time_outs": time_outs,
     }  # fmt: skip
 
 

@@ -112,8 +112,8 @@ def test_a_rank_that_hangs_while_it_starts_is_found_with_its_phase(solo: Pool, t
 
 
 def test_a_report_is_written_into_no_other_folder(tmp_path: Path) -> None:
-    file = run_dir.stalled_file(tmp_path, 3)
-    assert file == tmp_path / "stalled-rank-3.txt"
+    file = tmp_path / "stalled-rank-3.txt"
+    assert run_dir.stalled_file(tmp_path, 3) == file
     file.write_text("x")
     run_dir.check(tmp_path)  # the same command takes the folder
     file.unlink()
