@@ -262,15 +262,13 @@ def run_failing_on_a_dead_disk(data: dict[str, Any], at: int) -> dict[str, Any]:
 def run_hanging_at_start(data: dict[str, Any]) -> list[str]:
     """Trains; building the model takes until the watchdog ends the process, had it not been for the test: (reason, phase)."""
     import threading
+    from types import SimpleNamespace
     from unittest.mock import patch
 
-    import torch.distributed as dist
-
-    from stdit.models.stdit import STDiT
+    from stdit.training import resume
     from stdit.training.watchdog import Watchdog
 
-    make, dogs, build = Watchdog.__init__, [], STDiT.from_settings
-    found, ended = [], threading.Event()
+    make, dogs, found, ended = Watchdog.__init__, [], [], threading.Event()
 
     def made(self: Watchdog, *args: Any) -> None:
         dogs.append(self)
@@ -280,15 +278,13 @@ def run_hanging_at_start(data: dict[str, Any]) -> list[str]:
         found[:] = [reason, self._phase()]
         ended.set()
 
-    def from_settings(*args: Any) -> Any:
-        if not dist.is_initialized():  # its size is asked for
-            return build(*args)
+    def from_settings(*_: Any) -> None:
         dogs[-1].start_s = 0.1
         assert ended.wait(60)
         raise ValueError("a test asked")
 
     with (
-        patch.object(STDiT, "from_settings", from_settings),
+        patch.object(resume, "STDiT", SimpleNamespace(from_settings=from_settings)),
         patch.object(Watchdog, "__init__", made),
         patch.object(Watchdog, "_end", end),
         contextlib.suppress(ValueError),
