@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from pipelines import plan as plans
 from stdit.config import ConfigError
+from stdit.files import printable
 
 # Uploads with the working directory would be slow and useless; .gitignore is honoured besides.
 EXCLUDES = (".venv", "runs", "tests")
@@ -121,7 +122,10 @@ def submit(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     try:
         client = JobSubmissionClient(args.address)
     except (ConnectionError, RuntimeError) as error:
-        print(f"no Ray job server at {args.address} ({error}); is the cluster up, the tunnel open?", file=sys.stderr)
+        print(
+            printable(f"no Ray job server at {args.address} ({error}); is the cluster up, the tunnel open?"),
+            file=sys.stderr,
+        )
         return 2
     runtime_env = {
         "working_dir": ".",
@@ -133,23 +137,25 @@ def submit(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
             lambda: client.submit_job(entrypoint=entrypoint(args), runtime_env=runtime_env, submission_id=args.job_id)
         )
     except RuntimeError as error:
-        print(f"the job server at {args.address} did not accept the job: {error}", file=sys.stderr)
+        print(printable(f"the job server at {args.address} did not accept the job: {error}"), file=sys.stderr)
         if _NO_AGENT in str(error):
-            print(_NO_AGENT_MEANS, file=sys.stderr)
+            print(printable(_NO_AGENT_MEANS), file=sys.stderr)
         return 2
     stop = f"ray job stop --address {args.address} {job}"
-    print(f"job {job}: {entrypoint(args)}\n  to stop it: {stop}", flush=True)
+    print(printable(f"job {job}: {entrypoint(args)}\n  to stop it: {stop}"), flush=True)
     if args.no_wait:
         return 0
     try:
         asyncio.run(_follow(client, job))
     except KeyboardInterrupt:
-        print(f"\nno longer following job {job}, which is still running; to stop it: {stop}", file=sys.stderr)
+        print(
+            printable(f"\nno longer following job {job}, which is still running; to stop it: {stop}"), file=sys.stderr
+        )
         return 130
     info = client.get_job_info(job)
     if info.status == JobStatus.SUCCEEDED:
         return 0
-    print(f"job {job}: {info.status}: {info.message}", file=sys.stderr)
+    print(printable(f"job {job}: {info.status}: {info.message}"), file=sys.stderr)
     return 1
 
 
@@ -176,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(args, os.environ)
         return submit(args, os.environ)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        print(printable(error), file=sys.stderr)
         return 2
 
 

@@ -10,7 +10,11 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from stdit.files import exit_code, printable
+from stdit.files import (
+    Closable,
+    exit_code,
+    printable,
+)
 
 if TYPE_CHECKING:
     from stdit.evaluation.feature_cache import FeatureJob
@@ -38,11 +42,20 @@ class FeatureWorker:
         compute_chunk(self.job, number)
 
 
-class FeaturePool:
-    """Computes features with `workers` actors of a Ray that is joined, or started for as long as this lasts."""
+class FeaturePool(Closable):
+    """Computes features with `workers` actors of a Ray that is joined, or started at the first job and stopped by `close`."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
+        self._started = False
+
+    def close(self) -> None:
+        """Stops the Ray that was started for this, if any."""
+        from pipelines.workers import disconnect
+
+        if self._started:
+            self._started = False
+            disconnect()
 
     def __call__(self, job: FeatureJob) -> None:
         """Computes the job's missing chunks. ValueError: a worker's error."""
@@ -51,12 +64,12 @@ class FeaturePool:
         from ray.util import ActorPool
         from tqdm import tqdm
 
-        from pipelines.workers import connect, disconnect
+        from pipelines.workers import connect
 
         missing = job.missing()
         if not missing:
             return
-        started = connect(self.workers * job.threads)
+        self._started |= connect(self.workers * job.threads) == "started"
         try:
             gpus = 1 if job.network.device == "cuda" else 0
             actor: Any = ray.remote(num_cpus=job.threads, num_gpus=gpus)(FeatureWorker)
@@ -64,14 +77,11 @@ class FeaturePool:
             pool = ActorPool([actor.remote(shared) for _ in range(min(self.workers, len(missing)))])
             done = pool.map_unordered(lambda one, number: one.compute.remote(number), missing)
             for _ in tqdm(
-                done, total=len(missing), desc=job.network.key, unit="chunk", disable=not sys.stderr.isatty()
+                done, total=len(missing), desc=printable(job.network.key), unit="chunk", disable=not sys.stderr.isatty()
             ):
                 pass
         except RayTaskError as error:
             raise error.cause if isinstance(error.cause, ValueError) else RuntimeError(str(error.cause)) from error
-        finally:
-            if started == "started":
-                disconnect()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.config is not None:
         try:
             config = evaluate_config(options, options.workers)
-            return score_command(config, FeaturePool(config.workers) if config.workers > 1 else None)
+            with FeaturePool(config.workers) as pool:
+                return score_command(config, pool if config.workers > 1 else None)
         except (ValueError, OSError, RuntimeError) as error:
             print(printable(f"evaluate: {error}"), file=sys.stderr)
             return exit_code(error)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pipelines.workers import connect, disconnect
 from stdit.config import ExtractConfig, load_config, validate
+from stdit.files import printable
 
 if TYPE_CHECKING:
     from stdit.data.records import ShardResult, ShardSpec
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = extract_features(load_config(options.config, ExtractConfig, options.set), options.overwrite)
     except (ValueError, OSError) as error:
         return report_error(error)
-    print(out)
+    print(printable(out))
     return 0
 
 

@@ -17,6 +17,8 @@ from pipelines.html import Pictures, render_html
 from stdit.files import atomic_write
 
 REPORT, HTML, PICTURES = "report.json", "report.html", "report"
+# What a plan writes directly into its run_dir, besides plan.json and its parts' folders: claimed before anything is begun.
+OUTPUTS = (REPORT, HTML, PICTURES, "evaluation", "ray")
 # With fewer clips on a side, the kernel distance says nothing: its spread is larger than what it measures.
 LEAST_FOR_KERNEL_DISTANCE = 25
 # Clips on the contact sheet of the last stage, and of earlier ones.

@@ -21,9 +21,18 @@ from pipelines import checks, curate_clips, job, workers
 from pipelines import plan as plans
 from pipelines.child import Terminated
 from pipelines.record import lock_run_dir
+from pipelines.report import OUTPUTS
 from pipelines.runner import PlanFailed, PlanRunner
-from stdit.files import exit_code, printable
+from stdit.files import (
+    exit_code,
+    printable,
+)
+from stdit.outputs import (
+    check_outputs,
+    claim_outputs,
+)
 
+COMMAND = "train-stages"
 STOPPED = 75  # stdit.training.stopping.STOPPED.
 
 
@@ -39,6 +48,8 @@ def run_plan(
     if job.in_packaged_job() and checkout is None:
         job.require_absolute_paths({"run_dir": plan.run_dir, "extraction.out": plan.extract.out})
     resolved = plans.resolve(plan, str(path))
+    if not only_forecast:
+        check_outputs(plan.run_dir, COMMAND, OUTPUTS)
     if plan.curate and not plan.prepare and not only_forecast and not plan.extract.has_manifest:
         # First: stages may leave out what follows from its manifest.
         curate_clips.curate_footage(plan.curate)
@@ -51,6 +62,7 @@ def run_plan(
         return {}
     checks.check_manifest(plan)
     with lock_run_dir(plan.run_dir):
+        claim_outputs(plan.run_dir, COMMAND, OUTPUTS)
         runner = PlanRunner(plan, stages, str(path), allow_changes)
         if checkout is not None:
             runner.clock.say(f"results go to the checkout {checkout}, not to this job's copy of it")
@@ -94,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(printable(f"error: {error}"), file=sys.stderr)
         return exit_code(error)
     except Terminated as signal:
-        print(f"ended by {signal}; run the same command again to resume", file=sys.stderr)
+        print(printable(f"ended by {signal}; run the same command again to resume"), file=sys.stderr)
         return 143
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to resume", file=sys.stderr)

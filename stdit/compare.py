@@ -19,7 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stdit.files import atomic_write, exit_code, printable
+from stdit.files import (
+    atomic_write,
+    exit_code,
+    printable,
+)
+from stdit.outputs import (
+    claim_outputs,
+)
 
 if TYPE_CHECKING:
     from stdit.evaluation.comparison import Curve, Pair, RunResults
@@ -50,6 +57,7 @@ def compare(paths: Sequence[Path], out: Path, count: int = 12) -> Path:
 
     runs = open_runs(paths)
     check_comparable({run.name: run.scores for run in runs if run.scores is not None})
+    claim_outputs(out, "compare", [PAGE])
     curves = [curve for run in runs if (curve := loss_curve(run)) is not None]
     page = render(runs, curves, same_requests(runs), _read_votes(out), count)
     atomic_write(out / PAGE, page)
@@ -240,11 +248,14 @@ def serve(options: argparse.Namespace) -> None:
     pairs = same_requests(runs)
     if not pairs:
         raise ValueError("--blind: the runs have no clips of the same prompts and seeds")
+    claim_outputs(options.out, "compare", [VOTES])
     ballot = Ballot.shuffled(pairs, (runs[0].name, runs[1].name), options.seed)
     server = make_server(ballot, options.out / VOTES, options.port, options.voter)
     host, port = server.server_address[:2]
     print(
-        f"vote at http://{host}:{port}/ ({len(pairs)} pairs); votes go to {options.out / VOTES}; Ctrl-C ends",
+        printable(
+            f"vote at http://{host}:{port}/ ({len(pairs)} pairs); votes go to {options.out / VOTES}; Ctrl-C ends"
+        ),
         flush=True,
     )
     try:
@@ -264,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.blind:
             serve(options)
         else:
-            print(f"{compare(options.runs, options.out, options.count)} is written")
+            print(printable(f"{compare(options.runs, options.out, options.count)} is written"))
     except (ValueError, OSError) as error:
         print(printable(f"compare: {error}"), file=sys.stderr)
         return exit_code(error)

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stdit.config import ConfigError, CurateConfig, load_config
-from stdit.files import FolderLock, exit_code, printable
+from stdit.files import (
+    FolderLock,
+    exit_code,
+    printable,
+)
+from stdit.outputs import (
+    own_outputs,
+)
 
 # Imported late, so that --help answers at once.
 if TYPE_CHECKING:
@@ -29,11 +36,13 @@ def run(config: CurateConfig, mapper: Mapper | None = None) -> Path:
     holds something else, or another curation at work. CurationError: too many bad files, or nothing kept (after the report is written).
     """
     from stdit.curation.cache import FILE
-    from stdit.curation.curation import curate, read_report, report_lines
+    from stdit.curation.curation import COMMAND, curate, read_report, report_lines
     from stdit.curation.work import local_mapper
 
     out = config.out
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / FILE).exists() and not _begun(out))):
+    if out.exists() and (
+        not out.is_dir() or (not own_outputs(out, COMMAND) and not (out / FILE).exists() and not _begun(out))
+    ):
         raise ConfigError(f"out: {out} exists and holds no curation; give it a folder of its own")
     lock = FolderLock(out)
     try:
@@ -42,7 +51,7 @@ def run(config: CurateConfig, mapper: Mapper | None = None) -> Path:
         raise ConfigError(f"out: another curation is at work in {out} ({error})") from None
     try:
         path = curate(config, mapper or local_mapper, lambda line: print(printable(line), file=sys.stderr))
-        print("\n".join(map(printable, report_lines(read_report(out)))), file=sys.stderr)
+        print(printable("\n".join(report_lines(read_report(out)))), file=sys.stderr)
         return path
     finally:
         lock.release()
@@ -78,7 +87,7 @@ def main(
     except KeyboardInterrupt:
         print("\ninterrupted; the same command again goes on", file=sys.stderr)
         return 130
-    print(path)
+    print(printable(path))
     return 0
 
 

@@ -35,12 +35,22 @@ from stdit.config import (
     load_config,
     validate,
 )
-from stdit.files import atomic_write, check_writable, exit_code, printable
+from stdit.files import (
+    atomic_write,
+    check_writable,
+    exit_code,
+    printable,
+)
+from stdit.outputs import (
+    check_outputs,
+    claim_outputs,
+)
 
 if TYPE_CHECKING:
     from stdit.inference.job import Source
 
 Generate = Callable[[GenerateConfig], object]
+COMMAND, PROMPTS, METRICS = "evaluate", "prompts.jsonl", "metrics.json"
 
 
 class EvaluationPrompts(Frozen):
@@ -84,7 +94,9 @@ def evaluate_run(
     prompts = prompts or EvaluationPrompts()
     source = find_source(run, settings.get("weights", "ema"))
     shape = clip_shape(source, prompts)
-    file = out / "prompts.jsonl"
+    file = out / PROMPTS
+    claim_outputs(out, COMMAND, [PROMPTS])
+    check_outputs(out / "videos", COMMAND, [METRICS])
     write_prompts(file, validation_prompts(manifest, prompts.count, shape, prompts.seed, config, source.classes))
     job = {**settings, **shape.model_dump(), "run": str(run), "prompts": str(file), "out": str(out / "videos")}
     generate(validate(job, GenerateConfig, f"evaluation of {run}"))
@@ -117,13 +129,18 @@ def evaluate_runs(
     check_writable(out)
     manifests.read(manifest)  # An unusable manifest fails for all runs: at once.
     results: dict[str, dict[str, Any] | str] = {}
-    for name, run in run_names(runs).items():
+    named = run_names(runs)
+    for name in named:
+        check_outputs(out / name, COMMAND, [PROMPTS])
+        check_outputs(out / name / "videos", COMMAND, [METRICS])
+    claim_outputs(out, COMMAND, [METRICS])
+    for name, run in named.items():
         try:
             results[name] = evaluate_run(run, manifest, out / name, prompts, config, out, generate, **settings)
         except (ValueError, OSError, RuntimeError) as error:
             results[name] = str(error)
     summary = {name: {"error": m} if isinstance(m, str) else _without_clips(m) for name, m in results.items()}
-    atomic_write(out / "metrics.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    atomic_write(out / METRICS, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     return results
 
 
@@ -206,7 +223,10 @@ def score_command(config: EvaluateConfig, compute: Any = None) -> int:
 def run_command(options: argparse.Namespace, generate: Generate, **settings: Any) -> int:
     """Runs parsed `arguments`; prints the table. Exit code as `main`."""
     if absent := [flag for flag in ("run", "manifest", "out") if getattr(options, flag) is None]:
-        print(f"evaluate: give --config, or --run, --manifest and --out; --{absent[0]} is missing", file=sys.stderr)
+        print(
+            printable(f"evaluate: give --config, or --run, --manifest and --out; --{absent[0]} is missing"),
+            file=sys.stderr,
+        )
         return 2
     flags = {key: getattr(options, key) for key, _, _ in _FLAGS if getattr(options, key) is not None}
     selection = {key: flags.pop(key) for key in list(flags) if key in EvaluationPrompts.model_fields}

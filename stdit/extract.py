@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = run(load_config(args.config, ExtractConfig, args.set), args.overwrite)
     except (ValueError, OSError) as error:
         return report_error(error)
-    print(out)
+    print(printable(out))
     return 0
 
 

@@ -109,14 +109,17 @@ def _new_file_mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def apply_umask(folder: Path) -> None:
-    """Gives all files below `folder` the mode of new ones: safetensors and Hugging Face's writers make them 0600."""
+def apply_umask(folder: Path, *patterns: str) -> None:
+    """Gives files of `folder` the mode of new ones: safetensors and Hugging Face's writers make them 0600.
+
+    patterns: of those that were written; without any, all files below a folder of our own.
+    """
     probe = folder / f".{os.getpid()}.mode"
     try:
         mode = _new_file_mode(probe)
     finally:
         probe.unlink(missing_ok=True)
-    for file in folder.rglob("*"):
+    for file in (file for pattern in patterns or ("**/*",) for file in folder.glob(pattern)):
         if file.is_file() and not file.is_symlink() and stat.S_IMODE(file.stat().st_mode) != mode:
             os.chmod(file, mode)
 
@@ -172,6 +175,20 @@ def open_regular(path: Path | str) -> BinaryIO:
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return Path(path).open("rb")
+
+
+def check_regular(folder: Path) -> None:
+    """For folders that a library opens: ValueError if a file directly in `folder` is a FIFO or a device, which could block or never
+    end, or a JSON file above MAX_JSON_BYTES. Other places than folders pass."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        try:
+            found = path.stat()
+        except OSError:  # a link to nothing: missing, for whoever opens it
+            continue
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+            raise ValueError(f"{path}: not a regular file")
+        if path.suffix == ".json" and found.st_size > MAX_JSON_BYTES:
+            raise ValueError(f"{path}: {found.st_size:,} bytes, more than the {MAX_JSON_BYTES:,} allowed")
 
 
 def read_text(path: Path | str, limit: int) -> str:

@@ -201,7 +201,7 @@ def _find(config: Config, own: list[str], args: argparse.Namespace) -> int:
         if args.bucket not in (keys := [b.key for b in buckets]):
             raise ConfigError(f"--bucket {args.bucket}: the config has {', '.join(keys)}")
         buckets = tuple(b for b in buckets if b.key == args.bucket)
-    print(f"{'bucket':<14} {'batch_size':>10}  {'result':<18} {'memory':>12} {'samples/s':>10}", flush=True)
+    print(printable(f"{'bucket':<14} {'batch_size':>10}  {'result':<18} {'memory':>12} {'samples/s':>10}"), flush=True)
     best: dict[str, int] = {}
     for bucket in buckets:
 
@@ -210,20 +210,25 @@ def _find(config: Config, own: list[str], args: argparse.Namespace) -> int:
 
         for found in search(attempt, bucket.batch_size or 1, args.most, args.tries):
             shown = f"{found.bytes / 2**30:>8.2f} GiB {found.size / found.seconds:>10.3g}" if found.fits else ""
-            print(f"{bucket.key:<14} {found.size:>10}  {found.reason or 'fits':<18} {shown}".rstrip(), flush=True)
+            print(
+                printable(f"{bucket.key:<14} {found.size:>10}  {found.reason or 'fits':<18} {shown}".rstrip()),
+                flush=True,
+            )
             if found.fits:
                 best[bucket.key] = max(best.get(bucket.key, 0), found.size)
     if config.train.tokens_per_step is not None and best:
         tokens = {bucket.key: best[bucket.key] * (bucket.tokens or 0) for bucket in buckets if bucket.key in best}
         least = min(tokens, key=lambda key: tokens[key])
-        print(f"train.tokens_per_micro_batch: {tokens[least]}   # {best[least]} of {least}")
+        print(printable(f"train.tokens_per_micro_batch: {tokens[least]}   # {best[least]} of {least}"))
     else:
         for number, bucket in enumerate(complete(config).data.buckets):
             if bucket.key in best:
-                print(f"data.buckets[{number}].batch_size: {best[bucket.key]}   # {bucket.key}")
+                print(printable(f"data.buckets[{number}].batch_size: {best[bucket.key]}   # {bucket.key}"))
     if missing := [b.key for b in buckets if b.key not in best]:
         print(
-            f"error: nothing fits of bucket {', '.join(missing)}; train.activation_checkpointing and train.zero_stage save memory",
+            printable(
+                f"error: nothing fits of bucket {', '.join(missing)}; train.activation_checkpointing and train.zero_stage save memory"
+            ),
             file=sys.stderr,
         )
         return 1

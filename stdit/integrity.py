@@ -74,6 +74,15 @@ def seal_model(folder: Path) -> None:
     write_manifest(folder, (p for p in folder.iterdir() if p.suffix in LOADED_SUFFIXES and p.name != MANIFEST))
 
 
+def is_manifest(folder: Path) -> bool:
+    """Whether `folder` has a manifest of ours, whatever it lists."""
+    try:
+        read_manifest(folder, identity=False)
+    except ValueError:
+        return False
+    return True
+
+
 def check_saved(folder: Path) -> None:
     """ValueError unless a saved pipeline or model is what its manifest lists. Folders without a manifest pass."""
     if os.path.lexists(folder / MANIFEST) and (reason := verify(folder, identity=False)):

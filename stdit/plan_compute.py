@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stdit.config import Config, ConfigError, ModelConfig, apply_override, load_config, validate
-from stdit.files import atomic_write, exit_code, printable
+from stdit.files import (
+    atomic_write,
+    exit_code,
+    printable,
+)
+from stdit.outputs import (
+    claim_outputs,
+)
 
 if TYPE_CHECKING:
     from stdit.training.scaling_law import Point, ScalingLaw
@@ -144,11 +151,16 @@ def make_ladder(config: Config, costs: Costs, out: Path) -> list[Rung]:
     return rungs
 
 
+def config_file(rung: Rung) -> Path:
+    """Where a run's config is written for `stdit train`."""
+    return rung.config.run_dir.with_suffix(".yaml")
+
+
 def train_run(rung: Rung, processes: int) -> int:
     """Trains a run, or goes on with it; the exit code of `stdit train`."""
     import yaml
 
-    file = rung.config.run_dir.with_suffix(".yaml")
+    file = config_file(rung)
     atomic_write(file, yaml.safe_dump(rung.config.model_dump(mode="json"), sort_keys=False))
     command = [sys.executable, "-m", "stdit.cli", "train", "--config", str(file), "--nproc", str(processes)]
     return subprocess.run(command, check=False).returncode
@@ -303,24 +315,29 @@ def plan(args: argparse.Namespace, run: Callable[[Rung, int], int]) -> int:
     # Validation is on in every run of the ladder: opened so, the data are checked for clips of that split.
     costs = Costs(with_steps(config, config.train.steps, config.run_dir), args.nproc)
     rungs = make_ladder(config, costs, args.out)
-    print(f"a ladder of {len(rungs)} runs, {sum(r.flops for r in rungs):.3g} FLOPs in all, in {args.out}", flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
+    print(
+        printable(f"a ladder of {len(rungs)} runs, {sum(r.flops for r in rungs):.3g} FLOPs in all, in {args.out}"),
+        flush=True,
+    )
+    claim_outputs(args.out, "plan-compute", [LADDER, PLOT, PROPOSAL, *(config_file(rung).name for rung in rungs)])
     for number, rung in enumerate(rungs, 1):
         if is_finished(rung.config, costs.data, args.nproc):
             continue
-        print(f"run {number}/{len(rungs)}: {describe(rung)}", flush=True)
+        print(printable(f"run {number}/{len(rungs)}: {describe(rung)}"), flush=True)
         if code := run(rung, args.nproc):
-            print(f"error: {rung.config.run_dir}: training ended with exit code {code}", file=sys.stderr)
+            print(printable(f"error: {rung.config.run_dir}: training ended with exit code {code}"), file=sys.stderr)
             return code
     points = [Point(rung.parameters, rung.flops, final_loss(rung)) for rung in rungs]
     for rung, point in zip(rungs, points, strict=True):
-        print(f"  {describe(rung)}, validation loss {point.loss:.4f}")
+        print(printable(f"  {describe(rung)}, validation loss {point.loss:.4f}"))
     law, without = fit(points), fit(points[1:])
     predicted = without.loss(points[0].parameters, points[0].flops)
     print(
-        f"loss = {law.irreducible:.4f} + {law.model:.4f} (N / {law.scale[0]:.3g})^-{law.alpha:.3f} + "
-        f"{law.data:.4f} (C / N / {law.scale[1]:.3g})^-{law.beta:.3f}\n"
-        f"check, the largest run from the other {len(points) - 1}: predicted {predicted:.4f}, measured {points[0].loss:.4f}"
+        printable(
+            f"loss = {law.irreducible:.4f} + {law.model:.4f} (N / {law.scale[0]:.3g})^-{law.alpha:.3f} + "
+            f"{law.data:.4f} (C / N / {law.scale[1]:.3g})^-{law.beta:.3f}\n"
+            f"check, the largest run from the other {len(points) - 1}: predicted {predicted:.4f}, measured {points[0].loss:.4f}"
+        )
     )
     found: dict[str, Any] = {
         "runs": [{"run": rung.name, **point._asdict()} for rung, point in zip(rungs, points, strict=True)],
@@ -336,7 +353,7 @@ def plan(args: argparse.Namespace, run: Callable[[Rung, int], int]) -> int:
         "loss_interval": proposal.losses, "parameters_interval": proposal.sizes,
     }  # fmt: skip
     atomic_write(args.out / LADDER, json.dumps(found, indent=1) + "\n")
-    print(f"{text}{args.out / PROPOSAL}")
+    print(printable(f"{text}{args.out / PROPOSAL}"))
     return 0
 
 

@@ -23,6 +23,7 @@ LEVELS = {
     "stdit.metrics_log": 0.1,
     "stdit.integrity": 0.1,
     "stdit.memory": 0.1,
+    "stdit.outputs": 0.1,
     "stdit.fonts": 0.25,
     "stdit.media": 0.5,
     "stdit.arguments": 0.5,
@@ -115,6 +116,27 @@ def test_a_file_imports_only_from_below(file: Path) -> None:
         assert allowed, (
             f"{file.relative_to(ROOT)} ({own}, level {LEVELS[own]}) imports {name} ({other}, level {LEVELS[other]})"
         )
+
+
+# Prints text of its own making, which its callers have passed through `printable`; a job's log, which is for a terminal.
+RAW = {"pipelines/progress.py": "text", "cluster/submit.py": "lines"}
+
+
+def test_what_is_printed_is_made_printable() -> None:
+    """Names of files, captions and errors may hold terminal escapes, or 10 MB."""
+    for file in files():
+        name = str(file.relative_to(ROOT))
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called = node.func.id if isinstance(node.func, ast.Name) else ""
+            values = node.args if called == "print" else []
+            values += [k.value for k in node.keywords if called == "tqdm" and k.arg in ("desc", "postfix")]
+            for value in values:
+                safe = isinstance(value, ast.Constant) or (isinstance(value, ast.Name) and RAW.get(name) == value.id)
+                if isinstance(value, ast.Call):
+                    safe = ast.unparse(value.func) in ("printable", "json.dumps")
+                assert safe, f"{name}:{value.lineno}: {ast.unparse(value)[:80]} is shown without stdit.files.printable"
 
 
 @pytest.mark.parametrize("file", files(), ids=lambda f: str(f.relative_to(ROOT)))

@@ -200,8 +200,9 @@ def test_files_of_unknown_origin_are_not_taken_for_results(runs: dict[str, Path]
 @pytest.mark.parametrize("name", ["manifest.jsonl", "contact_sheet.png"])
 def test_results_of_others_are_not_overwritten(runs: dict[str, Path], tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"of the user")
-    with pytest.raises(ValueError, match=f"holds 1 files such as {name}, and no request.json"):
-        make(runs["text"], tmp_path)
+    for overwrite in (False, True):  # which is for the videos of another request, not for what others have made
+        with pytest.raises(ValueError, match=f"holds 1 files such as {name}, and no request.json"):
+            make(runs["text"], tmp_path, overwrite=overwrite)
     assert (tmp_path / name).read_bytes() == b"of the user"
 
 

@@ -34,12 +34,15 @@ class AnalysisProcess(Closable):
 
     def __init__(self, stall_timeout_s: float = 60.0) -> None:
         self.stall_timeout_s = stall_timeout_s
+        # Whether the file analysed last stood still: another time, on an idle machine, it may not.
+        self.stalled = False
         self._child: subprocess.Popen[bytes] | None = None
         self._answers: queue.Queue[dict[str, Any] | bytes | None] = queue.Queue()
 
     def analyse(self, path: Path | str) -> bytes:
         """The analysis of a file, as bytes. A decoder that hangs or crashes leaves the frames before that. DecodeError: none."""
         until, trouble = None, None
+        self.stalled = False
         while True:
             frame, result = self._attempt(path, until)
             if isinstance(result, bytes):
@@ -64,6 +67,7 @@ class AnalysisProcess(Closable):
                 answer = self._answers.get(timeout=self.stall_timeout_s)
             except queue.Empty:
                 self.close()
+                self.stalled = True
                 return frame, f"decoding stood still for {self.stall_timeout_s:g} s and was stopped"
             except BaseException:
                 self.close()

@@ -83,9 +83,11 @@ class Cache(Closable):
             raise ConfigError(f"{self.path}: an analysis in it was damaged and is removed; run the same command again")
         return found[1]
 
-    def store_analysis(self, key: str, content: bytes | None, error: str | None) -> None:
+    def store_analysis(self, key: str, content: bytes | None, error: str | None, again: bool = False) -> None:
+        """again: for this run alone; the next one analyses the file anew."""
         self._store("contents", [(key, content)])
-        self._store("analyses", [(key, error)])
+        if not again:
+            self._store("analyses", [(key, error)])
 
     # ------------------------------------------------------------------------------- rows of JSON
 

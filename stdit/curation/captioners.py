@@ -24,7 +24,7 @@ from stdit.config import CaptionConfig, CaptionServer, ConfigError
 from stdit.curation.caption_text import prompt_for
 from stdit.curation.clips import ClipView
 from stdit.curation.scoring import load_function
-from stdit.encoders.pretrained import load_pretrained
+from stdit.encoders.pretrained import load_pretrained, load_processor, no_remote_code
 from stdit.files import fingerprint_files
 
 # Of a server's answer, at most so much is read.
@@ -99,9 +99,12 @@ class ModelCaptioner:
         self.config = config
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            processor = AutoProcessor.from_pretrained(config.path, trust_remote_code=False)
+            processor = load_processor(AutoProcessor, config.path)
             model = load_pretrained(AutoModelForImageTextToText, config.path, dtype=getattr(torch, config.dtype))
-            self.pipe: Any = pipeline("image-text-to-text", model=model, processor=processor, device=device)
+            with no_remote_code():
+                self.pipe: Any = pipeline(
+                    "image-text-to-text", model=model, processor=processor, device=device, trust_remote_code=False
+                )
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"captions: {config.name}: path {config.path}: {str(error).splitlines()[0]}") from error
 

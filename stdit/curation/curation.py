@@ -24,6 +24,7 @@ import pyarrow.parquet as parquet
 from stdit.config import ConfigError, CurateConfig, FileSchema, NonNegative, Where, read_json
 from stdit.curation import scoring
 from stdit.curation.analysis import VERSION, Analysis
+from stdit.curation.cache import FILE as CACHE
 from stdit.curation.cache import Cache
 from stdit.curation.caption_text import check_caption
 from stdit.curation.captioners import api_key, captioner_id
@@ -33,8 +34,18 @@ from stdit.curation.sources import Source, find_sources, make_links, stale_links
 from stdit.curation.work import SCORED_AT_ONCE, Mapper, Task
 from stdit.data.filters import passing, satisfies
 from stdit.data.manifest import RESERVED_COLUMNS, STANDARD_COLUMNS, crop_text
-from stdit.files import WorkFailed, atomic_path, atomic_write
+from stdit.files import (
+    WorkFailed,
+    atomic_path,
+    atomic_write,
+    printable,
+)
+from stdit.outputs import (
+    claim_outputs,
+    own_outputs,
+)
 
+COMMAND = "curate"
 MANIFEST, REPORT, CLIPS, PAGE = "manifest.jsonl", "report.json", "clips.parquet", "curation.html"
 # Raised when the same numbers would be cut or compared in another way.
 RANGES_VERSION = 2
@@ -130,6 +141,8 @@ class Curation:
         self.broken: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self.embeddings: dict[str, list[float]] = {}
+        # Analyses of this run that the next one makes again: their files stood still.
+        self.passing: set[str] = set()
 
     # ---------------------------------------------------------------------------------- analysis
 
@@ -145,9 +158,12 @@ class Curation:
         known = self.cache.analysed()
         files = {keys[s.key]: str(s.file) for s in sources if s.key in keys}
         todo = [{"key": key, "path": path} for key, path in files.items() if key not in known]
+        stalled = {}
         for result in self._work("analyse", todo, "analyse", "file"):
-            self.cache.store_analysis(result["key"], result["content"], result["error"])
-        known = self.cache.analysed()
+            self.cache.store_analysis(result["key"], result["content"], result["error"], result["again"])
+            stalled |= {result["key"]: result["error"]} if result["again"] else {}
+        self.passing |= stalled.keys()
+        known = {**self.cache.analysed(), **stalled}
         for source in sources:
             if reason := unreadable.get(source.key) or known.get(keys.get(source.key, "")):
                 self.bad.append({"path": source.key, "reason": reason})
@@ -168,7 +184,9 @@ class Curation:
             found, analysis = ranges.get(key), None
             if found is None:
                 analysis = Analysis.loads(self.cache.analysis(keys[source.key]))
-                found = new_ranges[key] = ranges[key] = _ranges(analysis, self.config, source)
+                found = ranges[key] = _ranges(analysis, self.config, source)
+                if keys[source.key] not in self.passing:
+                    new_ranges[key] = found
             if found["broken"]:
                 self.broken.append({"path": source.key, "broken": found["broken"]})
             for start, end, reason, detail in found["clips"]:
@@ -289,8 +307,9 @@ class Curation:
         for result in self._work("score", batches, "score", "batch"):
             rows = {}
             for key, found in result["scores"].items():
+                lasting = {ids[name]: columns for name, columns in found.items() if scoring.AGAIN not in columns}
+                rows[key] = {**stored[key], "scorers": {**stored[key]["scorers"], **lasting}}
                 stored[key]["scorers"] |= {ids[name]: columns for name, columns in found.items()}
-                rows[key] = stored[key]
             self.cache.store("clips", rows)
         failed: Counter[str] = Counter()
         for clip in alive:
@@ -423,7 +442,7 @@ class Curation:
         if not tasks:
             return
         self.say(f"{label}: {len(tasks):,} {unit}{'' if len(tasks) == 1 else 's' if unit != 'batch' else 'es'}")
-        yield from tqdm(self.mapper(kind, self.config, tasks), total=len(tasks), desc=label, unit=unit)
+        yield from tqdm(self.mapper(kind, self.config, tasks), total=len(tasks), desc=printable(label), unit=unit)
 
 
 def _ranges(analysis: Analysis, config: CurateConfig, source: Source) -> dict[str, Any]:
@@ -453,8 +472,9 @@ def curate(config: CurateConfig, mapper: Mapper, say: Callable[[str], None]) -> 
         if caption.server:
             api_key(caption.name, caption.server)
     sources, links, excluded = find_sources(config)
+    claim_outputs(out, COMMAND, [MANIFEST, REPORT, CLIPS, PAGE, CACHE, *links])
     make_links(out, links)
-    for link in stale_links(out, links):
+    for link in stale_links(out, own_outputs(out, COMMAND) - links.keys()):
         link.unlink()
     with Cache(out) as cache:
         run = Curation(config, cache, mapper, say)

@@ -20,13 +20,15 @@ from stdit.config import ConfigError, ScorerConfig
 from stdit.curation.analysis import VERSION
 from stdit.curation.clips import ClipView, spread
 from stdit.curation.scorers import black, blockiness, blur, brightness, contrast, freeze, letterbox, motion, shake
-from stdit.data.decoding import DecodeError
+from stdit.data.decoding import DecodeError, DecodeTimeout
 from stdit.data.subprocess_decoder import SubprocessDecoder
 
 # Each module's function of its own name.
 MEASURED = (motion, blur, black, freeze, blockiness, brightness, contrast, shake, letterbox)
 Score = Callable[[ClipView], Any]
 ERROR = "error"
+# Beside it: it is for no reason of the clip's own (a time-out); the next run tries again.
+AGAIN = "again"
 
 
 def measured_version() -> str:
@@ -96,28 +98,36 @@ class ClipScorer:
         """By scorer: its scores by column, or {"error": why there are none}. A scorer that raises harms this score alone."""
         found: dict[str, Any] = {}
         chosen = [self.scorers[name] for name in names]
-        shown: dict[int, np.ndarray | str] = {}
+        shown: dict[int, np.ndarray | dict[str, Any]] = {}
         for scorer, function in chosen:
             if scorer.frames not in shown:
                 try:
                     indices = spread(clip.start, clip.end, scorer.frames)
                     shown[scorer.frames] = self.decoder.read_part(file, indices, None, crop)
                 except DecodeError as error:
-                    shown[scorer.frames] = error.reason
+                    shown[scorer.frames] = failure(error.reason, error)
             pictures = shown[scorer.frames]
-            if isinstance(pictures, str):
-                found[scorer.name] = {ERROR: pictures}
+            if isinstance(pictures, dict):
+                found[scorer.name] = pictures
                 continue
             clip.pictures = pictures
             try:
                 found[scorer.name] = named_scores(scorer.name, function(clip))
             except Exception as error:  # the border to foreign code
-                found[scorer.name] = {ERROR: f"{type(error).__name__}: {error}"}
+                found[scorer.name] = failure(f"{type(error).__name__}: {error}", error)
         clip.pictures = None
         return found
 
     def close(self) -> None:
         self.decoder.close()
+
+
+def failure(reason: str, error: Exception) -> dict[str, Any]:
+    """What a clip has in place of a scorer's columns."""
+    passing = isinstance(error, DecodeTimeout | TimeoutError) or type(error).__name__.endswith(
+        "Timeout"
+    )  # requests' own
+    return {ERROR: reason, AGAIN: True} if passing else {ERROR: reason}
 
 
 def named_scores(name: str, value: Any) -> dict[str, Any]:

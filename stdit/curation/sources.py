@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,6 @@ def make_links(out: Path, links: Mapping[str, Path]) -> None:
         link.symlink_to(root.resolve(), target_is_directory=True)
 
 
-def stale_links(out: Path, links: Mapping[str, Path]) -> Iterator[Path]:
-    """Links of an earlier run that no source uses any more."""
-    yield from (path for path in out.glob(f"{LINK}*") if path.is_symlink() and path.name not in links)
+def stale_links(out: Path, names: Iterable[str]) -> Iterator[Path]:
+    """Links to footage among these names of files in `out`."""
+    yield from (path for name in names if name.startswith(LINK) and (path := out / name).is_symlink())

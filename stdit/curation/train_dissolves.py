@@ -17,6 +17,7 @@ import numpy as np
 from stdit.curation.analysis import analyse
 from stdit.curation.dissolves import WEIGHTS, features
 from stdit.curation.footage import make_film
+from stdit.files import printable
 from stdit.media import write_video
 
 HIDDEN = (48, 24)
@@ -54,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     layers |= {f"bias{i}": b.astype(np.float32) for i, b in enumerate(model.intercepts_)}
     np.savez(WEIGHTS, allow_pickle=False, mean=mean.astype(np.float32), scale=scale.astype(np.float32), **layers)
     print(
-        f"{len(y):,} frames, {y.mean():.1%} within transitions, accuracy {model.score((x - mean) / scale, y):.4f}: {WEIGHTS}"
+        printable(
+            f"{len(y):,} frames, {y.mean():.1%} within transitions, accuracy {model.score((x - mean) / scale, y):.4f}: {WEIGHTS}"
+        )
     )
 
 

@@ -41,7 +41,7 @@ def make_worker(kind: str, config: CurateConfig) -> Worker:
 
 
 class Analyser:
-    """{"key", "path"} -> {"key", "content": of Analysis.loads, "error"}."""
+    """{"key", "path"} -> {"key", "content": of Analysis.loads, "error", "again": whether a later run may do better}."""
 
     def __init__(self, config: CurateConfig) -> None:
         from stdit.curation.analysis_process import AnalysisProcess
@@ -51,10 +51,12 @@ class Analyser:
     def __call__(self, task: Task) -> Task:
         from stdit.data.decoding import DecodeError
 
+        content, reason = None, None
         try:
-            return {"key": task["key"], "content": self.process.analyse(task["path"]), "error": None}
+            content = self.process.analyse(task["path"])
         except DecodeError as error:
-            return {"key": task["key"], "content": None, "error": error.reason}
+            reason = error.reason
+        return {"key": task["key"], "content": content, "error": reason, "again": self.process.stalled}
 
     def close(self) -> None:
         self.process.close()
@@ -92,7 +94,7 @@ class Captioning:
 
     def __call__(self, task: Task) -> Task:
         from stdit.curation.captioners import Failed
-        from stdit.data.decoding import DecodeError
+        from stdit.data.decoding import DecodeError, DecodeTimeout
 
         found: dict[str, tuple[str | None, str | None]] = {}
         views, keys, again = [], [], []
@@ -103,6 +105,7 @@ class Captioning:
                 view.pictures = self.decoder.read_part(clip["file"], indices, None, clip["crop"])
             except DecodeError as error:
                 found[clip["key"]] = (None, error.reason)
+                again += [clip["key"]] if isinstance(error, DecodeTimeout) else []
                 continue
             views.append(view)
             keys.append(clip["key"])

@@ -21,8 +21,13 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter, zoom
 
 from stdit.data.digits import DIRECTIONS
-from stdit.files import atomic_write, exit_code
+from stdit.files import (
+    atomic_write,
+    exit_code,
+    printable,
+)
 from stdit.media import write_video
+from stdit.outputs import claim_outputs
 
 FORMAT = 1
 FPS, HEIGHT, WIDTH = 12, 96, 128
@@ -55,6 +60,8 @@ class Shot:
 def make_films(out: Path | str, seed: int = 0) -> dict[str, list[Shot]]:
     """Writes the films below `out`; the shots of each. ValueError: a folder with other films."""
     out = Path(out)
+    if not (out / RECORD).is_file():
+        claim_outputs(out, "digit-films", [RECORD, "films"])
     films, made = {}, {}
     first: np.ndarray | None = None
     for number, (name, parts) in enumerate(FILMS.items()):
@@ -152,9 +159,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         films = make_films(options.out, options.seed)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return exit_code(error)
-    print(f"{options.out / 'films'}: {len(films)} films, {sum(map(len, films.values()))} shots, 2 images")
+    print(printable(f"{options.out / 'films'}: {len(films)} films, {sum(map(len, films.values()))} shots, 2 images"))
     return 0
 
 

@@ -26,7 +26,12 @@ import numpy as np
 from PIL import Image
 
 from stdit.data import manifest
-from stdit.files import atomic_write, exit_code, printable
+from stdit.files import (
+    atomic_write,
+    exit_code,
+    printable,
+    read_json,
+)
 from stdit.media import write_clip
 
 # Raised when the same options would give other files.
@@ -190,13 +195,23 @@ def _is_complete(out: Path, record: str, overwrite: bool) -> bool:
         raise ValueError(f"{out} is a file, not a folder")
     if not out.exists() or not any(out.iterdir()):
         return False
-    if not (out / RECORD).is_file():
-        raise ValueError(f"{out} is not empty and was not made by this program (no {RECORD}); give another folder")
+    if not _is_record(out / RECORD):
+        raise ValueError(
+            f"{out} is not empty and was not made by this program (no {RECORD} of it); give another folder"
+        )
     if (out / RECORD).read_text(encoding="utf-8") == record:
         return (out / MANIFEST).is_file() and not overwrite
     if not overwrite:
         raise ValueError(f"{out} was made with other options, see {out / RECORD}; give another folder or --overwrite")
     return False
+
+
+def _is_record(file: Path) -> bool:
+    """Whether `file` is a record of this program, of any options."""
+    try:
+        return set(read_json(file)) == {"format", "options"}
+    except ValueError:
+        return False
 
 
 def _make(out: Path, options: DigitsOptions, workers: int, progress: bool) -> list[dict[str, Any]]:
@@ -387,7 +402,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(printable(f"error: {error}"), file=sys.stderr)
         return exit_code(error)
     clips = manifest.read(path)
-    print(f"{path}: {len(clips)} clips, {', '.join(f'{count} {split}' for split, count in clips.splits.items())}")
+    print(
+        printable(
+            f"{path}: {len(clips)} clips, {', '.join(f'{count} {split}' for split, count in clips.splits.items())}"
+        )
+    )
     return 0
 
 

@@ -38,9 +38,24 @@ from stdit.data.filters import check_where, passes
 from stdit.data.manifest import read
 from stdit.data.object_cache import ObjectCache
 from stdit.data.records import ReportTotals, ShardSpec
-from stdit.files import WorkFailed, atomic_path, atomic_write, check_writable, seal, sha256
+from stdit.files import (
+    WorkFailed,
+    atomic_path,
+    atomic_write,
+    check_writable,
+    seal,
+    sha256,
+)
+from stdit.outputs import (
+    check_outputs,
+    claim_outputs,
+    own_outputs,
+)
 
 SETTINGS = "extraction.json"
+COMMAND, OUTPUTS = "extract", (SETTINGS, INDEX, REPORT, SAMPLES, "parts", "shards")
+# Names of files in `parts` and `shards`, and of those that killed writers have left there.
+_OUR_FILES = re.compile(r"\d{5,}\.(safetensors|parquet)|\..*\.part\..*|\.tmp\w+")
 # A clip that keeps less of its pictures than this is mentioned at the end.
 MENTIONED_CROP = 0.8
 # Threads that check sources for changes: they wait for the disk.
@@ -226,13 +241,16 @@ def write_settings(plan: ExtractionPlan, overwrite: bool = False) -> None:
             raise ConfigError(
                 f"{out} holds features of another config ({SETTINGS}):\n{lines}\nChoose another out, or discard them with --overwrite"
             )
+        check_outputs(out, COMMAND, OUTPUTS)
         check_writable(out)
         # From here on the folder is incomplete.
         for path in (out / INDEX, *(out / "parts").glob("*.parquet")):
-            path.unlink(missing_ok=True)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+            if path.parent == out or _OUR_FILES.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+    elif out.exists() and (not out.is_dir() or (any(out.iterdir()) and not own_outputs(out, COMMAND))):
         raise ConfigError(f"out: {out} exists and holds no extraction; features go into a folder of their own")
     check_writable(out)
+    claim_outputs(out, COMMAND, OUTPUTS)
     atomic_write(file, json.dumps(plan.settings, indent=2) + "\n")
 
 
@@ -408,10 +426,9 @@ def _remove_stale_files(plan: ExtractionPlan) -> None:
     out = plan.config.out
     wanted = {shard_path(out, spec.number).name for spec in plan.shards}
     wanted |= {records.record_path(out, spec.number).name for spec in plan.shards}
-    ours = re.compile(r"\d{5,}\.(safetensors|parquet)|\..*\.part\..*|\.tmp\w+")
     for folder in ("shards", "parts"):
         for path in (out / folder).glob("*"):
-            if path.name not in wanted and ours.fullmatch(path.name):
+            if path.name not in wanted and _OUR_FILES.fullmatch(path.name):
                 path.unlink()
 
 

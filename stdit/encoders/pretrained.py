@@ -2,8 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from stdit.files import check_regular
+
+
+@contextmanager
+def no_remote_code() -> Iterator[None]:
+    """Where transformers would ask on standard input whether to run code of a folder or hub id, it raises a ValueError instead.
+
+    By `trust_remote_code=False` alone it still asks: AutoProcessor and diffusers' pipelines do not pass it on to their parts.
+    """
+    from transformers import dynamic_module_utils
+
+    seconds = dynamic_module_utils.TIME_OUT_REMOTE_CODE  # for an answer; 0: it is not asked for
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
+
+
+def load_processor(kind: Any, path: str | Path, **options: Any) -> Any:
+    """`kind.from_pretrained` of a tokenizer, processor or config. Errors: as transformers raises them."""
+    check_regular(Path(path, options.get("subfolder") or ""))
+    with no_remote_code():
+        return kind.from_pretrained(path, trust_remote_code=False, **options)
 
 
 def load_pretrained(kind: Any, path: str | Path, unused: tuple[str, ...] = (), **options: Any) -> Any:
@@ -11,8 +38,7 @@ def load_pretrained(kind: Any, path: str | Path, unused: tuple[str, ...] = (), *
 
     ValueError: a weight is missing or of another shape. OSError and others: as transformers raises them.
     """
-    # By default, transformers asks on standard input whether to run code of the folder.
-    model, info = kind.from_pretrained(path, trust_remote_code=False, output_loading_info=True, **options)
+    model, info = load_processor(kind, path, output_loading_info=True, **options)
     missing = sorted(str(key) for key in info["missing_keys"] if not str(key).startswith(unused))
     wrong = {"missing_keys": missing, "mismatched_keys": sorted(map(str, info["mismatched_keys"]))}
     if found := "; ".join(f"{name}: {keys[:5]}" for name, keys in wrong.items() if keys):

@@ -19,6 +19,7 @@ from transformers import (
 
 from stdit.config import MOST_TEXT_ENCODERS, ByteT5Config, ConfigError, TextEncoderConfig
 from stdit.encoders.byte_t5 import random_byte_t5, weights_sha256
+from stdit.encoders.pretrained import load_processor
 from stdit.encoders.source import check_same, fingerprint_folder, folder_of, hub_commit, revision_of, subfolder_of
 from stdit.encoders.text import AXES, TextEncoder, TextEncoders
 
@@ -144,9 +145,7 @@ def _single_sizes(config: TextEncoderConfig) -> dict[str, int | None]:
         }
     assert config.path is not None
     try:
-        settings: Any = AutoConfig.from_pretrained(
-            config.path, subfolder=config.subfolder or "", trust_remote_code=False
-        )
+        settings: Any = load_processor(AutoConfig, config.path, subfolder=config.subfolder or "")
     except Exception as error:  # whatever transformers raises for a file that is damaged
         raise ConfigError(
             f"{KEY}: {config.path}: its config.json cannot be read ({type(error).__name__}: {error})"
@@ -169,16 +168,18 @@ def _load(
     """
     assert config.path is not None
     model = load_text_model(config.path, config.subfolder, dtype, KEY, revision=revision)
-    where: dict[str, Any] = {"revision": revision} if revision else {}
+    return model, load_tokenizer(config.path, config.tokenizer_subfolder, KEY, revision=revision)
+
+
+def load_tokenizer(path: str, subfolder: str | None, key: str, **hub: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or hub id. hub: revision, token, … ConfigError, beginning with `key`: it cannot be loaded."""
+    where = f"{path}/{subfolder}" if subfolder else path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            config.path, subfolder=config.tokenizer_subfolder or "", trust_remote_code=False, **where
-        )
+        return load_processor(AutoTokenizer, path, subfolder=subfolder or "", **{k: v for k, v in hub.items() if v})
     except Exception as error:  # whatever the tokenizers raise for files that are damaged
         raise ConfigError(
-            f"{KEY}: {config.path}: its tokenizer cannot be loaded ({type(error).__name__}: {error})"
+            f"{key}: {where}: its tokenizer cannot be loaded ({type(error).__name__}: {error})"
         ) from error
-    return model, tokenizer
 
 
 def load_text_model(
@@ -189,11 +190,10 @@ def load_text_model(
     ConfigError, beginning with `key`: it cannot be loaded, or a weight is missing or of another shape.
     """
     where = f"{path}/{subfolder}" if subfolder else path
-    # By default, transformers asks on standard input whether to run code.
-    location = {"subfolder": subfolder or "", "trust_remote_code": False, **{k: v for k, v in hub.items() if v}}
+    location = {"subfolder": subfolder or "", **{k: v for k, v in hub.items() if v}}
     try:
-        kind = _class_of(AutoConfig.from_pretrained(path, **location))
-        model, info = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **location)
+        kind = _class_of(load_processor(AutoConfig, path, **location))
+        model, info = load_processor(kind, path, dtype=dtype, output_loading_info=True, **location)
     except Exception as error:  # whatever transformers raises for files that are damaged
         raise ConfigError(
             f"{key}: {where}: no T5 or CLIP text encoder can be loaded ({type(error).__name__}: {error})"

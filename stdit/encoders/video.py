@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import diffusers
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from stdit.config import Bucket, ConfigError, VideoEncoderConfig, latent_shape
 from stdit.encoders.latents import compression, statistics
 from stdit.encoders.source import check_same, fingerprint_folder, folder_of, hub_commit, revision_of, subfolder_of
+from stdit.files import apply_umask, check_regular
 
 Kind = Literal["pixels", "image", "video"]
 # ITU-R BT.601 luma of full-range RGB.
@@ -48,6 +50,11 @@ class PixelAutoencoder(ModelMixin, ConfigMixin):
             raise ValueError(f"PixelAutoencoder has 1 (luma) or 3 (RGB) channels, not {latent_channels}")
         weights = torch.tensor([LUMA]) if latent_channels == 1 else torch.eye(3)
         self.register_buffer("weights", weights)  # (C, 3)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As diffusers'."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        apply_umask(Path(save_directory), "config.json", "diffusion_pytorch_model*")
 
     def encode(self, x: Tensor) -> EncoderOutput:
         """RGB (B, 3, T, H, W) -> .latent (B, C, T, H, W)."""
@@ -254,6 +261,7 @@ def load_autoencoder(path: str, subfolder: str | None, dtype: torch.dtype | None
     where = f"{path}/{subfolder}" if subfolder else path
     location = {"subfolder": subfolder, **{k: v for k, v in hub.items() if v}}
     try:
+        check_regular(Path(path, subfolder or ""))
         settings = cast(dict[str, Any], AutoModel.load_config(path, **location))
         name = settings.get("_class_name")
         cls: Any = PixelAutoencoder if name == PixelAutoencoder.__name__ else getattr(diffusers, str(name), None)

@@ -47,7 +47,13 @@ from stdit.evaluation.validation_clips import (
     stated_count,
 )
 from stdit.files import atomic_write, seal
-from stdit.memory import gib, host_memory
+from stdit.memory import (
+    gib,
+    host_memory,
+)
+from stdit.outputs import (
+    claim_outputs,
+)
 
 # Incremented when the metrics of the same clips change, which invalidates metrics and classifiers on disk.
 VERSION = 3
@@ -125,6 +131,7 @@ def evaluate_videos(
             stored = read_json(out, StoredMetrics)
             if stored["fingerprint"] == fingerprint:
                 return stored
+    claim_outputs(videos, "evaluate", [METRICS])
     metrics = {"fingerprint": fingerprint, **_compute_metrics(videos, source, config, cache or videos.parent)}
     text = json.dumps(seal(metrics), indent=1, ensure_ascii=False) + "\n"
     atomic_write(out, text)

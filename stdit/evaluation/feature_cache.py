@@ -12,23 +12,26 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from stdit.evaluation.media_set import MediaSet, Medium
 from stdit.evaluation.networks import Network
-from stdit.files import atomic_path
+from stdit.files import atomic_path, printable
 
 CHUNK = 64  # media
-# Incremented when features of the same pixels change.
-VERSION = 1
+# Incremented when features of the same pixels, or what their files hold, change.
+VERSION = 2
+# Metadata of a chunk: SHA-256 of its arrays.
+DIGEST = "sha256"
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def compute_chunk(job: FeatureJob, number: int) -> None:
     # A row for each medium, or none: some have no prompt.
     arrays = {name: np.stack(rows) for name, rows in found.items() if len(rows) == len(media)}
     with atomic_path(job.file(number)) as part:
-        save_file(arrays, part)
+        save_file(arrays, part, {DIGEST: _digest(arrays)})
 
 
 def compute_features(job: FeatureJob) -> None:
@@ -81,7 +84,7 @@ def compute_features(job: FeatureJob) -> None:
     from tqdm import tqdm
 
     missing = job.missing()
-    with tqdm(total=len(missing) * CHUNK, desc=f"{job.network.key} of {job.media.source.name}", unit="media",
+    with tqdm(total=len(missing) * CHUNK, desc=printable(f"{job.network.key} of {job.media.source.name}"), unit="media",
               disable=not (missing and sys.stderr.isatty())) as bar:  # fmt: skip
         for number in missing:
             compute_chunk(job, number)
@@ -97,6 +100,22 @@ def load_features(job: FeatureJob) -> dict[str, NDArray[np.float32]]:
 
 def _load_chunk(file: Path) -> dict[str, NDArray[np.float32]]:
     try:
-        return load_file(file)
+        with safe_open(file, "numpy") as opened:
+            stored = (opened.metadata() or {}).get(DIGEST)
+        found = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file}: damaged ({error}); remove it, and its features are computed again") from error
+    if stored != _digest(found):
+        raise ValueError(
+            f"{file}: damaged (its features do not match its sha256); remove it, and its features are computed again"
+        )
+    return found
+
+
+def _digest(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 of names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"\0{name} {array.dtype} {array.shape}\0".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

@@ -23,10 +23,10 @@ from PIL import Image
 from torch import Tensor
 
 from stdit.config import NetworkPaths
-from stdit.encoders.pretrained import load_pretrained
+from stdit.encoders.pretrained import load_pretrained, load_processor
 from stdit.evaluation import video_quality
 from stdit.evaluation.inception import ORIGINAL_SHA256, load_inception
-from stdit.files import fingerprint_files, sha256
+from stdit.files import check_regular, fingerprint_files, read_json, sha256
 
 Frames = NDArray[np.uint8]  # (T, H, W, 3)
 Rows = dict[str, NDArray[np.float32]]  # name -> (D,)
@@ -163,12 +163,16 @@ class TransformersNetwork(Network):
     @cached_property
     def config(self) -> dict[str, Any]:
         try:
-            return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            return read_json(self.folder / "config.json")
+        except ValueError as error:
             raise NetworkError(f"networks.{self.key}: {self.folder}: no readable config.json ({error})") from error
 
     def check(self) -> None:
         super().check()
+        try:
+            check_regular(self.folder)
+        except ValueError as error:
+            raise NetworkError(f"networks.{self.key}: {error}") from error
         self.matches(self.expected, self.known_as)
         if not any(self.folder.glob("*.safetensors")):
             raise NetworkError(f"networks.{self.key}: {self.folder}: holds no .safetensors")
@@ -238,7 +242,7 @@ class Clip(TransformersNetwork):
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+        return load_processor(AutoTokenizer, self.folder, local_files_only=True)
 
     @property
     def size(self) -> int:

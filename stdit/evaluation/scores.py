@@ -29,8 +29,9 @@ from stdit.evaluation.media_set import MediaSet, open_generated, open_reference,
 from stdit.evaluation.metrics import Statistics, bootstrap_interval, in_canonical_order
 from stdit.evaluation.networks import Clip, MissingWeights, Network, NetworkError, find_network
 from stdit.files import atomic_write, seal
+from stdit.outputs import claim_outputs
 
-SCORES = "scores.json"
+SCORES, SAMPLES = "scores.json", "samples.npz"
 # Behind a score: which values are better.
 ARROWS = {"lower": "↓", "higher": "↑", None: ""}
 # Incremented when scores of the same features change.
@@ -144,6 +145,7 @@ def evaluate_media(config: EvaluateConfig, compute: Compute = compute_features) 
     reference = _open_reference(config, generated)
     networks, skipped = _plan(config, generated, reference)
     warnings = list(_warnings(config, generated, reference))
+    claim_outputs(config.out, "evaluate", _files(config, networks))
     cache = config.cache or config.out / "features"
     scores: dict[str, Any] = {}
     for network, names in networks:
@@ -168,12 +170,23 @@ def evaluate_media(config: EvaluateConfig, compute: Compute = compute_features) 
     }
     if config.save_samples:
         images = (frames[0] for frames in generated.frames(generated.media))
-        write_samples(config.out / "samples.npz", images, len(generated))
+        write_samples(config.out / SAMPLES, images, len(generated))
     atomic_write(config.out / SCORES, json.dumps(seal(result), indent=1, ensure_ascii=False) + "\n")
     return result
 
 
 # ------------------------------------------------------------------------------------ before work
+
+
+def _files(config: EvaluateConfig, networks: list[tuple[Network, list[str]]]) -> list[str]:
+    """Names of the files in OUT that may be written."""
+    frechet = [network for network, names in networks if any(SPECS[name].kind == "frechet" for name in names)]
+    statistics = [_statistics_file(network, side) for network in frechet for side in ("generated", "reference")]
+    return [SCORES, *([SAMPLES] if config.save_samples else []), *statistics]
+
+
+def _statistics_file(network: Network, side: str) -> str:
+    return f"statistics-{network.key}-{side}.npz"
 
 
 def _open_reference(config: EvaluateConfig, generated: MediaSet) -> Reference:
@@ -368,7 +381,7 @@ def _save_statistics(out: Path, network: Network, names: list[str], rows: Mappin
     if any(SPECS[name].kind == "frechet" for name in names):
         for side, found in rows.items():
             statistics = metrics.statistics_of(in_canonical_order(found["features"].astype(np.float64)))
-            write_statistics(out / f"statistics-{network.key}-{side}.npz", statistics, network.digest)
+            write_statistics(out / _statistics_file(network, side), statistics, network.digest)
 
 
 def _accuracies(config: EvaluateConfig, generated: MediaSet, skipped: dict[str, str]) -> dict[str, Any]:

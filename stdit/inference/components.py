@@ -16,12 +16,19 @@ from stdit.config import (
     NonNegative,
     Positive,
     SamplerConfig,
+    check,
     read_json,
     validate,
 )
 from stdit.config.identity import FrameSampling
 from stdit.diffusion.schedulers import compatible_scheduler, make_scheduler
-from stdit.encoders.text_loading import SUFFIXES, components, load_text_model, text_encoder_from_identity
+from stdit.encoders.text_loading import (
+    SUFFIXES,
+    components,
+    load_text_model,
+    load_tokenizer,
+    text_encoder_from_identity,
+)
 from stdit.encoders.video import VideoEncoder, load_autoencoder, video_encoder_from_identity
 from stdit.models.control import STDiTControl
 from stdit.models.stdit import STDiT
@@ -63,14 +70,20 @@ class PipelineIndex(FileSchema):
 
 def read_index(folder: Path | str, class_name: str = "STDiTPipeline") -> dict[str, Any]:
     """model_index.json in a folder. ConfigError: damaged, or of another class of pipelines."""
-    index = read_json(Path(folder) / "model_index.json", PipelineIndex)
+    return check_index(read_json(Path(folder) / "model_index.json", PipelineIndex), folder, class_name)
+
+
+def check_index(index: Any, folder: Path | str, class_name: str) -> dict[str, Any]:
+    """`index`, the content of a folder's or hub id's model_index.json. Errors as `read_index`."""
+    check(index, PipelineIndex, f"{folder}/model_index.json")
     if index["_class_name"] != class_name:
         raise ConfigError(f"{folder} holds a {index['_class_name']}, not an {class_name}")
     return index
 
 
 def load_strictly(path: str, index: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Autoencoder and text encoders of a saved pipeline, which diffusers would load with weights missing.
+    """Autoencoder, text encoders and tokenizers of a saved pipeline, which diffusers would load with weights missing, or by code of
+    the folder.
 
     kwargs: of from_pretrained; components among them are not loaded. ConfigError: a component that lacks weights.
     """
@@ -85,6 +98,10 @@ def load_strictly(path: str, index: Mapping[str, Any], kwargs: Mapping[str, Any]
         dtype = dtypes.get(name, dtypes.get("default")) if isinstance(dtypes, dict) else dtypes
         load = load_autoencoder if name == "vae" else load_text_model
         loaded[name] = load(path, name, dtype, name, **hub)
+    hub.pop("variant", None)  # of weights alone
+    for name in (f"tokenizer{suffix}" for suffix in SUFFIXES):
+        if name not in kwargs and (index.get(name) or [None])[0] is not None:
+            loaded[name] = load_tokenizer(path, name, name, **hub)
     return loaded
 
 

@@ -276,13 +276,11 @@ def _claim(job: Job, settings: dict[str, Any], overwrite: bool) -> None:
             (job.out / Path(name).name).unlink(missing_ok=True)
         path.unlink()
     strangers = [name for name in (*files, MANIFEST, SHEET, MOVING) if (job.out / name).exists()]
-    if strangers and not overwrite:
+    if strangers:
         raise ValueError(
             f"{job.out} holds {len(strangers)} files such as {strangers[0]}, and no {REQUEST} that says how they were made; "
-            "give another folder, or --overwrite"
+            "give another folder, or move them away"
         )
-    for name in strangers:
-        (job.out / name).unlink()
     atomic_write(path, json.dumps(seal({"settings": settings, "files": files}), indent=1))
 
 

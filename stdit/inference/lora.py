@@ -6,6 +6,7 @@ pipe.set_adapters({"style": 1.0, "motion": 0.5}); pipe.fuse_lora(); pipe.unload_
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +14,7 @@ from typing import Any
 
 from stdit.config.load import shorten
 from stdit.files import apply_umask
-from stdit.integrity import write_manifest
+from stdit.integrity import MANIFEST, is_manifest, write_manifest
 from stdit.models import lora
 from stdit.models.stdit import STDiT
 from stdit.training import adapters
@@ -106,13 +107,18 @@ class LoraMixin:
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As diffusers', and a manifest with the SHA-256 of every file, which `from_pretrained` checks.
 
-        ValueError: adapters are loaded, which a pipeline's folder can't hold.
+        ValueError: adapters are loaded, which a pipeline's folder can't hold; a manifest.json of another program is there.
         """
+        folder = Path(save_directory)
+        if os.path.lexists(folder / MANIFEST) and not is_manifest(folder):
+            raise ValueError(
+                f"{folder}: holds a {MANIFEST} that is none of ours, or damaged; choose another folder, or move it away"
+            )
         if loaded := lora.adapter_names(self.transformer):
             raise ValueError(
                 f"adapters are loaded ({', '.join(loaded)}): fuse_lora(permanent=True) or unload_lora_weights() before saving the pipeline"
             )
         super().save_pretrained(save_directory, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        apply_umask(folder := Path(save_directory))
+        apply_umask(folder, "model_index.json", *(f"{name}/**/*" for name in self.components))  # pyright: ignore
         parts = [path for name in self.components for path in (folder / name).rglob("*")]  # pyright: ignore
         write_manifest(folder, (path for path in (folder / "model_index.json", *parts) if path.is_file()))

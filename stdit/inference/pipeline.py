@@ -31,11 +31,13 @@ from stdit.diffusion.objectives import with_scheduler_sign
 from stdit.diffusion.sample import sample
 from stdit.diffusion.schedulers import is_flow, make_scheduler, shifted
 from stdit.diffusion.timesteps import shift_for
+from stdit.encoders.pretrained import no_remote_code
 from stdit.encoders.source import folder_of
 from stdit.encoders.text import TextFeatures, onload
 from stdit.encoders.text_loading import from_components
 from stdit.encoders.video import VideoEncoder
-from stdit.inference.components import check_components, load_components, load_strictly, read_index
+from stdit.files import check_regular
+from stdit.inference.components import check_components, check_index, load_components, load_strictly, read_index
 from stdit.inference.inputs import (
     MAX_SCALE,
     ConditionEncoder,
@@ -177,12 +179,17 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
         else:
             path = str(pretrained_model_name_or_path)
             saved = folder_of(path, "STDiTPipeline")
-            index = read_index(path, cls.__name__) if saved else cls.load_config(path)
+            if kwargs.pop("trust_remote_code", False):
+                raise ValueError("trust_remote_code: code of a pipeline's folder is never run")
+            index = read_index(path, cls.__name__) if saved else check_index(cls.load_config(path), path, cls.__name__)
             if saved:
                 check_saved(saved)
+                for part in index:
+                    check_regular(saved / part)
             kwargs |= load_strictly(path, cast(dict[str, Any], index), kwargs)
             try:
-                pipe = super().from_pretrained(path, **kwargs)
+                with no_remote_code():
+                    pipe = super().from_pretrained(path, **kwargs)
             except Exception as error:  # whatever diffusers raises for files that are damaged
                 raise ValueError(f"{path}: cannot be loaded ({type(error).__name__}: {error})") from error
         for part in pipe.components.values():

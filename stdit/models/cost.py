@@ -290,7 +290,7 @@ def _inputs(
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.summary().parse_args(argv)
     try:
-        print(_table(args))
+        print(printable(_table(args)))
     except (ConfigError, ValueError, OSError) as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         sys.exit(2)

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from stdit.config.load import validate
 from stdit.config.model import ModelConfig
 from stdit.config.train import TokenRoutingConfig
-from stdit.files import read_json
-from stdit.integrity import MANIFEST, check_saved, seal_model
+from stdit.files import apply_umask, check_regular, read_json
+from stdit.integrity import check_saved, is_manifest, seal_model
 from stdit.models.blocks import COMPILE_OPTIONS, BlockState, FinalLayer, STDiTBlock
 from stdit.models.checks import check_config, check_inputs, check_loaded, check_residuals
 from stdit.models.conditioning import ConditionInputs, Conditions, append_context_tokens, embed_conditions
@@ -328,6 +328,7 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         kwargs.setdefault("use_safetensors", True)
         config = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "", "config.json")
         check_saved(config.parent)
+        check_regular(config.parent)
         if config.exists():
             found = read_json(config)
             if found.get("_class_name", cls.__name__) == cls.__name__:  # else from_config refuses it
@@ -345,8 +346,16 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As diffusers'. Of a folder that has a manifest (a conversion's), that is written anew."""
         super().save_pretrained(save_directory, *args, **kwargs)
-        if (Path(save_directory) / MANIFEST).is_file():
-            seal_model(Path(save_directory))
+        folder = Path(save_directory)
+        if folder.is_dir():  # else diffusers has said so
+            apply_umask(folder, "config.json", "diffusion_pytorch_model*")
+            if is_manifest(folder):
+                seal_model(folder)
+
+    def save_lora_adapter(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As diffusers'."""
+        super().save_lora_adapter(save_directory, *args, **kwargs)
+        apply_umask(Path(save_directory), kwargs.get("weight_name") or "pytorch_lora_weights*")
 
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
         """As diffusers', block by block; by default without graph breaks and with dynamic shapes."""

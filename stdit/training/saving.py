@@ -181,6 +181,8 @@ class Saver:
         if write.background:
             self.background_seconds += write.seconds
         self._agree(write.folder, write.raise_error, partial)
+        if write.remark:
+            self.say(f"WARNING: {write.remark}")
         return write.folder
 
     def _agree(self, folder: Path, files: Callable[[], object], partial: Path | None = None) -> None:
@@ -217,6 +219,8 @@ class Write(threading.Thread):
         # What this rank has to write is written, or could not be.
         self.written = threading.Event()
         self.error: Exception | None = None
+        # What went wrong after the checkpoint was complete.
+        self.remark = ""
         self.seconds = 0.0
         self._abandoned = threading.Event()
 
@@ -287,9 +291,12 @@ class Write(threading.Thread):
         atomic_write(self.partial / IDENTITY, self._identity)
         checkpoint.complete(self.partial, self.folder, files)
         self.state.intact.add(self.folder)
-        checkpoint.prune(
-            self.config.run_dir, train.keep_checkpoints, self.state.intact, train.keep_every, train.keep_best
-        )
+        try:
+            checkpoint.prune(
+                self.config.run_dir, train.keep_checkpoints, self.state.intact, train.keep_every, train.keep_best
+            )
+        except (OSError, ValueError) as error:  # this checkpoint is complete all the same
+            self.remark = f"{self.folder} is written, but older checkpoints could not be removed ({first_line(error)})"
 
     def _write_full(self, weights: Weights) -> None:
         """Writes full weights, or their average, from all ranks' parts. On return neither is held: a file that is removed while it

@@ -143,7 +143,7 @@ class Tracker:
     def close(self) -> None:
         self._bar.close()
         if self._log and self._log.pending:
-            print(f"{self._log.path}: {self._log.pending} lines could not be written", file=Console())
+            print(printable(f"{self._log.path}: {self._log.pending} lines could not be written"), file=Console())
         for writer in (self._log, self._board):
             if writer:
                 with self._tolerant("tensorboard"):

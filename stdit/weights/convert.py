@@ -38,11 +38,17 @@ from stdit.files import (
     printable,
     read_json,
 )
-from stdit.integrity import IDENTITY, MANIFEST, seal_model
+from stdit.integrity import (
+    IDENTITY,
+    MANIFEST,
+    read_manifest,
+    seal_model,
+)
 from stdit.models.checks import check_config
 from stdit.models.control import OWN as CONTROL_KEYS
 from stdit.models.control import STDiTControl
 from stdit.models.stdit import STDiT
+from stdit.outputs import check_outputs, claim_outputs
 from stdit.weights.layouts import LAYOUTS, detect_layout
 from stdit.weights.layouts.diffusers import DIFFUSERS_NULL_CAPTION
 from stdit.weights.layouts.layout import (
@@ -60,6 +66,7 @@ from stdit.weights.layouts.original import NULL_CAPTION
 from stdit.weights.layouts.position_tables import check_tables, table_grid, tables_for_grid
 from stdit.weights.state_dict import DIFFUSERS_FILES, PICKLED, SUFFIXES, check_finite, read_config, read_state_dict
 
+COMMAND = "convert"
 # Values of --layout beside the names of LAYOUTS.
 OURS = "stdit"
 ANY_DIFFUSERS = "diffusers"  # whichever diffusers class fits the model
@@ -329,9 +336,9 @@ def _check_out(source: Path, out: Path, is_folder: bool, target: str) -> None:
 
 
 def _check_replaceable(out: Path) -> None:
-    """ValueError: the existing file is not in a layout that a conversion writes."""
+    """ValueError: no conversion has written the existing file; published weights are not overwritten."""
     try:
-        detect_layout(read_state_dict(out).state, str(out))
+        check_outputs(out.parent, COMMAND, [out.name])
     except ValueError as error:
         raise ValueError(f"{out}: exists and is not an earlier conversion; choose another file ({error})") from error
 
@@ -340,13 +347,12 @@ def _converted_files(folder: Path) -> set[str]:
     """Files of a complete earlier conversion in `folder`; empty if there is none."""
     file, index = DIFFUSERS_FILES[:2]
     files = {p.name for p in folder.iterdir() if p.is_file() and not p.is_symlink()}
-    classes = {
-        STDiT.__name__,
-        STDiTControl.__name__,
-        *(layout.diffusers_class for layout in LAYOUTS if layout.diffusers_class),
-    }
+    classes = {layout.diffusers_class for layout in LAYOUTS if layout.diffusers_class}
     try:
-        if "config.json" not in files or read_config(folder / "config.json").get("_class_name") not in classes:
+        kind = read_config(folder / "config.json").get("_class_name") if "config.json" in files else None
+        if kind in classes:
+            read_manifest(folder, identity=False)  # others publish such folders too, without our manifest
+        elif kind not in (STDiT.__name__, STDiTControl.__name__):
             return set()
         if index not in files:
             return {"config.json", file, MANIFEST} if file in files else set()
@@ -369,6 +375,7 @@ def _write(model: STDiT, state: dict[str, Tensor], layout: Layout, out: Path) ->
             theirs.save_pretrained(path)
             seal_model(path)
     else:
+        claim_outputs(out.parent, COMMAND, [out.name])
         with atomic_path(out) as path:
             if out.suffix == ".safetensors":
                 save_file(state, path)

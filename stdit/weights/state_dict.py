@@ -171,6 +171,8 @@ def _read_file(path: Path) -> Any:
     """A file's content: a state dict, or a checkpoint that holds one."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: not a weight file by its suffix ({', '.join(SUFFIXES)})")
+    if not path.is_file():
+        raise ValueError(f"{path}: not a regular file")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty")
     try:

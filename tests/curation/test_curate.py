@@ -25,6 +25,7 @@ from stdit.config import (
     Where,
 )
 from stdit.curate import main, run
+from stdit.curation.analysis_process import AnalysisProcess
 from stdit.curation.clips import ClipView
 from stdit.curation.curation import CurationError
 from stdit.curation.work import Task, local_mapper
@@ -315,6 +316,40 @@ def test_a_users_scorer_is_named_and_one_that_raises_harms_its_score_alone(
     assert found["footage/plain.mp4"]["saturation"] > 1
     assert found["footage/copied.mp4"]["dropped"] == "saturation"
     assert json.loads((config.out / "report.json").read_text())["notes"] == ["scorer saturation: no score of 1 clips"]
+    run(config, no_work)
+
+
+def slow_at_first(clip: ClipView) -> float:
+    seen = Path(str(clip.row["marks"])) / "seen"
+    if not seen.exists():
+        seen.touch()
+        raise TimeoutError("no answer")
+    return 1.0
+
+
+def test_a_time_out_is_not_remembered(films: Films, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a scorer, and of an analysis that stood still: the next run tries again."""
+    shutil.copy(films[0] / "short-still.png", tmp_path)
+    row = {"path": "short-still.png", "marks": str(tmp_path)}
+    (tmp_path / "list.jsonl").write_text(json.dumps(row))
+    scorer = ScorerConfig(name="late", function=f"{__name__}:slow_at_first", frames=1)
+    config = CurateConfig(
+        footage=str(tmp_path / "list.jsonl"), out=tmp_path / "out", scorers=(scorer,), max_bad_share=1.0
+    )
+    attempt = AnalysisProcess._attempt
+
+    def stalls(process: AnalysisProcess, path: Path | str, until: int | None) -> tuple[int | None, bytes | str]:
+        process.stalled = True
+        return None, "decoding stood still for 60 s and was stopped"
+
+    monkeypatch.setattr(AnalysisProcess, "_attempt", stalls)
+    with pytest.raises(CurationError, match="none of 0 clips"):
+        run(config)
+    monkeypatch.setattr(AnalysisProcess, "_attempt", attempt)
+    run(config)
+    assert all_clips(config)[0].get("late") is None
+    run(config)
+    assert all_clips(config)[0]["late"] == 1.0
     run(config, no_work)
 
 

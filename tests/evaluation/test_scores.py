@@ -186,9 +186,11 @@ def test_features_are_computed_once_and_only_those_that_are_missing(score, tmp_p
 def test_a_damaged_file_of_features_is_named(reference: Path, i3d: Path, tmp_path: Path) -> None:
     job = FeatureJob(networks.I3D(i3d), open_generated(reference), tmp_path)
     compute_features(job)
-    job.file(0).write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=rf"{job.file(0).name}: damaged .*; remove it"):
-        load_features(job)
+    whole = job.file(0).read_bytes()
+    for damaged in (b"damaged", whole[:-1] + bytes([whole[-1] ^ 1])):  # the second at equal length, in a tensor
+        job.file(0).write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{job.file(0).name}: damaged .*; remove it"):
+            load_features(job)
 
 
 def test_every_score_carries_its_protocol_and_interval(score, tmp_path: Path, i3d: Path) -> None:

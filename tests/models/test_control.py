@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,12 @@ def test_the_scale_is_of_what_is_added(tiny: Tiny, noise: Noise) -> None:
 
 def test_saved_and_loaded_it_is_the_same_to_the_last_bit(base: STDiT, noise: Noise, tmp_path: Path) -> None:
     control = shaken(STDiTControl.of(base, channels=5)).eval()
-    control.save_pretrained(tmp_path)
+    before = os.umask(0o027)
+    try:
+        control.save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
     again = STDiTControl.from_pretrained(tmp_path)
     assert (tmp_path / "diffusion_pytorch_model.safetensors").is_file()
     assert again.settings == control.settings

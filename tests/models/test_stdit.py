@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from stdit.config import ModelConfig
+from stdit.encoders.video import PixelAutoencoder
 from stdit.models.stdit import STDiT
 
 Tiny = Callable[..., STDiT]
@@ -144,6 +146,29 @@ def test_saved_and_loaded_weights_are_bit_equal(tiny: Tiny, tmp_path: Path, kind
     )
     x, fps = torch.ones(1, 3, 2, 4, 4), {"fps": torch.ones(1)}
     assert torch.equal(loaded(x, 5, added_cond_kwargs=fps).sample, model(x, 5, added_cond_kwargs=fps).sample)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_have_the_mode_of_new_ones_and_those_of_others_keep_theirs(
+    tiny: Tiny, tmp_path: Path, umask: int
+) -> None:
+    (tmp_path / "key.json").write_text('{"mine": 1}')
+    (tmp_path / "manifest.json").write_text('{"mine": 1}')
+    (tmp_path / "key.json").chmod(0o400)
+    model = tiny()
+    model.add_adapter(LoraConfig(r=2, target_modules=["attn.qkv"]))
+    before = os.umask(umask)
+    try:
+        model.save_lora_adapter(tmp_path / "lora")
+        tiny().save_pretrained(tmp_path)
+        PixelAutoencoder().save_pretrained(tmp_path / "pixels")
+    finally:
+        os.umask(before)
+    written = list(tmp_path.rglob("*.safetensors"))
+    assert len(written) == 3
+    assert {path.stat().st_mode & 0o777 for path in (*written, tmp_path / "config.json")} == {0o666 & ~umask}
+    assert (tmp_path / "key.json").stat().st_mode & 0o777 == 0o400
+    assert (tmp_path / "manifest.json").read_text() == '{"mine": 1}', "no manifest of ours"
 
 
 def test_names_are_the_published_ones(tiny: Tiny) -> None:

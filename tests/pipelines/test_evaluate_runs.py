@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from pipelines.evaluate_runs import FeaturePool
 from stdit.config import ConfigError, DiffusionConfig, ModelConfig, SamplerConfig
 from stdit.diffusion.schedulers import make_scheduler
 from stdit.encoders.video import PixelAutoencoder
@@ -115,3 +118,31 @@ def test_runs_are_named_by_as_many_path_parts_as_makes_them_unique() -> None:
     assert list(run_names([Path("/a/x/one"), Path("/a/y/one")])) == ["x-one", "y-one"]
     with pytest.raises(ConfigError, match="duplicate run"):
         run_names([Path("/a"), Path("/a")])
+
+
+def test_a_pool_of_features_starts_ray_once_and_stops_what_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    import ray.util
+
+    calls: list[str] = []
+
+    def connect(cpus: int) -> str:
+        calls.append(found := "already" if calls else "started")
+        return found
+
+    class Pool:
+        def __init__(self, actors: list[object]) -> None: ...
+
+        def map_unordered(self, function: object, values: list[int]) -> list[int]:
+            return values
+
+    monkeypatch.setattr("pipelines.workers.connect", connect)
+    monkeypatch.setattr("pipelines.workers.disconnect", lambda: calls.append("stopped"))
+    monkeypatch.setattr(ray, "remote", lambda **_: lambda kind: SimpleNamespace(remote=lambda job: job))
+    monkeypatch.setattr(ray, "put", lambda job: job)
+    monkeypatch.setattr(ray.util, "ActorPool", Pool)
+    job: Any = SimpleNamespace(missing=lambda: [0, 1], threads=1, network=SimpleNamespace(device="cpu", key="x"))
+    with FeaturePool(2) as pool:
+        for _ in range(3):
+            pool(job)
+    assert calls == ["started", "already", "already", "stopped"]

@@ -166,6 +166,31 @@ def test_rank_0_does_not_wait_for_ever_for_a_rank_that_is_dead(tmp_path: Path, m
     assert not folder.exists()
 
 
+def test_a_checkpoint_that_is_written_counts_though_older_ones_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoint, "prune", refuse)
+    folder = tmp_path / "checkpoints/step-00000002"
+    write: Any = object.__new__(saving.Write)
+    write.folder, write.partial = folder, checkpoint.start_partial(checkpoint.partial_folder(folder))
+    train = SimpleNamespace(keep_checkpoints=1, keep_every=None, keep_best=0)
+    write.config, write.state = SimpleNamespace(run_dir=tmp_path, train=train), SimpleNamespace(intact=set())
+    write._identity, write._write_full, write.join = "{}", lambda weights: None, lambda: None
+    write.written, write.error, write.remark, write.background = threading.Event(), None, "", False
+    write._complete({})
+    write.written.set()
+    saver: Any = object.__new__(saving.Saver)
+    said: list[str] = []
+    saver._write, saver.ranks, saver.say = write, Ranks(0, 1, 0, torch.device("cpu")), said.append
+    assert saver._finish() == folder
+    assert write.state.intact == {folder}
+    assert checkpoint.verify(folder) is None
+    assert "is written, but older checkpoints could not be removed ([Errno 13] Permission denied)" in said[0]
+
+
 @pytest.mark.distributed
 def test_a_run_that_ends_by_an_error_on_a_disk_that_is_dead_is_ended_by_its_watchdog(tmp_path: Path) -> None:
     ours, theirs = forked.context().Pipe()

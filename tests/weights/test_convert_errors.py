@@ -555,8 +555,18 @@ def test_a_conversion_in_pieces_is_replaced_and_a_foreign_file_is_not(tmp_path: 
     files = ["config.json", "diffusion_pytorch_model.safetensors", "manifest.json"]
     assert sorted(p.name for p in out.iterdir()) == files
     torch.save({"thesis": 1}, tmp_path / "mine.pt")
-    with pytest.raises(ValueError, match=r"mine\.pt: exists and is not an earlier conversion"):
-        convert(out, tmp_path / "mine.pt", "dit")
+    torch.save(published_weights.dit_weights(), published := tmp_path / "published.pt")
+    for file in (tmp_path / "mine.pt", published):
+        before = file.read_bytes()
+        with pytest.raises(ValueError, match=rf"{file.name}: exists and is not an earlier conversion"):
+            convert(out, file, "dit")
+        assert file.read_bytes() == before
+    theirs, settings = tmp_path / "diffusers", {**HEADS, "timestep_freq_shift": 1, "mlp_norm_eps": 1e-5}
+    for _ in range(2):
+        convert(source, theirs, "diffusers-dit", settings)
+    (theirs / "manifest.json").unlink()  # as others publish it
+    with pytest.raises(ValueError, match="has files other than weights"):
+        convert(source, theirs, "diffusers-dit", settings)
 
 
 def test_links_and_places_under_files_are_refused(tmp_path: Path) -> None:

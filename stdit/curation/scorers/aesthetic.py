@@ -12,6 +12,7 @@ import torch
 
 from stdit.curation.clips import ClipView
 from stdit.curation.vision import fingerprint, image_text_model
+from stdit.files import open_regular
 
 VERSION = 1
 
@@ -39,6 +40,7 @@ class Aesthetic:
 
 def read_head(path: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(weight (1, D), bias (1,)) of a linear head. ValueError: layers that don't follow one another, or more than one output."""
+    open_regular(path).close()
     if Path(path).suffix == ".safetensors":
         from safetensors.torch import load_file
 
