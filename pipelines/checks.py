@@ -160,8 +160,11 @@ def complete(plan: Plan, stages: Sequence[ResolvedStage]) -> list[ResolvedStage]
 
     ConfigError, ManifestError: there is no manifest or encoder; a stage has no bucket to train on.
     """
-    from stdit.training.derive import derive, is_complete
+    from stdit.training.derive import derive, is_complete, with_precision
 
+    # Whoever reads the plan may have no GPU.
+    gpus = plan.resources.use_gpu
+    stages = [replace(stage, config=with_precision(stage.config, gpus)) for stage in stages]
     if all(is_complete(stage.config) for stage in stages):
         return list(stages)
     from pipelines.forecast import ManifestSource

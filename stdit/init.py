@@ -193,7 +193,6 @@ def plan_text(choices: Choices, manifest: Path | Url, proposal: BucketProposal, 
     )
     steps = choices.steps or (20000 if latent else 200)
     rate = "1e-4" if latent else "1e-3"
-    precision = "bf16" if gpus else "fp32"
     video_bucket = max(proposal.buckets, key=lambda b: (b.frames, b.height * b.width))
     area = max(b.height * b.width for b in proposal.buckets)
     frames = sorted({b.frames for b in proposal.buckets})
@@ -237,7 +236,7 @@ stages:
       data: {{batch_size: {1 if latent else 8}}}
       train:
         steps: {steps}
-        precision: {precision}
+        precision: auto
         optimizer: {{learning_rate: {rate}, warmup_steps: {max(1, steps // 20)}}}
         ema: {{decay: {0.9999 if latent else 0.99}}}
         checkpoint_every: {max(1, steps // 4)}

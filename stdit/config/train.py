@@ -157,8 +157,9 @@ class TrainConfig(Frozen):
     """Optimizer and learning rate."""
     ema: EMAConfig = EMAConfig()
     """Moving average of the weights."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: forward and backward in bfloat16; master weights, optimizer and EMA stay float32."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """bf16: forward and backward in bfloat16; master weights, optimizer and EMA stay float32. auto: bf16 on GPUs that compute in
+    it and on CPUs with instructions for it (AVX512-BF16, AMX), else fp32; a run keeps what it began with."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """float32 matrix products (torch.set_float32_matmul_precision). high: TF32 on CUDA; medium: bfloat16 products where
     the processor has faster ones."""

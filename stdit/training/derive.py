@@ -14,6 +14,7 @@ stdit.training.data. What can be left out:
 | data.buckets                  | the buckets that hold training clips; of an image model those of one frame. Their sizes: data.batch_size, data.global_batch |
 | data.buckets[].tokens, sizes  | latents and patches, with train.tokens_per_step                           |
 | diffusion.shift_base: auto    | the smallest latent of the features                                       |
+| train.precision: auto         | the run that is there, else the machine                                   |
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 def is_complete(config: Config) -> bool:
     """Whether the config states everything that could follow from features."""
-    return not _missing(config) and _is_sized(config) and config.diffusion.shift_base != "auto"
+    stated = config.diffusion.shift_base != "auto" and config.train.precision != "auto"
+    return stated and not _missing(config) and _is_sized(config)
 
 
 def _is_sized(config: Config) -> bool:
@@ -40,6 +42,7 @@ def _is_sized(config: Config) -> bool:
 
 def complete(config: Config) -> Config:
     """`config` with what it leaves out, from the features that it names. ConfigError: they don't exist or don't fit."""
+    config = with_precision(config)
     if is_complete(config):
         return config
     if not config.data.feature_paths:
@@ -60,6 +63,7 @@ def derive(config: Config, facts: FeatureFacts, clips: Mapping[str, int]) -> Con
 
     ConfigError: no bucket holds training clips that the model can take.
     """
+    config = with_precision(config)
     if is_complete(config):
         return config
     data = config.model_dump(mode="json")
@@ -73,6 +77,21 @@ def derive(config: Config, facts: FeatureFacts, clips: Mapping[str, int]) -> Con
         data["diffusion"]["shift_base"] = list(facts.smallest_latent)
     found = validate(data, Config, f"{config.name}, completed from its features")
     return found if _is_sized(found) else _with_token_budget(found, facts.latents)
+
+
+def with_precision(config: Config, gpus: bool | None = None) -> Config:
+    """`config` with train.precision stated: that of the run in its folder, or by the machine. gpus: whether GPUs train, if not
+    those of this machine."""
+    if config.train.precision != "auto":
+        return config
+    from stdit.training import run_dir
+    from stdit.training.machine import multiplies_bfloat16
+
+    try:
+        precision = run_dir.read_config(config.run_dir).train.precision
+    except ConfigError:  # none has begun here
+        precision = "bf16" if multiplies_bfloat16(gpus) else "fp32"
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
 
 
 def _with_token_budget(config: Config, latents: Mapping[str, tuple[int, int, int]]) -> Config:

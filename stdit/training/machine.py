@@ -111,6 +111,14 @@ def local_share(device: torch.device) -> tuple[int, str]:
     return torch.cuda.get_device_properties(device).total_memory, torch.cuda.get_device_name(device)
 
 
+def multiplies_bfloat16(gpus: bool | None = None) -> bool:
+    """Whether products in bfloat16 are faster here than in float32. gpus: whether GPUs train, if not those of this machine."""
+    if torch.cuda.is_available() if gpus is None else gpus:
+        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(False)
+    # torch multiplies bfloat16 on other processors too, several times slower than float32.
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def check_machine(config: Config, ranks: int, latents: Mapping[str, Grid], text_length: int) -> None:
     """Checks what `config` needs of this machine. ConfigError: more memory than there is, a precision or an attention back
     end that the device lacks.

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from stdit.config import Config, ConfigError, validate
 from stdit.data.features import FeatureFacts
-from stdit.training.derive import complete, derive, is_complete
+from stdit.training import machine, run_dir
+from stdit.training.derive import complete, derive, is_complete, with_precision
 
 FACTS = FeatureFacts(
     in_channels=16,
@@ -36,6 +38,40 @@ def test_what_is_left_out_follows_from_the_features_and_the_result_is_explicit()
     assert found.diffusion.shift_base == (1, 8, 8)
     assert is_complete(found)
     assert derive(found, FACTS, {}) is found
+
+
+@pytest.mark.parametrize(
+    ("avx512", "amx", "gpus", "precision"),
+    [
+        (False, False, None, "fp32"),
+        (True, False, None, "bf16"),
+        (False, True, None, "bf16"),
+        (False, False, True, "bf16"),
+    ],
+)
+def test_automatic_precision_is_what_the_machine_multiplies_faster(
+    monkeypatch: pytest.MonkeyPatch, avx512: bool, amx: bool, gpus: bool | None, precision: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    automatic = config(train={"steps": 1, "precision": "auto"})
+    assert not is_complete(automatic)
+    assert with_precision(automatic, gpus).train.precision == precision
+    if gpus is None:
+        assert derive(automatic, FACTS, CLIPS).train.precision == precision
+    assert with_precision(config(), gpus).train.precision == "fp32"
+
+
+def test_a_run_keeps_the_precision_that_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    automatic = config(run_dir=str(tmp_path / "run"), train={"steps": 1, "precision": "auto"})
+    for first, later in ((True, False), (False, True)):
+        monkeypatch.setattr(machine, "multiplies_bfloat16", lambda gpus, found=first: found)
+        began = derive(automatic, FACTS, CLIPS)
+        run_dir.start(began)
+        monkeypatch.setattr(machine, "multiplies_bfloat16", lambda gpus, found=later: found)
+        assert with_precision(automatic).train.precision == began.train.precision == ("bf16" if first else "fp32")
+        (tmp_path / "run" / run_dir.CONFIG).unlink()
 
 
 def test_explicit_values_stay_even_where_they_do_not_fit() -> None:
