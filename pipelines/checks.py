@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pipelines import plan as plans
 from pipelines.plan import Plan, ResolvedStage, Resources
 from stdit.config import Config, ConfigError, TextEncoderConfig, Url
+from stdit.config.identity import FrameSampling
 from stdit.files import printable
 
 if TYPE_CHECKING:
@@ -144,12 +145,13 @@ def check_validation_split(plan: Plan, stages: Sequence[ResolvedStage]) -> None:
             f"evaluation.metrics.validation_split {config.validation_split!r}: no clip of {plan.extract.manifest} is in "
             f"it; splits: {', '.join(map(str, source.splits))}"
         )
+    sampling = FrameSampling(**plan.extract.model_dump(include=set(FrameSampling.model_fields)))
     for stage in stages:
         model = stage.config.model
         classes = None if model.num_classes is None else "required" if model.text_dim is None else "optional"
         try:
-            check_clips(source, config.validation_split, stage.largest, classes)
-            check_memory(config, source, stage.largest, plan.evaluation.prompts)
+            check_clips(source, config.validation_split, stage.largest, classes, sampling)
+            check_memory(config, source, stage.largest, plan.evaluation.prompts, sampling)
         except ValueError as error:
             raise ConfigError(f"{stage.source}: evaluation.metrics: {error}") from error
 

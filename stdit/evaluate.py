@@ -35,6 +35,7 @@ from stdit.config import (
     load_config,
     validate,
 )
+from stdit.config.identity import FrameSampling
 from stdit.files import (
     atomic_write,
     check_writable,
@@ -97,7 +98,10 @@ def evaluate_run(
     file = out / PROMPTS
     claim_outputs(out, COMMAND, [PROMPTS])
     check_outputs(out / "videos", COMMAND, [METRICS])
-    write_prompts(file, validation_prompts(manifest, prompts.count, shape, prompts.seed, config, source.classes))
+    sampling = FrameSampling.model_validate(source.facts.get("frame_sampling") or {})
+    write_prompts(
+        file, validation_prompts(manifest, prompts.count, shape, prompts.seed, config, source.classes, sampling)
+    )
     job = {**settings, **shape.model_dump(), "run": str(run), "prompts": str(file), "out": str(out / "videos")}
     generate(validate(job, GenerateConfig, f"evaluation of {run}"))
     return evaluate_videos(out / "videos", manifest, config, cache or out)

@@ -29,8 +29,9 @@ import torch
 
 from stdit.config import Bucket, LoRASource, SamplerConfig
 from stdit.config.identity import FrameSampling
+from stdit.data.clip_frames import sampled_count, sampled_indices
 from stdit.data.decoding import open_clip
-from stdit.data.transforms import frame_indices, frame_step, resize_crop
+from stdit.data.transforms import resize_crop
 from stdit.diffusion.randomness import seed_for
 from stdit.files import atomic_path, atomic_write, exit_code, printable
 from stdit.inference.job import MANIFEST, MOVING, SHEET, Job, job_from_config, open_job
@@ -105,7 +106,7 @@ def _draw(pipe: STDiTPipeline, job: Job, some: Sequence[Item]) -> list[Outcome]:
         output = pipe(
             **_conditions(pipe, some),
             **_control(pipe, some),
-            **_conditioning_frames(some),
+            **_conditioning_frames(pipe, some),
             num_frames=shape.frames,
             height=shape.height,
             width=shape.width,
@@ -162,23 +163,22 @@ def _conditions(pipe: STDiTPipeline, some: Sequence[Item]) -> dict[str, Any]:
     return found or {"num_videos_per_prompt": len(some)}
 
 
-def _conditioning_frames(some: Sequence[Item]) -> dict[str, Any]:
+def _conditioning_frames(pipe: STDiTPipeline, some: Sequence[Item]) -> dict[str, Any]:
     """What these items' videos begin with or contain: an image each, or one video for all (they are one prompt's)."""
     prompt, shape = some[0].prompt, some[0].shape
     if prompt.image is not None:
-        return {"conditioning_video": [_read_frames(item.prompt.image, shape, 1) for item in some]}
+        return {"conditioning_video": [_first_frame(item.prompt.image, shape) for item in some]}
     if prompt.conditioning_video is None:
         return {}
-    frames = _read_frames(prompt.conditioning_video, shape, shape.frames)
+    frames = _read_clip(prompt.conditioning_video, shape, pipe.frame_sampling, shorter=True)
     return {"conditioning_video": [frames], "conditioning_frames": prompt.conditioning_frames}
 
 
-def _read_frames(path: Path | str | None, shape: Bucket, most: int) -> np.ndarray:
-    """The first `most` frames of an image or video, cropped and resized to `shape`: (T, H, W, 3) in 0 to 1."""
+def _first_frame(path: Path | str | None, shape: Bucket) -> np.ndarray:
+    """The first frame of an image or video, cropped and resized to `shape`: (1, H, W, 3) in 0 to 1."""
     assert path is not None
     with open_clip(path, "pyav") as reader:
-        frames = reader.get(range(min(most, reader.frame_count)))
-    return resize_crop(frames, shape.height, shape.width) / 255
+        return resize_crop(reader.get([0]), shape.height, shape.width) / 255
 
 
 def _control(pipe: STDiTPipeline, some: Sequence[Item]) -> dict[str, Any]:
@@ -187,23 +187,24 @@ def _control(pipe: STDiTPipeline, some: Sequence[Item]) -> dict[str, Any]:
         return {}
     shape, clips = some[0].shape, []
     for item in some:
-        clips.append(_read_control(item.prompt.extra["control"], shape, pipe.frame_sampling))
+        clips.append(_read_clip(item.prompt.extra["control"], shape, pipe.frame_sampling))
     if all(len(clip) == 1 for clip in clips):
         return {"control_image": np.concatenate(clips)}
     return {"control_video": [clip.repeat(shape.frames // len(clip), 0) for clip in clips]}
 
 
-def _read_control(path: Path | str, shape: Bucket, sampling: FrameSampling) -> np.ndarray:
-    """A control image or video (1 or T, H, W, 3) in 0 to 1: of a video the frames that extraction takes of a clip of its length; one
-    that is as long as what is generated is taken as it is. ValueError: one that is too short."""
+def _read_clip(path: Path | str, shape: Bucket, sampling: FrameSampling, shorter: bool = False) -> np.ndarray:
+    """An image or video (1 or T, H, W, 3) in 0 to 1: of a video the frames that extraction takes of a clip of its length; one that
+    is as long as what is generated is taken as it is. shorter: one with fewer frames gives those. ValueError: one that is too
+    short, or of a lower frame rate than the extraction takes."""
     with open_clip(path, "pyav") as reader:
         count, indices = reader.frame_count, range(reader.frame_count)
         if count not in (1, shape.frames):
-            step = frame_step(reader.fps, sampling.frame_stride, sampling.target_fps)
+            wanted = min(shape.frames, sampled_count(reader.info, sampling)) if shorter else shape.frames
             try:
-                indices = frame_indices(count, shape.frames, step, sampling.clip_window)
+                indices = sampled_indices(reader.info, wanted, sampling)
             except ValueError as error:
-                raise ValueError(f"{path}: {error}; give so many, {shape.frames}, or 1") from error
+                raise ValueError(f"{path}: {error}; {shape.frames} frames, or 1, are taken as they are") from error
         frames = reader.get(indices)
     return resize_crop(frames, shape.height, shape.width) / 255
 

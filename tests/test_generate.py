@@ -7,7 +7,8 @@ import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from PIL import Image
 
 from stdit import generate as generation
 from stdit.config import Bucket, ConfigError, DiffusionConfig, GenerateConfig, SamplerConfig, default_bucket
+from stdit.config.identity import FrameSampling
 from stdit.data.decoding import open_clip
+from stdit.evaluate import EvaluationPrompts, evaluate_run
 from stdit.generate import Prompt, generate, job_from_config, noise_seed, read_prompts
 from stdit.inference import job
 from stdit.inference.pipeline import STDiTPipeline, STDiTPipelineOutput
@@ -28,6 +31,7 @@ from stdit.models import lora
 from stdit.models.stdit import STDiT
 from stdit.training import adapters, checkpoint
 from tests.support.runs import CLASSES, TEXT, make_run, model_config
+from tests.support.shapes_dataset import save_clip
 
 SHAPE = Bucket(frames=4, height=16, width=16)
 SAMPLER = SamplerConfig(steps=2, guidance_scale=2.0)
@@ -448,6 +452,57 @@ def test_prompts_may_have_a_first_frame_or_a_video_of_their_own(runs: dict[str, 
     assert np.array_equal(end[3], first)
     assert np.array_equal(middle[1:3], np.stack([first + np.uint8(i) for i in (1, 2)]))
     assert not np.array_equal(free[0], first)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "length", "frames"),
+    [
+        ({}, 9, [0, 1, 2, 3]),
+        ({"frame_stride": 2}, 9, [0, 2, 4, 6]),
+        ({"frame_stride": 2}, 3, [0, 2]),
+        ({"target_fps": 4.0, "clip_window": "center"}, 9, [1, 3, 5, 7]),
+        ({"frame_stride": 2}, 4, [0, 1, 2, 3]),
+    ],
+)
+def test_a_given_video_is_read_as_extraction_reads_its_clips(
+    tmp_path: Path, sampling: dict[str, Any], length: int, frames: list[int]
+) -> None:
+    """Of 8 frames a second, for a video of 4 frames, whose length is taken as it is."""
+    video = np.arange(length, dtype=np.uint8)[:, None, None, None].repeat(16, 1).repeat(16, 2).repeat(3, 3) * 25
+    save_clip(tmp_path / "c.png", video)
+    pipe = cast(STDiTPipeline, SimpleNamespace(frame_sampling=FrameSampling(**sampling)))
+    prompt = Prompt("a", conditioning_video=str(tmp_path / "c.png"))
+    found = generation._conditioning_frames(pipe, items([prompt], 1, SHAPE, 8))["conditioning_video"]
+    assert (found[0][:, 0, 0, 0] * 255).round().tolist() == [25 * frame for frame in frames]
+
+
+def test_a_given_video_below_the_target_rate_is_refused(tmp_path: Path) -> None:
+    save_clip(
+        tmp_path / "c.png", np.arange(9, dtype=np.uint8)[:, None, None, None].repeat(16, 1).repeat(16, 2).repeat(3, 3)
+    )
+    with pytest.raises(
+        ValueError, match=r"c\.png: 8 frames a second, the extraction's target_fps is 24; 4 frames, or 1, are"
+    ):
+        generation._read_clip(tmp_path / "c.png", SHAPE, FrameSampling(target_fps=24.0), shorter=True)
+
+
+def test_rows_say_which_frames_of_its_clips_a_run_was_trained_on(runs: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(runs["text"], tmp_path / "run")
+    place = job.find_source(tmp_path / "run", "ema").path
+    identity = json.loads((place / checkpoint.IDENTITY).read_text())
+    assert "frame_sampling" not in job.find_source(runs["text"], "ema").facts
+    for told, found in (({"frame_stride": 2}, {"frame_stride": 2}), ({"clip_window": "first"}, None)):
+        full = FrameSampling.model_validate(told).model_dump(mode="json")
+        (place / checkpoint.IDENTITY).write_text(json.dumps({**identity, "frame_sampling": full}))
+        checkpoint.write_manifest(place)
+        facts = job.find_source(tmp_path / "run", "ema").facts
+        assert facts.get("frame_sampling") == (found and full)
+        if found:
+            row = {"path": "a.mp4", "caption": "a", "split": "validation", "frames": 5, "height": 16, "width": 16}
+            (tmp_path / "m.jsonl").write_text(json.dumps(row))
+            size = EvaluationPrompts(**SHAPE.model_dump())
+            with pytest.raises(ValueError, match=r"the longest is 3x16x16 \(frames as extracted: frame_stride 2\)"):
+                evaluate_run(tmp_path / "run", tmp_path / "m.jsonl", tmp_path / "out", size)
 
 
 def test_a_cut_caption_is_noted(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

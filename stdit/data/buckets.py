@@ -20,7 +20,7 @@ from typing import Literal
 
 from stdit.config import Bucket, ExtractBucket, ExtractConfig
 from stdit.data.decoding import ClipInfo
-from stdit.data.transforms import frame_step, frames_available
+from stdit.data.transforms import frame_step, frames_available, rate_reaches
 
 # Buckets whose areas differ by less than this share are one resolution in several aspects.
 SAME_RESOLUTION = 0.9
@@ -40,7 +40,7 @@ class Dropped:
 def assign_clip(info: ClipInfo, config: ExtractConfig, key: str) -> ExtractBucket | Dropped:
     """The bucket of a clip under an extraction's config. key: the clip's path in the manifest."""
     video = info.frame_count > 1
-    if video and config.target_fps is not None and info.fps < 0.99 * config.target_fps:
+    if video and config.target_fps is not None and not rate_reaches(info.fps, config.target_fps):
         found = f"{info.fps:g} frames a second" if info.fps else "its frame rate is not known"
         return Dropped("frame_rate", f"{found}, target_fps is {config.target_fps:g}, and frames are never repeated")
     buckets = list(config.buckets)

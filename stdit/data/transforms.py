@@ -18,6 +18,11 @@ def frame_step(fps: float, stride: int = 1, target_fps: float | None = None) -> 
     return fps / target_fps
 
 
+def rate_reaches(fps: float, target_fps: float | None) -> bool:
+    """Whether a video can be resampled to `target_fps` (None: it is not): frames are never repeated."""
+    return target_fps is None or fps >= (1 - SAME_RATE) * target_fps
+
+
 def frames_available(frame_count: int, stride: float) -> int:
     """How many frames a clip gives when every `stride`-th is taken."""
     return 1 + int((frame_count - 1) / stride + ROUNDING)

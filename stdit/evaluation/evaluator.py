@@ -23,7 +23,9 @@ import torch
 from pydantic import ConfigDict
 
 from stdit.config import Bucket, ConfigError, EvaluationConfig, SealedSchema, read_json
+from stdit.config.identity import FrameSampling
 from stdit.data import manifest as manifests
+from stdit.data.clip_frames import FIRST_FRAMES
 from stdit.data.manifest import Manifest
 from stdit.evaluation.classifier import (
     DIRECTIONS,
@@ -35,7 +37,13 @@ from stdit.evaluation.classifier import (
     direction,
     train_classifier,
 )
-from stdit.evaluation.generated import GeneratedClip, fingerprint_videos, read_generated, sampling_protocol
+from stdit.evaluation.generated import (
+    GeneratedClip,
+    extracted_frames,
+    fingerprint_videos,
+    read_generated,
+    sampling_protocol,
+)
 from stdit.evaluation.metrics import accuracy, confusion_matrix, frechet_distance, kernel_distance
 from stdit.evaluation.validation_clips import (
     check_columns,
@@ -116,8 +124,8 @@ def evaluate_videos(
 ) -> dict[str, Any]:
     """Metrics of the clips that stdit.generate wrote into `videos`, also written to videos/metrics.json.
 
-    manifest: of the dataset; its held-out clips are the reference, its train split trains the classifier. cache: folder
-    of the trained classifier (default: the parent of `videos`). Requested class and direction come from the columns of
+    manifest: of the dataset; its held-out clips are the reference, read as the extraction of the videos' run read
+    its clips; its train split trains the classifier. cache: folder of the trained classifier (default: the parent of `videos`). Requested class and direction come from the columns of
     the prompts in videos/manifest.jsonl. A second call with nothing changed reads metrics.json.
     ValueError: no clips, clips of several shapes, an unusable manifest.
     """
@@ -138,13 +146,15 @@ def evaluate_videos(
     return json.loads(text)
 
 
-def check_memory(config: EvaluationConfig, source: Manifest, shape: Bucket, generated: int) -> None:
+def check_memory(
+    config: EvaluationConfig, source: Manifest, shape: Bucket, generated: int, sampling: FrameSampling = FIRST_FRAMES
+) -> None:
     """ConfigError: clips or the classifier's frames, which are held at once, are more than this machine's memory.
 
     generated: clips of `shape`, with which those real ones are compared that `select` gives, `real_clips` at most.
     """
     available = host_memory()
-    real = min(config.real_clips, stated_count(source, config.validation_split, shape, 2 * generated))
+    real = min(config.real_clips, stated_count(source, config.validation_split, shape, 2 * generated, sampling))
     labelled = sum(clip.split == config.train_split and class_of(clip, config) is not None for clip in source)
     frames = min(config.classifier_frames, labelled)
     needs = {
@@ -214,11 +224,12 @@ def _compute_metrics(videos: Path, source: Manifest, config: EvaluationConfig, c
     clips, failures = read_generated(videos)
     frames, height, width = clips[0].frames.shape[:3]
     shape = Bucket(frames=frames, height=height, width=width)
-    check_memory(config, source, shape, len(clips))
+    sampling = extracted_frames([clip.row for clip in clips], videos)
+    check_memory(config, source, shape, len(clips), sampling)
     classifier = load_or_train_classifier(source, config, cache)
     requested = [clip.class_name for clip in clips], [clip.direction for clip in clips]
     generated = _predict([clip.frames for clip in clips], *requested, classifier, config)
-    real, damaged = _predict_real(source, config, shape, 2 * len(clips), classifier)
+    real, damaged = _predict_real(source, config, shape, 2 * len(clips), classifier, sampling)
     distances, upper_bound = _distances(generated, real)
     metrics = generated.accuracies()
     train_captions = {clip.caption for clip in source if clip.split == config.train_split}
@@ -277,11 +288,17 @@ def _predict(
 
 
 def _predict_real(
-    source: Manifest, config: EvaluationConfig, shape: Bucket, min_count: int, classifier: ClipClassifier | None
+    source: Manifest,
+    config: EvaluationConfig,
+    shape: Bucket,
+    min_count: int,
+    classifier: ClipClassifier | None,
+    sampling: FrameSampling,
 ) -> tuple[Predictions, int]:
     """Predictions for held-out clips of `shape`, and the number of clips that could not be decoded."""
-    clips = select(source, config.validation_split, shape, min_count, config.classifier_seed)[: config.real_clips]
-    loaded = list(load_clips(clips, shape))
+    split, seed = config.validation_split, config.classifier_seed
+    clips = select(source, split, shape, min_count, seed, sampling=sampling)[: config.real_clips]
+    loaded = list(load_clips(clips, shape, sampling))
     classes = [class_of(clip, config) for clip, _ in loaded]
     directions = [direction_of(clip, config) for clip, _ in loaded]
     return _predict([frames for _, frames in loaded], classes, directions, classifier, config), len(clips) - len(loaded)

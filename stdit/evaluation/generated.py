@@ -9,7 +9,9 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
-from stdit.config import FileSchema, check
+from stdit.config import ConfigError, FileSchema, check, validate
+from stdit.config.identity import FrameSampling
+from stdit.data.clip_frames import FIRST_FRAMES
 from stdit.data.decoding import DecodeError, open_clip
 from stdit.evaluation.classifier import Frames
 from stdit.files import fingerprint_file, fingerprint_files, read_jsonl
@@ -100,6 +102,17 @@ def sampling_protocol(clips: Sequence[GeneratedClip]) -> dict[str, Any]:
         "seeds": {"first": min(seeds), "last": max(seeds), "different": len(set(seeds))} if seeds else None,
         "captions": {"count": len(clips), "different": len({clip.prompt for clip in clips})},
     }
+
+
+def extracted_frames(rows: Sequence[Mapping[str, Any]], videos: Path) -> FrameSampling:
+    """Which frames of a clip the extraction took whose features the model of these rows of manifest.jsonl was trained on; the first
+    ones, where they don't say. ConfigError: rows that differ, or hold something else."""
+    found = [row["protocol"].get("frame_sampling") for row in rows if isinstance(row.get("protocol"), dict)]
+    if any(one != found[0] for one in found):
+        raise ConfigError(f"{videos / MANIFEST}: protocol.frame_sampling differs between rows; evaluate each by itself")
+    if not found or found[0] is None:
+        return FIRST_FRAMES
+    return validate(found[0], FrameSampling, f"{videos / MANIFEST}: protocol.frame_sampling")
 
 
 def fingerprint_videos(videos: Path) -> str:

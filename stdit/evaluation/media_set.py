@@ -18,8 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stdit.config import ReferenceConfig
+from stdit.config.identity import FrameSampling
 from stdit.data import manifest as manifests
+from stdit.data.clip_frames import FIRST_FRAMES, open_row, read_row, row_info, sampled_count, sampled_indices
 from stdit.data.decoding import DecodeError, open_clip
+from stdit.data.manifest import Clip
 from stdit.data.transforms import frame_indices, resize_crop
 from stdit.evaluation.adm import SampleReader, read_adm
 from stdit.files import fingerprint_file, read_jsonl, sha256
@@ -30,18 +33,20 @@ MANIFEST = "manifest.jsonl"
 
 @dataclass(frozen=True)
 class Medium:
-    """One image or video. row: its row in an .npz; prompt: None if unknown."""
+    """One image or video. fingerprint: of its file, and of what is read of it; row: its row in an .npz; clip: its row in a
+    dataset's manifest; prompt: None if unknown."""
 
     file: Path
     fingerprint: str
     prompt: str | None = None
     row: int | None = None
+    clip: Clip | None = None
 
 
 @dataclass(frozen=True)
 class MediaSet:
     """Media of one shape. `shape`: of all of them, after cropping. rows: of stdit.generate's manifest, one for each.
-    left_out: media of other shapes."""
+    left_out: media of other shapes. sampling: which frames of a dataset's clips are taken."""
 
     source: Path
     media: tuple[Medium, ...]
@@ -49,6 +54,7 @@ class MediaSet:
     crop: bool = False
     rows: tuple[dict[str, Any], ...] = field(default=(), repr=False)
     left_out: int = 0
+    sampling: FrameSampling = FIRST_FRAMES
 
     def __len__(self) -> int:
         return len(self.media)
@@ -66,11 +72,15 @@ class MediaSet:
     def frames(self, media: Sequence[Medium]) -> Iterator[NDArray[np.uint8]]:
         """Frames (T, H, W, 3) of each. ValueError: a file that cannot be decoded."""
         for medium in media:
-            if medium.row is None:
-                yield read_frames(medium.file, self.shape, self.crop)
-            else:
+            if medium.row is not None:
                 image = _reader(medium.file)[medium.row][None]
                 yield resize_crop(image, *self.shape[1:]) if self.crop else image
+            elif medium.clip is not None:
+                yield _fitted(
+                    medium.file, _clip_frames(medium.clip, self.shape[0], self.sampling), self.shape, self.crop
+                )
+            else:
+                yield read_frames(medium.file, self.shape, self.crop)
 
 
 @lru_cache(maxsize=4)
@@ -85,6 +95,19 @@ def read_frames(file: Path, shape: Shape, crop: bool) -> NDArray[np.uint8]:
             frames = reader.get(frame_indices(reader.frame_count, shape[0]))
     except DecodeError as error:
         raise ValueError(str(error)) from error
+    return _fitted(file, frames, shape, crop)
+
+
+def _clip_frames(clip: Clip, count: int, sampling: FrameSampling) -> NDArray[np.uint8]:
+    """Frames of a dataset's clip, as an extraction takes them."""
+    try:
+        with open_row(clip) as reader:
+            return read_row(clip, reader, sampled_indices(row_info(clip, reader), count, sampling))
+    except DecodeError as error:
+        raise ValueError(str(error)) from error
+
+
+def _fitted(file: Path, frames: NDArray[np.uint8], shape: Shape, crop: bool) -> NDArray[np.uint8]:
     if crop:
         return resize_crop(frames, shape[1], shape[2])
     if frames.shape[:3] != shape:
@@ -105,13 +128,17 @@ def open_generated(path: Path) -> MediaSet:
     return _checked(path, *_listed(path, None))
 
 
-def open_reference(config: ReferenceConfig, shape: Shape) -> MediaSet:
-    """Reference media, of `shape` or cropped to it. ValueError: as `open_generated`, or another shape without `crop`."""
-    media, rows = _listed(config.path, config.split)
-    return _checked(config.path, media, rows, shape, config.crop)
+def open_reference(config: ReferenceConfig, shape: Shape, sampling: FrameSampling = FIRST_FRAMES) -> MediaSet:
+    """Reference media, of `shape` or cropped to it. sampling: with `crop`, which frames of a dataset's clips are taken.
+    ValueError: as `open_generated`, or another shape without `crop`."""
+    sampling = sampling if config.crop else FIRST_FRAMES
+    media, rows = _listed(config.path, config.split, sampling)
+    return _checked(config.path, media, rows, shape, config.crop, sampling)
 
 
-def _listed(path: Path, split: str | None) -> tuple[list[Medium], list[dict[str, Any]]]:
+def _listed(
+    path: Path, split: str | None, sampling: FrameSampling = FIRST_FRAMES
+) -> tuple[list[Medium], list[dict[str, Any]]]:
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if path.is_file() and path.suffix == ".npz":
@@ -130,7 +157,26 @@ def _listed(path: Path, split: str | None) -> tuple[list[Medium], list[dict[str,
     clips = [clip for clip in source if split is None or clip.split == split]
     if not clips:
         raise ValueError(f"{path}: no clip of split {split!r}; splits: {source.splits}")
-    return [_medium(clip.file, clip.caption if clip.captioned else None) for clip in clips], []
+    return _of_clips(clips, sampling), []
+
+
+def _of_clips(clips: Sequence[Clip], sampling: FrameSampling) -> list[Medium]:
+    """The media of a dataset's clips. Equal fingerprints: the same frames and pixels of the same content."""
+    files: dict[Path, Medium] = {}  # many clips may be parts of one
+    media = []
+    for clip in clips:
+        if clip.file not in files:
+            files[clip.file] = _medium(clip.file, None)
+        read: dict[str, Any] = sampling.model_dump(exclude_defaults=True)
+        if sampling.target_fps is not None:
+            read["fps"] = clip.fps
+        if clip.is_part:
+            read |= {"start_frame": clip.start_frame, "end_frame": clip.end_frame, "crop": clip.crop}
+        fingerprint = files[clip.file].fingerprint
+        if read:
+            fingerprint = hashlib.sha256(json.dumps([fingerprint, read]).encode()).hexdigest()
+        media.append(Medium(clip.file, fingerprint, clip.caption if clip.captioned else None, clip=clip))
+    return media
 
 
 def _text(value: Any) -> str | None:
@@ -145,12 +191,17 @@ def _medium(file: Path, prompt: str | None) -> Medium:
 
 
 def _checked(
-    path: Path, media: list[Medium], rows: list[dict[str, Any]], shape: Shape | None = None, crop: bool = False
+    path: Path,
+    media: list[Medium],
+    rows: list[dict[str, Any]],
+    shape: Shape | None = None,
+    crop: bool = False,
+    sampling: FrameSampling = FIRST_FRAMES,
 ) -> MediaSet:
     """The media of `shape` (default: the one that all have); with `crop` those that can be cropped to it."""
     if not media:
         raise ValueError(f"{path}: holds no image or video")
-    shapes, damaged = _shapes(path, media)
+    shapes, damaged = _shapes(path, media, sampling)
     if damaged:
         more = f" (and {len(damaged) - 3} more)" if len(damaged) > 3 else ""
         raise ValueError(
@@ -173,10 +224,10 @@ def _checked(
     chosen = exact if 2 * len(exact) >= len(able) else able
     if not chosen:
         raise ValueError(f"{path}: {listed}; none is as large and as long as the generated {size_of(target)}")
-    return MediaSet(path, tuple(chosen), target, crop=True, left_out=len(media) - len(chosen))
+    return MediaSet(path, tuple(chosen), target, crop=True, left_out=len(media) - len(chosen), sampling=sampling)
 
 
-def _shapes(path: Path, media: Sequence[Medium]) -> tuple[list[Shape], list[str]]:
+def _shapes(path: Path, media: Sequence[Medium], sampling: FrameSampling) -> tuple[list[Shape], list[str]]:
     """The shape of each medium, and what is wrong with those that cannot be opened."""
     if media[0].row is not None:
         samples = read_adm(path).samples
@@ -186,6 +237,11 @@ def _shapes(path: Path, media: Sequence[Medium]) -> tuple[list[Shape], list[str]
     damaged = []
     for medium in media:
         try:
+            if medium.clip is not None:
+                with open_row(medium.clip) as reader:
+                    info = row_info(medium.clip, reader)
+                shapes.append((sampled_count(info, sampling), info.height, info.width))
+                continue
             with open_clip(medium.file, "pyav") as reader:
                 shapes.append((reader.frame_count, reader.height, reader.width))
         except DecodeError as error:
@@ -197,7 +253,8 @@ def overlap(reference: MediaSet, training: ReferenceConfig) -> int:
     """How many reference media are also in the training set, by content."""
     sizes = {m.file.stat().st_size for m in reference.media}
     source = manifests.read(training.path)
-    clips = [clip.file for clip in source if training.split is None or clip.split == training.split]
-    same_size = [file for file in clips if file.is_file() and file.stat().st_size in sizes]
-    known = {fingerprint_file(file) for file in same_size}
+    clips = [clip for clip in source if training.split is None or clip.split == training.split]
+    same_size = [clip for clip in clips if clip.file.is_file() and clip.file.stat().st_size in sizes]
+    sampling = reference.sampling if reference.media[0].clip is not None else FIRST_FRAMES
+    known = {medium.fingerprint for medium in _of_clips(same_size, sampling)}
     return sum(m.fingerprint in known for m in reference.media)

@@ -25,6 +25,7 @@ from stdit.config.diff import changes
 from stdit.evaluation import metrics
 from stdit.evaluation.adm import AdmFile, read_adm, write_samples, write_statistics
 from stdit.evaluation.feature_cache import FeatureJob, compute_features, load_features
+from stdit.evaluation.generated import extracted_frames
 from stdit.evaluation.media_set import MediaSet, open_generated, open_reference, overlap, size_of
 from stdit.evaluation.metrics import Statistics, bootstrap_interval, in_canonical_order
 from stdit.evaluation.networks import Clip, MissingWeights, Network, NetworkError, find_network
@@ -194,7 +195,8 @@ def _open_reference(config: EvaluateConfig, generated: MediaSet) -> Reference:
         return Reference(None, None)
     path = config.reference.path
     adm = read_adm(path) if path.is_file() and path.suffix == ".npz" else None
-    media = None if adm and adm.samples is None else open_reference(config.reference, generated.shape)
+    sampling = extracted_frames(generated.rows, generated.source)
+    media = None if adm and adm.samples is None else open_reference(config.reference, generated.shape, sampling)
     if media is not None and len(media) < 2:
         raise ValueError(f"{path}: holds {len(media)} of the 2 or more media that a reference needs")
     return Reference(media, adm if adm and adm.statistics else None)

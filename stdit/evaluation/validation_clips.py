@@ -10,10 +10,12 @@ from typing import Any, Literal
 import numpy as np
 
 from stdit.config import Bucket, EvaluationConfig
-from stdit.data.decoding import ClipReader, DecodeError, open_clip, open_part
+from stdit.config.identity import FrameSampling
+from stdit.data.clip_frames import FIRST_FRAMES, open_row, read_row, row_info, sampled_count, sampled_indices
+from stdit.data.decoding import DecodeError
 from stdit.data.manifest import Clip, Manifest, ManifestError, read
-from stdit.data.probe import part_info
-from stdit.data.transforms import frame_indices, resize_crop
+from stdit.data.probe import stated_info
+from stdit.data.transforms import resize_crop
 from stdit.evaluation.classifier import DIRECTIONS, Frames
 from stdit.files import atomic_write
 
@@ -51,47 +53,59 @@ def direction_of(clip: Clip, config: EvaluationConfig) -> str | None:
     return None if value is None else str(value)
 
 
-def check_clips(manifest: Manifest, split: str, shape: Bucket, classes: Classes = None) -> None:
+def check_clips(
+    manifest: Manifest, split: str, shape: Bucket, classes: Classes = None, sampling: FrameSampling = FIRST_FRAMES
+) -> None:
     """ManifestError: no clip of `split` has, or can be cropped to, `shape`; or none that can has a class, which a model of classes
-    needs. Files are opened only as far as the manifest states no sizes."""
+    needs. Files are opened only as far as the manifest states no sizes. sampling: which frames of a clip are taken."""
     held_out = sorted((clip for clip in manifest if clip.split == split), key=lambda clip: clip.frames is None)
     with_class = [clip for clip in held_out if classes != "required" or clip.class_name is not None]
-    if any(_fits(clip, shape) for clip in with_class):
+    if any(_fits(clip, shape, sampling) for clip in with_class):
         return
     where = f"{manifest.path}: validation_split {split!r}"
-    if len(with_class) < len(held_out) and any(_fits(clip, shape) for clip in held_out):
+    if len(with_class) < len(held_out) and any(_fits(clip, shape, sampling) for clip in held_out):
         raise ManifestError(
             f"{where}: the model is class-conditional, but {len(held_out) - len(with_class)} of {len(held_out)} clips have no class "
             f"(column class), and none that has one is {shape.key} or larger"
         )
-    sizes = sorted(size for clip in held_out if (size := _shape(clip)) is not None)
+    sizes = sorted(size for clip in held_out if (size := _shape(clip, sampling)) is not None)
+    taken = sampling.model_dump(exclude_defaults=True)
     raise ManifestError(
         f"{where}: none of its {len(held_out)} clips has, or can be cropped to, {shape.key} (frames x height x width)"
         + (f"; the longest is {'x'.join(map(str, sizes[-1]))}" if sizes else "")
+        + (f" (frames as extracted: {', '.join(f'{key} {value}' for key, value in taken.items())})" if taken else "")
         + ("" if held_out else f"; splits: {', '.join(manifest.splits)}")
     )
 
 
-def _fits(clip: Clip, shape: Bucket) -> bool:
-    size = _shape(clip)
+def _fits(clip: Clip, shape: Bucket, sampling: FrameSampling) -> bool:
+    size = _shape(clip, sampling)
     target = (shape.frames, shape.height, shape.width)
     return size is not None and all(s >= t for s, t in zip(size, target, strict=True))
 
 
-def stated_count(manifest: Manifest, split: str, shape: Bucket, min_count: int) -> int:
+def stated_count(
+    manifest: Manifest, split: str, shape: Bucket, min_count: int, sampling: FrameSampling = FIRST_FRAMES
+) -> int:
     """How many clips `select` gives at least: by the sizes that the manifest states."""
     target = (shape.frames, shape.height, shape.width)
-    stated = [(c.frames, c.height, c.width) for c in manifest if c.split == split and c.frames and c.height and c.width]
+    stated = [size for clip in manifest if clip.split == split and (size := _stated_shape(clip, sampling))]
     exact = sum(size == target for size in stated)
     covering = sum(all(s >= t for s, t in zip(size, target, strict=True)) for size in stated)
     return exact + min(covering - exact, max(0, min_count - exact))
 
 
 def select(
-    manifest: Manifest, split: str, shape: Bucket, min_count: int, seed: int, classes: Classes = None
+    manifest: Manifest,
+    split: str,
+    shape: Bucket,
+    min_count: int,
+    seed: int,
+    classes: Classes = None,
+    sampling: FrameSampling = FIRST_FRAMES,
 ) -> list[Clip]:
     """Clips of `split` that have, or can be cropped to, `shape`, in a random order (`seed`); classes: of a model of classes alone,
-    those that have one.
+    those that have one. sampling: which frames of a clip are taken; it has as many as those.
 
     All clips of exactly that shape; larger and longer ones only to fill up to `min_count`.
     """
@@ -102,7 +116,7 @@ def select(
     exact: list[Clip] = []
     larger: list[Clip] = []
     for clip in (candidates[i] for i in order):
-        size = _shape(clip)
+        size = _shape(clip, sampling)
         target = (shape.frames, shape.height, shape.width)
         if size == target:
             exact.append(clip)
@@ -111,14 +125,20 @@ def select(
     return exact + larger[: max(0, min_count - len(exact))]
 
 
-def _shape(clip: Clip) -> tuple[int, int, int] | None:
-    """(frames, height, width) from the manifest, else from the file; None if it cannot be read."""
-    if clip.frames is not None and clip.height is not None and clip.width is not None:
-        return clip.frames, clip.height, clip.width
+def _stated_shape(clip: Clip, sampling: FrameSampling) -> tuple[int, int, int] | None:
+    """(frames that are taken, height, width) as the manifest states them; None: not all of what that follows from."""
+    info = stated_info(clip, rate=sampling.target_fps is not None)
+    return None if info is None else (sampled_count(info, sampling), info.height, info.width)
+
+
+def _shape(clip: Clip, sampling: FrameSampling) -> tuple[int, int, int] | None:
+    """(frames that are taken, height, width) from the manifest, else from the file; None if it cannot be read."""
+    if (stated := _stated_shape(clip, sampling)) is not None:
+        return stated
     try:
-        with open_clip(clip.file, "pyav") as reader:
-            info = part_info(clip, reader.info)
-        return info.frame_count, info.height, info.width
+        with open_row(clip) as reader:
+            info = row_info(clip, reader)
+        return sampled_count(info, sampling), info.height, info.width
     except DecodeError:
         return None
 
@@ -130,9 +150,11 @@ def validation_prompts(
     seed: int = 0,
     config: EvaluationConfig | None = None,
     classes: Classes = None,
+    sampling: FrameSampling = FIRST_FRAMES,
 ) -> list[dict[str, Any]]:
     """`count` captions of held-out clips of `shape` as prompts: prompt, class, direction (None for images), seed.
 
+    sampling: which frames of a clip the model's extraction took, by which a clip has that shape.
     classes: of a class-conditional model; its prompts have the classes that it is trained on, the manifest's column class, whatever
     `config.class_column` measures (which is then `measured_class`). Balanced over classes and directions as far as there are captions;
     with fewer captions than `count` they repeat with other seeds. ManifestError: no such clip.
@@ -140,9 +162,9 @@ def validation_prompts(
     config = config or EvaluationConfig()
     source = read(manifest)
     check_columns(source, config)
-    clips = select(source, config.validation_split, shape, count, seed, classes)
+    clips = select(source, config.validation_split, shape, count, seed, classes, sampling)
     if not clips:
-        check_clips(source, config.validation_split, shape, classes)
+        check_clips(source, config.validation_split, shape, classes, sampling)
     groups: dict[tuple[str, str], list[Clip]] = {}
     for clip in clips:
         named = (clip.class_name if classes else None) or class_of(clip, config)
@@ -184,30 +206,23 @@ def write_prompts(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         atomic_write(path, text)
 
 
-def load_clip(clip: Clip, shape: Bucket) -> Frames:
-    """The clip cropped to `shape` as in extraction: first frames, resized, centre crop. Raises DecodeError."""
-    with open_part(clip.file, "pyav") as reader:
-        found = part_info(clip, reader.info)
-        if found.frame_count < shape.frames:
-            raise DecodeError(clip.file, f"has {found.frame_count} frames, needs {shape.frames}")
-        frames = _part(clip, reader, frame_indices(found.frame_count, shape.frames))
+def load_clip(clip: Clip, shape: Bucket, sampling: FrameSampling = FIRST_FRAMES) -> Frames:
+    """The clip cropped to `shape` as in extraction: the frames that it takes, resized, centre crop. Raises DecodeError."""
+    with open_row(clip) as reader:
+        found = row_info(clip, reader)
+        if (count := sampled_count(found, sampling)) < shape.frames:
+            raise DecodeError(clip.file, f"has {count} frames, needs {shape.frames}")
+        frames = read_row(clip, reader, sampled_indices(found, shape.frames, sampling))
         return resize_crop(frames, shape.height, shape.width)
 
 
-def _part(clip: Clip, reader: ClipReader, indices: Sequence[int]) -> Frames:
-    """Frames of the clip, counted from its own first, of its own pixels."""
-    frames = reader.get([(clip.start_frame or 0) + index for index in indices])
-    if clip.crop is None:
-        return frames
-    top, left, height, width = clip.crop
-    return frames[:, top : top + height, left : left + width]
-
-
-def load_clips(clips: Sequence[Clip], shape: Bucket) -> Iterator[tuple[Clip, Frames]]:
+def load_clips(
+    clips: Sequence[Clip], shape: Bucket, sampling: FrameSampling = FIRST_FRAMES
+) -> Iterator[tuple[Clip, Frames]]:
     """Each clip that can be decoded, with its frames; damaged clips are skipped."""
     for clip in clips:
         try:
-            frames = load_clip(clip, shape)
+            frames = load_clip(clip, shape, sampling)
         except DecodeError:
             continue
         yield clip, frames
@@ -216,7 +231,7 @@ def load_clips(clips: Sequence[Clip], shape: Bucket) -> Iterator[tuple[Clip, Fra
 def load_frame(clip: Clip, rng: np.random.Generator) -> Frames | None:
     """One random frame of the clip, (1, H, W, 3); None if it cannot be decoded."""
     try:
-        with open_part(clip.file, "pyav") as reader:
-            return _part(clip, reader, [int(rng.integers(part_info(clip, reader.info).frame_count))])
+        with open_row(clip) as reader:
+            return read_row(clip, reader, [int(rng.integers(row_info(clip, reader).frame_count))])
     except DecodeError:
         return None

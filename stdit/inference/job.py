@@ -30,6 +30,7 @@ from stdit.config import (
     validate,
 )
 from stdit.config.diff import changes
+from stdit.config.identity import FrameSampling
 from stdit.diffusion.guidance import check_channels
 from stdit.diffusion.schedulers import check_sampler, compatible_scheduler
 from stdit.files import atomic_write, check_writable, fingerprint_files, seal
@@ -108,7 +109,8 @@ def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
         index = read_index(run)
         diffusion = validate(index["diffusion"], DiffusionConfig, f"{run}/model_index.json: diffusion")
         default = compatible_scheduler(SamplerConfig(), diffusion)
-        facts = {"run": str(run), "checkpoint": None, "step": None, "weights": None}
+        sampling = _extracted_frames(index)
+        facts = {"run": str(run), "checkpoint": None, "step": None, "weights": None, **sampling}
         return Source(
             run.resolve(),
             weights,
@@ -125,6 +127,7 @@ def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
     identity = load_identity(place)
     diffusion = validate(identity["diffusion"], DiffusionConfig, f"{place}/{checkpoint.IDENTITY}: diffusion")
     facts = {"run": str(run), "checkpoint": place.name, "step": identity["step"], "weights": weights}
+    facts |= _extracted_frames(identity)
     sampler = validate(identity["config"]["samples"]["sampler"], SamplerConfig, f"{place}: samples.sampler")
     buckets = [Bucket(**{k: b[k] for k in Bucket.model_fields}) for b in identity["config"]["data"]["buckets"]]
     return Source(
@@ -138,6 +141,15 @@ def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
         checkpoint.common_frame_rate(identity),
         _classes(identity["architecture"]),
     )
+
+
+def _extracted_frames(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """frame_sampling of an identity or saved pipeline, for the rows: with which real clips these videos compare. Nothing where
+    those are a clip's first frames, or not known."""
+    found = identity.get("frame_sampling")
+    if found is None or FrameSampling.model_validate(found) == FrameSampling():
+        return {}
+    return {"frame_sampling": found}
 
 
 def _classes(architecture: Mapping[str, Any]) -> Literal["required", "optional"] | None:

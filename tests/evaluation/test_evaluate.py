@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from stdit.config import Bucket, ConfigError, EvaluationConfig
+from stdit.config.identity import FrameSampling
 from stdit.data.manifest import ManifestError, read
 from stdit.evaluation import evaluator
 from stdit.evaluation.evaluator import evaluate_videos
-from stdit.evaluation.generated import read_generated
+from stdit.evaluation.generated import extracted_frames, read_generated
 from stdit.evaluation.validation_clips import load_clip, load_frame, select, validation_prompts, write_prompts
 from tests.support.shapes_dataset import SHAPES, STEPS, save_clip, save_generated, wandering
 
@@ -242,6 +243,51 @@ def test_a_clip_that_is_a_part_of_a_file_is_read_as_that_part(tmp_path: Path) ->
     assert frame.shape == (1, 16, 8, 3)
     assert int(frame[0, 0, 0, 0]) in (85, 105, 125, 145)
     assert select(read(tmp_path / "m.jsonl"), "validation", Bucket(frames=5, height=8, width=8), 1, 0) == []
+
+
+def test_real_clips_are_read_as_the_runs_extraction_read_its_own(
+    manifest, settings_for_shapes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film = np.arange(9, dtype=np.uint8)[:, None, None, None] * 20 + np.zeros((9, 16, 16, 3), np.uint8)
+    rows = []
+    for i, (length, fps) in enumerate(((9, 8), (9, 4), (7, 8), (4, 8))):
+        save_clip(tmp_path / f"{i}.png", film[:length])
+        size = {"frames": length, "height": 16, "width": 16, "fps": fps}
+        rows.append({"path": f"{i}.png", "caption": str(i), "split": "validation", **(size if i else {})})
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen: list[list[int]] = []
+
+    def look(frames: list[np.ndarray], *args: object) -> evaluator.Predictions:
+        seen[:] = [clip[:, 0, 0, 0].tolist() for clip in frames]
+        return evaluator.Predictions(frames, [], [], [], [], np.zeros((len(frames), 0)), [])
+
+    monkeypatch.setattr(evaluator, "_predict", look)
+    monkeypatch.setattr(evaluator, "sampling_protocol", lambda clips: {})
+    monkeypatch.setattr(evaluator, "_clip_row", lambda *args: {})
+    stride, rate = {"frame_stride": 2}, {"target_fps": 4.0, "clip_window": "center"}
+    for i, (told, read_frames) in enumerate(
+        (
+            ({}, [[0, 20, 40, 60]] * 4),
+            (stride, [[0, 40, 80, 120]] * 3),
+            (rate, [[0, 40, 80, 120], [20, 60, 100, 140], [40, 60, 80, 100]]),
+        )
+    ):
+        sampling = FrameSampling.model_validate(told)
+        prompts = validation_prompts(tmp_path / "m.jsonl", 4, CLIP, sampling=sampling)
+        fitting = {"0", "1", "2", "3"} if i == 0 else {"0", "1", "2"}
+        assert {row["prompt"] for row in prompts} == fitting, "of clips that are long enough by those frames"
+        videos = save_generated(
+            tmp_path / f"v{i}", prompts, [film[:4]] * 4, **({"frame_sampling": told} if told else {})
+        )
+        evaluate_videos(videos, tmp_path / "m.jsonl", EvaluationConfig(), tmp_path)
+        assert sorted(seen) == read_frames
+    videos = tmp_path / "v2"
+    found, _ = read_generated(videos)
+    mixed = [clip.row for clip in found[:1]] + [{"protocol": {"frame_sampling": stride}}]
+    with pytest.raises(ConfigError, match=r"protocol\.frame_sampling differs between rows"):
+        extracted_frames(mixed, videos)
+    with pytest.raises(ConfigError, match=r"v2/manifest\.jsonl: protocol\.frame_sampling: frame_stride"):
+        extracted_frames([{"protocol": {"frame_sampling": {"frame_stride": 0}}}], videos)
 
 
 def test_what_an_evaluation_holds_at_once_has_to_fit_into_memory(

@@ -16,14 +16,16 @@ from scipy.ndimage import gaussian_filter
 
 from pipelines import evaluate_runs
 from stdit.config import EvaluateConfig, ReferenceConfig, validate
-from stdit.evaluation import feature_cache, networks
+from stdit.config.identity import FrameSampling
+from stdit.evaluation import feature_cache, networks, scores
 from stdit.evaluation.adm import read_adm, write_samples
 from stdit.evaluation.feature_cache import FeatureJob, compute_features, load_features
-from stdit.evaluation.media_set import open_generated, open_reference
+from stdit.evaluation.media_set import open_generated, open_reference, overlap
 from stdit.evaluation.scores import ProtocolMismatch, check_comparable, evaluate_media
 from stdit.files import sha256
 from stdit.media import write_video
 from tests.support.feature_networks import save_inception, save_video_net
+from tests.support.shapes_dataset import save_clip, save_generated
 
 FRAMES, SIDE = 10, 16
 
@@ -343,6 +345,42 @@ def test_a_reference_of_several_shapes_gives_what_fits_and_counts_the_rest(tmp_p
     assert {frames.shape for frames in larger.frames(larger.media)} == {(1, 10, 10, 3)}
     with pytest.raises(ValueError, match=r"mixed: .* none is as large and as long as the generated 2x64x64"):
         open_reference(config, (2, 64, 64))
+
+
+def test_rows_of_a_reference_are_read_as_parts_and_as_the_runs_extraction_read_its_clips(tmp_path: Path) -> None:
+    film = np.arange(12, dtype=np.uint8)[:, None, None, None] * 20 + np.zeros((12, 16, 16, 3), np.uint8)
+    film[:, :, 8:] += 5
+    save_clip(tmp_path / "film.png", film)
+    part = {"path": "film.png", "caption": "", "end_frame": 10, "crop": [0, 8, 16, 8]}
+    rows = [
+        {**part, "start_frame": 3},
+        {**part, "start_frame": 1, "end_frame": 3},
+        {**part, "start_frame": 4, "split": "validation"},
+    ]
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = ReferenceConfig(path=manifest, split="train", crop=True)
+
+    def first_pixels(*sampling: FrameSampling) -> list[int]:
+        found = open_reference(config, (3, 8, 8), *sampling)
+        assert (len(found), found.left_out) == (1, 1), "one row is too short, though the file is not"
+        fingerprints.add(found.fingerprint)
+        return next(found.frames(found.media))[:, 0, 0, 0].tolist()
+
+    fingerprints: set[str] = set()
+    assert first_pixels() == [65, 85, 105]
+    assert first_pixels(FrameSampling(frame_stride=2)) == [65, 105, 145]
+    assert first_pixels(FrameSampling(target_fps=4.0, clip_window="center")) == [85, 125, 165]
+    assert len(fingerprints) == 3, "features of other frames are others"
+    whole = open_reference(ReferenceConfig(path=manifest, split="validation", crop=True), (3, 8, 8))
+    assert overlap(whole, ReferenceConfig(path=manifest, split="train")) == 0, "other parts of the same film"
+    assert overlap(whole, ReferenceConfig(path=manifest)) == 1
+    made = [np.zeros((3, 8, 8, 3), np.uint8)] * 2
+    videos = save_generated(tmp_path / "v", [{"prompt": "a"}] * 2, made, frame_sampling={"frame_stride": 2})
+    scored = EvaluateConfig(generated=videos, out=tmp_path / "o", reference=ReferenceConfig(path=manifest, crop=True))
+    media = scores._open_reference(scored, open_generated(videos)).media
+    assert media is not None
+    assert media.sampling == FrameSampling(frame_stride=2), "as the generated rows say"
 
 
 def test_a_half_written_video_is_named(score, tmp_path: Path) -> None:

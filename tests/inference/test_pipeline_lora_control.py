@@ -29,7 +29,7 @@ from stdit.config import (
 )
 from stdit.config.identity import FrameSampling
 from stdit.data.transforms import frame_indices, frame_step
-from stdit.generate import _read_control, generate
+from stdit.generate import _read_clip, generate
 from stdit.inference.pipeline import STDiTPipeline
 from stdit.inference.prompts import Prompt
 from stdit.media import write_clip
@@ -307,17 +307,18 @@ def test_a_control_video_is_read_as_extraction_reads_its_clips(
         tmp_path / "c.png", save_all=True, append_images=[Image.fromarray(f) for f in video[1:]], duration=125
     )
     own, shape = FrameSampling(**sampling), Bucket(frames=4, height=16, width=16)
-    found = _read_control(tmp_path / "c.png", shape, own)
+    found = _read_clip(tmp_path / "c.png", shape, own)
     assert (found[:, 0, 0, 0] * 255).round().tolist() == [25 * frame for frame in frames]
     step = frame_step(8.0, own.frame_stride, own.target_fps)
     assert frame_indices(9, 4, step, own.clip_window) == frames, "as the extractor"
-    as_long = _read_control(tmp_path / "c.png", Bucket(frames=9, height=16, width=16), own)
+    as_long = _read_clip(tmp_path / "c.png", Bucket(frames=9, height=16, width=16), own)
     assert len(as_long) == 9
     if len(sampling) == 1:
         with pytest.raises(
-            ValueError, match=r"c.png: 8 frames at stride 2 span 15 frames, the clip has 9; give so many, 8, or 1"
+            ValueError,
+            match=r"c.png: 8 frames at stride 2 span 15 frames, the clip has 9; 8 frames, or 1, are taken as they are",
         ):
-            _read_control(tmp_path / "c.png", Bucket(frames=8, height=16, width=16), own)
+            _read_clip(tmp_path / "c.png", Bucket(frames=8, height=16, width=16), own)
     pipe = opened(trained_beside(run, tmp_path / "control", "control", sampling))
     assert pipe.frame_sampling == own
     pipe.save_pretrained(tmp_path / "saved")

@@ -282,12 +282,12 @@ def test_held_out_clips_of_a_stage_s_shape_and_class_are_looked_for_at_the_forec
     plan = write_plan(tmp_path)
     larger = "extraction.buckets=[{frames: 1, height: 8, width: 8}, {frames: 1, height: 16, width: 16}]"
     stage = "stages.two.overrides.data.buckets=[{frames: 1, height: 16, width: 16, batch_size: 4}]"
-    told = refused(capsys, plan, larger, stage)
+    told = refused(capsys, plan, larger, stage, "extraction.frame_stride=2")
     assert "stages.two (" in told
     assert "evaluation.metrics: " in told
     assert (
-        "validation_split 'validation': none of its 8 clips has, or can be cropped to, 1x16x16 (frames x height x width); the longest is 1x8x8"
-        in told
+        "validation_split 'validation': none of its 8 clips has, or can be cropped to, 1x16x16 (frames x height x width); the longest is 1x8x8 "
+        "(frames as extracted: frame_stride 2)" in told
     )
     # A class-conditional stage takes its own classes, whatever is measured.
     free = "evaluation.metrics.class_column=null"
