@@ -217,7 +217,7 @@ def chosen_at_random(model: STDiT, latents: torch.Tensor) -> None:
     """Sets routers to half of the heads, 7/10 of the groups, and 7/10 of the tokens of `latents`."""
     generator = torch.Generator().manual_seed(0)
     # New blocks are the identity, so that all of them read what the first one reads.
-    x, _ = model._placed(model.x_embedder(latents)[:, None], (1, SIDE // 2, SIDE // 2), (None, None))
+    x, _ = model.embed_latents(latents, (1, SIDE // 2, SIDE // 2), None)
     for block in model.blocks:
         routers: Any = block.get_submodule("dynamic")
         for router, share in ((routers.heads, 0.5), (routers.groups, 0.7)):

@@ -77,7 +77,7 @@ def write_plan(folder: Path, workers: int = 2) -> Path:
             "video_encoder": {"kind": "pixels", "channels": 1},
             "text_encoder": {"byte_t5": {"width": 16, "depth": 1, "num_heads": 2}, "max_text_tokens": 32},
         },
-        "resources": {"workers": workers, "deadline_s": 240},
+        "resources": {"workers": workers, "deadline_s": 400},
         "stages": {
             "one": {"config": str(folder / "one.yaml")},
             "two": {"config": str(folder / "two.yaml"), "after": "one", "allow": ["class_to_text"]},
@@ -106,7 +106,7 @@ class Run:
                 cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
-    def until(self, condition: Callable[[], Any], timeout_s: float = 240) -> Any:
+    def until(self, condition: Callable[[], Any], timeout_s: float = 400) -> Any:
         """Waits for a condition while the run lives."""
         end = time.monotonic() + timeout_s
         while not (found := condition()):
@@ -122,7 +122,7 @@ class Run:
 
     def end(self) -> int:
         """Waits for the end; its exit code."""
-        return self.process.wait(timeout=180)
+        return self.process.wait(timeout=300)
 
     def cut_off(self) -> None:
         """Ends driver, Ray and trainers at once, as a power cut would."""
@@ -153,7 +153,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 @pytest.mark.ray
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.timeout(560)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_plan_survives_its_driver_and_its_workers_and_then_does_nothing(workers: int, tmp_path: Path, capsys) -> None:
     plan = write_plan(tmp_path, workers)
@@ -179,7 +179,7 @@ def test_a_plan_survives_its_driver_and_its_workers_and_then_does_nothing(worker
 
 @pytest.mark.ray
 @pytest.mark.distributed
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(560)
 def test_a_plan_goes_through_its_stages_and_then_does_nothing(tmp_path: Path, capsys) -> None:
     """The short form of the test above."""
     plan = write_plan(tmp_path, 1)

@@ -175,6 +175,7 @@ def test_a_static_run_goes_on_dynamic_and_learns_its_target(solo: Pool, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     script = ROOT / "benchmarks" / "dynamic.py"
     monkeypatch.setattr("sys.argv", [str(script), "--quick", "--threads", "1", "--out", str(tmp_path)])
