@@ -247,7 +247,7 @@ def slurm(tmp_path: Path):
                     time.sleep(0.05)
                 time.sleep(0.3)  # Until the stand-in has set its trap.
                 process.send_signal(signal.SIGUSR1)
-            code = process.wait(timeout=60)
+            code = process.wait(timeout=200)
             output.seek(0)
             return code, log.read_text().splitlines(), output.read()
 

@@ -54,7 +54,7 @@ def test_what_ends_the_plan_ends_its_children_and_theirs(number: signal.Signals,
         time.sleep(0.05)
     inner = int(file.read_text())
     driver.send_signal(number)
-    said, _ = driver.communicate(timeout=30)
+    said, _ = driver.communicate(timeout=200)
     assert (driver.returncode, said) == (143, f"ended by {number.name}\n")
     until = time.monotonic() + 10
     while is_running(inner):
@@ -74,7 +74,7 @@ def test_a_childs_exit_code_is_returned() -> None:
 )
 def test_what_was_held_back_is_shown_when_a_start_fails(ending: str, shown: bool) -> None:
     program = f"import os\nfrom pipelines.child import stderr_on_failure\nwith stderr_on_failure():\n    os.write(2, b'the reason, from C')\n    {ending}\nprint('after')"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert ("the reason, from C" in done.stderr) is shown
     assert ("after" in done.stdout) is not shown
     assert ("no port" in done.stderr) is ("no port" in ending)

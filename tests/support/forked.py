@@ -24,7 +24,7 @@ def context() -> ForkServerContext:
 
 
 def run(
-    module: str, *arguments: object, env: dict[str, str] | None = None, timeout_s: float = 120
+    module: str, *arguments: object, env: dict[str, str] | None = None, timeout_s: float = 280
 ) -> subprocess.CompletedProcess[str]:
     """`module`'s main(), as `python -m module arguments` in the repository's folder. TimeoutError: it was ended."""
     given = [str(argument) for argument in arguments]

@@ -55,7 +55,7 @@ def hang(folder: Path, limit_s: float, signal: int | None, when: str = "training
     assert process.stdout.readline() == "ready\n"
     if signal is not None:
         os.kill(process.pid, signal)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=280)
     return process.returncode, said
 
 
