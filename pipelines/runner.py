@@ -161,7 +161,7 @@ class PlanRunner:
         from stdit.training.checkpoint import find_final
         from stdit.training.identity import load_identity
 
-        checkpoint = find_final(stage.config.run_dir)
+        checkpoint = find_final(stage.config.run_dir, stage.config.train.steps)
         if checkpoint is None:
             return False
         identity, fingerprint = load_identity(checkpoint), read_index(self.extract.out)["fingerprint"]
@@ -201,7 +201,7 @@ class PlanRunner:
                 self._train(stage, progress)
             finally:
                 progress.close()
-        if not (stage.config.run_dir / "done.json").is_file():
+        if not self.is_finished(stage):
             raise PlanFailed(
                 f"stage {stage.name}: its workers ended without an error, but {stage.config.run_dir} is not complete"
             )

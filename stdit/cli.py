@@ -67,7 +67,7 @@ def _train(arguments: list[str]) -> int | None:
     from stdit.config import Config, load_config
     from stdit.training.launcher import launch
 
-    return launch(options.nproc, own, load_config(options.config, Config, options.set).run_dir)
+    return launch(options.nproc, own, load_config(options.config, Config, options.set))
 
 
 def _find_batch_size(arguments: list[str]) -> int | None:

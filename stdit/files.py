@@ -230,8 +230,7 @@ class FolderLock:
         """
         until, announced = time.monotonic() + wait_s, False
         while not flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            self._file.seek(0)
-            owner = self._file.read().strip()
+            owner = self._owner()
             if time.monotonic() >= until:
                 raise BlockingIOError(owner)
             if not announced:
@@ -243,9 +242,15 @@ class FolderLock:
         self._file.flush()
 
     def share(self) -> None:
-        """Shares the lock with other processes that call this. BlockingIOError: one holds it alone."""
+        """Shares the lock with other processes that call this. BlockingIOError, as of `acquire`: one holds it alone, which it may have
+        taken in this moment."""
         if not flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB):
-            raise BlockingIOError
+            raise BlockingIOError(self._owner())
+
+    def _owner(self) -> str:
+        """Who has the lock; it is written just after it is taken."""
+        self._file.seek(0)
+        return self._file.read().strip() or "a process that has just begun"
 
     def release(self) -> None:
         """Releases this process's hold."""

@@ -95,8 +95,11 @@ def read_manifest(folder: Path, identity: bool = True) -> dict[str, dict[str, An
     ValueError: no manifest, or one that is damaged or not ours.
     """
     file = folder / MANIFEST
-    if not file.is_file():
-        raise ValueError(f"no {MANIFEST}: the save was interrupted")
+    try:
+        if not file.is_file():
+            raise ValueError(f"no {MANIFEST}: the save was interrupted")
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror})") from error
     try:
         content = read_json(file, Manifest)
     except ConfigError as error:
@@ -116,6 +119,14 @@ def verify(folder: Path, identity: bool = True) -> str | None:
         files = read_manifest(folder, identity)
     except ValueError as error:
         return str(error)
+    try:
+        return _difference(folder, files)
+    except OSError as error:
+        return f"{error.filename} cannot be read ({error.strerror})"
+
+
+def _difference(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The first difference between a folder and its manifest. OSError: a file cannot be read."""
     for name, entry in files.items():
         path = folder / name
         if not path.is_file():
@@ -128,11 +139,8 @@ def verify(folder: Path, identity: bool = True) -> str | None:
             name = path.relative_to(folder).as_posix()
             if path.suffix in LOADED_SUFFIXES and name not in files and name != MANIFEST:
                 return f"{name} is not listed in its manifest: it was added later; move it away"
-    try:
-        with ThreadPoolExecutor(HASH_THREADS) as pool:
-            for name, found in zip(files, pool.map(lambda n: sha256(folder / n), files), strict=True):
-                if found != files[name]["sha256"]:
-                    return f"{name} is not what was written (sha256 {found[:12]}…, its manifest says {files[name]['sha256'][:12]}…)"
-    except OSError as error:
-        return f"{error.filename} cannot be read ({error.strerror})"
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        for name, found in zip(files, pool.map(lambda n: sha256(folder / n), files), strict=True):
+            if found != files[name]["sha256"]:
+                return f"{name} is not what was written (sha256 {found[:12]}…, its manifest says {files[name]['sha256'][:12]}…)"
     return None

@@ -124,6 +124,15 @@ def test_a_lock_is_held_by_one_or_shared_and_free_once_all_have_left(tmp_path: P
     third.acquire()
 
 
+def test_an_owner_that_has_not_written_its_name_yet_is_told_as_such(tmp_path: Path) -> None:
+    first, second = FolderLock(tmp_path), FolderLock(tmp_path)
+    first.acquire()
+    (tmp_path / ".lock").write_text("")
+    for take in (second.acquire, second.share):
+        with pytest.raises(BlockingIOError, match="^a process that has just begun$"):
+            take()
+
+
 @pytest.mark.parametrize("how", ["write", "path", "folder"])
 def test_an_error_of_writing_names_the_file(how: str, tmp_path: Path) -> None:
     target = tmp_path / "done.json"

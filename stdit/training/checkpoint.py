@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -91,7 +92,7 @@ def remove_partial(folder: Path) -> None:
     mark = folder / PARTIAL_MARK
     if not os.path.lexists(folder):
         return
-    if folder.is_symlink() or not folder.is_dir() or (not mark.is_file() and any(folder.iterdir())):
+    if not _is_removable(folder):
         raise CheckpointError(f"{folder}: in the way, and not written by stdit; move it elsewhere")
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
@@ -100,6 +101,13 @@ def remove_partial(folder: Path) -> None:
             path.unlink()
     mark.unlink(missing_ok=True)
     folder.rmdir()
+
+
+def _is_removable(partial: Path) -> bool:
+    """Whether it is a marked folder, or an empty one."""
+    if partial.is_symlink() or not partial.is_dir():
+        return False
+    return (partial / PARTIAL_MARK).is_file() or not any(partial.iterdir())
 
 
 def complete(partial: Path, checkpoint: Path, expected: FileEntries = MappingProxyType({})) -> None:
@@ -162,13 +170,13 @@ def _rank_mark(rank: int) -> str:
 
 
 def is_own(checkpoint: Path) -> bool:
-    """Whether stdit wrote the folder, even if it is damaged now."""
-    if (checkpoint / IDENTITY).is_file():
-        return True
+    """Whether stdit wrote the folder, even if it is damaged now: one that cannot be looked into counts as ours."""
     try:
-        return bool(read_manifest(checkpoint))
+        return (checkpoint / IDENTITY).is_file() or bool(read_manifest(checkpoint))
     except ValueError:
         return False
+    except OSError:
+        return True
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -209,14 +217,20 @@ def read_done(run_dir: Path) -> dict[str, Any]:
     return read_json(run_dir / DONE, Done)
 
 
-def find_final(run_dir: Path) -> Path | None:
-    """The intact checkpoint that done.json names; None if the run is not complete, or file or checkpoint are damaged."""
+def find_final(run_dir: Path, steps: int) -> Path | None:
+    """The intact checkpoint that done.json names; None if the run is not complete, with `steps` steps or more, or if file or checkpoint
+    are damaged."""
     path = run_dir / DONE
     if not path.is_file():
         return None
     try:
         checkpoint = run_dir / FOLDER / read_done(run_dir)["checkpoint"]
-        reason = verify(checkpoint) if _NAME.fullmatch(checkpoint.name) else "it names no checkpoint"
+        reason = "it names no checkpoint"
+        if _NAME.fullmatch(checkpoint.name):
+            if step_of(checkpoint) < steps:
+                return None
+            if (reason := verify(checkpoint)) is None:
+                load_identity(checkpoint)
     except ConfigError as error:
         reason = str(error).removeprefix(f"{path}: ")
     else:
@@ -248,13 +262,30 @@ def remove_partials(run_dir: Path) -> None:
 
 
 def check_in_the_way(run_dir: Path, latest: Path | None) -> None:
-    """ConfigError: a folder newer than `latest` is called as a checkpoint and is none of ours."""
-    for checkpoint in list_checkpoints(run_dir):
-        if (latest is None or step_of(checkpoint) > step_of(latest)) and not is_own(checkpoint):
+    """ConfigError: what has a name that this run may write (of a checkpoint newer than `latest`, one that is being written or converted,
+    `latest`) is none of ours."""
+    done, folder = -1 if latest is None else step_of(latest), run_dir / FOLDER
+    for path in [folder, *sorted(folder.glob("*"))]:
+        step = _NAME.match(path.name)
+        if step is not None and int(step[1]) <= done:
+            continue
+        if what := _obstacle(path):
             raise ConfigError(
-                f"{checkpoint} is no checkpoint of stdit (neither {MANIFEST} nor {IDENTITY}) and has the name of one that "
-                "this run may write; move it elsewhere. Nothing was changed"
+                f"{path} {what} and has a name that this run may write; move it elsewhere. Nothing was changed"
             )
+
+
+def _obstacle(path: Path) -> str | None:
+    """What makes `path`, the folder of checkpoints or an entry of it, one that a run cannot write over by its name."""
+    if _NAME.fullmatch(path.name) and not (path.is_dir() and is_own(path)):
+        return f"is no checkpoint of stdit (neither {MANIFEST} nor {IDENTITY})"
+    if _PARTIAL_NAME.fullmatch(path.name) and not _is_removable(path):
+        return f"was not written by stdit (it is no folder with {PARTIAL_MARK})"
+    if path.name == LATEST and path.is_dir() and not path.is_symlink():
+        return "is a folder"
+    if path.name == FOLDER and os.path.lexists(path) and not path.is_dir():
+        return "is no folder"
+    return None
 
 
 def set_aside_damaged(run_dir: Path, latest: Path) -> None:
@@ -270,16 +301,17 @@ def set_aside_damaged(run_dir: Path, latest: Path) -> None:
         print(printable(f"stdit: the damaged checkpoint {checkpoint.name} is now {target}"), file=sys.stderr)
 
 
-def prune(run_dir: Path, keep: int, intact: Collection[Path], every: int | None = None, best: int = 0) -> None:
+def prune(run_dir: Path, keep: int, intact: set[Path], every: int | None = None, best: int = 0) -> None:
     """Removes complete checkpoints older than the `keep` newest of `intact`, those that this process wrote or verified.
 
-    every: those whose step is a multiple of it stay; best: so do so many with the lowest validation loss. With fewer than
-    `keep` of them nothing is removed: the others may be damaged. Folders without a manifest of ours stay.
+    every: those whose step is a multiple of it stay; best: so do so many intact ones with the lowest validation loss, which are verified
+    once and added to `intact`. With fewer than `keep` of them nothing is removed: the others may be damaged. Folders without
+    a manifest of ours stay.
     """
     kept = sorted((c for c in intact if (c / MANIFEST).exists()), key=step_of, reverse=True)[:keep]
     if len(kept) < keep:
         return
-    spared = best_checkpoints(run_dir, best) if best else []
+    spared = best_checkpoints(run_dir, best, intact)
     for checkpoint in list_checkpoints(run_dir):
         if step_of(checkpoint) >= step_of(kept[-1]) or checkpoint.is_symlink() or checkpoint in spared:
             continue
@@ -296,14 +328,22 @@ def prune(run_dir: Path, keep: int, intact: Collection[Path], every: int | None 
         remove_partial(partial_folder(checkpoint))
 
 
-def best_checkpoints(run_dir: Path, count: int) -> list[Path]:
-    """The `count` checkpoints with the lowest validation losses, the best first; those without one do not count."""
+def best_checkpoints(run_dir: Path, count: int, intact: set[Path]) -> list[Path]:
+    """The `count` intact checkpoints with the lowest validation losses, the best first; those without one do not count. Those that are
+    not in `intact` are verified, and added to it."""
+    if not count:
+        return []
     losses = []
     for checkpoint in list_checkpoints(run_dir):
         with contextlib.suppress(ConfigError):  # damaged, or none of ours
             if (loss := load_identity(checkpoint)["validation_loss"]) is not None:
                 losses.append((loss, checkpoint))
-    return [checkpoint for _, checkpoint in sorted(losses)[:count]]
+    best: list[Path] = []
+    for _, checkpoint in sorted(losses):
+        if len(best) < count and (checkpoint in intact or verify(checkpoint) is None):
+            intact.add(checkpoint)
+            best.append(checkpoint)
+    return best
 
 
 # ----------------------------------------------------------------------------------------- identity
@@ -323,7 +363,9 @@ def make_identity(
 ) -> dict[str, Any]:
     """Content of identity.json. architecture: the diffusers config. data: video_encoder, text_encoder, classes, frame_rates,
     and the fingerprint of the features. base: folder and fingerprint of a fine-tuning run's frozen weights. recent_losses: the
-    last ones of each bucket."""
+    last ones of each bucket. A validation loss that is not finite counts as none."""
+    if validation_loss is not None and not math.isfinite(validation_loss):
+        validation_loss = None
     return {
         "version": __version__,
         "architecture": architecture,

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from stdit.config import ConfigError
+from stdit.config import Config
 from stdit.files import FolderLock
-from stdit.training.checkpoint import STOPPED_FILE, read_done
+from stdit.training.checkpoint import STOPPED_FILE, find_final
 from stdit.training.stopping import SIGNALS, STOPPED, die_with_parent
 
 SCRIPT = Path(__file__).parents[1] / "train.py"
@@ -29,13 +29,13 @@ POLL_S = 0.2
 SAVE_S = 3600.0
 
 
-def launch(ranks: int, arguments: Sequence[str], run_dir: Path) -> int:
-    """Runs stdit/train.py with `arguments` on `ranks` ranks of this machine.
+def launch(ranks: int, arguments: Sequence[str], config: Config) -> int:
+    """Runs stdit/train.py with `arguments`, which are of `config`, on `ranks` ranks of this machine.
 
     Exit code: 0 complete; 75 stopped, and the same command goes on; 2 invalid config; else an error. The first signal asks
     the ranks to save and end; the second ends everything at once.
     """
-    before = _modified(run_dir / STOPPED_FILE)
+    before = _modified(config.run_dir / STOPPED_FILE)
     command = [
         sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(_free_port()),
         str(SCRIPT), *arguments,
@@ -59,7 +59,10 @@ def launch(ranks: int, arguments: Sequence[str], run_dir: Path) -> int:
             signal.signal(number, handler)
     if code in (2, STOPPED):
         return code
-    return _outcome(run_dir, before, code or 1)
+    if signals and code != 1:  # else a rank's own error: a last save that failed
+        # Asked while there were no ranks, or while they began, it ended by a signal.
+        code = STOPPED
+    return _outcome(config, before, code or 1)
 
 
 def _stop(launcher: int) -> None:
@@ -95,8 +98,9 @@ def _ranks(launcher: int) -> list[int]:
     return found
 
 
-def _outcome(run_dir: Path, before: int | None, code: int) -> int:
-    """What the run directory says once no rank holds its lock. before: when it last said that the run was stopped."""
+def _outcome(config: Config, before: int | None, code: int) -> int:
+    """What the run directory says once no rank holds its lock, else `code`. before: when it last said that the run was stopped."""
+    run_dir = config.run_dir
     if (run_dir / ".lock").is_file():
         lock = FolderLock(run_dir)
         with contextlib.suppress(BlockingIOError):
@@ -104,14 +108,7 @@ def _outcome(run_dir: Path, before: int | None, code: int) -> int:
         lock.release()
     if _modified(run_dir / STOPPED_FILE) not in (None, before):
         return STOPPED
-    return 0 if _is_done(run_dir) else code
-
-
-def _is_done(run_dir: Path) -> bool:
-    try:
-        return bool(read_done(run_dir))
-    except ConfigError:
-        return False
+    return code if find_final(run_dir, config.train.steps) is None else 0
 
 
 def _modified(file: Path) -> int | None:

@@ -92,11 +92,12 @@ class TrainState:
 def is_finished(config: Config, data: TrainData, world_size: int) -> bool:
     """Whether done.json says that the run is complete, and its checkpoint is intact. ConfigError: run_dir holds another
     run."""
-    folder = checkpoint.find_final(config.run_dir)
-    if folder is None or (step := checkpoint.step_of(folder)) < config.train.steps:
+    folder = checkpoint.find_final(config.run_dir, config.train.steps)
+    if folder is None:
         return False
     check_resumable(checkpoint.load_identity(folder), config, world_size, data.fingerprint)
     if os.environ.get("RANK", "0") == "0":
+        step = checkpoint.step_of(folder)
         print(printable(f"{config.run_dir}: done already, at step {step} of {config.train.steps}"), file=sys.stderr)
     return True
 
@@ -142,7 +143,10 @@ def find_resume_state(
     """
 
     def reason(folder: Path) -> str | None:
-        return unusable.get(folder) or checkpoint.verify(folder) or unreadable_shard(folder)
+        try:
+            return unusable.get(folder) or checkpoint.verify(folder) or unreadable_shard(folder)
+        except ConfigError as error:  # of identity.json, intact as it is: written by another version, say
+            return first_line(error)
 
     latest = checkpoint.find_latest(config.run_dir, reason)
     checkpoint.check_in_the_way(config.run_dir, latest)

@@ -1,7 +1,7 @@
 """The run directory: whose it is, its lock, and the files that say what became of the run.
 
     config.yaml     the resolved config; its first line marks the folder as a run
-    done.json       the run is complete: its last step and checkpoint
+    done.json       the run is complete: its last step and checkpoint; gone when it is trained on with more steps
     stopped.json    the run was stopped and has saved: step, checkpoint, reason; gone when it goes on
 
 Whoever waits for a run reads these files; launchers' exit codes are their own (stdit.training.launcher).
@@ -90,7 +90,8 @@ def start(config: Config) -> None:
     """Marks the folder as this run's, with its resolved config; the run goes on. OSError: it can't be written."""
     text = dump(config)
     atomic_write(config.run_dir / CONFIG, f"{MARK}{_HASH}{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
-    (config.run_dir / STOPPED_FILE).unlink(missing_ok=True)
+    for outcome in (DONE, STOPPED_FILE):
+        (config.run_dir / outcome).unlink(missing_ok=True)
 
 
 def read_config(run_dir: Path) -> Config:

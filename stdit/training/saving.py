@@ -233,7 +233,9 @@ class Write(threading.Thread):
             )
         if self.ranks.is_main:
             self._identity = json.dumps(
-                make_identity(self.engine, self.config, self._saver.data, self.state, self.ranks.size), indent=1
+                make_identity(self.engine, self.config, self._saver.data, self.state, self.ranks.size),
+                indent=1,
+                allow_nan=False,
             )
 
     def run(self) -> None:

@@ -26,6 +26,8 @@ _PARENT = os.getppid()
 # DeepSpeed's programs: the command, and the inner launcher that it starts on each host, which starts the ranks.
 DEEPSPEED = ("deepspeed", "ds", "deepspeed.pt", "deepspeed.launcher.runner")
 INNER_LAUNCHER = "deepspeed.launcher.launch"
+# Programs that start ranks by torch's elastic agent, which sets TORCHELASTIC_RUN_ID.
+ELASTIC = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate", "accelerate-launch")
 
 
 class Stop:
@@ -90,7 +92,8 @@ class Stop:
 
     def _watch_launcher(self) -> None:
         above = ancestors()
-        launchers, missing = find_launchers(sys.argv, [_command(process) for process in above])
+        elastic = "TORCHELASTIC_RUN_ID" in os.environ
+        launchers, missing = find_launchers(sys.argv, [_command(process) for process in above], elastic)
         if os.getppid() != _PARENT:
             missing = "the process that started this one"
         if missing:
@@ -125,14 +128,20 @@ def ancestors() -> tuple[int, ...]:
     return tuple(found)
 
 
-def find_launchers(arguments: Sequence[str], commands: Sequence[Sequence[str]]) -> tuple[int, str | None]:
-    """How many of a rank's ancestors are its launchers, and which of DeepSpeed's is missing (None: none, or another program's rank).
+def find_launchers(
+    arguments: Sequence[str], commands: Sequence[Sequence[str]], elastic: bool = False
+) -> tuple[int, str | None]:
+    """How many of a rank's ancestors are its launchers, and which is missing (None: none, or launchers that are not known).
 
     Who adopts orphans is any program (a container's init, a user's systemd, any subreaper), so that a launcher is missed where it has to
-    be. arguments: of this process. commands: command lines of the ancestors, the nearest first; () where none can be told.
+    be. arguments: of this process. commands: command lines of the ancestors, the nearest first; () where none can be told. elastic:
+    torch's elastic agent has started this process.
     """
-    if not commands or not any(argument.startswith("--local_rank=") for argument in arguments):
-        return 1, None  # DeepSpeed's inner launcher adds it
+    if not commands:
+        return 1, None
+    if not any(argument.startswith("--local_rank=") for argument in arguments):  # DeepSpeed's inner launcher adds it
+        orphaned = elastic and not any(_runs(command, *ELASTIC) for command in commands)
+        return 1, "the process that started this one" if orphaned else None
     inner = next((i for i, command in enumerate(commands) if _runs(command, INNER_LAUNCHER)), None)
     if inner is None:
         return 1, "the process that started this one"

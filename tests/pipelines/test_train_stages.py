@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 from pipelines import plan as plans
-from pipelines import train_stages
+from pipelines import train_stages, workers
 from pipelines.record import Record, set_aside
 from pipelines.runner import PlanFailed, PlanRunner
 from stdit import metrics_log
@@ -28,6 +28,7 @@ from stdit.curation.curation import CurationError
 from stdit.data.extraction import ExtractionError
 from stdit.evaluation import networks
 from tests.support.paths import ROOT
+from tests.support.runs import make_run, model_config
 
 STEPS = 200
 
@@ -346,6 +347,22 @@ def test_an_evaluation_that_fails_is_a_failed_part_of_the_plan(tmp_path: Path, m
     monkeypatch.setattr(runner, "_evaluate_run", fail)
     with pytest.raises(PlanFailed, match=r"^stage one: evaluation: no clip was generated$"):
         runner.evaluate(stages[0])
+
+
+def test_a_stage_is_finished_by_its_own_number_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_plan(tmp_path)
+    plan = plans.read(path)
+    stages = plans.resolve(plan, str(path))
+    runner, run = PlanRunner(plan, stages, str(path), False), stages[0].config.run_dir
+    make_run(run, model_config(), step=1)
+    (run / "done.json").write_text(json.dumps({"step": 1, "samples_seen": 8, "checkpoint": "step-00000001"}))
+    assert stages[0].config.train.steps > 1
+    assert not runner.is_finished(stages[0])
+    monkeypatch.setattr(runner, "connect", lambda: None)
+    monkeypatch.setattr(runner, "_train", lambda *_: None)
+    monkeypatch.setattr(workers, "check_capacity", lambda _: None)
+    with pytest.raises(PlanFailed, match=r"stage one: its workers ended without an error, but .* is not complete"):
+        runner.train(stages[0], 1)
 
 
 def test_a_forecast_starts_nothing_and_counts_every_clip(tmp_path: Path, capsys) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ from hypothesis import strategies as st
 from stdit import integrity
 from stdit.config import ConfigError
 from stdit.training import checkpoint
+from tests.support.rank_jobs import config_of
+from tests.support.rank_jobs import settings as run_settings
 
 
 def make(run_dir: Path, step: int, whole: bool = True) -> Path:
@@ -80,7 +85,7 @@ def test_pruning_keeps_the_newest_and_torn_ones_go(tmp_path: Path) -> None:
     torn = checkpoint.start_partial(checkpoint.partial_folder(three.with_name("step-00000004")))
     (torn / "transformer").mkdir()
     (torn / "transformer/shard.pt").write_bytes(b"half")
-    checkpoint.prune(tmp_path, 2, [two, three])
+    checkpoint.prune(tmp_path, 2, {two, three})
     assert steps(tmp_path) == [3, 2]
     checkpoint.remove_partials(tmp_path)
     assert not torn.exists()
@@ -90,10 +95,10 @@ def test_pruning_keeps_the_newest_and_torn_ones_go(tmp_path: Path) -> None:
 def test_pruning_counts_intact_checkpoints_alone(tmp_path: Path) -> None:
     _, two, three = (make(tmp_path, step) for step in (1, 2, 3))
     # Nothing is known of the older ones: none may go.
-    checkpoint.prune(tmp_path, 2, [three])
+    checkpoint.prune(tmp_path, 2, {three})
     assert steps(tmp_path) == [3, 2, 1]
     # A newer one that nobody has verified does not stand for one of those kept.
-    checkpoint.prune(tmp_path, 1, [two])
+    checkpoint.prune(tmp_path, 1, {two})
     assert steps(tmp_path) == [3, 2]
 
 
@@ -131,10 +136,9 @@ def test_what_has_not_our_mark_is_never_removed_or_renamed(tmp_path: Path) -> No
     (other / "manifest.json").write_text('{"files": {"a": 1}}')
     before = contents(tmp_path)
     assert checkpoint.find_latest(tmp_path) == newest
-    checkpoint.check_in_the_way(tmp_path, newest)
     checkpoint.remove_partials(tmp_path)
     checkpoint.set_aside_damaged(tmp_path, newest)
-    checkpoint.prune(tmp_path, 1, [newest])  # step 1 is ours, and its place to be removed to is taken
+    checkpoint.prune(tmp_path, 1, {newest})  # step 1 is ours, and its place to be removed to is taken
     assert contents(tmp_path) == before
     with pytest.raises(
         checkpoint.CheckpointError, match=r"step-00000007.partial: in the way, and not written by stdit"
@@ -142,13 +146,85 @@ def test_what_has_not_our_mark_is_never_removed_or_renamed(tmp_path: Path) -> No
         checkpoint.start_partial(tmp_path / "checkpoints/step-00000007.partial")
     with pytest.raises(checkpoint.CheckpointError, match=r"step-00000003: in the way of a new checkpoint"):
         checkpoint.complete(newest, other)
-    # Newer than any of ours, it would be in the way of a save.
-    other.rename(other.with_name("step-00000009"))
-    before = contents(tmp_path)
-    with pytest.raises(ConfigError, match="step-00000009 is no checkpoint of stdit"):
-        checkpoint.check_in_the_way(tmp_path, newest)
-    assert contents(tmp_path) == before
     assert oldest.is_dir()
+
+
+def test_whatever_has_a_name_that_a_run_may_write_is_found_before_it_begins(tmp_path: Path) -> None:
+    newest, folder = make(tmp_path, 5), tmp_path / "checkpoints"
+    checkpoint.start_partial(folder / "step-00000006.partial")
+    (folder / "step-00000007.partial").mkdir()  # empty: it can be taken
+    for name in ("step-best", "step-9", "step-00000009.bak", "step-00000009.damaged", "step-00000004.partial"):
+        (folder / name).mkdir()
+        (folder / name / "theirs").touch()
+    (folder / "step-00000003").touch()
+    checkpoint.check_in_the_way(tmp_path, newest)
+    for name in ("step-00000009", "step-00000009.partial", ".universal", "latest"):
+        for kind in ("folder", "file", "link"):
+            path = folder / name
+            if kind == "folder":
+                path.mkdir()
+                (path / "theirs").touch()
+            elif kind == "file":
+                path.touch()
+            else:
+                path.symlink_to("nothing")
+            if name == "latest" and kind != "folder":
+                checkpoint.check_in_the_way(tmp_path, newest)
+            else:
+                with pytest.raises(ConfigError, match=rf"{name} (is|was) .*move it elsewhere. Nothing was changed"):
+                    checkpoint.check_in_the_way(tmp_path, newest)
+            shutil.rmtree(path) if kind == "folder" else path.unlink()
+    (tmp_path / "other").mkdir()
+    checkpoint.check_in_the_way(tmp_path / "other", None)
+    (tmp_path / "other/checkpoints").touch()
+    with pytest.raises(ConfigError, match="checkpoints is no folder"):
+        checkpoint.check_in_the_way(tmp_path / "other", None)
+
+
+@pytest.mark.parametrize("call", ["stat", "iterdir"])
+@pytest.mark.parametrize("where", ["", "shard.pt", "transformer_ema"])
+def test_what_cannot_be_read_is_damage_and_the_one_before_it_is_used(
+    call: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older, newer = make(tmp_path, 1), make(tmp_path, 2)
+    real = getattr(Path, call)
+
+    def failing(self: Path, **options: object) -> object:
+        if self != newer and self.is_relative_to(newer / where):
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return real(self, **options)
+
+    monkeypatch.setattr(Path, call, failing)
+    reason = checkpoint.verify(newer)
+    assert (reason is None) == (call == "iterdir" and where == "shard.pt")
+    if reason is not None:
+        assert "cannot be read (Input/output error)" in reason
+        assert checkpoint.find_latest(tmp_path) == older
+        checkpoint.check_in_the_way(tmp_path, older)
+        shutil.rmtree(older)
+        with pytest.raises(checkpoint.CheckpointError, match="no checkpoint is intact"):
+            checkpoint.find_latest(tmp_path)
+
+
+def test_damaged_checkpoints_are_not_among_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {1: 0.3, 2: 0.1, 3: 0.2, 4: None, 5: 0.9}
+    folders = {step: make(tmp_path, step) for step in losses}
+    monkeypatch.setattr(checkpoint, "load_identity", lambda c: {"validation_loss": losses[checkpoint.step_of(c)]})
+    (folders[2] / "shard.pt").write_bytes(b"")
+    intact = {folders[5]}
+    # After a resume: those of before are verified, once.
+    checkpoint.prune(tmp_path, 1, intact, best=2)
+    assert steps(tmp_path) == [5, 3, 1]
+    assert intact == {folders[5], folders[3], folders[1]}
+    monkeypatch.setattr(checkpoint, "verify", lambda _: pytest.fail("verified again"))
+    checkpoint.prune(tmp_path, 1, intact, best=1)
+    assert steps(tmp_path) == [5, 3]
+
+
+@pytest.mark.parametrize(("loss", "written"), [(math.nan, None), (math.inf, None), (None, None), (0.5, 0.5)])
+def test_a_validation_loss_that_is_not_finite_is_none(loss: float, written: float | None, tmp_path: Path) -> None:
+    config = config_of(run_settings(tmp_path))
+    assert checkpoint.make_identity(config, {}, {}, 1, 8, {}, 1, validation_loss=loss)["validation_loss"] == written
 
 
 def test_a_removal_that_was_cut_off_is_finished_by_the_next_run(
@@ -163,7 +239,7 @@ def test_a_removal_that_was_cut_off_is_finished_by_the_next_run(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.shutil, "rmtree", cut)
         with pytest.raises(KeyboardInterrupt):
-            checkpoint.prune(tmp_path, 1, [newest])
+            checkpoint.prune(tmp_path, 1, {newest})
     assert steps(tmp_path) == [2]
     checkpoint.remove_partials(tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [newest.name]

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
+import re
 import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from stdit.config import Config, validate
 from stdit.training import checkpoint
+from stdit.training.engine import restrict_unpickling
+from stdit.training.resume import find_resume_state
 from tests.support.rank_jobs import (
     for_ranks,
     metrics,
@@ -229,6 +235,27 @@ def reseal(folder: Path) -> None:
     """Writes the manifest for the files as they are now."""
     (folder / "manifest.json").unlink()
     checkpoint.write_manifest(folder)
+
+
+def test_an_intact_checkpoint_whose_identity_cannot_be_read_is_skipped(
+    small: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    restrict_unpickling()
+    older, newer = (tmp_path / "checkpoints" / checkpoint.folder_of_step(step) for step in (2, 4))
+    for folder in (older, newer):
+        shutil.copytree(Path(small["run_dir"]) / "checkpoints/step-00000002", folder)
+    identity = checkpoint.read_identity(older)
+    (newer / "identity.json").write_text(json.dumps({**identity, "validation_loss": math.nan}))
+    reseal(newer)
+    config = validate({**identity["config"], "run_dir": str(tmp_path)}, Config, "test")
+    data = cast(Any, SimpleNamespace(fingerprint=identity["features"]))
+    assert find_resume_state(config, data, 1).checkpoint == older
+    assert re.search("step-00000004 is skipped: .*NaN is not a JSON number", capsys.readouterr().err)
+    # Nor is a run finished that ended with it.
+    (tmp_path / "done.json").write_text(json.dumps({"step": 4, "samples_seen": 32, "checkpoint": newer.name}))
+    assert checkpoint.find_final(tmp_path, 4) is None
+    assert re.search("done.json is ignored: .*NaN is not a JSON number", capsys.readouterr().err)
 
 
 def test_a_checkpoint_that_deepspeed_cannot_load_is_skipped_and_saved_again(solo: Pool, tmp_path: Path) -> None:

@@ -71,10 +71,12 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: p
         run_dir.check(tmp_path / "run")
 
 
-def test_stopped_json_says_where_a_run_goes_on_until_it_does(tmp_path: Path) -> None:
+def test_what_became_of_a_run_is_told_until_it_goes_on(tmp_path: Path) -> None:
     config = config_of(settings(tmp_path))
     run_dir.start(config)
     run_dir.write_stopped(config, tmp_path / "checkpoints/step-00000007", "SIGTERM", ALONE)
     assert (tmp_path / "stopped.json").read_text() == '{"step": 7, "checkpoint": "step-00000007", "reason": "SIGTERM"}'
+    run_dir.write_done(config, 20, 160, ALONE)
     run_dir.start(config)
     assert not (tmp_path / "stopped.json").exists()
+    assert not (tmp_path / "done.json").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -189,6 +190,16 @@ def test_a_checkpoint_that_is_written_counts_though_older_ones_cannot_be_removed
     assert write.state.intact == {folder}
     assert checkpoint.verify(folder) is None
     assert "is written, but older checkpoints could not be removed ([Errno 13] Permission denied)" in said[0]
+
+
+def test_an_identity_that_no_json_reader_accepts_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "make_identity", lambda *_: {"recent_losses": {"1x8x8": [math.nan]}})
+    write: Any = object.__new__(saving.Write)
+    write.ranks, write.layout = Ranks(0, 1, 0, torch.device("cpu")), MasterLayout({}, [{}])
+    write.engine, write.config = SimpleNamespace(masters=list, buffers=dict), None
+    write.state, write._saver = None, SimpleNamespace(data=None, ema=SimpleNamespace(average=[]))
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write.collect(lambda state: state)
 
 
 @pytest.mark.distributed

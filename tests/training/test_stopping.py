@@ -1,7 +1,9 @@
-"""Who is asked to stop a run by the launcher's death: any program may adopt the ranks, in any PID namespace."""
+"""Who is asked to stop a run by the launcher's death: any program may adopt the ranks, in any PID namespace. What a launch that was
+stopped, or whose ranks died, ends with."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -9,12 +11,15 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from stdit.training import launcher, stopping
 from stdit.training.stopping import STOPPED, ancestors, die_with_parent, find_launchers
 from tests.support.paths import ROOT
+from tests.support.runs import make_run, model_config
 
 RANK = ["stdit/train.py", "--local_rank=0", "--config", "x"]
 INNER = ["/usr/bin/python3.11", "-u", "-m", "deepspeed.launcher.launch", "--world_info=e30=", *RANK]
@@ -51,6 +56,17 @@ def test_a_launcher_that_has_died_is_missed_whoever_adopts(adopter: list[str]) -
 def test_ranks_of_other_launchers_may_have_any_parent(parent: list[str]) -> None:
     assert find_launchers(["stdit/train.py"], [parent]) == (1, None)
     assert find_launchers(RANK, []) == (1, None)  # no /proc
+
+
+@pytest.mark.parametrize("adopter", ADOPTERS, ids=lambda command: Path(command[0]).name if command else "unknown")
+def test_an_elastic_agent_that_has_died_is_missed_whoever_adopts(adopter: list[str]) -> None:
+    rank, found = ["stdit/train.py"], (1, "the process that started this one")
+    assert find_launchers(rank, [adopter, ["/sbin/init"]], elastic=True) == found
+    for agent in (["/usr/bin/torchrun"], ["-m", "torch.distributed.run"], ["/usr/bin/accelerate", "launch"]):
+        command = ["/usr/bin/python3", *agent, *rank]
+        assert find_launchers(rank, [command, adopter], elastic=True) == (1, None)
+        assert find_launchers(rank, [SHELL, command], elastic=True) == (1, None)  # torchrun --no-python
+    assert find_launchers(rank, [], elastic=True) == (1, None)
 
 
 def test_ancestors_end_with_the_first_process() -> None:
@@ -150,3 +166,53 @@ def test_where_ranks_cannot_be_told_their_launchers_are_ended_by_a_signal_that_r
     launcher._stop(7)
     assert sent == [(7, signal.SIGUSR1)]
     assert signal.SIGUSR1 in stopping.SIGNALS
+
+
+def config(run_dir: Path, steps: int) -> Any:
+    return SimpleNamespace(run_dir=run_dir, train=SimpleNamespace(steps=steps))
+
+
+@pytest.mark.parametrize(
+    ("ended", "signals", "code"),
+    [
+        (-9, 1, STOPPED),  # no rank there yet: the launcher was ended
+        (-9, 2, STOPPED),
+        (241, 1, STOPPED),  # a rank that did not listen yet
+        (1, 1, 1),  # a rank's own error: its last save failed
+        (-9, 0, -9),
+        (1, 0, 1),
+    ],
+)
+def test_a_launch_that_was_asked_to_stop_ends_with_75_unless_a_rank_failed(
+    ended: int, signals: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[int] = []
+
+    class Launcher:
+        pid = 7
+        left = signals
+
+        def poll(self) -> int | None:
+            if not self.left:
+                return ended
+            self.left -= 1
+            os.kill(os.getpid(), signal.SIGTERM)
+            return None
+
+    monkeypatch.setattr(launcher.subprocess, "Popen", lambda *_, **__: Launcher())
+    monkeypatch.setattr(launcher, "POLL_S", 0.01)
+    monkeypatch.setattr(launcher, "_ranks", lambda _: [])
+    monkeypatch.setattr(os, "killpg", lambda pid, _: killed.append(pid))
+    before = signal.getsignal(signal.SIGTERM)
+    assert launcher.launch(2, [], config(tmp_path, 20)) == code
+    assert killed == [7] * signals
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_launch_is_complete_by_an_intact_checkpoint_of_its_last_step_alone(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", model_config(), step=20)
+    assert launcher._outcome(config(run, 20), None, 9) == 9
+    (run / "done.json").write_text(json.dumps({"step": 20, "samples_seen": 160, "checkpoint": "step-00000020"}))
+    assert [launcher._outcome(config(run, steps), None, 9) for steps in (10, 20, 40)] == [0, 0, 9]
+    next(run.rglob("*.safetensors")).write_bytes(b"")
+    assert launcher._outcome(config(run, 20), None, 9) == 9
