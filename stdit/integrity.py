@@ -22,8 +22,8 @@ from stdit.files import atomic_write, fsync_folder, sha256
 MANIFEST, IDENTITY = "manifest.json", "identity.json"
 # Threads that hash files; hashlib releases the GIL.
 HASH_THREADS = 8
-# Files that loaders of weights look for by name or suffix: an unlisted one could be read in place of what was written.
-LOADED_SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".pth")
+# Files that loaders of weights and tokenizers look for by name or suffix: an unlisted one could be read in place of what was written.
+LOADED_SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".pth", ".model", ".txt")
 
 
 class FileEntry(FileSchema):

@@ -24,13 +24,15 @@ from stdit.config import Bucket, Config, EvaluationConfig, SamplerConfig, dump, 
 from stdit.curation.curation import read_report as read_curation_report
 from stdit.data.extraction import pending_shards, read_report
 from stdit.data.features import FeatureSet
+from stdit.evaluation.comparison import RunResults, find_results, same_requests
 from stdit.evaluation.evaluator import evaluate_videos
 from stdit.evaluation.generated import read_generated
+from stdit.evaluation.media_set import open_generated
 from stdit.generate import generate
 from stdit.inference.job import find_source, open_job
 from stdit.inference.pipeline import STDiTPipeline
 from stdit.inference.prompts import Prompt
-from stdit.integrity import MANIFEST
+from stdit.integrity import MANIFEST, check_saved, write_manifest
 from stdit.models import lora
 from stdit.models.stdit import STDiT
 from stdit.training.checkpoint import CheckpointError, read_done
@@ -298,12 +300,24 @@ def test_a_damaged_binary_file_is_one_error_that_names_it(product: Product, prod
     assert not [line for line in wrong if line]
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"file": 7}', '{"file": "../../x.png"}', "\xff"])
-def test_a_damaged_row_of_generated_videos_is_named(damage: str, home: Path) -> None:
-    manifest = home / "videos" / "manifest.jsonl"
-    manifest.write_bytes(manifest.read_bytes() + damage.encode("latin-1") + b"\n")
-    with pytest.raises(ValueError, match=r"manifest\.jsonl"):
-        read_generated(home / "videos")
+def requests_of(videos: Path) -> object:
+    return same_requests([RunResults("run", None, videos, None)])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["{", "[]", '{"file": 7}', '{"file": "../../x.png"}', "\xff", '{"file": "x.png", "protocol": 5}', '{"file": "x.png", "class": [1]}'],
+)  # fmt: skip
+def test_a_damaged_row_of_generated_videos_is_named_by_every_reader(damage: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.jsonl").write_bytes(b'{"file": "x.png"}\n' + damage.encode("latin-1") + b"\n")
+    for read in (read_generated, open_generated, lambda videos: find_results(videos, "run"), requests_of):
+        with pytest.raises(ValueError, match=r"manifest\.jsonl"):
+            read(tmp_path)
+
+
+def test_a_run_that_a_row_names_by_no_path_is_not_known(tmp_path: Path) -> None:
+    (tmp_path / "manifest.jsonl").write_text('{"file": "x.png", "protocol": {"run": 5}}\n')
+    assert find_results(tmp_path, "run").run_dir is None
 
 
 @pytest.mark.parametrize(
@@ -389,6 +403,17 @@ def test_weights_that_the_manifest_does_not_list_are_not_read(home: Path) -> Non
     with pytest.raises(CheckpointError, match=r"index\.json is not listed in its manifest"):
         find_source(home / STEP, "ema")
     assert cli.main(["convert", str(home / "run"), "--to", str(home / "out")]) == 2
+
+
+@pytest.mark.parametrize("added", ["spiece.model", "vocab.txt", "merges.txt", "tokenizer.json"])
+def test_a_tokenizers_file_that_the_manifest_does_not_list_is_not_read(added: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    write_manifest(tmp_path, [tmp_path / "tokenizer" / "tokenizer_config.json"])
+    check_saved(tmp_path)
+    (tmp_path / "tokenizer" / added).write_text("x")
+    with pytest.raises(ValueError, match=rf"{added} is not listed in its manifest"):
+        check_saved(tmp_path)
 
 
 # -------------------------------------------------------------------------------------- writing weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,16 +28,27 @@ def no_remote_code() -> Iterator[None]:
 
 
 def load_processor(kind: Any, path: str | Path, **options: Any) -> Any:
-    """`kind.from_pretrained` of a tokenizer, processor or config. Errors: as transformers raises them."""
+    """`kind.from_pretrained` of a tokenizer, processor or config.
+
+    ValueError: damaged files, or a pickle of more than tensors. OSError: as transformers raises it.
+    """
     check_regular(Path(path, options.get("subfolder") or ""))
-    with no_remote_code():
-        return kind.from_pretrained(path, trust_remote_code=False, **options)
+    try:
+        with no_remote_code():
+            return kind.from_pretrained(path, trust_remote_code=False, **options)
+    except pickle.UnpicklingError as error:  # torch's own message advises to load without weights_only
+        raise ValueError(f"{path}: its weights are refused: damaged, or they hold more than tensors") from error
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # whatever transformers, safetensors and torch raise for damaged files
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise ValueError(f"{path}: cannot be loaded ({type(error).__name__}: {reason})") from error
 
 
 def load_pretrained(kind: Any, path: str | Path, unused: tuple[str, ...] = (), **options: Any) -> Any:
     """`kind.from_pretrained`, strictly. unused: beginnings of weights that may be missing, because nothing reads them.
 
-    ValueError: a weight is missing or of another shape. OSError and others: as transformers raises them.
+    ValueError: a weight is missing or of another shape, and as `load_processor`. OSError: as transformers raises it.
     """
     model, info = load_processor(kind, path, output_loading_info=True, **options)
     missing = sorted(str(key) for key in info["missing_keys"] if not str(key).startswith(unused))

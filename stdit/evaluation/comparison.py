@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from stdit import metrics_log
 from stdit.config import Bucket, ConfigError, latent_shape, read_json, token_grid
-from stdit.evaluation.media_set import MANIFEST, read_frames
+from stdit.evaluation.generated import MANIFEST, read_rows
+from stdit.evaluation.media_set import read_frames
 from stdit.evaluation.pictures import smooth
 from stdit.evaluation.scores import SCORES, ScoresFile
-from stdit.files import read_jsonl
 from stdit.media import Cell, moving_sheet, write_gif
 from stdit.models.cost import model_cost
 from stdit.training import checkpoint
@@ -62,7 +62,7 @@ def find_results(path: Path, name: str) -> RunResults:
     elif (path / MANIFEST).is_file():
         videos = path
         scores = _read_scores(path.parent / "scores" / SCORES)
-        protocols = [row.get("protocol") or {} for row in read_jsonl(path / MANIFEST)]
+        protocols = [row.get("protocol") or {} for row in read_rows(path)]
         run_dir = _run_of(next((p["run"] for p in protocols if "run" in p), None), path)
     else:
         raise ValueError(
@@ -86,8 +86,11 @@ def _read_scores(path: Path) -> dict[str, Any] | None:
 
 def _run_of(recorded: Any, folder: Path) -> Path | None:
     """The run directory of a recorded path, which may be that of a checkpoint; None if it is not there."""
-    found = _recorded(recorded, folder, metrics_log.FILE)
-    return found or (_recorded(str(Path(recorded).parent), folder, metrics_log.FILE) if recorded else None)
+    if not isinstance(recorded, str):
+        return None
+    return _recorded(recorded, folder, metrics_log.FILE) or _recorded(
+        str(Path(recorded).parent), folder, metrics_log.FILE
+    )
 
 
 def _if_there(path: Path) -> Path | None:
@@ -217,9 +220,9 @@ def same_requests(runs: Sequence[RunResults]) -> list[Pair]:
 
 
 def _requests(videos: Path) -> Iterator[tuple[tuple[str, Any, int | None], Path]]:
-    for row in read_jsonl(videos / MANIFEST):
-        if row.get("file"):
-            yield (str(row.get("prompt") or ""), row.get("class"), row.get("seed")), videos / str(row["file"])
+    for row in read_rows(videos):
+        if row["file"] is not None:
+            yield (row.get("prompt") or "", row.get("class"), row.get("seed")), videos / row["file"]
 
 
 def frames_of(file: Path) -> NDArray[np.uint8]:

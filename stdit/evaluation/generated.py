@@ -55,10 +55,10 @@ def read_generated(videos: Path, limit: int | None = None) -> tuple[list[Generat
 
     ValueError: no manifest, no clip, a file that cannot be decoded, clips of different shapes.
     """
-    manifest = _manifest(videos)
+    manifest = videos / MANIFEST
     clips: list[GeneratedClip] = []
     failures: list[str] = []
-    for row in _rows(manifest):
+    for row in read_rows(videos):
         if row.get("error") or row.get("file") is None:
             failures.append(f"{row.get('prompt')!r}: {row.get('error') or 'no file'}")
             continue
@@ -117,23 +117,21 @@ def extracted_frames(rows: Sequence[Mapping[str, Any]], videos: Path) -> FrameSa
 
 def fingerprint_videos(videos: Path) -> str:
     """Hex SHA-256 of a folder's manifest.jsonl and the files that it lists. ValueError: no manifest."""
-    manifest = _manifest(videos)
-    files = [videos / str(row["file"]) for row in _rows(manifest)]
-    return fingerprint_files([manifest, *files], lambda path: fingerprint_file(path) if path.is_file() else "-")
+    files = [videos / str(row["file"]) for row in read_rows(videos)]
+    return fingerprint_files(
+        [videos / MANIFEST, *files], lambda path: fingerprint_file(path) if path.is_file() else "-"
+    )
 
 
-def _rows(manifest: Path) -> list[dict[str, Any]]:
+def read_rows(videos: Path) -> list[dict[str, Any]]:
+    """The rows of a folder's manifest.jsonl. ValueError: there is none, or a row that is no GeneratedRow."""
+    manifest = videos / MANIFEST
+    if not manifest.is_file():
+        raise ValueError(f"{manifest}: no such file; {videos} was not written by stdit.generate")
     rows = read_jsonl(manifest)
     for number, row in enumerate(rows, 1):
         check(row, GeneratedRow, f"{manifest}:{number}")
     return rows
-
-
-def _manifest(videos: Path) -> Path:
-    manifest = videos / MANIFEST
-    if not manifest.is_file():
-        raise ValueError(f"{manifest}: no such file; {videos} was not written by stdit.generate")
-    return manifest
 
 
 def _decode(path: Path) -> Frames:

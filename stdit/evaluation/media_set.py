@@ -25,10 +25,10 @@ from stdit.data.decoding import DecodeError, open_clip
 from stdit.data.manifest import Clip
 from stdit.data.transforms import frame_indices, resize_crop
 from stdit.evaluation.adm import SampleReader, read_adm
+from stdit.evaluation.generated import MANIFEST, read_rows
 from stdit.files import fingerprint_file, read_jsonl, sha256
 
 Shape = tuple[int, int, int]  # frames, height, width
-MANIFEST = "manifest.jsonl"
 
 
 @dataclass(frozen=True)
@@ -148,10 +148,9 @@ def _listed(
         digest = sha256(path)
         return [Medium(path, f"{digest} {i}", row=i) for i in range(samples[0])], []
     if path.is_dir() and (path / MANIFEST).is_file():
-        rows = read_jsonl(path / MANIFEST)
-        if any("file" in row for row in rows):
-            rows = [row for row in rows if row.get("file")]
-            return [_medium(path / str(row["file"]), _text(row.get("prompt"))) for row in rows], rows
+        if any("file" in row for row in read_jsonl(path / MANIFEST)):  # a dataset's rows have `path`
+            rows = [row for row in read_rows(path) if row["file"] is not None]
+            return [_medium(path / row["file"], row.get("prompt") or None) for row in rows], rows
         path = path / MANIFEST
     source = manifests.read(path)
     clips = [clip for clip in source if split is None or clip.split == split]
@@ -177,10 +176,6 @@ def _of_clips(clips: Sequence[Clip], sampling: FrameSampling) -> list[Medium]:
             fingerprint = hashlib.sha256(json.dumps([fingerprint, read]).encode()).hexdigest()
         media.append(Medium(clip.file, fingerprint, clip.caption if clip.captioned else None, clip=clip))
     return media
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
 
 
 def _medium(file: Path, prompt: str | None) -> Medium:

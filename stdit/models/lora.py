@@ -169,7 +169,10 @@ def load_adapter(model: STDiT, folder: Path, name: str, scale: float = 1.0) -> N
     scales, training = active_adapters(model), model.training
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     with _quiet():
-        cast(Any, model).load_lora_adapter(folder, prefix=None, adapter_name=name, use_safetensors=True)
+        # Without weight_name diffusers takes any file of the folder whose name ends so.
+        cast(Any, model).load_lora_adapter(
+            folder, prefix=None, adapter_name=name, use_safetensors=True, weight_name=LORA_WEIGHT_NAME_SAFE
+        )
     set_adapters(model, {**scales, name: scale})
     for parameter in model.parameters():
         if id(parameter) in trained:  # peft has frozen it

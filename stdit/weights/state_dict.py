@@ -88,7 +88,7 @@ def read_state_dict(source: Path, ema: bool | None = None) -> WeightsFile:
     config = read_config(config_path) if config_path.is_file() else {}
     if file.name.endswith(".index.json"):
         return WeightsFile(_strip_wrappers(_read_shards(file)), config, str(file), notes)
-    state, chosen = _unwrap(_read_file(file), str(file), ema)
+    state, chosen = _unwrap(read_file(file), str(file), ema)
     return WeightsFile(_strip_wrappers(state), config, str(file), (*notes, *chosen))
 
 
@@ -158,7 +158,7 @@ def _read_shards(index: Path) -> State:
         shard = index.parent / name
         if Path(name).name != name or not shard.is_file():
             raise ValueError(f"{index}: {name}, which it lists, is not a file in the same folder")
-        state |= _unwrap(_read_file(shard), str(shard), None)[0]
+        state |= _unwrap(read_file(shard), str(shard), None)[0]
     missing, extra = [n for n in weight_map if n not in state], [n for n in state if n not in weight_map]
     if missing or extra:
         raise ValueError(
@@ -167,7 +167,7 @@ def _read_shards(index: Path) -> State:
     return state
 
 
-def _read_file(path: Path) -> Any:
+def read_file(path: Path) -> Any:
     """A file's content: a state dict, or a checkpoint that holds one."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: not a weight file by its suffix ({', '.join(SUFFIXES)})")

@@ -69,6 +69,32 @@ def test_the_aesthetic_score_is_the_head_of_unit_embeddings(clip: Path, tmp_path
         torch.testing.assert_close(mine, theirs)
 
 
+class Hostile:
+    def __reduce__(self) -> Any:
+        return print, ("code ran",)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("head.pth", {"weight": Hostile()}),
+        ("head.pth", [torch.ones(1, 8)]),
+        ("head.pth", {"weight": torch.ones(8)}),
+        ("head.pth", b"no weights"),
+        ("head.safetensors", b"no weights"),
+    ],
+)
+def test_a_damaged_or_hostile_head_is_one_line(name: str, content: Any, tmp_path: Path) -> None:
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        torch.save(content, tmp_path / name)
+    with pytest.raises(ValueError, match=name) as caught:
+        read_head(str(tmp_path / name))
+    assert "weights_only" not in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
 def test_similarity_is_a_cosine_and_none_without_a_caption(clip: Path) -> None:
     scorer = Similarity(str(clip))
     assert -1 <= scorer(view("a red bar"))[""] <= 1

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModel
 
-from stdit.config import CaptionConfig
+from stdit.config import CaptionConfig, ConfigError
 from stdit.curation.captioners import ModelCaptioner
 from stdit.curation.scorers.safety import Safety
 from stdit.curation.vision import ImageTextModel
 from stdit.encoders.pretrained import load_pretrained
+from stdit.encoders.text_loading import load_text_model
+from tests.support.encoders import save_clip
 
 EVIL = """
 from pathlib import Path
@@ -68,3 +71,38 @@ def test_a_missing_weight_is_an_error_unless_nothing_reads_it(tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"the weights do not fit CLIPVisionModel: missing_keys: .*post_layernorm"):
         load_pretrained(CLIPVisionModel, str(tmp_path))
     load_pretrained(CLIPVisionModel, str(tmp_path), unused=(lost,))
+
+
+class Hostile:
+    def __reduce__(self) -> Any:
+        return print, ("code ran",)
+
+
+WEIGHTS: dict[str, Callable[[Path, bytes], object]] = {
+    "code": lambda folder, _: torch.save({"a": Hostile()}, folder / "pytorch_model.bin"),
+    "old pickle with code": lambda folder, _: (folder / "pytorch_model.bin").write_bytes(
+        pickle.dumps({"a": Hostile()}, 2)
+    ),
+    "garbage": lambda folder, _: (folder / "pytorch_model.bin").write_bytes(b"no weights" * 99),
+    "empty": lambda folder, _: (folder / "pytorch_model.bin").write_bytes(b""),
+    "cut": lambda folder, whole: (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2]),
+    "garbage safetensors": lambda folder, whole: (folder / "model.safetensors").write_bytes(b"x" * len(whole)),
+}
+
+
+@pytest.mark.parametrize("damage", WEIGHTS)
+def test_damaged_or_hostile_weights_are_one_line_without_advice_to_trust_them(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "text_encoder"
+    save_clip(folder, 16)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    WEIGHTS[damage](folder, whole)
+    with pytest.raises(ConfigError, match=r"text_encoder\.path: .*(weights are refused|cannot be loaded)") as caught:
+        load_text_model(str(folder), None, None, "text_encoder.path")
+    with pytest.raises(ValueError, match=str(folder)):  # what scorers and captioners turn into one line
+        load_pretrained(CLIPTextModelWithProjection, str(folder))
+    assert "weights_only" not in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert "code ran" not in capsys.readouterr().out

@@ -12,7 +12,7 @@ import torch
 
 from stdit.curation.clips import ClipView
 from stdit.curation.vision import fingerprint, image_text_model
-from stdit.files import open_regular
+from stdit.weights.state_dict import read_file
 
 VERSION = 1
 
@@ -39,14 +39,15 @@ class Aesthetic:
 
 
 def read_head(path: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weight (1, D), bias (1,)) of a linear head. ValueError: layers that don't follow one another, or more than one output."""
-    open_regular(path).close()
-    if Path(path).suffix == ".safetensors":
-        from safetensors.torch import load_file
+    """(weight (1, D), bias (1,)) of a linear head.
 
-        tensors = load_file(path)
-    else:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    ValueError: a damaged file, other content than tensors, layers that don't follow one another, or more than one output.
+    """
+    tensors = read_file(Path(path))
+    if not isinstance(tensors, dict) or not all(
+        isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in tensors.items()
+    ):
+        raise ValueError(f"head {path}: expected tensors by name")
     names = sorted(
         (n for n in tensors if n.endswith("weight")), key=lambda n: [int(p) if p.isdigit() else p for p in n.split(".")]
     )
@@ -55,7 +56,11 @@ def read_head(path: str) -> tuple[torch.Tensor, torch.Tensor]:
     weight, bias = None, None
     for name in names:
         w = tensors[name].float()
+        if w.ndim != 2:
+            raise ValueError(f"head {path}: {name} has shape {tuple(w.shape)}, expected (outputs, features)")
         b = tensors.get(f"{name.removesuffix('weight')}bias", torch.zeros(len(w))).float()
+        if b.shape != w.shape[:1]:
+            raise ValueError(f"head {path}: {name} has {len(w)} outputs, its bias shape {tuple(b.shape)}")
         if weight is not None and w.shape[1] != len(weight):
             raise ValueError(f"head {path}: {name} takes {w.shape[1]} features, the layer before gives {len(weight)}")
         weight, bias = (w, b) if weight is None or bias is None else (w @ weight, w @ bias + b)
