@@ -29,6 +29,7 @@ import torch
 
 from stdit.config import Bucket, LoRASource, SamplerConfig
 from stdit.config.identity import FrameSampling
+from stdit.config.load import shorten
 from stdit.data.clip_frames import sampled_count, sampled_indices
 from stdit.data.decoding import open_clip
 from stdit.data.transforms import resize_crop
@@ -37,7 +38,7 @@ from stdit.files import atomic_path, atomic_write, exit_code, printable
 from stdit.inference.job import MANIFEST, MOVING, SHEET, Job, job_from_config, open_job
 from stdit.inference.parallel import launched_ranks
 from stdit.inference.pipeline import STDiTPipeline, STDiTPipelineOutput
-from stdit.inference.prompts import Item, Prompt, arguments, check_text, label_id, read_prompts, settings
+from stdit.inference.prompts import CONTROL, Item, Prompt, arguments, check_text, label_id, read_prompts, settings
 from stdit.media import Cell, contact_sheet, moving_sheet, write_clip, write_gif, write_png
 from stdit.training import checkpoint
 from stdit.training.distributed import Ranks, sequence_group
@@ -145,7 +146,10 @@ def _check_item(pipe: STDiTPipeline, item: Item) -> None:
         label_id(item.prompt.class_label, pipe.classes, model.num_classes)
     elif model.num_classes and not model.text_dim:
         raise ValueError("this run is class-conditional; the prompt has no class (use JSONL with the key class)")
-    if pipe.control is not None and not isinstance(item.prompt.extra.get("control"), str):
+    control = item.prompt.extra.get(CONTROL)
+    if pipe.control is None and control is not None:
+        raise ValueError(f"this run has no control branch; the prompt has {CONTROL} {shorten(repr(control))}")
+    if pipe.control is not None and not isinstance(control, str):
         raise ValueError(
             "this run has a control branch; the prompt has no condition (use JSONL with the key control, a path)"
         )
@@ -187,7 +191,7 @@ def _control(pipe: STDiTPipeline, some: Sequence[Item]) -> dict[str, Any]:
         return {}
     shape, clips = some[0].shape, []
     for item in some:
-        clips.append(_read_clip(item.prompt.extra["control"], shape, pipe.frame_sampling))
+        clips.append(_read_clip(item.prompt.extra[CONTROL], shape, pipe.frame_sampling))
     if all(len(clip) == 1 for clip in clips):
         return {"control_image": np.concatenate(clips)}
     return {"control_video": [clip.repeat(shape.frames // len(clip), 0) for clip in clips]}

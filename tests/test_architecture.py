@@ -34,7 +34,6 @@ LEVELS = {
     "stdit.data": 1,
     "stdit.evaluation.metrics": 1,
     "stdit.evaluation.tables": 0,
-    "stdit.inference.prompts": 1,
     "stdit.weights": 2,
     "stdit.training": 3,
     "stdit.curation": 3,

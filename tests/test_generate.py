@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -603,6 +604,14 @@ def test_overwriting_in_a_place_that_cannot_be_written_removes_nothing(
         ("p.jsonl", b'{"prompt": "a", "video": "b.mp4"}', r"key 'video' .* did you mean conditioning_video"),
         ("p.jsonl", b'{"prompt": "a", "Frames": 4}', r"key 'Frames' .* did you mean frames"),
         ("p.jsonl", b'{"prompt": "a", "negative_prompt": "b"}', r"'negative_prompt' .* a setting of the whole job"),
+        ("p.jsonl", b'{"prompt": "a", "Steps": 4}', r"key 'Steps' .* a setting of the whole job"),
+        ("p.jsonl", b'{"prompt": "a", "guidance": 4}', r"key 'guidance' .* a setting of the whole job"),
+        (
+            "p.jsonl",
+            b'{"prompt": "a", "videos-per-prompt": 4}',
+            r"key 'videos-per-prompt' .* a setting of the whole job",
+        ),
+        ("p.jsonl", b'{"prompt": "a", "Control": "b.png"}', r"key 'Control' .* did you mean control"),
         ("p.jsonl", b'{"prompt": "a", "fps": -1}', r"p.jsonl:1: fps: expected a number above 0"),
         ("p.jsonl", b'{"prompt": "a", "image": "none.png"}', r"p.jsonl:1: image: none.png: no such file"),
         ("p.jsonl", b'{"prompt": "a", "conditioning_frames": [0]}', r"conditioning_frames needs conditioning_video"),
@@ -616,3 +625,20 @@ def test_bad_prompt_files_are_named_with_their_line(name: str, content: bytes, m
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_prompts(tmp_path / name)
+
+
+def test_no_setting_of_the_job_or_argument_of_the_pipeline_is_copied_in_silence(tmp_path: Path) -> None:
+    own = {"prompt", "class", "seed", "name", "control", "frames", "height", "width", "fps", "image"}
+    own |= {"conditioning_video", "conditioning_frames"}
+    names = {*GenerateConfig.model_fields, *inspect.signature(STDiTPipeline.__call__).parameters} - own - {"self"}
+    assert {"guidance_channels", "control_image", "control_scale", "conditioning_latents", "steps"} < names
+    for name in names:
+        for key in (name, name.title()):
+            (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", key: 1}))
+            with pytest.raises(ValueError, match=f"key '{key}' is none that a prompt has"):
+                read_prompts(tmp_path / "p.jsonl")
+
+
+def test_control_of_a_run_without_a_control_branch_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+    [row] = make(runs["text"], tmp_path / "out", [Prompt("a", extra={"control": "edge.png"})])
+    assert (row["file"], row["error"]) == (None, "this run has no control branch; the prompt has control 'edge.png'")

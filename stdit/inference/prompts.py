@@ -1,17 +1,19 @@
-"""Prompt files, names of output files, and the command line of generation. No torch.
+"""Prompt files, names of output files, and the command line of generation. Imports torch only to judge a prompt's other keys.
 
 A prompt file is text (one prompt per line) or JSONL (one object per line): `prompt`, and optionally `class`, `seed`,
 `name`, sizes of its own (`frames`, `height`, `width`, `fps`) and what the video begins with or contains (`image`; or
-`conditioning_video` with `conditioning_frames`). Other keys are copied to the manifest.
+`conditioning_video` with `conditioning_frames`; `control`). Other keys are copied to the manifest, but for names of settings.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -30,11 +32,12 @@ MAX_BYTES = 1 << 30
 # Videos of one job: a list of them is made.
 MAX_VIDEOS = 1_000_000
 LIMITS = {"frames": 1_000_000, "height": 65_536, "width": 65_536}  # a bucket's
-# Arguments of the pipeline or of `stdit generate` that a prompt has under another name, or not of its own.
-OTHER_KEYS = {
-    "video": "conditioning_video", "given_frames": "conditioning_frames", "num_frames": "frames", "negative_prompt": None,
-    "guidance_scale": None, "steps": None, "num_inference_steps": None, "num_videos_per_prompt": None, "scheduler": None,
-    "class_label": "class", "class_labels": "class", "generator": "seed",
+# Path of the control input, for runs with a control branch; otherwise among the prompt's other keys.
+CONTROL = "control"
+# Other names of a prompt's keys.
+SYNONYMS = {
+    "video": "conditioning_video", "given_frames": "conditioning_frames", "num_frames": "frames", "class_label": "class",
+    "class_labels": "class", "generator": "seed", "control_image": CONTROL, "control_video": CONTROL,
 }  # fmt: skip
 # Keys of manifest rows that generation writes.
 RESERVED = ("index", "file", "error", "protocol")
@@ -152,11 +155,14 @@ def _parsed(row: dict[str, Any] | str, where: str) -> Prompt:
         raise ValueError(f"{where}: has neither prompt nor class; keys found: {', '.join(map(str, row)) or 'none'}")
     if taken := [key for key in row if key in RESERVED]:
         raise ValueError(f"{where}: key {taken[0]!r} is written by generation; give it another name")
+    own_keys = (*KEYS, *OWN_KEYS, CONTROL)
     for key in row:
-        meant = OTHER_KEYS.get(key, key.lower())
-        if key in OTHER_KEYS or (key != meant and meant in KEYS + OWN_KEYS):
-            instead = f"; did you mean {meant}?" if meant else "; it is a setting of the whole job"
-            raise ValueError(f"{where}: key {key!r} is none that a prompt has{instead}")
+        name = key.lower().replace("-", "_")
+        meant = SYNONYMS.get(name, name)
+        if key not in own_keys and (meant in own_keys or name in _settings_and_arguments()):
+            other = "it is a setting of the whole job or an argument of the pipeline"
+            instead = f"did you mean {meant}?" if meant in own_keys else other
+            raise ValueError(f"{where}: key {key!r} is none that a prompt has; {instead}")
     numbers = row.get("conditioning_frames")
     if numbers is not None and not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
         raise ValueError(f"{where}: conditioning_frames: expected a list of whole numbers, found {numbers!r}")
@@ -167,6 +173,15 @@ def _parsed(row: dict[str, Any] | str, where: str) -> Prompt:
     prompt = Prompt(row.get("prompt") or "", row.get("class"), row.get("seed") or 0, row.get("name"), extra, **own)
     prompt.check(where)
     return prompt
+
+
+@cache
+def _settings_and_arguments() -> frozenset[str]:
+    """Names of the job's settings and the pipeline's arguments, which would do nothing in a prompt."""
+    from stdit.inference.pipeline import STDiTPipeline  # imports torch
+
+    pipeline = inspect.signature(STDiTPipeline.__call__).parameters.keys() - {"self"}
+    return frozenset(pipeline | GenerateConfig.model_fields.keys() | {"guidance"})  # the flag of guidance_scale
 
 
 def slug(text: str) -> str:

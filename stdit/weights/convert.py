@@ -347,13 +347,12 @@ def _converted_files(folder: Path) -> set[str]:
     """Files of a complete earlier conversion in `folder`; empty if there is none."""
     file, index = DIFFUSERS_FILES[:2]
     files = {p.name for p in folder.iterdir() if p.is_file() and not p.is_symlink()}
-    classes = {layout.diffusers_class for layout in LAYOUTS if layout.diffusers_class}
+    classes = {STDiT.__name__, STDiTControl.__name__, *(layout.diffusers_class for layout in LAYOUTS)} - {None}
     try:
         kind = read_config(folder / "config.json").get("_class_name") if "config.json" in files else None
-        if kind in classes:
-            read_manifest(folder, identity=False)  # others publish such folders too, without our manifest
-        elif kind not in (STDiT.__name__, STDiTControl.__name__):
+        if kind not in classes:
             return set()
+        read_manifest(folder, identity=False)  # others save such folders too, without our manifest
         if index not in files:
             return {"config.json", file, MANIFEST} if file in files else set()
         shards = set((read_config(folder / index).get("weight_map") or {}).values())

@@ -227,6 +227,29 @@ def test_diffusers_tensors_alone_need_only_the_grid(tmp_path: Path, kind: str) -
     assert_same(dict(alone.state_dict()), dict(whole.state_dict()))
 
 
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        ("diffusers-dit", {"mlp_norm_eps": 1e-5, "gelu": "tanh"}),
+        ("diffusers-pixart", {"norm_eps": 1e-6, "position_interpolation": 0.5}),
+        ("diffusers-latte", {"norm_eps": 1e-6, "position_frames": 16}),
+    ],
+)
+def test_what_diffusers_tensors_alone_leave_open_is_noted_until_it_is_set(
+    tmp_path: Path, kind: str, keys: dict[str, Any]
+) -> None:
+    HUB[kind]().save_pretrained(tmp_path / "folder")
+    file = tmp_path / "folder" / "diffusion_pytorch_model.safetensors"
+    assert "is assumed" not in str(convert(tmp_path / "folder", tmp_path / "ours"))
+    (tmp_path / "folder" / "config.json").unlink()
+    overrides = {"num_heads": 4, "position_base": 16}  # that of PixArt-α 256 and of PixArt-Σ 256, whose scale is 0.5
+    said = str(convert(file, tmp_path / "ours", overrides=overrides))
+    assert all(f"{key} " in said and f"change it with --set {key}=" in said for key in keys)
+    done = convert(file, tmp_path / "ours", overrides=overrides | keys)
+    assert "is assumed" not in str(done)
+    assert all(getattr(done.settings, key) == value for key, value in keys.items())
+
+
 OLDER = {
     # As facebook/DiT-XL-2-256, PixArt-alpha/PixArt-XL-2-512x512 and maxin-cn/Latte-1 have it.
     "diffusers-dit": ({"_class_name": "Transformer2DModel", "cross_attention_dim": None}, ("norm_eps",)),

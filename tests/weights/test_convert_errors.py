@@ -519,6 +519,7 @@ def test_nothing_is_written_when_the_source_is_refused(tmp_path: Path) -> None:
 UNRELATED: list[dict[str, str]] = [
     {"config.json": '{"other": 1}'},
     {"config.json": '{"_class_name": "STDiT"}'},
+    {"config.json": '{"_class_name": "STDiT"}', "diffusion_pytorch_model.safetensors": "x"},
     {"config.json": '{"_class_name": "UNet"}', "diffusion_pytorch_model.safetensors": "x"},
     {"config.json": "{", "diffusion_pytorch_model.safetensors": "x"},
     {"diffusion_pytorch_model.safetensors": "x"},
@@ -549,6 +550,8 @@ def test_a_folder_is_replaced_only_if_a_conversion_wrote_it(tmp_path: Path, file
 
 def test_a_conversion_in_pieces_is_replaced_and_a_foreign_file_is_not(tmp_path: Path) -> None:
     source, out = saved(published_weights.dit_weights(), tmp_path), tmp_path / "out"
+    convert(source, out, overrides=HEADS)
+    (out / "diffusion_pytorch_model.safetensors").unlink()
     load_published(source, HEADS).save_pretrained(out, max_shard_size="50KB")
     assert len(list(out.iterdir())) > 3
     convert(source, out, overrides=HEADS)

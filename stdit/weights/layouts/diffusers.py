@@ -128,7 +128,10 @@ def _transformer_config(c: ModelConfig) -> dict[str, Any]:
 def _infer_dit(source: SourceWeights) -> dict[str, Any]:
     v = DiffusersConfig(source, DiTTransformer2DModel, "DiTTransformer2DModel")
     v.require(norm_type="ada_norm_zero", **ONLY)
-    found = v.sizes() | {"gelu": v.one_of("activation_fn", GELUS), "mlp_norm_eps": v.number("norm_eps")}
+    found = v.sizes() | {
+        "gelu": v.assumed("gelu", v.one_of("activation_fn", GELUS)),
+        "mlp_norm_eps": v.assumed("mlp_norm_eps", v.number("norm_eps")),
+    }
     if not isinstance(v["num_embeds_ada_norm"], int):
         v.errors.append(f"num_embeds_ada_norm: {v['num_embeds_ada_norm']!r}; expected the number of classes")
     v.check()
@@ -193,7 +196,7 @@ def _captioned(v: DiffusersConfig, width: int, fixed: Mapping[str, Any]) -> dict
         v.errors.append(
             f"caption_channels: {v['caption_channels']!r}; expected the width of text features, which are projected"
         )
-    return {"text_dim": v["caption_channels"], "norm_eps": v.number("norm_eps")}
+    return {"text_dim": v["caption_channels"], "norm_eps": v.assumed("norm_eps", v.number("norm_eps"))}
 
 
 def _infer_null_caption(source: SourceWeights, default: str) -> dict[str, Any]:
@@ -234,7 +237,8 @@ def _infer_pixart(source: SourceWeights) -> dict[str, Any]:
     v = DiffusersConfig(source, PixArtTransformer2DModel, "PixArtTransformer2DModel")
     found = v.sizes()
     found |= _captioned(v, found["hidden_size"], {"norm_type": "ada_norm_single", "attention_type": "default"})
-    scale, additional = v.number("interpolation_scale", max(v["sample_size"] // 64, 1)), v["use_additional_conditions"]
+    scale = v.assumed("position_interpolation", v.number("interpolation_scale", max(v["sample_size"] // 64, 1)))
+    additional = v["use_additional_conditions"]
     if additional not in (None, True, False):
         v.errors.append(f"use_additional_conditions: {additional!r}; expected True, False or None")
     v.check()
@@ -291,7 +295,7 @@ def _infer_latte(source: SourceWeights) -> dict[str, Any]:
         | {
             "depth": 2 * v["num_layers"],
             "position_interpolation": float(max(v["sample_size"] // 64, 1)),
-            "position_frames": v["video_length"],
+            "position_frames": v.assumed("position_frames", v["video_length"]),
         }
     )
 

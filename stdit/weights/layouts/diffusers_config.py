@@ -27,9 +27,10 @@ class DiffusersConfig:
     """A config.json with the defaults of its class; collects unsupported values in `errors`."""
 
     def __init__(self, source: SourceWeights, model: type[Any], title: str) -> None:
-        self.where, self.title = source.where, title
+        self.where, self.title, self.source = source.where, title, source
         names = {model.__name__, *FORMER_NAMES}
-        config = source.config if "_class_name" in source.config else infer_config(source, model.__name__)
+        self.inferred = "_class_name" not in source.config
+        config = infer_config(source, model.__name__) if self.inferred else source.config
         if config["_class_name"] not in names:
             raise ValueError(
                 f"{source.where}: the tensors are those of {model.__name__}; config.json says {config['_class_name']}"
@@ -86,6 +87,10 @@ class DiffusersConfig:
             self.errors.append(f"{key}: {value!r}; expected a positive number")
             return 1.0
         return float(value)
+
+    def assumed(self, key: str, value: Any) -> Any:
+        """The value of our `key`, with a note where no config.json determines it."""
+        return self.source.assume(key, value) if self.inferred else value
 
     def check(self) -> None:
         """ValueError listing all collected errors."""
