@@ -17,8 +17,9 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Self
+from typing import IO, Any, Self
 
 
 def fsync_folder(path: Path) -> None:
@@ -128,10 +129,16 @@ class WorkFailed(ValueError):
     """Work that was done, and whose result cannot be used. Other ValueErrors are input that cannot."""
 
 
+class NotRegularError(OSError):
+    """A folder, pipe or device where a file is expected."""
+
+
 def exit_code(error: Exception) -> int:
     """Of a command that ends by `error`: 2, input that cannot be used; 1, work that failed (a full disk, a lost store)."""
     unusable = isinstance(error, ValueError) and not isinstance(error, WorkFailed)
-    return 2 if unusable or isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError) else 1
+    no_file = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError | NotRegularError)
+    too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+    return 2 if unusable or no_file or too_long else 1
 
 
 def check_writable(folder: Path) -> None:
@@ -170,10 +177,10 @@ def describe_failed_write(error: Exception, folder: Path) -> str:
     return f"{text}; {free}" if isinstance(error, OSError) or "writ" in text.lower() else text
 
 
-def open_regular(path: Path | str) -> BinaryIO:
-    """Opens a regular file for reading. OSError: it isn't one; a FIFO or a device could block or never end."""
+def open_regular(path: Path | str) -> BufferedReader:
+    """Opens a regular file for reading. NotRegularError: a FIFO or a device could block or never end; OSError."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+        raise NotRegularError(errno.EINVAL, "not a regular file", str(path))
     return Path(path).open("rb")
 
 
@@ -270,8 +277,8 @@ def flock(file: IO[Any], kind: int) -> bool:
 
 
 def sha256(path: Path | str) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with Path(path).open("rb") as file:
+    """Hex SHA-256 of a regular file's bytes. OSError: the file cannot be read."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -288,13 +295,13 @@ _BLOCKS = 64
 
 
 def fingerprint_file(path: Path | str) -> str:
-    """Hex SHA-256 of a file's size and content: all of it up to 1 MiB, beyond that 64 blocks of 16 KiB spread evenly.
+    """Hex SHA-256 of a regular file's size and content: all of it up to 1 MiB, beyond that 64 blocks of 16 KiB spread evenly.
 
     For telling whether weights or media are the same ones, in milliseconds; first and last block are among those read.
     OSError: the file cannot be read.
     """
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         digest.update(size.to_bytes(8, "little"))
         if size <= _BLOCK_BYTES * _BLOCKS:

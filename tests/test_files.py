@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from stdit.files import (
     MAX_WORD,
     FolderLock,
+    NotRegularError,
     WorkFailed,
     atomic_folder,
     atomic_path,
@@ -23,7 +24,9 @@ from stdit.files import (
     check_writable,
     describe_failed_write,
     exit_code,
+    fingerprint_file,
     fingerprint_files,
+    open_regular,
     printable,
     read_json,
     read_jsonl,
@@ -255,8 +258,28 @@ def test_a_place_that_cannot_be_written_is_named_before_anything_is(tmp_path: Pa
         check_writable(Path("/proc/stdit"))
 
 
-def test_exit_codes_tell_unusable_input_from_failed_work() -> None:
-    for error in (ValueError("a"), FileNotFoundError(2, "none"), NotADirectoryError(20, "file")):
+@pytest.mark.timeout(20)
+def test_only_regular_files_are_hashed(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        for digest in (sha256, fingerprint_file):
+            with pytest.raises(NotRegularError, match=rf"not a regular file: '{tmp_path / name}'"):
+                digest(tmp_path / name)
+
+
+def test_exit_codes_tell_unusable_input_from_failed_work(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as too_long:
+        os.stat(tmp_path / ("a" * 300))
+    with pytest.raises(NotRegularError) as a_folder:
+        open_regular(tmp_path)
+    for error in (
+        ValueError("a"),
+        FileNotFoundError(2, "none"),
+        NotADirectoryError(20, "file"),
+        too_long.value,
+        a_folder.value,
+    ):
         assert exit_code(error) == 2
     for error in (
         WorkFailed("too many bad clips"),

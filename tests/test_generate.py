@@ -558,6 +558,24 @@ def test_a_file_of_prompts_that_never_ends_is_refused_at_once(tmp_path: Path) ->
                 read_prompts(tmp_path / name)
 
 
+def test_an_image_of_a_name_that_no_file_has_is_an_error_of_its_prompt() -> None:
+    with pytest.raises(ValueError, match=r"p.jsonl:1: image: x{300}: no such file"):
+        Prompt("a", image="x" * 300).check("p.jsonl:1")
+
+
+def test_threads_are_at_least_one_and_bounded(tmp_path: Path) -> None:
+    for threads in (0, 10**6):
+        with pytest.raises(ValueError, match=f"threads: expected 1 to 1024, found {threads}"):
+            generation.open_job(tmp_path / "run", PROMPTS, tmp_path / "out", threads=threads)
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_among_a_pipelines_weights_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"x.safetensors: not a regular file"):
+        job._fingerprint(tmp_path)
+
+
 def test_a_job_of_more_videos_than_a_list_holds_is_refused() -> None:
     message = r"2 prompts with videos_per_prompt 600,000 are 1,200,000 videos; a job has at most 1,000,000"
     with pytest.raises(ValueError, match=message):

@@ -42,7 +42,8 @@ class Frozen(BaseModel):
                 raise ValueError(f"{key}expected a finite number, found {number:g}")
             limit = MAX_FLOAT if isinstance(number, float) else MAX_INT
             if isinstance(number, int | float) and abs(number) > limit:
-                raise ValueError(f"{key}{number:g} is beyond ±{limit:g}")
+                found = f"{number:g}" if isinstance(number, float) or abs(number) < 1e300 else "the number"
+                raise ValueError(f"{key}{found} is beyond ±{limit:g}")
         return value
 
 

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -33,7 +33,14 @@ MAX_DIGITS = 64
 # Of what is wrong with a file, so many lines are shown.
 MAX_LINES = 20
 
-_CORE_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")}
+_TAG = "tag:yaml.org,2002:"
+# What stands behind the tag of each kind.
+_NODES: dict[str, type[yaml.Node]] = {
+    **dict.fromkeys(("null", "bool", "int", "float", "str"), yaml.ScalarNode),
+    "seq": yaml.SequenceNode,
+    "map": yaml.MappingNode,
+}
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class _Loader(yaml.SafeLoader):
@@ -43,6 +50,8 @@ class _Loader(yaml.SafeLoader):
     """
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own declaration)
+    # How scalars of a kind are spelt, with its tag before them or without.
+    patterns: ClassVar[dict[str, list[re.Pattern[str]]]] = {}
     depth = 0
 
     def error(self, node: yaml.Node | yaml.Event, message: str) -> ConfigError:
@@ -57,18 +66,32 @@ class _Loader(yaml.SafeLoader):
             raise self.error(event, f"nested more than {MAX_DEPTH} deep")
         node = super().compose_node(parent, index)
         self.depth -= 1
-        if node is not None and node.tag not in _CORE_TAGS:
-            raise self.error(
-                node,
-                f"tag {node.tag.replace('tag:yaml.org,2002:', '!!')} is not one of null, bool, int, float, str, list, map",
-            )
+        if node is not None:
+            self.check_kind(node)
         return node
+
+    def check_kind(self, node: yaml.Node) -> None:
+        """ConfigError: a tag that is not of the core schema, or not of what stands behind it; half a character."""
+        kind = node.tag.removeprefix(_TAG)
+        if kind not in _NODES or kind == node.tag:
+            tag = shorten(node.tag.replace(_TAG, "!!"))
+            raise self.error(node, f"tag {tag} is not one of !!{', !!'.join(_NODES)}")
+        if not isinstance(node, _NODES[kind]):
+            raise self.error(node, f"tag !!{kind} stands before a {type(node).__name__.removesuffix('Node').lower()}")
+        if isinstance(node, yaml.ScalarNode):
+            text = str(node.value)
+            if kind in self.patterns and not any(pattern.fullmatch(text) for pattern in self.patterns[kind]):
+                raise self.error(node, f"{shorten(text)!r} is no {kind}")
+            if found := _SURROGATE.search(text):
+                raise self.error(
+                    node, f"\\u{ord(found[0]):x} is half of a surrogate pair, no character; write it as \\UXXXXXXXX"
+                )
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            if key is None or key_node.tag != "tag:yaml.org,2002:str":
+            if key is None or key_node.tag != f"{_TAG}str":
                 raise self.error(key_node, f"a key must be a string, found {shorten(str(key_node.value))}")
             if key in seen:
                 raise self.error(key_node, f"key {shorten(key)!r} is given twice")
@@ -85,19 +108,22 @@ class _Loader(yaml.SafeLoader):
             raise self.error(node, f"{text!r} is not a number ({kind})") from None
 
 
-def _resolve(kind: str, pattern: str, first: str) -> None:
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"^(?:{pattern})$"), list(first))
+def _resolve(kind: str, pattern: str, first: Sequence[str]) -> None:
+    """first: what a scalar of this kind begins with."""
+    spelt = re.compile(f"^(?:{pattern})$", re.ASCII)
+    _Loader.add_implicit_resolver(f"{_TAG}{kind}", spelt, list(first))
+    _Loader.patterns.setdefault(kind, []).append(spelt)
 
 
-_resolve("null", r"~|null|Null|NULL|", "~nN")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^$"), [""])  # pyright: ignore[reportArgumentType]
+_resolve("null", r"~|null|Null|NULL|", ["~", "n", "N", ""])
 _resolve("bool", r"true|True|TRUE|false|False|FALSE", "tTfF")
 _resolve("int", r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789")
 _resolve("float", r"[-+]?(?:\d[\d_]*)?\.\d[\d_]*(?:[eE][-+]?\d+)?", "-+.0123456789")
 _resolve("float", r"[-+]?\d[\d_]*(?:\.(?:[eE][-+]?\d+)?|[eE][-+]?\d+)", "-+0123456789")
 _resolve("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+.")
+_Loader.patterns["float"] += _Loader.patterns["int"]  # !!float 1
 for _kind in ("int", "float"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
+    _Loader.add_constructor(f"{_TAG}{_kind}", _Loader.construct_number)
 
 
 def shorten(text: str, limit: int = 80) -> str:
@@ -116,13 +142,16 @@ def read_yaml(path: Path | str) -> Any:
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """The YAML document `text`; `name` stands in messages for its file."""
+    """The YAML document `text`; `name` stands in messages for its file. ConfigError: not valid YAML."""
     loader = None
     try:
         loader = _Loader(text)
         loader.name = name
         return loader.get_single_data()
-    except yaml.YAMLError as error:
+    except ConfigError:
+        raise
+    # Of escapes beyond Unicode, and of numbers in directives, PyYAML passes on Python's own errors.
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise ConfigError(f"{name}: not valid YAML ({shorten(str(error), 300)})") from error
     finally:
         if loader is not None:
@@ -160,6 +189,8 @@ def apply_override(data: dict[str, Any], text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"--set {text}: expected key=value, such as train.steps=100")
+    if _SURROGATE.search(key):  # bytes of the command line that are not UTF-8
+        raise ConfigError(f"--set {shorten(text)}: the key is not UTF-8")
     if len(parts := key.split(".")) > MAX_DEPTH:
         raise ConfigError(f"--set {shorten(text)}: nested more than {MAX_DEPTH} deep")
     change: Any = parse_yaml(value, f"--set {text}")

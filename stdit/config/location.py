@@ -86,16 +86,30 @@ class Url(str):
         )
 
 
+# Of Linux and its file systems, in bytes.
+MAX_NAME, MAX_PATH = 255, 4095
+
+
+def _path(text: str) -> Path:
+    """ValueError: longer than any file's name or path is; merely to look for it would be an OSError."""
+    content = text.encode(errors="surrogatepass")
+    if len(content) > MAX_PATH:
+        raise ValueError(f"a path of {len(content):,} bytes; at most {MAX_PATH:,}")
+    if (longest := max(map(len, content.split(b"/")))) > MAX_NAME:
+        raise ValueError(f"a path with a name of {longest} bytes in it; at most {MAX_NAME}")
+    return Path(text)
+
+
 def parse_location(text: str) -> Path | Url:
-    """A path, or a URL where there is a `://`. ValueError: as Url.parse; a file:// URL of another machine."""
+    """A path, or a URL where there is a `://`. ValueError: as Url.parse; a file:// URL of another machine; a path too long."""
     if "://" not in text:
-        return Path(text)
+        return _path(text)
     scheme, _, rest = text.partition("://")
     if scheme.lower() != "file":
         return Url.parse(text)
     if not rest.startswith("/"):
         raise ValueError(f"{text!r}: expected file:///PATH")
-    return Path(unquote(rest))
+    return _path(unquote(rest))
 
 
 def hide_credentials(text: str) -> str:
@@ -125,7 +139,7 @@ def _check_text(value: Any) -> None:
 
 def _local(value: Any, handler: Any) -> Any:
     _check_text(value)
-    if isinstance(value, str) and "://" in value:
+    if isinstance(value, str):
         found = parse_location(value)
         if isinstance(found, Url):
             raise ValueError(

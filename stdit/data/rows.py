@@ -28,6 +28,8 @@ NUMBERS = ("fps", "frames", "height", "width", "start_frame", "end_frame")
 
 # A manifest beyond these is a mistake: whole, it has to fit into memory.
 MAX_BYTES, MAX_ROWS, MAX_COLUMNS = 2 << 30, 10_000_000, 1000
+# Of a Parquet file, so much is read at a time, and turned into Python's objects.
+PARQUET_ROWS, PARQUET_BYTES = 500, 256 << 20
 
 
 class ManifestError(ValueError):
@@ -106,7 +108,7 @@ def _number(text: str) -> int | float | None:
 def parquet_rows(path: Path) -> Iterator[Row]:
     import pyarrow.parquet as parquet
 
-    number = 0
+    number = text = 0
     try:
         with parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
@@ -114,9 +116,14 @@ def parquet_rows(path: Path) -> Iterator[Row]:
                 raise ManifestError(f"{path}: no column 'path'; columns: {', '.join(columns[:MAX_COLUMNS])}")
             if len(columns) > MAX_COLUMNS or file.metadata.num_rows > MAX_ROWS:
                 raise ManifestError(f"{path}: {_too_large(file.metadata.num_rows, len(columns))}")
-            for batch in file.iter_batches(batch_size=10_000):
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
                 for row in _python_values(batch):
                     number += 1
+                    text += sum(len(value) for value in row.values() if isinstance(value, str | bytes))
+                    if text > MAX_BYTES:
+                        raise ManifestError(
+                            f"{path}: more than the {MAX_BYTES:,} bytes of text allowed, by row {number:,}"
+                        )
                     yield number, {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
     except ManifestError:
         raise
@@ -125,8 +132,15 @@ def parquet_rows(path: Path) -> Iterator[Row]:
         raise ManifestError(f"{path}: not a readable Parquet file ({error})") from error
 
 
-def _python_values(batch: Any) -> list[dict[str, Any]]:
-    """Rows of a record batch. Dates beyond Python's years come as text."""
+def _python_values(batch: Any) -> Iterator[dict[str, Any]]:
+    """Rows of a record batch. Few at a time: a text that is stored once for all of them has a copy in each."""
+    step = min(max(PARQUET_BYTES // max(batch.nbytes, 1), 1), PARQUET_ROWS)
+    for start in range(0, batch.num_rows, step):
+        yield from _to_python(batch.slice(start, step))
+
+
+def _to_python(batch: Any) -> list[dict[str, Any]]:
+    """Dates beyond Python's years come as text."""
     import pyarrow as pa
 
     try:

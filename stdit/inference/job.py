@@ -29,11 +29,12 @@ from stdit.config import (
     token_grid,
     validate,
 )
+from stdit.config.base import MAX_THREADS
 from stdit.config.diff import changes
 from stdit.config.identity import FrameSampling
 from stdit.diffusion.guidance import check_channels
 from stdit.diffusion.schedulers import check_sampler, compatible_scheduler
-from stdit.files import atomic_write, check_writable, fingerprint_files, seal
+from stdit.files import atomic_write, check_regular, check_writable, fingerprint_files, seal
 from stdit.inference.components import read_index
 from stdit.inference.inputs import DEFAULT_FPS
 from stdit.inference.prompts import Item, Prompt, items, read_prompts
@@ -177,6 +178,7 @@ def _with_base(source: Source, base: Path | None) -> Source:
 
 def _fingerprint(folder: Path) -> str:
     """Hex SHA-256 of a diffusers folder's config and weights."""
+    check_regular(folder)
     files = sorted(p for p in folder.glob("*") if p.suffix in (".json", ".safetensors"))
     if not files:
         raise ConfigError(f"{folder}: holds no weights")
@@ -202,12 +204,14 @@ def open_job(
     """Validates the job, claims `out` for it and writes request.json there. Loads no weights.
 
     shape: None: the run's largest video bucket (or image bucket, if it has no other). sampler: None: the run's own. fps:
-    None: of most videos that the run was trained on (8 if not known). base:
-    path of the base model of adapters or a control branch, if it was moved. ValueError: no prompts; a sampler of another
-    objective; sizes that don't divide; a folder with the videos of another job (overwrite: they are removed).
+    None: of most videos that the run was trained on (8 if not known). base: path of the base model of adapters or a control
+    branch, if it was moved. ValueError: no prompts; threads that are not 1 to MAX_THREADS; a sampler of another objective;
+    sizes that don't divide; a folder with the videos of another job (overwrite: they are removed).
     """
     if not prompts:
         raise ValueError("no prompts: the list is empty")
+    if not 1 <= threads <= MAX_THREADS:
+        raise ValueError(f"threads: expected 1 to {MAX_THREADS}, found {threads}")
     source = _with_base(find_source(Path(run), weights), None if base is None else Path(base))
     sampler, shape = sampler or source.default, shape or source.largest
     fps = float(fps or source.fps or DEFAULT_FPS)

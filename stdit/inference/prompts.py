@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -90,9 +91,10 @@ class Prompt:
             raise ValueError(f"{where}: conditioning_frames needs conditioning_video")
         for key in ("image", "conditioning_video"):
             path = getattr(self, key)
-            if path is not None and not Path(path).is_file():
+            # os.path: a name longer than file systems allow is no file, and no OSError
+            if path is not None and not os.path.isfile(path):
                 raise ValueError(
-                    f"{where}: {key}: {path}: {'is not a file' if Path(path).exists() else 'no such file'}"
+                    f"{where}: {key}: {path}: {'is not a file' if os.path.exists(path) else 'no such file'}"
                 )
 
 

@@ -63,11 +63,14 @@ def make_base(folder: Path) -> Base:
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """SHA-256 over config and weights in `folder`. ConfigError: there are no weights."""
+    """SHA-256 over config and weights in `folder`. ConfigError: there are no weights, or what cannot be read."""
     files = sorted(p for p in folder.glob("*") if p.suffix == ".safetensors" or p.name == "config.json")
     if not any(p.suffix == ".safetensors" for p in files):
         raise ConfigError(f"{folder}: holds no weights (*.safetensors)")
-    return fingerprint_files(files, sha256)
+    try:
+        return fingerprint_files(files, sha256)
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
 
 def check_base(base: Base, found: Path | None = None) -> Path:

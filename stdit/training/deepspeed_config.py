@@ -7,7 +7,6 @@ already determines; all of that is checked here, before a run starts.
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from stdit.config import ConfigError, TrainConfig, merge
-from stdit.files import MAX_JSON_BYTES, read_text
+from stdit.files import read_json
 
 # DeepSpeed's keys that our config sets, and the key that sets them.
 SET_BY_CONFIG = {
@@ -105,7 +104,11 @@ def read_override(train: TrainConfig, generated: dict[str, Any]) -> dict[str, An
         return {}
     name, raw = "train.deepspeed", train.deepspeed
     if isinstance(raw, Path):
-        name, raw = str(raw), _read_json(raw)
+        name = str(raw)
+        try:
+            raw = read_json(raw)
+        except ValueError as error:
+            raise ConfigError(f"train.deepspeed: {error}") from error
     raw = _without_auto(raw)
     for key, value in raw.items():
         if key in SET_BY_CONFIG:
@@ -225,28 +228,6 @@ def _check_numbers(value: Any, where: str) -> None:
     elif isinstance(value, list):
         for i, child in enumerate(value):
             _check_numbers({str(i): child}, where)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [k for k, _ in pairs]
-        if twice := sorted({k for k in keys if keys.count(k) > 1}):
-            raise ConfigError(f"{path}: key {twice[0]!r} is given twice")
-        return dict(pairs)
-
-    try:
-        raw = json.loads(read_text(path, MAX_JSON_BYTES), object_pairs_hook=once)
-    except OSError as error:
-        raise ConfigError(f"train.deepspeed: {path}: cannot be read ({error})") from error
-    except RecursionError:
-        raise ConfigError(f"train.deepspeed: {path}: nested too deep") from None
-    except ValueError as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected an object at the top, found {type(raw).__name__}")
-    return raw
 
 
 def _without_auto(raw: Any) -> Any:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stdit.config import Config, ConfigError, dump, load_config
-from stdit.files import FolderLock, atomic_write, printable
+from stdit.files import FolderLock, atomic_write, open_regular, printable
 from stdit.training import checkpoint
 from stdit.training.checkpoint import DONE, STOPPED_FILE
 
@@ -61,7 +61,7 @@ def check(run_dir: Path) -> None:
 def is_run(run_dir: Path) -> bool:
     """Whether the folder is a run's: its config.yaml has our mark, or it holds a checkpoint of ours."""
     try:
-        with (run_dir / CONFIG).open("rb") as file:
+        with open_regular(run_dir / CONFIG) as file:
             marked = file.read(len(MARK.encode())) == MARK.encode()
     except OSError:
         marked = False

@@ -110,6 +110,20 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("a: !!binary aGk=", "tag !!binary is not one of"),
         ("a: !!set {x}", "tag !!set is not one of"),
         ("a: !!timestamp 2024-01-01", "tag !!timestamp is not one of"),
+        ("a: !!bool maybe", "'maybe' is no bool"),
+        ("a: !!bool yes", "'yes' is no bool"),
+        ("a: !!null hello", "'hello' is no null"),
+        ("a: !!int ٧", "'٧' is no int"),
+        ("a: !!float 1.٧", "'1.٧' is no float"),
+        ("a: !!map [1]", "tag !!map stands before a sequence"),
+        ("a: !!map x", "tag !!map stands before a scalar"),
+        ("a: !!str {b: 1}", "tag !!str stands before a mapping"),
+        ("a: !<str> b", "tag str is not one of"),
+        ('a: "\\UFFFFFFFF"', "not valid YAML"),
+        ('a: "\\U00110000"', "not valid YAML"),
+        (f"%YAML 1.{'1' * 5000}\n--- {{}}", "not valid YAML"),
+        ('a: "\\ud800"', r":1: \\ud800 is half of a surrogate pair"),
+        ('"\\udfff": 1', r":1: \\udfff is half of a surrogate pair"),
         ("1: x", "a key must be a string, found 1"),
         ("2024-01-01T00:00:00Z: x\n? [a]\n: 1", "a key must be a string"),
         ("? {a: 1}\n: 1", "a key must be a string"),
@@ -141,9 +155,15 @@ def test_yaml_that_could_mislead_is_refused(tmp_path: Path, text: str, message: 
         ("~", None),
         ("", None),
         ("True", True),
+        ("1.٧", "1.٧"),
+        ("!!str 5", "5"),
+        ("!!float 1", 1.0),
+        ("!!bool TRUE", True),
+        ("!!null", None),
+        ('"\\U0001f600"', "\U0001f600"),
     ],
 )
-def test_plain_scalars_are_those_of_the_core_schema(text: str, value: Any) -> None:
+def test_plain_and_tagged_scalars_are_those_of_the_core_schema(text: str, value: Any) -> None:
     assert c.parse_yaml(f"a: {text}", "f") == {"a": value}
 
 
@@ -196,6 +216,11 @@ def test_an_override_of_thousands_of_parts_is_refused() -> None:
 def test_an_override_without_key_or_value_is_refused(text: str) -> None:
     with pytest.raises(c.ConfigError, match="expected key=value"):
         c.apply_override({}, text)
+
+
+def test_an_override_of_a_key_that_is_no_text_is_refused() -> None:
+    with pytest.raises(c.ConfigError, match="the key is not UTF-8"):
+        c.apply_override({}, "a.\udcff=1")
 
 
 def test_latents_that_do_not_divide_are_refused_with_both_numbers() -> None:

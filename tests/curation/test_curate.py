@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -290,10 +291,15 @@ def test_too_many_bad_files_are_an_error_after_the_report(tmp_path: Path) -> Non
     footage.mkdir()
     lossless(footage / "good.mp4", smooth(40, 24, 32))
     (footage / "bad.mp4").write_bytes(b"\0" * 5000)
+    # What would never end to be read is bad, too.
+    os.mkfifo(footage / "pipe.mp4")
+    (footage / "zero.mp4").symlink_to("/dev/zero")
     config = CurateConfig(footage=str(footage), out=tmp_path / "out")
-    with pytest.raises(CurationError, match=r"1 of 2 files cannot be used.*max_bad_share 0\.2"):
+    with pytest.raises(CurationError, match=r"3 of 4 files cannot be used.*max_bad_share 0\.2"):
         run(config)
-    assert json.loads((config.out / "report.json").read_text())["files_bad"] == 1
+    bad = {file["path"]: file["reason"] for file in json.loads((config.out / "report.json").read_text())["bad_files"]}
+    assert bad.keys() == {f"footage/{name}.mp4" for name in ("bad", "pipe", "zero")}
+    assert bad["footage/pipe.mp4"] == bad["footage/zero.mp4"] == "not a regular file"
     assert not (config.out / "manifest.jsonl").exists()
 
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stdit.config import Where
+from stdit.data import rows as row_readers
 from stdit.data.filters import check_where, passes
 from stdit.data.manifest import Clip, Manifest, ManifestError, file_problem, read, write
 
@@ -152,6 +153,26 @@ def test_manifests_too_large_for_memory_are_refused_before_they_fill_it(tmp_path
     else:
         path = jsonl(tmp_path, columns)
     assert "1,000 columns" in error_of(path)
+
+
+def test_a_text_that_parquet_stores_once_does_not_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = pa.array(["x" * 1000] * 3000).dictionary_encode()
+    table = pa.table({"path": [f"{i}.mp4" for i in range(3000)], "caption": text})
+    pq.write_table(table, tmp_path / "m.parquet")
+    at_once: list[int] = []
+    monkeypatch.setattr(row_readers, "_to_python", lambda batch: at_once.append(batch.num_rows) or batch.to_pylist())
+    assert len(read(tmp_path / "m.parquet").clips) == 3000
+    assert at_once == [500] * 6
+    at_once.clear()
+    monkeypatch.setattr(row_readers, "PARQUET_BYTES", 100_000)
+    assert {len(clip.caption) for clip in read(tmp_path / "m.parquet").clips} == {1000}
+    assert sum(at_once) == 3000
+    assert max(at_once) < 100
+    monkeypatch.setattr(row_readers, "MAX_BYTES", 1_000_000)
+    assert "more than the 1,000,000 bytes of text allowed" in error_of(tmp_path / "m.parquet")
+    assert sum(at_once) < 4500
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -345,6 +346,13 @@ def test_a_reference_of_several_shapes_gives_what_fits_and_counts_the_rest(tmp_p
     assert {frames.shape for frames in larger.frames(larger.media)} == {(1, 10, 10, 3)}
     with pytest.raises(ValueError, match=r"mixed: .* none is as large and as long as the generated 2x64x64"):
         open_reference(config, (2, 64, 64))
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_among_media_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.mp4")  # opened, it would wait for ever
+    with pytest.raises(ValueError, match=r"x.mp4: cannot be read \(not a regular file\)"):
+        open_generated(tmp_path)
 
 
 def test_rows_of_a_reference_are_read_as_parts_and_as_the_runs_extraction_read_its_clips(tmp_path: Path) -> None:

@@ -77,6 +77,11 @@ def test_what_deepspeed_would_ignore_or_contradict_is_refused(raw: dict[str, Any
         made(raw, checkpoint_in_background=background)
 
 
+def test_a_whole_number_that_no_float_holds_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"gradient_predivide_factor: the number is beyond ±9\.22337e\+18"):
+        made({"gradient_predivide_factor": 10**400})
+
+
 def test_values_auto_are_left_to_the_trainer() -> None:
     raw = {
         "train_batch_size": "auto",
@@ -97,9 +102,12 @@ def test_a_file_is_named_in_what_is_said_of_it(tmp_path: Path) -> None:
     assert made(path)["wall_clock_breakdown"] is True
     for content, said in (
         ("{", "not valid JSON"),
-        ("[]", "expected an object at the top, found list"),
+        ("[]", "expected a JSON object, found list"),
         ('{"aio": {}, "aio": {}}', "key 'aio' is given twice"),
-        ("[" * 100_000, "nested too deep"),
+        ("[" * 100_000, "nested more than 100 deep"),
+        ('{"aio": ' * 500 + "1" + "}" * 500, "nested more than 100 deep"),
+        (f'{{"gradient_predivide_factor": 1{"0" * 400}}}', "a number of 401 digits; at most 64"),
+        ('{"gradient_predivide_factor": NaN}', "NaN is not a JSON number"),
         ('{"wal_clock_breakdown": true}', "unknown to DeepSpeed"),
     ):
         path.write_text(content)

@@ -10,6 +10,7 @@ import torch
 
 from stdit.config import ConfigError
 from stdit.training import run_dir
+from stdit.training.adapters import weights_fingerprint
 from stdit.training.distributed import Ranks
 from tests.support.rank_jobs import config_of, settings
 
@@ -35,6 +36,20 @@ def test_a_folder_of_something_else_is_refused_untouched(file: str, tmp_path: Pa
     with pytest.raises(ConfigError, match=r"run_dir: .* is no run of stdit; nothing was changed"):
         run_dir.check(tmp_path)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_is_no_config_of_a_run(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.yaml")  # opened, it would wait for ever
+    with pytest.raises(ConfigError, match=r"holds config.yaml and is no run of stdit"):
+        run_dir.check(tmp_path)
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_among_weights_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.safetensors")
+    with pytest.raises(ConfigError, match=r"x.safetensors: cannot be read \(not a regular file\)"):
+        weights_fingerprint(tmp_path)
 
 
 def test_new_empty_and_own_folders_are_taken(tmp_path: Path) -> None:
