@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -28,6 +29,8 @@ Frames = NDArray[np.uint8]  # (T, H, W, 3), or (T, H, W) grey
 LOSSLESS_PIXELS = 256 * 256
 # H.273's number for BT.709: colour primaries, transfer characteristics and matrix.
 BT709 = 1
+# Frames per second that a file can state.
+MIN_FPS, MAX_FPS = 0.001, 1000
 
 # Contact sheets: one dark ground, legible on light pages as on dark ones.
 GROUND, PLATE, TEXT, FAINT, RIGHT, WRONG = "#14171c", "#20242c", "#e8eaed", "#9aa0a8", "#5fd38a", "#ff7b72"
@@ -48,15 +51,15 @@ def save_video(frames: Any, path: Path | str, fps: float = 8.0) -> Path:
         fps: frames per second.
 
     Raises:
-        ValueError: several videos, another shape, dtype or file name, values that are not finite, fps not above 0.
+        ValueError: several videos, another shape, dtype or file name, values that are not finite, fps below 0.001 or above 1000.
     """
     path = Path(path)
     video = _as_uint8(frames)
     expected = (".mp4", ".png") if len(video) == 1 else (".mp4",)
     if path.suffix.lower() not in expected:
         raise ValueError(f"path {path}: expected a name ending in {' or '.join(expected)} for {len(video)} frames")
-    if not 0 < fps <= 1000:
-        raise ValueError(f"fps must be above 0 and at most 1000, found {fps}")
+    if isinstance(fps, bool) or not isinstance(fps, Real) or not MIN_FPS <= cast(Any, fps) <= MAX_FPS:
+        raise ValueError(f"fps must be a number from {MIN_FPS} to {MAX_FPS}, found {fps!r:.80}")
     with atomic_path(path) as part:
         if path.suffix.lower() == ".png":
             Image.fromarray(video[0]).save(part, "PNG")
@@ -125,7 +128,7 @@ def write_video(path: Path | str, frames: Frames, fps: float) -> None:
     with av.open(str(path), "w") as container:
         stream = container.add_stream(
             "libx264rgb" if lossless else "libx264",
-            rate=Fraction(fps).limit_denominator(1001),
+            rate=Fraction(float(fps)).limit_denominator(1001),
             options=options | {"threads": "1"},  # more threads write other bytes
         )
         stream.height, stream.width = height, width

@@ -630,7 +630,7 @@ def test_overwriting_in_a_place_that_cannot_be_written_removes_nothing(
             r"key 'videos-per-prompt' .* a setting of the whole job",
         ),
         ("p.jsonl", b'{"prompt": "a", "Control": "b.png"}', r"key 'Control' .* did you mean control"),
-        ("p.jsonl", b'{"prompt": "a", "fps": -1}', r"p.jsonl:1: fps: expected a number above 0"),
+        ("p.jsonl", b'{"prompt": "a", "fps": -1}', r"p.jsonl:1: fps: expected a number from 0.001 to 1000"),
         ("p.jsonl", b'{"prompt": "a", "image": "none.png"}', r"p.jsonl:1: image: none.png: no such file"),
         ("p.jsonl", b'{"prompt": "a", "conditioning_frames": [0]}', r"conditioning_frames needs conditioning_video"),
         ("p.jsonl", b'{"prompt": "a", "x": NaN}', r"p.jsonl:1: not a usable row"),

@@ -102,6 +102,11 @@ def test_every_form_of_the_pipelines_output_is_saved_alike(tmp_path: Path) -> No
         assert container.streams.video[0].average_rate == 12
 
 
+@pytest.mark.parametrize("fps", [0.001, 1000, np.float32(12)])
+def test_every_rate_that_is_accepted_is_written(tmp_path: Path, fps: float) -> None:
+    assert len(frames_of(save_video(smooth(2, 16, 24), tmp_path / "a.mp4", fps))) == 2
+
+
 def test_one_frame_is_saved_as_png(tmp_path: Path) -> None:
     frames = smooth(1, 16, 24)
     assert (np.asarray(Image.open(save_video(frames, tmp_path / "a.png"))) == frames[0]).all()
@@ -119,8 +124,11 @@ def test_one_frame_is_saved_as_png(tmp_path: Path) -> None:
         ([Image.new("RGB", (4, 4)), Image.new("RGB", (4, 5))], "a.mp4", 8, "different sizes"),
         (smooth(2, 8, 8), "a.png", 8, "ending in .mp4 for 2 frames"),
         (smooth(2, 8, 8), "a.gif", 8, "ending in .mp4 for 2 frames"),
-        (smooth(2, 8, 8), "a.mp4", 0, "fps must be above 0"),
-        (smooth(2, 8, 8), "a.mp4", float("nan"), "fps must be above 0"),
+        (smooth(2, 8, 8), "a.mp4", 0, "fps must be a number from 0.001 to 1000, found 0"),
+        (smooth(2, 8, 8), "a.mp4", float("nan"), "fps must be a number .* found nan"),
+        (smooth(2, 8, 8), "a.mp4", 0.0004, "fps must be a number .* found 0.0004"),
+        (smooth(2, 8, 8), "a.mp4", "8", "fps must be a number .* found '8'"),
+        (smooth(2, 8, 8), "a.mp4", None, "fps must be a number .* found None"),
     ],
 )
 def test_save_video_names_what_does_not_fit(tmp_path: Path, frames: Any, name: str, fps: float, message: str) -> None:

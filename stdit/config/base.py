@@ -16,7 +16,7 @@ Count = Annotated[int, Field(gt=0, le=1024)]
 Table = Annotated[int, Field(gt=0, le=10_000_000)]
 Scale = Annotated[float, Field(gt=0, le=10_000)]
 Frames = Annotated[int, Field(gt=0, le=1_000_000)]
-Fps = Annotated[float, Field(gt=0, le=1000)]
+Fps = Annotated[float, Field(ge=0.001, le=1000)]
 # Clips, videos or captions of which a list is made.
 Samples = Annotated[int, Field(gt=0, le=1_000_000)]
 # Optimizer steps: a forecast counts them one by one.

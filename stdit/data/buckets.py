@@ -1,7 +1,8 @@
 """Which bucket a clip goes to: as Open-Sora means it, without its traps.
 
 The buckets that a clip fits (long enough, and no side enlarged) are tried by `kept_pixels`, best resolution first, and at
-one resolution from long to short; `keep_probability` sends the rest of the clips on to the next. So a clip as long as
+one resolution from long to short; at equal length always what keeps most first. Buckets that are too long for the clip have no
+say. `keep_probability` sends the rest of the clips on to the next. So a clip as long as
 its bucket is in (Open-Sora's strict `>` drops it), a large bucket that would crop most of a clip comes after a smaller one
 of its aspect (Open-Sora takes the largest), and a bucket that keeps nobody passes a clip to fewer frames of the same
 resolution before another one. Videos become stills only where the config says so.
@@ -77,25 +78,32 @@ def assign(
     if min(frames, height, width) < 1:
         raise ValueError(f"clip {key!r}: {frames} frames of {height}x{width} px")
     resolutions = _resolutions(tuple(buckets))
-    covered = [[b for b in group if b.height <= height and b.width <= width] for group in resolutions]
 
     def worth(bucket: ExtractBucket) -> tuple[float, int, str]:
         return kept_pixels(height, width, bucket), _area(bucket), bucket.key
 
-    covered = sorted((group for group in covered if group), key=lambda group: max(map(worth, group)), reverse=True)
+    covered = [b for b in buckets if b.height <= height and b.width <= width]
     if not covered:
         return Dropped("too_small", f"{height}x{width} px covers none of {_sizes(buckets)}")
-    smallest = min_area_ratio * _area(max(covered[0], key=worth))
-    fitting: list[ExtractBucket] = []
-    shortest = min(b.frames for group in covered for b in group if _area(b) >= smallest)
-    for group in covered:
-        for length in sorted({b.frames for b in group if b.frames <= frames}, reverse=True):
-            # One resolution and length: the aspect that keeps most, never several in turn.
-            best = max((b for b in group if b.frames == length), key=worth)
-            if _area(best) >= smallest:
-                fitting.append(best)
-    if not fitting:
+    smallest = min_area_ratio * _area(max(covered, key=worth))
+    if frames < (shortest := min(b.frames for b in covered if _area(b) >= smallest)):
         return Dropped("too_short", f"{frames} frames, the shortest bucket of its size has {shortest}")
+
+    def filled(bucket: ExtractBucket) -> bool:
+        fits = bucket.frames <= frames and bucket.height <= height and bucket.width <= width
+        return fits and _area(bucket) >= smallest
+
+    groups = [group for resolution in resolutions if (group := [b for b in resolution if filled(b)])]
+    tried: list[ExtractBucket] = []
+    for group in sorted(groups, key=lambda group: max(map(worth, group)), reverse=True):
+        for length in sorted({b.frames for b in group}, reverse=True):
+            # One resolution and length: the aspect that keeps most, never several in turn.
+            tried.append(max((b for b in group if b.frames == length), key=worth))
+    # A resolution may come first for a shorter bucket's sake: the places of one length go to what keeps most.
+    of_length = {
+        b.frames: iter(sorted((o for o in tried if o.frames == b.frames), key=worth, reverse=True)) for b in tried
+    }
+    fitting = [next(of_length[b.frames]) for b in tried]
     for bucket in fitting:
         if _uniform(seed, key, bucket.key) < bucket.keep_probability:
             return bucket

@@ -306,7 +306,12 @@ class PyAVReader(ClipReader):
     def _list_packets(self) -> int:
         """Lists times and key frames; returns the number of frames. `_index` stays None without reliable times."""
         # Of each packet its time and kind alone: the data of a long video would fill the memory.
-        packets = [(p.pts, p.is_keyframe, p.is_discard) for p in self._container.demux(self._stream) if p.size]
+        codec = self._stream.codec_context.name
+        packets = [
+            (p.pts, p.is_keyframe, p.is_discard or _is_hidden(p, codec))
+            for p in self._container.demux(self._stream)
+            if p.size
+        ]
         names = set(self._container.format.name.split(","))
         stated = len(self._stream.index_entries) if "mp4" in names else 0
         self.missing = stated - len(packets)
@@ -416,6 +421,12 @@ class PyAVReader(ClipReader):
         self._container.close()
 
 
+def _is_hidden(packet: Any, codec: str) -> bool:
+    """Whether a packet is decoded but not shown: a VP8 frame that others alone refer to (RFC 6386, 9.1: show_frame). VP9 and AV1
+    have such frames in one packet with a shown one."""
+    return codec in ("vp8", "libvpx") and not memoryview(packet)[0] & 0x10
+
+
 def _state(path: Path) -> tuple[int, int]:
     """Size and modification time of a file: beside its path, the key of what was found out about it."""
     state = path.stat()
@@ -513,6 +524,8 @@ def _decord_problem(path: Path, size: int, mtime_ns: int) -> str | None:
         with container:
             if has_alpha(stream.codec_context.format) or stream.metadata.get("alpha_mode") == "1":
                 return "leaves transparency out"
+            if stream.codec_context.name == "vp8":
+                return "counts frames of VP8 that are not shown"
             if any(entry.is_discard for entry in stream.index_entries):
                 return "shows frames that the edit list hides"
             times = [p.pts for p in itertools.islice(container.demux(stream), REORDERED) if p.pts is not None]

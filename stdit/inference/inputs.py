@@ -18,10 +18,10 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor
 
-from stdit.config import Bucket, ModelConfig
+from stdit.config import Bucket, ConfigError, ModelConfig, latent_shape
 from stdit.config.load import shorten
 from stdit.diffusion.frame_conditioning import FrameCondition
-from stdit.encoders.text import TextFeatures
+from stdit.encoders.text import TextFeatures, onload
 from stdit.encoders.video import VideoEncoder
 from stdit.inference.prompts import check_text, label_id
 from stdit.memory import device_memory
@@ -35,6 +35,7 @@ Frames = Tensor | Sequence[int]
 # Captions -> features (B, L, D), mask (B, L), and where the encoder makes one the pooled vector (B, P).
 Encode = Callable[[Prompts], TextFeatures]
 
+NO_ENCODER = "this pipeline has no text_encoder; give prompt_embeds and prompt_attention_mask"
 TEXT, MASK, POOLED = "encoder_hidden_states", "encoder_attention_mask", "pooled_projections"
 
 
@@ -63,25 +64,46 @@ class ConditionEncoder:
     classes: Mapping[str, int]
     device: torch.device
 
-    def encode(self, inputs: PipelineInputs) -> tuple[dict[str, Tensor], int]:
-        """(keywords, B): every prompt's conditions, num_videos_per_prompt times in a row. ValueError: what the model does
-        not take."""
+    def check(self, inputs: PipelineInputs, guided: bool) -> int:
+        """The number of videos B, before anything is encoded. guided: negative conditions will be encoded too.
+
+        ValueError: conditions that the model does not take, that exclude one another, or are not equally many.
+        """
         self._check(inputs)
+        given = (inputs.prompt, inputs.prompt_embeds, inputs.pooled_prompt_embeds)
+        names = ("prompt", "prompt_embeds", "pooled_prompt_embeds")
+        counts = {
+            name: 1 if isinstance(v, str) else len(v) for name, v in zip(names, given, strict=True) if v is not None
+        }
+        if inputs.class_labels is not None:
+            counts["class_labels"] = len(self.label_ids(inputs.class_labels))
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"prompts and class_labels must be equally many, found {counts}")
+        prompts = next(iter(counts.values()), 1)
+        self._check_negative(inputs, prompts)
+        told = inputs.prompt is not None or (guided and inputs.negative_prompt is not None)
+        if (told or self._lacks_text(inputs)) and self.encode_prompt is None:
+            raise ValueError(NO_ENCODER)
+        if guided and counts and self._needs_negative(inputs) and self.encode_prompt is None:
+            raise ValueError(
+                "the model has no null caption (null_text: empty) and the pipeline no text_encoder: give "
+                "negative_prompt_embeds and negative_prompt_attention_mask, or guidance_scale 1"
+            )
+        return prompts * inputs.num_videos_per_prompt
+
+    def encode(self, inputs: PipelineInputs) -> tuple[dict[str, Tensor], int]:
+        """(keywords, B): every prompt's conditions, num_videos_per_prompt times in a row. inputs: as `check` passes them."""
         cond: dict[str, Tensor] = {}
         if inputs.class_labels is not None:
             cond["class_labels"] = self.label_ids(inputs.class_labels)
         prompt = inputs.prompt
-        no_text = prompt is None and inputs.prompt_embeds is None
-        if no_text and self.settings.text_dim and self.settings.null_text == "empty":
+        if self._lacks_text(inputs):
             prompt = [""] * len(cond["class_labels"])
         cond |= self._encode_text(prompt, inputs.prompt_embeds, inputs.prompt_attention_mask)
         if inputs.pooled_prompt_embeds is not None:
             cond[POOLED] = inputs.pooled_prompt_embeds
-        counts = {name: len(value) for name, value in cond.items()}
-        if len(set(counts.values())) > 1:
-            raise ValueError(f"prompts and class_labels must be equally many, found {counts}")
         repeats = inputs.num_videos_per_prompt
-        batch = next(iter(counts.values()), 1) * repeats
+        batch = next((len(value) for value in cond.values()), 1) * repeats
         return {name: value.to(self.device).repeat_interleave(repeats, 0) for name, value in cond.items()}, batch
 
     def encode_negative(
@@ -90,43 +112,25 @@ class ConditionEncoder:
         """Negative conditions for classifier-free guidance; None: the model's own null condition. Their class is null.
 
         A model without a null caption gets the text encoder's features of "" by default. The pooled vector is the
-        encoder's, or zeros. ValueError: there is neither an encoder nor features.
+        encoder's, or zeros. inputs: as `check` passes them.
         """
         embeds, mask = inputs.negative_prompt_embeds, inputs.negative_prompt_attention_mask
         prompt, pooled = inputs.negative_prompt, inputs.negative_pooled_prompt_embeds
         repeats = inputs.num_videos_per_prompt
         prompts = batch // repeats
-        if prompt is not None:
-            listed = checked_prompts("negative_prompt", prompt)
-            prompt = prompt if isinstance(prompt, str) else listed
-        if mask is not None and embeds is None:
-            raise ValueError("negative_prompt_attention_mask needs negative_prompt_embeds")
-        if prompt is not None and embeds is not None:
-            raise ValueError("give negative_prompt or negative_prompt_embeds, not both")
-        if pooled is not None and POOLED not in cond:
-            raise ValueError("negative_pooled_prompt_embeds needs pooled_prompt_embeds")
-        if TEXT not in cond and (prompt is not None or embeds is not None):
-            raise ValueError("negative_prompt needs prompt or prompt_embeds")
         if prompt is None and embeds is None:
-            needed = TEXT in cond and self.settings.null_text == "empty"
+            needed = self._needs_negative(inputs)
             if not needed and pooled is None:
                 return None
-            if needed and self.encode_prompt is None:
-                raise ValueError(
-                    "the model has no null caption (null_text: empty) and the pipeline no text_encoder: give "
-                    "negative_prompt_embeds and negative_prompt_attention_mask, or guidance_scale 1"
-                )
             prompt = "" if needed else None
-        if prompt is not None and not isinstance(prompt, str) and len(prompt) != prompts:
-            raise ValueError(f"{len(prompt)} negative prompts for {prompts} prompts")
         negative = self._encode_text(prompt, embeds, mask)
+        if pooled is not None and POOLED not in cond:
+            raise ValueError("negative_pooled_prompt_embeds needs pooled_prompt_embeds")
         if pooled is not None:
             negative[POOLED] = pooled
         elif POOLED in cond and POOLED not in negative:
             negative[POOLED] = torch.zeros_like(cond[POOLED][:1])
         for name, value in negative.items():
-            if len(value) not in (1, prompts):
-                raise ValueError(f"negative {name} of {len(value)} rows for {prompts} prompts; give 1 or {prompts}")
             expanded = value if len(value) == prompts else value.expand(prompts, *value.shape[1:])
             negative[name] = expanded.to(self.device).repeat_interleave(repeats, 0)
         if "class_labels" in cond:
@@ -136,6 +140,7 @@ class ConditionEncoder:
     def label_ids(self, labels: Labels) -> Tensor:
         """Class labels as numbers, (B,) int64. ValueError: a name or number that is no class, with those there are."""
         if isinstance(labels, Tensor):
+            check_dense("class_labels", labels)
             labels = labels.tolist()
         if isinstance(labels, np.ndarray):
             labels = cast(Labels, labels.tolist())
@@ -145,19 +150,54 @@ class ConditionEncoder:
         count = self.settings.num_classes or 0
         if not values:
             raise ValueError("class_labels is an empty list")
+        if any(isinstance(label, bool) for label in values):
+            raise ValueError("class_labels: expected numbers or names, found bool")
         return torch.tensor([label_id(label, self.classes, count) for label in values])
 
     def _encode_text(self, prompt: Prompts | None, embeds: Tensor | None, mask: Tensor | None) -> dict[str, Tensor]:
         """Keywords of captions, or of their embeddings; without a mask every token is valid."""
         if prompt is not None:
             if self.encode_prompt is None:
-                raise ValueError("this pipeline has no text_encoder; give prompt_embeds and prompt_attention_mask")
+                raise ValueError(NO_ENCODER)
             encoded = self.encode_prompt(prompt)
             pooled = {POOLED: encoded.pooled} if self.settings.pooled_dim and encoded.pooled is not None else {}
             return {TEXT: encoded.features, MASK: encoded.mask, **pooled}
         if embeds is None:
             return {}
         return {TEXT: embeds, MASK: torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask.bool()}
+
+    def _lacks_text(self, inputs: PipelineInputs) -> bool:
+        """Whether there are classes alone for a model of text without a null caption: it gets empty ones."""
+        no_text = inputs.prompt is None and inputs.prompt_embeds is None
+        return no_text and bool(self.settings.text_dim) and self.settings.null_text == "empty"
+
+    def _needs_negative(self, inputs: PipelineInputs) -> bool:
+        """Whether guidance needs features of "" that nobody gave."""
+        told = inputs.negative_prompt is not None or inputs.negative_prompt_embeds is not None
+        return bool(self.settings.text_dim) and self.settings.null_text == "empty" and not told
+
+    def _check_negative(self, inputs: PipelineInputs, prompts: int) -> None:
+        """ValueError: negative conditions without their positive ones, that exclude one another, or neither one nor `prompts`."""
+        embeds, pooled, prompt = (
+            inputs.negative_prompt_embeds, inputs.negative_pooled_prompt_embeds, inputs.negative_prompt
+        )  # fmt: skip
+        if inputs.negative_prompt_attention_mask is not None and embeds is None:
+            raise ValueError("negative_prompt_attention_mask needs negative_prompt_embeds")
+        if prompt is not None and embeds is not None:
+            raise ValueError("give negative_prompt or negative_prompt_embeds, not both")
+        text = inputs.prompt is not None or inputs.prompt_embeds is not None or self._lacks_text(inputs)
+        encoded = text and inputs.prompt_embeds is None and self.settings.pooled_dim
+        if pooled is not None and inputs.pooled_prompt_embeds is None and not encoded:
+            raise ValueError("negative_pooled_prompt_embeds needs pooled_prompt_embeds")
+        if not text and (prompt is not None or embeds is not None):
+            raise ValueError("negative_prompt needs prompt or prompt_embeds")
+        if prompt is not None:
+            listed = checked_prompts("negative_prompt", prompt)
+            if not isinstance(prompt, str) and len(listed) != prompts:
+                raise ValueError(f"{len(listed)} negative prompts for {prompts} prompts")
+        for name, value in (("negative_prompt_embeds", embeds), ("negative_pooled_prompt_embeds", pooled)):
+            if value is not None and len(value) not in (1, prompts):
+                raise ValueError(f"{name} of {len(value)} rows for {prompts} prompts; give 1 or {prompts}")
 
     def _check(self, inputs: PipelineInputs) -> None:
         """ValueError: conditions that the model doesn't take, that exclude one another, or none at all."""
@@ -201,27 +241,51 @@ def check_embeds(inputs: PipelineInputs, settings: ModelConfig) -> None:
         pooled = getattr(inputs, f"{prefix}pooled_prompt_embeds")
         check_floats(f"{prefix}prompt_embeds", embeds, ("rows", "tokens", settings.text_dim))
         check_floats(f"{prefix}pooled_prompt_embeds", pooled, ("rows", settings.pooled_dim))
+        if embeds is not None and settings.text_dim and embeds.shape[1] > settings.max_text_tokens:
+            raise ValueError(
+                f"{prefix}prompt_embeds has {embeds.shape[1]} tokens; the model takes max_text_tokens {settings.max_text_tokens} at most"
+            )
         if mask is None or embeds is None:
             continue
         name = f"{prefix}prompt_attention_mask"
-        if not isinstance(mask, Tensor):
-            raise ValueError(f"{name}: expected a tensor, found {type(mask).__name__}")
+        check_dense(name, mask)
         if mask.shape != embeds.shape[:2]:
             raise ValueError(
                 f"{name} has shape {tuple(mask.shape)}; {prefix}prompt_embeds {tuple(embeds.shape)} needs {tuple(embeds.shape[:2])}"
             )
         if mask.is_complex() or not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError(f"{name}: expected bool, or 0 and 1; found {mask.dtype} with other values")
+        if settings.null_text == "empty" and not bool((mask == 1).any(1).all()):
+            row = int((~(mask == 1).any(1)).nonzero()[0])
+            raise ValueError(
+                f"{name}: caption {row} has no token, and the model has no null caption (null_text: empty)"
+            )
+
+
+# Dtypes that torch computes in; those of 8 bits and less are for storage.
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def check_dense(name: str, value: Any) -> None:
+    """ValueError: no tensor, or one without values or with others than dense ones (sparse, nested, on the meta device)."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a tensor, found {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        found = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise ValueError(f"{name}: expected a dense tensor, found one of layout {found}")
+    if value.is_meta:
+        raise ValueError(f"{name}: expected a tensor with values, found one on the meta device")
 
 
 def check_floats(name: str, value: Any, shape: Sequence[int | str | None]) -> None:
     """ValueError: no floating-point tensor of this shape (None and strings: any size), or NaN or infinity in it."""
     if value is None:
         return
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name}: expected a tensor, found {type(value).__name__}")
-    if not value.is_floating_point():
-        raise ValueError(f"{name}: expected floating point, found {value.dtype}")
+    check_dense(name, value)
+    if value.dtype not in FLOATS:
+        raise ValueError(
+            f"{name}: expected floating point, found {value.dtype}; float32, float64, float16 and bfloat16 are"
+        )
     sizes = [size if isinstance(size, int) else None for size in shape]
     fits = value.ndim == len(sizes) and all(s in (None, n) for s, n in zip(sizes, value.shape, strict=True))
     if not fits or 0 in value.shape:
@@ -275,6 +339,19 @@ def check_callable(name: str, value: Any) -> None:
     """ValueError: neither None nor a function."""
     if value is not None and not callable(value):
         raise ValueError(f"{name} must be a function, found {type(value).__name__}")
+
+
+def callback_latents(returned: Any, x: Tensor) -> Tensor:
+    """The latents of what callback_on_step_end returned; x where it names none. ValueError: no dict, or latents unlike x."""
+    name = "callback_on_step_end"
+    if not isinstance(returned, Mapping):
+        raise ValueError(f'{name} must return a dict, as {{"latents": …}}; it returned {type(returned).__name__}')
+    latents = returned.get("latents", x)
+    if latents is x:
+        return x
+    check_dense(f"{name}: latents", latents)
+    check_floats(f"{name}: latents", latents, x.shape)
+    return latents.to(x.device, x.dtype)
 
 
 def check_generator(generator: Any) -> None:
@@ -349,24 +426,60 @@ def prepare_latents(shape: tuple[int, ...], generator: Any, latents: Tensor | No
 # --------------------------------------------------------------------- conditioning frames, control
 
 
-def encode_video(
-    encoder: VideoEncoder, processor: VideoProcessor, video: Any, clip: Bucket, name: str = "conditioning_video"
-) -> Tensor:
-    """An image or video in any of diffusers' forms -> normalised latents (B, C, t, h, w).
+@dataclass(frozen=True)
+class VideoCondition:
+    """An argument that is a video, checked: latents, or the pixels from which `encode` makes them.
 
-    As diffusers does, pictures of another size are stretched to the clip's. ValueError: none of these forms, or values
-    beyond -1 to 1.
+    shape: of the latents (B, C, t, h, w). pixels: (B, 3, T, H, W) in [-1, 1].
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    latents: Tensor | None = None
+    pixels: Tensor | None = None
+
+    def encode(self, encoder: VideoEncoder) -> Tensor:
+        """Normalised latents."""
+        if self.latents is not None:
+            return self.latents
+        assert self.pixels is not None
+        onload(encoder.vae)
+        return encoder.normalise(encoder.encode(self.pixels)[0])
+
+
+def read_latents(name: str, latents: Any) -> VideoCondition:
+    """ValueError: no floating-point tensor of five dimensions, or not finite."""
+    check_dense(name, latents)
+    check_floats(name, latents, ("videos", "channels", "frames", "height", "width"))
+    return VideoCondition(name, tuple(latents.shape), latents)
+
+
+def read_video(encoder: VideoEncoder, processor: VideoProcessor, video: Any, clip: Bucket, name: str) -> VideoCondition:
+    """An image or video in any of diffusers' forms. Nothing is encoded yet.
+
+    As diffusers does, pictures of another size are stretched to the clip's. ValueError: none of these forms, values
+    beyond -1 to 1, more frames than the clip, or a number of frames that the autoencoder does not take.
     """
     if isinstance(video, Image.Image):
         video = [video]
     elif isinstance(video, Tensor | np.ndarray) and video.ndim in (3, 4):
         video = [video[None] if video.ndim == 3 else video]
-    pixels = preprocess(processor.preprocess_video, video, clip, name)  # (B, 3, T, H, W) in [-1, 1]
+    return _of_pixels(encoder, preprocess(processor.preprocess_video, video, clip, name), clip, name)
+
+
+def _of_pixels(encoder: VideoEncoder, pixels: Tensor, clip: Bucket, name: str) -> VideoCondition:
+    """pixels: (B, 3, T, H, W)."""
     if pixels.ndim != 5 or pixels.shape[1] != 3:
         raise ValueError(
             f"{name}: expected pictures of 3 channels, found an array of {tuple(pixels.shape)} (B, C, T, H, W)"
         )
-    return encoder.normalise(encoder.encode(pixels)[0])
+    if (frames := pixels.shape[2]) > clip.frames:
+        raise ValueError(f"{name} has {frames} frames; the clip has num_frames {clip.frames}")
+    try:
+        size = latent_shape(Bucket(frames=frames, height=clip.height, width=clip.width), encoder.compression)
+    except ConfigError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return VideoCondition(name, (len(pixels), encoder.channels, *size), pixels=pixels)
 
 
 def preprocess(into: Callable[..., Tensor], pictures: Any, clip: Bucket, name: str) -> Tensor:
@@ -398,7 +511,7 @@ def _dtype_of(pictures: Any) -> str:
     return str(pictures.dtype).removeprefix("torch.") if isinstance(pictures, Tensor | np.ndarray) else ""
 
 
-def prepare_control_latents(
+def read_control(
     control: STDiTControl,
     encoder: VideoEncoder,
     processor: VideoProcessor,
@@ -407,10 +520,10 @@ def prepare_control_latents(
     latent: tuple[int, int, int],
     batch: int,
     num_videos_per_prompt: int,
-) -> Tensor:
-    """A control branch's condition (1 or B, C', t or 1, h, w), from control_image, control_video or control_latents.
+) -> VideoCondition:
+    """A control branch's condition, from control_image, control_video or control_latents. Nothing is encoded yet.
 
-    An image is encoded as a clip of one frame. One condition serves all videos; or there is one per prompt, or per video.
+    An image is a clip of one frame. One condition serves all videos; or there is one per prompt, or per video.
     ValueError: none or several are passed, or one of another size, with both numbers.
     """
     passed = [name for name, value in conditions.items() if value is not None]
@@ -418,61 +531,47 @@ def prepare_control_latents(
         raise ValueError(f"a control branch needs one of {', '.join(conditions)}; found {', '.join(passed) or 'none'}")
     name, value = passed[0], conditions[passed[0]]
     if name == "control_latents":
-        latents = value
+        condition = read_latents(name, value)
+    elif name == "control_video":
+        condition = read_video(encoder, processor, value, clip, name)
     else:
-        frames = clip if name == "control_video" else Bucket(frames=1, height=clip.height, width=clip.width)
-        if name == "control_image":
-            value = preprocess(processor.preprocess, value, clip, name)[:, :, None].add(1).div(2)  # (B, 3, 1, H, W)
-            value = list(value.movedim(2, 1))
-        latents = encode_video(encoder, processor, value, frames, name)
-    if not isinstance(latents, Tensor):
-        raise ValueError(f"{name}: expected a tensor, found {type(latents).__name__}")
-    control.check_control(latents[:1], torch.empty(1, 1, *latent, device="meta"))
-    check_floats(name, latents, latents.shape)
-    prompts = batch // num_videos_per_prompt
-    if len(latents) not in (1, prompts, batch):
-        raise ValueError(
-            f"{len(latents)} conditions ({name}) for {prompts} prompts of {num_videos_per_prompt} videos; give 1 or as many"
+        condition = _of_pixels(encoder, preprocess(processor.preprocess, value, clip, name)[:, :, None], clip, name)
+    rows, prompts = condition.shape[0], batch // num_videos_per_prompt
+    try:
+        control.check_control(
+            torch.empty(1, *condition.shape[1:], device="meta"), torch.empty(1, 1, *latent, device="meta")
         )
-    return latents.repeat_interleave(num_videos_per_prompt, 0) if len(latents) == prompts else latents
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if rows not in (1, prompts, batch):
+        raise ValueError(
+            f"{rows} conditions ({name}) for {prompts} prompts of {num_videos_per_prompt} videos; give 1 or as many"
+        )
+    return condition
+
+
+def prepare_control_latents(
+    condition: VideoCondition, encoder: VideoEncoder, batch: int, num_videos_per_prompt: int
+) -> Tensor:
+    """Encodes a control branch's condition: (1 or B, C', t or 1, h, w)."""
+    latents = condition.encode(encoder)
+    per_prompt = len(latents) == batch // num_videos_per_prompt
+    return latents.repeat_interleave(num_videos_per_prompt, 0) if per_prompt else latents
 
 
 def prepare_frame_condition(
-    frames: Frames | None, latents: Tensor | None, shape: tuple[int, ...], patch: int, device: torch.device
-) -> FrameCondition | None:
+    frames: Frames | None, latents: Tensor, shape: tuple[int, ...], patch: int, device: torch.device
+) -> FrameCondition:
     """Conditioning frames of latents of `shape` (B, C, T, h, w); patch: latent frames of one patch.
 
     frames: (B or 1, T) or (T,) bool, or latent frame numbers (-1 is the last); None: as many of the first as `latents`
     has. latents (B or 1, C, t, h, w), normalised: the whole clip (t = T), or the conditioning frames alone, in the order
     in which they are listed. ValueError: one without the other, or what doesn't fit, with both numbers.
     """
-    if latents is None:
-        if frames is None:
-            return None
-        raise ValueError("conditioning_frames needs conditioning_latents or conditioning_video")
-    if not isinstance(latents, Tensor):
-        raise ValueError(f"conditioning_latents: expected a tensor, found {type(latents).__name__}")
-    batch, channels, length, *plane = shape
-    expected = f"(1 or {batch}, {channels}, frames, {', '.join(map(str, plane))})"
-    fits = latents.ndim == 5 and latents.shape[0] in (1, batch) and latents.shape[1] == channels
-    if not fits or list(latents.shape[3:]) != plane or not 0 < latents.shape[2] <= length:
-        raise ValueError(
-            f"conditioning_latents has shape {tuple(latents.shape)}; expected {expected}, of 1 to {length} frames"
-        )
-    check_floats("conditioning_latents", latents, latents.shape)
-    numbers, mask = _frame_numbers(frames, latents.shape[2], batch, length)
-    full = torch.cat([mask, mask[:, -1:].expand(-1, -length % patch)], dim=1)  # a last patch may be partly padding
-    if (part := full.unflatten(1, (-1, patch))).any(2).ne(part.all(2)).any():
-        raise ValueError(
-            f"conditioning_frames {numbers[0]}: {patch} latent frames share a patch; condition on all of them or none"
-        )
+    numbers, mask = check_frame_condition(frames, read_latents("conditioning_latents", latents), shape, patch)
+    _, channels, length, *plane = shape
     whole = latents.to(device, torch.float32)
     if latents.shape[2] != length:
-        count = latents.shape[2]
-        if wrong := next((row for row in numbers if len(row) != count), None):
-            raise ValueError(
-                f"conditioning_latents has {count} frames, conditioning_frames lists {len(wrong)}; give as many, or the whole clip of {length}"
-            )
         rows = max(len(numbers), len(whole))
         spread = torch.zeros(rows, channels, length, *plane, device=device)
         for i in range(rows):
@@ -481,9 +580,42 @@ def prepare_frame_condition(
     return FrameCondition(mask.to(device), whole)
 
 
+def check_frame_condition(
+    frames: Frames | None, condition: VideoCondition | None, shape: tuple[int, ...], patch: int
+) -> tuple[list[list[int]], Tensor]:
+    """Numbers of the conditioning frames of each sample (or of all), in their order, and the mask (B or 1, T) bool.
+
+    frames, shape, patch: as in `prepare_frame_condition`. ValueError: they or the condition's shape do not fit, with both numbers.
+    """
+    batch, channels, length, *plane = shape
+    if condition is None:
+        if frames is not None:
+            raise ValueError("conditioning_frames needs conditioning_latents or conditioning_video")
+        return [], torch.zeros(1, length, dtype=torch.bool)
+    rows, count = condition.shape[0], condition.shape[2]
+    if rows not in (1, batch) or condition.shape[1] != channels or list(condition.shape[3:]) != plane or count > length:
+        if condition.pixels is not None:
+            raise ValueError(f"{condition.name} has {rows} videos for {batch} to be generated; give 1 or {batch}")
+        expected = f"(1 or {batch}, {channels}, frames, {', '.join(map(str, plane))})"
+        raise ValueError(f"{condition.name} has shape {condition.shape}; expected {expected}, of 1 to {length} frames")
+    numbers, mask = _frame_numbers(frames, count, batch, length)
+    full = torch.cat([mask, mask[:, -1:].expand(-1, -length % patch)], dim=1)  # a last patch may be partly padding
+    if (part := full.unflatten(1, (-1, patch))).any(2).ne(part.all(2)).any():
+        raise ValueError(
+            f"conditioning_frames {numbers[0]}: {patch} latent frames share a patch; condition on all of them or none"
+        )
+    wrong = next((row for row in numbers if len(row) != count), None) if count != length else None
+    if wrong is not None:
+        raise ValueError(
+            f"{condition.name} has {count} frames, conditioning_frames lists {len(wrong)}; give as many, or the whole clip of {length}"
+        )
+    return numbers, mask
+
+
 def _frame_numbers(frames: Frames | None, count: int, batch: int, length: int) -> tuple[list[list[int]], Tensor]:
     """Numbers of the conditioning frames of each sample (or of all), in their order, and the mask (B or 1, T) bool."""
     if isinstance(frames, Tensor):
+        check_dense("conditioning_frames", frames)
         mask = frames[None] if frames.ndim == 1 else frames
         if frames.dtype != torch.bool or mask.ndim != 2 or mask.shape[1] != length or len(mask) not in (1, batch):
             raise ValueError(

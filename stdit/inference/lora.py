@@ -10,10 +10,13 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
 
 from stdit.config.load import shorten
 from stdit.files import apply_umask
+from stdit.inference.inputs import MAX_SCALE, checked_number
 from stdit.integrity import MANIFEST, is_manifest, write_manifest
 from stdit.models import lora
 from stdit.models.stdit import STDiT
@@ -44,6 +47,11 @@ class LoraMixin:
             ValueError: no adapter there, half of one, one that does not fit this model (with the layers), one of another
                 base than an adapter that is loaded, a name that is taken.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise ValueError(f"path: expected a folder, found {shorten(repr(path))}")
+        if adapter_name is not None and not isinstance(adapter_name, str):
+            raise ValueError(f"adapter_name: expected text, found {shorten(repr(adapter_name))}")
+        scale = checked_number("scale", scale, -MAX_SCALE, MAX_SCALE)
         loaded = lora.adapter_names(self.transformer)
         if adapter_name is None:
             adapter_name = next(free for n in range(len(loaded) + 1) if (free := f"lora_{n}") not in loaded)
@@ -71,18 +79,22 @@ class LoraMixin:
     ) -> None:
         """Activates these adapters, and no others. weights: their scales, one or one for each; None: 1.
 
-        ValueError: an adapter that is not loaded; another number of weights than of names.
+        ValueError: an adapter that is not loaded; another number of weights than of names; weights that are no finite numbers.
         """
+        chosen = _names(list(names) if isinstance(names, Mapping) else names)
         if isinstance(names, Mapping):
-            lora.set_adapters(self.transformer, names)
-            return
-        chosen = [names] if isinstance(names, str) else names
-        if not isinstance(chosen, list | tuple) or not all(isinstance(name, str) for name in chosen):
-            raise ValueError(f"adapters: expected names, found {shorten(repr(names))}")
-        scales = [weights] * len(chosen) if isinstance(weights, int | float) else list(weights or [1.0] * len(chosen))
+            weights = list(names.values())
+        if isinstance(weights, np.ndarray):
+            weights = cast(Any, weights.tolist())
+        one = 1.0 if weights is None else weights
+        scales = list(weights) if isinstance(weights, list | tuple) else [one] * len(chosen)
         if len(scales) != len(chosen):
             raise ValueError(f"{len(scales)} weights for {len(chosen)} adapters ({', '.join(chosen)})")
-        lora.set_adapters(self.transformer, dict(zip(chosen, map(float, scales), strict=True)))
+        numbers = [
+            checked_number(f"weights: adapter {n}", s, -MAX_SCALE, MAX_SCALE)
+            for n, s in zip(chosen, scales, strict=True)
+        ]
+        lora.set_adapters(self.transformer, dict(zip(chosen, numbers, strict=True)))
 
     def fuse_lora(self, permanent: bool = False) -> None:
         """Adds the active adapters to the weights, so that they cost nothing.
@@ -98,7 +110,7 @@ class LoraMixin:
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Removes adapters, fused or not. ValueError: one that is not loaded."""
-        lora.delete_adapters(self.transformer, [adapter_names] if isinstance(adapter_names, str) else adapter_names)
+        lora.delete_adapters(self.transformer, _names(adapter_names))
 
     def unload_lora_weights(self) -> None:
         """Removes all adapters, fused or not: the weights are bit for bit what they were before."""
@@ -122,3 +134,11 @@ class LoraMixin:
         apply_umask(folder, "model_index.json", *(f"{name}/**/*" for name in self.components))  # pyright: ignore
         parts = [path for name in self.components for path in (folder / name).rglob("*")]  # pyright: ignore
         write_manifest(folder, (path for path in (folder / "model_index.json", *parts) if path.is_file()))
+
+
+def _names(names: Any) -> list[str]:
+    """One or several names of adapters as a list. ValueError: anything else."""
+    chosen = [names] if isinstance(names, str) else names
+    if not isinstance(chosen, list | tuple) or not all(isinstance(name, str) for name in chosen):
+        raise ValueError(f"adapters: expected names, found {shorten(repr(names))}")
+    return list(chosen)

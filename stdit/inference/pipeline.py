@@ -44,19 +44,24 @@ from stdit.inference.inputs import (
     Frames,
     Labels,
     PipelineInputs,
+    VideoCondition,
+    callback_latents,
     check_callable,
     check_counts,
     check_finite,
+    check_frame_condition,
     check_generator,
     check_memory,
     check_output,
     checked_fps,
     checked_number,
     checked_prompts,
-    encode_video,
     prepare_control_latents,
     prepare_frame_condition,
     prepare_latents,
+    read_control,
+    read_latents,
+    read_video,
 )
 from stdit.inference.lora import LoraMixin
 from stdit.integrity import check_saved
@@ -301,52 +306,58 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
         guidance_scale = checked_number("guidance_scale", guidance_scale, 0, MAX_SCALE)
         control_scale = checked_number("control_scale", control_scale, -MAX_SCALE, MAX_SCALE)
         clip = Bucket(frames=num_frames, height=height, width=width)
-        latent = VideoEncoder(self.vae).check(clip)
+        vae = VideoEncoder(self.vae)
+        latent = vae.check(clip)
         grid = token_grid(latent, settings.patch_size, f"a clip of {clip.key}", settings.pad_latents)
 
-        # 1. Text, class and micro-conditions
+        # 1. Arguments, checked before anything is encoded
+        if prompt is not None:
+            prompt = checked_prompts("prompt", prompt)
+        if negative_prompt is not None and not isinstance(negative_prompt, str):
+            negative_prompt = checked_prompts("negative_prompt", negative_prompt)
         inputs = PipelineInputs(
             prompt, class_labels, negative_prompt, prompt_embeds, prompt_attention_mask, pooled_prompt_embeds,
             negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds, num_videos_per_prompt,
         )  # fmt: skip
         check_memory(self.transformer, clip, grid, inputs, guidance_scale != 1)
         encoder = self._condition_encoder()
-        cond, batch = encoder.encode(inputs)
+        batch = encoder.check(inputs, guidance_scale != 1)
+        fps = checked_fps(fps, num_frames, self.fps)
+        shape, patch = (batch, settings.in_channels, *latent), settings.patch_size[0]
+        noise = prepare_latents(shape, generator, latents, device)
+        conditioning = self._read_conditioning(vae, conditioning_video, conditioning_latents, clip)
+        check_frame_condition(conditioning_frames, conditioning, shape, patch)
+        controls = {
+            "control_image": control_image, "control_video": control_video, "control_latents": control_latents
+        }  # fmt: skip
+        branch, control_condition = self._control_branch(control, controls), None
+        if branch is not None and (control_scale != 0 or any(value is not None for value in controls.values())):
+            control_condition = read_control(
+                branch, vae, self.video_processor, controls, clip, latent, batch, num_videos_per_prompt
+            )
+        if control_scale == 0:
+            branch = control_condition = None
+
+        # 2. Text, class and micro-conditions, conditioning frames, control
+        cond, _ = encoder.encode(inputs)
         if not cond:
             guidance_scale = 1.0  # an unconditional model
         negative = None if guidance_scale == 1 else encoder.encode_negative(inputs, cond, batch)
         arguments: dict[str, Any] = dict(cond)
-        if added := micro_conditions(settings, clip, checked_fps(fps, num_frames, self.fps), device):
+        if added := micro_conditions(settings, clip, fps, device):
             arguments["added_cond_kwargs"] = added
-
-        # 2. Conditioning frames and control
-        if conditioning_video is not None:
-            conditioning_latents = self._encode_video(conditioning_video, conditioning_latents, clip)
-        shape = (batch, settings.in_channels, *latent)
-        frame_condition = prepare_frame_condition(
-            conditioning_frames, conditioning_latents, shape, settings.patch_size[0], device
-        )
-        if frame_condition is not None:
+        frame_condition = None
+        if conditioning is not None:
+            frame_condition = prepare_frame_condition(
+                conditioning_frames, conditioning.encode(vae), shape, patch, device
+            )
             arguments["conditioning_frames"] = frame_condition.frames.expand(batch, -1)
-        controls = {
-            "control_image": control_image, "control_video": control_video, "control_latents": control_latents
-        }  # fmt: skip
-        branch = self._control_branch(control, controls, control_scale)
-        if branch is not None:
-            onload(self.vae)
-            arguments["control"] = prepare_control_latents(
-                branch,
-                VideoEncoder(self.vae),
-                self.video_processor,
-                controls,
-                clip,
-                latent,
-                batch,
-                num_videos_per_prompt,
-            ).to(device)
+        if control_condition is not None:
+            arguments["control"] = prepare_control_latents(control_condition, vae, batch, num_videos_per_prompt).to(
+                device
+            )
 
         # 3. Denoising
-        noise = prepare_latents(shape, generator, latents, device)
         scheduler = self.scheduler
         if is_flow(scheduler):
             scheduler = shifted(scheduler, shift_for(self.diffusion, latent))
@@ -360,7 +371,7 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
                 bar.update()
                 if callback_on_step_end is None:
                     return x
-                return callback_on_step_end(self, i, timestep, {"latents": x}).get("latents", x)
+                return callback_latents(callback_on_step_end(self, i, timestep, {"latents": x}), x)
 
             x = sample(
                 model, scheduler, noise, num_inference_steps, arguments, generator, on_step, frame_condition,
@@ -379,28 +390,29 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
         """Whether a callback has set `pipe._interrupt`: sampling ends after that step, with the latents as they are."""
         return self._interrupt
 
-    def _control_branch(
-        self, control: STDiTControl | None, conditions: Mapping[str, Any], scale: float
-    ) -> STDiTControl | None:
+    def _control_branch(self, control: STDiTControl | None, conditions: Mapping[str, Any]) -> STDiTControl | None:
         """The control branch of this call. ValueError: conditions without a branch; a branch of another model."""
         branch = self.control if control is None else control
         if branch is None and any(value is not None for value in conditions.values()):
             raise ValueError("this pipeline has no control branch; give control=…")
         if branch is not None and not isinstance(branch, STDiTControl):
             raise ValueError(f"control: expected an STDiTControl, found {type(branch).__name__}")
-        if branch is None or scale == 0:
+        if branch is None:
             return None
         branch.check_base(self.transformer)
         if branch.dtype != self.transformer.dtype:
             raise ValueError(f"the control branch is {branch.dtype}, the transformer {self.transformer.dtype}")
         return branch
 
-    def _encode_video(self, video: Any, latents: Tensor | None, clip: Bucket) -> Tensor:
-        """The latents of `video`. ValueError: latents are passed too."""
+    def _read_conditioning(
+        self, vae: VideoEncoder, video: Any, latents: Tensor | None, clip: Bucket
+    ) -> VideoCondition | None:
+        """The content of the conditioning frames, not yet encoded. ValueError: both are passed, or neither is a video."""
+        if video is None:
+            return None if latents is None else read_latents("conditioning_latents", latents)
         if latents is not None:
             raise ValueError("give conditioning_latents or conditioning_video, not both")
-        onload(self.vae)
-        return encode_video(VideoEncoder(self.vae), self.video_processor, video, clip)
+        return read_video(vae, self.video_processor, video, clip, "conditioning_video")
 
     def _decode(self, x: Tensor, output_type: str) -> Any:
         """Latents (B, C, t, h, w) -> frames, one video at a time: decoding takes the most memory."""

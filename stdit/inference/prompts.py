@@ -83,8 +83,8 @@ class Prompt:
                 raise ValueError(
                     f"{where}: {key}: expected a whole number above 0 and at most {LIMITS[key]}, found {shorten(repr(value))}"
                 )
-        if self.fps is not None and not 0 < self.fps <= 1000:
-            raise ValueError(f"{where}: fps: expected a number above 0 and at most 1000, found {self.fps!r}")
+        if self.fps is not None and not 0.001 <= self.fps <= 1000:
+            raise ValueError(f"{where}: fps: expected a number from 0.001 to 1000, found {self.fps!r}")
         if self.image is not None and self.conditioning_video is not None:
             raise ValueError(f"{where}: give image or conditioning_video, not both")
         if self.conditioning_frames is not None and self.conditioning_video is None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stdit.config import ExtractBucket, ExtractConfig
-from stdit.data.buckets import Dropped, assign, assign_clip, kept_share, tally
+from stdit.data.buckets import Dropped, assign, assign_clip, kept_pixels, kept_share, tally
 from stdit.data.decoding import ClipInfo
 
 
@@ -109,6 +109,46 @@ def test_the_size_that_keeps_most_of_the_clip_is_taken_never_the_largest_area_al
     found = assign(60, height, width, buckets, key="a")
     assert isinstance(found, ExtractBucket)
     assert found.key == expected
+
+
+@pytest.mark.parametrize(
+    ("buckets", "frames", "expected"),
+    [
+        # The longer bucket is nothing to a clip that cannot fill it.
+        (keys("17x480x480", "1x352x640", "1x384x384"), 1, "1x384x384"),
+        (keys("65x480x480", "17x352x640", "17x384x384"), 20, "17x384x384"),
+        (keys("65x480x480", "17x352x640", "17x384x384"), 65, "65x480x480"),
+        # 480x480 comes first for what its resolution keeps, and with its length the aspect that keeps most.
+        (keys("65x352x640", "17x480x480", "65x384x384"), 99, "65x384x384"),
+        (keys("65x352x640", "17x480x480", "65x384x384"), 64, "17x480x480"),
+    ],
+)
+def test_a_square_clip_goes_to_what_keeps_most_among_several_lengths(
+    buckets: list[ExtractBucket], frames: int, expected: str
+) -> None:
+    assert assign(frames, 1080, 1080, buckets, key="a") == bucket(expected)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(64, 512), st.integers(64, 512), st.integers(1, 70),
+    st.lists(st.tuples(st.sampled_from([1, 17, 65]), sizes, sizes), min_size=1, max_size=8, unique=True),
+)  # fmt: skip
+def test_no_bucket_of_the_same_length_keeps_more(
+    height: int, width: int, frames: int, shapes: list[tuple[int, int, int]]
+) -> None:
+    found = assign(frames, height, width, keys(*("{}x{}x{}".format(*shape) for shape in shapes)), key="a")
+    if isinstance(found, Dropped):
+        assert all(length > frames for length, _, _ in shapes)
+        return
+    same = [bucket(f"{found.frames}x{h}x{w}") for length, h, w in shapes if length == found.frames]
+    assert kept_pixels(height, width, found) == max(kept_pixels(height, width, b) for b in same)
+
+
+def test_an_area_that_is_too_small_hides_no_larger_one_of_its_resolution() -> None:
+    """Of the largest, 560 px, at least 98 are wanted: 8x12 keeps more than 9x11, but has 96."""
+    buckets = keys("8x20x28", "1x8x12", "1x9x11")
+    assert assign(1, 80, 115, buckets, key="a", min_area_ratio=0.175) == bucket("1x9x11")
 
 
 @settings(max_examples=100, deadline=None)

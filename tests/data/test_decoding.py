@@ -174,6 +174,22 @@ def test_frames_are_in_the_order_shown_where_the_container_has_no_times(
     assert_shows(tmp_path / name, expected, decoder)
 
 
+@pytest.mark.parametrize("decoder", ["auto", "pyav"])
+def test_frames_that_vp8_decodes_but_does_not_show_are_not_there(tmp_path: Path, decoder: str) -> None:
+    """As alternate references, which libvpx makes in two passes: two frames that others refer to say that they are not shown."""
+    path = encode(tmp_path / "a.webm", smooth(40, 64, 80), "libvpx", b="1M", g="16", **{"auto-alt-ref": "0"})
+    raw = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        packets = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    for hidden in (5, 22):
+        raw[raw.index(packets[hidden])] &= ~0x10  # RFC 6386, 9.1: show_frame
+    path.write_bytes(raw)
+    with av.open(str(path)) as container:
+        expected = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    assert (len(packets), len(expected)) == (40, 38)
+    assert_shows(path, expected, decoder)
+
+
 def cut_without_decoding(source: Path, path: Path, start: int, packets: int | None = None) -> None:
     """As `ffmpeg -ss START -c copy`: packets from the key frame before frame `start`, which an edit list hides up to it."""
     with av.open(str(source)) as container, av.open(str(path), "w", options={"use_editlist": "1"}) as out:

@@ -458,6 +458,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("class", {"class_labels": 3}, "class 3 is none of this model's 3 classes"),
     ("class", {"class_labels": "seven"}, "class 'seven' .* zero, one, a/b"),
     ("class", {"class_labels": []}, "empty list"),
+    ("class", {"class_labels": torch.tensor([True, False])}, "class_labels: expected numbers or names, found bool"),
+    ("class", {"class_labels": torch.tensor([1], device="meta")}, "class_labels: expected a tensor with values"),
     ("class", {"class_labels": 1, "negative_prompt": "a"}, "negative_prompt needs prompt"),
     ("none", {"prompt": "a"}, "takes no text .* no condition"),
     ("both", {"prompt": ["a", "b"], "class_labels": [1]}, "equally many"),

@@ -18,7 +18,7 @@ from PIL import Image
 
 from stdit.config import Bucket, ByteT5Config, DiffusionConfig, SamplerConfig, TextEncoderConfig
 from stdit.diffusion.schedulers import is_ours, make_scheduler
-from stdit.encoders.text import TextFeatures
+from stdit.encoders.text import TextEncoder, TextFeatures
 from stdit.encoders.text_loading import load_text_encoder
 from stdit.encoders.video import PixelAutoencoder
 from stdit.inference import inputs
@@ -345,13 +345,48 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"conditioning_video": {"frames": 1}}, r"conditioning_video: not an image or a video \(dict"),
     ({"prompt": None, "prompt_embeds": torch.zeros(1, 4, 31)}, r"prompt_embeds has shape \(1, 4, 31\); expected \(rows, tokens, 32\)"),
     ({"prompt": None, "prompt_embeds": torch.zeros(1, 4, 32), "prompt_attention_mask": torch.ones(1, 3)}, r"\(1, 3\).*\(1, 4\)"),
+    ({"prompt": None, "prompt_embeds": torch.zeros(1, 25, 32)}, "prompt_embeds has 25 tokens; the model takes max_text_tokens 24"),
+    ({"negative_prompt_embeds": torch.zeros(1, 25, 32)}, "negative_prompt_embeds has 25 tokens"),
+    ({"prompt": None, "prompt_embeds": torch.zeros(1, 4, 32).to_sparse()}, "prompt_embeds: expected a dense tensor, found one of layout sparse_coo"),
+    ({"prompt": None, "prompt_embeds": torch.zeros(1, 4, 32, device="meta")}, "prompt_embeds: expected a tensor with values, found one on the meta device"),
+    ({"prompt": None, "prompt_embeds": torch.zeros(1, 4, 32).to(torch.float8_e4m3fn)}, "prompt_embeds: expected floating point, found torch.float8_e4m3fn"),
+    ({"prompt": None, "prompt_embeds": torch.zeros(1, 4, 32), "prompt_attention_mask": torch.ones(1, 4, device="meta")}, "prompt_attention_mask: expected a tensor with values"),
+    ({"latents": torch.zeros(1, 3, 4, 16, 8).to_sparse()}, "latents: expected a dense tensor"),
+    ({"latents": torch.zeros(1, 3, 4, 16, 8, device="meta")}, "latents: expected a tensor with values"),
+    ({"latents": torch.zeros(1, 3, 4, 16, 8).to(torch.float8_e5m2)}, "latents: expected floating point, found torch.float8_e5m2"),
+    ({"conditioning_latents": torch.zeros(1, 3, 1, 16, 8).to_sparse()}, "conditioning_latents: expected a dense tensor"),
+    ({"conditioning_latents": torch.tensor(1.0)}, r"conditioning_latents has shape \(\); expected \(videos, channels, frames, height, width\)"),
+    ({"conditioning_video": torch.zeros(1, 5, 3, 16, 8)}, "conditioning_video has 5 frames; the clip has num_frames 4"),
+    ({"conditioning_video": torch.zeros(2, 1, 3, 16, 8)}, "conditioning_video has 2 videos for 1 to be generated"),
+    ({"conditioning_video": torch.zeros(1, 2, 3, 16, 8), "conditioning_frames": [1]}, "conditioning_video has 2 frames, conditioning_frames lists 1"),
+    ({"negative_prompt": {"a": 1}, "guidance_scale": 1}, "negative_prompt: expected text, or a list of texts; found dict"),
+    ({"negative_prompt": 7, "guidance_scale": 1}, "negative_prompt: expected text, or a list of texts; found int"),
+    ({"callback_on_step_end": lambda *_: None, "prompt": None, "prompt_embeds": torch.zeros(1, 4, 32)}, "callback_on_step_end must return a dict, .* it returned NoneType"),
+    ({"callback_on_step_end": lambda *_: {"latents": None}, "prompt": None, "prompt_embeds": torch.zeros(1, 4, 32)}, "callback_on_step_end: latents: expected a tensor, found NoneType"),
+    ({"callback_on_step_end": lambda *_: {"latents": torch.zeros(1, 3, 4, 8, 8)}, "prompt": None, "prompt_embeds": torch.zeros(1, 4, 32)}, r"callback_on_step_end: latents has shape \(1, 3, 4, 8, 8\); expected \(1, 3, 4, 16, 8\)"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("asked", "message"), BAD, ids=[m[:30] for _, m in BAD])
-def test_what_does_not_fit_is_refused(asked: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        draw(pipeline(**WORDS), **{"prompt": "a", **asked})
+def test_what_does_not_fit_is_refused_before_anything_is_encoded(
+    asked: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = pipeline(**WORDS)
+    monkeypatch.setattr(TextEncoder, "encode", lambda *_: pytest.fail("text was encoded"))
+    monkeypatch.setattr(PixelAutoencoder, "encode", lambda *_: pytest.fail("a video was encoded"))
+    with pytest.raises(ValueError, match=message) as caught:
+        draw(pipe, **{"prompt": "a", **asked})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_caption_without_tokens_is_refused_by_a_model_without_a_null_caption() -> None:
+    pipe = pipeline(**WORDS, null_text="empty")
+    asked: dict[str, Any] = {"prompt_embeds": torch.zeros(2, 4, 32)}
+    mask = torch.tensor([[True] * 4, [False] * 4])
+    with pytest.raises(ValueError, match="^prompt_attention_mask: caption 1 has no token"):
+        draw(pipe, **asked, prompt_attention_mask=mask)
+    with pytest.raises(ValueError, match="^negative_prompt_attention_mask: caption 1 has no token"):
+        draw(pipe, **asked, negative_prompt_embeds=torch.zeros(2, 4, 32), negative_prompt_attention_mask=mask)
 
 
 def test_conditioning_frames_come_in_whole_patches() -> None:

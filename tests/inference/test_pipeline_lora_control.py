@@ -178,6 +178,21 @@ def test_an_adapter_that_does_not_fit_is_refused(run: Path, style: Path, tmp_pat
         pipe.set_adapters("b")
     with pytest.raises(ValueError, match="2 weights for 1 adapters"):
         pipe.set_adapters("style", [1.0, 2.0])
+    wrong: list[tuple[Any, str]] = [
+        (lambda: pipe.load_lora_weights(style, "b", scale=cast(Any, "x")), "scale must be a finite number, .* found 'x'"),
+        (lambda: pipe.load_lora_weights(style, "b", scale=cast(Any, None)), "scale must be a finite number, .* found None"),
+        (lambda: pipe.load_lora_weights(style, cast(Any, 7)), "adapter_name: expected text, found 7"),
+        (lambda: pipe.load_lora_weights(cast(Any, 7)), "path: expected a folder, found 7"),
+        (lambda: pipe.set_adapters({"style": cast(Any, "x")}), "weights: adapter style must be a finite number, .* found 'x'"),
+        (lambda: pipe.set_adapters("style", [cast(Any, None)]), "weights: adapter style must be a finite number, .* found None"),
+        (lambda: pipe.set_adapters(cast(Any, {7: 1.0})), r"adapters: expected names, found \[7\]"),
+        (lambda: pipe.delete_adapters(cast(Any, 7)), "adapters: expected names, found 7"),
+    ]  # fmt: skip
+    for call, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            call()
+    pipe.set_adapters("style", cast(Any, np.float32(0.5)))
+    assert pipe.adapters == {"style": 0.5}
     pipe.unload_lora_weights()
     assert torch.equal(draw(pipe), plain)
 
@@ -410,6 +425,10 @@ def test_conditions_that_a_branch_cannot_take_are_refused(run: Path) -> None:
         ({}, "needs one of control_image, control_video, control_latents; found none"),
         ({"control_latents": condition, "control_image": pixels(1, 1)[0]}, "found control_image, control_latents"),
         ({"control_latents": condition[:, :2]}, "control has 2 channels"),
+        ({"control_latents": torch.tensor(1.0)}, r"control_latents has shape \(\); expected \(videos, channels"),
+        ({"control_latents": condition.to_sparse()}, "control_latents: expected a dense tensor"),
+        ({"control_latents": condition * float("nan"), "control_scale": 0}, "control_latents: not finite"),
+        ({"control_video": pixels(1, 5)[0]}, "control_video has 5 frames; the clip has num_frames 4"),
         ({"control_latents": condition[..., :8]}, r"control is \(1, 16, 8\) .* the latents are \(4, 16, 16\)"),
         ({"control_latents": condition.expand(3, -1, -1, -1, -1)}, "3 conditions .* for 2 prompts"),
         ({"control_video": pixels(1, 2)[0]}, r"control is \(2, 16, 16\) .* the latents are \(4, 16, 16\)"),
