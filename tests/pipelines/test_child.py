@@ -72,10 +72,13 @@ def test_a_childs_exit_code_is_returned() -> None:
     ("ending", "shown"),
     [("os.abort()", True), ("os._exit(1)", True), ("raise OSError('no port')", True), ("pass", False)],
 )
-def test_what_was_held_back_is_shown_when_a_start_fails(ending: str, shown: bool) -> None:
+def test_what_was_held_back_is_shown_when_a_start_fails(ending: str, shown: bool, tmp_path: Path) -> None:
     program = f"import os\nfrom pipelines.child import stderr_on_failure\nwith stderr_on_failure():\n    os.write(2, b'the reason, from C')\n    {ending}\nprint('after')"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    env = {**os.environ, "TMPDIR": str(tmp_path)}  # other tests start Ray meanwhile
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200
+    )
     assert ("the reason, from C" in done.stderr) is shown
     assert ("after" in done.stdout) is not shown
     assert ("no port" in done.stderr) is ("no port" in ending)
-    assert not list(Path(os.environ.get("TMPDIR", "/tmp")).glob("stdit-stderr-*"))
+    assert not list(tmp_path.iterdir())
