@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from pipelines import plan as plans
 from stdit.config import ConfigError
-from stdit.files import printable
+from stdit.console import echo
 
 # Uploads with the working directory would be slow and useless; .gitignore is honoured besides.
 EXCLUDES = (".venv", "runs", "tests")
@@ -122,8 +122,8 @@ def submit(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     try:
         client = JobSubmissionClient(args.address)
     except (ConnectionError, RuntimeError) as error:
-        print(
-            printable(f"no Ray job server at {args.address} ({error}); is the cluster up, the tunnel open?"),
+        echo(
+            f"no Ray job server at {args.address} ({error}); is the cluster up, the tunnel open?",
             file=sys.stderr,
         )
         return 2
@@ -137,25 +137,23 @@ def submit(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
             lambda: client.submit_job(entrypoint=entrypoint(args), runtime_env=runtime_env, submission_id=args.job_id)
         )
     except RuntimeError as error:
-        print(printable(f"the job server at {args.address} did not accept the job: {error}"), file=sys.stderr)
+        echo(f"the job server at {args.address} did not accept the job: {error}", file=sys.stderr)
         if _NO_AGENT in str(error):
-            print(printable(_NO_AGENT_MEANS), file=sys.stderr)
+            echo(_NO_AGENT_MEANS, file=sys.stderr)
         return 2
     stop = f"ray job stop --address {args.address} {job}"
-    print(printable(f"job {job}: {entrypoint(args)}\n  to stop it: {stop}"), flush=True)
+    echo(f"job {job}: {entrypoint(args)}\n  to stop it: {stop}", flush=True)
     if args.no_wait:
         return 0
     try:
         asyncio.run(_follow(client, job))
     except KeyboardInterrupt:
-        print(
-            printable(f"\nno longer following job {job}, which is still running; to stop it: {stop}"), file=sys.stderr
-        )
+        echo(f"\nno longer following job {job}, which is still running; to stop it: {stop}", file=sys.stderr)
         return 130
     info = client.get_job_info(job)
     if info.status == JobStatus.SUCCEEDED:
         return 0
-    print(printable(f"job {job}: {info.status}: {info.message}"), file=sys.stderr)
+    echo(f"job {job}: {info.status}: {info.message}", file=sys.stderr)
     return 1
 
 
@@ -182,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(args, os.environ)
         return submit(args, os.environ)
     except ConfigError as error:
-        print(printable(error), file=sys.stderr)
+        echo(error, file=sys.stderr)
         return 2
 
 

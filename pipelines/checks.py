@@ -11,7 +11,7 @@ from pipelines import plan as plans
 from pipelines.plan import Plan, ResolvedStage, Resources
 from stdit.config import Config, ConfigError, TextEncoderConfig, Url
 from stdit.config.identity import FrameSampling
-from stdit.files import printable
+from stdit.console import echo
 
 if TYPE_CHECKING:
     from stdit.data.features import FeatureSet
@@ -198,7 +198,7 @@ def extracted_features(plan: Plan) -> FeatureSet | None:
     try:
         return FeatureSet(plan.extract.out)
     except ConfigError as error:
-        print(printable(f"{error}"), file=sys.stderr)
+        echo(f"{error}", file=sys.stderr)
         return None
 
 

@@ -21,7 +21,8 @@ from pydantic_core import PydanticUndefined
 
 from pipelines.plan import Plan
 from stdit.config import Config, CurateConfig, EvaluateConfig, ExtractConfig, Frozen, GenerateConfig, Url
-from stdit.files import atomic_write, printable
+from stdit.console import echo
+from stdit.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE, SCHEMAS = Path("docs/config.md"), Path("configs/schema")
@@ -266,7 +267,7 @@ def main() -> None:
     for path, text in files().items():
         (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
         atomic_write(ROOT / path, text)
-        print(printable(path))
+        echo(path)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from stdit.files import (
-    Closable,
-    exit_code,
-    printable,
-)
+from stdit.console import echo, printable
+from stdit.errors import exit_code
+from stdit.files import Closable
 
 if TYPE_CHECKING:
     from stdit.evaluation.feature_cache import FeatureJob
@@ -96,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with FeaturePool(config.workers) as pool:
                 return score_command(config, pool if config.workers > 1 else None)
         except (ValueError, OSError, RuntimeError) as error:
-            print(printable(f"evaluate: {error}"), file=sys.stderr)
+            echo(f"evaluate: {error}", file=sys.stderr)
             return exit_code(error)
     workers = options.workers or 1
     generate = generate_videos if workers > 1 else generate_missing

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pipelines.workers import connect, disconnect
 from stdit.config import ExtractConfig, load_config, validate
-from stdit.files import printable
+from stdit.console import echo
 
 if TYPE_CHECKING:
     from stdit.data.records import ShardResult, ShardSpec
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = extract_features(load_config(options.config, ExtractConfig, options.set), options.overwrite)
     except (ValueError, OSError) as error:
         return report_error(error)
-    print(printable(out))
+    echo(out)
     return 0
 
 

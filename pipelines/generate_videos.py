@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pipelines.workers import connect, disconnect
 from stdit.config import ConfigError, GenerateConfig
-from stdit.files import exit_code, printable
+from stdit.console import echo
+from stdit.errors import exit_code
 
 if TYPE_CHECKING:
     from stdit.generate import Job, Outcome
@@ -69,7 +70,7 @@ def generate_groups(job: Job, workers: int, device: str | None = None, progress:
     if device == "cuda" and not have.get("GPU"):
         if "RAY_ADDRESS" not in os.environ:
             raise ValueError("device: cuda, but Ray finds no GPU on this machine")
-        print("generate_videos: the cluster has no GPU now; without an autoscaler this waits for ever", file=sys.stderr)
+        echo("generate_videos: the cluster has no GPU now; without an autoscaler this waits for ever", file=sys.stderr)
     # Start with as many as fit now; an autoscaler may add nodes for the rest. A pool of fixed size would wait.
     room = int(have.get("CPU", 1) // job.threads if device == "cpu" else have.get("GPU", 1))
     workers = min(workers, len(missing))
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = settings(options)
         rows, outcomes = generate_videos(config)
     except (ConfigError, ValueError, OSError, RuntimeError) as error:
-        print(printable(f"generate_videos: {error}"), file=sys.stderr)
+        echo(f"generate_videos: {error}", file=sys.stderr)
         return exit_code(error)
     from stdit.generate import report
 

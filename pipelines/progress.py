@@ -9,7 +9,7 @@ from typing import TextIO
 
 from stdit import metrics_log
 from stdit.config import Config
-from stdit.files import printable
+from stdit.console import printable
 
 
 class Clock:

@@ -23,14 +23,9 @@ from pipelines.child import Terminated
 from pipelines.record import lock_run_dir
 from pipelines.report import OUTPUTS
 from pipelines.runner import PlanFailed, PlanRunner
-from stdit.files import (
-    exit_code,
-    printable,
-)
-from stdit.outputs import (
-    check_outputs,
-    claim_outputs,
-)
+from stdit.console import echo
+from stdit.errors import exit_code
+from stdit.outputs import check_outputs, claim_outputs
 
 COMMAND = "train-stages"
 STOPPED = 75  # stdit.training.stopping.STOPPED.
@@ -58,7 +53,7 @@ def run_plan(
     if plan.extract.has_manifest:
         checks.check_validation_split(plan, stages)
     if only_forecast:
-        print(printable("\n".join(checks.forecast_lines(plan, stages))), flush=True)
+        echo("\n".join(checks.forecast_lines(plan, stages)), flush=True)
         return {}
     checks.check_manifest(plan)
     with lock_run_dir(plan.run_dir):
@@ -98,22 +93,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         paths = run_plan(args.plan, args.set, allow_changes=args.allow_changes, only_forecast=args.forecast)
     except workers.StageStopped as stopped:
-        print(printable(stopped), file=sys.stderr)
+        echo(stopped, file=sys.stderr)
         return STOPPED
     except (RuntimeError, OSError, ValueError) as error:
         if isinstance(error, RuntimeError) and not isinstance(error, workers.StageFailed | PlanFailed):
-            print(printable(traceback.format_exc()), file=sys.stderr)
-        print(printable(f"error: {error}"), file=sys.stderr)
+            echo(traceback.format_exc(), file=sys.stderr)
+        echo(f"error: {error}", file=sys.stderr)
         return exit_code(error)
     except Terminated as signal:
-        print(printable(f"ended by {signal}; run the same command again to resume"), file=sys.stderr)
+        echo(f"ended by {signal}; run the same command again to resume", file=sys.stderr)
         return 143
     except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again to resume", file=sys.stderr)
+        echo("\ninterrupted; run the same command again to resume", file=sys.stderr)
         return 130
     if paths:
         width = max(map(len, paths))
-        print(printable("\n".join(f"{name:<{width}}  {path}" for name, path in paths.items())))
+        echo("\n".join(f"{name:<{width}}  {path}" for name, path in paths.items()))
     return 0
 
 

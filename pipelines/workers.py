@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pipelines.child import stderr_on_failure
 from pipelines.plan import Resources, available_cpus
 from stdit.config import Config, validate
+from stdit.console import echo
 
 # The object store holds paths, settings and rows of text, never pixels or latents.
 _OBJECT_STORE_BYTES = 150_000_000
@@ -228,7 +229,7 @@ def _request_stop_on_signal(file: Path) -> Iterator[None]:
     def ask(number: int, _: object) -> None:
         restore()
         with suppress(OSError):  # a terminal that is gone
-            print("\nstopping after a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
+            echo("\nstopping after a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
 

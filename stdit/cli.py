@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from stdit.files import printable
+from stdit.console import echo
 
 
 class Verb(NamedTuple):
@@ -173,12 +173,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb is None:
         close = difflib.get_close_matches(options.verb, VERBS, 1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        print(printable(f"stdit: unknown verb {options.verb!r}{hint} Verbs: {', '.join(VERBS)}"), file=sys.stderr)
+        echo(f"stdit: unknown verb {options.verb!r}{hint} Verbs: {', '.join(VERBS)}", file=sys.stderr)
         return 2
     try:
         return verb.run(options.arguments) or 0
     except ValueError as error:  # ConfigError, before the verb's own main
-        print(printable(f"stdit {options.verb}: {error}"), file=sys.stderr)
+        echo(f"stdit {options.verb}: {error}", file=sys.stderr)
         return 2
 
 

@@ -19,14 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stdit.files import (
-    atomic_write,
-    exit_code,
-    printable,
-)
-from stdit.outputs import (
-    claim_outputs,
-)
+from stdit.console import echo
+from stdit.errors import exit_code
+from stdit.files import atomic_write
+from stdit.outputs import claim_outputs
 
 if TYPE_CHECKING:
     from stdit.evaluation.comparison import Curve, Pair, RunResults
@@ -252,16 +248,14 @@ def serve(options: argparse.Namespace) -> None:
     ballot = Ballot.shuffled(pairs, (runs[0].name, runs[1].name), options.seed)
     server = make_server(ballot, options.out / VOTES, options.port, options.voter)
     host, port = server.server_address[:2]
-    print(
-        printable(
-            f"vote at http://{host}:{port}/ ({len(pairs)} pairs); votes go to {options.out / VOTES}; Ctrl-C ends"
-        ),
+    echo(
+        f"vote at http://{host}:{port}/ ({len(pairs)} pairs); votes go to {options.out / VOTES}; Ctrl-C ends",
         flush=True,
     )
     try:
         server.serve_forever()
     except KeyboardInterrupt:
-        print()
+        echo()
     finally:
         server.server_close()
 
@@ -275,9 +269,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.blind:
             serve(options)
         else:
-            print(printable(f"{compare(options.runs, options.out, options.count)} is written"))
+            echo(f"{compare(options.runs, options.out, options.count)} is written")
     except (ValueError, OSError) as error:
-        print(printable(f"compare: {error}"), file=sys.stderr)
+        echo(f"compare: {error}", file=sys.stderr)
         return exit_code(error)
     return 0
 

@@ -15,14 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stdit.config import ConfigError, CurateConfig, load_config
-from stdit.files import (
-    FolderLock,
-    exit_code,
-    printable,
-)
-from stdit.outputs import (
-    own_outputs,
-)
+from stdit.console import echo
+from stdit.errors import exit_code
+from stdit.files import FolderLock
+from stdit.outputs import own_outputs
 
 # Imported late, so that --help answers at once.
 if TYPE_CHECKING:
@@ -50,8 +46,8 @@ def run(config: CurateConfig, mapper: Mapper | None = None) -> Path:
     except BlockingIOError as error:
         raise ConfigError(f"out: another curation is at work in {out} ({error})") from None
     try:
-        path = curate(config, mapper or local_mapper, lambda line: print(printable(line), file=sys.stderr))
-        print(printable("\n".join(report_lines(read_report(out)))), file=sys.stderr)
+        path = curate(config, mapper or local_mapper, lambda line: echo(line, file=sys.stderr))
+        echo("\n".join(report_lines(read_report(out))), file=sys.stderr)
         return path
     finally:
         lock.release()
@@ -82,12 +78,12 @@ def main(
     try:
         path = curate(load_config(options.config, CurateConfig, options.set))
     except (ValueError, OSError) as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
+        echo(f"error: {error}", file=sys.stderr)
         return exit_code(error)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command again goes on", file=sys.stderr)
+        echo("\ninterrupted; the same command again goes on", file=sys.stderr)
         return 130
-    print(printable(path))
+    echo(path)
     return 0
 
 

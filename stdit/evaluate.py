@@ -36,16 +36,10 @@ from stdit.config import (
     validate,
 )
 from stdit.config.identity import FrameSampling
-from stdit.files import (
-    atomic_write,
-    check_writable,
-    exit_code,
-    printable,
-)
-from stdit.outputs import (
-    check_outputs,
-    claim_outputs,
-)
+from stdit.console import echo
+from stdit.errors import exit_code
+from stdit.files import atomic_write, check_writable
+from stdit.outputs import check_outputs, claim_outputs
 
 if TYPE_CHECKING:
     from stdit.inference.job import Source
@@ -220,15 +214,15 @@ def score_command(config: EvaluateConfig, compute: Any = None) -> int:
     from stdit.evaluation.scores import evaluate_media, scores_table
 
     result = evaluate_media(config, compute or compute_features)
-    print(printable(f"{scores_table(result)}\n{len(result['scores'])} scores are in {config.out}"))
+    echo(f"{scores_table(result)}\n{len(result['scores'])} scores are in {config.out}")
     return 0 if result["scores"] else 1
 
 
 def run_command(options: argparse.Namespace, generate: Generate, **settings: Any) -> int:
     """Runs parsed `arguments`; prints the table. Exit code as `main`."""
     if absent := [flag for flag in ("run", "manifest", "out") if getattr(options, flag) is None]:
-        print(
-            printable(f"evaluate: give --config, or --run, --manifest and --out; --{absent[0]} is missing"),
+        echo(
+            f"evaluate: give --config, or --run, --manifest and --out; --{absent[0]} is missing",
             file=sys.stderr,
         )
         return 2
@@ -245,13 +239,13 @@ def run_command(options: argparse.Namespace, generate: Generate, **settings: Any
             overwrite=options.overwrite, **flags, **settings,
         )  # fmt: skip
     except (ValueError, OSError) as error:
-        print(printable(f"evaluate: {error}"), file=sys.stderr)
+        echo(f"evaluate: {error}", file=sys.stderr)
         return exit_code(error)
     from stdit.evaluation.tables import metrics_table
 
-    print(printable(metrics_table(results)))
+    echo(metrics_table(results))
     failed = [name for name, result in results.items() if isinstance(result, str)]
-    print(printable(f"metrics of {len(results) - len(failed)} of {len(results)} runs are in {options.out}"))
+    echo(f"metrics of {len(results) - len(failed)} of {len(results)} runs are in {options.out}")
     return 1 if failed else 0
 
 
@@ -263,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return score_command(evaluate_config(options))
     except (ValueError, OSError) as error:
-        print(printable(f"evaluate: {error}"), file=sys.stderr)
+        echo(f"evaluate: {error}", file=sys.stderr)
         return exit_code(error)
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stdit.config import ConfigError, ExtractConfig, load_config
-from stdit.files import exit_code, printable
+from stdit.console import echo
+from stdit.errors import exit_code
 
 # Imported late, so that --help answers at once.
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def prepare(config: ExtractConfig, overwrite: bool = False) -> tuple[ExtractionP
     write_settings(plan, overwrite)
     todo, line = pending_shards(plan)
     if todo:
-        print(printable(f"{config.out}: {line}"), file=sys.stderr)
+        echo(f"{config.out}: {line}", file=sys.stderr)
     return plan, todo
 
 
@@ -154,7 +155,7 @@ def collect(plan: ExtractionPlan, todo: Sequence[ShardSpec], results: Iterable[S
                 break
     out = finish(plan)
     if todo:
-        print(printable("\n".join(report_lines(read_report(out)))), file=sys.stderr)
+        echo("\n".join(report_lines(read_report(out))), file=sys.stderr)
     return out
 
 
@@ -190,13 +191,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = run(load_config(args.config, ExtractConfig, args.set), args.overwrite)
     except (ValueError, OSError) as error:
         return report_error(error)
-    print(printable(out))
+    echo(out)
     return 0
 
 
 def report_error(error: Exception) -> int:
     """Prints why an extraction ended; its exit code: 2 for a config, manifest or folder that cannot be used, else 1."""
-    print(printable(f"error: {error}"), file=sys.stderr)
+    echo(f"error: {error}", file=sys.stderr)
     return exit_code(error)
 
 

@@ -8,11 +8,9 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import stat
 import time
-import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +18,8 @@ from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, Self
+
+from stdit.errors import NotRegularError
 
 
 def fsync_folder(path: Path) -> None:
@@ -123,22 +123,6 @@ def apply_umask(folder: Path, *patterns: str) -> None:
     for file in (file for pattern in patterns or ("**/*",) for file in folder.glob(pattern)):
         if file.is_file() and not file.is_symlink() and stat.S_IMODE(file.stat().st_mode) != mode:
             os.chmod(file, mode)
-
-
-class WorkFailed(ValueError):
-    """Work that was done, and whose result cannot be used. Other ValueErrors are input that cannot."""
-
-
-class NotRegularError(OSError):
-    """A folder, pipe or device where a file is expected."""
-
-
-def exit_code(error: Exception) -> int:
-    """Of a command that ends by `error`: 2, input that cannot be used; 1, work that failed (a full disk, a lost store)."""
-    unusable = isinstance(error, ValueError) and not isinstance(error, WorkFailed)
-    no_file = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError | NotRegularError)
-    too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
-    return 2 if unusable or no_file or too_long else 1
 
 
 def check_writable(folder: Path) -> None:
@@ -433,28 +417,3 @@ def _integer(text: str) -> int:
     if len(text) > MAX_JSON_DIGITS:
         raise ValueError(f"a number of {len(text)} digits; at most {MAX_JSON_DIGITS}")
     return int(text)
-
-
-# -------------------------------------------------------------------------------- text for people
-
-# In messages, a word (a path, say) is cut to so many characters, and everything to MAX_MESSAGE.
-MAX_WORD = 300
-MAX_MESSAGE = 100_000
-
-
-def printable(text: object) -> str:
-    """`text` for a terminal or a log: control characters, terminal escapes and marks that reorder text appear as in "\\x1b",
-    line breaks and tabs stay; words and texts that are too long are cut in the middle. Applied to all that is printed."""
-    found = str(text)
-    if len(found) > MAX_MESSAGE:
-        found = f"{found[: MAX_MESSAGE // 2]}… ({len(found):,} characters) …{found[-MAX_MESSAGE // 4 :]}"
-    if not found.isprintable():
-        found = "".join(c if _is_harmless(c) else c.encode("unicode_escape").decode() for c in found)
-    return re.sub(
-        rf"\S{{{MAX_WORD + 1},}}", lambda word: f"{word[0][: MAX_WORD * 2 // 3]}…{word[0][-MAX_WORD // 4 :]}", found
-    )
-
-
-def _is_harmless(character: str) -> bool:
-    """Printable, a space of any script, a line break or tab, or a joiner, which emoji and several scripts need."""
-    return character.isprintable() or character in "\n\t\u200c\u200d" or unicodedata.category(character) == "Zs"

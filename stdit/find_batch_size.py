@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from stdit.config import Config, ConfigError, TrainBucket, load_config
-from stdit.files import exit_code, printable
+from stdit.console import echo
+from stdit.errors import exit_code
 
 # Exit code of a try that ran out of memory.
 OUT_OF_MEMORY = 3
@@ -170,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _try(config, args.bucket, args.size, args.memory)
         return _find(config, own, args)
     except (ConfigError, RuntimeError, OSError) as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
+        echo(f"error: {error}", file=sys.stderr)
         return exit_code(error)
 
 
@@ -201,7 +202,7 @@ def _find(config: Config, own: list[str], args: argparse.Namespace) -> int:
         if args.bucket not in (keys := [b.key for b in buckets]):
             raise ConfigError(f"--bucket {args.bucket}: the config has {', '.join(keys)}")
         buckets = tuple(b for b in buckets if b.key == args.bucket)
-    print(printable(f"{'bucket':<14} {'batch_size':>10}  {'result':<18} {'memory':>12} {'samples/s':>10}"), flush=True)
+    echo(f"{'bucket':<14} {'batch_size':>10}  {'result':<18} {'memory':>12} {'samples/s':>10}", flush=True)
     best: dict[str, int] = {}
     for bucket in buckets:
 
@@ -210,8 +211,8 @@ def _find(config: Config, own: list[str], args: argparse.Namespace) -> int:
 
         for found in search(attempt, bucket.batch_size or 1, args.most, args.tries):
             shown = f"{found.bytes / 2**30:>8.2f} GiB {found.size / found.seconds:>10.3g}" if found.fits else ""
-            print(
-                printable(f"{bucket.key:<14} {found.size:>10}  {found.reason or 'fits':<18} {shown}".rstrip()),
+            echo(
+                f"{bucket.key:<14} {found.size:>10}  {found.reason or 'fits':<18} {shown}".rstrip(),
                 flush=True,
             )
             if found.fits:
@@ -219,16 +220,14 @@ def _find(config: Config, own: list[str], args: argparse.Namespace) -> int:
     if config.train.tokens_per_step is not None and best:
         tokens = {bucket.key: best[bucket.key] * (bucket.tokens or 0) for bucket in buckets if bucket.key in best}
         least = min(tokens, key=lambda key: tokens[key])
-        print(printable(f"train.tokens_per_micro_batch: {tokens[least]}   # {best[least]} of {least}"))
+        echo(f"train.tokens_per_micro_batch: {tokens[least]}   # {best[least]} of {least}")
     else:
         for number, bucket in enumerate(complete(config).data.buckets):
             if bucket.key in best:
-                print(printable(f"data.buckets[{number}].batch_size: {best[bucket.key]}   # {bucket.key}"))
+                echo(f"data.buckets[{number}].batch_size: {best[bucket.key]}   # {bucket.key}")
     if missing := [b.key for b in buckets if b.key not in best]:
-        print(
-            printable(
-                f"error: nothing fits of bucket {', '.join(missing)}; train.activation_checkpointing and train.zero_stage save memory"
-            ),
+        echo(
+            f"error: nothing fits of bucket {', '.join(missing)}; train.activation_checkpointing and train.zero_stage save memory",
             file=sys.stderr,
         )
         return 1

@@ -30,11 +30,13 @@ import torch
 from stdit.config import Bucket, LoRASource, SamplerConfig
 from stdit.config.identity import FrameSampling
 from stdit.config.load import shorten
+from stdit.console import echo
 from stdit.data.clip_frames import sampled_count, sampled_indices
 from stdit.data.decoding import open_clip
 from stdit.data.transforms import resize_crop
 from stdit.diffusion.randomness import seed_for
-from stdit.files import atomic_path, atomic_write, exit_code, printable
+from stdit.errors import exit_code
+from stdit.files import atomic_path, atomic_write
 from stdit.inference.job import MANIFEST, MOVING, SHEET, Job, job_from_config, open_job
 from stdit.inference.parallel import launched_ranks
 from stdit.inference.pipeline import STDiTPipeline, STDiTPipelineOutput
@@ -278,11 +280,11 @@ def report(rows: Sequence[dict[str, Any]], outcomes: Sequence[Outcome], out: Pat
     """Prints what was generated and what failed; returns the exit code, 0 if nothing is missing."""
     failed = [row for row in rows if row["file"] is None]
     for row in failed:
-        print(printable(f"failed: prompt {row['index']} {row['prompt'][:60]!r}: {row['error']}"), file=sys.stderr)
+        echo(f"failed: prompt {row['index']} {row['prompt'][:60]!r}: {row['error']}", file=sys.stderr)
     for outcome in outcomes:
         if outcome.note:
-            print(printable(f"note: {outcome.file}: {outcome.note}"), file=sys.stderr)
-    print(printable(f"{len(rows) - len(failed)} of {len(rows)} videos are in {out} (see {MANIFEST} and {SHEET})"))
+            echo(f"note: {outcome.file}: {outcome.note}", file=sys.stderr)
+    echo(f"{len(rows) - len(failed)} of {len(rows)} videos are in {out} (see {MANIFEST} and {SHEET})")
     return 1 if failed else 0
 
 
@@ -342,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows = ranks.broadcast(lambda: finish(job, outcomes))
     except (ValueError, checkpoint.CheckpointError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(printable(f"stdit.generate: {error}"), file=sys.stderr)
+            echo(f"stdit.generate: {error}", file=sys.stderr)
         return 2 if isinstance(error, checkpoint.CheckpointError) else exit_code(error)
     if not ranks.is_main:
         return int(any(row["file"] is None for row in rows))

@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from stdit.config import ConfigError, Url, parse_location
 from stdit.config.location import hide_credentials
-from stdit.files import atomic_write, exit_code, printable
+from stdit.console import echo
+from stdit.errors import exit_code
+from stdit.files import atomic_write
 
 if TYPE_CHECKING:
     from stdit.data.probe import BucketProposal, Probe, ProbedClip
@@ -301,10 +303,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         lines = init(Choices(**vars(options)))
     except (ValueError, OSError) as error:
-        print(printable(f"stdit init: {error}"), file=sys.stderr)
+        echo(f"stdit init: {error}", file=sys.stderr)
         return exit_code(error)
-    print(printable("\n".join(lines)))
-    print(printable(f"next: stdit train-stages --plan {options.out}/plan.yaml"))
+    echo("\n".join(lines))
+    echo(f"next: stdit train-stages --plan {options.out}/plan.yaml")
     return 0
 
 

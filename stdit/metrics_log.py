@@ -13,7 +13,8 @@ from typing import Any
 from pydantic import ConfigDict, ValidationError
 
 from stdit.config import FileSchema, NonNegative
-from stdit.files import parse_json, printable
+from stdit.console import echo
+from stdit.files import parse_json
 
 FILE = "metrics.jsonl"
 # `read_last` looks no further back than this.
@@ -67,7 +68,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     entries = [entry for _, entry in _entries(path.read_bytes(), damaged)] if path.is_file() else []
     if damaged:
         lines = f"{len(damaged)} damaged lines are" if len(damaged) > 1 else "a damaged line is"
-        print(printable(f"{path}: {lines} left out ({damaged[0]})"), file=sys.stderr)
+        echo(f"{path}: {lines} left out ({damaged[0]})", file=sys.stderr)
     return entries
 
 

@@ -19,14 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stdit.config import Config, ConfigError, ModelConfig, apply_override, load_config, validate
-from stdit.files import (
-    atomic_write,
-    exit_code,
-    printable,
-)
-from stdit.outputs import (
-    claim_outputs,
-)
+from stdit.console import echo
+from stdit.errors import exit_code
+from stdit.files import atomic_write
+from stdit.outputs import claim_outputs
 
 if TYPE_CHECKING:
     from stdit.training.scaling_law import Point, ScalingLaw
@@ -293,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return plan(args, train_run)
     except (ConfigError, ValueError, OSError) as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
+        echo(f"error: {error}", file=sys.stderr)
         return exit_code(error)
 
 
@@ -315,29 +311,27 @@ def plan(args: argparse.Namespace, run: Callable[[Rung, int], int]) -> int:
     # Validation is on in every run of the ladder: opened so, the data are checked for clips of that split.
     costs = Costs(with_steps(config, config.train.steps, config.run_dir), args.nproc)
     rungs = make_ladder(config, costs, args.out)
-    print(
-        printable(f"a ladder of {len(rungs)} runs, {sum(r.flops for r in rungs):.3g} FLOPs in all, in {args.out}"),
+    echo(
+        f"a ladder of {len(rungs)} runs, {sum(r.flops for r in rungs):.3g} FLOPs in all, in {args.out}",
         flush=True,
     )
     claim_outputs(args.out, "plan-compute", [LADDER, PLOT, PROPOSAL, *(config_file(rung).name for rung in rungs)])
     for number, rung in enumerate(rungs, 1):
         if is_finished(rung.config, costs.data, args.nproc):
             continue
-        print(printable(f"run {number}/{len(rungs)}: {describe(rung)}"), flush=True)
+        echo(f"run {number}/{len(rungs)}: {describe(rung)}", flush=True)
         if code := run(rung, args.nproc):
-            print(printable(f"error: {rung.config.run_dir}: training ended with exit code {code}"), file=sys.stderr)
+            echo(f"error: {rung.config.run_dir}: training ended with exit code {code}", file=sys.stderr)
             return code
     points = [Point(rung.parameters, rung.flops, final_loss(rung)) for rung in rungs]
     for rung, point in zip(rungs, points, strict=True):
-        print(printable(f"  {describe(rung)}, validation loss {point.loss:.4f}"))
+        echo(f"  {describe(rung)}, validation loss {point.loss:.4f}")
     law, without = fit(points), fit(points[1:])
     predicted = without.loss(points[0].parameters, points[0].flops)
-    print(
-        printable(
-            f"loss = {law.irreducible:.4f} + {law.model:.4f} (N / {law.scale[0]:.3g})^-{law.alpha:.3f} + "
-            f"{law.data:.4f} (C / N / {law.scale[1]:.3g})^-{law.beta:.3f}\n"
-            f"check, the largest run from the other {len(points) - 1}: predicted {predicted:.4f}, measured {points[0].loss:.4f}"
-        )
+    echo(
+        f"loss = {law.irreducible:.4f} + {law.model:.4f} (N / {law.scale[0]:.3g})^-{law.alpha:.3f} + "
+        f"{law.data:.4f} (C / N / {law.scale[1]:.3g})^-{law.beta:.3f}\n"
+        f"check, the largest run from the other {len(points) - 1}: predicted {predicted:.4f}, measured {points[0].loss:.4f}"
     )
     found: dict[str, Any] = {
         "runs": [{"run": rung.name, **point._asdict()} for rung, point in zip(rungs, points, strict=True)],
@@ -353,7 +347,7 @@ def plan(args: argparse.Namespace, run: Callable[[Rung, int], int]) -> int:
         "loss_interval": proposal.losses, "parameters_interval": proposal.sizes,
     }  # fmt: skip
     atomic_write(args.out / LADDER, json.dumps(found, indent=1) + "\n")
-    print(printable(f"{text}{args.out / PROPOSAL}"))
+    echo(f"{text}{args.out / PROPOSAL}")
     return 0
 
 

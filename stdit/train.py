@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 from stdit.training.stopping import STOPPED, Stop  # isort: skip  # First: it looks at the parent process.
 from stdit.config import Config, ConfigError, load_config
-from stdit.files import printable
+from stdit.console import echo
 
 if TYPE_CHECKING:
     import torch
@@ -298,7 +298,7 @@ def complain(message: str) -> None:
     """Prints an error to stderr, with the rank if there are several."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     with contextlib.suppress(OSError):
-        print(printable(f"[rank {os.environ.get('RANK', 0)}] {message}" if several else message), file=sys.stderr)
+        echo(f"[rank {os.environ.get('RANK', 0)}] {message}" if several else message, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -13,21 +13,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from stdit.console import MAX_WORD, printable
+from stdit.errors import NotRegularError, WorkFailed, exit_code
 from stdit.files import (
-    MAX_WORD,
     FolderLock,
-    NotRegularError,
-    WorkFailed,
     atomic_folder,
     atomic_path,
     atomic_write,
     check_writable,
     describe_failed_write,
-    exit_code,
     fingerprint_file,
     fingerprint_files,
     open_regular,
-    printable,
     read_json,
     read_jsonl,
     seal,

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from stdit.config import ConfigError
-from stdit.files import Closable, fingerprint_file, printable
+from stdit.console import echo
+from stdit.files import Closable, fingerprint_file
 
 FILE = "cache.sqlite"
 # Raised when the tables change.
@@ -124,7 +125,7 @@ class Cache(Closable):
                 else:
                     self.damaged[table] += 1
                     if self.damaged[table] == 1:
-                        print(printable(f"{self.path}: damaged rows in {table} are computed again"), file=sys.stderr)
+                        echo(f"{self.path}: damaged rows in {table} are computed again", file=sys.stderr)
 
     def _store(self, table: str, rows: Iterable[Row]) -> None:
         with self._errors():

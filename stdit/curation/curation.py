@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from stdit.config import ConfigError, CurateConfig, FileSchema, NonNegative, Where, read_json
+from stdit.console import printable
 from stdit.curation import scoring
 from stdit.curation.analysis import VERSION, Analysis
 from stdit.curation.cache import FILE as CACHE
@@ -34,16 +35,9 @@ from stdit.curation.sources import Source, find_sources, make_links, stale_links
 from stdit.curation.work import SCORED_AT_ONCE, Mapper, Task
 from stdit.data.filters import passing, satisfies
 from stdit.data.manifest import RESERVED_COLUMNS, STANDARD_COLUMNS, crop_text
-from stdit.files import (
-    WorkFailed,
-    atomic_path,
-    atomic_write,
-    printable,
-)
-from stdit.outputs import (
-    claim_outputs,
-    own_outputs,
-)
+from stdit.errors import WorkFailed
+from stdit.files import atomic_path, atomic_write
+from stdit.outputs import claim_outputs, own_outputs
 
 COMMAND = "curate"
 MANIFEST, REPORT, CLIPS, PAGE = "manifest.jsonl", "report.json", "clips.parquet", "curation.html"

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from stdit.console import echo
 from stdit.curation.analysis import analyse
 from stdit.curation.dissolves import WEIGHTS, features
 from stdit.curation.footage import make_film
-from stdit.files import printable
 from stdit.media import write_video
 
 HIDDEN = (48, 24)
@@ -54,10 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     layers = {f"weight{i}": w.astype(np.float32) for i, w in enumerate(model.coefs_)}
     layers |= {f"bias{i}": b.astype(np.float32) for i, b in enumerate(model.intercepts_)}
     np.savez(WEIGHTS, allow_pickle=False, mean=mean.astype(np.float32), scale=scale.astype(np.float32), **layers)
-    print(
-        printable(
-            f"{len(y):,} frames, {y.mean():.1%} within transitions, accuracy {model.score((x - mean) / scale, y):.4f}: {WEIGHTS}"
-        )
+    echo(
+        f"{len(y):,} frames, {y.mean():.1%} within transitions, accuracy {model.score((x - mean) / scale, y):.4f}: {WEIGHTS}"
     )
 
 

@@ -20,12 +20,10 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter, zoom
 
+from stdit.console import echo
 from stdit.data.digits import DIRECTIONS
-from stdit.files import (
-    atomic_write,
-    exit_code,
-    printable,
-)
+from stdit.errors import exit_code
+from stdit.files import atomic_write
 from stdit.media import write_video
 from stdit.outputs import claim_outputs
 
@@ -159,9 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         films = make_films(options.out, options.seed)
     except (ValueError, OSError) as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
+        echo(f"error: {error}", file=sys.stderr)
         return exit_code(error)
-    print(printable(f"{options.out / 'films'}: {len(films)} films, {sum(map(len, films.values()))} shots, 2 images"))
+    echo(f"{options.out / 'films'}: {len(films)} films, {sum(map(len, films.values()))} shots, 2 images")
     return 0
 
 

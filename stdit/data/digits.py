@@ -25,13 +25,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from stdit.console import echo
 from stdit.data import manifest
-from stdit.files import (
-    atomic_write,
-    exit_code,
-    printable,
-    read_json,
-)
+from stdit.errors import exit_code
+from stdit.files import atomic_write, read_json
 from stdit.media import write_clip
 
 # Raised when the same options would give other files.
@@ -399,14 +396,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = DigitsOptions(tuple(map(Shape.parse, given.shapes)), **values)
         path = make_digits(given.out, options, overwrite=given.overwrite, workers=given.workers, progress=True)
     except (ValueError, OSError) as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
+        echo(f"error: {error}", file=sys.stderr)
         return exit_code(error)
     clips = manifest.read(path)
-    print(
-        printable(
-            f"{path}: {len(clips)} clips, {', '.join(f'{count} {split}' for split, count in clips.splits.items())}"
-        )
-    )
+    echo(f"{path}: {len(clips)} clips, {', '.join(f'{count} {split}' for split, count in clips.splits.items())}")
     return 0
 
 

@@ -38,19 +38,9 @@ from stdit.data.filters import check_where, passes
 from stdit.data.manifest import read
 from stdit.data.object_cache import ObjectCache
 from stdit.data.records import ReportTotals, ShardSpec
-from stdit.files import (
-    WorkFailed,
-    atomic_path,
-    atomic_write,
-    check_writable,
-    seal,
-    sha256,
-)
-from stdit.outputs import (
-    check_outputs,
-    claim_outputs,
-    own_outputs,
-)
+from stdit.errors import WorkFailed
+from stdit.files import atomic_path, atomic_write, check_writable, seal, sha256
+from stdit.outputs import check_outputs, claim_outputs, own_outputs
 
 SETTINGS = "extraction.json"
 COMMAND, OUTPUTS = "extract", (SETTINGS, INDEX, REPORT, SAMPLES, "parts", "shards")

@@ -27,7 +27,8 @@ from pydantic import BaseModel
 
 from stdit import config
 from stdit.config import ConfigError, Url
-from stdit.files import MAX_JSON_BYTES, parse_json, printable
+from stdit.console import echo
+from stdit.files import MAX_JSON_BYTES, parse_json
 
 # Over about two minutes: a store that restarts, or limits its rate, does not end a run.
 TRIES = 12
@@ -256,7 +257,7 @@ def _retried(url: Url, attempt: Callable[[], _Result]) -> _Result:
             tries = f" ({number} tries)" if passes else ""
             raise type(found)(found.errno or errno.EIO, f"{found.strerror}{tries}", url) from None
         wait = min(FIRST_WAIT_S * 2 ** (number - 1), LONGEST_WAIT_S) * _waits.uniform(0.5, 1.0)
-        print(printable(f"stdit: {found}; try {number + 1} of {TRIES} in {wait:.1f} s"), file=sys.stderr)
+        echo(f"stdit: {found}; try {number + 1} of {TRIES} in {wait:.1f} s", file=sys.stderr)
         time.sleep(wait)
     raise AssertionError("TRIES is above 0")
 

@@ -55,13 +55,8 @@ from stdit.evaluation.validation_clips import (
     stated_count,
 )
 from stdit.files import atomic_write, seal
-from stdit.memory import (
-    gib,
-    host_memory,
-)
-from stdit.outputs import (
-    claim_outputs,
-)
+from stdit.memory import gib, host_memory
+from stdit.outputs import claim_outputs
 
 # Incremented when the metrics of the same clips change, which invalidates metrics and classifiers on disk.
 VERSION = 3

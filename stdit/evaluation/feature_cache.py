@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
+from stdit.console import printable
 from stdit.evaluation.media_set import MediaSet, Medium
 from stdit.evaluation.networks import Network
-from stdit.files import atomic_path, printable
+from stdit.files import atomic_path
 
 CHUNK = 64  # media
 # Incremented when features of the same pixels, or what their files hold, change.

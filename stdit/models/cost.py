@@ -36,7 +36,7 @@ from stdit.config import (
     token_grid,
     validate,
 )
-from stdit.files import printable
+from stdit.console import echo
 from stdit.models.attention import Attention, CrossAttention
 from stdit.models.control import Controlled
 from stdit.models.fine_tuning import add_trainable, submodels
@@ -290,9 +290,9 @@ def _inputs(
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.summary().parse_args(argv)
     try:
-        print(printable(_table(args)))
+        echo(_table(args))
     except (ConfigError, ValueError, OSError) as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
+        echo(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -33,7 +33,8 @@ from typing import Any, Literal
 
 from stdit import __version__, integrity
 from stdit.config import Config, ConfigError, FileSchema, NonNegative, TrainConfig, read_json
-from stdit.files import apply_umask, atomic_write, fsync_folder, printable
+from stdit.console import echo
+from stdit.files import apply_umask, atomic_write, fsync_folder
 from stdit.integrity import IDENTITY, MANIFEST, read_manifest, verify
 from stdit.training.identity import Trained, load_identity
 
@@ -196,7 +197,7 @@ def find_latest(run_dir: Path, check: Callable[[Path], str | None] = verify) -> 
         if reason is None:
             return checkpoint
         completed = completed or is_own(checkpoint)
-        print(printable(f"stdit: checkpoint {checkpoint} is skipped: {reason}"), file=sys.stderr)
+        echo(f"stdit: checkpoint {checkpoint} is skipped: {reason}", file=sys.stderr)
     if completed:
         raise CheckpointError(
             f"{run_dir / FOLDER}: no checkpoint is intact (see above). Remove the folder to start from step 0"
@@ -237,7 +238,7 @@ def find_final(run_dir: Path, steps: int) -> Path | None:
         if reason is None:
             return checkpoint
         reason = f"{checkpoint.name}: {reason}"
-    print(printable(f"stdit: {path} is ignored: {reason}"), file=sys.stderr)
+    echo(f"stdit: {path} is ignored: {reason}", file=sys.stderr)
     return None
 
 
@@ -298,7 +299,7 @@ def set_aside_damaged(run_dir: Path, latest: Path) -> None:
             number += 1
             target = checkpoint.with_name(f"{checkpoint.name}.damaged-{number}")
         checkpoint.rename(target)
-        print(printable(f"stdit: the damaged checkpoint {checkpoint.name} is now {target}"), file=sys.stderr)
+        echo(f"stdit: the damaged checkpoint {checkpoint.name} is now {target}", file=sys.stderr)
 
 
 def prune(run_dir: Path, keep: int, intact: set[Path], every: int | None = None, best: int = 0) -> None:

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from stdit.config import Config
+from stdit.console import echo
 from stdit.files import FolderLock
 from stdit.training.checkpoint import STOPPED_FILE, find_final
 from stdit.training.stopping import SIGNALS, STOPPED, die_with_parent
@@ -67,7 +68,7 @@ def launch(ranks: int, arguments: Sequence[str], config: Config) -> int:
 
 def _stop(launcher: int) -> None:
     """Asks the ranks to save and end; the launcher too, if it has none yet."""
-    print("stopping after a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
+    echo("stopping after a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
     if os.path.lexists("/proc/self") and os.readlink("/proc/self") != str(os.getpid()):
         # /proc is another PID namespace's: no rank can be told. This ends the launchers, whose death the ranks notice, too.
         os.killpg(launcher, signal.SIGUSR1)

@@ -19,7 +19,7 @@ from torch import nn
 
 from stdit.config import Config, ConfigError, validate
 from stdit.config.diff import TRAINING_RUNTIME_KEYS, changes, global_batch_sizes, matches
-from stdit.files import printable
+from stdit.console import echo
 from stdit.models.control import Controlled
 from stdit.models.fine_tuning import add_trainable
 from stdit.models.stdit import STDiT
@@ -98,7 +98,7 @@ def is_finished(config: Config, data: TrainData, world_size: int) -> bool:
     check_resumable(checkpoint.load_identity(folder), config, world_size, data.fingerprint)
     if os.environ.get("RANK", "0") == "0":
         step = checkpoint.step_of(folder)
-        print(printable(f"{config.run_dir}: done already, at step {step} of {config.train.steps}"), file=sys.stderr)
+        echo(f"{config.run_dir}: done already, at step {step} of {config.train.steps}", file=sys.stderr)
     return True
 
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stdit.config import Config, ConfigError, dump, load_config
-from stdit.files import FolderLock, atomic_write, open_regular, printable
+from stdit.console import echo
+from stdit.files import FolderLock, atomic_write, open_regular
 from stdit.training import checkpoint
 from stdit.training.checkpoint import DONE, STOPPED_FILE
 
@@ -118,9 +119,7 @@ def lock(config: Config, ranks: Ranks) -> Iterator[None]:
 
     def acquire() -> None:
         try:
-            held.acquire(
-                LOCK_WAIT_S, lambda owner: print(printable(f"{config.run_dir}: waiting for {owner}"), file=sys.stderr)
-            )
+            held.acquire(LOCK_WAIT_S, lambda owner: echo(f"{config.run_dir}: waiting for {owner}", file=sys.stderr))
             held.share()
         except BlockingIOError as error:
             raise ConfigError(f"{config.run_dir}: another run is training there ({error})") from error

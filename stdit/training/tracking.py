@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from stdit.config import Config, ConfigError
-from stdit.files import printable
+from stdit.console import echo, printable
 from stdit.media import write_png
 from stdit.metrics_log import MetricsLog
 from stdit.training.divergence import describe_bad_samples
@@ -143,7 +143,7 @@ class Tracker:
     def close(self) -> None:
         self._bar.close()
         if self._log and self._log.pending:
-            print(printable(f"{self._log.path}: {self._log.pending} lines could not be written"), file=Console())
+            echo(f"{self._log.path}: {self._log.pending} lines could not be written", file=Console())
         for writer in (self._log, self._board):
             if writer:
                 with self._tolerant("tensorboard"):

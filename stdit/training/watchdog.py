@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from stdit.config import TrainConfig
-from stdit.files import printable
+from stdit.console import echo
 from stdit.training.checkpoint import unfinished_files
 from stdit.training.run_dir import stalled_file
 from stdit.training.stopping import STOPPED, Stop
@@ -141,7 +141,7 @@ class Watchdog:
             f"it ends with code {STOPPED}, and the same command goes on from the newest checkpoint. Its stack:"
         )
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            print(printable(text), file=sys.__stderr__, flush=True)
+            echo(text, file=sys.__stderr__, flush=True)
             assert sys.__stderr__ is not None
             faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         # Under Ray, stderr is far away.

@@ -29,21 +29,10 @@ from torch import Tensor
 from stdit import arguments
 from stdit.config import ConfigError, ModelConfig
 from stdit.config.load import apply_override, validate
-from stdit.files import (
-    atomic_folder,
-    atomic_path,
-    check_writable,
-    describe_failed_write,
-    exit_code,
-    printable,
-    read_json,
-)
-from stdit.integrity import (
-    IDENTITY,
-    MANIFEST,
-    read_manifest,
-    seal_model,
-)
+from stdit.console import echo
+from stdit.errors import exit_code
+from stdit.files import atomic_folder, atomic_path, check_writable, describe_failed_write, read_json
+from stdit.integrity import IDENTITY, MANIFEST, read_manifest, seal_model
 from stdit.models.checks import check_config
 from stdit.models.control import OWN as CONTROL_KEYS
 from stdit.models.control import STDiTControl
@@ -406,9 +395,9 @@ def main(argv: Sequence[str] | None = None, open_source: OpenSource = open_as_is
         for text in args.overrides:
             overrides = apply_override(overrides, text)
         with open_source(args.source, args.weights or "ema") as source:
-            print(printable(convert(source, args.out, args.layout, overrides, ema)))
+            echo(convert(source, args.out, args.layout, overrides, ema))
     except (ConfigError, ValueError, OSError) as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
+        echo(f"error: {error}", file=sys.stderr)
         return exit_code(error)
     return 0
 

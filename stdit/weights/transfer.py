@@ -38,7 +38,9 @@ from torch import Tensor
 
 from stdit import arguments
 from stdit.config import ConfigError, ModelConfig, Transition, apply_override, read_extended, validate
-from stdit.files import atomic_folder, check_writable, exit_code, printable
+from stdit.console import echo
+from stdit.errors import exit_code
+from stdit.files import atomic_folder, check_writable
 from stdit.integrity import seal_model
 from stdit.memory import gib, host_memory
 from stdit.models.cost import parameter_count
@@ -372,9 +374,9 @@ def main(argv: Sequence[str] | None = None, open_source: OpenSource = open_as_is
     args = arguments.transfer().parse_args(argv)
     try:
         with open_source(args.source, "ema") as source:
-            print(printable(transfer_file(source, args.out, args.config, args.overrides, tuple(args.allow), args.seed)))
+            echo(transfer_file(source, args.out, args.config, args.overrides, tuple(args.allow), args.seed))
     except (ConfigError, ValueError, OSError) as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
+        echo(f"error: {error}", file=sys.stderr)
         return exit_code(error)
     return 0
 

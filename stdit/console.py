@@ -1,0 +1,34 @@
+"""What is shown to people, on a terminal or in a log."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import IO
+
+# In messages, a word (a path, say) is cut to so many characters, and everything to MAX_MESSAGE.
+MAX_WORD = 300
+MAX_MESSAGE = 100_000
+
+
+def echo(text: object = "", file: IO[str] | None = None, flush: bool = False) -> None:
+    """Prints `text` on a line of its own, made printable: names of files, captions and errors hold anything. All that is printed is."""
+    print(printable(text), file=file, flush=flush)
+
+
+def printable(text: object) -> str:
+    """`text` for a terminal or a log: control characters, terminal escapes and marks that reorder text appear as in "\\x1b",
+    line breaks and tabs stay; words and texts that are too long are cut in the middle."""
+    found = str(text)
+    if len(found) > MAX_MESSAGE:
+        found = f"{found[: MAX_MESSAGE // 2]}… ({len(found):,} characters) …{found[-MAX_MESSAGE // 4 :]}"
+    if not found.isprintable():
+        found = "".join(c if _is_harmless(c) else c.encode("unicode_escape").decode() for c in found)
+    return re.sub(
+        rf"\S{{{MAX_WORD + 1},}}", lambda word: f"{word[0][: MAX_WORD * 2 // 3]}…{word[0][-MAX_WORD // 4 :]}", found
+    )
+
+
+def _is_harmless(character: str) -> bool:
+    """Printable, a space of any script, a line break or tab, or a joiner, which emoji and several scripts need."""
+    return character.isprintable() or character in "\n\t\u200c\u200d" or unicodedata.category(character) == "Zs"

@@ -1,0 +1,21 @@
+"""Errors that commands tell apart, and the exit codes that follow."""
+
+from __future__ import annotations
+
+import errno
+
+
+class WorkFailed(ValueError):
+    """Work that was done, and whose result cannot be used. Other ValueErrors are input that cannot."""
+
+
+class NotRegularError(OSError):
+    """A folder, pipe or device where a file is expected."""
+
+
+def exit_code(error: Exception) -> int:
+    """Of a command that ends by `error`: 2, input that cannot be used; 1, work that failed (a full disk, a lost store)."""
+    unusable = isinstance(error, ValueError) and not isinstance(error, WorkFailed)
+    no_file = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError | NotRegularError)
+    too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+    return 2 if unusable or no_file or too_long else 1
