@@ -11,6 +11,7 @@ from pipelines import plan as plans
 from pipelines.plan import Plan, ResolvedStage, Resources
 from stdit.config import Config, ConfigError, TextEncoderConfig, Url
 from stdit.config.identity import FrameSampling
+from stdit.config.model import class_conditioning
 from stdit.console import echo
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def check_early(plan: Plan, stages: Sequence[ResolvedStage]) -> None:
         if stage.after is not None:
             check_transition(by_name[stage.after], stage)
         check_evaluation(plan, stage)
-    _check_random_encoders(plan.extract.text_encoder)
+    _check_byte_t5(plan.extract.text_encoder)
     check_scores(plan)
 
 
@@ -68,7 +69,7 @@ def _check_text(stage: ResolvedStage, encoder: TextEncoderConfig | None) -> None
         )
 
 
-def _check_random_encoders(encoder: TextEncoderConfig | None) -> None:
+def _check_byte_t5(encoder: TextEncoderConfig | None) -> None:
     """ConfigError: a byte_t5 whose sizes do not go together, or that memory does not hold."""
     from stdit.encoders.byte_t5 import check_byte_t5
 
@@ -147,8 +148,7 @@ def check_validation_split(plan: Plan, stages: Sequence[ResolvedStage]) -> None:
         )
     sampling = FrameSampling(**plan.extract.model_dump(include=set(FrameSampling.model_fields)))
     for stage in stages:
-        model = stage.config.model
-        classes = None if model.num_classes is None else "required" if model.text_dim is None else "optional"
+        classes = class_conditioning(stage.config.model.num_classes, stage.config.model.text_dim)
         try:
             check_clips(source, config.validation_split, stage.largest, classes, sampling)
             check_memory(config, source, stage.largest, plan.evaluation.prompts, sampling)

@@ -115,7 +115,7 @@ def forecast(
     schedule = BucketSchedule(source, config.data, data_ranks, config.train.gradient_accumulation)
     latents = {b.key: latent_shape(b, compression) for b in config.data.buckets}
     check_sequence_parallel(config, latents, ranks)
-    check_held_out(stage, source)
+    check_validation_clips(stage, source)
     everything = source.select(config.data.train_split, config.data.buckets)
     taken = dict.fromkeys(schedule.counts, 0)
     steps = dict.fromkeys(schedule.counts, 0)
@@ -163,7 +163,7 @@ def forecast(
     )
 
 
-def check_held_out(stage: ResolvedStage, source: ClipIndex) -> None:
+def check_validation_clips(stage: ResolvedStage, source: ClipIndex) -> None:
     """ConfigError: the stage validates or draws samples, and its buckets hold no clip of the validation split."""
     config, data = stage.config, stage.config.data
     key = "validation.every" if config.validation.every else "samples.every" if config.samples.every else None

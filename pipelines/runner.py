@@ -201,7 +201,9 @@ class PlanRunner:
                 self._train(stage, progress)
             finally:
                 progress.close()
-        if not self.is_finished(stage):
+        from stdit.training.checkpoint import is_done
+
+        if not is_done(stage.config.run_dir, stage.config.train.steps):
             raise PlanFailed(
                 f"stage {stage.name}: its workers ended without an error, but {stage.config.run_dir} is not complete"
             )

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from typing import IO
+from typing import Protocol
 
 # In messages, a word (a path, say) is cut to so many characters, and everything to MAX_MESSAGE.
 MAX_WORD = 300
 MAX_MESSAGE = 100_000
 
 
-def echo(text: object = "", file: IO[str] | None = None, flush: bool = False) -> None:
+class Writable(Protocol):
+    """stdout, a file or anything else that `print` takes."""
+
+    def write(self, text: str, /) -> object: ...
+
+    def flush(self) -> None: ...
+
+
+def echo(text: object = "", file: Writable | None = None, flush: bool = False) -> None:
     """Prints `text` on a line of its own, made printable: names of files, captions and errors hold anything. All that is printed is."""
     print(printable(text), file=file, flush=flush)
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stdit.config import ConfigError, ExtractConfig, load_config
+from stdit.config import ExtractConfig, load_config
 from stdit.console import echo
 from stdit.errors import exit_code
 
@@ -49,16 +49,15 @@ def plan_shards(config: ExtractConfig) -> ExtractionPlan:
 
 def check_batch(config: ExtractConfig, clips: int) -> None:
     """ConfigError: the decoded pixels of `batch_size` of the `clips`, in float32, are more than memory holds."""
-    from stdit.memory import gib, host_memory
+    from stdit.memory import check_fits
 
     most = min(config.batch_size, min(clips, config.clips_per_shard) * config.most_windows)
     bucket = max(config.buckets, key=lambda b: b.frames * b.height * b.width)
-    needed, available = most * bucket.frames * bucket.height * bucket.width * 3 * 4, host_memory()
-    if needed > available:
-        raise ConfigError(
-            f"batch_size {config.batch_size}: the pixels of {most:,} clips of bucket {bucket.key} take {gib(needed)}; this machine has "
-            f"{gib(available)}. Lower batch_size, or leave the bucket out"
-        )
+    check_fits(
+        f"batch_size {config.batch_size}: the pixels of {most:,} clips of bucket {bucket.key} take",
+        most * bucket.frames * bucket.height * bucket.width * 3 * 4,
+        "Lower batch_size, or leave the bucket out",
+    )
 
 
 def _encoder_identities(video: dict[str, Any], text: dict[str, Any] | None) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stdit.config import ConfigError
+
 if TYPE_CHECKING:
     import torch
 
@@ -29,6 +31,15 @@ def device_memory(device: torch.device) -> int:
 
         return torch.cuda.get_device_properties(device).total_memory
     return host_memory()
+
+
+def check_fits(what: str, needed: int, remedy: str = "", processes: int = 1) -> None:
+    """ConfigError: `needed` bytes, of each of `processes`, are more than this machine's memory. what: the message's beginning, with its
+    verb; remedy: its end."""
+    available = host_memory()
+    if needed * processes > available:
+        several = f" for {processes} ranks" if processes > 1 else ""
+        raise ConfigError(f"{what} {gib(needed)}; this machine has {gib(available)}{several}{remedy and f'. {remedy}'}")
 
 
 def gib(size: float) -> str:

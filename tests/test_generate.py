@@ -26,7 +26,7 @@ from stdit.evaluate import EvaluationPrompts, evaluate_run
 from stdit.generate import Prompt, generate, job_from_config, noise_seed, read_prompts
 from stdit.inference import job
 from stdit.inference.pipeline import STDiTPipeline, STDiTPipelineOutput
-from stdit.inference.prompts import SLUG_LENGTH, items, slug
+from stdit.inference.prompts import NOT_OF_A_PROMPT, SLUG_LENGTH, items, slug
 from stdit.media import write_clip
 from stdit.models import lora
 from stdit.models.stdit import STDiT
@@ -648,7 +648,9 @@ def test_bad_prompt_files_are_named_with_their_line(name: str, content: bytes, m
 def test_no_setting_of_the_job_or_argument_of_the_pipeline_is_copied_in_silence(tmp_path: Path) -> None:
     own = {"prompt", "class", "seed", "name", "control", "frames", "height", "width", "fps", "image"}
     own |= {"conditioning_video", "conditioning_frames"}
-    names = {*GenerateConfig.model_fields, *inspect.signature(STDiTPipeline.__call__).parameters} - own - {"self"}
+    known = {*GenerateConfig.model_fields, *inspect.signature(STDiTPipeline.__call__).parameters} - {"self"}
+    assert known | {"guidance"} == NOT_OF_A_PROMPT
+    names = known - own
     assert {"guidance_channels", "control_image", "control_scale", "conditioning_latents", "steps"} < names
     for name in names:
         for key in (name, name.title()):

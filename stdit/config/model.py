@@ -14,6 +14,15 @@ from stdit.config.base import Count, Frozen, NonNegative, Positive, Scale, Table
 Positions = Literal["sincos", "learned", "rope", "none"]
 QKNorm = Literal["rms", "layer"]
 MicroCondition = Literal["fps", "frames", "height", "width", "size"]
+# How a model is conditioned on classes: by them alone, or beside captions. None: not at all.
+ClassConditioning = Literal["required", "optional"] | None
+
+
+def class_conditioning(num_classes: int | None, text_dim: int | None) -> ClassConditioning:
+    """Of a model of these settings."""
+    if num_classes is None:
+        return None
+    return "required" if text_dim is None else "optional"
 
 
 # Hidden size, depth and heads of Peebles & Xie 2023, table 1.

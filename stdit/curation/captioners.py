@@ -24,7 +24,7 @@ from stdit.config import CaptionConfig, CaptionServer, ConfigError
 from stdit.curation.caption_text import prompt_for
 from stdit.curation.clips import ClipView
 from stdit.curation.scoring import load_function
-from stdit.encoders.pretrained import load_pretrained, load_processor, no_remote_code
+from stdit.encoders.pretrained import from_pretrained, load_pretrained, no_remote_code
 from stdit.files import fingerprint_files
 
 # Of a server's answer, at most so much is read.
@@ -99,7 +99,7 @@ class ModelCaptioner:
         self.config = config
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            processor = load_processor(AutoProcessor, config.path)
+            processor = from_pretrained(AutoProcessor, config.path)
             model = load_pretrained(AutoModelForImageTextToText, config.path, dtype=getattr(torch, config.dtype))
             with no_remote_code():
                 self.pipe: Any = pipeline(

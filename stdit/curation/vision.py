@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stdit.encoders.pretrained import load_pretrained, load_processor
+from stdit.encoders.pretrained import from_pretrained, load_pretrained
 from stdit.files import fingerprint_files
 
 
@@ -23,7 +23,7 @@ class ImageTextModel:
         from transformers import AutoModel, AutoProcessor
 
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.processor: Any = load_processor(AutoProcessor, path)
+        self.processor: Any = from_pretrained(AutoProcessor, path)
         self.model: Any = load_pretrained(AutoModel, path).to(self.device).eval()
         if not hasattr(self.model, "get_image_features") or not hasattr(self.model, "get_text_features"):
             raise ValueError(f"{path}: {type(self.model).__name__} has no image and text features")

@@ -9,7 +9,7 @@ import torch
 from transformers import T5Config, T5EncoderModel
 
 from stdit.config import ByteT5Config, ConfigError
-from stdit.memory import gib, host_memory
+from stdit.memory import check_fits
 
 
 def random_byte_t5(config: ByteT5Config) -> T5EncoderModel:
@@ -43,12 +43,10 @@ def check_byte_t5(config: ByteT5Config) -> None:
         raise ConfigError(f"text_encoder.byte_t5.width {config.width} is not divisible by num_heads {config.num_heads}")
     with torch.device("meta"):
         parameters = T5EncoderModel(_settings(config)).num_parameters()
-    needed, available = 4 * parameters, host_memory()
-    if needed > available:
-        raise ConfigError(
-            f"text_encoder.byte_t5: width {config.width} and depth {config.depth} are {parameters / 1e6:,.0f} M parameters, which "
-            f"take {gib(needed)}; this machine has {gib(available)}"
-        )
+    check_fits(
+        f"text_encoder.byte_t5: width {config.width} and depth {config.depth} are {parameters / 1e6:,.0f} M parameters, which take",
+        4 * parameters,
+    )
 
 
 def _settings(config: ByteT5Config) -> T5Config:

@@ -27,7 +27,7 @@ def no_remote_code() -> Iterator[None]:
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
 
 
-def load_processor(kind: Any, path: str | Path, **options: Any) -> Any:
+def from_pretrained(kind: Any, path: str | Path, **options: Any) -> Any:
     """`kind.from_pretrained` of a tokenizer, processor or config.
 
     ValueError: damaged files, or a pickle of more than tensors. OSError: as transformers raises it.
@@ -48,9 +48,9 @@ def load_processor(kind: Any, path: str | Path, **options: Any) -> Any:
 def load_pretrained(kind: Any, path: str | Path, unused: tuple[str, ...] = (), **options: Any) -> Any:
     """`kind.from_pretrained`, strictly. unused: beginnings of weights that may be missing, because nothing reads them.
 
-    ValueError: a weight is missing or of another shape, and as `load_processor`. OSError: as transformers raises it.
+    ValueError: a weight is missing or of another shape, and as `from_pretrained`. OSError: as transformers raises it.
     """
-    model, info = load_processor(kind, path, output_loading_info=True, **options)
+    model, info = from_pretrained(kind, path, output_loading_info=True, **options)
     missing = sorted(str(key) for key in info["missing_keys"] if not str(key).startswith(unused))
     wrong = {"missing_keys": missing, "mismatched_keys": sorted(map(str, info["mismatched_keys"]))}
     if found := "; ".join(f"{name}: {keys[:5]}" for name, keys in wrong.items() if keys):

@@ -55,7 +55,7 @@ from stdit.evaluation.validation_clips import (
     stated_count,
 )
 from stdit.files import atomic_write, seal
-from stdit.memory import gib, host_memory
+from stdit.memory import check_fits
 from stdit.outputs import claim_outputs
 
 # Incremented when the metrics of the same clips change, which invalidates metrics and classifiers on disk.
@@ -148,7 +148,6 @@ def check_memory(
 
     generated: clips of `shape`, with which those real ones are compared that `select` gives, `real_clips` at most.
     """
-    available = host_memory()
     real = min(config.real_clips, stated_count(source, config.validation_split, shape, 2 * generated, sampling))
     labelled = sum(clip.split == config.train_split and class_of(clip, config) is not None for clip in source)
     frames = min(config.classifier_frames, labelled)
@@ -161,8 +160,7 @@ def check_memory(
         ),
     }
     for what, needed in needs.items():
-        if needed > available:
-            raise ConfigError(f"{what} take {gib(needed)}; this machine has {gib(available)}")
+        check_fits(f"{what} take", needed)
 
 
 def load_or_train_classifier(source: Manifest, config: EvaluationConfig, cache: Path) -> ClipClassifier | None:

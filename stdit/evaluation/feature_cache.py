@@ -24,13 +24,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from stdit.console import printable
+from stdit.data.features import digest_of
 from stdit.evaluation.media_set import MediaSet, Medium
 from stdit.evaluation.networks import Network
 from stdit.files import atomic_path
 
 CHUNK = 64  # media
 # Incremented when features of the same pixels, or what their files hold, change.
-VERSION = 2
+VERSION = 3
 # Metadata of a chunk: SHA-256 of its arrays.
 DIGEST = "sha256"
 
@@ -114,9 +115,4 @@ def _load_chunk(file: Path) -> dict[str, NDArray[np.float32]]:
 
 
 def _digest(arrays: Mapping[str, NDArray[Any]]) -> str:
-    """SHA-256 of names, types, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, array in sorted(arrays.items()):
-        digest.update(f"\0{name} {array.dtype} {array.shape}\0".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
+    return digest_of({name: torch.from_numpy(array) for name, array in arrays.items()})

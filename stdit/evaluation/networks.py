@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from stdit.config import NetworkPaths
-from stdit.encoders.pretrained import load_pretrained, load_processor
+from stdit.encoders.pretrained import from_pretrained, load_pretrained
 from stdit.evaluation import video_quality
 from stdit.evaluation.inception import ORIGINAL_SHA256, load_inception
 from stdit.files import check_regular, fingerprint_files, read_json, sha256
@@ -242,7 +242,7 @@ class Clip(TransformersNetwork):
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return load_processor(AutoTokenizer, self.folder, local_files_only=True)
+        return from_pretrained(AutoTokenizer, self.folder, local_files_only=True)
 
     @property
     def size(self) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from stdit.config import Bucket, EvaluationConfig
 from stdit.config.identity import FrameSampling
+from stdit.config.model import ClassConditioning
 from stdit.data.clip_frames import FIRST_FRAMES, open_row, read_row, row_info, sampled_count, sampled_indices
 from stdit.data.decoding import DecodeError
 from stdit.data.manifest import Clip, Manifest, ManifestError, read
@@ -18,9 +19,6 @@ from stdit.data.probe import stated_info
 from stdit.data.transforms import resize_crop
 from stdit.evaluation.classifier import DIRECTIONS, Frames
 from stdit.files import atomic_write
-
-# How a model is conditioned on the manifest's classes: by them alone, or beside a caption. None: not at all.
-Classes = Literal["required", "optional"] | None
 
 
 def check_columns(manifest: Manifest, config: EvaluationConfig) -> None:
@@ -54,7 +52,11 @@ def direction_of(clip: Clip, config: EvaluationConfig) -> str | None:
 
 
 def check_clips(
-    manifest: Manifest, split: str, shape: Bucket, classes: Classes = None, sampling: FrameSampling = FIRST_FRAMES
+    manifest: Manifest,
+    split: str,
+    shape: Bucket,
+    classes: ClassConditioning = None,
+    sampling: FrameSampling = FIRST_FRAMES,
 ) -> None:
     """ManifestError: no clip of `split` has, or can be cropped to, `shape`; or none that can has a class, which a model of classes
     needs. Files are opened only as far as the manifest states no sizes. sampling: which frames of a clip are taken."""
@@ -101,7 +103,7 @@ def select(
     shape: Bucket,
     min_count: int,
     seed: int,
-    classes: Classes = None,
+    classes: ClassConditioning = None,
     sampling: FrameSampling = FIRST_FRAMES,
 ) -> list[Clip]:
     """Clips of `split` that have, or can be cropped to, `shape`, in a random order (`seed`); classes: of a model of classes alone,
@@ -149,7 +151,7 @@ def validation_prompts(
     shape: Bucket,
     seed: int = 0,
     config: EvaluationConfig | None = None,
-    classes: Classes = None,
+    classes: ClassConditioning = None,
     sampling: FrameSampling = FIRST_FRAMES,
 ) -> list[dict[str, Any]]:
     """`count` captions of held-out clips of `shape` as prompts: prompt, class, direction (None for images), seed.
@@ -173,7 +175,9 @@ def validation_prompts(
     return [_prompt(clip, shape, seed + i, config, classes) for i, clip in enumerate(chosen)]
 
 
-def _prompt(clip: Clip, shape: Bucket, seed: int, config: EvaluationConfig, classes: Classes) -> dict[str, Any]:
+def _prompt(
+    clip: Clip, shape: Bucket, seed: int, config: EvaluationConfig, classes: ClassConditioning
+) -> dict[str, Any]:
     measured = class_of(clip, config)
     named = clip.class_name if classes else measured
     return {

@@ -32,6 +32,7 @@ from stdit.config import (
 from stdit.config.base import MAX_THREADS
 from stdit.config.diff import changes
 from stdit.config.identity import FrameSampling
+from stdit.config.model import ClassConditioning, class_conditioning
 from stdit.diffusion.guidance import check_channels
 from stdit.diffusion.schedulers import check_sampler, compatible_scheduler
 from stdit.files import atomic_write, check_regular, check_writable, fingerprint_files, seal
@@ -64,8 +65,7 @@ class Source:
     largest: Bucket | None
     # Frames per second of most videos that the run was trained on.
     fps: float | None = None
-    # Whether the model takes classes: it cannot do without, or takes them beside captions. None: neither.
-    classes: Literal["required", "optional"] | None = None
+    classes: ClassConditioning = None
     # The base model of adapters or a control branch: its path, and the fingerprint of its weights.
     base: Path | None = None
     base_fingerprint: str | None = None
@@ -121,7 +121,7 @@ def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
             default,
             None,
             index.get("fps"),
-            _classes(read_json(run / "transformer" / "config.json", Architecture)),
+            _classes_of(read_json(run / "transformer" / "config.json", Architecture)),
         )
     transformer = checkpoint.find_weights(run, weights)
     place = transformer.parent
@@ -140,7 +140,7 @@ def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
         compatible_scheduler(sampler, diffusion),
         default_bucket(buckets),
         checkpoint.common_frame_rate(identity),
-        _classes(identity["architecture"]),
+        _classes_of(identity["architecture"]),
     )
 
 
@@ -153,11 +153,8 @@ def _extracted_frames(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {"frame_sampling": found}
 
 
-def _classes(architecture: Mapping[str, Any]) -> Literal["required", "optional"] | None:
-    """`Source.classes` of a model by its config."""
-    if architecture.get("num_classes") is None:
-        return None
-    return "required" if architecture.get("text_dim") is None else "optional"
+def _classes_of(architecture: Mapping[str, Any]) -> ClassConditioning:
+    return class_conditioning(architecture.get("num_classes"), architecture.get("text_dim"))
 
 
 def _with_base(source: Source, base: Path | None) -> Source:

@@ -41,29 +41,31 @@ from stdit.inference.components import check_components, check_index, load_compo
 from stdit.inference.inputs import (
     MAX_SCALE,
     ConditionEncoder,
-    Frames,
     Labels,
     PipelineInputs,
-    VideoCondition,
     callback_latents,
     check_callable,
     check_counts,
     check_finite,
-    check_frame_condition,
     check_generator,
     check_memory,
     check_output,
     checked_fps,
     checked_number,
     checked_prompts,
+    prepare_latents,
+)
+from stdit.inference.lora import LoraMixin
+from stdit.inference.video_conditions import (
+    Frames,
+    VideoCondition,
+    check_frame_condition,
     prepare_control_latents,
     prepare_frame_condition,
-    prepare_latents,
     read_control,
     read_latents,
     read_video,
 )
-from stdit.inference.lora import LoraMixin
 from stdit.integrity import check_saved
 from stdit.models.control import STDiTControl
 from stdit.models.sampling import CachedConditions, micro_conditions
@@ -330,13 +332,9 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
         controls = {
             "control_image": control_image, "control_video": control_video, "control_latents": control_latents
         }  # fmt: skip
-        branch, control_condition = self._control_branch(control, controls), None
-        if branch is not None and (control_scale != 0 or any(value is not None for value in controls.values())):
-            control_condition = read_control(
-                branch, vae, self.video_processor, controls, clip, latent, batch, num_videos_per_prompt
-            )
-        if control_scale == 0:
-            branch = control_condition = None
+        branch, control_condition = self._read_control(
+            control, controls, control_scale, vae, clip, latent, batch, num_videos_per_prompt
+        )
 
         # 2. Text, class and micro-conditions, conditioning frames, control
         cond, _ = encoder.encode(inputs)
@@ -403,6 +401,19 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
         if branch.dtype != self.transformer.dtype:
             raise ValueError(f"the control branch is {branch.dtype}, the transformer {self.transformer.dtype}")
         return branch
+
+    def _read_control(
+        self, control: STDiTControl | None, conditions: Mapping[str, Any], scale: float, vae: VideoEncoder, clip: Bucket,
+        latent: tuple[int, int, int], batch: int, num_videos_per_prompt: int,
+    ) -> tuple[STDiTControl | None, VideoCondition | None]:  # fmt: skip
+        """The control branch and its condition, checked and not yet encoded; None of either where it does nothing."""
+        branch = self._control_branch(control, conditions)
+        if branch is None or (scale == 0 and all(value is None for value in conditions.values())):
+            return None, None
+        condition = read_control(
+            branch, vae, self.video_processor, conditions, clip, latent, batch, num_videos_per_prompt
+        )
+        return (None, None) if scale == 0 else (branch, condition)
 
     def _read_conditioning(
         self, vae: VideoEncoder, video: Any, latents: Tensor | None, clip: Bucket

@@ -1,4 +1,4 @@
-"""Prompt files, names of output files, and the command line of generation. Imports torch only to judge a prompt's other keys.
+"""Prompt files, names of output files, and the command line of generation. No torch.
 
 A prompt file is text (one prompt per line) or JSONL (one object per line): `prompt`, and optionally `class`, `seed`,
 `name`, sizes of its own (`frames`, `height`, `width`, `fps`) and what the video begins with or contains (`image`; or
@@ -8,13 +8,11 @@ A prompt file is text (one prompt per line) or JSONL (one object per line): `pro
 from __future__ import annotations
 
 import argparse
-import inspect
 import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -39,6 +37,15 @@ CONTROL = "control"
 SYNONYMS = {
     "video": "conditioning_video", "given_frames": "conditioning_frames", "num_frames": "frames", "class_label": "class",
     "class_labels": "class", "generator": "seed", "control_image": CONTROL, "control_video": CONTROL,
+}  # fmt: skip
+# Names of the job's settings, the flag of guidance_scale and the pipeline's arguments (STDiTPipeline.__call__), which would do nothing
+# in a prompt.
+NOT_OF_A_PROMPT = frozenset(GenerateConfig.model_fields) | {
+    "guidance", "prompt", "num_frames", "height", "width", "num_inference_steps", "guidance_scale", "generator", "class_labels",
+    "negative_prompt", "guidance_channels", "fps", "num_videos_per_prompt", "latents", "prompt_embeds", "prompt_attention_mask",
+    "pooled_prompt_embeds", "negative_prompt_embeds", "negative_prompt_attention_mask", "negative_pooled_prompt_embeds",
+    "conditioning_frames", "conditioning_latents", "conditioning_video", "control", "control_image", "control_video",
+    "control_latents", "control_scale", "output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
 }  # fmt: skip
 # Keys of manifest rows that generation writes.
 RESERVED = ("index", "file", "error", "protocol")
@@ -161,7 +168,7 @@ def _parsed(row: dict[str, Any] | str, where: str) -> Prompt:
     for key in row:
         name = key.lower().replace("-", "_")
         meant = SYNONYMS.get(name, name)
-        if key not in own_keys and (meant in own_keys or name in _settings_and_arguments()):
+        if key not in own_keys and (meant in own_keys or name in NOT_OF_A_PROMPT):
             other = "it is a setting of the whole job or an argument of the pipeline"
             instead = f"did you mean {meant}?" if meant in own_keys else other
             raise ValueError(f"{where}: key {key!r} is none that a prompt has; {instead}")
@@ -175,15 +182,6 @@ def _parsed(row: dict[str, Any] | str, where: str) -> Prompt:
     prompt = Prompt(row.get("prompt") or "", row.get("class"), row.get("seed") or 0, row.get("name"), extra, **own)
     prompt.check(where)
     return prompt
-
-
-@cache
-def _settings_and_arguments() -> frozenset[str]:
-    """Names of the job's settings and the pipeline's arguments, which would do nothing in a prompt."""
-    from stdit.inference.pipeline import STDiTPipeline  # imports torch
-
-    pipeline = inspect.signature(STDiTPipeline.__call__).parameters.keys() - {"self"}
-    return frozenset(pipeline | GenerateConfig.model_fields.keys() | {"guidance"})  # the flag of guidance_scale
 
 
 def slug(text: str) -> str:

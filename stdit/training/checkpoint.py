@@ -218,6 +218,14 @@ def read_done(run_dir: Path) -> dict[str, Any]:
     return read_json(run_dir / DONE, Done)
 
 
+def is_done(run_dir: Path, steps: int) -> bool:
+    """Whether done.json says that the run is complete, with `steps` steps or more. Its checkpoint is not verified (`find_final`)."""
+    try:
+        return read_done(run_dir)["step"] >= steps
+    except ConfigError:
+        return False
+
+
 def find_final(run_dir: Path, steps: int) -> Path | None:
     """The intact checkpoint that done.json names; None if the run is not complete, with `steps` steps or more, or if file or checkpoint
     are damaged."""

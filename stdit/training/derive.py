@@ -63,7 +63,6 @@ def derive(config: Config, facts: FeatureFacts, clips: Mapping[str, int]) -> Con
 
     ConfigError: no bucket holds training clips that the model can take.
     """
-    config = with_precision(config)
     if is_complete(config):
         return config
     data = config.model_dump(mode="json")

@@ -21,7 +21,7 @@ from pathlib import Path
 from stdit.config import Config
 from stdit.console import echo
 from stdit.files import FolderLock
-from stdit.training.checkpoint import STOPPED_FILE, find_final
+from stdit.training.checkpoint import STOPPED_FILE, is_done
 from stdit.training.stopping import SIGNALS, STOPPED, die_with_parent
 
 SCRIPT = Path(__file__).parents[1] / "train.py"
@@ -109,7 +109,7 @@ def _outcome(config: Config, before: int | None, code: int) -> int:
         lock.release()
     if _modified(run_dir / STOPPED_FILE) not in (None, before):
         return STOPPED
-    return code if find_final(run_dir, config.train.steps) is None else 0
+    return 0 if is_done(run_dir, config.train.steps) else code
 
 
 def _modified(file: Path) -> int | None:

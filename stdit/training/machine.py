@@ -14,7 +14,7 @@ from diffusers.models.attention_dispatch import (
 )
 
 from stdit.config import Bucket, Config, ConfigError, TrainConfig, token_grid
-from stdit.memory import device_memory, gib, host_memory
+from stdit.memory import check_fits, device_memory, gib, host_memory
 from stdit.models.attention import AttentionProcessor
 from stdit.models.cost import ModelCost, model_cost, trained_parameters
 from stdit.training.deepspeed_config import offloads
@@ -151,10 +151,10 @@ def _check_memory(
     needed = memory.total
     _check_checkpoint_copy(memory, needed if on_host else 0, config.train)
     place = "this machine" if on_host else torch.cuda.get_device_name(device)
-    place = f"{place} has {available / 2**30:,.1f} GiB" + (f" for {local} ranks" if local > 1 else "")
+    place = f"{place} has {gib(available)}" + (f" for {local} ranks" if local > 1 else "")
     model = (
         f"model: {(trained + frozen) / 1e6:,.0f} M parameters{f', of which {trained / 1e6:,.1f} M are trained,' if frozen else ''} take "
-        f"{needed / 2**30:,.1f} GiB a rank for weights, gradients, optimizer "
+        f"{gib(needed)} a rank for weights, gradients, optimizer "
         f"and average (ZeRO-{config.train.zero_stage}, {config.train.precision}, {ranks} ranks)"
     )
     if needed * local > available:
@@ -171,22 +171,19 @@ def _check_memory(
         lower = "train.tokens_per_micro_batch" if budget else "batch_size (and raise train.gradient_accumulation)"
         raise ConfigError(
             f"data.buckets {bucket.key}: the activations of a micro-batch of {samples} take "
-            f"{activations / 2**30:,.1f} GiB a rank, {model.removeprefix('model: ')}; {place}. Lower {lower}{hint}"
+            f"{gib(activations)} a rank, {model.removeprefix('model: ')}; {place}. Lower {lower}{hint}"
         )
     _check_step(config, ranks, latents)
 
 
 def _check_step(config: Config, ranks: int, latents: Mapping[str, Grid]) -> None:
     """ConfigError: the latents of a step's samples, which a rank reads into the host's memory together, do not fit."""
-    local, available = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), host_memory()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     for key, each in config.micro_batches(ranks).items():
         samples = each.size * each.accumulation
         needed = samples * config.model.in_channels * math.prod(latents[key]) * 4
-        if needed * local > available:
-            raise ConfigError(
-                f"data.buckets {key}: the latents of a rank's {samples:,} samples of a step take {gib(needed)}; this machine has "
-                f"{gib(available)} for {local} ranks. Lower global_batch or train.gradient_accumulation"
-            )
+        what = f"data.buckets {key}: the latents of a rank's {samples:,} samples of a step take"
+        check_fits(what, needed, "Lower global_batch or train.gradient_accumulation", local)
 
 
 def _check_checkpoint_copy(memory: Memory, needed: int, train: TrainConfig) -> None:
@@ -197,9 +194,9 @@ def _check_checkpoint_copy(memory: Memory, needed: int, train: TrainConfig) -> N
     copies = memory.checkpoint_copy + memory.full_weights + (local - 1) * others
     if memory.checkpoint_copy and needed * local <= available < needed * local + copies:
         raise ConfigError(
-            f"train.checkpoint_in_background: true copies {memory.checkpoint_copy / 2**30:,.1f} GiB of a rank to the host's memory"
-            f"{f' and joins {memory.full_weights / 2**30:,.1f} GiB of full weights there' if memory.full_weights else ''}, "
-            f"beside {needed / 2**30:,.1f} GiB; this machine has {available / 2**30:,.1f} GiB for {local} ranks. "
+            f"train.checkpoint_in_background: true copies {gib(memory.checkpoint_copy)} of a rank to the host's memory"
+            f"{f' and joins {gib(memory.full_weights)} of full weights there' if memory.full_weights else ''}, "
+            f"beside {gib(needed)}; this machine has {gib(available)} for {local} ranks. "
             "false writes without a copy"
         )
 

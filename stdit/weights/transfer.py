@@ -42,7 +42,7 @@ from stdit.console import echo
 from stdit.errors import exit_code
 from stdit.files import atomic_folder, check_writable
 from stdit.integrity import seal_model
-from stdit.memory import gib, host_memory
+from stdit.memory import check_fits
 from stdit.models.cost import parameter_count
 from stdit.models.stdit import STDiT
 from stdit.weights import transitions
@@ -401,11 +401,8 @@ def transfer_file(
     if len({p.dtype for p in model.parameters()}) > 1:  # one dtype for all, without loss
         torch.nn.Module.to(model, torch.float32)
     target = _target_config(model, config, overrides)
-    needed, available = parameter_count(target) * 4, host_memory()
-    if needed > available:
-        raise ConfigError(
-            f"the target has {needed / 4e6:,.0f} M parameters, which take {gib(needed)}; this machine has {gib(available)}"
-        )
+    parameters = parameter_count(target)
+    check_fits(f"the target has {parameters / 1e6:,.0f} M parameters, which take", 4 * parameters)
     new, report = transfer_weights(model, target, allow, seed)
     with failed_writes_named(out), atomic_folder(out) as folder:
         new.save_pretrained(folder)

@@ -18,8 +18,9 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from stdit import memory
 from stdit.config import ByteT5Config, ConfigError, TextEncoderConfig
-from stdit.encoders import byte_t5, text
+from stdit.encoders import text
 from stdit.encoders.byte_t5 import random_byte_t5
 from stdit.encoders.text import TextEncoder
 from stdit.encoders.text_loading import load_text_encoder, text_encoder_from_identity
@@ -207,9 +208,9 @@ def test_weights_and_attention_that_memory_does_not_hold_are_refused_before_they
 ) -> None:
     config = ByteT5Config(width=16, num_heads=2)
     needed = 4 * random_byte_t5(config).num_parameters()
-    monkeypatch.setattr(byte_t5, "host_memory", lambda: needed)
+    monkeypatch.setattr(memory, "host_memory", lambda: needed)
     encoder = load_text_encoder(RANDOM)
-    monkeypatch.setattr(byte_t5, "host_memory", lambda: needed - 1)
+    monkeypatch.setattr(memory, "host_memory", lambda: needed - 1)
     with pytest.raises(
         ConfigError, match=r"text_encoder.byte_t5: width 16 and depth 2 are 0 M parameters, which take 0.0 GiB"
     ):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from stdit import memory
 from stdit.config import Bucket, ConfigError, EvaluationConfig
 from stdit.config.identity import FrameSampling
 from stdit.data.manifest import ManifestError, read
@@ -295,13 +296,13 @@ def test_what_an_evaluation_holds_at_once_has_to_fit_into_memory(
 ) -> None:
     source = read(manifest)
     clips, frames = (5 + 48) * 4 * 16 * 16 * 3, 156 * 16 * 16 * 3 * 4
-    monkeypatch.setattr(evaluator, "host_memory", lambda: max(clips, frames))
+    monkeypatch.setattr(memory, "host_memory", lambda: max(clips, frames))
     evaluator.check_memory(settings_for_shapes, source, CLIP, 5)
     assert len(select(source, "validation", CLIP, 10, 0)) == 48, "held-out clips of that shape"
-    monkeypatch.setattr(evaluator, "host_memory", lambda: frames - 1)
+    monkeypatch.setattr(memory, "host_memory", lambda: frames - 1)
     with pytest.raises(ConfigError, match=r"156 frames \(classifier_frames\) of classifier_size 16 take"):
         evaluator.check_memory(settings_for_shapes, source, CLIP, 5)
-    monkeypatch.setattr(evaluator, "host_memory", lambda: clips - 1)
+    monkeypatch.setattr(memory, "host_memory", lambda: clips - 1)
     with pytest.raises(ConfigError, match=r"5 generated and 48 real clips \(real_clips 512\) of 4x16x16 take"):
         evaluator.check_memory(settings_for_shapes, source, CLIP, 5)
 

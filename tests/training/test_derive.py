@@ -59,7 +59,7 @@ def test_automatic_precision_is_what_the_machine_multiplies_faster(
     assert not is_complete(automatic)
     assert with_precision(automatic, gpus).train.precision == precision
     if gpus is None:
-        assert derive(automatic, FACTS, CLIPS).train.precision == precision
+        assert derive(with_precision(automatic), FACTS, CLIPS).train.precision == precision
     assert with_precision(config(), gpus).train.precision == "fp32"
 
 
@@ -67,7 +67,7 @@ def test_a_run_keeps_the_precision_that_it_began_with(tmp_path: Path, monkeypatc
     automatic = config(run_dir=str(tmp_path / "run"), train={"steps": 1, "precision": "auto"})
     for first, later in ((True, False), (False, True)):
         monkeypatch.setattr(machine, "multiplies_bfloat16", lambda gpus, found=first: found)
-        began = derive(automatic, FACTS, CLIPS)
+        began = derive(with_precision(automatic), FACTS, CLIPS)
         run_dir.start(began)
         monkeypatch.setattr(machine, "multiplies_bfloat16", lambda gpus, found=later: found)
         assert with_precision(automatic).train.precision == began.train.precision == ("bf16" if first else "fp32")

@@ -6,7 +6,7 @@ import torch
 from stdit.config import Bucket, ConfigError, merge
 from stdit.data.features import Sample
 from stdit.data.loader import collate
-from stdit.inference.inputs import prepare_frame_condition
+from stdit.inference.video_conditions import prepare_frame_condition
 from stdit.training.inputs import Inputs, batch_conditions
 from tests.support.rank_jobs import config_of, settings
 

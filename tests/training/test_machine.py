@@ -109,9 +109,9 @@ def test_samples_of_a_step_that_memory_does_not_hold_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(tmp_path / "run", batch_size=1, gradient_accumulation=10**6)
-    monkeypatch.setattr(machine, "host_memory", lambda: 10**6 * 3 * 16 * 16 * 4)
+    monkeypatch.setattr("stdit.memory.host_memory", lambda: 10**6 * 3 * 16 * 16 * 4)
     machine.check_machine(config, 1, LATENTS, 0)
-    monkeypatch.setattr(machine, "host_memory", lambda: 10**6 * 3 * 16 * 16 * 4 - 1)
+    monkeypatch.setattr("stdit.memory.host_memory", lambda: 10**6 * 3 * 16 * 16 * 4 - 1)
     with pytest.raises(ConfigError, match=r"data.buckets 1x16x16: the latents of a rank's 1,000,000 samples of a step"):
         machine.check_machine(config, 1, LATENTS, 0)
 
@@ -139,16 +139,16 @@ def test_full_weights_are_counted_beside_the_copy_of_a_checkpoint(
 ) -> None:
     config = config_of(tmp_path / "run", zero_stage=2, checkpoint_every=1)
     parameters = parameter_count(config.model)
-    memory = machine.rank_memory(parameters, config.train, 2)
-    assert memory.full_weights == 4 * parameters
+    needed = machine.rank_memory(parameters, config.train, 2)
+    assert needed.full_weights == 4 * parameters
     assert machine.rank_memory(parameters, config.train, 1).full_weights == 0
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    copies = memory.checkpoint_copy + memory.optimizer + memory.average + memory.full_weights
-    monkeypatch.setattr(machine, "host_memory", lambda: 2 * memory.total + copies)
-    machine._check_checkpoint_copy(memory, memory.total, config.train)
-    monkeypatch.setattr(machine, "host_memory", lambda: 2 * memory.total + copies - 1)
+    copies = needed.checkpoint_copy + needed.optimizer + needed.average + needed.full_weights
+    monkeypatch.setattr(machine, "host_memory", lambda: 2 * needed.total + copies)
+    machine._check_checkpoint_copy(needed, needed.total, config.train)
+    monkeypatch.setattr(machine, "host_memory", lambda: 2 * needed.total + copies - 1)
     with pytest.raises(ConfigError, match=r"to the host's memory and joins .* GiB of full weights there, beside"):
-        machine._check_checkpoint_copy(memory, memory.total, config.train)
+        machine._check_checkpoint_copy(needed, needed.total, config.train)
 
 
 def test_a_batch_that_no_memory_holds_is_refused_before_the_run_is_begun(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from stdit.curation.clips import ClipView
 from stdit.curation.vision import fingerprint
-from stdit.encoders.pretrained import load_pretrained, load_processor
+from stdit.encoders.pretrained import from_pretrained, load_pretrained
 
 VERSION = 1
 
@@ -22,7 +22,7 @@ class Safety:
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.processor: Any = load_processor(AutoImageProcessor, path)
+        self.processor: Any = from_pretrained(AutoImageProcessor, path)
         self.model: Any = load_pretrained(AutoModelForImageClassification, path).to(self.device).eval()
         known = {str(name).lower(): int(i) for i, name in self.model.config.id2label.items()}
         if absent := [label for label in labels if label.lower() not in known]:
