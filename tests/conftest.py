@@ -52,6 +52,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 
 
+# Of a slow test: several times what it takes on an idle machine.
+SLOW_TIMEOUT_S = 900
+
+
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -91,6 +95,9 @@ def _group(item: pytest.Item) -> str | None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks the groups, and runs them before all other tests; those are handed out one by one."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
     groups = {item: _group(item) for item in items}

@@ -51,11 +51,33 @@ def train(*args: str) -> subprocess.CompletedProcess[str]:
     return forked.run("stdit.train", *args, env=environment())
 
 
+# What a test has started, with all that it started, ends with the test, whatever comes of it.
+STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_running() -> Iterator[None]:
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+        process.kill()
+        process.wait(60)
+
+
 def launch(*args: str, ranks: int = 2) -> subprocess.Popen[str]:
     command = [BIN / "deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port()), "stdit/train.py", *args]
-    return subprocess.Popen(
+    return start(command)
+
+
+def start(command: list[str | Path]) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+    STARTED.append(process)
+    return process
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -171,10 +193,8 @@ def test_a_signal_ends_the_step_saves_and_exits_with_its_own_code(number: signal
 def stdit_train(run_dir: Path, *settings: str, ranks: int = 2) -> subprocess.Popen[str]:
     """`stdit train --nproc`, with so many steps that it has to be stopped."""
     sets = [f"--set={setting}" for setting in (f"run_dir={run_dir}", "train.steps=100000", *settings)]
-    command = [sys.executable, "-m", "stdit.cli", "train", "--nproc", str(ranks), *DEBUG, *sets]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    command: list[str | Path] = [sys.executable, "-m", "stdit.cli", "train", "--nproc", str(ranks), *DEBUG, *sets]
+    return start(command)
 
 
 def end(process: subprocess.Popen[str], run_dir: Path) -> None:
