@@ -63,6 +63,7 @@ format: setup
 
 docs: setup
 	$(BIN)/python -m pipelines.config_reference
+	$(BIN)/python -m pipelines.scaling
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

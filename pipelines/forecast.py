@@ -1,4 +1,4 @@
-"""Forecast of a plan: clips kept and dropped, tokens, steps, FLOPs, memory of a rank.
+"""Forecast of a plan: clips kept and dropped, tokens, steps, FLOPs, memory of a rank, and what it sends to others.
 
 Counts come from the extraction's report and index; before there is one, from the manifest alone (nothing is decoded).
 """
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from stdit.data.loader import ClipIndex
+    from stdit.training.communication import ZeroTraffic
     from stdit.training.machine import Memory
 
 Grid = tuple[int, int, int]
@@ -37,6 +38,8 @@ class BucketForecast:
     budget: tuple[float, float] | None = None
     # That a rank sends to those which share its clips, in a step.
     exchanged_bytes: int = 0
+    # ZeRO's collectives in a step; None on one rank.
+    zero: ZeroTraffic | None = None
 
     @property
     def epochs(self) -> float:
@@ -61,6 +64,7 @@ class Forecast:
     flops: int
     memory: Memory
     sequence_parallel: int = 1
+    use_gpu: bool = False
 
     def __str__(self) -> str:
         samples = sum(b.steps * b.samples_per_step for b in self.buckets)
@@ -79,7 +83,7 @@ class Forecast:
                     if b.budget
                     else ""
                 )
-                + (f"; {_bytes(b.exchanged_bytes)} a step sent by a rank" if self.sequence_parallel > 1 else "")
+                + self._sent(b)
             )
         m, shared = self.memory, self.sequence_parallel
         if shared > 1:
@@ -96,6 +100,19 @@ class Forecast:
             )
         return "\n".join(lines)
 
+    def _sent(self, bucket: BucketForecast) -> str:
+        """What a rank sends in a step, and on GPUs how long that takes."""
+        if bucket.zero is None:
+            return ""
+        from stdit.training.communication import H100
+
+        zero = f"{_bytes(bucket.zero.sent)} (ZeRO-{self.zero_stage})"
+        seconds = H100.zero_seconds(bucket.zero)
+        if self.sequence_parallel > 1:
+            zero += f" + {_bytes(bucket.exchanged_bytes)} (sequence parallelism)"
+            seconds += H100.exchange_seconds(bucket.exchanged_bytes, self.sequence_parallel)
+        return f"; a rank sends {zero} a step" + (f", {1000 * seconds:.1f} ms on {H100.name}" if self.use_gpu else "")
+
 
 def forecast(
     stage: ResolvedStage, resources: Resources, source: ClipIndex, compression: Grid, text_length: int
@@ -106,6 +123,8 @@ def forecast(
     that is not there.
     """
     from stdit.data.loader import BucketSchedule
+    from stdit.models.cost import parameter_sizes
+    from stdit.training.communication import zero_traffic
     from stdit.training.data import check_sequence_parallel
     from stdit.training.machine import rank_memory, sample_cost, saved_bytes
 
@@ -124,6 +143,7 @@ def forecast(
         taken[bucket.key] += schedule.step_size(bucket)
         steps[bucket.key] += 1
     text = text_length if config.model.text_dim is not None else 0
+    sizes = parameter_sizes(config.model, config.train) if ranks > 1 else []
     buckets, flops, activations, parameters, trained = [], 0, 0, 0, 0
     for bucket in config.data.buckets:
         batch, count, _ = schedule.micro_batches[bucket.key]
@@ -140,8 +160,9 @@ def forecast(
         budget = None
         if config.train.tokens_per_step is not None:
             budget = size * cost.tokens / config.train.tokens_per_step, imbalance(size, data_ranks)
+        zero = zero_traffic(sizes, config.train, ranks, count) if ranks > 1 else None
         buckets.append(
-            BucketForecast(bucket.key, kept, left_out, size, steps[bucket.key], cost.tokens, budget, exchanged)
+            BucketForecast(bucket.key, kept, left_out, size, steps[bucket.key], cost.tokens, budget, exchanged, zero)
         )
         flops += steps[bucket.key] * size * cost.training_flops
         activations = max(activations, saved_bytes(own, batch, checkpointed))
@@ -160,6 +181,7 @@ def forecast(
         flops=flops,
         memory=rank_memory(trained, config.train, ranks, activations, parameters - trained),
         sequence_parallel=shared,
+        use_gpu=resources.use_gpu,
     )
 
 

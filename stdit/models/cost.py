@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -177,12 +177,22 @@ def parameter_count(model: ModelConfig) -> int:
     return sum(p.numel() for p in _build(model).parameters())
 
 
+class ParameterSize(NamedTuple):
+    """Elements of one parameter tensor, and whether training changes it."""
+
+    numel: int
+    trained: bool
+
+
+def parameter_sizes(model: ModelConfig, train: TrainConfig) -> list[ParameterSize]:
+    """Every parameter tensor, in the order of the modules."""
+    return [ParameterSize(p.numel(), p.requires_grad) for p in _build(model, train).parameters()]
+
+
 def trained_parameters(model: ModelConfig, train: TrainConfig) -> tuple[int, int]:
     """Parameters that training changes, and those that are frozen."""
-    counts = {True: 0, False: 0}
-    for parameter in _build(model, train).parameters():
-        counts[parameter.requires_grad] += parameter.numel()
-    return counts[True], counts[False]
+    sizes = parameter_sizes(model, train)
+    return sum(p.numel for p in sizes if p.trained), sum(p.numel for p in sizes if not p.trained)
 
 
 def _build(model: ModelConfig, train: TrainConfig | None = None) -> STDiT | Controlled:

@@ -68,6 +68,25 @@ def test_flops_are_those_of_all_ranks_and_steps() -> None:
     assert accumulated.flops == 3 * one.flops
 
 
+def test_what_a_rank_sends_in_a_step_is_forecast() -> None:
+    alone, two, accumulated = (
+        forecast(stage(gradient_accumulation=n), Resources(workers=ranks), Source(), (1, 1, 1), 5)
+        for ranks, n in ((1, 1), (2, 1), (2, 3))
+    )
+    assert "sends" not in str(alone)
+    sent = 4 * two.parameters * 3 // 2  # float32: all-reduced, which sends twice, and gathered; half is a rank's own
+    zero = [bucket.zero for bucket in two.buckets]
+    assert [z and z.sent for z in zero] == [sent, sent]
+    assert f"; a rank sends {sent / 2**20:.1f} MiB (ZeRO-2) a step" in str(two)
+    more = accumulated.buckets[0].zero  # stage 2 reduces every micro-batch
+    assert more is not None
+    assert more.sent == 4 * two.parameters * (3 * 2 + 1) // 2
+    shared = forecast(stage(sequence_parallel=2), Resources(workers=2, use_gpu=True), Source(), (1, 1, 1), 5)
+    exchanged = 2 * 4 * 2 * (2 * 256 * 64) // 4 * 2 + 2 * 4 * 2 * (256 * 12) // 4 * 2  # two blocks; the prediction
+    assert shared.buckets[1].exchanged_bytes == exchanged
+    assert f"(ZeRO-2) + {exchanged / 2**10:.1f} KiB (sequence parallelism) a step, 0.0 ms on H100" in str(shared)
+
+
 def test_checkpointed_activations_take_less() -> None:
     plain, checkpointed = (
         forecast(stage(activation_checkpointing=on), Resources(), Source(), (1, 1, 1), 5).memory for on in (False, True)
