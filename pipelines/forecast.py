@@ -93,6 +93,12 @@ class Forecast:
             f" + gradients {_bytes(m.gradients)} + optimizer {_bytes(m.optimizer)} + average {_bytes(m.average)}"
             f" + activations {_bytes(m.activations)}"
         )
+        lines.append(
+            "  building the model: "
+            + (f"{_bytes(m.building)} of the host's memory a rank" if m.building else "")
+            + (", and " if m.building and self.zero_stage == 3 else "")
+            + ("one weight at a time in the host's memory" if self.zero_stage == 3 else "")
+        )
         if m.checkpoint_copy:
             lines.append(
                 f"  checkpoints: a copy of {_bytes(m.checkpoint_copy)} in the host's memory (train.checkpoint_in_background)"

@@ -53,9 +53,9 @@ UNSUPPORTED = frozenset(
 
 
 def make_deepspeed_config(train: TrainConfig, parameters: int, device: str) -> dict[str, Any]:
-    """DeepSpeed's config for `train`. parameters: their number. device: "cpu" or "cuda". ConfigError: see `read_override`."""
+    """DeepSpeed's config for `train`. parameters: how many are trained. device: "cpu" or "cuda". ConfigError: see `read_override`."""
     stage, bf16 = train.zero_stage, train.precision == "bf16"
-    # DeepSpeed allocates its buckets at full size, 2 GB at the default; a model does not fill more than its size.
+    # DeepSpeed allocates its buckets at full size, 2 GB at the default; gradients do not fill more than their size.
     bucket = max(1, min(parameters, 500_000_000))
     generated: dict[str, Any] = {
         # Batches come from our own loader and differ in size by bucket; stdit.training.engine says which is a step's last.

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from stdit.config import Config
 from stdit.training.deepspeed_config import make_deepspeed_config, set_accelerator
+from stdit.training.deferred import DeferredTensors
 from stdit.training.distributed import TIMEOUT, Ranks, init_process_group, set_timeout
 from stdit.training.identity import load_identity
 from stdit.training.muon import Muon, set_zero_layouts, zero3_fragment, zero12_fragment
@@ -75,16 +76,25 @@ def restrict_unpickling() -> None:
 class Engine:
     """A model under DeepSpeed. Every method is collective: all ranks call it, in the same order."""
 
-    def __init__(self, model: nn.Module, config: Config, ranks: Ranks, universal: bool = False) -> None:
-        """universal: `load` will read a universal checkpoint (stdit.training.universal)."""
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        ranks: Ranks,
+        universal: bool = False,
+        deferred: DeferredTensors | None = None,
+    ) -> None:
+        """universal: `load` will read a universal checkpoint (stdit.training.universal). deferred: under ZeRO-3, has the weights of
+        `model`, which no rank then holds whole."""
         import deepspeed
 
         self.train_config, self.ranks = config.train, ranks
         self._micro_batch = 0  # that the gradients of this step have
         self.stage = config.train.zero_stage
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.ds_config = make_deepspeed_config(
-            config.train, sum(p.numel() for p in model.parameters()), ranks.device.type
+            config.train, sum(p.numel() for p in trained.values()), ranks.device.type
         )
         if universal:
             self.ds_config["checkpoint"] = {**self.ds_config.get("checkpoint", {}), "load_universal": True}
@@ -93,8 +103,10 @@ class Engine:
         names = {id(p): name for name, p in model.named_parameters()}
         # Trained weights in the order of the optimizer's groups.
         self.optimizer_names = [names[id(p)] for group in groups for p in group]
+        # DeepSpeed makes the masters from weights already rounded.
         rounded = self.dtype != torch.float32
-        initial = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad} if rounded else {}
+        initial = {n: p.detach().clone() for n, p in trained.items()} if rounded and self.stage < 3 else {}
+        parts = self._partition(model, deferred or DeferredTensors()) if self.stage == 3 else {}
         # Its bfloat16 optimizer prints memory statistics.
         with contextlib.redirect_stdout(io.StringIO()):
             self.engine: Any = deepspeed.initialize(
@@ -108,11 +120,44 @@ class Engine:
         if isinstance(self.base_optimizer, Muon) and self.stage:
             set_zero_layouts(self.base_optimizer, self.optimizer, self._partitions(), self.stage, groups, ranks.device)
         if initial:
-            # DeepSpeed makes the masters from weights already rounded; without ZeRO it also takes a step from zero
-            # gradients, which counts in AdamW's bias correction.
+            # Without ZeRO DeepSpeed also takes a step from zero gradients, which counts in AdamW's bias correction.
             if not self.stage:
                 self.base_optimizer.state.clear()
             self.set_weights(initial)
+        if parts:
+            self._set_parts(parts)
+
+    @torch.no_grad()
+    def _partition(self, model: nn.Module, deferred: DeferredTensors) -> dict[str, Tensor]:
+        """Partitions the weights over the ranks one by one, as deepspeed.zero.Init does those of a whole model; returns this rank's parts
+        of those trained, in float32, if they are rounded."""
+        from deepspeed.runtime.zero import Init
+
+        parts, first, ranks = {}, None, self.ranks
+        for name, parameter in model.named_parameters():
+            with deferred.resident(parameter):
+                if parameter.requires_grad and self.dtype != torch.float32:
+                    length = -(-parameter.numel() // ranks.size)
+                    parts[name] = parameter.flatten()[ranks.rank * length :][:length].clone()
+                # A copy: what is mapped from a file is not written to.
+                parameter.data = parameter.detach().to(ranks.device, self.dtype, copy=True)
+            if first is None:
+                first = cast(Any, parameter)
+                Init(module=nn.ParameterList([first]), config_dict_or_path=self.ds_config)
+            else:
+                first.convert_to_zero_parameters([parameter])
+        for buffer in model.buffers():
+            deferred.restore(buffer)
+            buffer.data = buffer.to(ranks.device)
+        return parts
+
+    @torch.no_grad()
+    def _set_parts(self, parts: dict[str, Tensor]) -> None:
+        """Sets masters and model weights from this rank's parts of them, which it takes out of `parts`."""
+        masters = self.masters()
+        for name, (master, _, offset, numel) in self._fragments().items():
+            masters[master].view(-1)[offset : offset + numel].copy_(parts.pop(name)[:numel])
+        self.sync_from_masters()
 
     @property
     def module(self) -> Any:

@@ -24,8 +24,9 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. Activations: of its largest bucket's micro-batch. Of rank 0, in the host's memory, not in `total`:
-    checkpoint_copy, and full_weights, which it joins from all ranks' parts while a checkpoint is written."""
+    """Bytes of one rank. Activations: of its largest bucket's micro-batch. In the host's memory, not in `total`: building, while the
+    model is built or loaded, beside what the device has of it; of rank 0 checkpoint_copy, and full_weights, which it joins from
+    all ranks' parts while a checkpoint is written."""
 
     weights: int
     gradients: int
@@ -34,6 +35,7 @@ class Memory:
     activations: int
     checkpoint_copy: int = 0
     full_weights: int = 0
+    building: int = 0
 
     @property
     def total(self) -> int:
@@ -63,7 +65,11 @@ def rank_memory(trained: int, train: TrainConfig, ranks: int, activations: int =
     # The weights, then their average.
     joined = 4 * trained if stage and ranks > 1 else 0
     weights += share(2 if bf16 else 4, 3, frozen)
-    return Memory(weights, share(gradient, 2), optimizer, average, activations, copied, joined)
+    # Whole, in float32, and once more those that bfloat16 rounds; ZeRO-3 has one weight at a time, and this rank's parts of
+    # those rounded (stdit.training.deferred).
+    unrounded = share(4 if bf16 else 0, 3)
+    building = unrounded if stage == 3 else 4 * (trained + frozen) + unrounded
+    return Memory(weights, share(gradient, 2), optimizer, average, activations, copied, joined, building)
 
 
 def copies_checkpoints(train: TrainConfig) -> bool:
@@ -159,6 +165,7 @@ def _check_memory(
     )
     if needed * local > available:
         raise ConfigError(f"{model}; {place}. A smaller model, a higher train.zero_stage or more ranks take less")
+    _check_building(memory, trained + frozen, config.train)
     sizes = {key: each.size for key, each in config.micro_batches(ranks).items()}
     bucket = max(config.data.buckets, key=lambda b: sizes[b.key] * math.prod(latents[b.key]))
     samples = sizes[bucket.key]
@@ -184,6 +191,13 @@ def _check_step(config: Config, ranks: int, latents: Mapping[str, Grid]) -> None
         needed = samples * config.model.in_channels * math.prod(latents[key]) * 4
         what = f"data.buckets {key}: the latents of a rank's {samples:,} samples of a step take"
         check_fits(what, needed, "Lower global_batch or train.gradient_accumulation", local)
+
+
+def _check_building(memory: Memory, parameters: int, train: TrainConfig) -> None:
+    """ConfigError: the host's memory does not hold the models that its ranks build."""
+    what = f"model: to build its {parameters / 1e6:,.0f} M parameters (ZeRO-{train.zero_stage}, {train.precision}) takes a rank"
+    remedy = "" if train.zero_stage == 3 else "Under train.zero_stage: 3 no rank ever holds the whole model"
+    check_fits(what, memory.building, remedy, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _check_checkpoint_copy(memory: Memory, needed: int, train: TrainConfig) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from stdit.training import adapters, checkpoint
 from stdit.training.adapters import Base
 from stdit.training.checkpoint import TRANSFORMER, CheckpointError
 from stdit.training.data import TrainData
+from stdit.training.deferred import DeferredTensors, freed_memory_returned
 from stdit.training.distributed import Ranks
 from stdit.training.ema import EMA
 from stdit.training.engine import Engine, unreadable_shard
@@ -115,8 +117,15 @@ def restore(
     while True:
         state = ranks.broadcast(lambda: find_resume_state(config, data, ranks.size, unusable))
         try:
-            model = prepare(build_model(config, state, ranks))
-            engine = Engine(model, config, ranks, state.has_other_ranks(config.train.zero_stage, ranks.size))
+            init, deferred = find_init(config, state, ranks), DeferredTensors()
+            partitioned, universal = (
+                config.train.zero_stage == 3,
+                state.has_other_ranks(config.train.zero_stage, ranks.size),
+            )
+            with freed_memory_returned() if partitioned else nullcontext():
+                with deferred if partitioned else nullcontext():
+                    model = build_model(config, state, init)
+                engine = Engine(prepare(model), config, ranks, universal, deferred)
             # Copies the masters, which hold a checkpoint's EMA until load_checkpoint.
             ema = EMA(engine.masters, config.train.ema)
             load_checkpoint(engine, state, ranks)
@@ -226,14 +235,11 @@ def init_folder(config: Config) -> Path:
         raise ConfigError(f"init.source: {error}") from error
 
 
-def build_model(config: Config, state: TrainState, ranks: Ranks) -> STDiT | Controlled:
-    """Model for the engine; what was loaded goes to `state.report`. Of a checkpoint it holds the EMA weights, which stdit.training.ema copies before the weights
-    themselves are loaded; with init.source those of another run; else new ones. Frozen weights need no gradient."""
+def find_init(config: Config, state: TrainState, ranks: Ranks) -> Path | None:
+    """Folder of the weights of init.source, if the model begins with them; of frozen ones also sets `state.base`. Collective."""
     fine_tunes = config.train.lora is not None or config.train.control is not None
-    if state.checkpoint is not None and not fine_tunes:
-        return STDiT.from_pretrained(state.checkpoint / TRANSFORMER["ema"])
-    if config.init is None:
-        return STDiT.from_settings(config.model, config.seed)
+    if config.init is None or (state.checkpoint is not None and not fine_tunes):
+        return None
     # On rank 0 alone: it hashes every byte.
     if state.base is not None:
         recorded = state.base
@@ -242,14 +248,24 @@ def build_model(config: Config, state: TrainState, ranks: Ranks) -> STDiT | Cont
     else:
         folder = ranks.broadcast(lambda: init_folder(config))
         state.base = ranks.broadcast(lambda: adapters.make_base(folder)) if fine_tunes else None
-    base, report = adapters.load_base(folder, config)
+    return folder
+
+
+def build_model(config: Config, state: TrainState, init: Path | None) -> STDiT | Controlled:
+    """Model for the engine; what was loaded goes to `state.report`. Of a checkpoint it holds the EMA weights, which stdit.training.ema copies before the weights
+    themselves are loaded; with init (`find_init`) those of another run; else new ones. Frozen weights need no gradient."""
+    if init is None and state.checkpoint is not None:
+        return STDiT.from_pretrained(state.checkpoint / TRANSFORMER["ema"])
+    if init is None:
+        return STDiT.from_settings(config.model, config.seed)
+    base, report = adapters.load_base(init, config)
     state.report.append(report)
     if state.checkpoint is None:
         model = add_trainable(base, config.train, config.seed)
     else:
         weights = checkpoint.weights_folder(checkpoint.config_kind(config.train), "ema")
         model = adapters.load_trainable(base, state.checkpoint / weights, config)
-    if fine_tunes:
+    if config.train.lora is not None or config.train.control is not None:
         trainable, frozen = (
             sum(p.numel() for p in model.parameters() if p.requires_grad is flag) for flag in (True, False)
         )

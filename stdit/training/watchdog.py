@@ -41,6 +41,7 @@ PHASES = {
     "sequence_group": "waiting for the other ranks to start",
     "lock": "locking the run directory",
     "find_resume_state": "verifying checkpoints",
+    "find_init": "looking for the weights of init.source",
     "build_model": "building the model",
     "Engine.__init__": "starting DeepSpeed",
     "load_checkpoint": "loading a checkpoint",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.forecast import EqualSource, ManifestSource, forecast
+from pipelines.forecast import EqualSource, ManifestSource, _bytes, forecast
 from pipelines.plan import ResolvedStage, Resources
 from stdit.config import Config, ConfigError, ExtractConfig, TrainConfig, validate
 from stdit.data import manifest
@@ -135,6 +136,22 @@ def test_a_bucket_that_the_model_does_not_take_is_named() -> None:
     wide = replace(wide, config=wide.config.model_copy(update={"model": model}))
     with pytest.raises(ConfigError, match=r"data.buckets 1x16x16: .*height of 8 patches.* has 4"):
         forecast(wide, Resources(), Source(), (1, 1, 1), 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"zero_stage": 2}, "building the model: {fp32} of the host's memory a rank"),
+        ({"zero_stage": 3}, "building the model: one weight at a time in the host's memory"),
+        (
+            {"zero_stage": 3, "precision": "bf16"},
+            "building the model: {fp32} of the host's memory a rank, and one weight",
+        ),
+    ],
+)
+def test_the_host_s_memory_for_building_the_model_is_printed(changes: dict[str, Any], line: str) -> None:
+    found = forecast(stage(**changes), Resources(workers=1), Source(), (1, 1, 1), 5)
+    assert line.format(fp32=_bytes(4 * found.parameters)) in str(found)
 
 
 def test_memory_is_rajbhandaris() -> None:

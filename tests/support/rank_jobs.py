@@ -364,7 +364,8 @@ def run_measuring_copies(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def restored(data: dict[str, Any]) -> dict[str, Any]:
-    """Restores a run without training it: on rank 0 full weights, their average, both moments and steps of the optimizer."""
+    """Restores a run, or begins one, without training it: on rank 0 full weights, their average, both moments and steps of the
+    optimizer."""
     from stdit.training.data import open_data
     from stdit.training.engine import init_distributed
     from stdit.training.resume import restore
@@ -377,14 +378,57 @@ def restored(data: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "step": state.step,
         "notes": state.notes,
-        "steps": {float(each["step"]) for each in states},
+        "steps": {float(each["step"]) for each in states if state.step},
     }
-    moments = {name: [each[name] for each in states] for name in ("exp_avg", "exp_avg_sq")}
+    moments = {name: [each[name] for each in states] for name in ("exp_avg", "exp_avg_sq") if state.step}
     for name, tensors in {"weights": engine.masters(), "ema": ema.average, **moments}.items():
         parts = ranks.gather([tensor.detach().clone() for tensor in tensors])
         found[name] = {key: full.clone() for key, full in full_weights(layout, parts).items()}
     engine.close()
     return found
+
+
+def peak_of_restoring(data: dict[str, Any], whole: bool = False, build_alone: bool = False) -> tuple[int, int]:
+    """Restores a run. (anonymous memory that this rank had at most, beyond that at the start; bytes of the model's weights in float32).
+
+    build_alone: the engine is not begun. whole: every rank builds the model whole, as below ZeRO-3.
+    """
+    from contextlib import nullcontext
+    from unittest.mock import patch
+
+    import deepspeed
+
+    from stdit.models.cost import parameter_count
+    from stdit.training import resume
+    from stdit.training.data import open_data
+    from stdit.training.engine import init_distributed
+    from tests.support.memory import PeakMemory
+
+    class Built(BaseException):  # which `restore` does not take for a damaged checkpoint
+        """The model is built."""
+
+    config, ranks, begin = config_of(data), init_distributed(), deepspeed.initialize
+
+    class Whole(nullcontext[None]):
+        resident = staticmethod(nullcontext)
+
+        def restore(self, tensor: Any) -> None:
+            """Nothing to do."""
+
+    def initialize(*args: Any, **kwargs: Any) -> Any:
+        if build_alone:
+            raise Built
+        return begin(*args, **kwargs)
+
+    with (
+        patch.object(deepspeed, "initialize", initialize),
+        patch.object(resume, "DeferredTensors", Whole if whole else resume.DeferredTensors),
+        PeakMemory() as peak,
+        contextlib.suppress(Built),
+    ):
+        _, engine, _ = resume.restore(config, open_data(config), ranks, lambda model: model)
+        engine.close()
+    return peak.nbytes, 4 * parameter_count(config.model)
 
 
 def run_stopping_on_rank_1(data: dict[str, Any], step: int) -> dict[str, Any]:

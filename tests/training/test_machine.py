@@ -151,6 +151,29 @@ def test_full_weights_are_counted_beside_the_copy_of_a_checkpoint(
         machine._check_checkpoint_copy(needed, needed.total, config.train)
 
 
+@pytest.mark.parametrize(("precision", "whole", "part"), [("fp32", 4, 0), ("bf16", 8, 4)])
+def test_building_the_model_takes_it_whole_but_under_zero_3(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, whole: int, part: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine, "device_memory", lambda device: 2**60)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "H100")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated=True: True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    for stage, needed in ((2, whole), (3, part / 8)):
+        config = config_of(tmp_path / "run", {"hidden_size": 256}, zero_stage=stage, precision=precision)
+        parameters = parameter_count(config.model)
+        assert machine.rank_memory(parameters, config.train, 8).building == needed * parameters
+        monkeypatch.setattr("stdit.memory.host_memory", lambda p=parameters: 8 * whole * p - 1)
+        if stage == 3:
+            machine.check_machine(config, 8, LATENTS, 0)
+            continue
+        with pytest.raises(
+            ConfigError, match=r"^model: to build its .* takes a rank .* for 8 ranks. Under train.zero_stage: 3"
+        ):
+            machine.check_machine(config, 8, LATENTS, 0)
+
+
 def test_a_batch_that_no_memory_holds_is_refused_before_the_run_is_begun(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a micro-batch of 1000000000 take [\d,.]+ GiB") as caught:
         train(config_of(tmp_path / "run", batch_size=10**9))

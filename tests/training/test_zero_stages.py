@@ -55,6 +55,12 @@ def test_every_stage_takes_the_states_of_every_other_one(
     assert same(found, expected)
 
 
+def test_a_new_run_begins_with_the_same_weights_at_every_stage(pair: Pool, tmp_path: Path) -> None:
+    expected, *others = (pair(restored, data_for(tmp_path / str(stage), stage))[0] for stage in (0, 2, 3))
+    for found in others:
+        assert all(torch.equal(found[part][n], w) for part in ("weights", "ema") for n, w in expected[part].items())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 3), (0, 2)])
 def test_and_with_another_number_of_ranks(pair: Pool, solo: Pool, before: int, after: int, tmp_path: Path) -> None:
@@ -91,6 +97,20 @@ def test_a_run_through_all_stages_has_the_losses_of_one(pair: Pool, solo: Pool, 
     assert [m["samples_seen"] for m in found["metrics"]] == [m["samples_seen"] for m in whole]
     assert "train.zero_stage: 1 -> 2" in found["said"]
     assert not list((tmp_path / "run").glob("checkpoints/.universal"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_and_states_offloaded_to_the_cpu_train_and_resume_alike(
+    pair: Pool, precision: str, tmp_path: Path
+) -> None:
+    cpu = {"device": "cpu"}
+    zero = {**PARTITION_ALL["zero_optimization"], "offload_param": cpu, "offload_optimizer": cpu}
+    offloaded: dict[str, Any] = {"precision": precision, "deepspeed": {"zero_optimization": zero}}
+    whole = pair(run, data_for(tmp_path / "whole", 3, precision=precision))[0]["metrics"]
+    pair(run, data_for(tmp_path / "run", 3, **offloaded), 3)
+    found = pair(run, data_for(tmp_path / "run", 3, **offloaded))[0]["metrics"]
+    assert [m["loss"] for m in found] == [m["loss"] for m in whole]
 
 
 def test_a_weight_without_its_state_is_named(tmp_path: Path) -> None:
