@@ -59,6 +59,7 @@ EXAMPLES: dict[str, str] = {
     "OptimizerConfig": "{learning_rate: 1.0e-4, warmup_steps: 1000, lr_schedule: cosine}",
     "TokenRoutingConfig": "{share: 0.5, start: 2, end: 24}",
     "EMAConfig": "{decay: 0.999}",
+    "EMAProfilesConfig": "{sigma_rel: [0.05, 0.1], every: 5000}",
     "ValidationConfig": "{every: 1000, samples: 256}",
     "SampleGridConfig": "{every: 1000, count: 8, sampler: {steps: 30}}",
     "Bucket": "{frames: 17, height: 256, width: 256}",

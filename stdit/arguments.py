@@ -76,6 +76,26 @@ def transfer(prog: str = "python -m stdit.weights.transfer") -> argparse.Argumen
     return parser
 
 
+def ema(prog: str = "python -m stdit.training.post_hoc_ema") -> argparse.ArgumentParser:
+    """Command line of stdit.training.post_hoc_ema."""
+    parser = argparse.ArgumentParser(
+        prog,
+        description="Computes the average of a run's weights over any width, from snapshots of its EMA profiles "
+        "(train.ema.profiles; post-hoc EMA, Karras et al. 2024).",
+        epilog="OUT is read like a checkpoint: by generate, evaluate, convert, init.source and STDiTPipeline.",
+    )
+    parser.add_argument("run", metavar="RUN_DIR", type=Path, help="run directory with ema_snapshots/")
+    parser.add_argument(
+        "--sigma-rel",
+        type=float,
+        required=True,
+        help="width: standard deviation as a share of the training, such as 0.08",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--step", type=int, help="a snapshot's step: the average as of it (default: the last one's)")
+    return parser
+
+
 def summary(prog: str = "python -m stdit.models.cost") -> argparse.ArgumentParser:
     """Command line of stdit.models.cost."""
     parser = argparse.ArgumentParser(prog, description="Parameters, multiply-adds and activation memory of a model.")

@@ -126,6 +126,13 @@ def _transfer(arguments: list[str]) -> int | None:
     return main(arguments, full_model)
 
 
+def _ema(arguments: list[str]) -> int | None:
+    from stdit.arguments import ema
+
+    ema("stdit ema").parse_args(arguments)
+    return _main("stdit.training.post_hoc_ema", arguments)
+
+
 def _summary(arguments: list[str]) -> int | None:
     from stdit.arguments import summary
 
@@ -147,6 +154,7 @@ VERBS = {
     "compare": Verb("several runs on one page: scores, losses, clips; blind votes", _compare),
     "convert": Verb("convert weights between published layouts and ours", _convert),
     "transfer": Verb("initialise a model of another architecture from trained weights", _transfer),
+    "ema": Verb("average a run's weights over any width, from snapshots of its EMA profiles", _ema),
     "summary": Verb("parameters, FLOPs and activation memory of a model", _summary),
 }
 

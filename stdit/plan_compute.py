@@ -109,6 +109,7 @@ def with_steps(config: Config, steps: int, run_dir: Path) -> Config:
     train = config.train.model_copy(
         update={
             "steps": steps, "checkpoint_every": steps, "keep_checkpoints": 1,
+            "ema": config.train.ema.model_copy(update={"profiles": None}),
             "optimizer": optimizer.model_copy(update={"warmup_steps": min(warmup, steps)}),
         }
     )  # fmt: skip

@@ -62,6 +62,7 @@ PARSERS: dict[str, Callable[[str], argparse.ArgumentParser]] = {
     "compare": compare,
     "convert": arguments.convert,
     "transfer": arguments.transfer,
+    "ema": arguments.ema,
     "summary": arguments.summary,
 }
 MODULES = {
@@ -75,6 +76,7 @@ MODULES = {
     "stdit.plan_compute": "plan-compute",
     "stdit.weights.convert": "convert",
     "stdit.weights.transfer": "transfer",
+    "stdit.training.post_hoc_ema": "ema",
     "stdit.models.cost": "summary",
     "pipelines.extract_features": "extract",
     "pipelines.train_stages": "train-stages",

@@ -26,6 +26,7 @@ TRAINING_RUNTIME_KEYS = (
     "train.profile",
     "train.peak_tflops",
     "train.checkpoint_every",
+    "train.ema.profiles.every",
     "train.checkpoint_in_background",
     "train.keep_checkpoints",
     "train.keep_every",

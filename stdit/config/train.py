@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stdit.config.base import Count, Frozen, NonNegative, Positive, Samples, Seconds, Share, Steps, Width
 from stdit.config.buckets import Bucket, MicroBatches, TrainBucket
@@ -49,6 +49,28 @@ class OptimizerConfig(Frozen):
     """Gradients are clipped to this norm, over all weights; 0: no clipping."""
 
 
+# Relative widths of power-function averages: those above have no exponent, those below are the weights of the last steps.
+SigmaRel = Annotated[float, Field(ge=0.001, le=0.28)]
+
+
+class EMAProfilesConfig(Frozen):
+    """Power-function averages of the weights (Karras et al. 2024, section 3) beside the run's own EMA, and snapshots of them, from which
+    `stdit ema` computes the average of any other width afterwards. Each takes the memory of another EMA."""
+
+    sigma_rel: tuple[SigmaRel, ...] = Field(default=(0.05, 0.1), min_length=1)
+    """Relative widths: the standard deviation of the time that an average is over, as a share of the training so far."""
+    every: Positive
+    """Steps between snapshots in RUN_DIR/ema_snapshots, a multiple of `checkpoint_every`, as they are written with checkpoints; the last step
+    has one too. All are kept, at 2 bytes a parameter and width (float16)."""
+
+    @field_validator("sigma_rel", mode="after")
+    @classmethod
+    def _once_each(cls, widths: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(widths)) < len(widths):
+            raise ValueError(f"expected different widths, found {', '.join(f'{width:g}' for width in widths)}")
+        return widths
+
+
 class EMAConfig(Frozen):
     """Exponential moving average of the weights; the decay at step s is min(decay, (1 + s) / (10 + s))."""
 
@@ -56,6 +78,19 @@ class EMAConfig(Frozen):
     """Decay per step, once the warm-up of the average is over."""
     every: Positive = 1
     """Steps between updates; the decay is raised to this power, so that it stays per step."""
+    profiles: EMAProfilesConfig | None = None
+    """Averages of other widths for `stdit ema`. null: none."""
+
+    @property
+    def widths(self) -> tuple[float, ...]:
+        """sigma_rel of the profiles."""
+        return self.profiles.sigma_rel if self.profiles else ()
+
+    @model_validator(mode="after")
+    def _updates_before_snapshots(self) -> EMAConfig:
+        if self.profiles and self.profiles.every % self.every:
+            raise ValueError(f"profiles.every is {self.profiles.every}, no multiple of every, {self.every}")
+        return self
 
 
 class LoRAConfig(Frozen):
@@ -186,7 +221,8 @@ class TrainConfig(Frozen):
     checkpoint_in_background: bool = True
     """Training waits only until its state is copied to the host's memory, and goes on while that is written; one checkpoint at a time.
     Files are equal bit for bit. The copy takes 12 to 20 bytes of host memory a parameter, divided by the ranks under ZeRO but for the
-    model's own weights, and rank 0 four more while it joins full weights from several ranks' (the forecast says it). A run's last checkpoint is written at once."""
+    model's own weights (four more for each of `ema.profiles`), and rank 0 four more while it joins full weights from several ranks' (the
+    forecast says it). A run's last checkpoint is written at once."""
     keep_checkpoints: Positive = 2
     """Newest checkpoints that are kept."""
     keep_every: Positive | None = None
@@ -409,6 +445,17 @@ class Config(Frozen):
             raise ValueError(
                 f"train.keep_best is {train.keep_best}, but checkpoints have no validation loss: train.checkpoint_every is "
                 f"{train.checkpoint_every}, no multiple of validation.every, {validated}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _snapshots_at_checkpoints(self) -> Config:
+        """Snapshots of the EMA's profiles are written with checkpoints."""
+        profiles, every = self.train.ema.profiles, self.train.checkpoint_every
+        if profiles and (every is None or profiles.every % every):
+            raise ValueError(
+                f"train.ema.profiles.every is {profiles.every}, but its snapshots are written with checkpoints, and train.checkpoint_every is "
+                f"{'null' if every is None else every}, which does not divide it"
             )
         return self
 

@@ -103,7 +103,11 @@ def save_adapter(model: STDiT, folder: Path, name: str = TRAINED, state: dict[st
     found: Mapping[str, Tensor] = get_peft_model_state_dict(model, state_dict=state, adapter_name=name)  # pyright: ignore
     weights = {k: v.detach().contiguous().cpu() for k, v in found.items()}
     config = {k: sorted(v) if isinstance(v, set) else v for k, v in _configs(model)[name].to_dict().items()}
-    text = json.dumps(config, indent=2, sort_keys=True)
+    write_adapter(folder, weights, json.dumps(config, indent=2, sort_keys=True))
+
+
+def write_adapter(folder: Path, weights: dict[str, Tensor], text: str) -> None:
+    """Writes an adapter's file. text: its peft config, as in the metadata of the file."""
     metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: text, DIGEST_KEY: _digest(weights, text)}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / LORA_WEIGHT_NAME_SAFE).write_bytes(_with_sorted_metadata(save(weights, metadata)))

@@ -5,6 +5,7 @@
                                          control/, control_ema/ or lora/, lora_ema/
                                          identity.json   config, encoders, step, data position
                                          manifest.json   size and sha256 of every file; written last
+                                         ema_profiles/    averages of train.ema.profiles, float32 by parameter name
                         latest           name of the newest one, for people
 
 A checkpoint is written as step-00000020.partial and renamed when its manifest is complete; it goes the same way when it
@@ -117,13 +118,18 @@ def complete(partial: Path, checkpoint: Path, expected: FileEntries = MappingPro
     expected: files that their writers have synced. CheckpointError: one of them is missing or has another size, or
     `checkpoint` exists.
     """
-    write_manifest(partial, expected)
-    if os.path.lexists(checkpoint):
-        raise CheckpointError(f"{checkpoint}: in the way of a new checkpoint; move it elsewhere")
-    partial.rename(checkpoint)
-    fsync_folder(checkpoint.parent)
-    (checkpoint / PARTIAL_MARK).unlink(missing_ok=True)
+    seal_partial(partial, checkpoint, expected)
     atomic_write(checkpoint.parent / LATEST, checkpoint.name + "\n")
+
+
+def seal_partial(partial: Path, folder: Path, expected: FileEntries = MappingProxyType({})) -> None:
+    """Turns a partial folder into `folder`: syncs every file, writes the manifest, renames. Errors: as `complete`."""
+    write_manifest(partial, expected)
+    if os.path.lexists(folder):
+        raise CheckpointError(f"{folder}: in the way of a new checkpoint; move it elsewhere")
+    partial.rename(folder)
+    fsync_folder(folder.parent)
+    (folder / PARTIAL_MARK).unlink(missing_ok=True)
 
 
 def write_manifest(checkpoint: Path, expected: FileEntries = MappingProxyType({})) -> None:
@@ -182,8 +188,13 @@ def is_own(checkpoint: Path) -> bool:
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """All checkpoint folders of a run, newest first, complete or not."""
-    folders = (p for p in (run_dir / FOLDER).glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir())
-    return sorted(folders, key=step_of, reverse=True)
+    return step_folders(run_dir / FOLDER)
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """Folders in `folder` that are named after a step, newest first."""
+    found = (p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir())
+    return sorted(found, key=step_of, reverse=True)
 
 
 def find_latest(run_dir: Path, check: Callable[[Path], str | None] = verify) -> Path | None:
@@ -263,9 +274,9 @@ def unfinished_files(run_dir: Path) -> set[tuple[str, int]]:
     return found
 
 
-def remove_partials(run_dir: Path) -> None:
-    """Removes what interrupted saves, removals and conversions have left: folders with their mark."""
-    for folder in (run_dir / FOLDER).glob("*"):
+def remove_partials(run_dir: Path, name: str = FOLDER) -> None:
+    """Removes what interrupted saves, removals and conversions have left in RUN_DIR/NAME: folders with their mark."""
+    for folder in (run_dir / name).glob("*"):
         if _PARTIAL_NAME.fullmatch(folder.name) and (folder / PARTIAL_MARK).is_file() and not folder.is_symlink():
             remove_partial(folder)
 
@@ -302,12 +313,18 @@ def set_aside_damaged(run_dir: Path, latest: Path) -> None:
     for checkpoint in list_checkpoints(run_dir):
         if step_of(checkpoint) <= step_of(latest):
             break
-        number, target = 1, checkpoint.with_name(f"{checkpoint.name}.damaged")
-        while target.exists():
-            number += 1
-            target = checkpoint.with_name(f"{checkpoint.name}.damaged-{number}")
-        checkpoint.rename(target)
+        target = set_aside(checkpoint, "damaged")
         echo(f"stdit: the damaged checkpoint {checkpoint.name} is now {target}", file=sys.stderr)
+
+
+def set_aside(folder: Path, suffix: str) -> Path:
+    """Renames `folder` to NAME.suffix, or NAME.suffix-2 and so on where there is one; returns its new path."""
+    number, target = 1, folder.with_name(f"{folder.name}.{suffix}")
+    while target.exists():
+        number += 1
+        target = folder.with_name(f"{folder.name}.{suffix}-{number}")
+    folder.rename(target)
+    return target
 
 
 def prune(run_dir: Path, keep: int, intact: set[Path], every: int | None = None, best: int = 0) -> None:

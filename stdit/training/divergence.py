@@ -145,7 +145,7 @@ def describe_bad_samples(bad: Sequence[str], largest: Sequence[str]) -> str:
 
 def check_finite(engine: Engine, ema: EMA, step: int, ranks: Ranks) -> None:
     """Diverged, on all ranks, if master weights, optimizer state or EMA hold NaN or infinity on any of them; collective."""
-    weights, average = (float(not all(map(_is_finite, tensors))) for tensors in (engine.state_tensors(), ema.average))
+    weights, average = (float(not all(map(_is_finite, each))) for each in (engine.state_tensors(), ema.averages()))
     bad = ranks.all_reduce(weights, average)
     names = [name for name, count in zip(("weights or optimizer state", "EMA weights"), bad, strict=True) if count]
     if names:

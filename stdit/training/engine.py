@@ -13,7 +13,7 @@ import logging
 import os
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -331,6 +331,12 @@ class Engine:
                 state["step"] = step.clone()
 
     @torch.no_grad()
+    def set_parts(self, targets: Sequence[Tensor], full: Callable[[str], Tensor]) -> None:
+        """Sets this rank's parts in `targets`, tensors like `masters`, from full weights, which `full` reads by name, one at a time."""
+        for name, fragment in self._fragments().items():
+            _set_part(targets[fragment.master], fragment, full(name))
+
+    @torch.no_grad()
     def load_states(self, states: States) -> None:
         """Sets masters, model weights and optimizer state from full ones, of which every rank reads its parts, a weight at a time."""
         masters, optimizer = self.masters(), self.base_optimizer
@@ -341,8 +347,7 @@ class Engine:
                 state |= {"exp_avg": torch.zeros_like(key.detach()), "exp_avg_sq": torch.zeros_like(key.detach())}
             targets = {"fp32": masters[fragment.master], "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
             for which, target in targets.items():
-                part = full[which][fragment.start : fragment.start + fragment.numel]
-                target.view(-1)[fragment.offset : fragment.offset + fragment.numel] = part.to(target.device)
+                _set_part(target, fragment, full[which])
         for key, state in optimizer.state.items():
             device = key.device if optimizer.defaults.get("fused") else "cpu"
             state["step"] = torch.tensor(states.step, dtype=torch.float32, device=device)
@@ -358,6 +363,12 @@ class Engine:
 
     def close(self) -> None:
         self.engine.destroy()
+
+
+def _set_part(target: Tensor, fragment: Fragment, full: Tensor) -> None:
+    """Sets the elements of `fragment` in its master tensor, or one like it, from the whole weight."""
+    part = full.view(-1)[fragment.start : fragment.start + fragment.numel]
+    target.view(-1)[fragment.offset : fragment.offset + fragment.numel] = part.to(target.device)
 
 
 class ShardWriter:

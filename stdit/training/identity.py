@@ -55,6 +55,8 @@ class Identity(FileSchema):
     # Validation loss at this step, if there was one; last losses of each bucket (stdit.training.spikes).
     validation_loss: float | None
     recent_losses: dict[str, tuple[float, ...]]
+    # Relative width of the EMA weights, where `stdit ema` has computed them from snapshots.
+    ema_sigma_rel: float | None = None
 
 
 def load_identity(checkpoint: Path) -> dict[str, Any]:

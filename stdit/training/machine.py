@@ -26,7 +26,7 @@ Grid = tuple[int, int, int]
 class Memory:
     """Bytes of one rank. Activations: of its largest bucket's micro-batch. In the host's memory, not in `total`: building, while the
     model is built or loaded, beside what the device has of it; of rank 0 checkpoint_copy, and full_weights, which it joins from
-    all ranks' parts while a checkpoint is written."""
+    all ranks' parts (and rounds for snapshots) while a checkpoint is written."""
 
     weights: int
     gradients: int
@@ -59,11 +59,12 @@ def rank_memory(trained: int, train: TrainConfig, ranks: int, activations: int =
     master = 4 if bf16 or stage > 0 else 0
     # bfloat16 gradients are summed up in float32 under ZeRO (stdit.training.deepspeed_config).
     gradient = 2 if bf16 and stage == 0 else 4
-    weights, optimizer, average = share(2 if bf16 else 4, 3), share(moments + master, 1), share(4, 1)
+    averages = 1 + len(train.ema.widths)
+    weights, optimizer, average = share(2 if bf16 else 4, 3), share(moments + master, 1), share(4 * averages, 1)
     # ZeRO-3's shards have the masters alone (stdit.training.saving).
     copied = optimizer + average + (weights if stage < 3 else 0) if copies_checkpoints(train) else 0
-    # The weights, then their average.
-    joined = 4 * trained if stage and ranks > 1 else 0
+    # The weights, then each average; of a profile also its snapshot, in float16.
+    joined = (4 * trained if stage and ranks > 1 else 0) + (2 * trained if train.ema.widths else 0)
     weights += share(2 if bf16 else 4, 3, frozen)
     # Whole, in float32, and once more those that bfloat16 rounds; ZeRO-3 has one weight at a time, and this rank's parts of
     # those rounded (stdit.training.deferred).

@@ -24,7 +24,7 @@ from stdit.console import echo
 from stdit.models.control import Controlled
 from stdit.models.fine_tuning import add_trainable
 from stdit.models.stdit import STDiT
-from stdit.training import adapters, checkpoint
+from stdit.training import adapters, checkpoint, ema_snapshots
 from stdit.training.adapters import Base
 from stdit.training.checkpoint import TRANSFORMER, CheckpointError
 from stdit.training.data import TrainData
@@ -128,6 +128,7 @@ def restore(
                 engine = Engine(prepare(model), config, ranks, universal, deferred)
             # Copies the masters, which hold a checkpoint's EMA until load_checkpoint.
             ema = EMA(engine.masters, config.train.ema)
+            load_profiles(ema, engine, state)
             load_checkpoint(engine, state, ranks)
             loaded, reason = (engine, ema), None
         except Exception as error:  # whatever torch, DeepSpeed and safetensors raise for files that they can't use
@@ -177,8 +178,9 @@ def find_resume_state(
 
 
 def clean_up(config: Config, state: TrainState) -> None:
-    """Removes what interrupted saves have left, and sets damaged checkpoints newer than `state` aside."""
+    """Removes what interrupted saves have left, and sets damaged checkpoints and snapshots newer than `state` aside."""
     checkpoint.remove_partials(config.run_dir)
+    ema_snapshots.prepare(config.run_dir, state.step)
     if state.checkpoint is not None:
         checkpoint.set_aside_damaged(config.run_dir, state.checkpoint)
 
@@ -271,6 +273,15 @@ def build_model(config: Config, state: TrainState, init: Path | None) -> STDiT |
         )
         state.report.append(f"{trainable:,} trainable parameters, {frozen:,} frozen")
     return model
+
+
+def load_profiles(ema: EMA, engine: Engine, state: TrainState) -> None:
+    """Sets the EMA's profiles to those of `state.checkpoint`, if any; a weight at a time."""
+    if state.checkpoint is None:
+        return
+    for sigma_rel, average in ema.profiles.items():
+        with ema_snapshots.open_profile(state.checkpoint, ema_snapshots.profile_name(sigma_rel)) as read:
+            engine.set_parts(average, read)
 
 
 def load_checkpoint(engine: Engine, state: TrainState, ranks: Ranks) -> None:

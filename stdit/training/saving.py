@@ -31,12 +31,13 @@ from torch import Tensor
 from stdit.config import Config
 from stdit.files import atomic_write
 from stdit.models.fine_tuning import submodels
-from stdit.training import adapters, checkpoint
+from stdit.training import adapters, checkpoint, ema_snapshots
 from stdit.training.checkpoint import FOLDER, IDENTITY, CheckpointError, SaveError, Weights, folder_of_step
 from stdit.training.data import TrainData
 from stdit.training.distributed import Ranks
 from stdit.training.divergence import check_finite
 from stdit.training.ema import EMA
+from stdit.training.ema_snapshots import profile_name
 from stdit.training.engine import Engine, ShardWriter
 from stdit.training.out_of_memory import is_out_of_memory
 from stdit.training.resume import TrainState, first_line
@@ -227,10 +228,10 @@ class Write(threading.Thread):
     def collect(self, keep: Callable[[Any], Any]) -> None:
         """Takes the weights, their average and the run's state by `keep`."""
         if self.ranks.is_main or self.layout.partitioned:
-            average = self._saver.ema.average
-            self._weights = keep(
-                {"model": [m.detach() for m in self.engine.masters()], "ema": average, "buffers": self.engine.buffers()}
-            )
+            ema = self._saver.ema
+            model = [m.detach() for m in self.engine.masters()]
+            profiles = {profile_name(sigma_rel): average for sigma_rel, average in ema.profiles.items()}
+            self._weights = keep({"model": model, "ema": ema.average, **profiles, "buffers": self.engine.buffers()})
         if self.ranks.is_main:
             self._identity = json.dumps(
                 make_identity(self.engine, self.config, self._saver.data, self.state, self.ranks.size),
@@ -289,6 +290,7 @@ class Write(threading.Thread):
         train = self.config.train
         for weights in ("model", "ema"):
             self._write_full(weights)
+        self._write_profiles()
         checkpoint.remove_rank_marks(self.partial)
         atomic_write(self.partial / IDENTITY, self._identity)
         checkpoint.complete(self.partial, self.folder, files)
@@ -301,17 +303,39 @@ class Write(threading.Thread):
             self.remark = f"{self.folder} is written, but older checkpoints could not be removed ({first_line(error)})"
 
     def _write_full(self, weights: Weights) -> None:
-        """Writes full weights, or their average, from all ranks' parts. On return neither is held: a file that is removed while it
-        is mapped stays in its folder on NFS, under another name."""
+        """Writes full weights, or their average."""
+        folder = checkpoint.weights_folder(checkpoint.config_kind(self.config.train), weights)
+        adapters.save_trained(self.engine.module, self._full(weights) | self._buffers(), self.partial / folder)
+
+    def _write_profiles(self) -> None:
+        """Writes the EMA's profiles, and their snapshot if it is due: before the checkpoint is complete, as what resumes from that does not
+        come by this step again."""
+        ema, step = self.config.train.ema, checkpoint.step_of(self.folder)
+        due = ema_snapshots.is_due(ema, step, self.config.train.steps)
+        with ema_snapshots.new_snapshot(self.config.run_dir, step) if due else nullcontext() as snapshot:
+            for name in map(profile_name, ema.widths):
+                self._write_profile(name, snapshot)
+            if snapshot is not None:
+                atomic_write(snapshot / IDENTITY, self._identity)
+
+    def _write_profile(self, name: str, snapshot: Path | None) -> None:
+        full = self._full(name)
+        ema_snapshots.write_profile(self.partial, name, full)
+        if snapshot is not None:
+            adapters.save_trained(self.engine.module, ema_snapshots.half(full) | self._buffers(), snapshot / name)
+
+    def _full(self, weights: str) -> dict[str, Tensor]:
+        """Full weights, or an average of them, by name, from all ranks' parts. On return these are not held: a file that is removed while it is
+        mapped stays in its folder on NFS, under another name."""
         parts: list[dict[str, Any]] = [self._weights]
         if self.layout.partitioned:
             others = (checkpoint.rank_partition(self.partial, rank) for rank in range(1, self.ranks.size))
             parts += [torch.load(path, map_location="cpu", mmap=True, weights_only=True) for path in others]
-        full: dict[str, Tensor] = full_weights(self.layout, [part[weights] for part in parts])
-        full |= self._weights["buffers"]
-        full = {name: tensor.cpu() for name, tensor in full.items()}
-        folder = checkpoint.weights_folder(checkpoint.config_kind(self.config.train), weights)
-        adapters.save_trained(self.engine.module, full, self.partial / folder)
+        full = full_weights(self.layout, [part[weights] for part in parts])
+        return {name: tensor.cpu() for name, tensor in full.items()}
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {name: tensor.cpu() for name, tensor in self._weights["buffers"].items()}
 
 
 def make_identity(engine: Engine, config: Config, data: TrainData, state: TrainState, ranks: int) -> dict[str, Any]:

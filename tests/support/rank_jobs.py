@@ -364,8 +364,8 @@ def run_measuring_copies(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def restored(data: dict[str, Any]) -> dict[str, Any]:
-    """Restores a run, or begins one, without training it: on rank 0 full weights, their average, both moments and steps of the
-    optimizer."""
+    """Restores a run, or begins one, without training it: on rank 0 full weights, their average and its profiles (sigma_rel-…), both moments
+    and steps of the optimizer."""
     from stdit.training.data import open_data
     from stdit.training.engine import init_distributed
     from stdit.training.resume import restore
@@ -381,7 +381,8 @@ def restored(data: dict[str, Any]) -> dict[str, Any]:
         "steps": {float(each["step"]) for each in states if state.step},
     }
     moments = {name: [each[name] for each in states] for name in ("exp_avg", "exp_avg_sq") if state.step}
-    for name, tensors in {"weights": engine.masters(), "ema": ema.average, **moments}.items():
+    averages = {"ema": ema.average, **{f"sigma_rel-{width}": average for width, average in ema.profiles.items()}}
+    for name, tensors in {"weights": engine.masters(), **averages, **moments}.items():
         parts = ranks.gather([tensor.detach().clone() for tensor in tensors])
         found[name] = {key: full.clone() for key, full in full_weights(layout, parts).items()}
     engine.close()

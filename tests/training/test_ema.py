@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stdit.config import EMAConfig
-from stdit.training.ema import EMA, decay_at
+from stdit.config import EMAConfig, EMAProfilesConfig
+from stdit.training.ema import EMA, decay_at, power_function_exponent
 
 
 def test_the_average_follows_its_formula() -> None:
@@ -43,3 +43,26 @@ def test_an_exchange_is_undone_to_the_last_bit_even_by_an_error() -> None:
     assert torch.equal(master, before)
     assert torch.equal(ema.average[0], average)
     assert [torch.equal(p, e) for p, e in zip(published, (average, before), strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_profiles_are_the_sum_of_all_weights_by_the_integral_of_their_power(every: int) -> None:
+    widths = (0.05, 0.1, 0.2)
+    master = torch.randn(5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ema = EMA(lambda: [master], EMAConfig(every=every, profiles=EMAProfilesConfig(sigma_rel=widths, every=every)))
+    history = []
+    for step in range(1, 31):
+        master += torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        history.append(master.clone())
+        ema.update(step)
+    for width in widths:
+        power = power_function_exponent(width) + 1
+        ends = range(every, 31, every)
+        shares = [(end / 30) ** power - ((end - every) / 30) ** power for end in ends]
+        assert sum(shares) == pytest.approx(1)
+        expected = sum(share * history[end - 1] for share, end in zip(shares, ends, strict=True))
+        torch.testing.assert_close(ema.profiles[width][0], expected)
+        # Mean and variance of time / 30 under (gamma + 1) time^gamma.
+        mean, square = power / (power + 1), power / (power + 2)
+        assert (square - mean**2) ** 0.5 == pytest.approx(width)
+    assert len(ema.averages()) == 4

@@ -174,6 +174,16 @@ def test_building_the_model_takes_it_whole_but_under_zero_3(
             machine.check_machine(config, 8, LATENTS, 0)
 
 
+def test_profiles_of_the_ema_are_counted_as_averages_of_their_own(tmp_path: Path) -> None:
+    plain, kept = (
+        machine.rank_memory(1000, config_of(tmp_path, zero_stage=2, checkpoint_every=1, ema=ema).train, 2)
+        for ema in ({}, {"profiles": {"sigma_rel": (0.05, 0.1), "every": 1}})
+    )
+    assert kept.average == 3 * plain.average
+    assert kept.total - plain.total == kept.checkpoint_copy - plain.checkpoint_copy == 2 * plain.average
+    assert kept.full_weights - plain.full_weights == 2 * 1000  # float16
+
+
 def test_a_batch_that_no_memory_holds_is_refused_before_the_run_is_begun(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a micro-batch of 1000000000 take [\d,.]+ GiB") as caught:
         train(config_of(tmp_path / "run", batch_size=10**9))

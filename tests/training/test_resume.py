@@ -52,6 +52,33 @@ def weights(run_dir: Path, step: int) -> dict[str, bytes]:
     }
 
 
+PROFILES = {"profiles": {"sigma_rel": [0.05, 0.1], "every": 2}}
+
+
+def profiles(run_dir: Path, step: int) -> dict[str, bytes]:
+    """Averages of the EMA's profiles in a checkpoint, and in all snapshots."""
+    found = [
+        *(run_dir / "checkpoints" / checkpoint.folder_of_step(step) / "ema_profiles").iterdir(),
+        *(run_dir / "ema_snapshots").glob("step-????????/*/*.safetensors"),
+    ]
+    return {path.relative_to(run_dir).as_posix(): path.read_bytes() for path in found}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_profiles_of_the_ema_resume_bit_for_bit(pair: Pool, stage: int, precision: str, tmp_path: Path) -> None:
+    train: dict[str, Any] = {"checkpoint_every": 2, "ema": PROFILES, "precision": precision}
+    pair(run, data_for(tmp_path / "whole", stage, **train))
+    broken = data_for(tmp_path / "broken", stage, **train)
+    pair(run_stopping_on_rank_1, broken, 3)
+    assert sorted(p.name for p in (tmp_path / "broken/ema_snapshots").iterdir()) == ["step-00000002"]
+    pair(run, broken)
+    found, expected = (profiles(tmp_path / name, 6) for name in ("broken", "whole"))
+    assert found == expected
+    assert len(found) == 2 + 3 * 2
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_resume_is_bitwise_equal(pair: Pool, stage: int, tmp_path: Path) -> None:
     whole = pair(run, data_for(tmp_path / "whole", stage))[0]
@@ -114,8 +141,9 @@ def flip(path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(solo: Pool, tmp_path: Path) -> None:
-    data = data_for(tmp_path, 2, 1, checkpoint_every=2, steps=6)
+    data = data_for(tmp_path, 2, 1, checkpoint_every=2, steps=6, ema=PROFILES)
     whole = solo(run, data)[0]["metrics"]
+    averages = profiles(tmp_path, 6)
     (tmp_path / "done.json").unlink()
     flip(next((tmp_path / "checkpoints/step-00000006").glob("zero_pp_rank_0*")))
     resumed = solo(run, data)[0]
@@ -125,6 +153,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(solo: Pool,
     # Set aside and saved again, never passed off as saved.
     assert (tmp_path / "checkpoints/step-00000006.damaged").is_dir()
     assert checkpoint.verify(tmp_path / "checkpoints/step-00000006") is None
+    # Snapshots outlive checkpoints; those of steps that are trained once more are written anew.
+    assert profiles(tmp_path, 6) == averages
+    names = [f"step-0000000{end}" for end in ("2", "4", "6", "6.replaced")]
+    assert sorted(p.name for p in (tmp_path / "ema_snapshots").iterdir()) == names
+    assert [checkpoint.verify(tmp_path / "ema_snapshots" / name) for name in names] == [None] * 4
     # A finished run whose checkpoint is damaged is not finished.
     flip(tmp_path / "checkpoints/step-00000006/transformer_ema/diffusion_pytorch_model.safetensors")
     mended = solo(run, data)[0]

@@ -30,7 +30,8 @@ def same(found: dict[str, Any], expected: dict[str, Any]) -> bool:
     return all(
         found[part].keys() == expected[part].keys()
         and all(torch.equal(found[part][name], tensor) for name, tensor in expected[part].items())
-        for part in ("weights", "ema", "exp_avg", "exp_avg_sq")
+        for part in expected
+        if part in ("weights", "ema", "exp_avg", "exp_avg_sq") or part.startswith("sigma_rel")
     )
 
 
@@ -67,6 +68,22 @@ def test_and_with_another_number_of_ranks(pair: Pool, solo: Pool, before: int, a
     pair(run, data_for(tmp_path, before), 3)
     expected = pair(restored, data_for(tmp_path, before))[0]
     assert same(solo(restored, data_for(tmp_path, after, 1))[0], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after", "precision"), [(0, 3, "fp32"), (3, 2, "bf16"), (2, 1, "fp32"), (1, 0, "bf16")]
+)
+def test_profiles_of_the_ema_go_along(
+    pair: Pool, solo: Pool, before: int, after: int, precision: str, tmp_path: Path
+) -> None:
+    train: dict[str, Any] = {"checkpoint_every": 1, "precision": precision}
+    train["ema"] = {"profiles": {"sigma_rel": [0.05, 0.2], "every": 1}}
+    pair(run, data_for(tmp_path, before, **train), 3)
+    expected = pair(restored, data_for(tmp_path, before, **train))[0]
+    assert not any(torch.equal(expected["sigma_rel-0.2"][name], ema) for name, ema in expected["ema"].items())
+    assert same(pair(restored, data_for(tmp_path, after, **train))[0], expected)
+    assert same(solo(restored, data_for(tmp_path, after, 1, **train))[0], expected)
 
 
 @pytest.mark.parametrize(("before", "after"), [(0, 2), pytest.param(3, 0, marks=pytest.mark.slow)])
