@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import nn
 
+from stdit.config import EMAConfig
 from stdit.training import checkpoint, saving
 from stdit.training.distributed import Ranks
 from stdit.training.machine import rank_memory
@@ -177,7 +178,7 @@ def test_a_checkpoint_that_is_written_counts_though_older_ones_cannot_be_removed
     folder = tmp_path / "checkpoints/step-00000002"
     write: Any = object.__new__(saving.Write)
     write.folder, write.partial = folder, checkpoint.start_partial(checkpoint.partial_folder(folder))
-    train = SimpleNamespace(keep_checkpoints=1, keep_every=None, keep_best=0)
+    train = SimpleNamespace(keep_checkpoints=1, keep_every=None, keep_best=0, steps=4, ema=EMAConfig())
     write.config, write.state = SimpleNamespace(run_dir=tmp_path, train=train), SimpleNamespace(intact=set())
     write._identity, write._write_full, write.join = "{}", lambda weights: None, lambda: None
     write.written, write.error, write.remark, write.background = threading.Event(), None, "", False
@@ -197,7 +198,7 @@ def test_an_identity_that_no_json_reader_accepts_is_not_written(monkeypatch: pyt
     write: Any = object.__new__(saving.Write)
     write.ranks, write.layout = Ranks(0, 1, 0, torch.device("cpu")), MasterLayout({}, [{}])
     write.engine, write.config = SimpleNamespace(masters=list, buffers=dict), None
-    write.state, write._saver = None, SimpleNamespace(data=None, ema=SimpleNamespace(average=[]))
+    write.state, write._saver = None, SimpleNamespace(data=None, ema=SimpleNamespace(average=[], profiles={}))
     with pytest.raises(ValueError, match="not JSON compliant"):
         write.collect(lambda state: state)
 
