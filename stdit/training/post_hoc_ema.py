@@ -26,7 +26,9 @@ from torch import Tensor
 
 from stdit import arguments
 from stdit.config import Config, ConfigError, validate
-from stdit.files import atomic_folder, atomic_write, exit_code, printable
+from stdit.console import echo
+from stdit.errors import exit_code
+from stdit.files import atomic_folder, atomic_write
 from stdit.integrity import IDENTITY, read_manifest, verify
 from stdit.models import lora
 from stdit.training import checkpoint, ema_snapshots
@@ -235,9 +237,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 1: a file cannot be written; 2: snapshots or arguments that cannot be used."""
     args = arguments.ema().parse_args(argv)
     try:
-        print(printable(write_average(args.run, args.sigma_rel, args.out, args.step)))
+        echo(write_average(args.run, args.sigma_rel, args.out, args.step))
     except (ConfigError, ValueError, OSError) as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
+        echo(f"error: {error}", file=sys.stderr)
         return exit_code(error)
     return 0
 
