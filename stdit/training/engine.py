@@ -331,7 +331,7 @@ class Engine:
                 state["step"] = step.clone()
 
     @torch.no_grad()
-    def set_parts(self, targets: Sequence[Tensor], full: Callable[[str], Tensor]) -> None:
+    def set_from_full(self, targets: Sequence[Tensor], full: Callable[[str], Tensor]) -> None:
         """Sets this rank's parts in `targets`, tensors like `masters`, from full weights, which `full` reads by name, one at a time."""
         for name, fragment in self._fragments().items():
             _set_part(targets[fragment.master], fragment, full(name))

@@ -281,7 +281,7 @@ def load_profiles(ema: EMA, engine: Engine, state: TrainState) -> None:
         return
     for sigma_rel, average in ema.profiles.items():
         with ema_snapshots.open_profile(state.checkpoint, ema_snapshots.profile_name(sigma_rel)) as read:
-            engine.set_parts(average, read)
+            engine.set_from_full(average, read)
 
 
 def load_checkpoint(engine: Engine, state: TrainState, ranks: Ranks) -> None:
