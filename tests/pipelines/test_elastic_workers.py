@@ -94,7 +94,7 @@ def test_a_lost_node_shrinks_a_stage_and_one_that_comes_lets_it_grow(
 
     try:
         workers.connect()
-        resources = validate({"workers": {"min": 1, "max": 2, "check_every_s": 3}, "max_failures": 9, "deadline_s": 300}, Resources, "test")  # fmt: skip
+        resources = validate({"workers": {"min": 1, "max": 2, "check_every_s": 3}, "max_failures": 9, "deadline_s": 800}, Resources, "test")  # fmt: skip
         with pytest.raises(workers.StageStopped):
             workers.train_stage(config_of(data), resources, tmp_path / "ray", tick)
     finally:
