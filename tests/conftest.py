@@ -87,6 +87,14 @@ def local_ray() -> Iterator[None]:
         disconnect()
 
 
+@pytest.fixture(autouse=True)
+def _scheduled_as_before() -> Iterator[None]:
+    """No test leaves its worker, and all that later tests start, at real-time priority (tests/support/videos.py)."""
+    yield
+    if hasattr(os, "sched_getscheduler"):
+        assert os.sched_getscheduler(0) not in (os.SCHED_FIFO, os.SCHED_RR)
+
+
 def _group(item: pytest.Item) -> str | None:
     return next((name for name, prefixes in GROUPS.items() if item.nodeid.startswith(prefixes)), None)
 
