@@ -128,11 +128,11 @@ def markdown() -> str:
                 for links in (H100, ethernet)
             ]
             lines.append(f"| {name} | {gpus:,} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", _limits(models, H100)])
+    return "\n".join([*lines, "", _limits(models, H100, ethernet)])
 
 
-def _limits(models: dict[str, Scaling], links: Interconnect) -> str:
-    """Where each breaks, with the figures of the largest model and cluster."""
+def _limits(models: dict[str, Scaling], links: Interconnect, slow: Interconnect) -> str:
+    """Where each breaks, with the figures of the largest model and cluster. slow: links of a cheaper network."""
     name, large = next(reversed(models.items()))
     gpus = GPUS[-1]
     gathers, traffic = large.traffic(gpus, 3).all_gathers, {stage: large.traffic(gpus, stage) for stage in STAGES}
@@ -140,9 +140,10 @@ def _limits(models: dict[str, Scaling], links: Interconnect) -> str:
     bandwidth = traffic[3].sent / links.ring_bandwidth(gpus)
     shared = large.step(8, 8, links)
     within, across = (links.exchange_seconds(shared.exchanged, n) / shared.compute for n in (8, 16))
+    long_clip = large.step(64, 1, slow)
     return LIMITS.format(
         name=name, gpus=gpus, gathers=gathers, zero3=seconds[3], latency=1 - bandwidth / seconds[3], zero1=seconds[1],
-        within=within, across=across,
+        within=within, across=across, ethernet=long_clip.exchange[0] / long_clip.compute,
     )  # fmt: skip
 
 
@@ -219,8 +220,8 @@ LIMITS = """## Where each breaks
   more than 8 GPUs would do it over one adapter each, {across:.0%}. It divides activations alone: what is in the way at sp 1 must not be weights. Each
   rank needs a frame: 17 latent frames are not shared out evenly over 8 ranks, so that the largest share is 3 of 17.
 * **Data parallelism** by the batch: GPUs / sp clips a step at least. With a `global_batch` of 256, 1,024 GPUs need sp 4.
-* **Short steps** (images, small batches) before all of these: see the table. With one Ethernet adapter a node even the long clip exchanges for about half
-  of its computing time; accumulation under ZeRO-1 divides that.
+* **Short steps** (images, small batches) before all of these: see the table. With one Ethernet adapter a node even the long clip of {name}, on
+  64 GPUs under ZeRO-1 with sp 1, exchanges for {ethernet:.0%} of its computing time; accumulation divides that.
 """
 
 

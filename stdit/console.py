@@ -20,7 +20,7 @@ class Writable(Protocol):
 
 
 def echo(text: object = "", file: Writable | None = None, flush: bool = False) -> None:
-    """Prints `text` on a line of its own, made printable: names of files, captions and errors hold anything. All that is printed is."""
+    """Prints `text` on a line of its own, made printable: names of files, captions and errors hold anything. Everything is printed through here."""
     print(printable(text), file=file, flush=flush)
 
 

@@ -139,7 +139,7 @@ def test_compiled_blocks_train_as_plain_ones_do(stage: int, tmp_path: Path) -> N
     for compiled in ("false", "true"):
         settings = {
             "run_dir": tmp_path / compiled,
-            # ZeRO-3 breaks a block's graph at each weight; parts with sizes of a second bucket take a minute each.
+            # ZeRO-3 breaks a block's graph at each weight; sizes of a second bucket make that longer still.
             "model.depth": 1,
             "data.buckets": "[{frames: 4, height: 16, width: 16, batch_size: 4}]",
             "train.steps": 2,

@@ -50,7 +50,8 @@ class OptimizerConfig(Frozen):
 
 
 # Relative widths of power-function averages: those above have no exponent, those below are the weights of the last steps.
-SigmaRel = Annotated[float, Field(ge=0.001, le=0.28)]
+MIN_SIGMA_REL, MAX_SIGMA_REL = 0.001, 0.28
+SigmaRel = Annotated[float, Field(ge=MIN_SIGMA_REL, le=MAX_SIGMA_REL)]
 
 
 class EMAProfilesConfig(Frozen):

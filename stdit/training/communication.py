@@ -62,7 +62,7 @@ def zero_traffic(
     if ranks == 1:
         return ZeroTraffic(1)
     trained = sum(p.numel for p in parameters if p.trained)
-    config = make_deepspeed_config(train, sum(p.numel for p in parameters), "cpu")
+    config = make_deepspeed_config(train, trained, "cpu")
     zero: dict[str, Any] = config["zero_optimization"]
     weight = 2 if train.precision == "bf16" else 4
     gradient = {"fp32": 4, "fp16": 2, "bf16": 2}.get(config.get("communication_data_type") or train.precision, weight)

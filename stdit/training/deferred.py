@@ -6,6 +6,9 @@
         with deferred.resident(parameter):   # its operations are done again
             …                                # values, bit for bit as without
 
+The idea is that of torchdistx's deferred_init. deepspeed.zero.Init does not serve: it partitions each
+module's weights at the end of its __init__, before the code that initialises or loads whole models comes to them.
+
 Within the context an operation's results are freed as soon as it is done; what is kept is how to make them again: the operation,
 its inputs and the state of the random generator. Tensors that are mapped from a file are left as they are: the file is read when
 their values are needed.

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from stdit import arguments
 from stdit.config import Config, ConfigError, validate
+from stdit.config.train import MAX_SIGMA_REL, MIN_SIGMA_REL
 from stdit.console import echo
 from stdit.errors import exit_code
 from stdit.files import atomic_folder, atomic_write
@@ -36,8 +37,6 @@ from stdit.training.ema import power_function_exponent
 from stdit.training.identity import load_identity
 from stdit.weights.convert import failed_writes_named
 
-# Widths that can be asked for, as train.ema.profiles.sigma_rel.
-SMALLEST, LARGEST = 0.001, 0.28
 # The largest error of a profile, and the largest share of the weights that the snapshots' rounding to float16 may come to.
 MAX_ERROR, MAX_ROUNDING = 0.1, 0.01
 # Directions in which the snapshots differ by less than this are rounding errors of float64.
@@ -136,7 +135,7 @@ def choose(snapshots: Sequence[Snapshot], sigma_rel: float) -> Solution:
     found = squares.solve(last, sigma_rel)
     if found.is_usable:
         return found
-    widths = np.unique([*np.geomspace(SMALLEST, LARGEST, 100), *(s.sigma_rel for s in snapshots)])
+    widths = np.unique([*np.geomspace(MIN_SIGMA_REL, MAX_SIGMA_REL, 100), *(s.sigma_rel for s in snapshots)])
     usable = [width for width in widths if squares.solve(last, width).is_usable]
     raise ConfigError(
         f"--sigma-rel {sigma_rel:g}: {describe(snapshots)} give its profile with an error of {found.error:.1%} ({MAX_ERROR:.0%} at most), and "
@@ -173,8 +172,8 @@ def write_average(run_dir: Path, sigma_rel: float, out: Path, step: int | None =
 
     ConfigError: no snapshots, damaged ones, or none that give this width; OUT is there, and no earlier average.
     """
-    if not SMALLEST <= sigma_rel <= LARGEST:
-        raise ConfigError(f"--sigma-rel {sigma_rel:g}: expected {SMALLEST:g} to {LARGEST:g}")
+    if not MIN_SIGMA_REL <= sigma_rel <= MAX_SIGMA_REL:
+        raise ConfigError(f"--sigma-rel {sigma_rel:g}: expected {MIN_SIGMA_REL:g} to {MAX_SIGMA_REL:g}")
     _check_out(run_dir, out)
     snapshots = find_snapshots(run_dir, step)
     solution = choose(snapshots, sigma_rel)
@@ -238,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments.ema().parse_args(argv)
     try:
         echo(write_average(args.run, args.sigma_rel, args.out, args.step))
-    except (ConfigError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         echo(f"error: {error}", file=sys.stderr)
         return exit_code(error)
     return 0

@@ -117,13 +117,11 @@ def restore(
     while True:
         state = ranks.broadcast(lambda: find_resume_state(config, data, ranks.size, unusable))
         try:
-            init, deferred = find_init(config, state, ranks), DeferredTensors()
-            partitioned, universal = (
-                config.train.zero_stage == 3,
-                state.has_other_ranks(config.train.zero_stage, ranks.size),
-            )
-            with freed_memory_returned() if partitioned else nullcontext():
-                with deferred if partitioned else nullcontext():
+            init, stage = find_init(config, state, ranks), config.train.zero_stage
+            universal = state.has_other_ranks(stage, ranks.size)
+            deferred = DeferredTensors() if stage == 3 else None
+            with freed_memory_returned() if deferred else nullcontext():
+                with deferred or nullcontext():
                     model = build_model(config, state, init)
                 engine = Engine(prepare(model), config, ranks, universal, deferred)
             # Copies the masters, which hold a checkpoint's EMA until load_checkpoint.

@@ -325,8 +325,8 @@ class Write(threading.Thread):
             adapters.save_trained(self.engine.module, ema_snapshots.half(full) | self._buffers(), snapshot / name)
 
     def _full(self, weights: str) -> dict[str, Tensor]:
-        """Full weights, or an average of them, by name, from all ranks' parts. On return these are not held: a file that is removed while it is
-        mapped stays in its folder on NFS, under another name."""
+        """Full weights, or an average of them, by name, from all ranks' parts. Those that one rank has whole are views of its file, mapped: none
+        may be left when that is removed (`remove_rank_marks`), or NFS keeps it in the folder under another name."""
         parts: list[dict[str, Any]] = [self._weights]
         if self.layout.partitioned:
             others = (checkpoint.rank_partition(self.partial, rank) for rank in range(1, self.ranks.size))

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stdit import arguments
-from stdit.config import ConfigError, ModelConfig
+from stdit.config import ModelConfig
 from stdit.config.load import apply_override, validate
 from stdit.console import echo
 from stdit.errors import exit_code
@@ -396,7 +396,7 @@ def main(argv: Sequence[str] | None = None, open_source: OpenSource = open_as_is
             overrides = apply_override(overrides, text)
         with open_source(args.source, args.weights or "ema") as source:
             echo(convert(source, args.out, args.layout, overrides, ema))
-    except (ConfigError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         echo(f"error: {error}", file=sys.stderr)
         return exit_code(error)
     return 0
