@@ -44,6 +44,7 @@ def test_the_gpu_report_has_every_part(half_hour: dict[str, Any]) -> None:
     assert "| model | float32 |" in (half_hour["out"] / "gpu.md").read_text()
 
 
+@pytest.mark.slow
 def test_without_a_gpu_only_the_quick_report_runs(tmp_path: Path) -> None:
     import torch
 

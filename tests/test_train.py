@@ -153,6 +153,7 @@ def test_compiled_blocks_train_as_plain_ones_do(stage: int, tmp_path: Path) -> N
     assert losses["true"] == pytest.approx(losses["false"], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
 def test_the_end_of_the_deepspeed_command_stops_the_ranks_with_a_checkpoint(tmp_path: Path) -> None:

@@ -312,6 +312,8 @@ def test_step_caches_run_and_come_off(tiny: Tiny, noise: Noise) -> None:
     assert torch.equal(model(x, 300).sample, before)
 
 
+# Blocks without rotary positions: tests/models/test_compile.py.
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "positions" in kind])
 def test_blocks_compile_without_graph_breaks(tiny: Tiny, noise: Noise, kind: dict[str, Any]) -> None:
     model = tiny(text_dim=6, depth=1, **kind)
     x, text, mask = noise(2, 3, 2, 4, 4), noise(2, 4, 6), torch.arange(4) < torch.tensor([[2], [4]])

@@ -90,6 +90,7 @@ def test_a_failing_prompt_is_reported_and_the_rest_is_made(made: dict[int, Made]
         assert [o.note for o in some.outcomes if o.note] == ["caption of 1501 tokens cut to 24"]
 
 
+@pytest.mark.slow
 def test_a_second_command_makes_only_what_is_missing(
     made: dict[int, Made], run: Path, prompts: Path, capsys: Any
 ) -> None:

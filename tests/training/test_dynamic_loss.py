@@ -128,7 +128,8 @@ def test_choices_are_each_samples_own() -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
 def test_a_dynamic_run_resumes_bitwise(pair: Pool, tmp_path: Path, stage: int) -> None:
     more = {"train": {"zero_stage": stage, "activation_checkpointing": True}, "validation": {"every": 3, "samples": 4}}
 
