@@ -24,28 +24,13 @@ from stdit.training.divergence import Diverged
 from stdit.training.saving import NotWritten
 from stdit.training.stopping import STOPPED
 from tests.support import forked
+from tests.support.launches import environment, metrics, wait_for
 from tests.support.paths import ROOT
 from tests.support.rank_pool import free_port
 from tests.support.runs import make_run, model_config
 
 DEBUG = ["--config", "configs/debug.yaml"]
 BIN = Path(sys.executable).parent
-# What the tests' own environment may say of ranks and threads is not for the runs.
-LEFT_OUT = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "DS_ACCELERATOR",
-    "TORCH_FORCE_WEIGHTS_ONLY_LOAD",
-)
-
-
-def environment() -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if k not in LEFT_OUT} | {"OMP_NUM_THREADS": "1"}
-
-
 def train(*args: str) -> subprocess.CompletedProcess[str]:
     """`python stdit/train.py`, to its end."""
     return forked.run("stdit.train", *args, env=environment())
@@ -80,11 +65,6 @@ def start(command: list[str | Path]) -> subprocess.Popen[str]:
     return process
 
 
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def running(run_dir: Path) -> dict[int, int]:
     """{pid: rank} of the ranks that train into `run_dir`."""
     found = {}
@@ -101,13 +81,6 @@ def running(run_dir: Path) -> dict[int, int]:
         ):
             found[int(entry.name)] = int(rank[0].partition("=")[2])
     return found
-
-
-def wait_for(condition: Any, timeout_s: float = 250.0) -> None:
-    until = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.1)
 
 
 @pytest.mark.slow

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
+from ipaddress import ip_address
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stdit.config import ConfigError
 from stdit.models.sequence_parallel import SequenceParallel
 
 T = TypeVar("T")
@@ -129,6 +132,41 @@ def limit_threads() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
 
 
+def choose_interface() -> None:
+    """Has gloo use the interface by which this host and MASTER_ADDR reach each other, unless GLOO_SOCKET_IFNAME names one.
+
+    By itself it takes the address that the host's name has here, in /etc/hosts often a loopback one (Debian's 127.0.1.1), which no other
+    host can connect to. ConfigError: MASTER_ADDR is one here, but there are several hosts.
+    """
+    local_size = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))  # of torchrun, of DeepSpeed
+    if "GLOO_SOCKET_IFNAME" in os.environ or local_size == os.environ["WORLD_SIZE"]:
+        return
+    master = os.environ["MASTER_ADDR"]
+    try:
+        family, _, _, _, target = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(target)  # sends nothing
+            address = str(probe.getsockname()[0])
+    except OSError:  # unknown, or no route: connecting says so
+        return
+    if not ip_address(address).is_loopback:
+        use_interface_of(address)
+    elif local_size is not None:
+        raise ConfigError(
+            f"MASTER_ADDR {master} is {address} on this host, where the other hosts' ranks are not; "
+            "set it to an address that all hosts reach, or GLOO_SOCKET_IFNAME to the network's interface on each host"
+        )
+
+
+def use_interface_of(address: str) -> None:
+    """Has gloo use the interface of this host that has `address`, unless GLOO_SOCKET_IFNAME names one."""
+    import psutil
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == address for entry in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
 def init_process_group(initialise: Callable[[], None], accelerator: str, sequence_parallel: int = 1) -> Ranks:
     """Ranks of this run: of an existing process group (Ray Train's), else of one that `initialise` creates.
 
@@ -137,6 +175,8 @@ def init_process_group(initialise: Callable[[], None], accelerator: str, sequenc
     if not dist.is_initialized():
         complete_environment()
         limit_threads()
+        if accelerator == "cpu":
+            choose_interface()
         initialise()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(accelerator, local_rank) if accelerator == "cuda" else torch.device(accelerator)

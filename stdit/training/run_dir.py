@@ -15,7 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,7 @@ _HASH = "# sha256 "
 LOCK_WAIT_S = 60.0
 # What launchers and shells write beside a run that has not begun; and a rank that hung before its first step.
 LOG_SUFFIXES = (".log", ".out", ".err")
-_STALLED = re.compile(r"stalled-rank-\d+\.txt")
+_STALLED = re.compile(r"stalled-rank-(\d+)\.txt")
 
 
 # ----------------------------------------------------------------------------------- whose it is
@@ -85,6 +85,16 @@ def stalled_file(run_dir: Path, rank: int) -> Path | None:
     except ConfigError:
         return None
     return run_dir / f"stalled-rank-{rank}.txt" if run_dir.is_dir() else None
+
+
+def stalled_ranks(run_dir: Path, since: float) -> set[int]:
+    """Ranks that have written their stack since a time (seconds, of the file system's clock)."""
+    found: set[int] = set()
+    for entry in os.scandir(run_dir):
+        with suppress(OSError):
+            if (match := _STALLED.fullmatch(entry.name)) and entry.stat().st_mtime >= since:
+                found.add(int(match[1]))
+    return found
 
 
 def start(config: Config) -> None:

@@ -145,10 +145,11 @@ def find_launchers(
     inner = next((i for i, command in enumerate(commands) if _runs(command, INNER_LAUNCHER)), None)
     if inner is None:
         return 1, "the process that started this one"
-    if any(argument.startswith("--node_rank") for argument in commands[inner]):
-        return inner + 1, None  # `deepspeed` may be on another host
     outer = next((i for i, command in enumerate(commands) if i > inner and _runs(command, *DEEPSPEED)), None)
-    return (inner + 1, "the deepspeed command") if outer is None else (outer + 1, None)
+    if outer is not None:
+        return outer + 1, None
+    several_hosts = any(argument.startswith("--node_rank") for argument in commands[inner])
+    return inner + 1, None if several_hosts else "the deepspeed command"  # it may be on another host
 
 
 def _runs(command: Sequence[str], *programs: str) -> bool:

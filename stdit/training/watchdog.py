@@ -20,7 +20,7 @@ from types import FrameType
 from stdit.config import TrainConfig
 from stdit.console import echo
 from stdit.training.checkpoint import unfinished_files
-from stdit.training.run_dir import stalled_file
+from stdit.training.run_dir import stalled_file, stalled_ranks
 from stdit.training.stopping import STOPPED, Stop
 
 POLL_S = 0.5
@@ -30,6 +30,8 @@ STOP_GRACE_S, STOP_GRACE_STEPS = 10.0, 5.0
 VALIDATION_GRACE_S = 300.0
 # A rank that cannot write its own report ends after this.
 REPORT_S = 10.0
+# For the other ranks' reports, which are due at about the same time.
+OTHERS_S = 3.0
 # Phases, by the outermost function that train() is in: before the first step, and of a step.
 PHASES = {
     "_find_and_load": "importing",
@@ -152,7 +154,24 @@ class Watchdog:
                     file.write(text + "\n")
                     file.flush()
                     faulthandler.dump_traceback(file, all_threads=True)
+                    file.flush()
+                    if others := self._others(path, time.monotonic() - self._since):
+                        file.write(others + "\n")
+                        echo(others, file=sys.__stderr__, flush=True)
         os._exit(STOPPED)
+
+    def _others(self, own: Path, waited_s: float) -> str | None:
+        """Which ranks have written no report as this one has, in `own`: their host may be gone. None: this is the only rank."""
+        size = int(os.environ.get("WORLD_SIZE", 1))
+        if size == 1:
+            return None
+        until, earliest = time.monotonic() + OTHERS_S, own.stat().st_mtime - waited_s  # files of other launches are older
+        while (silent := sorted({*range(size)} - stalled_ranks(own.parent, earliest))) and time.monotonic() < until:
+            time.sleep(POLL_S / 5)
+        if silent:
+            names = ", ".join(map(str, silent[:8])) + (", …" if len(silent) > 8 else "")
+            return f"[rank {self.rank}] no report of rank {names}: the process, its host or the link to it may be gone"
+        return f"[rank {self.rank}] every rank reports that it waits: the network between their hosts, or a disk, may be gone"
 
 
 def phase_of(frame: FrameType | None) -> str:

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 
-from stdit.training.distributed import Ranks, complete_environment
+from stdit.config import ConfigError
+from stdit.training.distributed import Ranks, choose_interface, complete_environment
 from stdit.training.stopping import Stop, parent_of
 from tests.support.rank_pool import Pool, RankError
 
@@ -47,6 +50,42 @@ def test_ranks_agree_also_on_what_rank_0_failed_at(pair: Pool) -> None:
     assert error.value.kind == "ValueError"
     # And are in step afterwards.
     assert pair(meet, False)[1][1] == 10
+
+
+def own_interface() -> tuple[str, str]:
+    """An interface of this machine that is not loopback, and its address."""
+    for name, addresses in psutil.net_if_addrs().items():
+        for entry in addresses:
+            if entry.family == socket.AF_INET and not entry.address.startswith("127."):
+                return name, entry.address
+    pytest.skip("this machine has no address but loopback")
+
+
+@pytest.mark.parametrize(
+    ("local_size", "preset", "expected"), [("1", None, "{own}"), (None, None, "{own}"), ("2", None, None), ("1", "ib0", "ib0")]
+)
+def test_gloo_takes_the_interface_that_reaches_the_master_where_there_are_several_hosts(
+    local_size: str | None, preset: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, address = own_interface()
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": address, "LOCAL_SIZE": local_size, "GLOO_SOCKET_IFNAME": preset}
+    for key, value in {"LOCAL_WORLD_SIZE": None, **environment}.items():
+        monkeypatch.setenv(key, value or "")
+        if value is None:
+            monkeypatch.delenv(key)
+    choose_interface()
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == (expected and expected.format(own=name))
+
+
+def test_a_master_on_loopback_is_refused_where_there_are_several_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("LOCAL_WORLD_SIZE", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in {"WORLD_SIZE": "2", "LOCAL_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ConfigError, match=r"MASTER_ADDR localhost is (127\.0\.0\.1|::1) on this host.*GLOO_SOCKET_IFNAME"):
+        choose_interface()
+    monkeypatch.delenv("LOCAL_SIZE")  # ranks of this host alone, for all that is known
+    choose_interface()
 
 
 def test_a_request_keeps_its_first_reason() -> None:

@@ -40,6 +40,7 @@ ADOPTERS = [
         ([INNER, MODULE], 2),
         ([["nsys", "profile"], INNER, ["timeout", "9"], COMMAND], 4),
         ([[*INNER, "--node_rank=1"], ["sshd"]], 1),
+        ([[*INNER, "--node_rank=1"], COMMAND, SHELL], 2),  # --no_ssh
     ],
 )
 def test_launchers_are_found_among_the_ancestors(commands: list[list[str]], launchers: int) -> None:

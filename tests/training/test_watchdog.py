@@ -122,6 +122,22 @@ def test_a_report_is_written_into_no_other_folder(tmp_path: Path) -> None:
     assert run_dir.stalled_file(tmp_path, 3) is None
 
 
+def test_a_report_names_the_ranks_that_have_written_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "OTHERS_S", 0.1)
+    watched = dog(tmp_path, 10)
+    files = [tmp_path / f"stalled-rank-{rank}.txt" for rank in range(3)]
+    for file in files:
+        file.write_text("x")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert watched._others(files[0], 10) is None
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "[rank 0] every rank reports that it waits" in str(watched._others(files[0], 10))
+    os.utime(files[1], (0, 0))  # of an earlier launch
+    assert "[rank 0] no report of rank 1: " in str(watched._others(files[0], 10))
+    files[2].unlink()
+    assert "[rank 0] no report of rank 1, 2: " in str(watched._others(files[0], 10))
+
+
 class Validator:
     def run(self, watched: Watchdog, now: float) -> str | None:
         return watched._overdue(now)
