@@ -31,6 +31,8 @@ from tests.support.runs import make_run, model_config
 
 DEBUG = ["--config", "configs/debug.yaml"]
 BIN = Path(sys.executable).parent
+
+
 def train(*args: str) -> subprocess.CompletedProcess[str]:
     """`python stdit/train.py`, to its end."""
     return forked.run("stdit.train", *args, env=environment())

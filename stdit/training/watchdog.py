@@ -165,7 +165,10 @@ class Watchdog:
         size = int(os.environ.get("WORLD_SIZE", 1))
         if size == 1:
             return None
-        until, earliest = time.monotonic() + OTHERS_S, own.stat().st_mtime - waited_s  # files of other launches are older
+        until, earliest = (
+            time.monotonic() + OTHERS_S,
+            own.stat().st_mtime - waited_s,
+        )  # files of other launches are older
         while (silent := sorted({*range(size)} - stalled_ranks(own.parent, earliest))) and time.monotonic() < until:
             time.sleep(POLL_S / 5)
         if silent:

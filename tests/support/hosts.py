@@ -77,7 +77,9 @@ class Host:
         """Starts its first process, with which all others end."""
         inner = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sleep", "infinity"]
         self._init = subprocess.Popen(["nsenter", "-t", str(self.pid), "-n", "-u", "-m", *inner])
-        wait_for(lambda: [child.name() for child in psutil.Process(self._init_pid()).children()] == ["sleep"], SET_UP_S, 0.01)
+        wait_for(
+            lambda: [child.name() for child in psutil.Process(self._init_pid()).children()] == ["sleep"], SET_UP_S, 0.01
+        )
 
     def _init_pid(self) -> int:
         assert self._init is not None, f"{self.name} is not running"

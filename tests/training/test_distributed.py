@@ -62,7 +62,8 @@ def own_interface() -> tuple[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("local_size", "preset", "expected"), [("1", None, "{own}"), (None, None, "{own}"), ("2", None, None), ("1", "ib0", "ib0")]
+    ("local_size", "preset", "expected"),
+    [("1", None, "{own}"), (None, None, "{own}"), ("2", None, None), ("1", "ib0", "ib0")],
 )
 def test_gloo_takes_the_interface_that_reaches_the_master_where_there_are_several_hosts(
     local_size: str | None, preset: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
@@ -82,7 +83,9 @@ def test_a_master_on_loopback_is_refused_where_there_are_several_hosts(monkeypat
         monkeypatch.delenv(key, raising=False)
     for key, value in {"WORLD_SIZE": "2", "LOCAL_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(key, value)
-    with pytest.raises(ConfigError, match=r"MASTER_ADDR localhost is (127\.0\.0\.1|::1) on this host.*GLOO_SOCKET_IFNAME"):
+    with pytest.raises(
+        ConfigError, match=r"MASTER_ADDR localhost is (127\.0\.0\.1|::1) on this host.*GLOO_SOCKET_IFNAME"
+    ):
         choose_interface()
     monkeypatch.delenv("LOCAL_SIZE")  # ranks of this host alone, for all that is known
     choose_interface()

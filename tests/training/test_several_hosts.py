@@ -108,7 +108,9 @@ def check_equal(run_dir: Path, reference: Path) -> None:
 
 def wait_until_it_trains(run_dir: Path, programs: list[Program], steps: int = 45) -> None:
     """Until a run that has just begun has logged `steps` steps."""
-    wait_for(lambda: len(metrics(run_dir)) >= steps or any(p.process.poll() is not None for p in programs), LAUNCH_S, 0.02)
+    wait_for(
+        lambda: len(metrics(run_dir)) >= steps or any(p.process.poll() is not None for p in programs), LAUNCH_S, 0.02
+    )
     assert len(metrics(run_dir)) >= steps, output(programs)
 
 
@@ -132,7 +134,9 @@ def test_a_link_that_is_cut_ends_both_hosts_with_75_and_the_same_command_goes_on
     step = metrics(run_dir)[-1]["step"] + 1
     assert step < STEPS, "cut too late to show anything"
     for rank, program in enumerate(programs):
-        assert re.search(rf"\[rank {rank}\] step {step}, [a-z ]+: more than 10 s \(train.step_timeout_s\)", program.output)
+        assert re.search(
+            rf"\[rank {rank}\] step {step}, [a-z ]+: more than 10 s \(train.step_timeout_s\)", program.output
+        )
         assert f"[rank {rank}] every rank reports that it waits: the network between their hosts" in program.output
     pair[1].link("up")
     programs = deepspeed(run_dir, pair)
