@@ -74,6 +74,7 @@ def recipes(depth: int) -> dict[str, dict[str, Any]]:
         "wsd": wsd,
         "token routing": routing,
         "contrastive": contrastive,
+        "alignment": {"train": {"alignment": {"block": depth // 3, "weight": 0.5}}},
         "adamw": {"train": {"optimizer": {"name": "adamw"}}},
         "muon": muon,
         "muon, token routing": merge(muon, routing),

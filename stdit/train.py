@@ -130,7 +130,7 @@ def train_from_checkpoint(
         for step, data_step in zip(range(state.step + 1, steps + 1), performance.waiting(loader), strict=False):
             watchdog.start_step(step)
             memory.start_step(step, data_step.bucket)
-            sums, sample_losses = torch.zeros(2, device=ranks.device), []
+            sums, sample_losses = torch.zeros(3, device=ranks.device), []
             for i, batch in enumerate(data_step.batches):
                 with timed("forward"):
                     loss = inputs.loss(engine, batch, step)
@@ -149,13 +149,17 @@ def train_from_checkpoint(
             performance.count(data_step)
 
             means = (value / len(data_step.batches) / ranks.size for value in sums.tolist())
-            mean_loss, flops_ratio, stops, *writing = ranks.all_reduce(*means, float(bool(stop)), *saver.status)
+            mean_loss, flops_ratio, alignment, stops, *writing = ranks.all_reduce(
+                *means, float(bool(stop)), *saver.status
+            )
             metrics: dict[str, Any] = {
                 "step": step, "loss": mean_loss, "learning_rate": lr, "grad_norm": grad_norm, "bucket": data_step.bucket.key,
                 "samples_seen": state.samples_seen, "seconds": round(time.perf_counter() - start, 4),
             }  # fmt: skip
             if config.train.dynamic:
                 metrics["flops_ratio"] = flops_ratio
+            if config.train.alignment:
+                metrics["alignment_loss"] = alignment
             metrics |= {f"samples_seen/{name}": n for name, n in loader.samples_by_set(data_step.position).items()}
             metrics |= bad_steps.metrics(step, data_step, sample_losses, mean_loss, finite)
             with timed("validation"):

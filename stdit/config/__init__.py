@@ -62,6 +62,7 @@ from stdit.config.load import (
 from stdit.config.location import LocalPath, Location, Url, parse_location
 from stdit.config.model import SIZES, ModelConfig
 from stdit.config.train import (
+    AlignmentConfig,
     Config,
     ControlConfig,
     DynamicConfig,
@@ -81,6 +82,7 @@ __all__ = [
     "MAX_WORKERS",
     "MOST_TEXT_ENCODERS",
     "SIZES",
+    "AlignmentConfig",
     "Bucket",
     "ByteT5Config",
     "CacheConfig",

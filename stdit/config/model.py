@@ -5,6 +5,7 @@ Written unchanged into the `config.json` beside the weights.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -306,6 +307,25 @@ class ModelConfig(Frozen):
                     f"{where}: {name} {getattr(self, name)} of block {min(blocks)} needs a grid of patches, which the tokens "
                     "that are kept are not"
                 )
+
+    def check_alignment(self, block: int) -> None:
+        """ValueError: the output of this block cannot be aligned to patches of the latents."""
+        _, depth, _ = self.dimensions
+        if block >= depth:
+            raise ValueError(f"alignment.block {block}: expected 0 to {depth - 1}, as depth is {depth}")
+        if self.exit_depths and (least := self.exit_depths[0][1]) <= block:
+            raise ValueError(
+                f"alignment.block {block}: with exit_depths {list(self.exit_depths[0])} only {least} blocks run"
+            )
+        if self.patch_values == 1:
+            raise ValueError(
+                f"alignment: patches of {list(self.patch_size)} with in_channels {self.in_channels} are single numbers, which have no direction"
+            )
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers in a patch of the latents."""
+        return self.in_channels * math.prod(self.patch_size)
 
     @property
     def dynamic(self) -> bool:

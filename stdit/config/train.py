@@ -156,6 +156,17 @@ class TokenRoutingConfig(Frozen):
     """First block after it that they enter again; the paper: depth - 4."""
 
 
+class AlignmentConfig(Frozen):
+    """Alignment of an early block's tokens to the clean latents in training (Wang et al. 2026, SRA 2): a small head maps each token
+    to its patch of the latents, and loss + weight (1 - cosine similarity) is trained. Needs no network but the autoencoder;
+    exported weights have no head."""
+
+    block: NonNegative
+    """Block whose output is aligned, from 0; about the end of the first third."""
+    weight: float = Field(default=0.5, gt=0)
+    """Weight of the alignment loss."""
+
+
 class ProfileConfig(Frozen):
     """A torch profiler trace of a few steps, one file a rank in RUN_DIR/profile; ui.perfetto.dev opens it."""
 
@@ -178,6 +189,8 @@ class TrainConfig(Frozen):
     """Train the routers of a dynamic model towards a compute target."""
     token_routing: TokenRoutingConfig | None = None
     """Some tokens bypass some blocks in training. null: all run everywhere."""
+    alignment: AlignmentConfig | None = None
+    """An early block's tokens are trained to tell the clean latents, too. null: none."""
     gradient_accumulation: Positive = 1
     """Micro-batches per optimizer step, on each rank. Left out where a global_batch (data.buckets) or `tokens_per_step` says it."""
     tokens_per_step: Positive | None = None
@@ -517,6 +530,20 @@ class Config(Frozen):
             )
         try:
             self.model.check_token_routing(routing.start, routing.end)
+        except ValueError as error:
+            raise ValueError(f"train.{error}") from error
+        return self
+
+    @model_validator(mode="after")
+    def _aligns_tokens(self) -> Config:
+        alignment, train = self.train.alignment, self.train
+        if alignment is None:
+            return self
+        for name, value in (("lora", train.lora), ("control", train.control)):
+            if value is not None:
+                raise ValueError(f"train.{name} and train.alignment: the aligned blocks are frozen")
+        try:
+            self.model.check_alignment(alignment.block)
         except ValueError as error:
             raise ValueError(f"train.{error}") from error
         return self

@@ -29,7 +29,6 @@ from stdit.config import (
     Bucket,
     ConfigError,
     ModelConfig,
-    TokenRoutingConfig,
     TrainConfig,
     latent_shape,
     read_extended,
@@ -37,6 +36,7 @@ from stdit.config import (
     validate,
 )
 from stdit.console import echo
+from stdit.models.alignment import Aligned
 from stdit.models.attention import Attention, CrossAttention
 from stdit.models.control import Controlled
 from stdit.models.fine_tuning import add_trainable, submodels
@@ -93,8 +93,8 @@ def model_cost(
 
     batch: samples measured together, each with its own timestep; the result is per sample. (Alone, a sample saves less:
     norm and modulation are one kernel.) sequence_parallel: ranks that share each sample. train: its token routing, whose
-    FLOPs and activations are fewer than those of three forwards, and its LoRA adapters or control branch, beside which the
-    model is frozen; None: all of the model is trained, on all tokens. Dynamic models count in full.
+    FLOPs and activations are fewer than those of three forwards, the head of its alignment, and its LoRA adapters or control
+    branch, beside which the model is frozen; None: all of the model is trained, on all tokens. Dynamic models count in full.
     ValueError: arguments that the model rejects.
     """
     if bytes_per_element not in DTYPES:
@@ -110,9 +110,10 @@ def model_cost(
     if train is not None and (train.lora or train.control):
         added = train.model_dump_json(include={"steps", "lora", "control"})
     dense = _measure(*arguments, added)
-    if train is None or train.token_routing is None:
+    if train is None or not (train.token_routing or train.alignment):
         return dense
-    return replace(_measure(*arguments, added, train.token_routing.model_dump_json()), forward_macs=dense.forward_macs)
+    added = train.model_dump_json(include={"steps", "lora", "control", "alignment", "token_routing"})
+    return replace(_measure(*arguments, added), forward_macs=dense.forward_macs)
 
 
 @lru_cache(maxsize=256)
@@ -124,10 +125,10 @@ def _measure(
     batch: int,
     ranks: int,
     added: str | None = None,
-    token_routing: str | None = None,
 ) -> ModelCost:
     model = ModelConfig.model_validate_json(settings)
     train = None if added is None else TrainConfig.model_validate_json(added)
+    fine_tuned = train is not None and (train.lora or train.control)
     built = _build(model.model_copy(update={"exit_depths": ()}), train).train()
     torch.nn.Module.to(built, dtype)  # diffusers' own warns
     for module in built.modules():
@@ -136,8 +137,8 @@ def _measure(
     for part in submodels(built):
         if ranks > 1:  # on the meta device the exchanges need no process group
             part.set_sequence_parallel(SequenceParallel("none", 0, ranks))
-        if token_routing is not None:
-            part.set_token_routing(TokenRoutingConfig.model_validate_json(token_routing))
+        if train is not None:
+            part.set_token_routing(train.token_routing)
     saved = _SavedTensors(built)
     keeping = torch.autograd.graph.saved_tensors_hooks(saved.save, lambda x: x)
     exchanged = _Exchanged(saved)
@@ -145,11 +146,13 @@ def _measure(
     if train is not None and train.control is not None:
         latents = inputs["hidden_states"]
         inputs["control"] = latents[:, :, :1] if train.control.condition == "first_frame" else latents
+    if isinstance(built, Aligned):
+        inputs["clean_latents"] = inputs["hidden_states"]
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         with exchanged, keeping:
             output = built(**inputs, return_dict=False)[0]
         forward = counter.get_total_flops()
-        if train is not None and ranks == 1:
+        if fine_tuned and ranks == 1:
             output.sum().backward()
             # Fused attention computes one of its five products once more, which is no part of the model's.
             by_operator = counter.get_flop_counts()["Global"].items()
@@ -164,7 +167,7 @@ def _measure(
         trained=sum(p.numel() for p in built.parameters() if p.requires_grad),
         tokens=math.prod(grid),
         forward_macs=macs,
-        training_flops=training // batch if train is not None else 6 * macs,
+        training_flops=training // batch if fine_tuned else 6 * macs,
         activation_bytes=plain // batch,
         activation_bytes_checkpointed=checkpointed // batch,
         exchanged_bytes=2 * (exchanged.in_blocks + exchanged.elsewhere) // batch,
@@ -195,8 +198,9 @@ def trained_parameters(model: ModelConfig, train: TrainConfig) -> tuple[int, int
     return sum(p.numel for p in sizes if p.trained), sum(p.numel for p in sizes if not p.trained)
 
 
-def _build(model: ModelConfig, train: TrainConfig | None = None) -> STDiT | Controlled:
-    """The model on the meta device; train: with its adapters or control branch, and otherwise frozen, if it has any."""
+def _build(model: ModelConfig, train: TrainConfig | None = None) -> STDiT | Controlled | Aligned:
+    """The model on the meta device; train: with its adapters or control branch, and otherwise frozen, if it has any, or with the
+    head of its alignment."""
     with META:
         built = STDiT.from_settings(model)
         return built if train is None else add_trainable(built, train)
@@ -213,7 +217,7 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
 class _SavedTensors:
     """Records tensors saved for backward, each storage once, without parameters, by block."""
 
-    def __init__(self, model: STDiT | Controlled) -> None:
+    def __init__(self, model: STDiT | Controlled | Aligned) -> None:
         self.block: int | None = None
         self.alive: list[Any] = []  # keeps storages alive, so that addresses are not reused
         self.owned = {self._address(p) for p in model.parameters()}

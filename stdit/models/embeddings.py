@@ -47,10 +47,20 @@ class PatchEmbed3D(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """(B, C, T pt, H ph, W pw) -> (B, N, D). Latents that patches do not fill are padded with zeros at the end."""
-        t, h, w = (-size % patch for size, patch in zip(latents.shape[2:], self.patch_size, strict=True))
-        if t or h or w:
-            latents = F.pad(latents, (0, w, 0, h, 0, t))
-        return rearrange(self.proj(latents), "b d t h w -> b (t h w) d")
+        return rearrange(self.proj(_pad(latents, self.patch_size)), "b d t h w -> b (t h w) d")
+
+
+def _pad(latents: Tensor, patch_size: Grid) -> Tensor:
+    """(B, C, T', H', W') -> (B, C, T pt, H ph, W pw), with zeros at the end where patches are not filled."""
+    t, h, w = (-size % patch for size, patch in zip(latents.shape[2:], patch_size, strict=True))
+    return F.pad(latents, (0, w, 0, h, 0, t)) if t or h or w else latents
+
+
+def patchify(latents: Tensor, patch_size: Grid) -> Tensor:
+    """(B, C, T', H', W') -> (B, T, S, pt ph pw C), padded as for PatchEmbed3D; `unpatchify` of it are the latents."""
+    pt, ph, pw = patch_size
+    pattern = "b c (t pt) (h ph) (w pw) -> b t (h w) (pt ph pw c)"
+    return rearrange(_pad(latents, patch_size), pattern, pt=pt, ph=ph, pw=pw)
 
 
 def unpatchify(tokens: Tensor, grid: Grid, patch_size: Grid, size: Sequence[int]) -> Tensor:

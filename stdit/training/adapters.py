@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stdit.config import Config, ConfigError, validate
 from stdit.files import fingerprint_files, sha256
 from stdit.models import lora
+from stdit.models.alignment import Aligned
 from stdit.models.control import Controlled, STDiTControl
 from stdit.models.fine_tuning import add_trainable
 from stdit.models.stdit import STDiT
@@ -53,6 +55,8 @@ class Base:
     fingerprint: str
 
 
+# Average of the weights of an alignment's head, in a checkpoint that has one: what resumes from it alone reads it.
+HEAD = "alignment_head_ema.safetensors"
 # Ends the messages about a base that was moved.
 MOVED_HINT = "if they were moved, set init.source (training) or base (generation: base=…, or --set base=…)"
 
@@ -129,6 +133,7 @@ def load_merged(folder: Path) -> STDiT:
 def load_trainable(base: STDiT, trained: Path, config: Config) -> STDiT | Controlled:
     """`add_trainable`, with adapters or branch from the folder `trained`."""
     model = add_trainable(base, config.train, config.seed)
+    assert not isinstance(model, Aligned)
     if isinstance(model, Controlled):
         model.control = STDiTControl.from_pretrained(trained)
     else:
@@ -137,8 +142,12 @@ def load_trainable(base: STDiT, trained: Path, config: Config) -> STDiT | Contro
 
 
 def save_trained(module: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
-    """Saves trained weights (by name) of `module` to `folder`, as a diffusers model or a LoRA adapter."""
-    if isinstance(module, Controlled):
+    """Saves trained weights (by name) of `module` to `folder`, as a diffusers model (without the head of an alignment) or a LoRA
+    adapter."""
+    if isinstance(module, Aligned):
+        own = {name.removeprefix("base."): weight for name, weight in state.items() if name.startswith("base.")}
+        _save(STDiT, module.base.config, own, folder)
+    elif isinstance(module, Controlled):
         own = {name.removeprefix("control."): weight for name, weight in state.items()}
         _save(STDiTControl, module.control.config, own, folder)
     elif isinstance(module, STDiT) and lora.adapter_names(module):
@@ -146,6 +155,17 @@ def save_trained(module: nn.Module, state: dict[str, Tensor], folder: Path) -> N
     else:
         assert isinstance(module, STDiT)
         _save(STDiT, module.config, state, folder)
+
+
+def save_head(state: dict[str, Tensor], checkpoint: Path) -> None:
+    """Writes the head of an alignment into a checkpoint's folder, from all trained weights (by name)."""
+    save_file({name: weight for name, weight in state.items() if name.startswith("head.")}, checkpoint / HEAD)
+
+
+def load_head(model: Aligned, checkpoint: Path) -> None:
+    """Sets the head's weights to those in a checkpoint's folder."""
+    found = load_file(checkpoint / HEAD)
+    model.head.load_state_dict({name.removeprefix("head."): weight for name, weight in found.items()})
 
 
 def _save(kind: type[STDiT], settings: Any, state: dict[str, Tensor], folder: Path) -> None:

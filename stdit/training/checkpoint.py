@@ -6,6 +6,7 @@
                                          identity.json   config, encoders, step, data position
                                          manifest.json   size and sha256 of every file; written last
                                          ema_profiles/    averages of train.ema.profiles, float32 by parameter name
+                                         alignment_head_ema.safetensors   of train.alignment, likewise
                         latest           name of the newest one, for people
 
 A checkpoint is written as step-00000020.partial and renamed when its manifest is complete; it goes the same way when it

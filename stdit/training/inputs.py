@@ -20,13 +20,13 @@ from stdit.data.loader import Batch
 from stdit.diffusion.frame_conditioning import sample_frame_mask
 from stdit.diffusion.objectives import make_objective
 from stdit.diffusion.randomness import generators, normal, seed_for, uniform
-from stdit.models.dynamic import ComputeStats
 from stdit.training.dynamic_loss import flops_loss
 
 
 class MicroBatchLoss(NamedTuple):
-    """total () is to be differentiated; logged (2,), detached: diffusion loss, share of the full model's FLOPs; each (B,),
-    detached: every sample's diffusion loss. The diffusion loss is without min-SNR weights and contrastive term, as in validation."""
+    """total () is to be differentiated; logged (3,), detached: diffusion loss, share of the full model's FLOPs, alignment loss;
+    each (B,), detached: every sample's diffusion loss. The diffusion loss is without min-SNR weights and contrastive term, as in
+    validation."""
 
     total: Tensor
     logged: Tensor
@@ -60,8 +60,8 @@ class Inputs:
         )
 
     def loss(self, model: Callable[..., Any], batch: Batch, step: int) -> MicroBatchLoss:
-        """Mean loss of `model` on a micro-batch: the objective's, plus the compute loss of a dynamic model."""
-        positions, dynamic = batch.positions, self.config.train.dynamic
+        """Mean loss of `model` on a micro-batch: the objective's, plus the compute loss of a dynamic model and the alignment's."""
+        positions, dynamic, alignment = batch.positions, self.config.train.dynamic, self.config.train.alignment
         x0 = self.latents(batch, step)
         noise = self.noise(x0, "noise", step, positions)
         t = self.timesteps(x0, step, positions)
@@ -70,21 +70,26 @@ class Inputs:
         conditions |= self.control(batch, x0, step) | self.router_inputs(step, positions)
         if frame_mask is not None:
             conditions["conditioning_frames"] = frame_mask
+        if alignment is not None:
+            conditions["clean_latents"] = x0
         self.seed_dropout(step, positions)
 
-        compute_stats: list[ComputeStats] = []
+        outputs: list[Any] = []
 
         def predict(x: Tensor, s: Tensor) -> Tensor:
-            prediction, *stats = model(x, s, **conditions, return_dict=False)
-            compute_stats.extend(stats)
-            return prediction
+            outputs[:] = model(x, s, **conditions, return_dict=False)
+            return outputs[0]
 
         trained, each = self.objective.training_loss(predict, x0, noise, t, frame_mask, self.negatives(step, positions))
-        loss, logged = trained.mean(), each.detach().mean()
-        if dynamic is None:
-            return MicroBatchLoss(loss, torch.stack([logged, torch.ones_like(logged)]), each.detach())
-        compute, flops_ratio = flops_loss(dynamic, compute_stats[0], conditions["force_full"], step)
-        return MicroBatchLoss(loss + compute, torch.stack([logged, flops_ratio]), each.detach())
+        total, logged = trained.mean(), each.detach().mean()
+        flops_ratio, distance = torch.ones_like(logged), torch.zeros_like(logged)
+        if dynamic is not None:
+            compute, flops_ratio = flops_loss(dynamic, outputs[1], conditions["force_full"], step)
+            total = total + compute
+        if alignment is not None:
+            distance = outputs[-1].mean()
+            total = total + alignment.weight * distance
+        return MicroBatchLoss(total, torch.stack([logged, flops_ratio, distance.detach()]), each.detach())
 
     def latents(self, batch: Batch, step: int | None) -> Tensor:
         """Normalised latents (B, C, T, H, W), sampled from the posterior at each step; its mean for step None."""

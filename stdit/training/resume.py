@@ -21,6 +21,7 @@ from torch import nn
 from stdit.config import Config, ConfigError, validate
 from stdit.config.diff import TRAINING_RUNTIME_KEYS, changes, global_batch_sizes, matches
 from stdit.console import echo
+from stdit.models.alignment import Aligned
 from stdit.models.control import Controlled
 from stdit.models.fine_tuning import add_trainable
 from stdit.models.stdit import STDiT
@@ -251,13 +252,16 @@ def find_init(config: Config, state: TrainState, ranks: Ranks) -> Path | None:
     return folder
 
 
-def build_model(config: Config, state: TrainState, init: Path | None) -> STDiT | Controlled:
+def build_model(config: Config, state: TrainState, init: Path | None) -> STDiT | Controlled | Aligned:
     """Model for the engine; what was loaded goes to `state.report`. Of a checkpoint it holds the EMA weights, which stdit.training.ema copies before the weights
     themselves are loaded; with init (`find_init`) those of another run; else new ones. Frozen weights need no gradient."""
     if init is None and state.checkpoint is not None:
-        return STDiT.from_pretrained(state.checkpoint / TRANSFORMER["ema"])
+        model = add_trainable(STDiT.from_pretrained(state.checkpoint / TRANSFORMER["ema"]), config.train)
+        if isinstance(model, Aligned):
+            adapters.load_head(model, state.checkpoint)
+        return model
     if init is None:
-        return STDiT.from_settings(config.model, config.seed)
+        return add_trainable(STDiT.from_settings(config.model, config.seed), config.train, config.seed)
     base, report = adapters.load_base(init, config)
     state.report.append(report)
     if state.checkpoint is None:

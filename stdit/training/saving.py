@@ -305,7 +305,10 @@ class Write(threading.Thread):
     def _write_full(self, weights: Weights) -> None:
         """Writes full weights, or their average."""
         folder = checkpoint.weights_folder(checkpoint.config_kind(self.config.train), weights)
-        adapters.save_trained(self.engine.module, self._full(weights) | self._buffers(), self.partial / folder)
+        full = self._full(weights)
+        adapters.save_trained(self.engine.module, full | self._buffers(), self.partial / folder)
+        if weights == "ema" and self.config.train.alignment is not None:
+            adapters.save_head(full, self.partial)
 
     def _write_profiles(self) -> None:
         """Writes the EMA's profiles, and their snapshot if it is due: before the checkpoint is complete, as what resumes from that does not

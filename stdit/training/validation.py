@@ -21,6 +21,7 @@ from stdit.diffusion.sample import sample
 from stdit.diffusion.schedulers import make_scheduler
 from stdit.encoders.video import VideoEncoder, video_encoder_from_identity
 from stdit.media import Cell, contact_sheet
+from stdit.models.alignment import Aligned
 from stdit.models.control import Controlled
 from stdit.models.sampling import CachedConditions, micro_conditions
 from stdit.models.stdit import STDiT
@@ -68,13 +69,15 @@ def _forward(model: Callable[..., Any], condition: Mapping[str, Any]) -> Predict
     return lambda x, t: model(x, t, **condition, return_dict=False)[0]
 
 
-def _sampler_forward(model: STDiT | Controlled, condition: Mapping[str, Any]) -> Predict:
+def _sampler_forward(model: STDiT | Controlled | Aligned, condition: Mapping[str, Any]) -> Predict:
     """The same through what sampling calls, bound to its conditions; all samples have one timestep."""
     return lambda x, t: _as_sampled(model).bind(condition, t[:1])(x, 0)
 
 
-def _as_sampled(model: STDiT | Controlled) -> CachedConditions:
-    return CachedConditions(model.base, model.control) if isinstance(model, Controlled) else CachedConditions(model)
+def _as_sampled(model: STDiT | Controlled | Aligned) -> CachedConditions:
+    if isinstance(model, Controlled):
+        return CachedConditions(model.base, model.control)
+    return CachedConditions(model.base if isinstance(model, Aligned) else model)
 
 
 class Validator:
@@ -196,7 +199,7 @@ class Validator:
         return losses[0], losses[1]
 
     @torch.no_grad()
-    def sample_grid(self, model: STDiT | Controlled) -> Image.Image | None:
+    def sample_grid(self, model: STDiT | Controlled | Aligned) -> Image.Image | None:
         """Samples for captions or classes of the validation split, as one image; None on ranks other than 0."""
         config, settings = self.config, self.config.samples
         # Captions come from clips of any shape; only a control branch needs clips of the samples' own shape.

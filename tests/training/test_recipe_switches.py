@@ -1,4 +1,4 @@
-"""Token routing, contrastive flow matching, min-SNR and wsd in whole runs: resumed, on several ranks, lengthened, refused."""
+"""Token routing, alignment, contrastive flow matching, min-SNR and wsd in whole runs: resumed, on several ranks, lengthened, refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from stdit.config import ConfigError, merge
+from stdit.models.stdit import STDiT
 from stdit.training import checkpoint
+from stdit.training.adapters import HEAD
 from tests.support.rank_jobs import config_of, for_ranks, numbers, run, settings
 from tests.support.rank_pool import Pool, RankError
 
@@ -19,12 +21,23 @@ ROUTING = {"share": 0.5, "start": 1, "end": 3}
 FLOW = {
     "model": {"depth": 4},
     "diffusion": {"contrastive_weight": 0.05},
-    "train": {"token_routing": ROUTING, "optimizer": {"lr_schedule": "wsd", "decay_share": 0.5}},
+    "train": {
+        "token_routing": ROUTING,
+        "alignment": {"block": 1},
+        "optimizer": {"lr_schedule": "wsd", "decay_share": 0.5},
+        "ema": {"profiles": {"sigma_rel": [0.1], "every": 3}},
+        "checkpoint_every": 3,
+    },
 }
 DDPM = {
     "model": {"depth": 4, "learned_variance": True},
     "diffusion": {"objective": "ddpm", "min_snr_gamma": 5.0},
-    "train": {"token_routing": ROUTING, "precision": "bf16", "activation_checkpointing": True},
+    "train": {
+        "token_routing": ROUTING,
+        "alignment": {"block": 0, "weight": 2.0},
+        "precision": "bf16",
+        "activation_checkpointing": True,
+    },
 }
 
 
@@ -50,13 +63,18 @@ def test_a_run_with_every_switch_resumes_bit_by_bit(pair: Pool, stage: int, chan
     pair(run, broken, 3)
     assert numbers(pair(run, broken)[0]["metrics"]) == numbers(whole["metrics"])
     assert weights(tmp_path / "broken", 6) == weights(tmp_path / "whole", 6)
+    assert whole["metrics"][-1]["alignment_loss"] < whole["metrics"][0]["alignment_loss"] - 0.05
+    last, again = (tmp_path / name / "checkpoints/step-00000006" for name in ("whole", "broken"))
+    STDiT.from_pretrained(last / "transformer_ema")  # strict: without the head
+    assert (again / HEAD).read_bytes() == (last / HEAD).read_bytes()
 
 
-def test_the_routed_tokens_do_not_depend_on_the_number_of_ranks(pair: Pool, solo: Pool, tmp_path: Path) -> None:
-    changes = {"model": {"depth": 4}, "train": {"token_routing": ROUTING}}
+def test_routed_and_aligned_tokens_do_not_depend_on_the_number_of_ranks(pair: Pool, solo: Pool, tmp_path: Path) -> None:
+    changes = {"model": {"depth": 4}, "train": {"token_routing": ROUTING, "alignment": {"block": 2}}}
     two = pair(run, data_for(tmp_path / "two", 2, 2, changes))[0]["metrics"]
     one = solo(run, data_for(tmp_path / "one", 1, 0, changes))[0]["metrics"]
-    assert [m["loss"] for m in two] == pytest.approx([m["loss"] for m in one], rel=1e-5)
+    for key in ("loss", "alignment_loss"):
+        assert [m[key] for m in two] == pytest.approx([m[key] for m in one], rel=1e-5)
     dense = solo(run, data_for(tmp_path / "dense", 1, 0, {"model": {"depth": 4}}))[0]["metrics"]
     assert [m["loss"] for m in one] != pytest.approx([m["loss"] for m in dense], rel=1e-5)
 
@@ -109,9 +127,16 @@ def test_a_decay_that_has_begun_cannot_be_taken_back(solo: Pool, tmp_path: Path)
         ({"train": {"control": {"blocks": 1}}, "init": {"source": "runs/base"}}, "the branch's residuals"),
         ({"model": {"dynamic_tokens": True}}, "train.token_routing of blocks 1 to 2 does not go with dynamic"),
         ({"model": {"depth": 2}}, "train.token_routing has start 1, end 3"),
+        ({"train": {"alignment": {"block": 4}}}, "train.alignment.block 4: expected 0 to 3"),
+        ({"train": {"alignment": {"block": 0}}, "model": {"patch_size": [1, 1, 1]}}, "single numbers"),
+        ({"train": {"alignment": {"block": 2}}, "model": {"exit_depths": [[0.8, 2]]}}, "only 2 blocks run"),
+        (
+            {"train": {"alignment": {"block": 0}, "lora": {"rank": 2}}, "init": {"source": "x"}},
+            "lora and train.alignment",
+        ),
     ],
 )
-def test_routing_is_refused_where_it_cannot_work(changes: dict[str, Any], named: str) -> None:
+def test_switches_are_refused_where_they_cannot_work(changes: dict[str, Any], named: str) -> None:
     base = {"model": {"depth": 4}, "train": {"token_routing": ROUTING}}
     with pytest.raises(ConfigError, match=named):
         config_of(merge(merge(settings("runs/x"), base), changes))

@@ -249,9 +249,9 @@ BESIDE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(("kind", "stage"), [("factorized", 2), pytest.param("joint", 3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("beside", BESIDE)
+@pytest.mark.parametrize("beside", [*BESIDE, pytest.param("alignment", marks=pytest.mark.slow)])
 def test_it_goes_with(pair: Pool, solo: Pool, kind: str, stage: int, beside: str, tmp_path: Path) -> None:
-    changes = BESIDE[beside]
+    changes = BESIDE.get(beside, {"train": {"alignment": {"block": 0}}})
     if "init" in changes:
         (tmp_path / "base").mkdir()
         (tmp_path / "base" / "config.json").write_text("{}")  # its being there is all that is checked
