@@ -2,7 +2,7 @@
 
     python -m pipelines.curate_clips --config configs/curate/footage.yaml --set workers=16
 
-Footage and `out` must have the same paths on every node; the driver alone writes. The result equals that of `stdit curate`; the same
+Footage has the same paths on every node, or is in an object store; the driver alone writes `out`. The result equals that of `stdit curate`; the same
 command again resumes. Scorers and captioners get a GPU each where the cluster has them.
 """
 
@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from pipelines.workers import connect, disconnect
 from stdit.config import CurateConfig, validate
+from stdit.errors import WorkFailed, exit_code
 
 
 class Worker:
@@ -37,17 +38,19 @@ class Worker:
             self.worker = self.worker or make_worker(self.kind, self.config)
             result = self.worker(json.loads(row["task"]))
         except (OSError, ValueError) as error:
-            return {"result": "", "content": b"", "error": f"{type(error).__name__}: {error}"}
+            failed = exit_code(error) == 1
+            return {"result": "", "content": b"", "error": f"{type(error).__name__}: {error}", "failed": failed}
         content = result.pop("content", None)
         return {
             "result": json.dumps({**result, "analysed": content is not None}),
             "content": content or b"",
             "error": "",
+            "failed": False,
         }
 
 
 def ray_mapper(kind: str, config: CurateConfig, tasks: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """As stdit.curation.work.local_mapper, on actors. ValueError: an error of a worker."""
+    """As stdit.curation.work.local_mapper, on actors. ValueError: an error of a worker; WorkFailed, where a later call may do better."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
@@ -66,7 +69,7 @@ def ray_mapper(kind: str, config: CurateConfig, tasks: Sequence[dict[str, Any]])
     )
     for row in done.iter_rows():
         if row["error"]:
-            raise ValueError(row["error"])
+            raise (WorkFailed if row["failed"] else ValueError)(row["error"])
         result = json.loads(row["result"])
         content = row["content"] if result.pop("analysed") else None
         yield {**result, "content": content} if kind == "analyse" else result

@@ -6,9 +6,13 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from tests.support.object_store import ObjectStore
 
 ROOT = str(Path(__file__).resolve().parents[1])
 if ROOT not in sys.path:  # `tests.support` is importable however pytest is started
@@ -85,6 +89,31 @@ def local_ray() -> Iterator[None]:
     yield
     if started == "started":
         disconnect()
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """An S3 server on loopback with bucket `bucket`, started once; tests take `s3`."""
+    from tests.support.object_store import ObjectStore
+
+    folder = tmp_path_factory.mktemp("store")
+    (folder / "bucket").mkdir()
+    with ObjectStore(folder) as store:
+        yield store
+
+
+@pytest.fixture
+def s3(s3_server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    """The S3 server, whose failures last milliseconds."""
+    from stdit.data import objects
+
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(objects, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(objects, "LONGEST_WAIT_S", 0.02)
+    s3_server.heal()
+    yield s3_server
+    s3_server.heal()
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from stdit.config.base import (
     Width,
     Workers,
 )
-from stdit.config.data import Where
+from stdit.config.data import CacheConfig, Where
 from stdit.config.location import LocalPath
 
 
@@ -151,7 +151,8 @@ class CurateConfig(Frozen):
     """Curation: long videos and images in, a manifest of clips out (`stdit curate --config …`)."""
 
     footage: str | tuple[str, ...]
-    """Folder, pattern (films/**/*.mp4), list of files (.txt, a path a line) or manifest; or several of these."""
+    """Folder, pattern (films/**/*.mp4), list of files (.txt, a path or URL a line) or manifest; or several of these. Paths or URLs
+    (s3://…, gs://…)."""
     out: LocalPath
     """Folder of the manifest, the report and everything computed."""
     where: tuple[Where, ...] = ()
@@ -178,6 +179,8 @@ class CurateConfig(Frozen):
     """Seconds without a frame after which a file is given up; the clips before that are kept."""
     max_bad_share: Share = 0.2
     """Share of the files that may be unusable before curation is an error."""
+    cache: CacheConfig = CacheConfig()
+    """Where footage is kept that is read by URL."""
 
     @model_validator(mode="after")
     def _check_names(self) -> CurateConfig:

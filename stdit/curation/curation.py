@@ -1,6 +1,6 @@
 """A curation from footage to manifest, step by step; each step computes what the cache lacks.
 
-out/footage            a link to the footage
+out/footage            a link to the footage, unless it is in an object store
     cache.sqlite       analyses, scores, captions: what is expensive
     clips.parquet      a row a clip, kept or dropped, with its scores and the reason
     report.json, curation.html
@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from stdit.config import ConfigError, CurateConfig, FileSchema, NonNegative, Where, read_json
+from stdit.config import ConfigError, CurateConfig, FileSchema, NonNegative, Url, Where, read_json
 from stdit.console import printable
 from stdit.curation import scoring
 from stdit.curation.analysis import VERSION, Analysis
@@ -31,10 +31,11 @@ from stdit.curation.caption_text import check_caption
 from stdit.curation.captioners import api_key, captioner_id
 from stdit.curation.clips import cut_into_clips, view
 from stdit.curation.duplicates import Candidate, find_duplicates
-from stdit.curation.sources import Source, find_sources, make_links, stale_links
+from stdit.curation.sources import Source, find_sources, make_links, object_digests, stale_links
 from stdit.curation.work import SCORED_AT_ONCE, Mapper, Task
 from stdit.data.filters import passing, satisfies
 from stdit.data.manifest import RESERVED_COLUMNS, STANDARD_COLUMNS, crop_text
+from stdit.data.objects import StoreError
 from stdit.errors import WorkFailed
 from stdit.files import atomic_path, atomic_write
 from stdit.outputs import claim_outputs, own_outputs
@@ -89,7 +90,7 @@ class CandidateClip:
     """A clip on its way: what is known of it, and why it was dropped."""
 
     source: Source
-    key: str  # in the cache: the file's digest, and the frames
+    key: str  # in the cache: the file's digest (`digest`), and the frames
     start: int
     end: int
     fps: float
@@ -102,6 +103,10 @@ class CandidateClip:
     hashes: Sequence[str] = ()
     errors: dict[str, str] = field(default_factory=dict)
     captions: dict[str, str | None] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        return _digest(self.key)
 
     @property
     def still(self) -> bool:
@@ -141,17 +146,23 @@ class Curation:
     # ---------------------------------------------------------------------------------- analysis
 
     def analyse(self, sources: Sequence[Source]) -> dict[str, str]:
-        """Analyses files that are new; keys of the analyses by source."""
+        """Analyses files that are new; keys of the analyses by source. StoreError: a store that does not answer, or gives no access."""
         keys: dict[str, str] = {}
         unreadable: dict[str, str] = {}
+        digests = object_digests(sources)
         for source in sources:
             try:
-                keys[source.key] = f"{self.cache.digest(source.file)}:{VERSION}"
+                digest = digests[source.file] if isinstance(source.file, Url) else self.cache.digest(source.file)
+                if isinstance(digest, OSError):
+                    raise digest
+                keys[source.key] = f"{digest}:{VERSION}"
+            except StoreError as error:
+                unreadable[source.key] = str(error.strerror)
             except OSError as error:
                 unreadable[source.key] = "no such file" if isinstance(error, FileNotFoundError) else str(error.strerror)
         known = self.cache.analysed()
         files = {keys[s.key]: str(s.file) for s in sources if s.key in keys}
-        todo = [{"key": key, "path": path} for key, path in files.items() if key not in known]
+        todo = [{"key": key, "path": path, "digest": _digest(key)} for key, path in files.items() if key not in known]
         stalled = {}
         for result in self._work("analyse", todo, "analyse", "file"):
             self.cache.store_analysis(result["key"], result["content"], result["error"], result["again"])
@@ -424,7 +435,8 @@ class Curation:
     def _task(self, clip: CandidateClip) -> Task:
         whole = clip.picture == (0, 0, clip.height, clip.width)
         return {
-            "key": clip.key, "file": str(clip.source.file), "path": clip.source.key, "start": clip.start, "end": clip.end,
+            "key": clip.key, "file": str(clip.source.file), "digest": clip.digest,
+            "path": clip.source.key, "start": clip.start, "end": clip.end,
             "fps": clip.fps, "height": clip.picture[2], "width": clip.picture[3], "crop": None if whole else clip.picture,
             "caption": clip.source.caption, "row": {**clip.source.extra, **clip.columns},
         }  # fmt: skip
@@ -437,6 +449,11 @@ class Curation:
             return
         self.say(f"{label}: {len(tasks):,} {unit}{'' if len(tasks) == 1 else 's' if unit != 'batch' else 'es'}")
         yield from tqdm(self.mapper(kind, self.config, tasks), total=len(tasks), desc=printable(label), unit=unit)
+
+
+def _digest(key: str) -> str:
+    """The file's, of the key of an analysis or a clip."""
+    return key.partition(":")[0]
 
 
 def _ranges(analysis: Analysis, config: CurateConfig, source: Source) -> dict[str, Any]:

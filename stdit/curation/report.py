@@ -15,7 +15,10 @@ import numpy as np
 
 from stdit.config import Where
 from stdit.curation.captioners import jpeg, shrunk
+from stdit.curation.sources import local_file
 from stdit.data.decoding import DecodeError
+from stdit.data.object_cache import ObjectCache
+from stdit.data.objects import StoreError
 from stdit.data.subprocess_decoder import SubprocessDecoder
 from stdit.files import atomic_write
 
@@ -44,7 +47,7 @@ svg { max-width: 100%; height: auto; display: block; margin: .4rem 0; } svg text
 
 
 def write_page(path: Path, run: Curation, report: Mapping[str, Any]) -> None:
-    """Writes the page. Frames that cannot be decoded are left out of it."""
+    """Writes the page. Frames that cannot be fetched or decoded are left out of it."""
     with SubprocessDecoder("pyav", run.config.stall_timeout_s) as decoder:
         frames = Frames(run, decoder)
         sections = [
@@ -68,6 +71,7 @@ class Frames:
 
     def __init__(self, run: Curation, decoder: SubprocessDecoder) -> None:
         self.cache, self.decoder = run.cache, decoder
+        self.objects = ObjectCache.of(run.config.cache)
 
     def figure(self, clip: CandidateClip, caption: str) -> str:
         """HTML of a frame with a line below; empty where it cannot be decoded."""
@@ -76,8 +80,9 @@ class Frames:
         content = self.cache.picture(key)
         if content is None:
             try:
-                frame = self.decoder.read_part(clip.source.file, [(clip.start + clip.end) // 2], None, crop)
-            except DecodeError:
+                with local_file(self.objects, clip.source.file, clip.digest) as file:
+                    frame = self.decoder.read_part(file, [(clip.start + clip.end) // 2], None, crop)
+            except (DecodeError, StoreError):
                 return ""
             image = shrunk(frame, SIDE)[0]
             # Very small frames are enlarged, so that there is something to see.

@@ -1,9 +1,10 @@
 """The work that may run elsewhere: analysing a file, scoring clips, captioning clips. One task in, one result out.
 
     worker = make_worker("analyse", config)
-    result = worker({"key": …, "path": …})      # {"key": …, "content": bytes, "error": None}
+    result = worker({"key": …, "path": …, "digest": …})      # {"key": …, "content": bytes, "error": None}
 
-Tasks and results hold plain values, so that threads, processes and Ray actors serve alike.
+Tasks and results hold plain values, so that threads, processes and Ray actors serve alike. Footage in an object store is fetched by the
+worker, into the cache of its machine. StoreError, of a worker: a store that does not answer, or gives no access.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Protocol
 
-from stdit.config import CurateConfig
+from stdit.config import CurateConfig, parse_location
 from stdit.curation.clips import ClipView, spread
+from stdit.curation.sources import local_file
+from stdit.data.object_cache import ObjectCache
+from stdit.data.objects import StoreError, is_of_object
 
 Task = dict[str, Any]
 # Clips of a task of the scorers.
@@ -41,22 +44,27 @@ def make_worker(kind: str, config: CurateConfig) -> Worker:
 
 
 class Analyser:
-    """{"key", "path"} -> {"key", "content": of Analysis.loads, "error", "again": whether a later run may do better}."""
+    """{"key", "path", "digest"} -> {"key", "content": of Analysis.loads, "error", "again": whether a later run may do better}."""
 
     def __init__(self, config: CurateConfig) -> None:
         from stdit.curation.analysis_process import AnalysisProcess
 
         self.process = AnalysisProcess(config.stall_timeout_s)
+        self.cache = ObjectCache.of(config.cache)
 
     def __call__(self, task: Task) -> Task:
         from stdit.data.decoding import DecodeError
 
         content, reason = None, None
         try:
-            content = self.process.analyse(task["path"])
+            with local_file(self.cache, task["path"], task["digest"]) as path:
+                content = self.process.analyse(path)
+            again = self.process.stalled
         except DecodeError as error:
-            reason = error.reason
-        return {"key": task["key"], "content": content, "error": reason, "again": self.process.stalled}
+            reason, again = error.reason, self.process.stalled
+        except StoreError as error:
+            reason, again = _of_object(error), True
+        return {"key": task["key"], "content": content, "error": reason, "again": again}
 
     def close(self) -> None:
         self.process.close()
@@ -69,13 +77,19 @@ class Scoring:
         from stdit.curation.scoring import ClipScorer
 
         self.scorer = ClipScorer(config.scorers, config.stall_timeout_s)
+        self.cache = ObjectCache.of(config.cache)
 
     def __call__(self, task: Task) -> Task:
-        found = {
-            clip["key"]: self.scorer.score(clip_view(clip), clip["scorers"], clip["crop"], Path(clip["file"]))
-            for clip in task["clips"]
-        }
-        return {"scores": found}
+        return {"scores": {clip["key"]: self._score(clip) for clip in task["clips"]}}
+
+    def _score(self, clip: Task) -> Task:
+        from stdit.curation.scoring import AGAIN, ERROR
+
+        try:
+            with local_file(self.cache, clip["file"], clip["digest"]) as path:
+                return self.scorer.score(clip_view(clip), clip["scorers"], clip["crop"], path)
+        except StoreError as error:
+            return {name: {ERROR: _of_object(error), AGAIN: True} for name in clip["scorers"]}
 
     def close(self) -> None:
         self.scorer.close()
@@ -89,7 +103,7 @@ class Captioning:
         from stdit.data.subprocess_decoder import SubprocessDecoder
 
         self.config = next(caption for caption in config.captions if caption.name == name)
-        self.captioner = load_captioner(self.config)
+        self.captioner, self.cache = load_captioner(self.config), ObjectCache.of(config.cache)
         self.decoder = SubprocessDecoder("pyav", config.stall_timeout_s)
 
     def __call__(self, task: Task) -> Task:
@@ -102,10 +116,15 @@ class Captioning:
             view = clip_view(clip)
             try:
                 indices = spread(view.start, view.end, self.config.frames)
-                view.pictures = self.decoder.read_part(clip["file"], indices, None, clip["crop"])
+                with local_file(self.cache, clip["file"], clip["digest"]) as path:
+                    view.pictures = self.decoder.read_part(path, indices, None, clip["crop"])
             except DecodeError as error:
                 found[clip["key"]] = (None, error.reason)
                 again += [clip["key"]] if isinstance(error, DecodeTimeout) else []
+                continue
+            except StoreError as error:
+                found[clip["key"]] = (None, _of_object(error))
+                again.append(clip["key"])
                 continue
             views.append(view)
             keys.append(clip["key"])
@@ -119,6 +138,13 @@ class Captioning:
 
     def close(self) -> None:
         self.decoder.close()
+
+
+def _of_object(error: StoreError) -> str:
+    """The reason that an object cannot be used. StoreError, the error itself: it says nothing of the object."""
+    if not is_of_object(error):
+        raise error
+    return str(error.strerror)
 
 
 def clip_view(clip: Task) -> ClipView:
@@ -141,11 +167,11 @@ def local_mapper(kind: str, config: CurateConfig, tasks: Sequence[Task]) -> Iter
     if workers <= 1:
         worker = make_worker(kind, config)
         try:
-            yield from map(worker, tasks)
+            yield from map(worker, _ahead(config, tasks) if kind == "analyse" else tasks)
         finally:
             worker.close()
         return
-    own, started = threading.local(), []
+    own, started = threading.local(), []  # while one worker fetches an object, others decode
 
     def work(task: Task) -> Task:
         if not hasattr(own, "worker"):
@@ -165,3 +191,10 @@ def local_mapper(kind: str, config: CurateConfig, tasks: Sequence[Task]) -> Iter
                 future.cancel()
             for worker in started:
                 worker.close()
+
+
+def _ahead(config: CurateConfig, tasks: Sequence[Task]) -> Iterator[Task]:
+    """`tasks` of analysis; while one is at work, the next one's object is fetched."""
+    files = ObjectCache.of(config.cache).ahead([parse_location(task["path"]) for task in tasks], 2)
+    for task, _ in zip(tasks, files, strict=True):
+        yield task

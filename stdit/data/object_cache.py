@@ -75,8 +75,8 @@ class ObjectCache:
         finally:
             pin.close()
 
-    def ahead(self, files: Sequence[Path | Url]) -> Iterator[Path | Url]:
-        """Iterates over `files`, while the next FETCH_THREADS objects among them are being fetched."""
+    def ahead(self, files: Sequence[Path | Url], count: int = FETCH_THREADS) -> Iterator[Path | Url]:
+        """Iterates over `files`, while the objects among the `count` from this one on are being fetched."""
         if not any(isinstance(file, Url) for file in files):
             yield from files
             return
@@ -85,10 +85,10 @@ class ObjectCache:
             with suppress(OSError), self.local(file):  # its reader will meet the error
                 pass
 
-        pool = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
+        pool = ThreadPoolExecutor(count, thread_name_prefix="fetch")
         try:
             for number, file in enumerate(files):
-                for later in files[1:FETCH_THREADS] if number == 0 else files[number + FETCH_THREADS - 1 :][:1]:
+                for later in files[1:count] if number == 0 else files[number + count - 1 :][:1]:
                     pool.submit(fetch, later)
                 yield file
         finally:
@@ -96,8 +96,7 @@ class ObjectCache:
 
     def path(self, url: Url, expected: Digest | None, info: objects.ObjectInfo | None = None) -> Path:
         """Where an object is kept."""
-        version = f"{url}\0{info.version}\0{info.size}" if info else str(url)
-        key = expected.sha256 if expected else hashlib.sha256(version.encode()).hexdigest()
+        key = expected.sha256 if expected else version_digest(url, info)
         return self.folder / f"{key}{url.suffix}"
 
     def _fetch(self, url: Url, path: Path, size: int, expected: Digest | None) -> None:
@@ -155,6 +154,12 @@ class ObjectCache:
                 if whole:
                     files.append((found.st_mtime_ns, found.st_size, path))
         return total, files
+
+
+def version_digest(url: Url, info: objects.ObjectInfo | None) -> str:
+    """Name of an object's version: a SHA-256 of its URL, size and what the store says of the version."""
+    version = f"{url}\0{info.version}\0{info.size}" if info else str(url)
+    return hashlib.sha256(version.encode()).hexdigest()
 
 
 class ReadAhead:
