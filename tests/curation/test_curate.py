@@ -364,7 +364,7 @@ def test_a_time_out_is_not_remembered(films: Films, tmp_path: Path, monkeypatch:
     [
         ({"footage": "/nowhere"}, "no such folder"),
         ({"footage": "/nowhere/*.mp4"}, "matches no video"),
-        ({"footage": "s3://bucket/films"}, "is an address"),
+        ({"footage": "ftp://host/films"}, "a URL begins with"),
         ({"filters": (Where(column="beauty", at_least=1),)}, "no column 'beauty'"),
         ({"scorers": (ScorerConfig(name="x", function="stdit.nothing:here"),)}, "cannot be imported"),
         (
