@@ -5,7 +5,7 @@ Counts come from the extraction's report and index; before there is one, from th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from stdit.data.loader import ClipIndex
     from stdit.training.communication import ZeroTraffic
-    from stdit.training.machine import Memory
+    from stdit.training.rank_memory import Memory
 
 Grid = tuple[int, int, int]
 
@@ -89,10 +89,9 @@ class Forecast:
         if shared > 1:
             lines.append(f"  {self.ranks} ranks = {self.ranks // shared} data parallel x {shared} sequence parallel")
         lines.append(
-            f"  memory of a rank (ZeRO-{self.zero_stage}, {self.precision}): {_bytes(m.total)} = weights {_bytes(m.weights)}"
-            f" + gradients {_bytes(m.gradients)} + optimizer {_bytes(m.optimizer)} + average {_bytes(m.average)}"
-            f" + activations {_bytes(m.activations)}"
+            f"  memory of a rank (ZeRO-{self.zero_stage}, {self.precision}): {_bytes(m.total)} = {_terms(m.held)} + {_bytes(m.beside(m.peak))} in {m.peak}"
         )
+        lines += [f"    {phase}: {_bytes(m.beside(phase))} = {_terms(terms)}" for phase, terms in m.phases.items()]
         lines.append(
             "  building the model: "
             + (f"{_bytes(m.building)} of the host's memory a rank" if m.building else "")
@@ -132,7 +131,8 @@ def forecast(
     from stdit.models.cost import parameter_sizes
     from stdit.training.communication import zero_traffic
     from stdit.training.data import check_sequence_parallel
-    from stdit.training.machine import rank_memory, sample_cost, saved_bytes
+    from stdit.training.machine import sample_cost, saved_bytes
+    from stdit.training.rank_memory import rank_memory
 
     config, shared = stage.config, stage.config.train.sequence_parallel
     ranks = resources.ranks[0]  # the fewest: the most memory each
@@ -149,8 +149,9 @@ def forecast(
         taken[bucket.key] += schedule.step_size(bucket)
         steps[bucket.key] += 1
     text = text_length if config.model.text_dim is not None else 0
-    sizes = parameter_sizes(config.model, config.train) if ranks > 1 else []
-    buckets, flops, activations, parameters, trained = [], 0, 0, 0, 0
+    sizes = parameter_sizes(config.model, config.train)
+    device = "cuda" if resources.use_gpu else "cpu"
+    buckets, memories, flops, parameters, trained = [], [], 0, 0, 0
     for bucket in config.data.buckets:
         batch, count, _ = schedule.micro_batches[bucket.key]
         try:
@@ -171,7 +172,8 @@ def forecast(
             BucketForecast(bucket.key, kept, left_out, size, steps[bucket.key], cost.tokens, budget, exchanged, zero)
         )
         flops += steps[bucket.key] * size * cost.training_flops
-        activations = max(activations, saved_bytes(own, batch, checkpointed))
+        activations = saved_bytes(own, batch, checkpointed)
+        memories.append(rank_memory(sizes, config.train, ranks, activations, count, device))
         parameters, trained = cost.parameters, cost.trained
     return Forecast(
         name=stage.name,
@@ -185,7 +187,7 @@ def forecast(
         parameters=parameters,
         trained=trained,
         flops=flops,
-        memory=rank_memory(trained, config.train, ranks, activations, parameters - trained),
+        memory=max(memories, key=lambda memory: memory.total),
         sequence_parallel=shared,
         use_gpu=resources.use_gpu,
     )
@@ -316,6 +318,11 @@ def _condition(where: Where) -> str:
     if where.top is not None:
         parts.append(f"{where.column} in the top {where.top:g}" + (f" per {where.per}" if where.per else ""))
     return " and ".join(parts)
+
+
+def _terms(terms: Mapping[str, int]) -> str:
+    """weights 1.2 GiB + …, but for those that are 0."""
+    return " + ".join(f"{name} {_bytes(size)}" for name, size in terms.items() if size) or "nothing more"
 
 
 def _si(value: float) -> str:

@@ -77,13 +77,11 @@ class Scaling:
         return zero_traffic(self.sizes, self.train(stage), gpus)
 
     def step(self, gpus: int, degree: int, links: Interconnect) -> Step:
-        from stdit.training.machine import rank_memory
+        from stdit.training.rank_memory import rank_memory
 
         cost, traffic = self.costs[degree], [self.traffic(gpus, stage) for stage in STAGES]
-        states = [rank_memory(cost.trained, self.train(stage), gpus).total for stage in STAGES]
-        memory = [
-            state + each.held + cost.activation_bytes_checkpointed for state, each in zip(states, traffic, strict=True)
-        ]
+        saved = cost.activation_bytes_checkpointed
+        memory = [rank_memory(self.sizes, self.train(stage), gpus, saved).total for stage in STAGES]
         exchanged = cost.exchanged_bytes_checkpointed
         compute = cost.training_flops / (peak_flops() * MFU)
         between = links.exchange_seconds(exchanged, degree)
@@ -161,8 +159,9 @@ def _row(step: Step, links: Interconnect) -> str:
 HEAD = """# Scaling, on paper
 
 Generated from the code by `make docs` (`python -m pipelines.scaling`); do not edit. **An estimate: nothing here was measured on
-GPUs.** Bytes and memory are those of `stdit forecast`, and bytes were counted against DeepSpeed's own collectives, on two ranks over
-gloo (tests/training/test_communication.py). Seconds are bytes over the makers' bandwidths, and will be longer.
+GPUs.** Bytes and memory are those of `stdit forecast`. Bytes were counted against DeepSpeed's own collectives, and memory compared with
+what two ranks allocate on a CPU (tests/training/test_communication.py, test_rank_memory.py). Seconds are bytes over the makers' bandwidths, and
+will be longer.
 
 ## What is sent
 
@@ -179,7 +178,7 @@ DeepSpeed 0.19, bf16, P trained parameters, n ranks (data times sequence paralle
 [1] The paper has a reduce-scatter, 2 P A. DeepSpeed's default `use_multi_rank_bucket_allreduce` all-reduces buckets, of which each rank
 keeps its part: ZeRO-2 saves memory and no bandwidth.
 [2] Prefetching holds up to 1e9 parameters, 2 GB (`stage3_max_live_parameters`): a smaller model is gathered once. The
-tables' memory has them.
+tables' memory has them, and the buckets and copies of gradients by which ZeRO exchanges them (5e8 elements).
 
 In float32 all are twice as much. EMA, gradient norm and losses send nothing or scalars. Sequence parallelism adds the exchange of
 [cluster.md](cluster.md#sequence-parallelism), within its group of sp neighbouring ranks.

@@ -192,12 +192,6 @@ def parameter_sizes(model: ModelConfig, train: TrainConfig) -> list[ParameterSiz
     return [ParameterSize(p.numel(), p.requires_grad) for p in _build(model, train).parameters()]
 
 
-def trained_parameters(model: ModelConfig, train: TrainConfig) -> tuple[int, int]:
-    """Parameters that training changes, and those that are frozen."""
-    sizes = parameter_sizes(model, train)
-    return sum(p.numel for p in sizes if p.trained), sum(p.numel for p in sizes if not p.trained)
-
-
 def _build(model: ModelConfig, train: TrainConfig | None = None) -> STDiT | Controlled | Aligned:
     """The model on the meta device; train: with its adapters or control branch, and otherwise frozen, if it has any, or with the
     head of its alignment."""

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stdit.config import TrainConfig
 from stdit.training.deepspeed_config import make_deepspeed_config
@@ -44,8 +44,6 @@ class ZeroTraffic:
     reduce_scatters: int = 0
     all_gathered: int = 0
     all_gathers: int = 0
-    # Bytes of gathered weights that a rank holds at once under stage 3, beside its own part.
-    held: int = 0
 
     @property
     def sent(self) -> int:
@@ -64,8 +62,7 @@ def zero_traffic(
     trained = sum(p.numel for p in parameters if p.trained)
     config = make_deepspeed_config(train, trained, "cpu")
     zero: dict[str, Any] = config["zero_optimization"]
-    weight = 2 if train.precision == "bf16" else 4
-    gradient = {"fp32": 4, "fp16": 2, "bf16": 2}.get(config.get("communication_data_type") or train.precision, weight)
+    weight, gradient = 2 if train.precision == "bf16" else 4, exchanged_size(config, train)
     # Stages 0 and 1 reduce what the micro-batches have summed up.
     reductions = micro_batches if train.zero_stage >= 2 else 1
     reduces = reductions * math.ceil(trained / zero["reduce_bucket_size"])
@@ -80,20 +77,45 @@ def zero_traffic(
         if to_owners and not own_class:
             return ZeroTraffic(ranks, 0, 0, reduced, reduces * ranks, gathered, gathers)
         return ZeroTraffic(ranks, reduced, reduces, 0, 0, gathered, gathers)
-    once, forward, again, kept = _gathered_weights(parameters, train, zero, ranks)
-    prefetch = max(1, _stage3(zero, "prefetch_bucket_size", 50_000_000))
+    once, forward, again, _, prefetch = gathered_weights(parameters, train, zero, ranks)
     gathers = bool(once) + micro_batches * (math.ceil(forward / prefetch) + math.ceil(again / prefetch))
-    gathered, held = weight * (once + micro_batches * (forward + again)), weight * (once + min(forward, kept))
+    gathered = weight * (once + micro_batches * (forward + again))
     if not zero.get("reduce_scatter", True):
-        return ZeroTraffic(ranks, reductions * gradient * trained, reduces, 0, 0, gathered, gathers, held)
+        return ZeroTraffic(ranks, reductions * gradient * trained, reduces, 0, 0, gathered, gathers)
     scattered = reductions * gradient * sum(_padded(p.numel, ranks) for p in parameters if p.trained)
-    return ZeroTraffic(ranks, 0, 0, scattered, reduces, gathered, gathers, held)
+    return ZeroTraffic(ranks, 0, 0, scattered, reduces, gathered, gathers)
 
 
-def _gathered_weights(
+def exchanged_size(config: dict[str, Any], train: TrainConfig) -> int:
+    """Bytes of a gradient as ranks exchange it. config: DeepSpeed's."""
+    return {"fp32": 4, "fp16": 2, "bf16": 2}[config.get("communication_data_type") or train.precision]
+
+
+class GatheredWeights(NamedTuple):
+    """Elements that stage 3 gathers once a step, in a forward, and once more in its backward; those that it keeps between; those
+    that it fetches together."""
+
+    once: int
+    forward: int
+    again: int
+    kept: int
+    prefetch: int
+
+    @property
+    def held(self) -> int:
+        """That a rank has whole at once, beside its own part."""
+        return self.once + min(self.forward, self.kept)
+
+    @property
+    def in_flight(self) -> int:
+        """Whose buffer is still there while its weights, which are copies, are used."""
+        return min(self.forward, self.prefetch)
+
+
+def gathered_weights(
     parameters: Sequence[ParameterSize], train: TrainConfig, zero: dict[str, Any], ranks: int
-) -> tuple[int, int, int, int]:
-    """Elements that stage 3 gathers once a step, in a forward, and once more in its backward; those that it keeps between."""
+) -> GatheredWeights:
+    """By the keys of zero_optimization. parameters: in the order in which forward uses them."""
     persistent = _stage3(zero, "param_persistence_threshold", 100_000)
     # Modules between a weight's use in forward and its next one run forward and backward, recomputed ones forward once more.
     kept = _stage3(zero, "max_reuse_distance", 1_000_000_000) // (3 if train.activation_checkpointing else 2)
@@ -112,7 +134,8 @@ def _gathered_weights(
         forward += padded
         if after >= kept:
             again += padded
-    return once, forward, again, kept
+    prefetch = max(1, _stage3(zero, "prefetch_bucket_size", 50_000_000))
+    return GatheredWeights(once, forward, again, kept, prefetch)
 
 
 def _stage3(zero: dict[str, Any], key: str, default: int) -> int:

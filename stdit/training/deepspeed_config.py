@@ -10,7 +10,7 @@ import difflib
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 
@@ -92,6 +92,24 @@ def offloads(train: TrainConfig) -> bool:
 
     parsed = DeepSpeedZeroConfig(**zero)  # also reads the older cpu_offload
     return any(part is not None and part.device != "none" for part in (parsed.offload_param, parsed.offload_optimizer))
+
+
+def check_nvme(train: TrainConfig) -> None:
+    """ConfigError: `train.deepspeed` keeps weights on NVMe, for which DeepSpeed needs a library that this machine does not have."""
+    if train.deepspeed is None:
+        return
+    offload = make_deepspeed_config(train, 1, "cuda")["zero_optimization"].get("offload_param") or {}
+    if offload.get("device") != "nvme":
+        return
+    set_accelerator()
+    from deepspeed.accelerator import get_accelerator
+
+    builder = cast(Any, get_accelerator()).get_op_builder("AsyncIOBuilder")()
+    if not builder.is_compatible():
+        raise ConfigError(
+            "train.deepspeed: zero_optimization.offload_param.device: nvme needs DeepSpeed's async_io, which cannot be built here "
+            "without libaio and its headers (package libaio-dev); cpu needs neither"
+        )
 
 
 def read_override(train: TrainConfig, generated: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from diffusers.models.attention_dispatch import (
@@ -16,68 +15,11 @@ from diffusers.models.attention_dispatch import (
 from stdit.config import Bucket, Config, ConfigError, TrainConfig, token_grid
 from stdit.memory import check_fits, device_memory, gib, host_memory
 from stdit.models.attention import AttentionProcessor
-from stdit.models.cost import ModelCost, model_cost, trained_parameters
-from stdit.training.deepspeed_config import offloads
+from stdit.models.cost import ModelCost, model_cost, parameter_sizes
+from stdit.training.deepspeed_config import check_nvme, offloads
+from stdit.training.rank_memory import Memory, rank_memory
 
 Grid = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one rank. Activations: of its largest bucket's micro-batch. In the host's memory, not in `total`: building, while the
-    model is built or loaded, beside what the device has of it; of rank 0 checkpoint_copy, and full_weights, which it joins from
-    all ranks' parts (and rounds for snapshots) while a checkpoint is written."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    average: int
-    activations: int
-    checkpoint_copy: int = 0
-    full_weights: int = 0
-    building: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.average + self.activations
-
-
-def rank_memory(trained: int, train: TrainConfig, ranks: int, activations: int = 0, frozen: int = 0) -> Memory:
-    """Bytes of one rank under DeepSpeed: weights, gradients and optimizer state are replicated, or partitioned over `ranks`
-    from ZeRO stage 3, 2 and 1 on (Rajbhandari et al. 2020). What `train.deepspeed` offloads is not taken off.
-
-    trained, frozen: parameters; frozen ones are weights alone, and in no checkpoint.
-    """
-    stage, bf16 = train.zero_stage, train.precision == "bf16"
-
-    def share(bytes_each: int, cut_from: int, parameters: int = trained) -> int:
-        return -(-parameters * bytes_each // (ranks if stage >= cut_from else 1))
-
-    # AdamW's two moments (Muon has one, but for a few per cent of the weights), and the float32 weights that it steps, which
-    # without ZeRO in float32 are the weights.
-    moments = 4 if train.optimizer.name == "muon" else 8
-    master = 4 if bf16 or stage > 0 else 0
-    # bfloat16 gradients are summed up in float32 under ZeRO (stdit.training.deepspeed_config).
-    gradient = 2 if bf16 and stage == 0 else 4
-    averages = 1 + len(train.ema.widths)
-    weights, optimizer, average = share(2 if bf16 else 4, 3), share(moments + master, 1), share(4 * averages, 1)
-    # ZeRO-3's shards have the masters alone (stdit.training.saving).
-    copied = optimizer + average + (weights if stage < 3 else 0) if copies_checkpoints(train) else 0
-    # The weights, then each average; of a profile also its snapshot, in float16.
-    joined = (4 * trained if stage and ranks > 1 else 0) + (2 * trained if train.ema.widths else 0)
-    weights += share(2 if bf16 else 4, 3, frozen)
-    # Whole, in float32, and once more those that bfloat16 rounds; ZeRO-3 has one weight at a time, and this rank's parts of
-    # those rounded (stdit.training.deferred).
-    unrounded = share(4 if bf16 else 0, 3)
-    building = unrounded if stage == 3 else 4 * (trained + frozen) + unrounded
-    return Memory(weights, share(gradient, 2), optimizer, average, activations, copied, joined, building)
-
-
-def copies_checkpoints(train: TrainConfig) -> bool:
-    """Whether checkpoints are written while training goes on: all but the last one."""
-    return train.checkpoint_in_background and (
-        train.checkpoint_every is not None or train.optimizer.lr_schedule == "wsd"
-    )
 
 
 def sample_cost(
@@ -103,12 +45,17 @@ def saved_bytes(cost: ModelCost, samples: int, checkpointing: bool) -> int:
     return samples * (cost.activation_bytes_checkpointed if checkpointing else cost.activation_bytes)
 
 
-def step_memory(config: Config, bucket: Bucket, latent: Grid, text_length: int, samples: int, ranks: int) -> Memory:
-    """Estimate for one rank in a step of a bucket, as the forecast's. latent: (T, H, W) of it; samples: of a micro-batch."""
+def step_memory(
+    config: Config, bucket: Bucket, latent: Grid, text_length: int, samples: int, ranks: int, device: str
+) -> Memory:
+    """Estimate for one rank in a step of a bucket, as the forecast's. latent: (T, H, W) of it; samples: of a micro-batch; device: "cpu" or
+    "cuda"."""
     train = config.train
     cost = sample_cost(config, bucket, latent, text_length, samples, train.sequence_parallel)
-    activations = saved_bytes(cost, samples, train.activation_checkpointing)
-    return rank_memory(cost.trained, train, ranks, activations, cost.parameters - cost.trained)
+    # A compiled block may recompute all but its inputs.
+    activations = saved_bytes(cost, samples, train.activation_checkpointing or train.compile)
+    accumulation = config.micro_batches(ranks)[bucket.key].accumulation
+    return rank_memory(parameter_sizes(config.model, train), train, ranks, activations, accumulation, device)
 
 
 def local_share(device: torch.device) -> tuple[int, str]:
@@ -138,6 +85,7 @@ def check_machine(config: Config, ranks: int, latents: Mapping[str, Grid], text_
     _check_memory(config, ranks, device, latents, text_length)
     if config.train.attention_backend is not None:
         _check_attention_backend(config, device)
+    check_nvme(config.train)
 
 
 def _check_memory(
@@ -150,36 +98,36 @@ def _check_memory(
     on_host = device.type == "cpu" or offloads(config.train)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if on_host else 1
     available = host_memory() if on_host else device_memory(device)
+    train = config.train
     try:
-        trained, frozen = trained_parameters(config.model, config.train)
+        parameters = parameter_sizes(config.model, train)
     except ValueError as error:
         raise ConfigError(f"train: {error}") from error
-    memory = rank_memory(trained, config.train, ranks, frozen=frozen)
-    needed = memory.total
-    _check_checkpoint_copy(memory, needed if on_host else 0, config.train)
+    count, trained = (sum(p.numel for p in parameters if all_ or p.trained) for all_ in (True, False))
+    memory = rank_memory(parameters, train, ranks, device=device.type)
+    _check_checkpoint_copy(memory, memory.total if on_host else 0, train)
     place = "this machine" if on_host else torch.cuda.get_device_name(device)
     place = f"{place} has {gib(available)}" + (f" for {local} ranks" if local > 1 else "")
     model = (
-        f"model: {(trained + frozen) / 1e6:,.0f} M parameters{f', of which {trained / 1e6:,.1f} M are trained,' if frozen else ''} take "
-        f"{gib(needed)} a rank for weights, gradients, optimizer "
-        f"and average (ZeRO-{config.train.zero_stage}, {config.train.precision}, {ranks} ranks)"
+        f"model: {count / 1e6:,.0f} M parameters{f', of which {trained / 1e6:,.1f} M are trained,' if trained < count else ''} take "
+        f"{gib(memory.total)} a rank for weights, gradients, optimizer, average and buffers "
+        f"(ZeRO-{train.zero_stage}, {train.precision}, {ranks} ranks)"
     )
-    if needed * local > available:
+    if memory.total * local > available:
         raise ConfigError(f"{model}; {place}. A smaller model, a higher train.zero_stage or more ranks take less")
-    _check_building(memory, trained + frozen, config.train)
+    _check_building(memory, count, train)
     sizes = {key: each.size for key, each in config.micro_batches(ranks).items()}
     bucket = max(config.data.buckets, key=lambda b: sizes[b.key] * math.prod(latents[b.key]))
     samples = sizes[bucket.key]
-    cost = sample_cost(config, bucket, latents[bucket.key], text_length, samples, config.train.sequence_parallel)
-    # A compiled block may recompute all but its inputs.
-    activations = saved_bytes(cost, samples, config.train.activation_checkpointing or config.train.compile)
-    if (needed + activations) * local > available:
-        hint = "" if config.train.activation_checkpointing else ", or set train.activation_checkpointing: true"
-        budget = config.train.tokens_per_step is not None
+    step = step_memory(config, bucket, latents[bucket.key], text_length, samples, ranks, device.type)
+    if step.total * local > available:
+        hint = "" if train.activation_checkpointing else ", or set train.activation_checkpointing: true"
+        budget = train.tokens_per_step is not None
         lower = "train.tokens_per_micro_batch" if budget else "batch_size (and raise train.gradient_accumulation)"
         raise ConfigError(
             f"data.buckets {bucket.key}: the activations of a micro-batch of {samples} take "
-            f"{gib(activations)} a rank, {model.removeprefix('model: ')}; {place}. Lower {lower}{hint}"
+            f"{gib(step.activations)} a rank, and with them a step {gib(step.total)}; {model.removeprefix('model: ')}; {place}. "
+            f"Lower {lower}{hint}"
         )
     _check_step(config, ranks, latents)
 
@@ -205,7 +153,7 @@ def _check_checkpoint_copy(memory: Memory, needed: int, train: TrainConfig) -> N
     """needed: bytes of the host's memory that a rank takes without the copies of checkpoints. ConfigError: they don't fit beside it."""
     local, available = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), host_memory()
     # Without ZeRO rank 0 alone copies; with it, what is partitioned is copied by all.
-    others = memory.optimizer + memory.average if train.zero_stage else 0
+    others = memory.held["optimizer"] + memory.held["average"] if train.zero_stage else 0
     copies = memory.checkpoint_copy + memory.full_weights + (local - 1) * others
     if memory.checkpoint_copy and needed * local <= available < needed * local + copies:
         raise ConfigError(

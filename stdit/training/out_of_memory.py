@@ -14,7 +14,8 @@ import torch
 
 from stdit.config import Bucket, Config, token_grid
 from stdit.training.distributed import Ranks
-from stdit.training.machine import Memory, local_share, step_memory
+from stdit.training.machine import local_share, step_memory
+from stdit.training.rank_memory import Memory
 
 if TYPE_CHECKING:
     from stdit.training.data import TrainData
@@ -72,9 +73,8 @@ class MemoryErrors:
 
     def estimate(self, config: Config, bucket: Bucket, samples: int) -> Memory:
         """The forecast's memory of a rank with micro-batches of `samples`."""
-        return step_memory(
-            config, bucket, self.data.latents[bucket.key], self.data.text_tokens, samples, self.ranks.size
-        )
+        latent, ranks = self.data.latents[bucket.key], self.ranks
+        return step_memory(config, bucket, latent, self.data.text_tokens, samples, ranks.size, ranks.device.type)
 
     def advice(self, bucket: Bucket, samples: int, available: int) -> str:
         """Settings that should fit. What failed did not, whatever the estimate says of it: half of it at most."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from stdit.config import (
     TrainConfig,
     validate,
 )
-from stdit.models.cost import model_cost, parameter_count, trained_parameters
+from stdit.models.cost import ParameterSize, model_cost, parameter_count, parameter_sizes
 from stdit.models.fine_tuning import add_trainable
 from stdit.models.stdit import STDiT
 from stdit.train import train
 from stdit.training import machine
+from stdit.training.rank_memory import rank_memory
 
 LATENTS = {"1x16x16": (1, 16, 16)}
 
@@ -73,10 +75,12 @@ def test_the_limit_is_the_memory_that_weights_optimizer_and_activations_need(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
 ) -> None:
     config = config_of(tmp_path / "run", zero_stage=0, activation_checkpointing=checkpointing, batch_size=6)
-    # float32: weights, gradients, two moments and the average, four bytes each
-    states = 20 * parameter_count(config.model)
+    # float32: weights, two moments and the average, four bytes each; beside that gradients and their copy, or activations
+    held, gradients = 16 * parameter_count(config.model), 8 * parameter_count(config.model)
     cost = model_cost(config.model, (1, 8, 8))
-    needed = states + 6 * (cost.activation_bytes_checkpointed if checkpointing else cost.activation_bytes)
+    states = held + gradients
+    needed = held + 6 * (cost.activation_bytes_checkpointed if checkpointing else cost.activation_bytes)
+    assert needed > states
     monkeypatch.setattr(machine, "host_memory", lambda: needed)
     machine.check_machine(config, 1, LATENTS, 0)
     monkeypatch.setattr(machine, "host_memory", lambda: needed - 1)
@@ -125,12 +129,13 @@ FINE_TUNING: list[dict[str, Any]] = [
 @pytest.mark.parametrize("changes", FINE_TUNING, ids=["lora", "control"])
 def test_frozen_weights_take_neither_gradients_nor_optimizer_state(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = config_of(tmp_path / "run", zero_stage=0, **changes)
-    trained, frozen = trained_parameters(config.model, config.train)
+    sizes = parameter_sizes(config.model, config.train)
+    trained, frozen = (sum(p.numel for p in sizes if p.trained is kind) for kind in (True, False))
     assert frozen == parameter_count(config.model)
     assert 0 < trained < frozen
-    memory = machine.step_memory(config, config.data.buckets[0], LATENTS["1x16x16"], 0, 1, 1)
-    assert (memory.weights, memory.gradients) == (4 * (trained + frozen), 4 * trained)
-    assert (memory.optimizer, memory.average) == (8 * trained, 4 * trained)
+    memory = machine.step_memory(config, config.data.buckets[0], LATENTS["1x16x16"], 0, 1, 1, "cpu")
+    assert memory.held == {"weights": 4 * (trained + frozen), "optimizer": 8 * trained, "average": 4 * trained}
+    assert memory.gradients == 4 * trained
     assert memory.activations > 0
 
 
@@ -139,11 +144,12 @@ def test_full_weights_are_counted_beside_the_copy_of_a_checkpoint(
 ) -> None:
     config = config_of(tmp_path / "run", zero_stage=2, checkpoint_every=1)
     parameters = parameter_count(config.model)
-    needed = machine.rank_memory(parameters, config.train, 2)
+    sizes = [ParameterSize(parameters, True)]
+    needed = rank_memory(sizes, config.train, 2)
     assert needed.full_weights == 4 * parameters
-    assert machine.rank_memory(parameters, config.train, 1).full_weights == 0
+    assert rank_memory(sizes, config.train, 1).full_weights == 0
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    copies = needed.checkpoint_copy + needed.optimizer + needed.average + needed.full_weights
+    copies = needed.checkpoint_copy + needed.held["optimizer"] + needed.held["average"] + needed.full_weights
     monkeypatch.setattr(machine, "host_memory", lambda: 2 * needed.total + copies)
     machine._check_checkpoint_copy(needed, needed.total, config.train)
     monkeypatch.setattr(machine, "host_memory", lambda: 2 * needed.total + copies - 1)
@@ -163,7 +169,7 @@ def test_building_the_model_takes_it_whole_but_under_zero_3(
     for stage, needed in ((2, whole), (3, part / 8)):
         config = config_of(tmp_path / "run", {"hidden_size": 256}, zero_stage=stage, precision=precision)
         parameters = parameter_count(config.model)
-        assert machine.rank_memory(parameters, config.train, 8).building == needed * parameters
+        assert rank_memory([ParameterSize(parameters, True)], config.train, 8).building == needed * parameters
         monkeypatch.setattr("stdit.memory.host_memory", lambda p=parameters: 8 * whole * p - 1)
         if stage == 3:
             machine.check_machine(config, 8, LATENTS, 0)
@@ -176,11 +182,14 @@ def test_building_the_model_takes_it_whole_but_under_zero_3(
 
 def test_profiles_of_the_ema_are_counted_as_averages_of_their_own(tmp_path: Path) -> None:
     plain, kept = (
-        machine.rank_memory(1000, config_of(tmp_path, zero_stage=2, checkpoint_every=1, ema=ema).train, 2)
+        rank_memory(
+            [ParameterSize(1000, True)], config_of(tmp_path, zero_stage=2, checkpoint_every=1, ema=ema).train, 2
+        )
         for ema in ({}, {"profiles": {"sigma_rel": (0.05, 0.1), "every": 1}})
     )
-    assert kept.average == 3 * plain.average
-    assert kept.total - plain.total == kept.checkpoint_copy - plain.checkpoint_copy == 2 * plain.average
+    average = plain.held["average"]
+    assert kept.held["average"] == 3 * average
+    assert kept.total - plain.total == kept.checkpoint_copy - plain.checkpoint_copy == 2 * average
     assert kept.full_weights - plain.full_weights == 2 * 1000  # float16
 
 
@@ -236,3 +245,17 @@ def test_a_step_takes_no_less_memory_than_was_estimated(tmp_path: Path) -> None:
 def test_sizes_of_no_model_are_refused_by_their_key(changes: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError, match=rf"test: {key}"):
         validate({"hidden_size": 32, "depth": 2, "num_heads": 2, **changes}, ModelConfig, "test")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_weights_on_nvme_need_a_library_that_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    from deepspeed.ops.op_builder.cpu import AsyncIOBuilder
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self: there)
+    offload = {"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": str(tmp_path)}}}
+    config = config_of(tmp_path / "run", zero_stage=3, deepspeed=offload)
+    message = r"offload_param.device: nvme needs DeepSpeed's async_io, .* libaio-dev"
+    with nullcontext() if there else pytest.raises(ConfigError, match=message):
+        machine.check_machine(config, 1, LATENTS, 0)

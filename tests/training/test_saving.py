@@ -20,9 +20,10 @@ import torch
 from torch import nn
 
 from stdit.config import EMAConfig
+from stdit.models.cost import parameter_sizes
 from stdit.training import checkpoint, saving
 from stdit.training.distributed import Ranks
-from stdit.training.machine import rank_memory
+from stdit.training.rank_memory import rank_memory
 from stdit.training.snapshot import HostCopies, MasterLayout
 from stdit.training.stopping import STOPPED
 from tests.support import forked
@@ -247,11 +248,8 @@ def test_the_forecast_counts_the_copy(pair: Pool, stage: int, precision: str, tm
     data = data_for(tmp_path, stage, precision=precision, steps=3)
     data["model"]["hidden_size"] = 128
     first, second = pair(run_measuring_copies, data)
-    from stdit.models.stdit import STDiT
-
     config = config_of(data)
-    parameters = sum(p.numel() for p in STDiT.from_settings(config.model, 0).parameters())
-    forecast = rank_memory(parameters, config.train, 2).checkpoint_copy
+    forecast = rank_memory(parameter_sizes(config.model, config.train), config.train, 2).checkpoint_copy
     # The last save, at step 3, is written without a copy.
     assert first["copied"][0] == pytest.approx(forecast, rel=0.1)
     assert second["copied"][0] <= first["copied"][0]

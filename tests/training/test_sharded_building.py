@@ -9,7 +9,7 @@ import pytest
 
 from stdit.config import ModelConfig
 from stdit.models.stdit import STDiT
-from tests.support.rank_jobs import peak_of_restoring, settings
+from tests.support.rank_jobs import peak_of_restoring, run, settings
 from tests.support.rank_pool import Pool
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -58,3 +58,27 @@ def test_nor_is_a_published_one_or_one_of_another_stage(fresh: Pool, tmp_path: P
         # To the end: a frozen model has neither gradients nor optimizer state.
         assert 0.5 < peaks(fresh, data) < LIMIT
         assert peaks(fresh, data, True) > 1
+
+
+def test_nor_is_one_that_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    config = ModelConfig(**data_for(tmp_path, MODEL)["model"])
+    STDiT.from_settings(config).save_pretrained(tmp_path / "base")
+    train = {"lora": {"rank": 2}, "steps": 4, "checkpoint_every": 1}
+    data = data_for(tmp_path / "run", MODEL, train=train, init={"source": str(tmp_path / "base")})
+    trained = Pool(2)
+    try:
+        trained(run, data, 2)
+    finally:
+        trained.close()
+    checkpoints = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.is_dir()]
+    assert checkpoints
+    found = []
+    for whole in (False, True):
+        resumed = Pool(2)
+        try:
+            resumed(peak_of_restoring, data_for(tmp_path / f"small-{whole}", SMALL))
+            found.append(peaks(resumed, data, whole))
+        finally:
+            resumed.close()
+    assert 0.5 < found[0] < LIMIT
+    assert found[1] > 1
