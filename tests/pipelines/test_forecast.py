@@ -101,7 +101,7 @@ def test_an_adapter_s_forecast_counts_what_it_trains() -> None:
     lora = stage(lora={"rank": 2})
     found = forecast(lora, Resources(), Source(), (1, 1, 1), 5)
     assert 0 < found.trained < found.parameters / 5
-    assert found.memory.held["optimizer"] == 8 * found.trained < whole.memory.held["optimizer"] / 5
+    assert found.memory.held["optimizer"] == 12 * found.trained < whole.memory.held["optimizer"] / 5
     assert found.memory.held["weights"] >= whole.memory.held["weights"]
     assert found.flops < whole.flops
     assert "M parameters (0.0" in str(found)
