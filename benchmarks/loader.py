@@ -56,15 +56,13 @@ def make_features(folder: Path) -> Path:
     manifest.write(folder / "manifest.jsonl", rows)
     text = TextEncoderConfig(byte_t5=ByteT5Config(width=WIDTH, depth=1, num_heads=4), max_text_tokens=TOKENS)
     buckets = (ExtractBucket(frames=1, height=SIDE, width=SIDE),)
-    return extract.run(
+    out = folder / "features"
+    extract.run(
         ExtractConfig(
-            manifest=folder / "manifest.jsonl",
-            out=folder / "features",
-            buckets=buckets,
-            text_encoder=text,
-            clips_per_shard=32,
+            manifest=folder / "manifest.jsonl", out=out, buckets=buckets, text_encoder=text, clips_per_shard=32
         )
     )
+    return out
 
 
 def write_files(features: FeatureSet, folder: Path) -> None:

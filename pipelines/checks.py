@@ -191,12 +191,12 @@ def complete(plan: Plan, stages: Sequence[ResolvedStage]) -> list[ResolvedStage]
 
 def extracted_features(plan: Plan) -> FeatureSet | None:
     """The plan's features; None before they are extracted, or where they are damaged and the extraction will mend them."""
-    from stdit.data.features import FeatureSet
+    from stdit.data.features import FeatureSet, is_extracted
 
-    if not (plan.extract.out / "index.json").is_file():
+    if not is_extracted(plan.extract.out):
         return None
     try:
-        return FeatureSet(plan.extract.out)
+        return FeatureSet(plan.extract.out, plan.extract.cache)
     except ConfigError as error:
         echo(f"{error}", file=sys.stderr)
         return None
@@ -250,7 +250,7 @@ def stage_lines(plan: Plan, stages: Sequence[ResolvedStage]) -> list[str]:
     from stdit.data.features import FeatureSet
     from stdit.training.data import open_data
 
-    features = FeatureSet(plan.extract.out)
+    features = FeatureSet(plan.extract.out, plan.extract.cache)
     t, h, w = features.video_encoder["compression"]
     lines = report_lines(read_report(plan.extract.out))
     for stage in stages:

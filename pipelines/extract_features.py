@@ -2,8 +2,8 @@
 
     python -m pipelines.extract_features --config configs/extract/digits.yaml --set workers=4
 
-Actors receive rows of the manifest, read clips and write shards: manifest, encoders and `out` must have the same paths
-on every node. The result equals that of `python -m stdit.extract` except for the last bits of latents, which depend on
+Actors receive rows of the manifest, read clips and write shards: manifest, encoders and `out` have the same paths
+on every node, or are URLs. The result equals that of `python -m stdit.extract` except for the last bits of latents, which depend on
 a worker's threads. The same command again resumes.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pipelines.workers import connect, disconnect
-from stdit.config import ExtractConfig, load_config, validate
+from stdit.config import ExtractConfig, Url, load_config, validate
 from stdit.console import echo
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ class Worker:
         return {"result": pickle.dumps(result), "error": ""}
 
 
-def extract_features(config: ExtractConfig, overwrite: bool = False) -> Path:
-    """The extraction on `config.workers` actors; the folder of features. A second call does nothing.
+def extract_features(config: ExtractConfig, overwrite: bool = False) -> Path | Url:
+    """The extraction on `config.workers` actors; the folder of features, or their URL. A second call does nothing.
 
     Raises as `stdit.extract.run`; OSError or ValueError also for errors of a worker.
     """

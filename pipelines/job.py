@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from stdit.config import ConfigError
+from stdit.config import ConfigError, Url
 
 
 def go_to_checkout(plan: Path) -> Path | None:
@@ -48,9 +48,9 @@ def _raylet_directory() -> Path | None:
     return None
 
 
-def require_absolute_paths(paths: Mapping[str, Path]) -> None:
+def require_absolute_paths(paths: Mapping[str, Path | Url]) -> None:
     """ConfigError naming the keys whose relative paths would be lost with a job's copy of the working directory."""
-    relative = [f"{key} {path}" for key, path in paths.items() if not path.is_absolute()]
+    relative = [f"{key} {path}" for key, path in paths.items() if isinstance(path, Path) and not path.is_absolute()]
     if relative:
         raise ConfigError(
             f"this Ray job runs in a copy of its --working-dir, which Ray deletes ({Path.cwd()}); relative results "

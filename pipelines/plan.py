@@ -81,8 +81,8 @@ class Extraction(ExtractConfig):
 
     manifest: Location = Path()
     """Manifest of the clips; default: that of `curation`, else of `prepare`."""
-    out: LocalPath = Path()
-    """Folder of the features; default: RUN_DIR/features."""
+    out: Location = Path()
+    """Folder or URL of the features; default: RUN_DIR/features."""
     workers: Workers | Literal["auto"] = 1  # pyright: ignore[reportIncompatibleVariableOverride]
     """Actors that extract, each with the encoders; `auto`: one for each of this machine's CPUs."""
 
@@ -336,6 +336,9 @@ def _resolve_one(plan: Plan, name: str, path: str) -> ResolvedStage:
     except ConfigError as error:
         raise ConfigError(f"{path}: stages.{name}.config: {error}") from error
     data = merge(merge(data, plan.overrides), stage.overrides)
+    mirror = (plan.overrides.get("train") or {}).get("upload_to")
+    if mirror and data["train"]["upload_to"] == mirror:  # of the whole plan
+        data = merge(data, {"train": {"upload_to": f"{mirror}/{name}"}})
     data = merge(data, {"name": name, "run_dir": str(plan.run_dir / name), "seed": plan.seed})
     if isinstance((data.get("data") or {}).get("features"), list):
         raise ConfigError(

@@ -13,7 +13,7 @@ from pipelines import changes, checks, child, workers
 from pipelines.plan import Evaluation, Plan, ResolvedStage, available_cpus, resolve
 from pipelines.progress import Clock, StepLine
 from pipelines.record import Record, set_aside
-from stdit.config import ConfigError, EvaluateConfig, ReferenceConfig
+from stdit.config import ConfigError, EvaluateConfig, ReferenceConfig, Url
 
 
 class PlanFailed(RuntimeError):
@@ -75,7 +75,7 @@ class PlanRunner:
         if part == "prepare":
             return [run_dir / self.plan.prepare.out] if self.plan.prepare else []
         if part == "extraction":
-            if not self.extract.out.is_relative_to(run_dir):
+            if isinstance(self.extract.out, Url) or not self.extract.out.is_relative_to(run_dir):
                 raise ConfigError(
                     f"extraction.out {self.extract.out} holds features of other settings, and lies outside run_dir "
                     f"{run_dir}, where other plans may use it; set another extraction.out"
@@ -138,11 +138,12 @@ class PlanRunner:
     def extraction(self) -> None:
         """Extracts features that are missing or have changed."""
         from pipelines.extract_features import extract_features
+        from stdit.data.features import is_extracted
         from stdit.extract import prepare
 
         extraction, todo = prepare(self.extract)
         self.record.start("extraction", self.parts()["extraction"])
-        if not todo and (self.extract.out / "index.json").is_file():
+        if not todo and is_extracted(self.extract.out):
             extract_features(self.extract)
             self.clock.say(f"extraction: {self.extract.out} is complete")
             return

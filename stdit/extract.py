@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stdit.config import ExtractConfig, load_config
+from stdit.config import ExtractConfig, Url, load_config
 from stdit.console import echo
 from stdit.errors import exit_code
 
@@ -106,13 +106,15 @@ def load_extractor(config: ExtractConfig, device: str | None = None) -> Extracto
     )
 
 
-def extract_shard(config: ExtractConfig, spec: ShardSpec) -> Path:
-    """Extracts one shard unless it is up to date; returns its path (no file if none of its clips is kept)."""
+def extract_shard(config: ExtractConfig, spec: ShardSpec) -> Path | Url:
+    """Extracts one shard unless it is up to date; returns its path or URL (nothing is there if none of its clips is kept)."""
     from stdit.data.features import shard_path
     from stdit.data.object_cache import ObjectCache
     from stdit.data.records import stale_reason
+    from stdit.data.staging import local_folder, staging_of
 
-    if stale_reason(config.out, spec, ObjectCache.of(config.cache)):
+    staging = staging_of(config)
+    if stale_reason(local_folder(config), spec, ObjectCache.of(config.cache), staging and staging.stored()):
         with load_extractor(config) as extractor:
             extractor.extract(spec)
     return shard_path(config.out, spec.number)
@@ -132,12 +134,14 @@ def prepare(config: ExtractConfig, overwrite: bool = False) -> tuple[ExtractionP
     plan = plan_shards(config)
     write_settings(plan, overwrite)
     todo, line = pending_shards(plan)
+    if plan.staging:
+        plan.staging.push_waiting([spec.number for spec in todo])
     if todo:
         echo(f"{config.out}: {line}", file=sys.stderr)
     return plan, todo
 
 
-def collect(plan: ExtractionPlan, todo: Sequence[ShardSpec], results: Iterable[ShardResult]) -> Path:
+def collect(plan: ExtractionPlan, todo: Sequence[ShardSpec], results: Iterable[ShardResult]) -> Path | Url:
     """Shows progress over the results, then completes the extraction; stops early at too many bad clips. Errors as `finish`."""
     from tqdm import tqdm
 
@@ -158,8 +162,8 @@ def collect(plan: ExtractionPlan, todo: Sequence[ShardSpec], results: Iterable[S
     return out
 
 
-def run(config: ExtractConfig, overwrite: bool = False) -> Path:
-    """Runs the extraction in this process; returns the folder of features. A second call does nothing.
+def run(config: ExtractConfig, overwrite: bool = False) -> Path | Url:
+    """Runs the extraction in this process; returns the folder of features, or their URL. A second call does nothing.
 
     Raises ConfigError, ManifestError, ExtractionError (after report.json is written), OSError.
     """

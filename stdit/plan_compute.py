@@ -108,7 +108,7 @@ def with_steps(config: Config, steps: int, run_dir: Path) -> Config:
     warmup = round(optimizer.warmup_steps * steps / config.train.steps)
     train = config.train.model_copy(
         update={
-            "steps": steps, "checkpoint_every": steps, "keep_checkpoints": 1,
+            "steps": steps, "checkpoint_every": steps, "keep_checkpoints": 1, "upload_to": None,
             "ema": config.train.ema.model_copy(update={"profiles": None}),
             "optimizer": optimizer.model_copy(update={"warmup_steps": min(warmup, steps)}),
         }

@@ -78,7 +78,7 @@ def train_from_checkpoint(
     import torch
 
     from stdit.data.loader import Loader
-    from stdit.training import resume, run_dir
+    from stdit.training import mirror, resume, run_dir
     from stdit.training.bad_steps import BadSteps
     from stdit.training.data import describe_data, describe_sets, open_data
     from stdit.training.derive import complete
@@ -86,6 +86,7 @@ def train_from_checkpoint(
     from stdit.training.engine import init_distributed
     from stdit.training.inputs import Inputs
     from stdit.training.machine import check_machine
+    from stdit.training.mirror import RunMirror
     from stdit.training.optimizer import last_stable_step, learning_rate
     from stdit.training.out_of_memory import MemoryErrors
     from stdit.training.performance import Performance, profiler
@@ -98,6 +99,7 @@ def train_from_checkpoint(
     config.micro_batches(world_size())  # checked before any work
     data = open_data(config, world_size())
     if resume.is_finished(config, data, world_size()):
+        mirror.upload_finished(config)
         return config.run_dir
     check_machine(config, world_size(), data.latents, data.text_tokens)
     run_dir.check(config.run_dir)
@@ -107,6 +109,8 @@ def train_from_checkpoint(
 
     with ExitStack() as stack:
         stack.enter_context(run_dir.lock(config, ranks))
+        with watchdog.saving():
+            ranks.broadcast(lambda: mirror.fetch(config, data.fingerprint, ranks.size))
         memory, parallel = stack.enter_context(MemoryErrors(config, data, ranks)), sequence_group(ranks)
         state, engine, ema = resume.restore(config, data, ranks, lambda m: prepare(m, config, ranks.device, parallel))
         ranks.broadcast(lambda: run_dir.start(config))
@@ -122,6 +126,8 @@ def train_from_checkpoint(
         )  # fmt: skip
         performance = Performance(config, ranks, data, sum(loader.counts.values()))
         timed, profile = performance.section, stack.enter_context(profiler(config, ranks, state.step + 1))
+        uploads = stack.enter_context(closing(RunMirror(config, ranks.is_main, tracker.print, watchdog.close)))
+        ranks.broadcast(uploads.begin)
         start = time.perf_counter()
         saver = Saver(engine, ema, config, data, state, ranks, tracker.print, watchdog.saving)
         stack.enter_context(closing(saver))
@@ -174,6 +180,8 @@ def train_from_checkpoint(
                 with timed("checkpoint"):
                     saved = saver.save(last=ends) if due else saver.finish()
                 performance.count_save(saver.background_seconds)
+            if saved:
+                uploads.update()
             if report and (logged or saved):
                 report({**metrics, "checkpoint": saved and str(saved)})
             if saved and stops and step < steps:
@@ -192,6 +200,7 @@ def train_from_checkpoint(
         run_dir.write_done(config, state.step, state.samples_seen, ranks)
         tracker.print(performance.summary())
         engine.close()
+        uploads.finish()
     return config.run_dir
 
 

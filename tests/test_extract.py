@@ -34,7 +34,7 @@ from tests.support.clip_folder import CAPTIONS, damaged, rows
 
 
 def report(config: ExtractConfig) -> dict[str, Any]:
-    return json.loads((config.out / "report.json").read_text())
+    return json.loads((Path(config.out) / "report.json").read_text())
 
 
 def content(out: Path) -> dict[str, bytes]:
@@ -252,7 +252,7 @@ def test_the_empty_captions_features_are_kept(several: bool, tmp_path: Path) -> 
 
 def test_a_damaged_empty_caption_is_named(tmp_path: Path) -> None:
     config = clip_folder.config(tmp_path, rows(tmp_path, 2))
-    shard = extract.run(config) / "shards" / "00000.safetensors"
+    shard = Path(extract.run(config)) / "shards" / "00000.safetensors"
     whole = load_file(shard)
     save_file({**whole, "empty.text": whole["empty.text"] + 1}, shard)
     with pytest.raises(ConfigError, match=r"00000\.safetensors: the empty caption is not what was written"):
@@ -279,7 +279,7 @@ def test_a_second_call_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_an_interrupted_extraction_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = clip_folder.config(tmp_path, rows(tmp_path, 12))
-    whole = content(extract.run(config.model_copy(update={"out": tmp_path / "whole"})))
+    whole = content(Path(extract.run(config.model_copy(update={"out": tmp_path / "whole"}))))
     read, calls = room.SubprocessDecoder.read, []
 
     def interrupted(self: room.SubprocessDecoder, *args: Any, **more: Any) -> np.ndarray:
@@ -332,7 +332,7 @@ def test_a_killed_extraction_goes_on_where_it_stopped(tmp_path: Path) -> None:
         "00000.safetensors": done["00000.safetensors"]
     }
     assert sorted(after) == [f"0000{i}.safetensors" for i in range(4)]
-    assert content(config.out) == content(extract.run(config.model_copy(update={"out": tmp_path / "whole"})))
+    assert content(config.out) == content(Path(extract.run(config.model_copy(update={"out": tmp_path / "whole"}))))
 
 
 @pytest.mark.parametrize("change", ["source", "caption", "row", "damage", "appears"])
@@ -411,7 +411,7 @@ def test_folders_and_pipes_are_bad_clips_and_not_looked_at_again(tmp_path: Path)
     (tmp_path / "folder.mp4").mkdir()
     os.mkfifo(tmp_path / "pipe.mp4")
     config = clip_folder.config(tmp_path, made, max_bad_share=0.5)
-    shard = extract.run(config) / "parts" / "00000.parquet"
+    shard = Path(extract.run(config)) / "parts" / "00000.parquet"
     before = shard.stat().st_mtime_ns
     assert {clip["reason"] for clip in report(config)["bad_clips"]} == {"is not a file"}
     assert extract.pending_shards(extract.plan_shards(config))[0] == []
@@ -423,7 +423,7 @@ def test_folders_and_pipes_are_bad_clips_and_not_looked_at_again(tmp_path: Path)
 @pytest.mark.parametrize("damage", ["{", None])
 def test_a_damaged_index_is_written_again(name: str, damage: str | None, tmp_path: Path) -> None:
     config = clip_folder.config(tmp_path, rows(tmp_path, 2))
-    file = extract.run(config) / name
+    file = Path(extract.run(config)) / name
     whole = file.read_bytes()
     file.unlink() if damage is None else file.write_text(damage)
     extract.run(config)
@@ -432,7 +432,7 @@ def test_a_damaged_index_is_written_again(name: str, damage: str | None, tmp_pat
 
 def test_damaged_settings_are_named(tmp_path: Path) -> None:
     config = clip_folder.config(tmp_path, rows(tmp_path, 2))
-    (extract.run(config) / "extraction.json").write_text("{")
+    (Path(extract.run(config)) / "extraction.json").write_text("{")
     with pytest.raises(ConfigError, match=r"extraction\.json: not valid JSON .*--overwrite"):
         extract.run(config)
     assert len(FeatureSet(extract.run(config, overwrite=True))) == 2
@@ -442,7 +442,7 @@ def test_damaged_settings_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("at", [0.05, 0.5, 0.95])
 def test_a_shard_or_record_damaged_at_equal_length_is_extracted_again(file: str, at: float, tmp_path: Path) -> None:
     config = clip_folder.config(tmp_path, rows(tmp_path, 7))
-    damaged_file = extract.run(config) / file
+    damaged_file = Path(extract.run(config)) / file
     whole = damaged_file.read_bytes()
     rows_before = parquet.read_table(damaged_file) if damaged_file.suffix == ".parquet" else None
     middle = int(at * len(whole))

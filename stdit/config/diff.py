@@ -32,6 +32,7 @@ TRAINING_RUNTIME_KEYS = (
     "train.keep_every",
     "train.keep_best",
     "train.max_failed_saves",
+    "train.upload_to",
     "train.tensorboard",
     "train.wandb_project",
     "train.max_bad_steps",

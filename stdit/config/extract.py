@@ -10,7 +10,7 @@ from stdit.config.auto_buckets import AutoEntry, expand_buckets
 from stdit.config.base import Count, Fps, Frames, Frozen, NonNegative, Samples, Seconds, Share, Width, Workers
 from stdit.config.buckets import ExtractBucket, unique_buckets
 from stdit.config.data import CacheConfig, Where
-from stdit.config.location import LocalPath, Location, Url
+from stdit.config.location import Location, Url
 
 
 class VideoEncoderConfig(Frozen):
@@ -154,8 +154,8 @@ class ExtractConfig(Frozen):
     manifest: Location
     """A folder of clips (NAME.mp4 with its caption in NAME.txt), or a .jsonl, .csv or .parquet manifest; a path or a URL (s3://…,
     gs://…)."""
-    out: LocalPath
-    """Folder of the features."""
+    out: Location
+    """Folder of the features, or a URL: each finished shard is uploaded, index.json last (docs/data.md)."""
     buckets: Annotated[
         tuple[ExtractBucket, ...],
         Field(min_length=1),
@@ -204,7 +204,7 @@ class ExtractConfig(Frozen):
     seed: NonNegative = 0
     """Seed of keep_probability."""
     cache: CacheConfig = CacheConfig()
-    """Where clips are kept that are read by URL."""
+    """Where clips are kept that are read by URL, and features on their way to one."""
 
     @property
     def has_manifest(self) -> bool:

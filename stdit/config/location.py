@@ -1,6 +1,7 @@
 """Where files are: a path of this machine, or the URL of an object in a store.
 
 Location = Path | Url        # a config's field; file:///data/clips is the path /data/clips
+StoreUrl = Url               # a field that is no path
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 from urllib.parse import unquote
 
-from pydantic import GetCoreSchemaHandler, WrapValidator
+from pydantic import BeforeValidator, GetCoreSchemaHandler, WrapValidator
 from pydantic_core import core_schema
 
 # memory: of this process alone (fsspec), for tests.
@@ -129,6 +130,18 @@ def validate_location(value: Any, handler: Any) -> Any:
 
 
 Location = Annotated[Path | Url, WrapValidator(validate_location)]
+
+
+def _remote(value: Any) -> Any:
+    found = parse_location(value) if isinstance(value, str) and not isinstance(value, Url) else value
+    if isinstance(found, Path):
+        raise ValueError(
+            f"expected the URL of an object store ({', '.join(f'{one}://' for one in SCHEMES)}), found {value}"
+        )
+    return found
+
+
+StoreUrl = Annotated[Url, BeforeValidator(_remote, json_schema_input_type=str)]
 
 
 def _check_text(value: Any) -> None:

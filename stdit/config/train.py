@@ -13,7 +13,7 @@ from stdit.config.buckets import Bucket, MicroBatches, TrainBucket
 from stdit.config.data import DataConfig
 from stdit.config.diffusion import DiffusionConfig, FrameConditioningConfig, SamplerConfig
 from stdit.config.load import ConfigError
-from stdit.config.location import LocalPath
+from stdit.config.location import LocalPath, StoreUrl
 from stdit.config.model import ModelConfig
 from stdit.config.token_budget import MAX_IMBALANCE, StepSize, imbalance, step_sizes
 
@@ -246,6 +246,9 @@ class TrainConfig(Frozen):
     max_failed_saves: NonNegative = 3
     """Consecutive checkpoints that may fail to be written (a full disk, a lost share) while training goes on; one more ends the
     run. One that fails at the last step, or when the run is to stop, always does."""
+    upload_to: StoreUrl | None = None
+    """URL of the run's mirror: finished checkpoints that run_dir keeps, metrics.jsonl and config.yaml are uploaded in the background. Where the
+    mirror has a newer checkpoint than run_dir when the run starts, that is fetched first. In a plan's `overrides`, a stage's name is added."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
     wandb_project: str | None = None

@@ -4,7 +4,7 @@
         parts/, shards/    a record and a shard each (records.py, features.py)
         report.json, samples.parquet, index.json    written last, in this order
 
-Nothing here decodes or encodes.
+Nothing here decodes or encodes. Where `out` is a URL, this is a folder of this machine (stdit.data.staging).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 from pydantic import ConfigDict
 
-from stdit.config import ConfigError, ExtractConfig, FileSchema, NonNegative, Share, read_json
+from stdit.config import ConfigError, ExtractConfig, FileSchema, NonNegative, Share, Url, read_json
 from stdit.config.diff import EXTRACTION_RUNTIME_KEYS, changes
-from stdit.data import records
+from stdit.data import objects, records
 from stdit.data.features import (
     FORMAT,
     INDEX,
@@ -38,6 +38,7 @@ from stdit.data.filters import check_where, passes
 from stdit.data.manifest import read
 from stdit.data.object_cache import ObjectCache
 from stdit.data.records import ReportTotals, ShardSpec
+from stdit.data.staging import PARTS, SHARDS, Staging, local_folder, staging_of
 from stdit.errors import WorkFailed
 from stdit.files import atomic_path, atomic_write, check_writable, seal, sha256
 from stdit.outputs import check_outputs, claim_outputs, own_outputs
@@ -131,6 +132,16 @@ class ExtractionPlan:
     settings: dict[str, Any]
 
     @property
+    def staging(self) -> Staging | None:
+        """Of features at a URL."""
+        return staging_of(self.config)
+
+    @property
+    def folder(self) -> Path:
+        """Folder of this machine in which the features are made."""
+        return local_folder(self.config)
+
+    @property
     def clips(self) -> int:
         """Number of clips to open."""
         return sum(len(spec.clips) for spec in self.shards)
@@ -214,7 +225,10 @@ def write_settings(plan: ExtractionPlan, overwrite: bool = False) -> None:
 
     ConfigError: features of other settings (discarded with `overwrite`), or a folder with other files.
     """
-    out = plan.config.out
+    out = plan.folder
+    if plan.staging:
+        claim_outputs(out, COMMAND, OUTPUTS)
+        plan.staging.pull(SETTINGS)
     file = out / SETTINGS
     if file.exists():
         try:
@@ -229,11 +243,13 @@ def write_settings(plan: ExtractionPlan, overwrite: bool = False) -> None:
         if not overwrite:
             lines = "\n".join(f"  {change}" for change in changed)
             raise ConfigError(
-                f"{out} holds features of another config ({SETTINGS}):\n{lines}\nChoose another out, or discard them with --overwrite"
+                f"{plan.config.out} holds features of another config ({SETTINGS}):\n{lines}\nChoose another out, or discard them with --overwrite"
             )
         check_outputs(out, COMMAND, OUTPUTS)
         check_writable(out)
         # From here on the folder is incomplete.
+        if plan.staging:
+            plan.staging.remove([INDEX])  # records of other settings count for nothing
         for path in (out / INDEX, *(out / "parts").glob("*.parquet")):
             if path.parent == out or _OUR_FILES.fullmatch(path.name):
                 path.unlink(missing_ok=True)
@@ -242,32 +258,39 @@ def write_settings(plan: ExtractionPlan, overwrite: bool = False) -> None:
     check_writable(out)
     claim_outputs(out, COMMAND, OUTPUTS)
     atomic_write(file, json.dumps(plan.settings, indent=2) + "\n")
+    if plan.staging:
+        plan.staging.push(SETTINGS)
 
 
 def pending_shards(plan: ExtractionPlan) -> tuple[list[ShardSpec], str]:
     """The shards to extract, and a line that says why."""
-    cache = ObjectCache.of(plan.config.cache)
+    cache, stored = ObjectCache.of(plan.config.cache), plan.staging and plan.staging.stored()
     with ThreadPoolExecutor(CHECK_THREADS) as pool:
-        reasons = list(pool.map(lambda spec: records.stale_reason(plan.config.out, spec, cache), plan.shards))
+        reasons = list(pool.map(lambda spec: records.stale_reason(plan.folder, spec, cache, stored), plan.shards))
     todo = [spec for spec, reason in zip(plan.shards, reasons, strict=True) if reason is not None]
     again = [reason for reason in reasons if reason not in (None, records.NEW)]
     line = f"{len(todo)} of {len(plan.shards)} shards to extract"
     return todo, f"{line}, {len(again)} of them again ({again[0]})" if again else line
 
 
-def finish(plan: ExtractionPlan) -> Path:
-    """Writes report.json, then samples.parquet and index.json, which complete the features. Returns the folder.
+def finish(plan: ExtractionPlan) -> Path | Url:
+    """Writes report.json, then samples.parquet and index.json, which complete the features. Returns the folder, or URL.
 
     Raises ExtractionError after the report is written: too many bad clips, nothing kept, missing shards,
     or shards of encoders with different weights.
     """
-    out = plan.config.out
+    out, staging = plan.folder, plan.staging
+    if staging:  # records of other machines
+        staging.pull(SETTINGS)
     totals, found = _read_records(plan)
     report = totals.report([b.key for b in plan.config.buckets], plan.filtered, plan.config.max_bad_share)
     uncaptioned = {"uncaptioned": len(plan.uncaptioned), "uncaptioned_clips": list(plan.uncaptioned)}
+    before = (out / REPORT).read_bytes() if (out / REPORT).is_file() else None
     _write_json(out / REPORT, {**report, **uncaptioned, "missing_parts": len(plan.shards) - len(found)})
+    if staging and (out / REPORT).read_bytes() != before:
+        staging.push(REPORT)
     if len(totals.bad) > plan.bad_allowed:
-        (out / INDEX).unlink(missing_ok=True)
+        _remove_index(plan)
         shown = "\n".join(f"  {clip['path']}: {clip['reason']}" for clip in totals.bad[:5])
         stopped = "" if totals.clips == plan.clips else f" (stopped after {totals.clips})"
         raise ExtractionError(
@@ -289,17 +312,26 @@ def finish(plan: ExtractionPlan) -> Path:
         )
     index = _index(plan, totals, found, report)
     if not _is_complete(out, index):
-        (out / INDEX).unlink(missing_ok=True)
+        _remove_index(plan)
         _write_samples(plan)
         _remove_stale_files(plan)
         index["samples_sha256"] = sha256(out / SAMPLES)
         _write_json(out / INDEX, seal(index))
-    return out
+        if staging:
+            staging.push(SAMPLES, INDEX)
+    return plan.config.out
 
 
-def read_report(out: Path) -> dict[str, Any]:
-    """An extraction's report.json. ConfigError: gone or damaged."""
-    return read_json(out / REPORT, ExtractionReport)
+def _remove_index(plan: ExtractionPlan) -> None:
+    """The features are incomplete."""
+    if plan.staging:
+        plan.staging.remove([INDEX])
+    (plan.folder / INDEX).unlink(missing_ok=True)
+
+
+def read_report(out: Path | Url) -> dict[str, Any]:
+    """An extraction's report.json. ConfigError: gone or damaged. StoreError."""
+    return objects.read_json(out / REPORT, ExtractionReport)
 
 
 def report_lines(report: Mapping[str, Any], shown: int = 5) -> list[str]:
@@ -358,7 +390,7 @@ def _read_records(plan: ExtractionPlan) -> tuple[ReportTotals, dict[int, dict[st
     totals, found = ReportTotals(), {}
     for spec in plan.shards:
         try:
-            info, rows = records.read_record(plan.config.out, spec)
+            info, rows = records.read_record(plan.folder, spec)
         except ValueError:  # finish says that it is missing
             continue
         found[spec.number] = info
@@ -402,9 +434,9 @@ def _write_samples(plan: ExtractionPlan) -> None:
     """Writes samples.parquet: the kept clips of all records, one shard at a time."""
     schema = samples_schema(plan.shards[0].extra)
     labels = {name: label for label, name in enumerate(plan.classes)}
-    with atomic_path(plan.config.out / SAMPLES) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
+    with atomic_path(plan.folder / SAMPLES) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
         for spec in plan.shards:
-            table = records.read_record(plan.config.out, spec)[1]
+            table = records.read_record(plan.folder, spec)[1]
             table = table.filter(pa.array([status == "kept" for status in table["status"].to_pylist()], pa.bool_()))
             label = pa.array([labels.get(name, -1) for name in table["class"].to_pylist()], pa.int32())
             table = table.append_column("class_label", label)
@@ -413,13 +445,17 @@ def _write_samples(plan: ExtractionPlan) -> None:
 
 def _remove_stale_files(plan: ExtractionPlan) -> None:
     """Removes shards of an older, longer manifest, and temporary files of killed writers."""
-    out = plan.config.out
+    out = plan.folder
     wanted = {shard_path(out, spec.number).name for spec in plan.shards}
     wanted |= {records.record_path(out, spec.number).name for spec in plan.shards}
     for folder in ("shards", "parts"):
         for path in (out / folder).glob("*"):
             if path.name not in wanted and _OUR_FILES.fullmatch(path.name):
                 path.unlink()
+    if plan.staging:
+        ours = (name for name in plan.staging.stored() if name.startswith((SHARDS, PARTS)))
+        names = ((name, name.rpartition("/")[2]) for name in ours)
+        plan.staging.remove(name for name, file in names if file not in wanted and _OUR_FILES.fullmatch(file))
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

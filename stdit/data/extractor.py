@@ -27,6 +27,7 @@ from stdit.data.object_cache import ObjectCache
 from stdit.data.objects import StoreError, is_of_object
 from stdit.data.probe import part_info, stated_info
 from stdit.data.records import ShardResult, ShardSpec
+from stdit.data.staging import local_folder, staging_of
 from stdit.data.subprocess_decoder import SubprocessDecoder
 from stdit.data.transforms import frame_step, to_pixels, window_indices
 from stdit.files import Closable, sha256
@@ -105,18 +106,21 @@ class Extractor(Closable):
         self.settings = settings
         self.decoder = SubprocessDecoder(config.decoder, config.decode_timeout_s)
         self.cache = ObjectCache.of(config.cache)
+        self.folder, self.staging = local_folder(config), staging_of(config)
 
     def close(self) -> None:
         """Ends the decoding subprocess."""
         self.decoder.close()
 
     def extract(self, spec: ShardSpec) -> ShardResult:
-        """Writes a shard and its record, replacing older ones.
+        """Writes a shard and its record, replacing older ones; of features at a URL, uploads them.
 
-        OSError: no space or no permission; no partial file stays. ValueError: text features that are not finite.
+        OSError: no space or no permission; no partial file stays. StoreError: the URL cannot be written. ValueError: text features that are not finite.
         """
-        out = self.config.out
+        out = self.folder
         # From here on the features are incomplete.
+        if self.staging:
+            self.staging.begin_shard(spec.number)
         (out / INDEX).unlink(missing_ok=True)
         records.record_path(out, spec.number).unlink(missing_ok=True)
         tensors: dict[str, Tensor] = {}
@@ -144,6 +148,8 @@ class Extractor(Closable):
             "settings": dict(self.settings),
         }
         records.write_record(out, spec, rows, info)
+        if self.staging:
+            self.staging.push_shard(spec.number)
         return ShardResult(spec.number, len(spec.clips), sum(row["status"] == "bad" for row in rows))
 
     def _clips(self, spec: ShardSpec) -> Iterator[_Clip]:

@@ -60,6 +60,7 @@ from stdit.data.objects import (
     StoreError,
     is_of_object,
     read_json,
+    stat,
 )
 from stdit.files import atomic_path, sha256
 
@@ -546,6 +547,17 @@ def read_index(path: Path | Url) -> dict[str, Any]:
     except ConfigError as error:
         raise ConfigError(f"{error}; {REMEDY}") from error
     raise ConfigError(f"{path}: {missing} (python -m pipelines.extract_features --config … makes or completes it)")
+
+
+def is_extracted(path: Path | Url) -> bool:
+    """Whether features are there, complete. StoreError."""
+    if isinstance(path, Path):
+        return (path / INDEX).is_file()
+    try:
+        stat(path / INDEX)
+    except NoSuchObject:
+        return False
+    return True
 
 
 def _read_samples(path: Path | Url, index: Mapping[str, Any], cache: ObjectCache) -> pa.Table:

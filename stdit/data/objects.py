@@ -1,4 +1,4 @@
-"""Objects of a store by URL: read and listed through pyarrow's file systems (S3 and GCS; fsspec's memory).
+"""Objects of a store by URL: read, listed and written through pyarrow's file systems (S3 and GCS; fsspec's memory).
 
 Credentials, endpoint and region are those of the store's own environment (AWS_PROFILE, AWS_ENDPOINT_URL, AWS_REGION, …;
 GOOGLE_APPLICATION_CREDENTIALS). What may pass by itself (a lost connection, 429, 5xx, a body cut short) is tried again TRIES times
@@ -14,7 +14,8 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -162,6 +163,57 @@ def download(url: Url, target: BinaryIO, expected: Digest | None = None, size: i
         )
 
 
+def upload(file: Path, url: Url) -> None:
+    """Writes the content of `file` to an object, which appears when all of it has arrived. OSError: `file` cannot be read; NoSuchBucket,
+    NoAccess, StoreError."""
+
+    def attempt() -> None:
+        size = 0
+        with _store(url.scheme).open_output_stream(url.key) as target:
+            for chunk in _chunks(file):
+                target.write(chunk)
+                size += len(chunk)
+        if (found := _store(url.scheme).get_file_info(url.key).size) != size:
+            raise ConnectionError(f"{found} of {size:,} bytes have arrived")
+
+    try:
+        _retried(url, attempt)
+    except _LocalError as error:
+        with suppress(StoreError):  # what was read before has become the object
+            delete(url)
+        raise error.args[0] from None
+
+
+def _chunks(file: Path) -> Iterator[bytes]:
+    try:
+        with file.open("rb") as source:
+            while chunk := source.read(CHUNK_BYTES):
+                yield chunk
+    except OSError as error:
+        raise _LocalError(error) from error
+
+
+def delete(url: Url) -> None:
+    """Removes an object. NoSuchObject, NoAccess, StoreError."""
+
+    def attempt() -> None:
+        try:
+            _store(url.scheme).delete_file(url.key)
+        except FileNotFoundError:
+            raise
+        except (OSError, pa.ArrowException):  # perhaps of the marker of an empty folder, which pyarrow writes then
+            if _store(url.scheme).get_file_info(url.key).type != fs.FileType.NotFound:
+                raise
+
+    _retried(url, attempt)
+
+
+def delete_folder(url: Url) -> None:
+    """Removes all objects below `url`. NoSuchBucket, NoAccess, StoreError."""
+    with suppress(NoSuchObject):
+        _retried(url, lambda: _store(url.scheme).delete_dir(url.key))
+
+
 def read_json(file: Path | Url, schema: type[BaseModel]) -> dict[str, Any]:
     """`stdit.config.read_json`, of an object too. NoSuchObject, NoAccess, StoreError."""
     if isinstance(file, Path):
@@ -225,7 +277,7 @@ def _open_store(scheme: str, settings: tuple[tuple[str, str], ...], process: int
 
 
 class _LocalError(Exception):
-    """An error of this machine's disk in the midst of a download."""
+    """An error of this machine's disk in the midst of a download or upload."""
 
 
 _MISSING = re.compile(

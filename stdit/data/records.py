@@ -237,10 +237,11 @@ def read_record(out: Path, spec: ShardSpec) -> tuple[dict[str, Any], pa.Table]:
     return info, table
 
 
-def stale_reason(out: Path, spec: ShardSpec, cache: ObjectCache) -> str | None:
+def stale_reason(out: Path, spec: ShardSpec, cache: ObjectCache, stored: Mapping[str, int] | None = None) -> str | None:
     """Why a shard has to be extracted (again); None if shard and record are complete and nothing has changed.
 
-    Reads every byte of the shard. A source with another time but the same size is compared by fingerprint: copying a
+    stored: of features at a URL, sizes of the objects there, by name. Reads every byte of the shard; of one that is at the URL alone, nothing
+    but its size is compared (training compares the rest). A source with another time but the same size is compared by fingerprint: copying a
     dataset costs no extraction.
     """
     if not record_path(out, spec.number).exists():
@@ -250,12 +251,16 @@ def stale_reason(out: Path, spec: ShardSpec, cache: ObjectCache) -> str | None:
     except ValueError as error:
         return str(error)
     shard = shard_path(out, spec.number)
-    try:
-        found = sha256(shard) if shard.exists() else None
-    except OSError as error:
-        return f"{shard} cannot be read ({error.strerror})"
-    if found != info["shard_sha256"]:
-        return f"{shard} is gone or damaged"
+    if stored is not None and info["shard_sha256"] is not None and not shard.exists():
+        if stored.get(f"shards/{shard.name}") != info["shard_bytes"]:
+            return f"shards/{shard.name} is gone from the store, or has another size there"
+    else:
+        try:
+            found = sha256(shard) if shard.exists() else None
+        except OSError as error:
+            return f"{shard} cannot be read ({error.strerror})"
+        if found != info["shard_sha256"]:
+            return f"{shard} is gone or damaged"
     rows = [row for row in table.select(["id", *SOURCE]).to_pylist() if row["id"] % spec.windows == 0]
     for row, clip in zip(rows, spec.clips, strict=True):
         if _is_changed(row, clip.location, cache):

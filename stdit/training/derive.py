@@ -79,7 +79,7 @@ def derive(config: Config, facts: FeatureFacts, clips: Mapping[str, int]) -> Con
 
 
 def with_precision(config: Config, gpus: bool | None = None) -> Config:
-    """`config` with train.precision stated: that of the run in its folder, or by the machine. gpus: whether GPUs train, if not
+    """`config` with train.precision stated: that of the run in its folder or its mirror, or by the machine. gpus: whether GPUs train, if not
     those of this machine."""
     if config.train.precision != "auto":
         return config
@@ -89,8 +89,18 @@ def with_precision(config: Config, gpus: bool | None = None) -> Config:
     try:
         precision = run_dir.read_config(config.run_dir).train.precision
     except ConfigError:  # none has begun here
-        precision = "bf16" if multiplies_bfloat16(gpus) else "fp32"
+        precision = _precision_of_mirror(config) or ("bf16" if multiplies_bfloat16(gpus) else "fp32")
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+
+
+def _precision_of_mirror(config: Config) -> Any:
+    """train.precision of the run at train.upload_to, if one has begun."""
+    if config.train.upload_to is None:
+        return None
+    from stdit.training import mirror
+
+    begun = mirror.read_config(config.train.upload_to)
+    return begun and begun.train.precision
 
 
 def _with_token_budget(config: Config, latents: Mapping[str, tuple[int, int, int]]) -> Config:

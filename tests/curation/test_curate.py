@@ -233,7 +233,7 @@ def test_a_part_outside_its_file_is_a_bad_clip_with_a_reason(part: dict[str, Any
     out = extract(
         ExtractConfig(manifest=tmp_path / "manifest.jsonl", out=tmp_path / "f", buckets=(bucket,), max_bad_share=0.5)
     )
-    report = json.loads((out / "report.json").read_text())
+    report = json.loads((Path(out) / "report.json").read_text())
     assert (report["kept"], report["bad"]) == (1, 1)
     assert "41" in report["bad_clips"][0]["reason"] or "crop" in report["bad_clips"][0]["reason"]
 

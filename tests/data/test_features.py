@@ -29,7 +29,7 @@ from tests.support.clip_folder import BUCKETS, rows
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Features of 12 clips in four shards."""
     home = tmp_path_factory.mktemp("clips")
-    return extract.run(clip_folder.config(home, rows(home, 12)))
+    return Path(extract.run(clip_folder.config(home, rows(home, 12))))
 
 
 @settings(deadline=None, max_examples=30)

@@ -31,7 +31,7 @@ def made(home: Path, count: int, **changes: Any) -> Path:
     rows = clip_folder.rows(home, count)
     for row in rows:
         row["class"] = f"{home.name}-{row['class']}"
-    return extract.run(clip_folder.config(home, rows, **changes))
+    return Path(extract.run(clip_folder.config(home, rows, **changes)))
 
 
 @pytest.fixture(scope="module")

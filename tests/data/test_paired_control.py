@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from stdit import extract
-from stdit.config import ConfigError, ExtractConfig
+from stdit.config import ConfigError
 from stdit.data.features import FeatureSet, read_index
 from stdit.data.loader import collate
 from tests.support import clip_folder
@@ -34,7 +34,7 @@ def paired(folder: Path, count: int = 6) -> list[dict[str, Any]]:
     return made
 
 
-def config(folder: Path, made: list[dict[str, Any]], **changes: Any) -> ExtractConfig:
+def config(folder: Path, made: list[dict[str, Any]], **changes: Any) -> clip_folder.LocalExtraction:
     return clip_folder.config(folder, made, text_encoder=None, control_column="depth", **changes)
 
 
@@ -59,7 +59,7 @@ def test_a_condition_is_cut_as_its_clip_is(tmp_path: Path) -> None:
 def test_a_condition_that_changes_is_extracted_anew(tmp_path: Path) -> None:
     made = paired(tmp_path)
     settings = config(tmp_path, made)
-    out = extract.run(settings)
+    out = Path(extract.run(settings))
     before = read_index(out)["fingerprint"]
     shards = {p.name: p.stat().st_mtime_ns for p in (out / "shards").iterdir()}
     extract.run(settings)
@@ -72,7 +72,7 @@ def test_a_condition_that_changes_is_extracted_anew(tmp_path: Path) -> None:
 
 
 def test_without_conditions_features_are_as_they_were(tmp_path: Path) -> None:
-    out = extract.run(clip_folder.config(tmp_path, rows(tmp_path, 2), text_encoder=None))
+    out = Path(extract.run(clip_folder.config(tmp_path, rows(tmp_path, 2), text_encoder=None)))
     assert "control_column" not in read_index(out)["config"]
     assert not FeatureSet(out).has_control
 
@@ -86,7 +86,7 @@ def test_a_condition_that_does_not_fit_makes_a_bad_clip(tmp_path: Path) -> None:
     Image.new("RGB", (64, 16)).save(tmp_path / "conditions/wide.png")
     made[3]["depth"] = "conditions/wide.png"
     made[4]["depth"] = "../outside.png"
-    out = extract.run(config(tmp_path, made, max_bad_share=1.0))
+    out = Path(extract.run(config(tmp_path, made, max_bad_share=1.0)))
     bad = {clip["path"]: clip["reason"] for clip in json.loads((out / "report.json").read_text())["bad_clips"]}
     assert "depth: expected a path, found None" in bad["0.png"]
     assert "conditions/gone.png: no such file" in bad["1.png"] or "gone.png: no such file" in bad["1.png"]

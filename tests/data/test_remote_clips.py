@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stdit import extract
-from stdit.config import CacheConfig, ConfigError, ExtractConfig, Url, load_config, validate
+from stdit.config import CacheConfig, ConfigError, CurateConfig, ExtractConfig, Url, load_config, validate
 from stdit.data import manifest
 from stdit.data.features import FeatureSet
 from stdit.data.objects import StoreError
@@ -36,7 +36,7 @@ def store(s3: ObjectStore, local: Path) -> ObjectStore:
     return s3
 
 
-def config(folder: Path, at: Path | Url, **changes: object) -> ExtractConfig:
+def config(folder: Path, at: Path | Url, **changes: object) -> clip_folder.LocalExtraction:
     made = {"manifest": at, "out": folder / "features", "cache": CacheConfig(folder=folder / "cache"), **changes}
     return clip_folder.config(folder / "unused", rows(folder / "unused", 1)).model_copy(update=made)
 
@@ -94,7 +94,7 @@ def test_features_survive_an_extraction_that_may_not_read_the_clips(
     names = [f"{i}.{'mp4' if i in (2, 5) else 'png'}" for i in range(7)]
     manifest.write(tmp_path / "manifest.jsonl", [{"path": f"{AT}/{name}", "caption": ""} for name in names])
     remote = config(tmp_path, tmp_path / "manifest.jsonl", text_encoder=None)
-    out = extract.run(remote)
+    out = Path(extract.run(remote))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     if lost == "secret":
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "an-expired-secret")
@@ -154,7 +154,7 @@ def test_a_manifest_that_cannot_be_read_is_one_line_and_exit_code_2(
     with pytest.raises(
         ConfigError, match=r"f: out: s3://bucket/out is in an object store; this is a folder of this machine"
     ):
-        validate({"manifest": "clips", "out": "s3://bucket/out", "buckets": []}, ExtractConfig, "f")
+        validate({"footage": "films", "out": "s3://bucket/out"}, CurateConfig, "f")
 
 
 def test_init_writes_a_plan_for_a_folder_of_objects(

@@ -32,7 +32,7 @@ AT = Url("s3://bucket/features")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Features of 12 clips in four shards."""
     home = tmp_path_factory.mktemp("clips")
-    return extract.run(clip_folder.config(home, rows(home, 12)))
+    return Path(extract.run(clip_folder.config(home, rows(home, 12))))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pipelines.forecast import ManifestSource
 from stdit import extract
-from stdit.config import CacheConfig, ConfigError, ExtractBucket, ExtractConfig
+from stdit.config import CacheConfig, ConfigError, ExtractBucket
 from stdit.config.extract import WindowsConfig
 from stdit.data import extractor as room
 from stdit.data import records
@@ -40,7 +40,7 @@ def clips(folder: Path) -> list[dict[str, Any]]:
     return made
 
 
-def config(folder: Path, **changes: Any) -> ExtractConfig:
+def config(folder: Path, **changes: Any) -> clip_folder.LocalExtraction:
     settings = {"buckets": BUCKETS, "windows": WindowsConfig(stride=4, max=6), **changes}
     return clip_folder.config(folder, clips(folder), **settings)
 
@@ -95,7 +95,7 @@ def test_each_window_is_a_sample_with_the_frames_that_its_row_names(tmp_path: Pa
 def test_an_extraction_of_windows_is_idempotent_and_makes_again_what_has_changed(tmp_path: Path) -> None:
     settings = config(tmp_path)
     plan = extract.plan_shards(settings)
-    out = extract.run(settings)
+    out = Path(extract.run(settings))
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != "report.json"}
     index = (out / "index.json").read_bytes()
     extract.run(settings)

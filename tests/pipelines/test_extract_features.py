@@ -20,8 +20,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
 def test_two_workers_extract_what_one_process_does(tmp_path: Path) -> None:
     config = clip_folder.config(tmp_path, [*rows(tmp_path, 12), *damaged(tmp_path)], workers=2, max_bad_share=0.5)
-    many = extract_features(config)
-    one = extract.run(config.model_copy(update={"out": tmp_path / "one", "workers": 1}))
+    many = Path(extract_features(config))
+    one = Path(extract.run(config.model_copy(update={"out": tmp_path / "one", "workers": 1})))
     names = {str(p.relative_to(one)) for p in one.rglob("*") if p.is_file()}
     assert names == {str(p.relative_to(many)) for p in many.rglob("*") if p.is_file()}
     for name in names:

@@ -64,7 +64,13 @@ def damaged(folder: Path) -> list[dict[str, Any]]:
     return [{"path": f"{name}.mp4", "caption": name} for name in ("missing", "empty", "text", "half")]
 
 
-def config(folder: Path, made: list[dict[str, Any]], **changes: Any) -> ExtractConfig:
+class LocalExtraction(ExtractConfig):
+    """An extraction into a folder of this machine."""
+
+    out: Path  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+def config(folder: Path, made: list[dict[str, Any]], **changes: Any) -> LocalExtraction:
     """An extraction of `made` into folder/features, three clips a shard, as pixels."""
     given = {
         "manifest": write(folder, made),
@@ -76,4 +82,4 @@ def config(folder: Path, made: list[dict[str, Any]], **changes: Any) -> ExtractC
         "batch_size": 2,
         **changes,
     }
-    return ExtractConfig(**given)
+    return LocalExtraction(**given)
