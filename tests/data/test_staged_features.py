@@ -79,7 +79,7 @@ def test_features_at_a_url_are_those_of_a_local_folder_and_a_second_call_uploads
     assert all(torch.equal(found.sample(i).mean, truth.sample(i).mean) for i in truth.ids.tolist())
 
 
-@pytest.mark.parametrize("machine", ["same", "other"])
+@pytest.mark.parametrize("machine", [pytest.param("same", marks=pytest.mark.slow), "other"])
 def test_an_interrupted_upload_leaves_no_features_and_is_resumed(
     machine: str, store: ObjectStore, local: ExtractConfig, tmp_path: Path, extracted: list[int]
 ) -> None:
@@ -116,6 +116,7 @@ def test_a_reader_sees_complete_features_or_none(
     assert len(FeatureSet(AT, CacheConfig(folder=tmp_path / "reader"))) == 4
 
 
+@pytest.mark.slow
 def test_other_settings_and_other_objects_are_refused(store: ObjectStore, local: ExtractConfig, tmp_path: Path) -> None:
     write(AT / "own.txt", "mine")
     with pytest.raises(ConfigError, match=r"^out: s3://bucket/made holds own.txt and no extraction"):

@@ -177,8 +177,8 @@ def test_an_interrupted_fetch_goes_on(store: ObjectStore, made: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("train", "kept"),
     [
-        ({"keep_checkpoints": 2}, [50, 40]),
-        ({"keep_checkpoints": 1, "keep_every": 20}, [50, 40, 20]),
+        pytest.param({"keep_checkpoints": 2}, [50, 40], marks=pytest.mark.slow),
+        pytest.param({"keep_checkpoints": 1, "keep_every": 20}, [50, 40, 20], marks=pytest.mark.slow),
         ({"keep_checkpoints": 1, "keep_best": 1}, [50, 10]),
     ],
 )
