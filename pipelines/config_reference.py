@@ -58,6 +58,7 @@ EXAMPLES: dict[str, str] = {
     "ProfileConfig": "{start: 100, steps: 3}",
     "OptimizerConfig": "{learning_rate: 1.0e-4, warmup_steps: 1000, lr_schedule: cosine}",
     "AlignmentConfig": "{block: 8, weight: 0.5}",
+    "MuPConfig": "{base_width: 256}",
     "TokenRoutingConfig": "{share: 0.5, start: 2, end: 24}",
     "EMAConfig": "{decay: 0.999}",
     "EMAProfilesConfig": "{sigma_rel: [0.05, 0.1], every: 5000}",

@@ -365,6 +365,17 @@ class ModelConfig(Frozen):
         skips = self.attention == "alternating" and not self.temporal_text
         return tuple(takes_text and not (skips and i % 2) for i in range(depth))
 
+    def at_width(self, hidden_size: int) -> ModelConfig:
+        """The same architecture with another hidden size, and heads as wide as now. ValueError: no whole number of them."""
+        width, _, heads = self.dimensions
+        if hidden_size % (width // heads):
+            raise ValueError(
+                f"hidden size {hidden_size} is no multiple of the width of a head, {width // heads} (hidden_size {width}, num_heads {heads})"
+            )
+        return ModelConfig(
+            **{**self.model_kwargs(), "hidden_size": hidden_size, "num_heads": hidden_size * heads // width}
+        )
+
     def model_kwargs(self) -> dict[str, Any]:
         """Arguments of the model's constructor: these settings with the size spelt out."""
         width, depth, heads = self.dimensions

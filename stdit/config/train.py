@@ -20,6 +20,15 @@ from stdit.config.token_budget import MAX_IMBALANCE, StepSize, imbalance, step_s
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+class MuPConfig(Frozen):
+    """Learning rate and initial weights that hold at every width (Yang et al. 2022, Tensor Programs V; Zheng et al. 2025 for diffusion
+    transformers): what is found on a small model serves a wide one with heads of the same width."""
+
+    base_width: Width
+    """`hidden_size` of the model at which `learning_rate` and `weight_decay` were found, a multiple of the heads' width; there
+    nothing changes."""
+
+
 class OptimizerConfig(Frozen):
     """Optimizer and the learning rate schedule, which ends at `train.steps`."""
 
@@ -45,6 +54,8 @@ class OptimizerConfig(Frozen):
     """wsd: share of `train.steps` over which the learning rate decays; 0: a stable phase without end."""
     min_lr_ratio: Share = 0.0
     """Learning rate at the last step, as a share of the peak (linear, cosine, wsd)."""
+    mup: MuPConfig | None = None
+    """Scale learning rates and initial weights by width. null: they are what they are at every width."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are clipped to this norm, over all weights; 0: no clipping."""
 
@@ -549,6 +560,20 @@ class Config(Frozen):
             self.model.check_alignment(alignment.block)
         except ValueError as error:
             raise ValueError(f"train.{error}") from error
+        return self
+
+    @model_validator(mode="after")
+    def _scales_with_width(self) -> Config:
+        mup, train = self.train.optimizer.mup, self.train
+        if mup is None:
+            return self
+        for name, value in (("lora", train.lora), ("control", train.control)):
+            if value is not None:
+                raise ValueError(f"train.{name} and train.optimizer.mup: it scales a model that is trained as a whole")
+        try:
+            self.model.at_width(mup.base_width)
+        except ValueError as error:
+            raise ValueError(f"train.optimizer.mup.base_width {mup.base_width}: {error}") from error
         return self
 
     @model_validator(mode="after")

@@ -191,7 +191,7 @@ class Engine:
         If the norm is not finite, no rank updates anything.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         if self.stage or self.dtype != torch.float32:
             self.engine.step()
             return float(self.engine.get_global_grad_norm())

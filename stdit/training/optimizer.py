@@ -10,6 +10,7 @@ from torch import nn
 
 from stdit.config import OptimizerConfig
 from stdit.training.muon import Muon, hidden_matrices
+from stdit.training.mup import scale_learning_rates
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -36,7 +37,15 @@ def last_stable_step(config: OptimizerConfig, steps: int) -> int:
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Parameter groups: weight decay on weight matrices and kernels; none on biases, norms and modulation tables. For Muon,
-    first the matrices that it trains (`parts`: matrices in each one's rows)."""
+    first the matrices that it trains (`parts`: matrices in each one's rows). With µP each is divided by learning rate (`lr_scale`:
+    its share of the optimizer's)."""
+    groups = _groups_by_decay(model, config)
+    if config.mup is None:
+        return groups
+    return scale_learning_rates(groups, model, config.mup.base_width, config.learning_rate)
+
+
+def _groups_by_decay(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = []
     if config.name == "muon":

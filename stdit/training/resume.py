@@ -33,6 +33,7 @@ from stdit.training.deferred import DeferredTensors, freed_memory_returned
 from stdit.training.distributed import Ranks
 from stdit.training.ema import EMA
 from stdit.training.engine import Engine, unreadable_shard
+from stdit.training.mup import scale_init
 from stdit.training.optimizer import last_stable_step
 from stdit.training.out_of_memory import is_out_of_memory
 from stdit.training.universal import convert, open_states
@@ -261,7 +262,10 @@ def build_model(config: Config, state: TrainState, init: Path | None) -> STDiT |
             adapters.load_head(model, state.checkpoint)
         return model
     if init is None:
-        return add_trainable(STDiT.from_settings(config.model, config.seed), config.train, config.seed)
+        model = add_trainable(STDiT.from_settings(config.model, config.seed), config.train, config.seed)
+        if (mup := config.train.optimizer.mup) is not None:
+            scale_init(model, mup.base_width, config.seed)
+        return model
     base, report = adapters.load_base(init, config)
     state.report.append(report)
     if state.checkpoint is None:

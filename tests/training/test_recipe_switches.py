@@ -1,4 +1,4 @@
-"""Token routing, alignment, contrastive flow matching, min-SNR and wsd in whole runs: resumed, on several ranks, lengthened, refused."""
+"""Token routing, alignment, µP, contrastive flow matching, min-SNR and wsd in whole runs: resumed, on several ranks, lengthened, refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FLOW = {
     "train": {
         "token_routing": ROUTING,
         "alignment": {"block": 1},
-        "optimizer": {"lr_schedule": "wsd", "decay_share": 0.5},
+        "optimizer": {"lr_schedule": "wsd", "decay_share": 0.5, "mup": {"base_width": 16}},
         "ema": {"profiles": {"sigma_rel": [0.1], "every": 3}},
         "checkpoint_every": 3,
     },
@@ -35,6 +35,7 @@ DDPM = {
     "train": {
         "token_routing": ROUTING,
         "alignment": {"block": 0, "weight": 2.0},
+        "optimizer": {"mup": {"base_width": 16}},
         "precision": "bf16",
         "activation_checkpointing": True,
     },
@@ -70,7 +71,8 @@ def test_a_run_with_every_switch_resumes_bit_by_bit(pair: Pool, stage: int, chan
 
 
 def test_routed_and_aligned_tokens_do_not_depend_on_the_number_of_ranks(pair: Pool, solo: Pool, tmp_path: Path) -> None:
-    changes = {"model": {"depth": 4}, "train": {"token_routing": ROUTING, "alignment": {"block": 2}}}
+    switches = {"token_routing": ROUTING, "alignment": {"block": 2}, "optimizer": {"mup": {"base_width": 16}}}
+    changes = {"model": {"depth": 4}, "train": switches}
     two = pair(run, data_for(tmp_path / "two", 2, 2, changes))[0]["metrics"]
     one = solo(run, data_for(tmp_path / "one", 1, 0, changes))[0]["metrics"]
     for key in ("loss", "alignment_loss"):
