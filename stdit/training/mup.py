@@ -57,8 +57,8 @@ def compare(model: nn.Module, base: nn.Module) -> Iterator[Scaled]:
             other = modules[name].get_parameter(own)
             inputs = outputs = 1.0
             if isinstance(module, MATRICES) and own == "weight":
-                inputs = parameter[0].numel() / other[0].numel()
-                outputs = len(parameter) / len(other)
+                inputs = math.prod(parameter.shape[1:]) / math.prod(other.shape[1:])
+                outputs = parameter.shape[0] / other.shape[0]
             yield Scaled(parameter, other, inputs, outputs)
 
 
