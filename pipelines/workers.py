@@ -157,7 +157,6 @@ def train_stage(config: Config, resources: Resources, storage: Path, tick: Calla
     first. Raises StageFailed, RayLost, StageStopped.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
 
     file = storage.resolve() / f"{config.name}.stop"
     per_worker: dict[str, float] = {"CPU": resources.threads}
@@ -171,7 +170,7 @@ def train_stage(config: Config, resources: Resources, storage: Path, tick: Calla
             "name": f"stage {config.name}",
             "stop_file": str(file),
         },
-        torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
+        torch_config=_torch_config("nccl" if resources.use_gpu else "gloo"),
         scaling_config=ScalingConfig(**_workers(resources), use_gpu=resources.use_gpu, resources_per_worker=per_worker),
         run_config=RunConfig(
             name=config.name,
@@ -186,6 +185,34 @@ def train_stage(config: Config, resources: Resources, storage: Path, tick: Calla
     if file.exists():
         file.unlink()
         raise StageStopped(f"stage {config.name}: stopped with a checkpoint; run the same command again to go on")
+
+
+def _torch_config(backend: str) -> Any:
+    """Ray Train's TorchConfig. Where workers are on several nodes, gloo takes the interface of each node's address, as Ray knows it: by
+    itself it takes that of the host's name, in /etc/hosts often loopback."""
+    import ray.util
+    from ray.train.torch import TorchConfig
+
+    class NodesBackend(TorchConfig().backend_cls):
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            if len(set(worker_group.execute(ray.util.get_node_ip_address))) > 1:
+                worker_group.execute(_use_node_interface)
+            super().on_start(worker_group, backend_config)
+
+    class NodesConfig(TorchConfig):
+        @property
+        def backend_cls(self) -> Any:
+            return NodesBackend
+
+    return NodesConfig(backend=backend)
+
+
+def _use_node_interface() -> None:
+    import ray.util
+
+    from stdit.training.distributed import use_interface_of
+
+    use_interface_of(ray.util.get_node_ip_address())
 
 
 def _workers(resources: Resources) -> dict[str, Any]:
@@ -287,7 +314,13 @@ def _cause(error: Exception) -> str:
     if not failures:
         return str(error)
     lines = {rank: _last_line(failure) for rank, failure in sorted(failures.items())}
-    lost = ("Connection closed by peer", "Connection reset", "ActorDiedError", "unexpectedly")
+    lost = (
+        "the connection to another rank ended",
+        "Connection closed by peer",
+        "Connection reset",
+        "ActorDiedError",
+        "unexpectedly",
+    )
     own = {rank: line for rank, line in lines.items() if not any(mark in line for mark in lost)} or lines
     return "; ".join(f"rank {rank}: {line}" for rank, line in own.items())
 

@@ -60,13 +60,18 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
     stop, rank = Stop() if stop is None else stop, int(os.environ.get("RANK", 0))
     while True:
         with closing(Watchdog(rank, config.run_dir, config.train, stop)) as watchdog:
-            from stdit.training.spikes import Rewound  # imports may hang, too
+            from stdit.training.lost_rank import LostRank, lost_connection  # imports may hang, too
+            from stdit.training.spikes import Rewound
 
             try:
                 return train_from_checkpoint(config, report, stop, watchdog)
             except Rewound as rewound:  # once more from the newest checkpoint, without the samples of the spike
                 if rank == 0:
                     complain(str(rewound))
+            except RuntimeError as error:
+                if watchdog.trains and (said := lost_connection(error)):
+                    raise LostRank(f"{watchdog.where(error)}: the connection to another rank ended ({said})") from error
+                raise
         gc.collect()  # the engine that was left
 
 
@@ -78,7 +83,7 @@ def train_from_checkpoint(
     import torch
 
     from stdit.data.loader import Loader
-    from stdit.training import mirror, resume, run_dir
+    from stdit.training import agreement, mirror, resume, run_dir
     from stdit.training.bad_steps import BadSteps
     from stdit.training.data import describe_data, describe_sets, open_data
     from stdit.training.derive import complete
@@ -109,6 +114,7 @@ def train_from_checkpoint(
 
     with ExitStack() as stack:
         stack.enter_context(run_dir.lock(config, ranks))
+        agreement.check_ranks(config, ranks)
         with watchdog.saving():
             ranks.broadcast(lambda: mirror.fetch(config, data.fingerprint, ranks.size))
         memory, parallel = stack.enter_context(MemoryErrors(config, data, ranks)), sequence_group(ranks)
@@ -258,7 +264,7 @@ def arguments(prog: str = "stdit/train.py") -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments().parse_args(argv)
-    stop, code = Stop().listen(), 1
+    stop, code, config = Stop().listen(), 1, None
     from stdit.training.checkpoint import CheckpointError, SaveError
 
     try:
@@ -273,16 +279,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         destroy_process_group()
     except (ConfigError, CheckpointError) as error:
         code = 1 if isinstance(error, SaveError) else 2
+        tell_others(error, config)
         if is_mine(error, stop):
             complain(f"error: {error}")
     except (OSError, RuntimeError, ValueError) as error:
-        # Also raised on a rank when another one has died, whose own message says why.
         import traceback
 
-        if not getattr(error, "shared", False):
-            complain(traceback.format_exc().rstrip())
-        if is_mine(error, stop):
-            complain(f"error: {error}")
+        from stdit.training.lost_rank import LostRank, find_failure
+
+        if config is not None and isinstance(error, LostRank):
+            failure = find_failure(config.run_dir, int(os.environ.get("RANK", 0)))
+            code = 1 if failure else STOPPED
+            complain(f"{error}. {failure or GONE}")
+        else:
+            tell_others(error, config)
+            if not getattr(error, "shared", False):
+                complain(traceback.format_exc().rstrip())
+            if is_mine(error, stop):
+                complain(f"error: {error}")
     with contextlib.suppress(OSError):  # a terminal or pipe that is gone
         sys.stdout.flush()
         sys.stderr.flush()
@@ -294,14 +308,30 @@ def main(argv: Sequence[str] | None = None) -> None:
 HOLD_S = 3.0
 
 
+# Of a rank whose connection ended, where no other one says that it failed.
+GONE = f"That process, or its host, is gone. This rank ends with code {STOPPED}, and the same command goes on from the newest checkpoint"
+
+
+def tell_others(error: Exception, config: Config | None) -> None:
+    """Leaves `error` to the ranks whose connections to this one end now, if it is this one's own."""
+    if config is not None and have_met() and not getattr(error, "shared", False):
+        from stdit.training.lost_rank import record_failure
+
+        record_failure(config.run_dir, int(os.environ.get("RANK", 0)), error)
+
+
+def have_met() -> bool:
+    """Whether there is a process group."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
+
+
 def is_mine(error: Exception, stop: Stop) -> bool:
     """Whether this rank has to say `error`. Rank 0 says what all raise (`shared`); what is found before the ranks have met, a host's
     first, unless it finds nothing wrong."""
     if getattr(error, "shared", False):
         return os.environ.get("RANK", "0") == "0"
-    distributed = sys.modules.get("torch.distributed")
-    met = distributed is not None and distributed.is_initialized()
-    if met or not isinstance(error, ConfigError) or os.environ.get("LOCAL_RANK", "0") == "0":
+    if have_met() or not isinstance(error, ConfigError) or os.environ.get("LOCAL_RANK", "0") == "0":
         return True
     stop.start_training()  # a signal ends waiting, not the process
     return not stop.wait(HOLD_S)

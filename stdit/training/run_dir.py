@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from stdit.config import Config, ConfigError, dump, load_config
 from stdit.console import echo
@@ -34,9 +34,9 @@ MARK = "# Written by stdit: the resolved config of the run in this folder.\n"
 _HASH = "# sha256 "
 # A new run waits this long for the ranks of a stopped one, which may be saving.
 LOCK_WAIT_S = 60.0
-# What launchers and shells write beside a run that has not begun; and a rank that hung before its first step.
+# What launchers and shells write beside a run that has not begun; and a rank that hung, or failed, before its first step.
 LOG_SUFFIXES = (".log", ".out", ".err")
-_STALLED = re.compile(r"stalled-rank-(\d+)\.txt")
+_REPORT = re.compile(r"(stalled|failed)-rank-(\d+)\.txt")
 
 
 # ----------------------------------------------------------------------------------- whose it is
@@ -75,25 +75,25 @@ def _is_log(path: Path) -> bool:
         return False
     if path.name == ".lock":
         return path.read_bytes()[:8] in (b"", b"process ")  # FolderLock's own
-    return path.suffix in LOG_SUFFIXES or path.name.startswith(".") or _STALLED.fullmatch(path.name) is not None
+    return path.suffix in LOG_SUFFIXES or path.name.startswith(".") or _REPORT.fullmatch(path.name) is not None
 
 
-def stalled_file(run_dir: Path, rank: int) -> Path | None:
-    """Where a rank that hangs writes its stack; None if the folder is not there, or no run's."""
+def report_file(run_dir: Path, kind: Literal["stalled", "failed"], rank: int) -> Path | None:
+    """Where a rank that hangs, or fails, says so; None if the folder is not there, or no run's."""
     try:
         check(run_dir)
     except ConfigError:
         return None
-    return run_dir / f"stalled-rank-{rank}.txt" if run_dir.is_dir() else None
+    return run_dir / f"{kind}-rank-{rank}.txt" if run_dir.is_dir() else None
 
 
-def stalled_ranks(run_dir: Path, since: float) -> set[int]:
-    """Ranks that have written their stack since a time (seconds, of the file system's clock)."""
+def reports(run_dir: Path, kind: Literal["stalled", "failed"], since: float = 0.0) -> set[int]:
+    """Ranks that have said so since a time (seconds, of the file system's clock)."""
     found: set[int] = set()
     for entry in os.scandir(run_dir):
         with suppress(OSError):
-            if (match := _STALLED.fullmatch(entry.name)) and entry.stat().st_mtime >= since:
-                found.add(int(match[1]))
+            if (match := _REPORT.fullmatch(entry.name)) and match[1] == kind and entry.stat().st_mtime >= since:
+                found.add(int(match[2]))
     return found
 
 
@@ -130,6 +130,8 @@ def lock(config: Config, ranks: Ranks) -> Iterator[None]:
     def acquire() -> None:
         try:
             held.acquire(LOCK_WAIT_S, lambda owner: echo(f"{config.run_dir}: waiting for {owner}", file=sys.stderr))
+            for rank in reports(config.run_dir, "failed"):  # of an earlier launch
+                (config.run_dir / f"failed-rank-{rank}.txt").unlink(missing_ok=True)
             held.share()
         except BlockingIOError as error:
             raise ConfigError(f"{config.run_dir}: another run is training there ({error})") from error

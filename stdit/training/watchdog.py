@@ -12,7 +12,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -20,7 +21,7 @@ from types import FrameType
 from stdit.config import TrainConfig
 from stdit.console import echo
 from stdit.training.checkpoint import unfinished_files
-from stdit.training.run_dir import stalled_file, stalled_ranks
+from stdit.training.run_dir import report_file, reports
 from stdit.training.stopping import STOPPED, Stop
 
 POLL_S = 0.5
@@ -43,6 +44,7 @@ PHASES = {
     "sequence_group": "waiting for the other ranks to start",
     "lock": "locking the run directory",
     "fetch": "fetching a checkpoint from train.upload_to",
+    "check_ranks": "comparing the ranks",
     "find_resume_state": "verifying checkpoints",
     "find_init": "looking for the weights of init.source",
     "build_model": "building the model",
@@ -88,6 +90,11 @@ class Watchdog:
         for watch in (self._watch, self._watch_files):
             threading.Thread(target=watch, daemon=True, name="watchdog").start()
 
+    @property
+    def trains(self) -> bool:
+        """Whether a step has begun."""
+        return self._step > 0
+
     def start_step(self, step: int) -> None:
         """Called as each step begins."""
         now = time.monotonic()
@@ -105,6 +112,11 @@ class Watchdog:
         finally:
             self._saving = False
             self._since = step + time.monotonic() - began
+
+    def where(self, error: Exception) -> str:
+        """Step and phase in which train() raised `error`."""
+        phase = _phase(frame.f_code.co_qualname for frame, _ in traceback.walk_tb(error.__traceback__))
+        return f"{self._when()}, {phase}"
 
     def close(self) -> None:
         """Ends watching."""
@@ -138,11 +150,13 @@ class Watchdog:
     def _phase(self) -> str:
         return phase_of(sys._current_frames().get(self._thread))
 
+    def _when(self) -> str:
+        return f"step {self._step}" if self._step else "before the first step"
+
     def _end(self, reason: str) -> None:
         threading.Thread(target=lambda: (time.sleep(REPORT_S), os._exit(STOPPED)), daemon=True).start()
-        when = f"step {self._step}" if self._step else "before the first step"
         text = (
-            f"[rank {self.rank}] {when}, {self._phase()}: {reason}. This rank waits for others or for a disk; "
+            f"[rank {self.rank}] {self._when()}, {self._phase()}: {reason}. This rank waits for others or for a disk; "
             f"it ends with code {STOPPED}, and the same command goes on from the newest checkpoint. Its stack:"
         )
         with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -151,7 +165,7 @@ class Watchdog:
             faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         # Under Ray, stderr is far away.
         with contextlib.suppress(OSError):
-            if path := stalled_file(self.run_dir, self.rank):
+            if path := report_file(self.run_dir, "stalled", self.rank):
                 with path.open("w") as file:
                     file.write(text + "\n")
                     file.flush()
@@ -171,7 +185,9 @@ class Watchdog:
             time.monotonic() + OTHERS_S,
             own.stat().st_mtime - waited_s,
         )  # files of other launches are older
-        while (silent := sorted({*range(size)} - stalled_ranks(own.parent, earliest))) and time.monotonic() < until:
+        while (
+            silent := sorted({*range(size)} - reports(own.parent, "stalled", earliest))
+        ) and time.monotonic() < until:
             time.sleep(POLL_S / 5)
         if silent:
             names = ", ".join(map(str, silent[:8])) + (", …" if len(silent) > 8 else "")
@@ -180,9 +196,14 @@ class Watchdog:
 
 
 def phase_of(frame: FrameType | None) -> str:
-    """What a thread in train() is doing, by the outermost function below it that has a name in PHASES."""
+    """What a thread in train() is doing."""
     names: list[str] = []
     while frame is not None:
         names.append(frame.f_code.co_qualname)
         frame = frame.f_back
-    return next((PHASES[name] for name in reversed(names) if name in PHASES), "between phases")
+    return _phase(reversed(names))
+
+
+def _phase(functions: Iterable[str]) -> str:
+    """By the outermost function that has a name in PHASES; `functions`: from the outermost on."""
+    return next((PHASES[name] for name in functions if name in PHASES), "between phases")

@@ -62,7 +62,9 @@ class Host:
         hosts.write_text(names)
         self.administer(
             f"echo {self.name} > /proc/sys/kernel/hostname; mount --bind {hosts} /etc/hosts; ip link set lo up; "
-            f"ip address add {self.address}/24 dev {DEVICE}; ip link set {DEVICE} up"
+            f"ip address add {self.address}/24 dev {DEVICE}; ip link set {DEVICE} up; "
+            # By the way to anywhere programs find their own address; files in memory and Ray's sockets are a host's own.
+            f"ip route add default dev {DEVICE}; mount -t tmpfs tmpfs /dev/shm; mkdir -p /tmp/ray; mount -t tmpfs tmpfs /tmp/ray"
         )
         self.start()
 

@@ -113,13 +113,13 @@ def test_a_rank_that_hangs_while_it_starts_is_found_with_its_phase(solo: Pool, t
 
 def test_a_report_is_written_into_no_other_folder(tmp_path: Path) -> None:
     file = tmp_path / "stalled-rank-3.txt"
-    assert run_dir.stalled_file(tmp_path, 3) == file
+    assert run_dir.report_file(tmp_path, "stalled", 3) == file
     file.write_text("x")
     run_dir.check(tmp_path)  # the same command takes the folder
     file.unlink()
-    assert run_dir.stalled_file(tmp_path / "none", 3) is None
+    assert run_dir.report_file(tmp_path / "none", "stalled", 3) is None
     (tmp_path / "thesis.tex").write_text("x")
-    assert run_dir.stalled_file(tmp_path, 3) is None
+    assert run_dir.report_file(tmp_path, "stalled", 3) is None
 
 
 def test_a_report_names_the_ranks_that_have_written_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
