@@ -279,7 +279,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         destroy_process_group()
     except (ConfigError, CheckpointError) as error:
         code = 1 if isinstance(error, SaveError) else 2
-        tell_others(error, config)
+        if code == 1:
+            tell_others(error, config)
         if is_mine(error, stop):
             complain(f"error: {error}")
     except (OSError, RuntimeError, ValueError) as error:
@@ -314,7 +315,8 @@ GONE = f"That process, or its host, is gone. This rank ends with code {STOPPED},
 
 def tell_others(error: Exception, config: Config | None) -> None:
     """Leaves `error` to the ranks whose connections to this one end now, if it is this one's own."""
-    if config is not None and have_met() and not getattr(error, "shared", False):
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if config is not None and several and have_met() and not getattr(error, "shared", False):
         from stdit.training.lost_rank import record_failure
 
         record_failure(config.run_dir, int(os.environ.get("RANK", 0)), error)

@@ -78,7 +78,9 @@ class Host:
     def start(self) -> None:
         """Starts its first process, with which all others end."""
         inner = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sleep", "infinity"]
-        self._init = subprocess.Popen(["nsenter", "-t", str(self.pid), "-n", "-u", "-m", *inner])
+        # Killed, unshare says that it could not unblock its signals.
+        command = ["nsenter", "-t", str(self.pid), "-n", "-u", "-m", *inner]
+        self._init = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         wait_for(
             lambda: [child.name() for child in psutil.Process(self._init_pid()).children()] == ["sleep"], SET_UP_S, 0.01
         )

@@ -28,8 +28,8 @@ pytestmark = [
 
 BIN = Path(sys.executable).parent
 STEPS = 120
-# Of the slow link. A step of this run sends some megabytes.
-RATE = "100mbit"
+# Of the slow link. A step of this run sends about a megabyte, 0.3 s.
+RATE = "30mbit"
 LIMIT_S = 10.0
 # A host's own name is often a loopback address to itself (Debian's installer does so).
 NAMES = "127.0.0.1 localhost\n127.0.1.1 {name}\n"
@@ -253,7 +253,7 @@ def test_a_slow_link_and_one_that_is_down_for_a_moment_cost_time_alone(
     check_equal(run_dir, one_host)
     seconds = [sum(line["seconds"] for line in metrics(folder)[:40]) / 40 for folder in (one_host, run_dir)]
     print(f"seconds a step, one host and two with {RATE}: {seconds[0]:.4f}, {seconds[1]:.4f}")
-    assert seconds[1] > 2 * seconds[0]
+    assert seconds[1] > seconds[0] + 0.1
     longest = max(line["seconds"] for line in metrics(run_dir)[40:])
     assert longest > 1.4, "the link was not missed"
 
