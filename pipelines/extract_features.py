@@ -10,6 +10,7 @@ a worker's threads. The same command again resumes.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import pickle
 import sys
@@ -26,15 +27,19 @@ if TYPE_CHECKING:
 
 
 class Worker:
-    """An actor with encoders and a decoding subprocess; maps shard specs to results."""
+    """An actor with encoders and the processes that decode for them; maps shard specs to results.
 
-    def __init__(self, config: dict[str, Any], directory: str, threads: int) -> None:
+    beside: actors of this machine, itself included; clips: that it will extract, about.
+    """
+
+    def __init__(self, config: dict[str, Any], directory: str, beside: int, clips: int) -> None:
         # The driver's, on this machine or a shared disk; elsewhere paths must be absolute.
         if os.path.isdir(directory):
             os.chdir(directory)
         import torch
 
-        torch.set_num_threads(threads)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
+        self.clips, self.beside = clips, beside
         self.config = validate(config, ExtractConfig, "extraction")
         self.extractor: Any = None
 
@@ -46,7 +51,7 @@ class Worker:
 
         try:
             # Not in the constructor: a missing encoder would be reported as Ray's own traceback.
-            self.extractor = self.extractor or load_extractor(self.config)
+            self.extractor = self.extractor or load_extractor(self.config, self.clips, self.beside)
             result = self.extractor.extract(pickle.loads(row["spec"]))
         except (OSError, ValueError, torch.OutOfMemoryError) as error:
             # As a value: Ray would retry after an exception, and wrap it in its own traceback.
@@ -84,11 +89,13 @@ def _results(config: ExtractConfig, todo: Sequence[ShardSpec]) -> Iterator[Shard
     available = ray.cluster_resources()
     # Actors share GPUs where there are fewer of them than workers.
     gpus = min(1.0, available.get("GPU", 0) / workers)
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    # Ray spreads the actors over the machines.
+    machines = sum(node["Alive"] for node in ray.nodes())
+    beside, clips = math.ceil(workers / machines), sum(len(spec.clips) for spec in todo) // workers
     specs = ray.data.from_items([{"spec": pickle.dumps(spec)} for spec in todo], override_num_blocks=len(todo))
     done = specs.map(
         cast(Any, Worker),
-        fn_constructor_args=(config.model_dump(mode="json"), os.getcwd(), threads),
+        fn_constructor_args=(config.model_dump(mode="json"), os.getcwd(), beside, clips),
         compute=ActorPoolStrategy(size=workers),
         num_cpus=1,
         num_gpus=gpus or None,

@@ -90,20 +90,23 @@ def expected_facts(config: ExtractConfig) -> FeatureFacts:
     return feature_facts(video, text, config.buckets, len(clips.classes), rates)
 
 
-def load_extractor(config: ExtractConfig, device: str | None = None) -> Extractor:
-    """Loads the encoders, on a GPU if there is one. ConfigError: not found."""
+def load_extractor(config: ExtractConfig, clips: int | None = None, encoders: int = 1) -> Extractor:
+    """Loads the encoders, on a GPU if there is one. ConfigError: not found.
+
+    clips: that it will extract, as far as that is known; encoders: of this machine. Both decide `decoder_workers: auto`.
+    """
     import torch
 
+    from stdit.data.decoder_pool import decoder_workers
     from stdit.data.extractor import Extractor
     from stdit.encoders.text_loading import feature_identity_of, load_text_encoder
     from stdit.encoders.video import load_video_encoder
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     video = load_video_encoder(config.video_encoder, device)
     text = load_text_encoder(config.text_encoder, device) if config.text_encoder else None
-    return Extractor(
-        config, video, text, _encoder_identities(video.identity, feature_identity_of(text.identity) if text else None)
-    )
+    settings = _encoder_identities(video.identity, feature_identity_of(text.identity) if text else None)
+    return Extractor(config, video, text, settings, decoder_workers(config.decoder_workers, clips, encoders))
 
 
 def extract_shard(config: ExtractConfig, spec: ShardSpec) -> Path | Url:
@@ -115,7 +118,7 @@ def extract_shard(config: ExtractConfig, spec: ShardSpec) -> Path | Url:
 
     staging = staging_of(config)
     if stale_reason(local_folder(config), spec, ObjectCache.of(config.cache), staging and staging.stored()):
-        with load_extractor(config) as extractor:
+        with load_extractor(config, len(spec.clips)) as extractor:
             extractor.extract(spec)
     return shard_path(config.out, spec.number)
 
@@ -170,8 +173,8 @@ def run(config: ExtractConfig, overwrite: bool = False) -> Path | Url:
     plan, todo = prepare(config, overwrite)
     if not todo:
         return collect(plan, (), ())
-    with load_extractor(config) as extractor:
-        return collect(plan, todo, map(extractor.extract, todo))
+    with load_extractor(config, sum(len(spec.clips) for spec in todo)) as extractor:
+        return collect(plan, todo, extractor.extract_all(todo))
 
 
 def arguments(program: str) -> argparse.ArgumentParser:

@@ -51,7 +51,9 @@ TRAINING_RUNTIME_KEYS = (
     "samples",
 )
 # The same of an extraction. The manifest is compared by its content.
-EXTRACTION_RUNTIME_KEYS = ("manifest", "out", "workers", "batch_size", "decode_timeout_s", "max_bad_share", "cache")
+EXTRACTION_RUNTIME_KEYS = (
+    "manifest", "out", "workers", "decoder_workers", "batch_size", "decode_timeout_s", "max_bad_share", "cache",
+)  # fmt: skip
 
 
 class Change(NamedTuple):

@@ -176,7 +176,10 @@ class ExtractConfig(Frozen):
     text_encoder: TextEncoderConfig | None = None
     """The text encoder. null: no text features (class-conditional or unconditional training)."""
     decoder: Literal["auto", "decord", "pyav"] = "auto"
-    """Video decoder. auto: decord, and PyAV for what decord cannot read reliably."""
+    """Video decoder. auto: the one that was measured to be faster and to notice more damage, which is PyAV."""
+    decoder_workers: Workers | Literal["auto"] = "auto"
+    """Processes that decode ahead for each encoder (num_workers of a DataLoader). auto: one per core, shared by the encoders of a
+    machine, at most 16, and fewer for few clips. Features do not depend on it."""
     decode_timeout_s: Seconds = 60.0
     """Seconds after which decoding of a clip is given up."""
     clip_window: Literal["first", "center"] = "first"
@@ -200,7 +203,7 @@ class ExtractConfig(Frozen):
     captions: tuple[str, ...] = ()
     """Further captions of the clips, whose text features are extracted too: `dense` is that of column caption_dense."""
     workers: Workers = 1
-    """Processes that extract (Ray actors under `pipelines.extract_features`)."""
+    """Processes that encode (Ray actors under `pipelines.extract_features`), each with its own encoders and `decoder_workers`."""
     seed: NonNegative = 0
     """Seed of keep_probability."""
     cache: CacheConfig = CacheConfig()

@@ -141,8 +141,8 @@ class ClipReader(Closable):
 def open_clip(path: Path | str, decoder: str = "auto") -> ClipReader:
     """A reader of the image or video `path`.
 
-    decoder: "decord", "pyav", or "auto": decord, and PyAV for what decord cannot read (AV1, or widths
-    such as 16 whose rows it cannot copy). Images are read by Pillow whatever it says.
+    decoder: "decord", "pyav", or "auto": the one that was measured to be faster and to notice more damage, PyAV
+    (benchmarks/decoders.py, docs/data.md). Images are read by Pillow whatever it says.
     Raises DecodeError (typed, with the reason); ValueError for a decoder that is unknown or not installed.
     """
     # Absolute: nothing in the name is taken for a protocol by the libraries below.
@@ -150,17 +150,15 @@ def open_clip(path: Path | str, decoder: str = "auto") -> ClipReader:
     if decoder not in ("auto", "decord", "pyav"):
         raise ValueError(f"decoder {decoder!r}: expected auto, decord or pyav")
     if decoder == "decord" and not DECORD_INSTALLED:
-        raise ValueError("decoder decord is not installed (no wheel for this platform?); use auto or pyav")
+        raise ValueError("decoder decord is not installed (no wheel for this platform?); use auto")
     _look(path)
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return ImageReader(path)
-    if decoder == "pyav" or not DECORD_INSTALLED:
-        return PyAVReader(path)
-    return DecordReader(path) if decoder == "decord" else AutoReader(path)
+    return DecordReader(path) if decoder == "decord" else PyAVReader(path)
 
 
 def open_part(path: Path | str, decoder: str = "auto") -> ClipReader:
-    """As `open_clip`, of a file of which only a part is used: a video that breaks off has the frames before that. "auto" is PyAV."""
+    """As `open_clip`, of a file of which only a part is used: a video that breaks off has the frames before that."""
     path = Path(os.path.abspath(path))
     if decoder == "decord" or path.suffix.lower() in IMAGE_SUFFIXES:
         return open_clip(path, decoder)
@@ -532,41 +530,6 @@ def _decord_problem(path: Path, size: int, mtime_ns: int) -> str | None:
             return "counts frames that cannot be decoded" if times and min(times) < times[0] else None
     except FFmpegError as error:
         return str(error)
-
-
-class AutoReader(ClipReader):
-    """decord until it fails, then PyAV, from the frame at which decord failed."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._reader: ClipReader = DecordReader(path)
-        except DecodeError as error:
-            self._reader = self._pyav(path, error)
-        super().__init__(path, self._reader.info)
-
-    @staticmethod
-    def _pyav(path: Path, error: DecodeError) -> ClipReader:
-        try:
-            return PyAVReader(path)
-        except DecodeError as second:
-            raise DecodeError(path, f"{second.reason}; {error.reason}") from second
-
-    def _get(self, indices: Sequence[int]) -> np.ndarray:
-        try:
-            return self._reader.get(indices)
-        except DecodeError as error:
-            if isinstance(self._reader, PyAVReader):
-                raise
-            pyav = self._pyav(self.path, error)
-            self._reader.close()
-            self._reader = pyav
-            if pyav.frame_count != self.frame_count:
-                counts = f"decord counts {self.frame_count} frames, PyAV {pyav.frame_count}"
-                raise DecodeError(self.path, f"{counts}; {error.reason}") from error
-            return pyav.get(indices)
-
-    def close(self) -> None:
-        self._reader.close()
 
 
 def _first_line(error: BaseException) -> str:

@@ -37,7 +37,7 @@ from stdit.data.features import (
 from stdit.data.filters import check_where, passes
 from stdit.data.manifest import read
 from stdit.data.object_cache import ObjectCache
-from stdit.data.records import ReportTotals, ShardSpec
+from stdit.data.records import ReportTotals, ShardSpec, SpentSeconds
 from stdit.data.staging import PARTS, SHARDS, Staging, local_folder, staging_of
 from stdit.errors import WorkFailed
 from stdit.files import atomic_path, atomic_write, check_writable, seal, sha256
@@ -49,6 +49,8 @@ COMMAND, OUTPUTS = "extract", (SETTINGS, INDEX, REPORT, SAMPLES, "parts", "shard
 _OUR_FILES = re.compile(r"\d{5,}\.(safetensors|parquet)|\..*\.part\..*|\.tmp\w+")
 # A clip that keeps less of its pictures than this is mentioned at the end.
 MENTIONED_CROP = 0.8
+# A larger share of the encoders' time spent waiting for clips is mentioned at the end.
+MENTIONED_WAIT = 0.1
 # Threads that check sources for changes: they wait for the disk.
 CHECK_THREADS = 16
 
@@ -109,6 +111,7 @@ class ExtractionReport(FileSchema):
     uncaptioned: NonNegative
     uncaptioned_clips: tuple[str, ...]
     missing_parts: NonNegative
+    seconds: SpentSeconds
 
 
 class ExtractionError(WorkFailed):
@@ -371,7 +374,17 @@ def report_lines(report: Mapping[str, Any], shown: int = 5) -> list[str]:
         names = report["uncaptioned_clips"]
         more = f", … ({REPORT} has all)" if len(names) > shown else ""
         lines.append(f"captions: {len(names):,} clips have none: {', '.join(names[:shown])}{more}")
-    return lines
+    return lines + _spent_line(report["seconds"], sum(report[key] for key in ("kept", "bad")))
+
+
+def _spent_line(seconds: Mapping[str, float], clips: int) -> list[str]:
+    """Where the time of an extraction went, if it took any."""
+    if not (clips and seconds["total"]):
+        return []
+    each = ", ".join(f"{seconds[name] / clips:.3g} {name}" for name in ("decode", "encode", "wait"))
+    busy, waiting = seconds["encode"] / seconds["total"], seconds["wait"] / seconds["total"]
+    more = f"; {waiting:.0%} was waiting for clips: raise decoder_workers" if waiting > MENTIONED_WAIT else ""
+    return [f"seconds a clip: {each}; encoders were busy {busy:.0%} of the time{more}"]
 
 
 def _is_complete(out: Path, index: Mapping[str, Any]) -> bool:
@@ -394,7 +407,7 @@ def _read_records(plan: ExtractionPlan) -> tuple[ReportTotals, dict[int, dict[st
         except ValueError:  # finish says that it is missing
             continue
         found[spec.number] = info
-        totals.add(rows, spec.windows)
+        totals.add(rows, info["seconds"], spec.windows)
     return totals, found
 
 

@@ -5,10 +5,13 @@ T, H, W pixels of the bucket · C latent channels · t, h, w latents · L tokens
 
 from __future__ import annotations
 
+import bisect
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -16,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stdit.config import ExtractBucket, ExtractConfig
+from stdit.config import ExtractBucket, ExtractConfig, Url
 from stdit.data import records
 from stdit.data.buckets import Dropped, assign_clip
 from stdit.data.control import control_state, read_control
+from stdit.data.decoder_pool import DecoderPool, decoder_workers
 from stdit.data.decoding import ClipInfo, DecodeError, InfoMismatch, check_info
 from stdit.data.features import EMPTY_CAPTION, INDEX, digest_of, sample_digest, shard_path, unpad, write_shard
 from stdit.data.manifest import Clip, file_problem
@@ -91,32 +95,92 @@ class _Clip:
     control: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _Task:
+    """A clip to decode: its place in the manifest, and where its file is."""
+
+    spec: ShardSpec
+    number: int
+    clip: Clip
+    location: Path | Url
+
+
+# Indices of frames, the frames uint8 (T, H, W, 3), and those of the control input, (T or 1, H, W, 3).
+_Frames = tuple[list[int], np.ndarray, np.ndarray | None]
+
+
+@dataclass
+class _OpenClip:
+    """What decoding has found of a clip: its `row` and, if it is kept, its groups of windows and the first group's `frames`."""
+
+    task: _Task
+    row: dict[str, Any]
+    info: ClipInfo | None = None
+    bucket: ExtractBucket | None = None
+    groups: Sequence[Sequence[list[int]]] = ()
+    frames: _Frames | None = None
+    # The row before the file was opened, and the seconds since.
+    first: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass
+class _ShardEnd:
+    """Follows the last clip of a shard. decode_s: seconds that its clips took, summed over decoders."""
+
+    decode_s: float = 0.0
+
+
 class Extractor(Closable):
-    """Encoders and a decoding subprocess, shared by all shards that a process extracts. A context manager.
+    """Encoders, and the processes that decode for them, shared by all shards that a process extracts. A context manager.
 
     settings: of the encoders, as far as they determine features; stored in every record and compared with the plan's.
+    decoders: number of decoding processes; None: as the config says.
     """
 
     def __init__(
-        self, config: ExtractConfig, video: VideoEncoder, text: TextEncoder | None, settings: Mapping[str, Any]
+        self,
+        config: ExtractConfig,
+        video: VideoEncoder,
+        text: TextEncoder | None,
+        settings: Mapping[str, Any],
+        decoders: int | None = None,
     ) -> None:
         self.config = config
         self.video = video
         self.text = text
         self.settings = settings
-        self.decoder = SubprocessDecoder(config.decoder, config.decode_timeout_s)
+        self.pool = DecoderPool(
+            config.decoder, config.decode_timeout_s, decoders or decoder_workers(config.decoder_workers)
+        )
         self.cache = ObjectCache.of(config.cache)
         self.folder, self.staging = local_folder(config), staging_of(config)
 
     def close(self) -> None:
-        """Ends the decoding subprocess."""
-        self.decoder.close()
+        """Ends the decoding processes."""
+        self.pool.close()
 
     def extract(self, spec: ShardSpec) -> ShardResult:
-        """Writes a shard and its record, replacing older ones; of features at a URL, uploads them.
+        """`extract_all` of one shard."""
+        (result,) = self.extract_all([spec])
+        return result
+
+    def extract_all(self, specs: Sequence[ShardSpec]) -> Iterator[ShardResult]:
+        """Writes shards and their records, replacing older ones; of features at a URL, uploads them. While one is encoded and written,
+        the next is being decoded.
 
         OSError: no space or no permission; no partial file stays. StoreError: the URL cannot be written. ValueError: text features that are not finite.
         """
+        clips = prefetch(self._clips(specs), self.config.batch_size)
+        try:
+            for spec in specs:
+                yield self._extract(spec, clips)
+        finally:
+            clips.close()
+
+    def _extract(self, spec: ShardSpec, clips: Iterator[_Clip | _ShardEnd]) -> ShardResult:
+        """Takes the clips of one shard from `clips`."""
+        began, self._encode_s = time.perf_counter(), 0.0
         out = self.folder
         # From here on the features are incomplete.
         if self.staging:
@@ -124,9 +188,11 @@ class Extractor(Closable):
         (out / INDEX).unlink(missing_ok=True)
         records.record_path(out, spec.number).unlink(missing_ok=True)
         tensors: dict[str, Tensor] = {}
-        rows = list(self._encode(prefetch(self._clips(spec), self.config.batch_size), tensors))
+        spent = {"decode": 0.0, "wait": 0.0}
+        rows = list(self._encode(_until_end(clips, spent), tensors))
         rows = _whole_clips(rows, tensors, spec.windows)
-        empty = self._add_text([row for row in rows if row["status"] == "kept"], tensors)
+        with self._encoding():
+            empty = self._add_text([row for row in rows if row["status"] == "kept"], tensors)
         self._add_digests(rows, tensors)
         shard = shard_path(out, spec.number)
         size = 0
@@ -146,92 +212,146 @@ class Extractor(Closable):
                 "text_encoder": self.text.identity if self.text else None,
             },
             "settings": dict(self.settings),
+            "seconds": {**spent, "encode": self._encode_s, "total": time.perf_counter() - began},
         }
         records.write_record(out, spec, rows, info)
         if self.staging:
             self.staging.push_shard(spec.number)
         return ShardResult(spec.number, len(spec.clips), sum(row["status"] == "bad" for row in rows))
 
-    def _clips(self, spec: ShardSpec) -> Iterator[_Clip]:
-        """The shard's clips in order, decoded and cropped. StoreError: a store that does not answer."""
-        files = self.cache.ahead([clip.location for clip in spec.clips])
-        for number, clip, location in zip(spec.ids, spec.clips, files, strict=True):
-            row = {**_row(spec.number, number * spec.windows, clip), **records.source_state(location, self.cache)}
-            if reason := file_problem(clip):
-                yield _Clip({**row, "status": "bad", "reason": reason})
-                continue
-            try:
-                with self.cache.local(location) as file:
-                    yield from self._clip(clip, file, row)
-            except DecodeError as error:
-                yield _Clip({**row, "status": "bad", "reason": error.reason})
-            except StoreError as error:
-                if not is_of_object(error):
-                    raise
-                yield _Clip({**row, "status": "bad", "reason": error.strerror})
-
-    def _clip(self, clip: Clip, file: Path, row: dict[str, Any]) -> Iterator[_Clip]:
-        """The windows of one clip, which lies in `file`, decoded and cropped. Where file and manifest differ in length or size, the
-        file is right. DecodeError."""
-        stated = stated_info(clip)
-        if stated is None:
-            yield from self._windows(clip, file, row, part_info(clip, self.decoder.probe(file)))
-            return
-        if clip.is_part:  # a file that breaks off has clips, too: it is not probed
-            yield from self._windows(clip, file, row, stated)
-            return
+    @contextmanager
+    def _encoding(self) -> Iterator[None]:
+        """Counts the time within as the encoders'."""
+        began = time.perf_counter()
         try:
-            windows = self._windows(clip, file, row, stated)
-            first = next(windows)
-            if first.bucket is None:  # to be dropped for what the manifest says
-                check_info(file, stated, self.decoder.probe(file))
-        except InfoMismatch as error:
-            yield from self._windows(clip, file, {**row, "detail": error.reason}, error.found)
-            return
-        yield first
-        yield from windows
+            yield
+        finally:
+            self._encode_s += time.perf_counter() - began
 
-    def _windows(self, clip: Clip, file: Path, row: dict[str, Any], info: ClipInfo) -> Iterator[_Clip]:
-        """The windows of one clip of length and size `info`, some at a time. DecodeError; at the first, InfoMismatch: the file has
-        others."""
-        config = self.config
+    # ---------------------------------------------------------------------------- decoding, ahead of the encoder
+
+    def _clips(self, specs: Sequence[ShardSpec]) -> Iterator[_Clip | _ShardEnd]:
+        """The shards' clips in order, decoded and cropped, and the end of each shard. StoreError: a store that does not answer."""
+        tasks = (
+            _Task(spec, number, clip, location)
+            for spec in specs
+            for number, clip, location in zip(
+                spec.ids, spec.clips, self.cache.ahead([clip.location for clip in spec.clips]), strict=True
+            )
+        )
+        opened = self.pool.map(self._open, tasks)
+        for spec in specs:
+            end = _ShardEnd()
+            for _ in spec.clips:
+                yield from self._windows(next(opened), end)
+            yield end
+
+    def _open(self, decoder: SubprocessDecoder, task: _Task) -> _OpenClip:
+        """A clip with its first frames, or the reason why there are none. StoreError: a store that does not answer."""
+        began = time.perf_counter()
+        spec, clip = task.spec, task.clip
+        state = records.source_state(task.location, self.cache)
+        row = {**_row(spec.number, task.number * spec.windows, clip), **state}
+        try:
+            if reason := file_problem(clip):
+                raise DecodeError(clip.key, reason)
+            with self.cache.local(task.location) as file:
+                opened = self._open_file(decoder, task, file, row)
+        except (DecodeError, StoreError) as error:
+            opened = _OpenClip(task, _bad(row, error))
+        opened.first = row
+        opened.seconds = time.perf_counter() - began
+        return opened
+
+    def _open_file(self, decoder: SubprocessDecoder, task: _Task, file: Path, row: dict[str, Any]) -> _OpenClip:
+        """Of a clip, which lies in `file`. Where file and manifest differ in length or size, the file is right. DecodeError."""
+        clip, stated = task.clip, stated_info(task.clip)
+        if stated is None:
+            return self._read_first(decoder, task, file, row, part_info(clip, decoder.probe(file)))
+        if clip.is_part:  # a file that breaks off has clips, too: it is not probed
+            return self._read_first(decoder, task, file, row, stated)
+        try:
+            opened = self._read_first(decoder, task, file, row, stated)
+            if opened.bucket is None:  # to be dropped for what the manifest says
+                check_info(file, stated, decoder.probe(file))
+            return opened
+        except InfoMismatch as error:
+            return self._read_first(decoder, task, file, {**row, "detail": error.reason}, error.found)
+
+    def _read_first(
+        self, decoder: SubprocessDecoder, task: _Task, file: Path, row: dict[str, Any], info: ClipInfo
+    ) -> _OpenClip:
+        """Of a clip of length and size `info`. DecodeError; InfoMismatch: the file has others."""
+        config, clip = self.config, task.clip
         step = frame_step(info.fps, config.frame_stride, config.target_fps)
         size = {"frames": info.frame_count, "height": info.height, "width": info.width}
         row = {**row, **size, "fps": info.fps / step}
         bucket = assign_clip(info, config, clip.id)
         if isinstance(bucket, Dropped):
-            yield _Clip({**row, "status": "dropped", "reason": bucket.reason, "detail": bucket.detail})
-            return
+            return _OpenClip(task, {**row, "status": "dropped", "reason": bucket.reason, "detail": bucket.detail})
         every = (1, 1) if config.windows is None else (config.windows.stride, config.windows.max)
         windows = window_indices(info.frame_count, bucket.frames, step, config.clip_window, every)
+        groups = list(grouped(windows, READ_BYTES // (3 * bucket.height * bucket.width)))
         used = len({index for window in windows for index in window})
         row = {**row, "status": "kept", "bucket": bucket.key, "used_frames": used}
-        number = row["id"]
-        for group in grouped(windows, READ_BYTES // (3 * bucket.height * bucket.width)):
-            for window, pixels, control in self._read(clip, file, info, bucket, group):
-                start = (clip.start_frame or 0) + window[0]
-                part = {"start_frame": start, "end_frame": start + window[-1] - window[0] + 1} if config.windows else {}
-                yield _Clip({**row, "id": number, **part}, bucket, pixels, control)
-                number += 1
+        opened = _OpenClip(task, row, info, bucket, groups)
+        opened.frames = self._read(decoder, opened, file, new_indices(groups)[0])
+        return opened
 
-    def _read(
-        self, clip: Clip, file: Path, info: ClipInfo, bucket: ExtractBucket, windows: Sequence[list[int]]
-    ) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
-        """Pixels and control input of `windows`, whose frames are decoded together. DecodeError."""
-        indices = sorted({index for window in windows for index in window})  # none is decoded twice
+    def _windows(self, opened: _OpenClip, end: _ShardEnd) -> Iterator[_Clip]:
+        """The windows of one clip, of which the groups behind the first are read by all decoders. StoreError: a store that does not answer."""
+        end.decode_s += opened.seconds
+        if opened.bucket is None or opened.info is None:
+            yield _Clip(opened.row)
+            return
+        number, first = opened.row["id"], opened.task.clip.start_frame or 0
+        try:
+            for window, frames, control in joined(opened.groups, self._groups(opened, end)):
+                start = first + window[0]
+                part = (
+                    {"start_frame": start, "end_frame": start + window[-1] - window[0] + 1}
+                    if self.config.windows
+                    else {}
+                )
+                pixels = torch.from_numpy(to_pixels(frames))
+                beside = None if control is None else torch.from_numpy(to_pixels(control))
+                yield _Clip({**opened.row, "id": number, **part}, opened.bucket, pixels, beside)
+                number += 1
+        except (DecodeError, StoreError) as error:
+            yield _Clip(_bad(opened.first, error))
+
+    def _groups(self, opened: _OpenClip, end: _ShardEnd) -> Iterator[_Frames]:
+        """The new frames of each group of windows."""
+        frames, opened.frames = opened.frames, None
+        assert frames is not None
+        yield frames
+        later = new_indices(opened.groups)[1:]
+        for frames, seconds in self.pool.map(lambda decoder, new: self._read_later(decoder, opened, new), later):
+            end.decode_s += seconds
+            yield frames
+
+    def _read_later(self, decoder: SubprocessDecoder, opened: _OpenClip, indices: list[int]) -> tuple[_Frames, float]:
+        """Further frames of a clip, and the seconds that they took. DecodeError, StoreError."""
+        began = time.perf_counter()
+        with self.cache.local(opened.task.location) as file:
+            frames = self._read(decoder, opened, file, indices)
+        return frames, time.perf_counter() - began
+
+    def _read(self, decoder: SubprocessDecoder, opened: _OpenClip, file: Path, indices: list[int]) -> _Frames:
+        """Frames `indices` of a clip, and of its control input. DecodeError."""
+        clip, info, bucket = opened.task.clip, opened.info, opened.bucket
+        assert info is not None
+        assert bucket is not None
         shape, control, first = (bucket.height, bucket.width), None, clip.start_frame or 0
         if clip.is_part:
-            frames = self.decoder.read_part(file, [first + index for index in indices], shape, clip.crop)
+            frames = decoder.read_part(file, [first + index for index in indices], shape, clip.crop)
         else:
-            frames = self.decoder.read(file, indices, shape, info)
+            frames = decoder.read(file, indices, shape, info)
         if column := self.config.control_column:
-            control = read_control(self.decoder, clip, column, info, indices, bucket, self.cache)
-        for window in windows:
-            places = np.searchsorted(indices, window)
-            # One frame of control stands for all.
-            beside = None if control is None else control[places] if len(control) == len(indices) else control
-            pixels = torch.from_numpy(to_pixels(frames[places]))
-            yield window, pixels, None if beside is None else torch.from_numpy(to_pixels(beside))
+            control = read_control(decoder, clip, column, info, indices, bucket, self.cache)
+        return indices, frames, control
+
+    # ---------------------------------------------------------------------------- encoding
 
     def _encode(self, clips: Iterable[_Clip], tensors: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
         """Encodes `clips` in batches of one bucket into `tensors`; yields their rows."""
@@ -248,6 +368,10 @@ class Extractor(Closable):
 
     def _add_latents(self, group: Sequence[_Clip], tensors: dict[str, Tensor]) -> None:
         """Adds latents of clips of one bucket, in the encoder's precision. A clip whose latents are not finite is bad."""
+        with self._encoding():
+            self._encode_pixels(group, tensors)
+
+    def _encode_pixels(self, group: Sequence[_Clip], tensors: dict[str, Tensor]) -> None:
         mean, std = self.video.encode(torch.stack([clip.pixels for clip in group if clip.pixels is not None]))
         for i, clip in enumerate(group):
             # One at a time: control inputs have one frame, or as many as the clip.
@@ -329,6 +453,53 @@ def grouped(windows: Sequence[list[int]], frames: int) -> Iterator[list[list[int
         yield group
 
 
+def new_indices(groups: Sequence[Sequence[list[int]]]) -> list[list[int]]:
+    """The frames of each group of windows that no group before it has: none is decoded twice."""
+    found, last = [], -1
+    for group in groups:
+        found.append(sorted({index for window in group for index in window if index > last}))
+        last = group[-1][-1]
+    return found
+
+
+def joined(
+    groups: Sequence[Sequence[list[int]]], parts: Iterable[_Frames]
+) -> Iterator[tuple[list[int], np.ndarray, np.ndarray | None]]:
+    """Each window with its frames and control input, from the new frames of each group. A control input of one frame stands for all."""
+    indices: list[int] = []
+    frames = control = None
+    still = False
+    for group, (new, more, beside) in zip(groups, parts, strict=True):
+        kept = bisect.bisect_left(indices, group[0][0])
+        if beside is not None:
+            still = still or len(beside) < len(new)
+            control = beside if control is None or still else np.concatenate([control[kept:], beside])
+        frames = more if frames is None else np.concatenate([frames[kept:], more])
+        indices = [*indices[kept:], *new]
+        for window in group:
+            places = np.searchsorted(indices, window)
+            yield window, frames[places], control if control is None or still else control[places]
+
+
+def _bad(row: dict[str, Any], error: DecodeError | StoreError) -> dict[str, Any]:
+    """The row of a clip that cannot be used. StoreError, raised again: its store does not answer."""
+    if isinstance(error, StoreError) and not is_of_object(error):
+        raise error
+    return {**row, "status": "bad", "reason": error.reason if isinstance(error, DecodeError) else error.strerror}
+
+
+def _until_end(clips: Iterator[_Clip | _ShardEnd], spent: dict[str, float]) -> Iterator[_Clip]:
+    """The clips of one shard; adds the seconds that it waits for them, and those of decoding."""
+    while True:
+        began = time.perf_counter()
+        clip = next(clips)
+        spent["wait"] += time.perf_counter() - began
+        if isinstance(clip, _ShardEnd):
+            spent["decode"] = clip.decode_s
+            return
+        yield clip
+
+
 def _whole_clips(rows: Sequence[dict[str, Any]], tensors: dict[str, Tensor], windows: int) -> list[dict[str, Any]]:
     """Rows without those of clips of which one window is bad, but for a row that says so; their tensors are removed."""
     bad = {row["id"] // windows: row for row in reversed(rows) if row["status"] == "bad"}
@@ -361,7 +532,7 @@ def _row(shard: int, number: int, clip: Clip) -> dict[str, Any]:
     }
 
 
-def prefetch(items: Iterable[_Item], count: int) -> Iterator[_Item]:
+def prefetch(items: Iterable[_Item], count: int) -> Generator[_Item]:
     """Iterates over `items` in a thread that stays up to `count` ahead, so that decoding overlaps with encoding."""
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(count)
     stopped = threading.Event()

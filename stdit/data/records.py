@@ -21,6 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
+from pydantic import Field
 
 from stdit.config import Bucket, ConfigError, FileSchema, NonNegative, SealedSchema, Sha256, Url, check
 from stdit.config.identity import TextIdentity, VideoIdentity
@@ -65,6 +66,16 @@ class ControlState(FileSchema):
     digest: str
 
 
+class SpentSeconds(FileSchema):
+    """Where the time of a shard went, or of all of them. decode: summed over decoders, from opening a file (and fetching it) to its
+    frames. wait: the encoder waited for clips. total: of the process that encodes, writing included."""
+
+    decode: float = Field(ge=0)
+    encode: float = Field(ge=0)
+    wait: float = Field(ge=0)
+    total: float = Field(ge=0)
+
+
 class RecordInfo(SealedSchema):
     """What a record says of its shard, beside a row per clip."""
 
@@ -83,6 +94,7 @@ class RecordInfo(SealedSchema):
     encoders: Encoders
     settings: dict[str, Any]
     """Of the encoders, as far as they determine features."""
+    seconds: SpentSeconds
 
 
 @dataclass(frozen=True)
@@ -312,9 +324,12 @@ class ReportTotals:
     tokens: int = 0
     # SHA-256 over the sources' fingerprints.
     sources: str = ""
+    # SpentSeconds, summed over workers.
+    seconds: Counter[str] = field(default_factory=Counter)
 
-    def add(self, rows: pa.Table, windows: int = 1) -> None:
-        """Adds one record. windows: samples of a clip at most; but for the numbers of samples, a clip counts by its first."""
+    def add(self, rows: pa.Table, seconds: Mapping[str, float], windows: int = 1) -> None:
+        """Adds one record. seconds: SpentSeconds; windows: samples of a clip at most; but for the numbers of samples, a clip counts by its first."""
+        self.seconds.update(seconds)
         self.sources = hashlib.sha256(json.dumps([self.sources, rows["digest"].to_pylist()]).encode()).hexdigest()
         columns = [
             "id",
@@ -390,4 +405,5 @@ class ReportTotals:
             "bad_clips": self.bad,
             "captions_cut": self.captions_cut,
             "text_tokens": self.tokens,
+            "seconds": {name: round(self.seconds[name], 3) for name in SpentSeconds.model_fields},
         }

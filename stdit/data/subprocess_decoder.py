@@ -2,7 +2,8 @@
 
 decord can deadlock while it holds the interpreter's lock, and a damaged file can crash either
 library; neither may take the parent with it. One child serves many clips; it is replaced when it
-hangs or dies. With decoder "auto" a clip on which decord hung or crashed is tried again with PyAV.
+hangs or dies, and the clip is not tried again: its frames do not depend on what else the machine does. The file of the last
+request stays open for the next one.
 
     with SubprocessDecoder(timeout_s=60) as decoder:
         frames = decoder.read(path, [0, 1, 2, 3], size=(64, 64))
@@ -66,6 +67,7 @@ class SubprocessDecoder(Closable):
         self._child: subprocess.Popen[bytes] | None = None
         self._served = 0
         self._owner = os.getpid()
+        self._aborted = False
 
     def probe(self, path: Path | str) -> ClipInfo:
         """Frame count, fps, height and width of a clip. DecodeError; DecodeTimeout."""
@@ -97,9 +99,15 @@ class SubprocessDecoder(Closable):
         crop: tuple[int, int, int, int] | None = None,
     ) -> np.ndarray:
         """As `read`, of a file of which only a part is used: `crop` (top, left, height, width) is cut out first, and a file
-        that breaks off behind the frames asked for serves. The child keeps the file open for the next call."""
+        that breaks off behind the frames asked for serves."""
         answer, payload = self._ask(path, [int(i) for i in indices], size, part={"part": True, "crop": crop})
         return np.frombuffer(payload, np.uint8).reshape(answer["shape"])
+
+    def abort(self) -> None:
+        """From another thread: the call that is under way fails soon, and so does every later one. `close` is still to be called."""
+        self._aborted = True
+        if (child := self._child) is not None and self._owner == os.getpid():
+            child.kill()
 
     def close(self) -> None:
         """Ends the child. The next call starts another."""
@@ -127,21 +135,15 @@ class SubprocessDecoder(Closable):
         request: dict[str, Any] = {"path": os.path.abspath(path), "indices": indices, "size": size, **(part or {})}
         request["decoder"] = self.decoder
         request["stated"] = stated and [stated.frame_count, stated.height, stated.width]
-        try:
-            return self._exchange(request)
-        except DecodeError as error:
-            # Reasons given by the child come from both decoders already; a child that hung or died gave none.
-            if self.decoder != "auto" or self._child is not None:
-                raise
-            try:
-                return self._exchange({**request, "decoder": "pyav"})
-            except DecodeError as second:
-                raise type(second)(request["path"], f"{second.reason}; before that: {error.reason}") from second
+        return self._exchange(request)
 
     def _exchange(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytearray]:
         """One request and its answer. On DecodeTimeout and on a crash the child is gone; on other errors it lives."""
         path = request["path"]
         child = self._living_child()
+        if self._aborted:  # asked after it was started: `abort` may not have seen it
+            self.close()
+            raise DecodeError(path, "decoding was stopped")
         self._served += 1
         deadline = time.monotonic() + self.timeout_s
         try:
@@ -209,12 +211,12 @@ def _send(pipe: int, message: dict[str, Any], payload: bytes | memoryview = b"")
 
 
 def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
-    from stdit.data.decoding import open_clip
-
-    if request.get("part"):
-        return _read(_kept_open(request["path"], request["decoder"]), request)
-    with open_clip(request["path"], request["decoder"]) as reader:
+    reader = _kept_open(request["path"], request["decoder"], bool(request.get("part")))
+    try:
         return _read(reader, request)
+    except BaseException:
+        _close_kept()
+        raise
 
 
 def _read(reader: ClipReader, request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
@@ -236,24 +238,30 @@ def _read(reader: ClipReader, request: dict[str, Any]) -> tuple[dict[str, Any], 
     return {**info, "shape": frames.shape}, np.ascontiguousarray(frames)
 
 
-# The file of the last request for a part: a film has hundreds of clips, and listing its packets takes seconds.
+# The file of the last request: it is probed and then read, a film has hundreds of clips, and listing its packets takes seconds.
 _open: dict[tuple[Any, ...], ClipReader] = {}
 
 
-def _kept_open(path: str, decoder: str) -> ClipReader:
-    from stdit.data.decoding import open_part
+def _kept_open(path: str, decoder: str, part: bool) -> ClipReader:
+    from stdit.data.decoding import open_clip, open_part
 
     try:
         state = os.stat(path)
     except OSError as error:
-        raise DecodeError(path, f"cannot be read: {error.strerror}") from None
-    key = (path, decoder, state.st_size, state.st_mtime_ns)
+        raise DecodeError(
+            path, "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        ) from None
+    key = (path, decoder, part, state.st_size, state.st_mtime_ns)
     if key not in _open:
-        for reader in _open.values():
-            reader.close()
-        _open.clear()
-        _open[key] = open_part(path, decoder)
+        _close_kept()
+        _open[key] = open_part(path, decoder) if part else open_clip(path, decoder)
     return _open[key]
+
+
+def _close_kept() -> None:
+    for reader in _open.values():
+        reader.close()
+    _open.clear()
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stdit.data.decoding import DECORD_INSTALLED, AutoReader, DecodeError, DecordReader, PyAVReader, open_clip
+from stdit.data.decoding import DECORD_INSTALLED, DecodeError, PyAVReader, open_clip
 from tests.support.videos import encode, lossless, smooth
 
-DECODERS = ["auto", "pyav"] + (["decord"] if DECORD_INSTALLED else [])
+DECODERS = ["auto", "decord"] if DECORD_INSTALLED else ["auto"]
 needs_decord = pytest.mark.skipif(not DECORD_INSTALLED, reason="decord has no wheel for this platform")
 
 
@@ -85,20 +85,18 @@ def test_decord_and_pyav_agree(
         ("a.mp4", "libsvtav1", {"preset": "12"}),
     ],
 )
-def test_pyav_takes_over_what_decord_cannot_be_trusted_with(
+def test_auto_is_pyav_which_reads_what_decord_cannot_be_trusted_with(
     tmp_path: Path, name: str, codec: str, options: dict[str, str]
 ) -> None:
     frames = smooth(20, 64, 80)
     path = encode(tmp_path / name, frames, codec, **options)
     with open_clip(path) as reader:
-        assert isinstance(reader, AutoReader)
-        assert isinstance(reader._reader, PyAVReader)
+        assert isinstance(reader, PyAVReader)
         assert np.abs(reader.get([13]).astype(int) - frames[[13]]).mean() < 15
     if DECORD_INSTALLED:
         assert reason_of(path, "decord").startswith("decord: ")
 
 
-@pytest.mark.parametrize("decoder", ["auto", "pyav"])
 @pytest.mark.parametrize(
     ("codec", "options"),
     [
@@ -106,13 +104,13 @@ def test_pyav_takes_over_what_decord_cannot_be_trusted_with(
         ("libx265", {"x265-params": "log-level=none:keyint=12"}),
     ],
 )
-def test_open_gops_are_read_right_after_a_seek(
-    tmp_path: Path, decoder: str, codec: str, options: dict[str, str]
-) -> None:
+def test_open_gops_are_read_right_after_a_seek(tmp_path: Path, codec: str, options: dict[str, str]) -> None:
     path = encode(tmp_path / "a.mp4", smooth(40, 64, 80), codec, **options)
     whole = frames_of(path, None, "pyav")
     for index in (5, 11, 12, 13, 25, 39):
-        assert (frames_of(path, [index], decoder) == whole[[index]]).all()
+        assert (frames_of(path, [index]) == whole[[index]]).all()
+    if DECORD_INSTALLED:
+        assert reason_of(path, "decord") == "decord: open GOPs, through which it cannot seek"
 
 
 @pytest.mark.parametrize("size", [(16, 16), (24, 24), (12, 12), (17, 33), (50, 70), (1, 2)])
@@ -142,7 +140,7 @@ def test_rotation_in_the_container_is_applied(
 # ------------------------------------------------------------------------------- what ffmpeg shows
 
 
-def assert_shows(path: Path, expected: np.ndarray, decoder: str, tolerance: int = 0) -> None:
+def assert_shows(path: Path, expected: np.ndarray, decoder: str = "auto", tolerance: int = 0) -> None:
     """The reader of `path` has exactly the frames `expected`: whole, strided, backwards and alone."""
     with open_clip(path, decoder) as reader:
         assert reader.frame_count == len(expected)
@@ -151,7 +149,6 @@ def assert_shows(path: Path, expected: np.ndarray, decoder: str, tolerance: int 
             assert np.abs(found - expected[list(indices)]).max() <= tolerance
 
 
-@pytest.mark.parametrize("decoder", ["auto", "pyav"])
 @pytest.mark.parametrize(
     ("name", "codec", "options"),
     [
@@ -163,7 +160,7 @@ def assert_shows(path: Path, expected: np.ndarray, decoder: str, tolerance: int 
     ],
 )
 def test_frames_are_in_the_order_shown_where_the_container_has_no_times(
-    tmp_path: Path, decoder: str, name: str, codec: str, options: dict[str, str]
+    tmp_path: Path, name: str, codec: str, options: dict[str, str]
 ) -> None:
     frames = smooth(25, 64, 80)
     encode(tmp_path / name, frames, codec, **options)
@@ -171,11 +168,10 @@ def test_frames_are_in_the_order_shown_where_the_container_has_no_times(
         expected = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     assert len(expected) == 25
     assert np.abs(expected.astype(int) - frames).mean() < 15
-    assert_shows(tmp_path / name, expected, decoder)
+    assert_shows(tmp_path / name, expected)
 
 
-@pytest.mark.parametrize("decoder", ["auto", "pyav"])
-def test_frames_that_vp8_decodes_but_does_not_show_are_not_there(tmp_path: Path, decoder: str) -> None:
+def test_frames_that_vp8_decodes_but_does_not_show_are_not_there(tmp_path: Path) -> None:
     """As alternate references, which libvpx makes in two passes: two frames that others refer to say that they are not shown."""
     path = encode(tmp_path / "a.webm", smooth(40, 64, 80), "libvpx", b="1M", g="16", **{"auto-alt-ref": "0"})
     raw = bytearray(path.read_bytes())
@@ -187,7 +183,7 @@ def test_frames_that_vp8_decodes_but_does_not_show_are_not_there(tmp_path: Path,
     with av.open(str(path)) as container:
         expected = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     assert (len(packets), len(expected)) == (40, 38)
-    assert_shows(path, expected, decoder)
+    assert_shows(path, expected)
 
 
 def cut_without_decoding(source: Path, path: Path, start: int, packets: int | None = None) -> None:
@@ -206,22 +202,18 @@ def cut_without_decoding(source: Path, path: Path, start: int, packets: int | No
             out.mux(packet)
 
 
-@pytest.mark.parametrize("decoder", ["auto", "pyav"])
 @pytest.mark.parametrize("name", ["a.mp4", "a.mov"])
 @pytest.mark.parametrize("options", [{"bf": "3"}, {"bf": "0"}])
-def test_frames_that_an_edit_list_hides_are_not_there(
-    tmp_path: Path, decoder: str, name: str, options: dict[str, str]
-) -> None:
+def test_frames_that_an_edit_list_hides_are_not_there(tmp_path: Path, name: str, options: dict[str, str]) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (30, 64, 80, 3), np.uint8)
     source = encode(tmp_path / "source.mp4", frames, "libx264rgb", "rgb24", qp="0", g="12", sc_threshold="0", **options)
     cut_without_decoding(source, tmp_path / name, start=17)
-    assert_shows(tmp_path / name, frames[17:], decoder)
+    assert_shows(tmp_path / name, frames[17:])
     if DECORD_INSTALLED:
         assert reason_of(tmp_path / name, "decord") == "decord: shows frames that the edit list hides"
 
 
-@pytest.mark.parametrize("decoder", ["auto", "pyav"])
-def test_frames_behind_the_end_of_an_edit_list_are_not_there(tmp_path: Path, decoder: str) -> None:
+def test_frames_behind_the_end_of_an_edit_list_are_not_there(tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (24, 64, 80, 3), np.uint8)
     path = encode(tmp_path / "a.mp4", frames, "libx264rgb", "rgb24", qp="0", bf="0", g="12")
     raw = bytearray(path.read_bytes())
@@ -229,7 +221,7 @@ def test_frames_behind_the_end_of_an_edit_list_are_not_there(tmp_path: Path, dec
     duration, media_time = struct.unpack(">Ii", raw[at : at + 8])
     raw[at : at + 8] = struct.pack(">Ii", duration // 2, media_time)
     path.write_bytes(raw)
-    assert_shows(path, frames[:12], decoder)
+    assert_shows(path, frames[:12])
 
 
 def test_frames_that_a_cut_left_without_their_key_frame_are_not_there(tmp_path: Path) -> None:
@@ -242,7 +234,6 @@ def test_frames_that_a_cut_left_without_their_key_frame_are_not_there(tmp_path: 
     assert (found == whole[-len(found) :]).all()
 
 
-@pytest.mark.parametrize("decoder", ["auto", "pyav"])
 @pytest.mark.parametrize(
     ("name", "codec", "pixels", "options"),
     [
@@ -254,7 +245,7 @@ def test_frames_that_a_cut_left_without_their_key_frame_are_not_there(tmp_path: 
     ],
 )
 def test_transparent_video_lies_over_white(
-    tmp_path: Path, decoder: str, name: str, codec: str, pixels: str, options: dict[str, str]
+    tmp_path: Path, name: str, codec: str, pixels: str, options: dict[str, str]
 ) -> None:
     rgba = np.zeros((8, 64, 80, 4), np.uint8)
     rgba[:, :, :40] = (255, 0, 0, 128)
@@ -265,30 +256,11 @@ def test_transparent_video_lies_over_white(
         for frame in rgba:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgba")))
         container.mux(stream.encode())
-    found = frames_of(tmp_path / name, decoder=decoder).astype(int)
+    found = frames_of(tmp_path / name).astype(int)
     assert np.abs(found[:, :, :32] - [255, 127, 127]).max() <= 8
     assert np.abs(found[:, :, 48:] - 255).max() <= 8
     if DECORD_INSTALLED:
         assert reason_of(tmp_path / name, "decord") == "decord: leaves transparency out"
-
-
-@needs_decord
-def test_a_clip_that_neither_decoder_reads_is_refused_and_closed(tmp_path: Path, monkeypatch: Any) -> None:
-    path = lossless(tmp_path / "a.mp4", smooth(8, 64, 80))
-
-    def fails(self: Any, indices: Any) -> np.ndarray:
-        raise DecodeError(self.path, "decord: damaged")
-
-    def refuses(self: Any, path: Path) -> None:
-        raise DecodeError(path, "PyAV: damaged")
-
-    monkeypatch.setattr(DecordReader, "_get", fails)
-    monkeypatch.setattr(PyAVReader, "__init__", refuses)
-    with open_clip(path) as reader:
-        for _ in range(2):
-            with pytest.raises(DecodeError, match="PyAV: damaged; decord: damaged"):
-                reader.get([0])
-        reader.close()
 
 
 # ---------------------------------------------------------------------------------------- bad files
@@ -311,13 +283,10 @@ def truncated(path: Path) -> None:
         (truncated, "moov|Invalid data"),
     ],
 )
-@pytest.mark.parametrize("decoder", ["auto", "pyav"])
-def test_what_is_no_clip_is_refused_with_its_reason(
-    tmp_path: Path, make: Callable[[Path], None], reason: str, decoder: str
-) -> None:
+def test_what_is_no_clip_is_refused_with_its_reason(tmp_path: Path, make: Callable[[Path], None], reason: str) -> None:
     path = tmp_path / "a.mp4"
     make(path)
-    found = reason_of(path, decoder)
+    found = reason_of(path)
     assert any(part in found for part in reason.split("|")), found
 
 
@@ -329,14 +298,13 @@ def test_a_clip_that_ends_early_is_refused(tmp_path: Path) -> None:
         frames_of(path, range(30))
 
 
-@pytest.mark.parametrize("decoder", ["auto", "pyav"])
-def test_sound_alone_is_refused(tmp_path: Path, decoder: str) -> None:
+def test_sound_alone_is_refused(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "a.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=44100)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
         frame.sample_rate = 44100
         container.mux([*stream.encode(frame), *stream.encode()])
-    assert "holds no video" in reason_of(tmp_path / "a.mp4", decoder)
+    assert "holds no video" in reason_of(tmp_path / "a.mp4")
 
 
 def test_damage_is_an_error_or_goes_unseen_but_never_crashes(tmp_path: Path) -> None:

@@ -73,15 +73,6 @@ def test_one_child_serves_good_clips_after_bad_ones(decoder: SubprocessDecoder, 
     assert decoder._child is child
 
 
-@pytest.mark.parametrize("code", [HANG, CRASH])
-def test_pyav_reads_what_decord_hangs_or_crashes_on(
-    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
-) -> None:
-    fake_decord(tmp_path, monkeypatch, code)
-    with SubprocessDecoder("auto", timeout_s=2) as decoder:
-        assert (decoder.read(clip, [1, 2]) == FRAMES[1:3]).all()
-
-
 def test_a_hang_is_stopped_in_time(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_decord(tmp_path, monkeypatch, HANG)
     began = time.monotonic()

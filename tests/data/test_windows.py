@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,25 @@ def test_windows_lie_within_the_clip_a_stride_apart_and_there_are_as_many_as_fit
     assert window_indices(frame_count, frames, stride, mode) == [frame_indices(frame_count, frames, stride, mode)]
 
 
+@pytest.mark.parametrize("frames", [1, 5])
+@pytest.mark.parametrize("every", [1, 2, 5, 7])
+@pytest.mark.parametrize("at_once", [1, 9, 1000])
+def test_windows_are_put_together_from_groups_that_share_no_frame(frames: int, every: int, at_once: int) -> None:
+    groups = list(room.grouped(window_indices(60, frames, 2.5, "center", (every, 9)), at_once))
+    new = room.new_indices(groups)
+    assert len({index for part in new for index in part}) == sum(map(len, new))
+    video, still = np.arange(60), np.array([7])
+    for control in (None, video, still):
+        parts = [(part, video[part], control if control is None or control is still else control[part]) for part in new]
+        found = list(room.joined(groups, parts))
+        assert [window for window, *_ in found] == [window for group in groups for window in group]
+        for window, pixels, beside in found:
+            assert pixels.tolist() == window
+            assert control is None or beside is not None
+            if beside is not None:
+                assert beside.tolist() == ([7] if control is still else window) or (control is still and frames == 1)
+
+
 def test_each_window_is_a_sample_with_the_frames_that_its_row_names(tmp_path: Path) -> None:
     settings = config(tmp_path)
     features = FeatureSet(extract.run(settings))
@@ -121,15 +141,17 @@ def test_a_long_clip_is_decoded_some_windows_at_a_time_with_equal_features(
 ) -> None:
     whole = FeatureSet(extract.run(config(tmp_path)))
     monkeypatch.setattr(room, "READ_BYTES", 10 * 16 * 16 * 3)
-    reads, read = [], room.SubprocessDecoder.read
+    reads, asked, read = [], defaultdict(list), room.SubprocessDecoder.read
 
     def counted(self: Any, path: Path, indices: Any, *args: Any) -> np.ndarray:
         reads.append(len(indices))
+        asked[path.name].extend(indices)
         return read(self, path, indices, *args)
 
     monkeypatch.setattr(room.SubprocessDecoder, "read", counted)
     parts = FeatureSet(extract.run(config(tmp_path, out=tmp_path / "parts")))
     assert max(reads) <= 10
+    assert all(len(set(indices)) == len(indices) for indices in asked.values())  # no frame is decoded twice
     assert len(reads) > 5
     assert parts.rows == whole.rows
     assert all(torch.equal(parts.sample(i).mean, whole.sample(i).mean) for i in whole.ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,11 @@ def test_two_workers_extract_what_one_process_does(tmp_path: Path) -> None:
     names = {str(p.relative_to(one)) for p in one.rglob("*") if p.is_file()}
     assert names == {str(p.relative_to(many)) for p in many.rglob("*") if p.is_file()}
     for name in names:
-        if name.endswith(".json"):
+        if name == "report.json":
+            reports = [json.loads((folder / name).read_text()) for folder in (one, many)]
+            assert all(report["seconds"]["encode"] > 0 for report in reports)
+            assert {**reports[0], "seconds": None} == {**reports[1], "seconds": None}
+        elif name.endswith(".json"):
             assert (one / name).read_text() == (many / name).read_text()
         elif name.endswith(".safetensors"):
             # Not bit for bit: torch's sums depend on how many threads share them.

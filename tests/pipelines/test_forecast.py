@@ -229,6 +229,7 @@ def test_every_clip_of_a_report_is_printed() -> None:
         "captions_cut": 0, "uncaptioned": 0, "uncaptioned_clips": [], "kept_share_by_bucket": {"1x8x8": 0.9},
         "samples": 4, "used_frames_by_bucket": {"1x8x8": 0.25},
         "most_cropped_clips": [], "frame_rates": {}, "misstated_clips": [],
+        "seconds": {"decode": 0, "encode": 0, "wait": 0, "total": 0},
     }  # fmt: skip
     lines = report_lines(report)
     assert lines[0] == "clips: 12 = 4 kept + 1 dropped (1 too_short) + 7 that can't be used"
