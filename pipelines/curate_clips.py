@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,18 +25,18 @@ from stdit.errors import WorkFailed, exit_code
 class Worker:
     """An actor: tasks as stdit.curation.work has them, {"task": JSON} -> {"result": JSON, "content": bytes, "error": …}."""
 
-    def __init__(self, kind: str, config: dict[str, Any], directory: str) -> None:
+    def __init__(self, kind: str, config: dict[str, Any], directory: str, beside: int) -> None:
         if os.path.isdir(directory):
             os.chdir(directory)
         self.kind, self.config = kind, validate(config, CurateConfig, "curation")
-        self.worker: Any = None
+        self.beside, self.worker = beside, cast(Any, None)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         from stdit.curation.work import make_worker
 
         try:
             # Not in the constructor: weights that are not there would be reported as Ray's own traceback.
-            self.worker = self.worker or make_worker(self.kind, self.config)
+            self.worker = self.worker or make_worker(self.kind, self.config, beside=self.beside)
             result = self.worker(json.loads(row["task"]))
         except (OSError, ValueError) as error:
             failed = exit_code(error) == 1
@@ -59,10 +60,11 @@ def ray_mapper(kind: str, config: CurateConfig, tasks: Sequence[dict[str, Any]])
     gpus = ray.cluster_resources().get("GPU", 0) if kind != "analyse" else 0
     # A model is loaded by as many actors as there are GPUs; on CPUs alone, by one.
     workers = min(len(tasks), config.workers if kind == "analyse" else max(1, int(gpus)))
+    machines = sum(node["Alive"] for node in ray.nodes())
     rows = ray.data.from_items([{"task": json.dumps(task)} for task in tasks], override_num_blocks=len(tasks))
     done = rows.map(
         cast(Any, Worker),
-        fn_constructor_args=(kind, config.model_dump(mode="json"), os.getcwd()),
+        fn_constructor_args=(kind, config.model_dump(mode="json"), os.getcwd(), math.ceil(workers / machines)),
         compute=ActorPoolStrategy(size=workers),
         num_cpus=1,
         num_gpus=1 if gpus else None,

@@ -175,6 +175,8 @@ class CurateConfig(Frozen):
     """Selects the validation files."""
     workers: Workers = 1
     """Processes that analyse footage (Ray actors under `pipelines.curate_clips`)."""
+    decoder_workers: Workers | Literal["auto"] = "auto"
+    """Processes that decode ahead for each captioner. auto: as that of extraction."""
     stall_timeout_s: Seconds = 60.0
     """Seconds without a frame after which a file is given up; the clips before that are kept."""
     max_bad_share: Share = 0.2

@@ -12,13 +12,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from stdit.config import CurateConfig, parse_location
 from stdit.curation.clips import ClipView, spread
 from stdit.curation.sources import local_file
 from stdit.data.object_cache import ObjectCache
 from stdit.data.objects import StoreError, is_of_object
+
+if TYPE_CHECKING:
+    from stdit.data.subprocess_decoder import SubprocessDecoder
 
 Task = dict[str, Any]
 # Clips of a task of the scorers.
@@ -34,13 +38,14 @@ class Worker(Protocol):
 Mapper = Callable[[str, CurateConfig, Sequence[Task]], Iterator[Task]]
 
 
-def make_worker(kind: str, config: CurateConfig) -> Worker:
-    """kind: analyse, score, or caption:NAME. ConfigError: weights or functions that are not there."""
+def make_worker(kind: str, config: CurateConfig, clips: int | None = None, beside: int = 1) -> Worker:
+    """kind: analyse, score, or caption:NAME. clips: to caption, where that is known; beside: captioners of this machine. ConfigError:
+    weights or functions that are not there."""
     if kind == "analyse":
         return Analyser(config)
     if kind == "score":
         return Scoring(config)
-    return Captioning(config, kind.partition(":")[2])
+    return Captioning(config, kind.partition(":")[2], clips, beside)
 
 
 class Analyser:
@@ -95,40 +100,62 @@ class Scoring:
         self.scorer.close()
 
 
+@dataclass(frozen=True)
+class _Look:
+    """A clip with its pictures, or the reason why there are none; again: another time there may be."""
+
+    key: str
+    view: ClipView | None
+    reason: str | None = None
+    again: bool = False
+
+
 class Captioning:
     """{"clips": […]} -> {"captions": {clip: (text or None, reason or None)}, "again": clips to ask about again another time}."""
 
-    def __init__(self, config: CurateConfig, name: str) -> None:
+    def __init__(self, config: CurateConfig, name: str, clips: int | None = None, beside: int = 1) -> None:
         from stdit.curation.captioners import load_captioner
-        from stdit.data.subprocess_decoder import SubprocessDecoder
+        from stdit.data.decoder_pool import DecoderPool, decoder_workers
 
         self.config = next(caption for caption in config.captions if caption.name == name)
         self.captioner, self.cache = load_captioner(self.config), ObjectCache.of(config.cache)
-        self.decoder = SubprocessDecoder("pyav", config.stall_timeout_s)
+        workers = decoder_workers(config.decoder_workers, clips, beside)
+        self.pool = DecoderPool("pyav", config.stall_timeout_s, workers)
 
     def __call__(self, task: Task) -> Task:
-        from stdit.curation.captioners import Failed
+        (result,) = self.map([task])
+        return result
+
+    def map(self, tasks: Sequence[Task]) -> Iterator[Task]:
+        """Results in order; while one batch is captioned, clips of the next are decoded."""
+        clips = (clip for task in tasks for clip in task["clips"])
+        looked = self.pool.map(self._look, clips, max((len(task["clips"]) for task in tasks), default=1))
+        for task in tasks:
+            yield self._caption([next(looked) for _ in task["clips"]])
+
+    def _look(self, decoder: SubprocessDecoder, clip: Task) -> _Look:
+        """A clip with its pictures."""
         from stdit.data.decoding import DecodeError, DecodeTimeout
 
-        found: dict[str, tuple[str | None, str | None]] = {}
-        views, keys, again = [], [], []
-        for clip in task["clips"]:
-            view = clip_view(clip)
-            try:
-                indices = spread(view.start, view.end, self.config.frames)
-                with local_file(self.cache, clip["file"], clip["digest"]) as path:
-                    view.pictures = self.decoder.read_part(path, indices, None, clip["crop"])
-            except DecodeError as error:
-                found[clip["key"]] = (None, error.reason)
-                again += [clip["key"]] if isinstance(error, DecodeTimeout) else []
-                continue
-            except StoreError as error:
-                found[clip["key"]] = (None, _of_object(error))
-                again.append(clip["key"])
-                continue
-            views.append(view)
-            keys.append(clip["key"])
-        for key, answer in zip(keys, self.captioner.caption(views) if views else [], strict=True):
+        view = clip_view(clip)
+        try:
+            indices = spread(view.start, view.end, self.config.frames)
+            with local_file(self.cache, clip["file"], clip["digest"]) as path:
+                view.pictures = decoder.read_part(path, indices, None, clip["crop"])
+            return _Look(clip["key"], view)
+        except DecodeError as error:
+            return _Look(clip["key"], None, error.reason, isinstance(error, DecodeTimeout))
+        except StoreError as error:
+            return _Look(clip["key"], None, _of_object(error), True)
+
+    def _caption(self, looks: Sequence[_Look]) -> Task:
+        from stdit.curation.captioners import Failed
+
+        found: dict[str, tuple[str | None, str | None]] = {k.key: (None, k.reason) for k in looks if k.view is None}
+        again = [look.key for look in looks if look.again]
+        views = {look.key: look.view for look in looks if look.view is not None}
+        answers = self.captioner.caption(list(views.values())) if views else []
+        for key, answer in zip(views, answers, strict=True):
             if isinstance(answer, Failed):
                 found[key] = (None, answer.reason)
                 again += [key] if answer.passing else []
@@ -137,7 +164,7 @@ class Captioning:
         return {"captions": found, "again": again}
 
     def close(self) -> None:
-        self.decoder.close()
+        self.pool.close()
 
 
 def _of_object(error: StoreError) -> str:
@@ -165,9 +192,12 @@ def local_mapper(kind: str, config: CurateConfig, tasks: Sequence[Task]) -> Iter
     """Results as they come: files by `config.workers` processes, the rest in this one."""
     workers = min(config.workers, len(tasks)) if kind == "analyse" else 1
     if workers <= 1:
-        worker = make_worker(kind, config)
+        worker = make_worker(kind, config, sum(len(task.get("clips", ())) for task in tasks))
         try:
-            yield from map(worker, _ahead(config, tasks) if kind == "analyse" else tasks)
+            if isinstance(worker, Captioning):
+                yield from worker.map(tasks)
+            else:
+                yield from map(worker, _ahead(config, tasks) if kind == "analyse" else tasks)
         finally:
             worker.close()
         return

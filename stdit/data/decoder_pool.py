@@ -47,14 +47,17 @@ class DecoderPool(Closable):
         self._decoders: list[SubprocessDecoder] = []
         self._threads = ThreadPoolExecutor(workers, "decode", self._start)
 
-    def map(self, function: Callable[[SubprocessDecoder, _Task], _Result], tasks: Iterable[_Task]) -> Iterator[_Result]:
-        """function(decoder, task) of each task, in the order of the tasks. The next PREFETCH_FACTOR * workers tasks are begun before
-        a result is taken, and no more. An error is raised where its result would be."""
+    def map(
+        self, function: Callable[[SubprocessDecoder, _Task], _Result], tasks: Iterable[_Task], ahead: int = 0
+    ) -> Iterator[_Result]:
+        """function(decoder, task) of each task, in the order of the tasks. The next PREFETCH_FACTOR * workers tasks, or `ahead` if that is
+        more, are begun before a result is taken, and no further ones. An error is raised where its result would be."""
+        ahead = max(ahead, PREFETCH_FACTOR * self.workers)
         begun: deque[Future[_Result]] = deque()
         try:
             for task in tasks:
                 begun.append(self._threads.submit(self._call, function, task))
-                if len(begun) > PREFETCH_FACTOR * self.workers:
+                if len(begun) > ahead:
                     yield begun.popleft().result()
             while begun:
                 yield begun.popleft().result()

@@ -245,3 +245,40 @@ def test_captions_that_failed_in_passing_are_asked_for_again_and_the_others_are_
         assert len(seen) == 5
         second = [json.loads(line)["caption_dense"] for line in path.read_text().splitlines()]
     assert second == [first[0], None, "A wave of colours.", None]
+
+
+def test_clips_of_the_next_batch_are_decoded_while_one_is_captioned(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stdit.config import CurateConfig
+    from stdit.curation import captioners
+    from stdit.curation.work import local_mapper
+    from stdit.data.decoding import DecodeError
+    from stdit.data.subprocess_decoder import SubprocessDecoder
+
+    read: list[str] = []
+
+    def look(self: SubprocessDecoder, path: Path, *rest: Any) -> np.ndarray:
+        read.append(path.name)
+        if path.name == "5":
+            raise DecodeError(path, "damaged")
+        return np.full((1, 8, 8, 3), int(path.name), np.uint8)
+
+    class Counting:
+        def caption(self, clips: list[ClipView]) -> list[Any]:
+            deadline = time.monotonic() + 10
+            while len(read) < min(12, len(done) + 8) and time.monotonic() < deadline:
+                time.sleep(0.001)
+            done.extend(clips)
+            behind.append(len(read) - len(done))
+            return [str(clip.pictures[0, 0, 0, 0]) for clip in clips if clip.pictures is not None]
+
+    done: list[ClipView] = []
+    behind: list[int] = []
+    monkeypatch.setattr(SubprocessDecoder, "read_part", look)
+    monkeypatch.setattr(captioners, "load_captioner", lambda config: Counting())
+    view = {"path": "a", "start": 0, "end": 9, "fps": 24.0, "height": 8, "width": 8, "caption": None, "row": {}}
+    clips = [{**view, "key": f"k{i}", "file": f"/clips/{i}", "digest": "", "crop": None} for i in range(12)]
+    config = CurateConfig(footage="a", out=Path("b"), captions=(CONFIG,), decoder_workers=3)
+    results = list(local_mapper("caption:dense", config, [{"clips": clips[i : i + 4]} for i in (0, 4, 8)]))
+    assert behind[0] >= 4
+    found = {key: answer for result in results for key, answer in result["captions"].items()}
+    assert found == {f"k{i}": (None, "damaged") if i == 5 else (str(i), None) for i in range(12)}

@@ -203,7 +203,8 @@ def test_a_clip_of_which_one_window_is_bad_is_bad_as_a_whole(tmp_path: Path) -> 
     with room.Extractor(settings, Broken(), None, {}) as extractor:
         (spec,) = plan.shards
         tensors: dict[str, torch.Tensor] = {}
-        rows = list(extractor._encode(extractor._clips(spec), tensors))
+        clips = room._until_end(extractor._clips([spec]), {"wait": 0.0})
+        rows = list(extractor._encode(clips, tensors))
         assert [row["status"] for row in rows] == ["kept", "kept", "bad", "kept"] + ["kept"] * 4
         rows = room._whole_clips(rows, tensors, spec.windows)
     assert [(row["id"], row["status"]) for row in rows] == [(0, "bad"), *((8 + i, "kept") for i in range(4))]
