@@ -24,9 +24,10 @@ import torch
 
 from stdit.config import ExtractBucket, ExtractConfig
 from stdit.data import manifest
-from stdit.data.extraction import plan_extraction, read_report, write_settings
+from stdit.data.extraction import encoder_settings, read_report, write_settings
 from stdit.data.extractor import Extractor
-from stdit.extract import collect
+from stdit.encoders.video import load_video_encoder
+from stdit.extract import collect, plan_shards
 
 RESULTS = Path(__file__).parent / "results" / "extraction.md"
 FRAMES, SIDE, SOURCE_SIDE = 49, 256, 512
@@ -36,11 +37,10 @@ NAMES = ("decode", "encode", "wait")
 class SleepingEncoder:
     """Latents of 8×8 px, after a pause of `seconds` a clip in which the processor is free, as beside a GPU."""
 
-    identity: dict[str, Any] = {"kind": "sleeping", "dtype": "float32"}  # noqa: RUF012
     dtype = torch.float32
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, identity: dict[str, Any], seconds: float) -> None:
+        self.identity, self.seconds = identity, seconds
 
     def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, None]:
         time.sleep(self.seconds * len(pixels))
@@ -74,11 +74,10 @@ def measure(folder: Path, clips: Path, decoders: int, encode_s: float) -> tuple[
         clips_per_shard=32,
         batch_size=4,
     )
-    video = SleepingEncoder(encode_s)
-    encoders = {"video_encoder": video.identity, "text_encoder": None}
-    plan = plan_extraction(config, encoders)
+    plan = plan_shards(config)
     write_settings(plan)
-    with Extractor(config, video, None, encoders, decoders) as extractor:
+    video = SleepingEncoder(load_video_encoder(config.video_encoder).identity, encode_s)
+    with Extractor(config, video, None, encoder_settings(plan.settings), decoders) as extractor:
         collect(plan, plan.shards, extractor.extract_all(plan.shards))
     report = read_report(config.out)
     return report["seconds"], report["kept"]

@@ -155,6 +155,7 @@ class Extractor(Closable):
         )
         self.cache = ObjectCache.of(config.cache)
         self.folder, self.staging = local_folder(config), staging_of(config)
+        self._encode_s = 0.0
 
     def close(self) -> None:
         """Ends the decoding processes."""

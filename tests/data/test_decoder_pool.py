@@ -20,7 +20,6 @@ from stdit.data import decoder_pool
 from stdit.data import extractor as room
 from stdit.data.decoder_pool import PREFETCH_FACTOR, DecoderPool, decoder_workers
 from stdit.data.extraction import plan_extraction, read_report, report_lines
-from stdit.data.features import FeatureSet
 from stdit.data.subprocess_decoder import SubprocessDecoder
 from tests.support import clip_folder
 from tests.support.videos import lossless, smooth
@@ -149,10 +148,9 @@ def test_the_end_of_an_extraction_says_what_the_encoder_waited_for(tmp_path: Pat
 
 def content(config: ExtractConfig) -> tuple[Any, ...]:
     """All that an extraction says and has, but for times."""
-    features = FeatureSet(config.out)
     shards = {path.name: path.read_bytes() for path in (config.out / "shards").iterdir()}
     names = ("index.json", "samples.parquet", "extraction.json")
-    return shards, [(features.path / name).read_bytes() for name in names], {**read_report(config.out), "seconds": None}
+    return shards, [(config.out / name).read_bytes() for name in names], {**read_report(config.out), "seconds": None}
 
 
 @pytest.mark.slow
