@@ -44,13 +44,13 @@ def store(s3: ObjectStore) -> ObjectStore:
 def extracted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of the shards that are extracted."""
     numbers: list[int] = []
-    own = Extractor.extract
+    own = Extractor._extract
 
-    def counted(self: Extractor, spec: ShardSpec) -> ShardResult:
+    def counted(self: Extractor, spec: ShardSpec, clips: Any) -> ShardResult:
         numbers.append(spec.number)
-        return own(self, spec)
+        return own(self, spec, clips)
 
-    monkeypatch.setattr(Extractor, "extract", counted)
+    monkeypatch.setattr(Extractor, "_extract", counted)
     return numbers
 
 
@@ -70,7 +70,10 @@ def test_features_at_a_url_are_those_of_a_local_folder_and_a_second_call_uploads
     assert extract.run(remote) == AT
     assert isinstance(local.out, Path)
     expected = {name: content for name, content in files(local.out).items() if not name.startswith(".")}
-    assert files(store.folder / "bucket/made") == expected
+    found = files(store.folder / "bucket/made")
+    assert found.keys() == expected.keys()
+    timed = [name for name in expected if name.startswith("parts/") or name == "report.json"]  # they say what it took
+    assert {**found, **dict.fromkeys(timed)} == {**expected, **dict.fromkeys(timed)}
     assert not list(local_folder(remote).rglob("*.safetensors")), "shards stay in the store alone"
     store.requests.clear()
     assert extract.run(at_url(local, tmp_path / "other")) == AT
@@ -111,7 +114,7 @@ def test_a_reader_sees_complete_features_or_none(
     changes = [(method, path.removeprefix("/bucket/made/")) for method, path in changes if path.count(".")]
     assert changes[0] == ("DELETE", "index.json")
     assert [path for method, path in changes if method == "PUT"] == [
-        "parts/00001.parquet", "shards/00001.safetensors", "parts/00001.parquet", "samples.parquet", "index.json",
+        "parts/00001.parquet", "shards/00001.safetensors", "parts/00001.parquet", "report.json", "samples.parquet", "index.json",
     ]  # fmt: skip
     assert len(FeatureSet(AT, CacheConfig(folder=tmp_path / "reader"))) == 4
 
