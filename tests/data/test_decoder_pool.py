@@ -148,6 +148,7 @@ def test_the_end_of_an_extraction_says_what_the_encoder_waited_for(tmp_path: Pat
 
 def content(config: ExtractConfig) -> tuple[Any, ...]:
     """All that an extraction says and has, but for times."""
+    assert isinstance(config.out, Path)
     shards = {path.name: path.read_bytes() for path in (config.out / "shards").iterdir()}
     names = ("index.json", "samples.parquet", "extraction.json")
     return shards, [(config.out / name).read_bytes() for name in names], {**read_report(config.out), "seconds": None}
