@@ -26,12 +26,12 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class BucketForecast:
-    """One bucket of a stage: `clips` of its training split, `left_out` of them by `where`, and what a step takes."""
+    """One bucket of a stage: `clips` of its training split, `left_out` of them by `where`, and the samples that `steps` steps take."""
 
     key: str
     clips: int
     left_out: int
-    samples_per_step: int
+    samples: int
     steps: int
     tokens: int
     # Share of train.tokens_per_step that a step takes, and how far ranks are from equal work; None without it.
@@ -44,7 +44,12 @@ class BucketForecast:
     @property
     def epochs(self) -> float:
         """Passes over the clips of the bucket."""
-        return self.steps * self.samples_per_step / max(1, self.clips)
+        return self.samples / max(1, self.clips)
+
+    @property
+    def samples_per_step(self) -> float:
+        """Of the steps that take any; packed, their mean."""
+        return self.samples / max(1, self.steps)
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Forecast:
     use_gpu: bool = False
 
     def __str__(self) -> str:
-        samples = sum(b.steps * b.samples_per_step for b in self.buckets)
+        samples = sum(b.samples for b in self.buckets)
         trained = "" if self.trained == self.parameters else f" ({self.trained / 1e6:.2f} M trained)"
         lines = [
             f"stage {self.name}: {self.steps} steps, {self.ranks} ranks, {samples:,} samples, "
@@ -77,7 +82,7 @@ class Forecast:
         for b in self.buckets:
             kept = f"{b.clips:,} clips" + (f" ({b.left_out:,} left out: not {self.where})" if self.where else "")
             lines.append(
-                f"  {b.key:<12} {kept}; {b.tokens} tokens; {b.steps} steps of {b.samples_per_step}, {b.epochs:.1f} epochs"
+                f"  {b.key:<12} {kept}; {b.tokens} tokens; {b.steps} steps of {_count(b.samples_per_step)}, {b.epochs:.1f} epochs"
                 + (
                     f"; {b.budget[0]:.0%} of tokens_per_step, ranks {b.budget[1]:.0%} from equal work"
                     if b.budget
@@ -137,7 +142,9 @@ def forecast(
     config, shared = stage.config, stage.config.train.sequence_parallel
     ranks = resources.ranks[0]  # the fewest: the most memory each
     data_ranks = config.train.data_ranks(ranks)
-    schedule = BucketSchedule(source, config.data, data_ranks, config.train.gradient_accumulation)
+    packing = config.train.packing_budget
+    schedule = BucketSchedule(source, config.data, data_ranks, config.train.gradient_accumulation, packing)
+    micro_batches = config.micro_batches(ranks)
     latents = {b.key: latent_shape(b, compression) for b in config.data.buckets}
     check_sequence_parallel(config, latents, ranks)
     check_validation_clips(stage, source)
@@ -145,33 +152,34 @@ def forecast(
     taken = dict.fromkeys(schedule.counts, 0)
     steps = dict.fromkeys(schedule.counts, 0)
     for _ in range(config.train.steps):
-        bucket = schedule.next_bucket(taken)
-        taken[bucket.key] += schedule.step_size(bucket)
-        steps[bucket.key] += 1
+        step = schedule.plan_step(taken)
+        taken = step.position
+        for key in step.taken:
+            steps[key] += 1
     text = text_length if config.model.text_dim is not None else 0
     sizes = parameter_sizes(config.model, config.train)
     device = "cuda" if resources.use_gpu else "cpu"
     buckets, memories, flops, parameters, trained = [], [], 0, 0, 0
     for bucket in config.data.buckets:
-        batch, count, _ = schedule.micro_batches[bucket.key]
+        batch, count, size = micro_batches[bucket.key]
         try:
             cost = sample_cost(config, bucket, latents[bucket.key], text, batch)
             own = cost if shared == 1 else sample_cost(config, bucket, latents[bucket.key], text, batch, shared)
         except ConfigError as error:
             raise ConfigError(f"{stage.source}: {error}") from error
-        kept, size = schedule.counts[bucket.key], schedule.step_size(bucket)
+        kept, samples = schedule.counts[bucket.key], taken[bucket.key]
         left_out = len(everything[bucket.key]) - kept
         checkpointed = config.train.activation_checkpointing
         exchanged = own.exchanged_bytes_checkpointed if checkpointed else own.exchanged_bytes
         exchanged *= batch * count
         budget = None
-        if config.train.tokens_per_step is not None:
+        if config.train.tokens_per_step is not None and packing is None:
             budget = size * cost.tokens / config.train.tokens_per_step, imbalance(size, data_ranks)
         zero = zero_traffic(sizes, config.train, ranks, count) if ranks > 1 else None
         buckets.append(
-            BucketForecast(bucket.key, kept, left_out, size, steps[bucket.key], cost.tokens, budget, exchanged, zero)
+            BucketForecast(bucket.key, kept, left_out, samples, steps[bucket.key], cost.tokens, budget, exchanged, zero)
         )
-        flops += steps[bucket.key] * size * cost.training_flops
+        flops += samples * cost.training_flops
         activations = saved_bytes(own, batch, checkpointed)
         memories.append(rank_memory(sizes, config.train, ranks, activations, count, device))
         parameters, trained = cost.parameters, cost.trained
@@ -323,6 +331,11 @@ def _condition(where: Where) -> str:
 def _terms(terms: Mapping[str, int]) -> str:
     """weights 1.2 GiB + …, but for those that are 0."""
     return " + ".join(f"{name} {_bytes(size)}" for name, size in terms.items() if size) or "nothing more"
+
+
+def _count(mean: float) -> str:
+    """12, or 11.7."""
+    return f"{mean:.1f}".removesuffix(".0")
 
 
 def _si(value: float) -> str:

@@ -123,7 +123,7 @@ def with_bucket(config: Config, key: str, size: int) -> Config:
     (bucket,) = (b for b in config.data.buckets if b.key == key)
     shape = {name: getattr(bucket, name) for name in ("frames", "height", "width")}
     buckets = (TrainBucket(**shape, batch_size=size),)
-    alone = {"tokens_per_step": None, "tokens_per_micro_batch": None, "samples_multiple_of": None}
+    alone = {"tokens_per_step": None, "tokens_per_micro_batch": None, "samples_multiple_of": None, "packing": False}
     train = config.train.model_copy(update={"gradient_accumulation": 1, **alone})
     return config.model_copy(update={"data": config.data.model_copy(update={"buckets": buckets}), "train": train})
 

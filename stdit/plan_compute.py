@@ -61,17 +61,20 @@ class Costs:
         from stdit.training.machine import sample_cost
 
         ranks = config.train.data_ranks(self.ranks)
-        schedule = BucketSchedule(self.data.source, config.data, ranks, config.train.gradient_accumulation)
+        train = config.train
+        schedule = BucketSchedule(
+            self.data.source, config.data, ranks, train.gradient_accumulation, train.packing_budget
+        )
         flops = {}
         for bucket in config.data.buckets:
-            latent, samples = self.data.latents[bucket.key], schedule.step_size(bucket)
-            cost = sample_cost(config, bucket, latent, self.data.text_tokens, samples)
-            flops[bucket.key] = float(samples * cost.training_flops)
+            samples = config.micro_batches(self.ranks)[bucket.key].samples
+            cost = sample_cost(config, bucket, self.data.latents[bucket.key], self.data.text_tokens, samples)
+            flops[bucket.key] = cost.training_flops
         position = dict.fromkeys(flops, 0)
         while True:
-            bucket = schedule.next_bucket(position)
-            position[bucket.key] += schedule.step_size(bucket)
-            yield flops[bucket.key]
+            step = schedule.plan_step(position)
+            position = step.position
+            yield float(sum(samples * flops[key] for key, samples in step.taken.items()))
 
     def total(self, config: Config) -> float:
         """FLOPs of the run."""

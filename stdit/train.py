@@ -128,7 +128,7 @@ def train_from_checkpoint(
         bad_steps = BadSteps(config, ranks, state)
         loader = Loader(
             data.source, config.data, config.seed, ranks.data_rank, ranks.data_size, config.train.gradient_accumulation,
-            state.data_position, positions_left_out(bad_steps.rewinds),
+            state.data_position, positions_left_out(bad_steps.rewinds), config.train.packing_budget,
         )  # fmt: skip
         performance = Performance(config, ranks, data, sum(loader.counts.values()))
         timed, profile = performance.section, stack.enter_context(profiler(config, ranks, state.step + 1))
@@ -141,7 +141,7 @@ def train_from_checkpoint(
 
         for step, data_step in zip(range(state.step + 1, steps + 1), performance.waiting(loader), strict=False):
             watchdog.start_step(step)
-            memory.start_step(step, data_step.bucket)
+            memory.start_step(step, data_step.key)
             sums, sample_losses = torch.zeros(3, device=ranks.device), []
             for i, batch in enumerate(data_step.batches):
                 with timed("forward"):
@@ -165,7 +165,7 @@ def train_from_checkpoint(
                 *means, float(bool(stop)), *saver.status
             )
             metrics: dict[str, Any] = {
-                "step": step, "loss": mean_loss, "learning_rate": lr, "grad_norm": grad_norm, "bucket": data_step.bucket.key,
+                "step": step, "loss": mean_loss, "learning_rate": lr, "grad_norm": grad_norm, "bucket": data_step.key,
                 "samples_seen": state.samples_seen, "seconds": round(time.perf_counter() - start, 4),
             }  # fmt: skip
             if config.train.dynamic:

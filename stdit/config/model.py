@@ -290,6 +290,23 @@ class ModelConfig(Frozen):
         if ranks > 1 and self.mlp == "conv3d":
             raise ValueError(f"sequence_parallel {ranks}: mlp conv3d needs every frame of every patch on one rank")
 
+    def check_packing(self) -> None:
+        """ValueError: clips of several shapes cannot share a sequence in this architecture."""
+        where = "packed sequences"
+        if self.conditioning in ("joint", "in_context"):
+            raise ValueError(
+                f"{where}: conditioning {self.conditioning} has text or conditions among the tokens, which are not packed"
+            )
+        if self.mlp in ("conv2d", "conv3d"):
+            raise ValueError(f"{where}: mlp {self.mlp} needs a grid of patches, which tokens of several clips are not")
+        for name in ("window_size", "kv_compress"):
+            if (value := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"{where}: {name} {value} needs a grid of patches, which tokens of several clips are not"
+                )
+        if self.dynamic or self.exit_depths:
+            raise ValueError(f"{where}: dynamic_width, dynamic_tokens and exit_depths choose by sample what runs")
+
     def check_token_routing(self, start: int, end: int) -> None:
         """ValueError: tokens cannot bypass blocks start … end - 1 of this architecture."""
         _, depth, _ = self.dimensions

@@ -1,4 +1,4 @@
-"""`train.tokens_per_step`: how many samples of each bucket a step takes, by their tokens, whatever the number of ranks."""
+"""`train.tokens_per_step`: how many samples a step takes, by their tokens, whatever the number of ranks: of one bucket, or packed of all."""
 
 from __future__ import annotations
 
@@ -19,6 +19,27 @@ class StepSize(NamedTuple):
 
     global_batch: int
     batch_size: int | None
+
+
+class PackingBudget(NamedTuple):
+    """Video tokens of packed sequences: of a step over all ranks, and of a micro-batch at most (None: a rank's share of the step)."""
+
+    tokens_per_step: int
+    tokens_per_micro_batch: int | None
+
+
+def check_packing_budget(tokens: Mapping[str, int], budget: PackingBudget, ranks: int) -> None:
+    """ConfigError: on `ranks` data-parallel ranks some micro-batch might be empty. tokens: video tokens of a sample by bucket."""
+    largest = max(tokens, key=lambda key: tokens[key])
+    needed = {"tokens_per_step": ranks * tokens[largest]}
+    if ranks > 1 and budget.tokens_per_micro_batch is not None:
+        needed["tokens_per_micro_batch"] = 2 * tokens[largest]
+    for name, least in needed.items():
+        if getattr(budget, name) < least:
+            raise ConfigError(
+                f"train.{name} is {getattr(budget, name)}; with train.packing on {ranks} data-parallel ranks it takes {least} or more, as a sample "
+                f"of bucket {largest} has {tokens[largest]} tokens: else a rank might have none"
+            )
 
 
 def step_sizes(

@@ -15,7 +15,14 @@ from stdit.config.diffusion import DiffusionConfig, FrameConditioningConfig, Sam
 from stdit.config.load import ConfigError
 from stdit.config.location import LocalPath, StoreUrl
 from stdit.config.model import ModelConfig
-from stdit.config.token_budget import MAX_IMBALANCE, StepSize, imbalance, step_sizes
+from stdit.config.token_budget import (
+    MAX_IMBALANCE,
+    PackingBudget,
+    StepSize,
+    check_packing_budget,
+    imbalance,
+    step_sizes,
+)
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -213,6 +220,10 @@ class TrainConfig(Frozen):
     """With `tokens_per_step`: steps have a multiple of this many samples. Give the number of data-parallel ranks, or a multiple of all
     that there may be: ranks more than 10 % from equal work are an error. null: 8 or the largest divisor of it that loses nothing in
     the bucket with the most tokens."""
+    packing: bool = False
+    """Packed sequences: a step takes samples of all buckets, by their shares, as many as fit into `tokens_per_step`; a micro-batch is one
+    sequence of them, of `tokens_per_micro_batch` video tokens at most, in which each attends to itself alone. Gradients are those of the
+    same samples unpacked. false: a step has samples of one bucket."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and learning rate."""
     ema: EMAConfig = EMAConfig()
@@ -292,6 +303,13 @@ class TrainConfig(Frozen):
         """Samples by bucket under `tokens_per_step`. tokens: of a sample. ConfigError: one does not fit."""
         assert self.tokens_per_step is not None
         return step_sizes(tokens, self.tokens_per_step, self.samples_multiple_of, self.tokens_per_micro_batch)
+
+    @property
+    def packing_budget(self) -> PackingBudget | None:
+        """The tokens of packed sequences; None without `packing`."""
+        if not self.packing or self.tokens_per_step is None:
+            return None
+        return PackingBudget(self.tokens_per_step, self.tokens_per_micro_batch)
 
     def data_ranks(self, ranks: int) -> int:
         """Ranks that read different samples, of `ranks`. ConfigError: sequence_parallel does not divide them."""
@@ -493,6 +511,8 @@ class Config(Frozen):
         their work would not be equal."""
         data_ranks, accumulation = self.train.data_ranks(ranks), self.train.gradient_accumulation
         sized = [b for b in self.data.buckets if b.is_sized]
+        if self.train.packing_budget is not None:
+            return self._packed_shares(self.train.packing_budget, data_ranks)
         if self.train.tokens_per_step is not None:
             for bucket in sized:
                 self._check_balance(bucket, data_ranks)
@@ -503,6 +523,18 @@ class Config(Frozen):
                     f"diffusion.contrastive_weight compares each sample with another one of its micro-batch, but on {ranks} ranks "
                     f"micro-batches of bucket {key} have one sample (global_batch {samples})"
                 )
+        return found
+
+    def _packed_shares(self, budget: PackingBudget, data_ranks: int) -> dict[str, MicroBatches]:
+        """What a rank would take of packed steps if all their samples were of one bucket."""
+        tokens = {b.key: b.tokens for b in self.data.buckets if b.tokens is not None}
+        if tokens:
+            check_packing_budget(tokens, budget, data_ranks)
+        found = {}
+        for key, each in tokens.items():
+            samples = budget.tokens_per_step // each
+            size = min(-(-samples // data_ranks), (budget.tokens_per_micro_batch or budget.tokens_per_step) // each)
+            found[key] = MicroBatches(size, -(-samples // (data_ranks * size)), samples)
         return found
 
     def _check_balance(self, bucket: TrainBucket, data_ranks: int) -> None:
@@ -574,6 +606,37 @@ class Config(Frozen):
             self.model.at_width(mup.base_width)
         except ValueError as error:
             raise ValueError(f"train.optimizer.mup.base_width {mup.base_width}: {error}") from error
+        return self
+
+    @model_validator(mode="after")
+    def _packs(self) -> Config:
+        train = self.train
+        if not train.packing:
+            return self
+        if train.tokens_per_step is None:
+            raise ValueError("train.packing needs train.tokens_per_step, the video tokens of a step")
+        reasons = {
+            "samples_multiple_of": (train.samples_multiple_of is not None, "a step is filled with samples of several buckets, by their tokens"),
+            "sequence_parallel": (train.sequence_parallel > 1, "the tokens of a packed sequence are not divided over ranks"),
+            "control": (train.control is not None, "a control branch's residuals belong to one grid of patches"),
+            "dynamic": (train.dynamic is not None, "routers choose by sample what runs"),
+            "alignment": (train.alignment is not None, "its head compares the tokens of one grid of patches"),
+            "token_routing": (train.token_routing is not None, "kept tokens are as many in each sample of one bucket"),
+            "compile": (train.compile, "blocks would be compiled anew for each composition of a micro-batch"),
+            "on_spike": (train.on_spike == "rewind", "a rewind leaves samples of one bucket out"),
+        }  # fmt: skip
+        for name, (given, reason) in reasons.items():
+            if given:
+                raise ValueError(f"train.packing does not go with train.{name} {getattr(train, name)}: {reason}")
+        if self.diffusion.contrastive_weight:
+            raise ValueError(
+                f"train.packing does not go with diffusion.contrastive_weight {self.diffusion.contrastive_weight:g}: it compares samples of "
+                "one shape"
+            )
+        try:
+            self.model.check_packing()
+        except ValueError as error:
+            raise ValueError(f"train.packing: {error}") from error
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Batches for training: one bucket per step, the same on all ranks, in an order that depends on the seed alone.
+"""Batches for training: one bucket per step (or packed, of all), the same on all ranks, in an order that depends on the seed alone.
 
 Each bucket is a stream of permutations of its samples, seeded by (seed, epoch, bucket); of several sets, of each its share (mixture.py).
 A step takes the next
@@ -15,16 +15,18 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stdit.config import Bucket, ConfigError, DataConfig, TrainBucket, Where
+from stdit.config.token_budget import PackingBudget, imbalance
 from stdit.data.features import ORIGINAL, EmptyCaption, Sample, pad_texts
 from stdit.data.mixture import Mixture, mix
 from stdit.data.order import MixedStream, Stream
+from stdit.data.packing import fill_step, micro_batches_of
 
 # Steps that are announced to a source that fetches ahead, if it takes as many.
 STEPS_AHEAD = 64
@@ -74,7 +76,7 @@ class Batch:
     ids: tuple[int, ...]
     captions: tuple[str, ...]
     paths: tuple[str, ...]  # source files, as the manifest names them
-    positions: tuple[int, ...]  # in the bucket's stream; seed noise and timesteps
+    positions: tuple[int, ...]  # in the bucket's stream (packed: in all of the run's samples); seed noise and timesteps
     bucket: Bucket
     weight: float = 1.0  # of its mean loss among the step's micro-batches, whose mean it is: their share of samples
     control: Tensor | None = None  # (B, C, t or 1, h, w), raw
@@ -88,18 +90,58 @@ class Batch:
         """Frames in pixels, (B,)."""
         return torch.full((len(self),), float(self.bucket.frames))
 
+    @property
+    def parts(self) -> tuple[Batch, ...]:
+        """Itself, as a packed batch has one for each bucket."""
+        return (self,)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One rank's samples of one micro-batch that is one packed sequence: a part for each bucket in it."""
+
+    parts: tuple[Batch, ...]
+    weight: float  # as a Batch's
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+
+# What a packed step is logged as, in place of a bucket.
+PACKED = "packed"
+
+
+class PlannedStep(NamedTuple):
+    """What a step takes: stream positions before it and after it, by bucket; packed, the buckets' keys in the order in which samples are
+    taken."""
+
+    first: dict[str, int]
+    position: dict[str, int]
+    packed: tuple[str, ...] | None
+
+    @property
+    def taken(self) -> dict[str, int]:
+        """Samples by bucket key, over all ranks."""
+        return {key: end - self.first[key] for key, end in self.position.items() if end > self.first[key]}
+
 
 @dataclass(frozen=True)
 class Step:
     """One rank's part of one optimizer step."""
 
-    batches: tuple[Batch, ...]  # one per micro-step
-    samples: int  # of the step, over all ranks and micro-steps
+    batches: tuple[Batch | PackedBatch, ...]  # one per micro-step
+    taken: dict[str, int]  # samples by bucket key, over all ranks and micro-steps
     position: dict[str, int]  # samples taken from each bucket's stream, this step included
+    imbalance: float  # how far the rank with the most or least work is from the mean, as a share of it
 
     @property
-    def bucket(self) -> Bucket:
-        return self.batches[0].bucket
+    def samples(self) -> int:
+        return sum(self.taken.values())
+
+    @property
+    def key(self) -> str:
+        """The bucket's, or PACKED."""
+        return PACKED if isinstance(self.batches[0], PackedBatch) else self.batches[0].bucket.key
 
 
 def collate(samples: Sequence[Sample], positions: Sequence[int], bucket: Bucket) -> Batch:
@@ -149,13 +191,21 @@ def _stacked(controls: Sequence[Tensor | None], frames: int) -> Tensor | None:
 class BucketSchedule:
     """Which bucket each step takes. `ids`: of the training clips, by bucket key; `counts`: how many there are.
 
-    accumulation: micro-batches of buckets that state no global_batch. ConfigError: a bucket without samples, captions that no
-    clip has, a global_batch that is too small for the ranks.
+    accumulation: micro-batches of buckets that state no global_batch. packing: steps take samples of all buckets, which state their
+    tokens. ConfigError: a bucket without samples, captions that no clip has, a global_batch that is too small for the ranks.
     """
 
-    def __init__(self, index: ClipIndex, data: DataConfig, ranks: int = 1, accumulation: int = 1) -> None:
-        self.data, self.ranks = data, ranks
-        self.micro_batches = {b.key: b.micro_batches(ranks, accumulation) for b in data.buckets}
+    def __init__(
+        self,
+        index: ClipIndex,
+        data: DataConfig,
+        ranks: int = 1,
+        accumulation: int = 1,
+        packing: PackingBudget | None = None,
+    ) -> None:
+        self.data, self.ranks, self.packing = data, ranks, packing
+        if packing is None:
+            self.micro_batches = {b.key: b.micro_batches(ranks, accumulation) for b in data.buckets}
         if unknown := sorted(set(data.captions or ()) - set(index.captions if data.captions else ())):
             raise ConfigError(
                 f"data.captions: {data.source_name} has no captions {', '.join(unknown)}; it has {', '.join(index.captions)}"
@@ -185,6 +235,28 @@ class BucketSchedule:
             key=lambda b: (position[b.key] + self.step_size(b)) / self.shares[b.key],
         )
 
+    def plan_step(self, position: Mapping[str, int]) -> PlannedStep:
+        """The step at `position`."""
+        first = dict(position)
+        if self.packing is None:
+            bucket = self.next_bucket(position)
+            return PlannedStep(first, first | {bucket.key: first[bucket.key] + self.step_size(bucket)}, None)
+        keys = fill_step(first, self.shares, self.tokens, self.packing.tokens_per_step)
+        return PlannedStep(first, {key: start + keys.count(key) for key, start in first.items()}, keys)
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Video tokens of a sample by bucket key, where the buckets state them."""
+        return {b.key: b.tokens for b in self.data.buckets if b.tokens is not None}
+
+
+class BatchPart(NamedTuple):
+    """Samples of one bucket in a micro-batch: their positions in its stream, and those that seed them (Batch.positions)."""
+
+    bucket: TrainBucket
+    stream: Sequence[int]
+    positions: Sequence[int]
+
 
 class Loader(BucketSchedule):
     """Iterates over `Step`s without end, starting at `position`. `workers` threads read ahead. ConfigError: as BucketSchedule.
@@ -202,8 +274,9 @@ class Loader(BucketSchedule):
         accumulation: int = 1,
         position: Mapping[str, int] | None = None,
         left_out: Mapping[str, Sequence[range]] | None = None,
+        packing: PackingBudget | None = None,
     ) -> None:
-        super().__init__(source, data, ranks, accumulation)
+        super().__init__(source, data, ranks, accumulation, packing)
         self.source, self.seed, self.rank, self.left_out = source, seed, rank, left_out or {}
         self.streams = {b.key: self._stream(b) for b in data.buckets}
         self.position = {b.key: int((position or {}).get(b.key, 0)) for b in data.buckets}
@@ -221,31 +294,31 @@ class Loader(BucketSchedule):
         taken = sum(stream.taken(end) for stream, end in streams if isinstance(stream, MixedStream))
         return {name: int(count) for name, count in zip(self.source.names, np.asarray(taken), strict=True)}
 
-    def _plan(self) -> Iterator[tuple[TrainBucket, int, dict[str, int]]]:
-        """(bucket, first position, positions afterwards) of each step."""
+    def _plan(self) -> Iterator[PlannedStep]:
         position = dict(self.position)
         while True:
-            bucket = self.next_bucket(position)
-            first = position[bucket.key]
-            position[bucket.key] = end = first + self.step_size(bucket)
-            if any(first < other.stop and other.start < end for other in self.left_out.get(bucket.key, ())):
+            step = self.plan_step(position)
+            position = step.position
+            if any(
+                step.first[key] < other.stop and other.start < position[key]
+                for key in step.taken
+                for other in self.left_out.get(key, ())
+            ):
                 continue
-            yield bucket, first, dict(position)
+            yield step
 
-    def _announced(self) -> Iterator[tuple[TrainBucket, int, dict[str, int]]]:
+    def _announced(self) -> Iterator[PlannedStep]:
         """`_plan`; a source that reads from another machine is told of this rank's samples before they are needed."""
         open_ahead = getattr(self.source, "read_ahead", None)
         ahead = open_ahead and open_ahead()
         if ahead is None:
             yield from self._plan()
             return
-        upcoming: deque[tuple[tuple[TrainBucket, int, dict[str, int]], list[int]]] = deque()
+        upcoming: deque[tuple[PlannedStep, list[int]]] = deque()
         try:
             for step in self._plan():
-                bucket, first, _ = step
-                ids = [
-                    self.streams[bucket.key].at(p) for positions in self._positions(bucket, first) for p in positions
-                ]
+                shares = self._shares(step)
+                ids = [self.streams[part.bucket.key].at(p) for share in shares for part in share for p in part.stream]
                 ahead.announce(ids)
                 upcoming.append((step, ids))
                 while upcoming and (ahead.is_full or len(upcoming) > STEPS_AHEAD):
@@ -255,15 +328,20 @@ class Loader(BucketSchedule):
         finally:
             ahead.close()
 
-    def _read(self, bucket: TrainBucket, positions: Sequence[int], ids: Sequence[int]) -> Batch:
-        _, accumulation, step = self.micro_batches[bucket.key]
+    def _read(self, parts: Sequence[BatchPart], weight: float) -> Batch | PackedBatch:
+        batches = [self._read_part(part) for part in parts]
+        return replace(batches[0], weight=weight) if self.packing is None else PackedBatch(tuple(batches), weight)
+
+    def _read_part(self, part: BatchPart) -> Batch:
+        stream = self.streams[part.bucket.key]
+        ids = [stream.at(position) for position in part.stream]
         if self.data.captions is None:
             samples = [self.source.sample(i) for i in ids]
         else:
-            epochs = [self.streams[bucket.key].epoch_of(position) for position in positions]
+            epochs = [stream.epoch_of(position) for position in part.stream]
             names = [self._caption(id, epoch) for id, epoch in zip(ids, epochs, strict=True)]
             samples = [self.source.sample(i, name) for i, name in zip(ids, names, strict=True)]
-        return replace(collate(samples, positions, bucket), weight=len(ids) * self.ranks * accumulation / step)
+        return collate(samples, part.positions, part.bucket)
 
     def _caption(self, id: int, epoch: int) -> str:
         """The caption of a clip in an epoch, by `data.captions`: a function of seed, clip and epoch alone."""
@@ -276,42 +354,81 @@ class Loader(BucketSchedule):
         at = int(np.searchsorted(np.cumsum(list(shares.values())), draw, side="right"))
         return list(shares)[min(at, len(shares) - 1)]
 
-    def _positions(self, bucket: TrainBucket, first: int) -> Iterator[range]:
-        """This rank's positions in each micro-step of a step that begins at `first`: a run of its own, so that ranks differ by one
-        sample at most."""
-        _, count, samples = self.micro_batches[bucket.key]
+    def _shares(self, step: PlannedStep) -> list[list[BatchPart]]:
+        """This rank's micro-batches of a step, each by bucket."""
+        if step.packed is not None:
+            return self._packed_shares(step)[self.rank]
+        ((key, samples),) = step.taken.items()
+        (bucket,) = (b for b in self.data.buckets if b.key == key)
+        count, first = self.micro_batches[key].accumulation, step.first[key]
+        # A run of its own, so that ranks differ by one sample at most.
         shares = self.ranks * count
-        for share in range(self.rank * count, (self.rank + 1) * count):
-            yield range(first + samples * share // shares, first + samples * (share + 1) // shares)
+        runs = [
+            range(first + samples * share // shares, first + samples * (share + 1) // shares)
+            for share in range(self.rank * count, (self.rank + 1) * count)
+        ]
+        return [[BatchPart(bucket, run, run)] for run in runs]
+
+    def _packed_shares(self, step: PlannedStep) -> list[list[list[BatchPart]]]:
+        """Every rank's micro-batches of a packed step."""
+        assert step.packed is not None
+        assert self.packing is not None
+        tokens = [self.tokens[key] for key in step.packed]
+        before, drawn = sum(step.first.values()), dict(step.first)
+        positions: list[int] = []
+        for key in step.packed:  # of each sample, in its bucket's stream
+            positions.append(drawn[key])
+            drawn[key] += 1
+
+        def parts(samples: Sequence[int]) -> list[BatchPart]:
+            own = {b.key: [i for i in samples if step.packed and step.packed[i] == b.key] for b in self.data.buckets}
+            return [
+                BatchPart(b, [positions[i] for i in own[b.key]], [before + i for i in own[b.key]])
+                for b in self.data.buckets
+                if own[b.key]
+            ]
+
+        shares = micro_batches_of(tokens, self.ranks, self.packing.tokens_per_micro_batch)
+        return [[parts(samples) for samples in rank] for rank in shares]
+
+    def _imbalance(self, step: PlannedStep) -> float:
+        if step.packed is None:
+            return imbalance(sum(step.taken.values()), self.ranks)
+        work = [
+            sum(len(part.stream) * self.tokens[part.bucket.key] for parts in rank for part in parts)
+            for rank in self._packed_shares(step)
+        ]
+        mean = sum(work) / self.ranks
+        return max(max(work) - mean, mean - min(work)) / mean
 
     def __iter__(self) -> Iterator[Step]:
         if self.data.workers == 0:
-            for bucket, first, position in self._announced():
-                batches = []
-                for positions in self._positions(bucket, first):
-                    batches.append(self._read(bucket, positions, [self.streams[bucket.key].at(p) for p in positions]))
-                yield Step(tuple(batches), self.step_size(bucket), position)
+            for step in self._announced():
+                yield self._step(step, [self._read(*share) for share in self._weighted_shares(step)])
             return
         with ThreadPoolExecutor(self.data.workers, thread_name_prefix="loader") as pool:
-            ahead: deque[tuple[list[Future[Batch]], int, dict[str, int]]] = deque()
+            ahead: deque[tuple[PlannedStep, list[Future[Batch | PackedBatch]]]] = deque()
             try:
-                for bucket, first, position in self._announced():
-                    futures = []
-                    for positions in self._positions(bucket, first):
-                        ids = [self.streams[bucket.key].at(p) for p in positions]
-                        futures.append(pool.submit(self._read, bucket, positions, ids))
-                    ahead.append((futures, self.step_size(bucket), position))
-                    if sum(len(f) for f, _, _ in ahead) > self.data.workers + len(futures):
-                        yield self._collect(ahead.popleft())
+                for step in self._announced():
+                    futures = [pool.submit(self._read, *share) for share in self._weighted_shares(step)]
+                    ahead.append((step, futures))
+                    if sum(len(f) for _, f in ahead) > self.data.workers + len(futures):
+                        done, waited = ahead.popleft()
+                        yield self._step(done, [future.result() for future in waited])
             finally:
-                for futures, _, _ in ahead:
+                for _, futures in ahead:
                     for future in futures:
                         future.cancel()
 
-    @staticmethod
-    def _collect(ahead: tuple[list[Future[Batch]], int, dict[str, int]]) -> Step:
-        futures, samples, position = ahead
-        return Step(tuple(f.result() for f in futures), samples, position)
+    def _weighted_shares(self, step: PlannedStep) -> list[tuple[list[BatchPart], float]]:
+        """This rank's micro-batches, and the weights of their mean losses."""
+        shares, samples = self._shares(step), sum(step.taken.values())
+        return [
+            (parts, sum(len(part.stream) for part in parts) * self.ranks * len(shares) / samples) for parts in shares
+        ]
+
+    def _step(self, step: PlannedStep, batches: Sequence[Batch | PackedBatch]) -> Step:
+        return Step(tuple(batches), step.taken, step.position, self._imbalance(step))
 
 
 class Synthetic:

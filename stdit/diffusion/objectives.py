@@ -54,6 +54,33 @@ class Objective(ABC):
     """What both have in common."""
 
     @abstractmethod
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t at times t (B,)."""
+
+    @abstractmethod
+    def timestep(self, t: Tensor) -> Tensor:
+        """t (B,) on the model's scale."""
+
+    @abstractmethod
+    def prediction_loss(
+        self,
+        prediction: Tensor,
+        x_t: Tensor,
+        x0: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        conditioning_frames: Tensor | None = None,
+        negatives: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What is differentiated, and `loss`, of the model's prediction for x_t, (B,) each, in float32. conditioning_frames (B, T) bool:
+        frames that stay clean and out of the loss."""
+
+    def model_inputs(
+        self, x0: Tensor, noise: Tensor, t: Tensor, conditioning_frames: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x_t and timestep, which the model predicts from."""
+        return insert_frames(self.add_noise(x0, noise, t), x0, conditioning_frames), self.timestep(t)
+
     def training_loss(
         self,
         predict: Predict,
@@ -63,8 +90,9 @@ class Objective(ABC):
         conditioning_frames: Tensor | None = None,
         negatives: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What is differentiated, and `loss`, of one prediction, (B,) each, in float32. conditioning_frames (B, T) bool: frames
-        that stay clean and out of the loss."""
+        """`prediction_loss` of the model's own prediction."""
+        x_t, timestep = self.model_inputs(x0, noise, t, conditioning_frames)
+        return self.prediction_loss(predict(x_t, timestep), x_t, x0, noise, t, conditioning_frames, negatives)
 
     def loss(
         self, predict: Predict, x0: Tensor, noise: Tensor, t: Tensor, conditioning_frames: Tensor | None = None
@@ -96,9 +124,10 @@ class FlowMatching(Objective):
         """t on the model's scale, 0 to 1000."""
         return t * TIMESTEPS
 
-    def training_loss(
+    def prediction_loss(
         self,
-        predict: Predict,
+        prediction: Tensor,
+        x_t: Tensor,
         x0: Tensor,
         noise: Tensor,
         t: Tensor,
@@ -108,7 +137,6 @@ class FlowMatching(Objective):
         """`loss` is the mean squared error of the velocity. negatives (B,): for each sample the index of another one; what is
         differentiated is then loss - contrastive_weight x the mean squared distance to that one's velocity (Stoica et al. 2025,
         contrastive flow matching, equation 5)."""
-        prediction = predict(insert_frames(self.add_noise(x0, noise, t), x0, conditioning_frames), self.timestep(t))
         channels = x0.shape[1]
         _check_prediction(prediction, 2 * channels if self.learned_variance else channels, x0)
         velocity = noise - x0 if self.config.velocity == "noise_minus_data" else x0 - noise
@@ -161,9 +189,10 @@ class DDPM(Objective):
         step = self.timestep(t)
         return self._at(self.signal, step, x0) * x0 + self._at(self.noise, step, x0) * noise
 
-    def training_loss(
+    def prediction_loss(
         self,
-        predict: Predict,
+        prediction: Tensor,
+        x_t: Tensor,
         x0: Tensor,
         noise: Tensor,
         t: Tensor,
@@ -174,8 +203,6 @@ class DDPM(Objective):
         dimension, from which the noise channels get no gradient. What is differentiated has the noise's error weighted by
         `min_snr_weight`, the bound's term by 1. negatives: for flow matching alone."""
         step, channels = self.timestep(t), x0.shape[1]
-        x_t = insert_frames(self.add_noise(x0, noise, t), x0, conditioning_frames)
-        prediction = predict(x_t, step)
         _check_prediction(prediction, 2 * channels if self.learned_variance else channels, x0)
         prediction, x_t, x0 = prediction.float(), x_t.float(), x0.float()
         error = _mean((prediction[:, :channels] - noise.float()).square(), conditioning_frames)

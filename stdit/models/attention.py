@@ -25,6 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from stdit.config.model import QKNorm
+from stdit.models.block_diagonal import BlockDiagonal, attend_in_blocks
 from stdit.models.positions import Rope, apply_rope
 from stdit.models.sequence_parallel import TokenShards, from_heads, to_heads
 
@@ -63,27 +64,36 @@ class AttentionProcessor:
     """softmax(q kᵀ / √d) v by this layer's back end, or else the active one.
 
     query (B, N, H, d); key, value (B, M, H, d); mask (B, 1, 1, M) bool, True for keys to attend to, at least
-    one per row; or (B, H, N, M), added to the scores. Returns (B, N, H, d).
+    one per row; or (B, H, N, M), added to the scores; or which diagonal blocks attend, B being 1. Returns (B, N, H, d).
     """
 
     # Written by diffusers' set_attention_backend and enable_parallelism.
     _attention_backend: AttentionBackendName | None = None
     _parallel_config = None
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockDiagonal | None = None) -> Tensor:
+        if isinstance(mask, BlockDiagonal):
+            varlen = self._unnamed and query.dtype in (torch.bfloat16, torch.float16)
+            return attend_in_blocks(self, query, key, value, mask, varlen)
         if not torch.compiler.is_compiling() and len(query) == 0:  # a rank without frames: not every kernel takes it
             return plain_attention(query, key, value, mask)
         backend = self._attention_backend
         active = backend or _AttentionBackendRegistry.get_active_backend()[0]
-        unnamed = backend is None and active == AttentionBackendName.NATIVE and self._parallel_config is None
         short = not torch.compiler.is_compiling() and query.shape[1] * key.shape[1] <= PLAIN_LIMIT
-        if unnamed and query.device.type == "cpu" and short:
+        if self._unnamed and query.device.type == "cpu" and short:
             return plain_attention(query, key, value, mask)
         if mask is not None and (active not in MASKED or mask.dtype != torch.bool):
             backend = AttentionBackendName.NATIVE
         return dispatch_attention_fn(
             query, key, value, attn_mask=mask, backend=backend, parallel_config=self._parallel_config
         )
+
+    @property
+    def _unnamed(self) -> bool:
+        """Whether nobody has chosen a back end."""
+        active = self._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
+        named = self._attention_backend is not None or active != AttentionBackendName.NATIVE
+        return not named and self._parallel_config is None
 
 
 class RMSNorm(nn.RMSNorm):
@@ -154,12 +164,12 @@ class Attention(nn.Module, AttentionModuleMixin):
         self,
         hidden_states: Tensor,
         rope: Rope | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | BlockDiagonal | None = None,
         plane: tuple[int, int] | None = None,
         head_mask: Tensor | None = None,
         shards: TokenShards | None = None,
     ) -> Tensor:
-        """(B, N, D) -> (B, N, D). rope of the N tokens; mask (B, 1, 1, N) bool over keys; plane: (rows, columns) of the N
+        """(B, N, D) -> (B, N, D). rope of the N tokens; mask (B, 1, 1, N) bool over keys, or diagonal blocks; plane: (rows, columns) of the N
         patches, for windows and key/value compression; head_mask (samples or 1, H), 0 for heads whose output is dropped
         (samples divides B). shards: the N tokens are this rank's, and attend to those of all ranks (mask: of all)."""
         x = hidden_states
@@ -207,7 +217,7 @@ class Attention(nn.Module, AttentionModuleMixin):
         self,
         x: Tensor,
         rope: Rope | None,
-        mask: Tensor | None,
+        mask: Tensor | BlockDiagonal | None,
         plane: tuple[int, int] | None,
         shards: TokenShards | None,
     ) -> Tensor:
@@ -270,7 +280,7 @@ class CrossAttention(nn.Module, AttentionModuleMixin):
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None,
-        mask: Tensor | None = None,
+        mask: Tensor | BlockDiagonal | None = None,
         keys_values: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """hidden_states (B, N, D), text (B or 1, M, D) or its keys and values, mask (B, 1, 1, M) bool -> (B, N, D)."""

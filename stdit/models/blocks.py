@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from stdit.config.model import ModelConfig
 from stdit.models.attention import Attention, CrossAttention
+from stdit.models.block_diagonal import BlockDiagonal
 from stdit.models.mlp import feed_forward
 from stdit.models.positions import Grid, PositionEmbeddings
 from stdit.models.pruning import BlockModules
@@ -59,11 +60,13 @@ Modulation = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, T
 
 class ModulationInput(NamedTuple):
     """What modulation is computed from, (B or 1, T or 1, D, or 6 D for adaLN-single): for the video tokens and, in joint
-    attention, for the text (per frame or for the clip). time (B or 1, D): the timestep embedding, which routers read."""
+    attention, for the text (per frame or for the clip). time (B or 1, D): the timestep embedding, which routers read. rows (N,): of
+    packed sequences, whose `video` is (R, 1, …), the row of each token."""
 
     video: Tensor | None
     text: Tensor | None = None
     time: Tensor | None = None
+    rows: Tensor | None = None
 
 
 class BlockCache(NamedTuple):
@@ -74,6 +77,15 @@ class BlockCache(NamedTuple):
     text_modulation: Modulation | None = None
     keys_values: tuple[Tensor, Tensor] | None = None
     pruned: BlockModules | None = None
+
+
+class PackedBlocks(NamedTuple):
+    """Which tokens of packed sequences attend to which: within frames (or clips, in full attention), over time, and each clip's to its
+    text."""
+
+    spatial: BlockDiagonal
+    temporal: BlockDiagonal
+    text: BlockDiagonal | None
 
 
 class BlockState(NamedTuple):
@@ -88,6 +100,7 @@ class BlockState(NamedTuple):
     active          (B or 1, 1, 1, 1) bool: samples that have not exited yet
     shards          sequence parallelism: the tokens are this rank's, S / n of each frame
     kept            (B, K) tokens of a frame that enter the block, in training; the others bypass it
+    packed          packed sequences: x is (1, N, 1, D), positions and modulation are by token (stdit.models.packing)
     """
 
     grid: Grid
@@ -102,6 +115,7 @@ class BlockState(NamedTuple):
     active: Tensor | None = None
     shards: TokenShards | None = None
     kept: Tensor | None = None
+    packed: PackedBlocks | None = None
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -141,6 +155,14 @@ def as_modulation(vectors: tuple[Tensor, ...]) -> Modulation:
         return (shift_msa, 1 + scale_msa, None, shift_mlp, 1 + scale_mlp, None)
     shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = vectors
     return (shift_msa, 1 + scale_msa, gate_msa, shift_mlp, 1 + scale_mlp, gate_mlp)
+
+
+def per_token(modulation: Modulation, rows: Tensor | None) -> Modulation:
+    """Vectors (R, 1, 1, D) for N packed tokens, (1, N, 1, D); rows (N,), the row of each token. None: as they are."""
+    if rows is None:
+        return modulation
+    first, second, third, fourth, fifth, sixth = (m if m is None else m[:, 0][rows][None] for m in modulation)
+    return (first, second, third, fourth, fifth, sixth)
 
 
 class TextStream(nn.Module):
@@ -234,7 +256,7 @@ class STDiTBlock(nn.Module):
             text_modulation = as_modulation(self.context.adaLN_modulation(modulation.text))
         if self.cross_attn is not None and text is not None:
             keys_values = self.cross_attn.keys_values(text)
-        return BlockCache(self._modulation(modulation.video), text_modulation, keys_values)
+        return BlockCache(per_token(self._modulation(modulation.video), modulation.rows), text_modulation, keys_values)
 
     def _modulation(self, video: Tensor | None) -> Modulation:
         if self.norm1 is not None:
@@ -282,6 +304,8 @@ class STDiTBlock(nn.Module):
         if self.over_time:
             return self.temporal_attention(attn, x, state), text
         t, shards = state.grid[0], state.shards
+        if state.packed is not None:
+            return attn(x.flatten(1, 2), state.positions.rope, state.packed.spatial).unflatten(1, (t, -1)), text
         mask = state.mask if self.cross_attn is None else None  # else it is the text's
         if self.full:
             if mask is not None:  # every frame has its own copy of the in-context tokens
@@ -301,7 +325,8 @@ class STDiTBlock(nn.Module):
         where, temporal = self.config.temporal_position_injection, state.positions.temporal
         if temporal is not None and (where == "attention" or (where == "first_attention" and self.first_in_time)):
             x = x + temporal[:, None]
-        y = attn(rearrange(x, "b t s d -> (b s) t d"), state.positions.rope_temp)
+        mask = state.packed and state.packed.temporal
+        y = attn(rearrange(x, "b t s d -> (b s) t d"), state.positions.rope_temp, mask)
         return rearrange(y, "(b s) t d -> b t s d", s=x.shape[2])
 
     def add_temporal_positions(self, x: Tensor, state: BlockState) -> Tensor:
@@ -315,7 +340,8 @@ class STDiTBlock(nn.Module):
         """`cross_attn` of x (B, T, S, D) to the text -> (B, T, S, D)."""
         assert self.cross_attn is not None
         queries = x if self.norm_cross is None else self.norm_cross(x)
-        y = self.cross_attn(queries.flatten(1, 2), text, state.mask, cache.keys_values)
+        mask = state.mask if state.packed is None else state.packed.text
+        y = self.cross_attn(queries.flatten(1, 2), text, mask, cache.keys_values)
         return y.unflatten(1, (state.grid[0], -1))
 
     def _joint_attention(

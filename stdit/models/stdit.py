@@ -49,6 +49,7 @@ from stdit.models.dynamic import (
 )
 from stdit.models.embeddings import ConditionEmbedder, PatchEmbed3D, TimestepEmbedder, micro_embedders, unpatchify
 from stdit.models.init import init_weights, takes_model_config
+from stdit.models.packing import PackedClips, packed_forward
 from stdit.models.positions import Grid, PositionEmbeddings, add_positions
 from stdit.models.sequence_parallel import SequenceParallel, TokenShards, gather_tokens, shard_tokens
 from stdit.models.token_routing import put_back, route_tokens, take_tokens
@@ -108,7 +109,7 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
 
     def forward(
         self,
-        hidden_states: Tensor,
+        hidden_states: Tensor | PackedClips,
         timestep: Tensor | float,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
@@ -122,11 +123,12 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         generator: Generators = None,
         force_full: Tensor | None = None,
         return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[Tensor] | tuple[Tensor, ComputeStats]:
+    ) -> Transformer2DModelOutput | tuple[Tensor] | tuple[Tensor, ComputeStats] | list[Tensor]:
         """Predicts noise or velocity, by the objective that the model was trained with.
 
         Args:
-            hidden_states: (B, C, T, H, W) noised latents.
+            hidden_states: (B, C, T, H, W) noised latents; or clips of several shapes with their conditions, whose predictions are
+                returned as a list (stdit.models.packing).
             timestep: 0 to 1000 (1000 is noise), float or int; a number, (1,) or (B,).
             encoder_hidden_states: (B, L, text_dim) text features; None: the null caption.
             encoder_attention_mask: (B, L), True (or 1) for valid tokens; None: all. A caption without any is null.
@@ -150,6 +152,8 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         Raises:
             ValueError: shapes or labels that do not fit, with both numbers, before any matrix product.
         """
+        if isinstance(hidden_states, PackedClips):
+            return packed_forward(self, hidden_states, timestep)
         inputs = ConditionInputs(
             timestep, encoder_hidden_states, encoder_attention_mask, pooled_projections, class_labels, drop_condition,
             added_cond_kwargs, conditioning_frames,
@@ -225,7 +229,7 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         """The inputs of each block that runs, for tokens x (B, T, S, D)."""
         count, depth = len(self.blocks), cond.depth
         check_residuals(residuals, tuple(x.shape), count)
-        drop_path = self._drop_path(x, generator)
+        drop_path = self.drop_path_factors(x, generator)
         noise, force = None, None
         if self.training and self.settings.dynamic:
             noise, force = (
@@ -275,7 +279,7 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         """The final layer's modulation from the embedding (B or 1, T or 1, D); None with plain norms."""
         return self.final_layer.precompute(embedding)
 
-    def _drop_path(self, x: Tensor, generator: Generators) -> Tensor | None:
+    def drop_path_factors(self, x: Tensor, generator: Generators) -> Tensor | None:
         """Factors of the branches of each block (depth, 3, B, 1, 1, 1), 0 or 1 / keep rate; None: all are kept.
 
         Stochastic depth (Huang et al. 2016), with rates rising linearly over the blocks, as in timm and PixArt.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from stdit.config import Config
@@ -32,7 +33,7 @@ class BadSteps:
     ) -> dict[str, Any]:
         """What is logged of a step. losses: of its samples, (B,) of each micro-batch. finite: its gradient, else its batches
         are kept (stdit.training.divergence)."""
-        key = data_step.bucket.key
+        key = data_step.key
         logged: dict[str, Any] = {"rewinds": len(self.rewinds)} if self.rewinds else {}
         self.skipped.add(key, not finite)
         self._spike = self.spikes.add(key, mean_loss)
@@ -41,11 +42,13 @@ class BadSteps:
         if finite:
             return logged
         logged["bad_steps"] = self.skipped.in_a_row
+        batches = [part for batch in data_step.batches for part in batch.parts]
+        losses = torch.cat(list(losses)).split([len(part) for part in batches])
         if self._spike is None or self.config.train.on_spike != "skip":
-            logged["bad_samples"], largest = find_bad_samples(data_step.batches, losses, self.ranks)
+            logged["bad_samples"], largest = find_bad_samples(batches, losses, self.ranks)
             if largest:
                 logged["largest_losses"] = largest
-            keep_bad_batches(self.config.run_dir, step, data_step.batches, losses, self.ranks)
+            keep_bad_batches(self.config.run_dir, step, batches, losses, self.ranks)
         return logged
 
     def check(self, step: int, data_step: Step, mean_loss: float, saver: Saver) -> None:

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from stdit.config import Config, FrameConditioningConfig, ModelConfig
 from stdit.data.features import EmptyCaption
-from stdit.data.loader import Batch
+from stdit.data.loader import Batch, PackedBatch
 from stdit.diffusion.frame_conditioning import sample_frame_mask
 from stdit.diffusion.objectives import make_objective
 from stdit.diffusion.randomness import generators, normal, seed_for, uniform
+from stdit.models.packing import PackedClips
 from stdit.training.dynamic_loss import flops_loss
 
 
@@ -31,6 +32,17 @@ class MicroBatchLoss(NamedTuple):
     total: Tensor
     logged: Tensor
     each: Tensor
+
+
+class Drawn(NamedTuple):
+    """Inputs of a training step for samples of one bucket: latents and noise (B, C, T, H, W), times (B,), conditioning frames (B, T) or
+    None, and the arguments of the model's forward."""
+
+    x0: Tensor
+    noise: Tensor
+    t: Tensor
+    frame_mask: Tensor | None
+    conditions: dict[str, Any]
 
 
 class Inputs:
@@ -59,20 +71,15 @@ class Inputs:
             torch.tensor(video_encoder[k], device=device).view(1, -1, 1, 1, 1) for k in ("shift", "scale")
         )
 
-    def loss(self, model: Callable[..., Any], batch: Batch, step: int) -> MicroBatchLoss:
+    def loss(self, model: Callable[..., Any], batch: Batch | PackedBatch, step: int) -> MicroBatchLoss:
         """Mean loss of `model` on a micro-batch: the objective's, plus the compute loss of a dynamic model and the alignment's."""
-        positions, dynamic, alignment = batch.positions, self.config.train.dynamic, self.config.train.alignment
-        x0 = self.latents(batch, step)
-        noise = self.noise(x0, "noise", step, positions)
-        t = self.timesteps(x0, step, positions)
-        frame_mask = self.frame_mask(x0, step, positions)
-        conditions = self.drop_conditions(batch_conditions(batch, self.config.model, self.device), step, positions)
-        conditions |= self.control(batch, x0, step) | self.router_inputs(step, positions)
-        if frame_mask is not None:
-            conditions["conditioning_frames"] = frame_mask
+        if isinstance(batch, PackedBatch):
+            return self.packed_loss(model, batch, step)
+        dynamic, alignment = self.config.train.dynamic, self.config.train.alignment
+        x0, noise, t, frame_mask, conditions = self.draw(batch, step)
         if alignment is not None:
             conditions["clean_latents"] = x0
-        self.seed_dropout(step, positions)
+        self.seed_dropout(step, batch.positions)
 
         outputs: list[Any] = []
 
@@ -80,7 +87,8 @@ class Inputs:
             outputs[:] = model(x, s, **conditions, return_dict=False)
             return outputs[0]
 
-        trained, each = self.objective.training_loss(predict, x0, noise, t, frame_mask, self.negatives(step, positions))
+        negatives = self.negatives(step, batch.positions)
+        trained, each = self.objective.training_loss(predict, x0, noise, t, frame_mask, negatives)
         total, logged = trained.mean(), each.detach().mean()
         flops_ratio, distance = torch.ones_like(logged), torch.zeros_like(logged)
         if dynamic is not None:
@@ -90,6 +98,34 @@ class Inputs:
             distance = outputs[-1].mean()
             total = total + alignment.weight * distance
         return MicroBatchLoss(total, torch.stack([logged, flops_ratio, distance.detach()]), each.detach())
+
+    def packed_loss(self, model: Callable[..., Any], batch: PackedBatch, step: int) -> MicroBatchLoss:
+        """Mean loss over the samples of a packed sequence, in one call of the model."""
+        drawn = [self.draw(part, step) for part in batch.parts]
+        self.seed_dropout(step, batch.parts[0].positions)
+        noised = [self.objective.model_inputs(d.x0, d.noise, d.t, d.frame_mask) for d in drawn]
+        clips = PackedClips([{"hidden_states": x, **d.conditions} for (x, _), d in zip(noised, drawn, strict=True)])
+        predictions = model(clips, torch.cat([timestep for _, timestep in noised]))
+        losses = [
+            self.objective.prediction_loss(y, x, d.x0, d.noise, d.t, d.frame_mask)
+            for y, (x, _), d in zip(predictions, noised, drawn, strict=True)
+        ]
+        trained, each = (torch.cat(values) for values in zip(*losses, strict=True))
+        logged = each.detach().mean()
+        return MicroBatchLoss(
+            trained.mean(), torch.stack([logged, torch.ones_like(logged), torch.zeros_like(logged)]), each.detach()
+        )
+
+    def draw(self, batch: Batch, step: int) -> Drawn:
+        """What is drawn for the samples of one bucket: noise, timesteps, dropped conditions."""
+        positions, x0 = batch.positions, self.latents(batch, step)
+        frame_mask = self.frame_mask(x0, step, positions)
+        conditions = self.drop_conditions(batch_conditions(batch, self.config.model, self.device), step, positions)
+        conditions |= self.control(batch, x0, step) | self.router_inputs(step, positions)
+        if frame_mask is not None:
+            conditions["conditioning_frames"] = frame_mask
+        noise, t = self.noise(x0, "noise", step, positions), self.timesteps(x0, step, positions)
+        return Drawn(x0, noise, t, frame_mask, conditions)
 
     def latents(self, batch: Batch, step: int | None) -> Tensor:
         """Normalised latents (B, C, T, H, W), sampled from the posterior at each step; its mean for step None."""

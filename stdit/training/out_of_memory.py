@@ -1,7 +1,7 @@
 """Out of memory in training: which bucket, its shape and tokens, what should fit by the forecast's estimate, and the key to change.
 
 with MemoryErrors(config, data, ranks) as memory:
-    memory.start_step(step, bucket)        # what runs from here on is this bucket's
+    memory.start_step(step, data_step.key)        # what runs from here on is this bucket's, or packed
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from stdit.config import Bucket, Config, token_grid
+from stdit.data.loader import PACKED
 from stdit.training.distributed import Ranks
 from stdit.training.machine import local_share, step_memory
 from stdit.training.rank_memory import Memory
@@ -37,11 +38,11 @@ class MemoryErrors:
 
     def __init__(self, config: Config, data: TrainData, ranks: Ranks) -> None:
         self.config, self.data, self.ranks = config, data, ranks
-        self._step, self._bucket = 0, None
+        self._step, self._key = 0, None
 
-    def start_step(self, step: int, bucket: Bucket) -> None:
-        """From here on memory is taken for `step`, of `bucket`."""
-        self._step, self._bucket = step, bucket
+    def start_step(self, step: int, key: str) -> None:
+        """From here on memory is taken for `step`, of this bucket or PACKED."""
+        self._step, self._key = step, key
 
     def __enter__(self) -> MemoryErrors:
         return self
@@ -50,17 +51,20 @@ class MemoryErrors:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None and is_out_of_memory(error):
-            raise OutOfMemory(self.describe(error, self._step, self._bucket)) from error
+            raise OutOfMemory(self.describe(error, self._step, self._key)) from error
 
-    def describe(self, error: BaseException, step: int, bucket: Bucket | None) -> str:
-        """The message for an allocation that failed in a step of `bucket`; None: before the first step."""
+    def describe(self, error: BaseException, step: int, key: str | None) -> str:
+        """The message for an allocation that failed in a step of this bucket, or PACKED; None: before the first step."""
         available, place = local_share(self.ranks.device)
         request = _requested(str(error))
-        if bucket is None:
+        if key is None:
             return (
                 f"out of memory before the first step{request}: {place} has {_gib(available)} for this rank; a higher "
                 "train.zero_stage, more ranks or a smaller model take less"
             )
+        if key == PACKED:
+            return f"step {step}: out of memory in a packed micro-batch{request}; {place} has {_gib(available)} for this rank. {self.packed_advice()}"
+        (bucket,) = (b for b in self.config.data.buckets if b.key == key)
         samples = self.config.micro_batches(self.ranks.size)[bucket.key].size
         latent, model = self.data.latents[bucket.key], self.config.model
         t, h, w = token_grid(latent, model.patch_size, bucket.key, model.pad_latents)
@@ -75,6 +79,19 @@ class MemoryErrors:
         """The forecast's memory of a rank with micro-batches of `samples`."""
         latent, ranks = self.data.latents[bucket.key], self.ranks
         return step_memory(config, bucket, latent, self.data.text_tokens, samples, ranks.size, ranks.device.type)
+
+    def packed_advice(self) -> str:
+        """Settings with which packed sequences take less."""
+        train, largest = self.config.train, max(b.tokens or 0 for b in self.config.data.buckets)
+        data_ranks = train.data_ranks(self.ranks.size)
+        tokens = train.tokens_per_micro_batch or -(-(train.tokens_per_step or 0) // data_ranks)
+        least = largest * min(2, data_ranks)
+        found = [f"train.tokens_per_micro_batch: {max(tokens // 2, least)}"] if tokens > least else []
+        if not train.activation_checkpointing:
+            found.append("train.activation_checkpointing: true")
+        if train.zero_stage < 3 and self.ranks.size > 1:
+            found.append(f"train.zero_stage: {train.zero_stage + 1}")
+        return f"It has at most {tokens:,} video tokens. To try: {'; '.join(found) or 'a smaller model'}"
 
     def advice(self, bucket: Bucket, samples: int, available: int) -> str:
         """Settings that should fit. What failed did not, whatever the estimate says of it: half of it at most."""

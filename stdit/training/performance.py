@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from stdit.config import Bucket, Config, ModelConfig, token_grid
-from stdit.config.token_budget import imbalance
 from stdit.data.loader import Batch, Step
 from stdit.training.distributed import Ranks
 
@@ -97,14 +96,15 @@ class Performance:
 
     def count(self, step: Step) -> None:
         """Adds the samples, tokens and FLOPs of a step (of all ranks)."""
-        tokens, flops = self._cost(step.bucket) if self.ranks.is_main else (0, 0)
         self._steps += 1
         self._samples += step.samples
-        self._tokens += step.samples * tokens
-        self._flops += step.samples * flops
-        self._imbalance = max(self._imbalance, imbalance(step.samples, self.ranks.data_size))
-        for batch in step.batches:
-            useful, processed = useful_tokens(batch, self.config.model)
+        for key, samples in step.taken.items():
+            tokens, flops = self._cost(Bucket.parse(key)) if self.ranks.is_main else (0, 0)
+            self._tokens += samples * tokens
+            self._flops += samples * flops
+        self._imbalance = max(self._imbalance, step.imbalance)
+        for part in (part for batch in step.batches for part in batch.parts):
+            useful, processed = useful_tokens(part, self.config.model)
             self._useful += useful
             self._processed += processed
 
@@ -196,7 +196,7 @@ class Performance:
 
 
 def useful_tokens(batch: Batch, model: ModelConfig) -> tuple[float, int]:
-    """(Tokens that are not padding, all tokens) of a micro-batch: patches of latents, and caption tokens where the model takes them.
+    """(Tokens that are not padding, all tokens) of a micro-batch, or of one bucket's part of it: patches of latents, and caption tokens where the model takes them.
 
     Padding is what makes captions as long as the longest of the micro-batch, and latents whole patches (`model.pad_latents`).
     """

@@ -65,7 +65,7 @@ class LossSpikes:
         if self.action != "skip" or micro_batch < len(step.batches) - 1:
             return total
         (loss,) = self.ranks.all_reduce(sums[0].item() / len(step.batches) / self.ranks.size)
-        return total if self.excess(step.bucket.key, loss) is None else total * torch.nan
+        return total if self.excess(step.key, loss) is None else total * torch.nan
 
     def add(self, bucket: str, loss: float) -> float | None:
         """Counts the loss of a step; returns its `excess`."""
@@ -111,7 +111,7 @@ def positions_left_out(rewinds: Sequence[Mapping[str, Any]]) -> dict[str, list[r
 def rewind(run_dir: Path, train: TrainConfig, step: int, loss: float, data_step: Step, ranks: Ranks) -> None:
     """Writes down that the samples of `data_step` are left out from now on; collective. Diverged: for the (max_rewinds + 1)th
     time."""
-    key = data_step.bucket.key
+    key = data_step.key
 
     def write() -> int:
         done = read_rewinds(run_dir)

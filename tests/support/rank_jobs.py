@@ -87,11 +87,12 @@ def run_recorded(data: dict[str, Any], stop_after: int | None = None) -> dict[st
     loss, samples = Inputs.loss, []
 
     def recorded(self: Inputs, model: Any, batch: Any, step: int) -> Any:
-        x0 = self.latents(batch, step)
-        times, noise = self.timesteps(x0, step, batch.positions), self.noise(x0, "noise", step, batch.positions)
-        sums = noise.flatten(1).sum(1).tolist()
-        for entry in zip(batch.positions, batch.ids, times.tolist(), sums, strict=True):
-            samples.append((step, batch.bucket.key, *entry))
+        for part in batch.parts:
+            x0 = self.latents(part, step)
+            times, noise = self.timesteps(x0, step, part.positions), self.noise(x0, "noise", step, part.positions)
+            sums = noise.flatten(1).sum(1).tolist()
+            for entry in zip(part.positions, part.ids, times.tolist(), sums, strict=True):
+                samples.append((step, part.bucket.key, *entry))
         return loss(self, model, batch, step)
 
     with patch.object(Inputs, "loss", recorded):

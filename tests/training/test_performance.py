@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from stdit.config import Bucket
 from stdit.data.loader import Loader, Step
 from stdit.models.cost import model_cost
 from stdit.training import performance
@@ -64,10 +65,11 @@ def test_rates_are_of_training_and_sections_are_means_of_a_step(tmp_path: Path, 
     samples = sum(step.samples for step in steps)
     config = measured.config
     flops = sum(
-        step.samples * model_cost(config.model, (step.bucket.frames, 4, 4), measured.data.text_tokens).training_flops
+        step.samples
+        * model_cost(config.model, (Bucket.parse(step.key).frames, 4, 4), measured.data.text_tokens).training_flops
         for step in steps
     )
-    tokens = sum(step.samples * step.bucket.frames * 16 for step in steps)
+    tokens = sum(step.samples * Bucket.parse(step.key).frames * 16 for step in steps)
     assert found["samples_per_second"] == pytest.approx(samples / 6, rel=1e-5)  # validation is no training
     assert found["tokens_per_second"] == pytest.approx(tokens / 6, rel=1e-5)
     assert found["tflops_per_second"] == pytest.approx(flops / 6 / 1e12, rel=1e-5)
