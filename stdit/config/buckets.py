@@ -13,7 +13,7 @@ from stdit.config.load import ConfigError
 
 
 class Bucket(Frozen):
-    """A clip shape in pixels. A batch holds clips of one bucket."""
+    """A clip shape in pixels. A batch holds clips of one bucket, a packed one (`train.packing`) of several."""
 
     frames: Frames
     """Frames of a clip; 1 for images."""
