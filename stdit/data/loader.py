@@ -139,6 +139,11 @@ class Step:
         return sum(self.taken.values())
 
     @property
+    def parts(self) -> list[Batch]:
+        """The samples of all micro-steps, each of one bucket."""
+        return [part for batch in self.batches for part in batch.parts]
+
+    @property
     def key(self) -> str:
         """The bucket's, or PACKED."""
         return PACKED if isinstance(self.batches[0], PackedBatch) else self.batches[0].bucket.key

@@ -42,7 +42,7 @@ class BadSteps:
         if finite:
             return logged
         logged["bad_steps"] = self.skipped.in_a_row
-        batches = [part for batch in data_step.batches for part in batch.parts]
+        batches = data_step.parts
         losses = torch.cat(list(losses)).split([len(part) for part in batches])
         if self._spike is None or self.config.train.on_spike != "skip":
             logged["bad_samples"], largest = find_bad_samples(batches, losses, self.ranks)

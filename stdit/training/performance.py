@@ -103,7 +103,7 @@ class Performance:
             self._tokens += samples * tokens
             self._flops += samples * flops
         self._imbalance = max(self._imbalance, step.imbalance)
-        for part in (part for batch in step.batches for part in batch.parts):
+        for part in step.parts:
             useful, processed = useful_tokens(part, self.config.model)
             self._useful += useful
             self._processed += processed

@@ -59,7 +59,7 @@ def loader(
 def drawn(own: Loader, steps: int) -> list[str]:
     found: list[str] = []
     for step in own:
-        found += [caption for batch in step.batches for caption in batch.captions]
+        found += [caption for batch in step.parts for caption in batch.captions]
         if len(found) >= steps * 6 // own.ranks:
             return found
     raise AssertionError

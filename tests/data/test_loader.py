@@ -48,7 +48,7 @@ def data(*buckets: tuple[int, float], workers: int = 0) -> DataConfig:
 
 
 def ids(step: Step) -> list[int]:
-    return [int(c) for batch in step.batches for c in batch.captions]
+    return [int(c) for batch in step.parts for c in batch.captions]
 
 
 def of_step(
@@ -74,11 +74,11 @@ def test_rank_shards_are_disjoint_and_cover_and_do_not_depend_on_the_cut(
     counts = (50, 31)
     parts = of_step(number, counts, data((size, 1.0), (size, 1.0)), ranks, accumulation, seed)
     (whole,) = of_step(number, counts, data((total, 1.0), (total, 1.0)), 1, 1, seed)
-    positions = [p for part in parts for batch in part.batches for p in batch.positions]
-    assert sorted(positions) == sorted(whole.batches[0].positions)
+    positions = [p for part in parts for batch in part.parts for p in batch.positions]
+    assert sorted(positions) == sorted(whole.parts[0].positions)
     assert Counter(i for part in parts for i in ids(part)) == Counter(ids(whole))
     # Every rank has the same bucket, and knows the same of where the data stand.
-    assert len({part.bucket.key for part in parts}) == 1
+    assert len({part.key for part in parts}) == 1
     assert all(part.position == whole.position and part.samples == total for part in parts)
 
 
@@ -153,7 +153,7 @@ def test_a_reader_that_fails_is_heard() -> None:
 def test_a_bucket_smaller_than_a_step_goes_round() -> None:
     (step,) = of_step(0, (3,), data((8, 1.0)), 1, 1)
     assert Counter(ids(step)).most_common() == [(i, n) for i, n in Counter(ids(step)).most_common() if n in (2, 3)]
-    assert step.batches[0].positions == tuple(range(8))
+    assert step.parts[0].positions == tuple(range(8))
 
 
 def test_a_bucket_without_samples_is_named() -> None:

@@ -58,7 +58,7 @@ def loader(data: DataConfig, rank: int = 0, ranks: int = 1, seed: int = 0, **cha
 
 
 def ids(step: Step) -> list[int]:
-    return [i for batch in step.batches for i in batch.ids]
+    return [i for batch in step.parts for i in batch.ids]
 
 
 @settings(deadline=None, max_examples=200)

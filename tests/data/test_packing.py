@@ -83,7 +83,7 @@ def loader(rank: int = 0, ranks: int = 1, position: dict[str, int] | None = None
 
 def samples(steps: list[Step]) -> set[tuple[str, int, int]]:
     """(bucket, id, position) of each sample."""
-    parts = [part for step in steps for batch in step.batches for part in batch.parts]
+    parts = [part for step in steps for part in step.parts]
     found = [(part.bucket.key, *both) for part in parts for both in zip(part.ids, part.positions, strict=True)]
     assert len(set(found)) == len(found)
     return set(found)

@@ -89,7 +89,7 @@ def test_ranks_differ_by_one_sample_at_most_with_accumulation_too(samples: int, 
     assert sum(taken) == samples
     assert max(taken) - min(taken) <= 1
     assert max(abs(n * ranks / samples - 1) for n in taken) == pytest.approx(imbalance(samples, ranks))
-    positions = [p for step in steps for batch in step.batches for p in batch.positions]
+    positions = [p for step in steps for batch in step.parts for p in batch.positions]
     assert positions == list(range(samples))
 
 
