@@ -37,7 +37,7 @@ def completed(**changes: Any) -> Config:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model": {"attention": "full"}, "diffusion": {"frame_conditioning": {"image_to_video": 0.5}}},
+        {"model": {"attention": "full"}, "diffusion": {"frame_conditioning": {"first": 0.5}}},
         {
             "model": {"drop_path": 0.3, "learned_variance": True},
             "diffusion": {"objective": "ddpm", "min_snr_gamma": 5.0},
@@ -61,7 +61,7 @@ def test_a_packed_step_has_the_loss_and_gradients_of_its_samples_unpacked(change
                 loss = inputs.loss(model, one, 1)
                 share = len(one) / step.samples if parts else batch.weight / len(step.batches)
                 (loss.total * share).backward()
-                total += float(loss.total) * share
+                total += float(loss.total.detach()) * share
                 each.append(loss.each)
         return total, torch.cat(each), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
@@ -109,7 +109,7 @@ def test_so_under_every_zero_stage(changes: dict[str, Any], pair: Pool, solo: Po
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train": {"tokens_per_step": None, "tokens_per_micro_batch": None}}, "packing needs train.tokens_per_step"),
+        ({"data": {"buckets": [{**BUCKETS[0], "batch_size": 2}]}, "train": {"tokens_per_step": None, "tokens_per_micro_batch": None}}, "packing needs train.tokens_per_step"),
         ({"train": {"samples_multiple_of": 2}}, "samples_multiple_of 2: a step is filled"),
         ({"train": {"sequence_parallel": 2}}, "sequence_parallel 2: the tokens"),
         ({"train": {"control": {}}, "init": {"source": "x"}}, "train.control .*: a control branch's residuals"),
