@@ -616,6 +616,7 @@ class Config(Frozen):
         if train.tokens_per_step is None:
             raise ValueError("train.packing needs train.tokens_per_step, the video tokens of a step")
         reasons = {
+            "zero_stage": (train.zero_stage == 3, "ranks gather the embeddings' weights together, once for each shape, whose number differs between them"),
             "samples_multiple_of": (train.samples_multiple_of is not None, "a step is filled with samples of several buckets, by their tokens"),
             "sequence_parallel": (train.sequence_parallel > 1, "the tokens of a packed sequence are not divided over ranks"),
             "control": (train.control is not None, "a control branch's residuals belong to one grid of patches"),
