@@ -204,7 +204,7 @@ def test_drop_path_drops_whole_branches_of_samples(tiny: Tiny, noise: Noise) -> 
 
 def test_drop_path_keeps_the_mean_of_a_branch(tiny: Tiny, noise: Noise) -> None:
     model = tiny(depth=3, drop_path=0.5).train()
-    kept = model._drop_path(noise(4000, 1, 1, 1), torch.Generator().manual_seed(0))
+    kept = model.drop_path_factors(noise(4000, 1, 1, 1), torch.Generator().manual_seed(0))
     assert kept is not None
     assert torch.equal(kept[0], torch.ones_like(kept[0]))  # the first block's branches always stay
     torch.testing.assert_close(kept.mean((1, 2, 3, 4, 5)), torch.ones(3), atol=0.05, rtol=0)
