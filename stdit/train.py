@@ -91,7 +91,6 @@ def train_from_checkpoint(
     from stdit.training.engine import init_distributed
     from stdit.training.inputs import Inputs
     from stdit.training.machine import check_machine
-    from stdit.training.mirror import RunMirror
     from stdit.training.optimizer import last_stable_step, learning_rate
     from stdit.training.out_of_memory import MemoryErrors
     from stdit.training.performance import Performance, profiler
@@ -132,7 +131,7 @@ def train_from_checkpoint(
         )  # fmt: skip
         performance = Performance(config, ranks, data, sum(loader.counts.values()))
         timed, profile = performance.section, stack.enter_context(profiler(config, ranks, state.step + 1))
-        uploads = stack.enter_context(closing(RunMirror(config, ranks.is_main, tracker.print, watchdog.close)))
+        uploads = stack.enter_context(closing(mirror.RunMirror(config, ranks.is_main, tracker.print, watchdog.close)))
         ranks.broadcast(uploads.begin)
         start = time.perf_counter()
         saver = Saver(engine, ema, config, data, state, ranks, tracker.print, watchdog.saving)

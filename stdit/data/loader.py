@@ -263,6 +263,13 @@ class BatchPart(NamedTuple):
     positions: Sequence[int]
 
 
+class RankShare(NamedTuple):
+    """One rank's micro-batches of a step, each by bucket; imbalance: as Step's."""
+
+    micro_batches: list[list[BatchPart]]
+    imbalance: float
+
+
 class Loader(BucketSchedule):
     """Iterates over `Step`s without end, starting at `position`. `workers` threads read ahead. ConfigError: as BucketSchedule.
 
@@ -312,23 +319,24 @@ class Loader(BucketSchedule):
                 continue
             yield step
 
-    def _announced(self) -> Iterator[PlannedStep]:
-        """`_plan`; a source that reads from another machine is told of this rank's samples before they are needed."""
+    def _announced(self) -> Iterator[tuple[PlannedStep, RankShare]]:
+        """`_plan`, with this rank's share; a source that reads from another machine is told of its samples before they are needed."""
+        planned = ((step, self._share(step)) for step in self._plan())
         open_ahead = getattr(self.source, "read_ahead", None)
         ahead = open_ahead and open_ahead()
         if ahead is None:
-            yield from self._plan()
+            yield from planned
             return
-        upcoming: deque[tuple[PlannedStep, list[int]]] = deque()
+        upcoming: deque[tuple[PlannedStep, RankShare, list[int]]] = deque()
         try:
-            for step in self._plan():
-                shares = self._shares(step)
-                ids = [self.streams[part.bucket.key].at(p) for share in shares for part in share for p in part.stream]
+            for step, share in planned:
+                parts = [part for parts in share.micro_batches for part in parts]
+                ids = [self.streams[part.bucket.key].at(p) for part in parts for p in part.stream]
                 ahead.announce(ids)
-                upcoming.append((step, ids))
+                upcoming.append((step, share, ids))
                 while upcoming and (ahead.is_full or len(upcoming) > STEPS_AHEAD):
-                    step, ids = upcoming.popleft()
-                    yield step
+                    step, share, ids = upcoming.popleft()
+                    yield step, share
                     ahead.release(ids)
         finally:
             ahead.close()
@@ -359,10 +367,9 @@ class Loader(BucketSchedule):
         at = int(np.searchsorted(np.cumsum(list(shares.values())), draw, side="right"))
         return list(shares)[min(at, len(shares) - 1)]
 
-    def _shares(self, step: PlannedStep) -> list[list[BatchPart]]:
-        """This rank's micro-batches of a step, each by bucket."""
+    def _share(self, step: PlannedStep) -> RankShare:
         if step.packed is not None:
-            return self._packed_shares(step)[self.rank]
+            return self._packed_share(step, step.packed)
         ((key, samples),) = step.taken.items()
         (bucket,) = (b for b in self.data.buckets if b.key == key)
         count, first = self.micro_batches[key].accumulation, step.first[key]
@@ -372,68 +379,62 @@ class Loader(BucketSchedule):
             range(first + samples * share // shares, first + samples * (share + 1) // shares)
             for share in range(self.rank * count, (self.rank + 1) * count)
         ]
-        return [[BatchPart(bucket, run, run)] for run in runs]
+        return RankShare([[BatchPart(bucket, run, run)] for run in runs], imbalance(samples, self.ranks))
 
-    def _packed_shares(self, step: PlannedStep) -> list[list[list[BatchPart]]]:
-        """Every rank's micro-batches of a packed step."""
-        assert step.packed is not None
+    def _packed_share(self, step: PlannedStep, keys: Sequence[str]) -> RankShare:
+        """keys: of each sample's bucket, in order."""
         assert self.packing is not None
-        tokens = [self.tokens[key] for key in step.packed]
+        tokens = [self.tokens[key] for key in keys]
         before, drawn = sum(step.first.values()), dict(step.first)
         positions: list[int] = []
-        for key in step.packed:  # of each sample, in its bucket's stream
+        for key in keys:  # of each sample, in its bucket's stream
             positions.append(drawn[key])
             drawn[key] += 1
 
         def parts(samples: Sequence[int]) -> list[BatchPart]:
-            own = {b.key: [i for i in samples if step.packed and step.packed[i] == b.key] for b in self.data.buckets}
+            own = {b.key: [i for i in samples if keys[i] == b.key] for b in self.data.buckets}
             return [
                 BatchPart(b, [positions[i] for i in own[b.key]], [before + i for i in own[b.key]])
                 for b in self.data.buckets
                 if own[b.key]
             ]
 
-        shares = micro_batches_of(tokens, self.ranks, self.packing.tokens_per_micro_batch)
-        return [[parts(samples) for samples in rank] for rank in shares]
-
-    def _imbalance(self, step: PlannedStep) -> float:
-        if step.packed is None:
-            return imbalance(sum(step.taken.values()), self.ranks)
-        work = [
-            sum(len(part.stream) * self.tokens[part.bucket.key] for parts in rank for part in parts)
-            for rank in self._packed_shares(step)
-        ]
+        ranks = micro_batches_of(tokens, self.ranks, self.packing.tokens_per_micro_batch)
+        work = [sum(tokens[i] for samples in own for i in samples) for own in ranks]
         mean = sum(work) / self.ranks
-        return max(max(work) - mean, mean - min(work)) / mean
+        unequal = max(max(work) - mean, mean - min(work)) / mean
+        return RankShare([parts(samples) for samples in ranks[self.rank]], unequal)
 
     def __iter__(self) -> Iterator[Step]:
         if self.data.workers == 0:
-            for step in self._announced():
-                yield self._step(step, [self._read(*share) for share in self._weighted_shares(step)])
+            for step, share in self._announced():
+                yield _step(step, share, [self._read(*one) for one in self._weighted(step, share)])
             return
         with ThreadPoolExecutor(self.data.workers, thread_name_prefix="loader") as pool:
-            ahead: deque[tuple[PlannedStep, list[Future[Batch | PackedBatch]]]] = deque()
+            ahead: deque[tuple[PlannedStep, RankShare, list[Future[Batch | PackedBatch]]]] = deque()
             try:
-                for step in self._announced():
-                    futures = [pool.submit(self._read, *share) for share in self._weighted_shares(step)]
-                    ahead.append((step, futures))
-                    if sum(len(f) for _, f in ahead) > self.data.workers + len(futures):
-                        done, waited = ahead.popleft()
-                        yield self._step(done, [future.result() for future in waited])
+                for step, share in self._announced():
+                    futures = [pool.submit(self._read, *one) for one in self._weighted(step, share)]
+                    ahead.append((step, share, futures))
+                    if sum(len(f) for *_, f in ahead) > self.data.workers + len(futures):
+                        step, share, futures = ahead.popleft()
+                        yield _step(step, share, [future.result() for future in futures])
             finally:
-                for _, futures in ahead:
+                for *_, futures in ahead:
                     for future in futures:
                         future.cancel()
 
-    def _weighted_shares(self, step: PlannedStep) -> list[tuple[list[BatchPart], float]]:
+    def _weighted(self, step: PlannedStep, share: RankShare) -> list[tuple[list[BatchPart], float]]:
         """This rank's micro-batches, and the weights of their mean losses."""
-        shares, samples = self._shares(step), sum(step.taken.values())
+        count, samples = len(share.micro_batches), sum(step.taken.values())
         return [
-            (parts, sum(len(part.stream) for part in parts) * self.ranks * len(shares) / samples) for parts in shares
+            (parts, sum(len(part.stream) for part in parts) * self.ranks * count / samples)
+            for parts in share.micro_batches
         ]
 
-    def _step(self, step: PlannedStep, batches: Sequence[Batch | PackedBatch]) -> Step:
-        return Step(tuple(batches), step.taken, step.position, self._imbalance(step))
+
+def _step(step: PlannedStep, share: RankShare, batches: Sequence[Batch | PackedBatch]) -> Step:
+    return Step(tuple(batches), step.taken, step.position, share.imbalance)
 
 
 class Synthetic:

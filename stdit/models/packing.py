@@ -23,6 +23,7 @@ from stdit.models.block_diagonal import BlockDiagonal, Run, block_diagonal
 from stdit.models.blocks import BlockState, ModulationInput, PackedBlocks
 from stdit.models.checks import check_inputs
 from stdit.models.conditioning import ConditionInputs, Conditions, embed_conditions
+from stdit.models.dynamic import Generators
 from stdit.models.embeddings import unpatchify
 from stdit.models.positions import Grid, PositionEmbeddings, Rope
 
@@ -71,27 +72,14 @@ def packed_forward(model: STDiT, clips: PackedClips, timestep: Tensor | float) -
 
 
 def _embed(
-    model: STDiT,
-    hidden_states: Tensor,
-    timestep: Tensor | float,
-    encoder_hidden_states: Tensor | None = None,
-    encoder_attention_mask: Tensor | None = None,
-    class_labels: Tensor | None = None,
-    drop_condition: Tensor | None = None,
-    added_cond_kwargs: Mapping[str, Any] | None = None,
-    pooled_projections: Tensor | None = None,
-    conditioning_frames: Tensor | None = None,
-    generator: Any = None,
+    model: STDiT, hidden_states: Tensor, timestep: Tensor | float, generator: Generators = None, **conditions: Any
 ) -> Part:
-    """Arguments as STDiT.forward's."""
-    inputs = ConditionInputs(
-        timestep, encoder_hidden_states, encoder_attention_mask, pooled_projections, class_labels, drop_condition,
-        added_cond_kwargs, conditioning_frames,
-    )  # fmt: skip
+    """conditions: as ConditionInputs, which are STDiT.forward's arguments."""
+    inputs = ConditionInputs(timestep, **conditions)
     grid = check_inputs(model.settings, hidden_states, inputs)
-    x, positions = model.embed_latents(hidden_states, grid, added_cond_kwargs)
-    conditions = embed_conditions(model, inputs, x.device, x.dtype)
-    return Part(x, grid, hidden_states.shape[2:], conditions, positions, model.drop_path_factors(x, generator))
+    x, positions = model.embed_latents(hidden_states, grid, inputs.added_cond_kwargs)
+    embedded = embed_conditions(model, inputs, x.device, x.dtype)
+    return Part(x, grid, hidden_states.shape[2:], embedded, positions, model.drop_path_factors(x, generator))
 
 
 def _split(timestep: Tensor | float, counts: list[int]) -> list[Tensor | float]:

@@ -89,7 +89,7 @@ class MemoryErrors:
         found = [f"train.tokens_per_micro_batch: {max(tokens // 2, least)}"] if tokens > least else []
         if not train.activation_checkpointing:
             found.append("train.activation_checkpointing: true")
-        if train.zero_stage < 3 and self.ranks.size > 1:
+        if train.zero_stage < 2 and self.ranks.size > 1:  # ZeRO-3 does not go with packing
             found.append(f"train.zero_stage: {train.zero_stage + 1}")
         return f"It has at most {tokens:,} video tokens. To try: {'; '.join(found) or 'a smaller model'}"
 

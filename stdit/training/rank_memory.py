@@ -176,7 +176,8 @@ class _Step:
 
     def stage_1_bf16(self) -> tuple[Bytes, dict[str, Bytes]]:
         rounded = 2 * self.trained
-        groups = 1 + bool(self.train.optimizer.weight_decay) + (self.train.optimizer.name == "muon")
+        optimizer = self.train.optimizer
+        groups = 1 + bool(optimizer.weight_decay) + (optimizer.name == "muon") + (optimizer.mup is not None)
         # A single tensor needs no copy to be flat, as the first group has it that is larger than what is flattened at once.
         flat = 4 * self.trained if groups > 1 and self.trained <= FLATTENED else 0
         return {"gradients": 4 * self.trained}, {

@@ -21,44 +21,11 @@ class PeakMemory:
     """`nbytes`: what this process took at most within the context, looked at every millisecond, beyond what it had before."""
 
     nbytes = 0
+    interval_s = 0.001
 
     def __enter__(self) -> Self:
         gc.collect()
-        self._before, self._over = anonymous_memory(), threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.001):
-            self.nbytes = max(self.nbytes, anonymous_memory() - self._before)
-
-
-MALLINFO2 = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
-
-
-class _Mallinfo2(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in MALLINFO2]
-
-
-class AllocatedMemory:
-    """`nbytes`: what this process had allocated at most since `start`, beyond what it had when the context began, of glibc's malloc, where
-    torch's CPU tensors and gloo's buffers are: looked at every half millisecond, touched or not, without what malloc keeps free."""
-
-    nbytes = 0
-
-    def __enter__(self) -> Self:
-        self._libc = ctypes.CDLL(None)
-        self._libc.mallinfo2.restype = _Mallinfo2
-        # Tensors come and go one by one, and none depends on where another one was.
-        self._libc.mallopt(M_MMAP_THRESHOLD, 2**16)
-        gc.collect()
-        self._before, self._lock, self._over = 0, threading.Lock(), threading.Event()
-        self._before = self._allocated()
+        self._before, self._lock, self._over = self._taken(), threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
@@ -68,15 +35,39 @@ class AllocatedMemory:
         self._thread.join()
 
     def start(self) -> None:
-        """Forgets what there was before."""
+        """Forgets what there was since the context began."""
         with self._lock:
-            self.nbytes = self._allocated()
+            self.nbytes = self._taken() - self._before
 
-    def _allocated(self) -> int:
-        found = self._libc.mallinfo2()
-        return found.uordblks + found.hblkhd - self._before
+    def _taken(self) -> int:
+        return anonymous_memory()
 
     def _watch(self) -> None:
-        while not self._over.wait(0.0005):
+        while not self._over.wait(self.interval_s):
             with self._lock:
-                self.nbytes = max(self.nbytes, self._allocated())
+                self.nbytes = max(self.nbytes, self._taken() - self._before)
+
+
+MALLINFO2 = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+
+
+class _Mallinfo2(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in MALLINFO2]
+
+
+class AllocatedMemory(PeakMemory):
+    """As PeakMemory, of glibc's malloc, where torch's CPU tensors and gloo's buffers are: touched or not, without what malloc keeps free; looked
+    at every half millisecond."""
+
+    interval_s = 0.0005
+
+    def __enter__(self) -> Self:
+        self._libc = ctypes.CDLL(None)
+        self._libc.mallinfo2.restype = _Mallinfo2
+        # Tensors come and go one by one, and none depends on where another one was.
+        self._libc.mallopt(M_MMAP_THRESHOLD, 2**16)
+        return super().__enter__()
+
+    def _taken(self) -> int:
+        found = self._libc.mallinfo2()
+        return found.uordblks + found.hblkhd

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from pipelines.forecast import EqualSource, forecast
 from pipelines.plan import ResolvedStage, Resources
 from stdit.config import Config, ConfigError, merge
-from stdit.data.loader import Loader
+from stdit.data.loader import PACKED, Loader
 from stdit.models.fine_tuning import add_trainable
 from stdit.models.stdit import STDiT
 from stdit.training.data import open_data
 from stdit.training.derive import complete
+from stdit.training.distributed import Ranks
 from stdit.training.inputs import Inputs
+from stdit.training.out_of_memory import MemoryErrors
 from tests.support.models import shaken
 from tests.support.rank_jobs import config_of, run, run_recorded, settings
 from tests.support.rank_pool import Pool, RankError
@@ -137,6 +141,19 @@ def test_too_few_tokens_for_the_ranks_are_refused_before_the_run() -> None:
     config.micro_batches(2)
     with pytest.raises(ConfigError, match="tokens_per_step is 700; .* 20 data-parallel ranks it takes 960"):
         config.micro_batches(20)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_what_a_packed_step_that_does_not_fit_advises_is_accepted(stage: int) -> None:
+    config = completed(train={"zero_stage": stage})
+    ranks = Ranks(0, 2, 0, torch.device("cpu"))
+    message = MemoryErrors(config, open_data(config), ranks).describe(torch.OutOfMemoryError(""), 3, PACKED)
+    assert "out of memory in a packed micro-batch" in message
+    advised = dict(re.findall(r"train\.(\w+): (\w+)", message))
+    expected = {"tokens_per_micro_batch": "96", "activation_checkpointing": "true"}
+    assert advised == expected | ({"zero_stage": "1"} if stage == 0 else {})
+    for name, value in advised.items():
+        completed(train={"zero_stage": stage, name: yaml.safe_load(value)}).micro_batches(2)
 
 
 def test_the_forecast_counts_the_samples_that_training_takes() -> None:
