@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from stdit.config import Config, merge, validate
+from stdit.cores import available_cores
 from stdit.data.loader import Loader
 from stdit.models.stdit import STDiT
 from stdit.training import checkpoint
@@ -124,7 +125,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--out", type=Path, help="where checkpoints go (default: a temporary folder)")
     args = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", available_cores())))
     names = ("waiting", "background")
     stalls: dict[str, list[float]] = {name: [] for name in names}
     plain, meanwhile, wrote = [], [], []

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stdit.config import Config, validate
+from stdit.cores import available_cores
 from stdit.models.stdit import STDiT
 from stdit.train import train
 from stdit.training.deepspeed_config import make_deepspeed_config
@@ -137,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--out", type=Path, default=RESULTS, help="file to which the table is appended")
     args = parser.parse_args(argv)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", available_cores())))
     with tempfile.TemporaryDirectory() as folder:
         config = settings(args, Path(folder) / "run")
         seconds = measure(config)

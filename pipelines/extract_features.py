@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pipelines.workers import connect, disconnect
 from stdit.config import ExtractConfig, Url, load_config, validate
 from stdit.console import echo
+from stdit.cores import available_cores
 
 if TYPE_CHECKING:
     from stdit.data.records import ShardResult, ShardSpec
@@ -38,7 +39,7 @@ class Worker:
             os.chdir(directory)
         import torch
 
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
+        torch.set_num_threads(max(1, available_cores() // beside))
         self.clips, self.beside = clips, beside
         self.config = validate(config, ExtractConfig, "extraction")
         self.extractor: Any = None

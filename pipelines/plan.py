@@ -6,7 +6,6 @@ stages = resolve(plan)    # in training order, each with its complete Config
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +43,7 @@ from stdit.config import (
     token_grid,
     validate,
 )
+from stdit.cores import available_cores
 
 # ---------------------------------------------------------------------------------------- schema
 
@@ -198,7 +198,7 @@ class Resources(Frozen):
 
 def available_cpus() -> int:
     """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
+    return available_cores()
 
 
 def cpus_each(workers: int) -> int:

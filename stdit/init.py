@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from stdit.config import ConfigError, Url, parse_location
 from stdit.config.location import hide_credentials
 from stdit.console import echo
+from stdit.cores import available_cores
 from stdit.errors import exit_code
 from stdit.files import atomic_write
 
@@ -172,7 +172,7 @@ def plan_text(choices: Choices, manifest: Path | Url, proposal: BucketProposal, 
     """plan.yaml, annotated. multiple_of: what sides of frames have to be multiples of, px."""
     latent = choices.video_encoder is not None
     gpus = _gpus()
-    workers, cpus = (gpus, 4) if gpus else (1, len(os.sched_getaffinity(0)))
+    workers, cpus = (gpus, 4) if gpus else (1, available_cores())
     buckets = "\n".join(
         f"    - {{frames: {b.frames}, height: {b.height}, width: {b.width}}}  # {proposal.clips_by_bucket[b.key]:,} clips"
         for b in proposal.buckets

@@ -17,9 +17,17 @@ CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/
 
 def host_memory() -> int:
     """Bytes of memory that this process may use."""
-    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):  # names that this system does not know
+        import psutil
+
+        found = int(psutil.virtual_memory().total)
     for path in CGROUP_LIMITS:
-        text = path.read_text().strip() if path.is_file() else "max"
+        try:
+            text = path.read_text().strip()
+        except OSError:  # not in a container of this kind
+            continue
         found = min(found, int(text)) if text.isdigit() else found
     return found
 

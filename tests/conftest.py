@@ -61,7 +61,9 @@ SLOW_TIMEOUT_S = 900
 
 
 def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from stdit.cores import available_cores
+
+    return available_cores()
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -25,6 +25,7 @@ LEVELS = {
     "stdit.metrics_log": 0.1,
     "stdit.integrity": 0.1,
     "stdit.memory": 0.1,
+    "stdit.cores": 0,
     "stdit.outputs": 0.1,
     "stdit.fonts": 0.25,
     "stdit.media": 0.5,

@@ -9,13 +9,13 @@ A process that crashes or hangs costs the clip that it was decoding (DecodeError
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal, TypeVar
 
+from stdit.cores import available_cores
 from stdit.data.subprocess_decoder import SubprocessDecoder
 from stdit.files import Closable
 
@@ -32,7 +32,7 @@ def decoder_workers(wanted: int | Literal["auto"], clips: int | None = None, enc
     """Decoding processes of one encoder. auto: one per core, shared by the `encoders` of this machine, as far as there are `clips`."""
     if wanted != "auto":
         return wanted
-    cores = len(os.sched_getaffinity(0)) // encoders
+    cores = available_cores() // encoders
     needed = MOST_WORKERS if clips is None else clips // CLIPS_PER_WORKER
     return max(1, min(cores, needed, MOST_WORKERS))
 

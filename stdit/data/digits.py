@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from stdit.console import echo
+from stdit.cores import available_cores
 from stdit.data import manifest
 from stdit.errors import exit_code
 from stdit.files import atomic_write, read_json
@@ -181,7 +181,7 @@ def make_digits(
     atomic_write(out / RECORD, record)
     for shape in options.shapes:
         _file(out, shape, 0, 0).parent.mkdir(parents=True)
-    rows = _make(out, options, workers or len(os.sched_getaffinity(0)), progress)
+    rows = _make(out, options, workers or available_cores(), progress)
     manifest.write(out / MANIFEST, rows)
     return out / MANIFEST
 

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stdit.config import CacheConfig, ConfigError, ExtractBucket, ExtractConfig, Url
+from stdit.cores import available_cores
 from stdit.data.buckets import assign_clip
 from stdit.data.decoding import ClipInfo, DecodeError
 from stdit.data.manifest import Clip, file_problem, read
@@ -111,7 +111,7 @@ def probe_clips(
     """
     from tqdm import tqdm
 
-    workers = max(1, min(workers or min(8, len(os.sched_getaffinity(0))), len(clips)))
+    workers = max(1, min(workers or min(8, available_cores()), len(clips)))
     own, objects_here = threading.local(), ObjectCache.of(cache)
     decoders: list[SubprocessDecoder] = []
 

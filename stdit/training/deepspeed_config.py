@@ -159,10 +159,11 @@ def read_override(train: TrainConfig, generated: dict[str, Any]) -> dict[str, An
 
 
 def set_accelerator() -> None:
-    """Selects DeepSpeed's CPU accelerator where there is no other; before its import, which else warns."""
+    """Selects DeepSpeed's CPU accelerator where there is no CUDA; before its import, which else warns, or takes Apple's MPS, whose tensors
+    gloo does not send."""
     import torch
 
-    if not torch.accelerator.is_available():
+    if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stdit.config import ConfigError
+from stdit.cores import available_cores
 from stdit.models.sequence_parallel import SequenceParallel
 
 T = TypeVar("T")
@@ -129,7 +130,7 @@ def limit_threads() -> None:
         local_size = int(
             os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ.get("WORLD_SIZE", 1)))
         )
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        torch.set_num_threads(max(1, available_cores() // local_size))
 
 
 def choose_interface() -> None:

@@ -42,7 +42,11 @@ def launch(ranks: int, arguments: Sequence[str], config: Config) -> int:
         str(SCRIPT), *arguments,
     ]  # fmt: skip
     # A session of its own: Ctrl-C in a terminal then reaches this process alone.
-    process = subprocess.Popen(command, start_new_session=True, preexec_fn=partial(die_with_parent, os.getpid()))
+    # DeepSpeed's launcher would count Apple's GPU, of which there is one, and set its environment for the ranks.
+    environment = {"DS_ACCELERATOR": "cpu", **os.environ} if sys.platform == "darwin" else None
+    process = subprocess.Popen(
+        command, env=environment, start_new_session=True, preexec_fn=partial(die_with_parent, os.getpid())
+    )
     signals: list[int] = []
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in handlers.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -82,11 +81,11 @@ def test_an_error_is_raised_where_its_result_would_be() -> None:
 
 
 def test_auto_is_a_process_per_core_shared_by_encoders_and_fewer_for_few_clips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.setattr(decoder_pool, "available_cores", lambda: 12)
     found = [decoder_workers("auto", clips, encoders) for clips, encoders in [(None, 1), (10_000, 4), (33, 1), (0, 99)]]
     assert found == [12, 3, 2, 1]
     assert decoder_workers(5, 1, 99) == 5
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(200)))
+    monkeypatch.setattr(decoder_pool, "available_cores", lambda: 200)
     assert decoder_workers("auto") == decoder_pool.MOST_WORKERS
 
 
