@@ -178,7 +178,7 @@ DeepSpeed 0.19, bf16, P trained parameters, n ranks (data times sequence paralle
 [1] The paper has a reduce-scatter, 2 P A. DeepSpeed's default `use_multi_rank_bucket_allreduce` all-reduces buckets, of which each rank
 keeps its part: ZeRO-2 saves memory and no bandwidth.
 [2] Prefetching holds up to 1e9 parameters, 2 GB (`stage3_max_live_parameters`): a smaller model is gathered once. The
-tables' memory has them, and the buckets and copies of gradients by which ZeRO exchanges them (5e8 elements).
+tables' memory has them, and the buckets and copies of gradients by which ZeRO exchanges them (an eighth of the model, 25 to 500 million elements).
 
 In float32 all are twice as much. EMA, gradient norm and losses send nothing or scalars. Sequence parallelism adds the exchange of
 [cluster.md](cluster.md#sequence-parallelism), within its group of sp neighbouring ranks.

@@ -34,6 +34,8 @@ SET_BY_CONFIG = {
     "torch_autocast": "train.precision",
     "data_types": "train.precision",
 }
+# Elements of a bucket of gradients (`bucket_size`).
+LEAST_BUCKET, MOST_BUCKET = 25_000_000, 500_000_000
 ALLOWED = frozenset(
     """
     zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer communication_data_type
@@ -55,8 +57,7 @@ UNSUPPORTED = frozenset(
 def make_deepspeed_config(train: TrainConfig, parameters: int, device: str) -> dict[str, Any]:
     """DeepSpeed's config for `train`. parameters: how many are trained. device: "cpu" or "cuda". ConfigError: see `read_override`."""
     stage, bf16 = train.zero_stage, train.precision == "bf16"
-    # DeepSpeed allocates its buckets at full size, 2 GB at the default; gradients do not fill more than their size.
-    bucket = max(1, min(parameters, 500_000_000))
+    bucket = bucket_size(parameters)
     generated: dict[str, Any] = {
         # Batches come from our own loader and differ in size by bucket; stdit.training.engine says which is a step's last.
         "train_micro_batch_size_per_gpu": 1,
@@ -80,6 +81,16 @@ def make_deepspeed_config(train: TrainConfig, parameters: int, device: str) -> d
     if bf16 and stage > 0:
         generated["data_types"] = {"grad_accum_dtype": "fp32"}
     return merge(generated, read_override(train, generated))
+
+
+def bucket_size(parameters: int) -> int:
+    """Gradients that are reduced together, of a model that trains `parameters`: an eighth of them, 25 to 500 million.
+
+    DeepSpeed allocates a bucket, and a copy of what is sent, at full size (500 million by its own default): as large as the model, they
+    would take what ZeRO-2 and 3 save. Smaller ones can be sent while backward goes on; below the least a call costs more by its latency.
+    """
+    bucket = min(parameters, max(LEAST_BUCKET, parameters // 8), MOST_BUCKET)
+    return max(2, bucket + bucket % 2)  # DeepSpeed refuses odd ones
 
 
 def offloads(train: TrainConfig) -> bool:

@@ -1,6 +1,7 @@
 """Memory of one rank in training: what it holds throughout, and what it takes beside in each phase of a step; counted, not measured.
 
-DeepSpeed 0.19 with `make_deepspeed_config`, of P trained parameters, n ranks, w bytes a weight, b = min(P, reduce_bucket_size). Always there:
+DeepSpeed 0.19 with `make_deepspeed_config`, of P trained parameters, n ranks, w bytes a weight, b = min(P, reduce_bucket_size),
+by default P / 8 within 25 and 500 million (`bucket_size`). Always there:
 
     stage        weights   optimizer [1]   gradients              buffers
     0            w P       8 P [2]         -                      -

@@ -19,6 +19,20 @@ def made(raw: Any = None, **train: Any) -> dict[str, Any]:
     return make_deepspeed_config(TrainConfig(steps=1, deepspeed=raw, **train), 1000, "cpu")
 
 
+def test_a_bucket_is_an_eighth_of_the_model_within_bounds_even_and_no_larger_than_what_is_trained() -> None:
+    sizes = {
+        1: 2,
+        1001: 1002,
+        24_999_999: 25_000_000,
+        150_000_000: 25_000_000,
+        675_000_008: 84_375_002,
+        10**10: 500_000_000,
+    }
+    for parameters, expected in sizes.items():
+        zero = make_deepspeed_config(TrainConfig(steps=1, zero_stage=2), parameters, "cpu")["zero_optimization"]  # pyright: ignore
+        assert (zero["reduce_bucket_size"], zero["allgather_bucket_size"]) == (expected, expected)
+
+
 def test_raw_settings_are_merged_key_by_key() -> None:
     merged = made({"zero_optimization": {"reduce_bucket_size": 7}, "wall_clock_breakdown": True}, zero_stage=3)
     assert merged["zero_optimization"]["reduce_bucket_size"] == 7
