@@ -175,7 +175,8 @@ def train_from_checkpoint(
             metrics |= bad_steps.metrics(step, data_step, sample_losses, mean_loss, finite)
             with timed("validation"):
                 metrics |= validator.run(engine, ema, tracker, step)
-            state.validation_loss, state.recent_losses = metrics.get("validation_loss"), bad_steps.spikes.recent
+            state.validation_loss = metrics.get("validation_loss")
+            bad_steps.keep(state)
             logged = tracker.step(metrics, performance)
             bad_steps.check(step, data_step, mean_loss, saver)
 

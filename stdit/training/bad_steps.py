@@ -24,7 +24,8 @@ class BadSteps:
 
     def __init__(self, config: Config, ranks: Ranks, state: TrainState) -> None:
         self.config, self.ranks = config, ranks
-        self.skipped, self.spikes = SkippedSteps(config.train), LossSpikes(config.train, ranks, state.recent_losses)
+        self.skipped = SkippedSteps(config.train, state.skipped_steps)
+        self.spikes = LossSpikes(config.train, ranks, state.recent_losses)
         self.rewinds = ranks.broadcast(lambda: read_rewinds(config.run_dir))
         self._spike: float | None = None
 
@@ -50,6 +51,10 @@ class BadSteps:
                 logged["largest_losses"] = largest
             keep_bad_batches(self.config.run_dir, step, batches, losses, self.ranks)
         return logged
+
+    def keep(self, state: TrainState) -> None:
+        """Has the next checkpoint hold what is counted."""
+        state.recent_losses, state.skipped_steps = self.spikes.recent, self.skipped.counts()
 
     def check(self, step: int, data_step: Step, mean_loss: float, saver: Saver) -> None:
         """After `metrics`. Diverged: too many steps were skipped, or spikes rewound. Rewound: this one is a spike, with

@@ -387,10 +387,11 @@ def make_identity(
     base: dict[str, Any] | None = None,
     validation_loss: float | None = None,
     recent_losses: Mapping[str, Sequence[float]] = MappingProxyType({}),
+    skipped_steps: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Content of identity.json. architecture: the diffusers config. data: video_encoder, text_encoder, classes, frame_rates,
     and the fingerprint of the features. base: folder and fingerprint of a fine-tuning run's frozen weights. recent_losses: the
-    last ones of each bucket. A validation loss that is not finite counts as none."""
+    last ones of each bucket. skipped_steps: counts of stdit.training.divergence.SkippedSteps. A validation loss that is not finite counts as none."""
     if validation_loss is not None and not math.isfinite(validation_loss):
         validation_loss = None
     return {
@@ -408,6 +409,7 @@ def make_identity(
         "config": config.model_dump(mode="json"),
         "validation_loss": validation_loss,
         "recent_losses": dict(recent_losses),
+        "skipped_steps": skipped_steps,
     }
 
 

@@ -6,9 +6,9 @@ import contextlib
 import json
 import math
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from stdit.training.ema import EMA
     from stdit.training.engine import Engine
 
-# Shares of skipped steps are taken over this many steps.
-WINDOW = 100
+# Shares of skipped steps are taken over this many steps. In a checkpoint each is a letter, this one if it was skipped.
+WINDOW, SKIPPED = 100, "x"
 # Samples named of a skipped step; skipped steps whose batches are kept.
 MAX_NAMED, MAX_KEPT = 8, 8
 # What a batch holds of its samples.
@@ -43,14 +43,21 @@ class SkippedSteps:
     `check` raises Diverged after `train.max_bad_steps` in a row; also if, of the last 100 steps of the run or of one bucket,
     more than `max_bad_steps` and more than a share of `train.max_bad_share` were skipped. At a run's last step the share
     alone counts, from two steps on: a short run of nothing but NaN is no finished one.
+
+    counts: `counts()` of the steps before, in a checkpoint; None: there were none, or nobody counted.
     """
 
-    def __init__(self, train: TrainConfig) -> None:
+    def __init__(self, train: TrainConfig, counts: Mapping[str, Any] | None = None) -> None:
         self.limit, self.max_share = train.max_bad_steps, train.max_bad_share
-        self.in_a_row = 0
         # Whether each of the last steps was skipped, of the run (None) and by bucket key; and totals.
         self._last: dict[str | None, deque[bool]] = defaultdict(lambda: deque(maxlen=WINDOW))
         self._totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+        counts = counts or {"in_a_row": 0, "last": "", "buckets": {}}
+        self.in_a_row = int(counts["in_a_row"])
+        for key, last in ((None, counts["last"]), *((key, each["last"]) for key, each in counts["buckets"].items())):
+            self._last[key].extend(each == SKIPPED for each in last)
+        for key, each in counts["buckets"].items():
+            self._totals[key] = [each["skipped"], each["steps"]]
 
     def add(self, bucket: str, skipped: bool) -> None:
         """Counts one step of a bucket."""
@@ -59,6 +66,15 @@ class SkippedSteps:
             self._last[key].append(skipped)
         self._totals[bucket][0] += skipped
         self._totals[bucket][1] += 1
+
+    def counts(self) -> dict[str, Any]:
+        """Content of identity.json's `skipped_steps`."""
+        last = {key: "".join(SKIPPED if each else "." for each in recent) for key, recent in self._last.items()}
+        buckets = {
+            key: {"skipped": skipped, "steps": steps, "last": last[key]}
+            for key, (skipped, steps) in self._totals.items()
+        }
+        return {"in_a_row": self.in_a_row, "last": last[None], "buckets": buckets}
 
     def check(self, step: int, last: bool = False) -> None:
         """Raises Diverged if too many steps were skipped. last: `step` is the run's last one."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from stdit.config import Config, DiffusionConfig, FileSchema, NonNegative, Positive, read_json
 from stdit.config.identity import FrameSampling, TextIdentity, VideoIdentity
@@ -29,6 +29,26 @@ class BaseIdentity(FileSchema):
 
     folder: str
     fingerprint: str
+
+
+# A letter a step, the last one last: x where no weights were updated.
+LastSteps = Annotated[str, Field(pattern=r"^[.x]*$")]
+
+
+class BucketSteps(FileSchema):
+    """Steps of one bucket: how many of how many had no finite gradient, and which of the last ones."""
+
+    skipped: NonNegative
+    steps: NonNegative
+    last: LastSteps
+
+
+class SkippedStepCounts(FileSchema):
+    """Of a run and of each bucket (stdit.training.divergence)."""
+
+    in_a_row: NonNegative
+    last: LastSteps
+    buckets: dict[str, BucketSteps]
 
 
 class Identity(FileSchema):
@@ -55,6 +75,8 @@ class Identity(FileSchema):
     # Validation loss at this step, if there was one; last losses of each bucket (stdit.training.spikes).
     validation_loss: float | None
     recent_losses: dict[str, tuple[float, ...]]
+    # None: of a version that did not keep them.
+    skipped_steps: SkippedStepCounts | None = None
     # Relative width of the EMA weights, where `stdit ema` has computed them from snapshots.
     ema_sigma_rel: float | None = None
 

@@ -75,9 +75,10 @@ class TrainState:
     base: Base | None = None
     # Checkpoints that this run has written or verified.
     intact: set[Path] = field(default_factory=set)
-    # Of the last step, if it had one; and the last losses of each bucket.
+    # Of the last step, if it had one; the last losses of each bucket; and the counts of stdit.training.divergence.SkippedSteps.
     validation_loss: float | None = None
     recent_losses: dict[str, list[float]] = field(default_factory=dict)
+    skipped_steps: dict[str, Any] | None = None
 
     def advance(self, samples: int, data_position: dict[str, int]) -> None:
         """Counts one step of `samples` samples."""
@@ -174,6 +175,7 @@ def find_resume_state(
         base=Base(**identity["base"]) if identity.get("base") else None,
         intact={latest},
         recent_losses=identity["recent_losses"],
+        skipped_steps=identity.get("skipped_steps"),
     )
 
 

@@ -362,6 +362,7 @@ def make_identity(engine: Engine, config: Config, data: TrainData, state: TrainS
         base=state.base and asdict(state.base),
         validation_loss=state.validation_loss,
         recent_losses=state.recent_losses,
+        skipped_steps=state.skipped_steps,
     )
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from stdit.training import saving
 from stdit.training.bad_steps import BadSteps
 from stdit.training.distributed import Ranks
 from stdit.training.divergence import MAX_NAMED, Diverged, SkippedSteps, describe_bad_samples, find_bad_samples
+from stdit.training.identity import SkippedStepCounts
 from stdit.training.resume import TrainState
 from tests.support.rank_jobs import config_of, settings
 
@@ -65,6 +67,35 @@ def test_a_short_run_of_mostly_skipped_steps_is_no_finished_one() -> None:
     skipped = make()
     count(skipped, ".x..")
     skipped.check(4, last=True)
+
+
+def test_counts_go_on_from_a_checkpoint_as_if_there_had_been_none() -> None:
+    limits = {"max_bad_steps": 3, "max_bad_share": 0.5}
+    for steps in ("x.x.x.x.", "..xxxx", "x" * 3 + "." * 120 + "xx.x.x.xx"):
+        whole = make(**limits)
+        for step, kind in enumerate(steps):
+            whole.add("ab"[step % 3 % 2], kind == "x")
+        for half in range(len(steps)):
+            skipped = make(**limits)
+            for step, kind in enumerate(steps):
+                if step == half:  # written to a checkpoint and read again
+                    counts = json.loads(json.dumps(skipped.counts()))
+                    SkippedStepCounts.model_validate(counts)
+                    skipped = SkippedSteps(TrainConfig(steps=9, **limits), counts)  # pyright: ignore[reportArgumentType]
+                skipped.add("ab"[step % 3 % 2], kind == "x")
+            assert (skipped.counts(), skipped.summary()) == (whole.counts(), whole.summary())
+        assert count(make(**limits), steps) == resumed(steps, limits)
+
+
+def resumed(steps: str, limits: dict[str, float]) -> int | None:
+    """As `count`, with a new process before every step."""
+    counts: dict[str, Any] | None = None
+    for step, kind in enumerate(steps, 1):
+        skipped = SkippedSteps(TrainConfig(steps=9, **limits), counts)  # pyright: ignore[reportArgumentType]
+        if count(skipped, kind, first=step):
+            return step
+        counts = skipped.counts()
+    return None
 
 
 def test_a_few_samples_are_named_and_the_rest_counted() -> None:

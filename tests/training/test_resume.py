@@ -387,6 +387,26 @@ def test_samples_whose_loss_is_not_finite_are_named_on_all_ranks(pair: Pool, tmp
     assert "skipped steps, whose gradient was not finite: " in found["said"]
 
 
+def test_skipped_steps_are_counted_over_a_resume(solo: Pool, tmp_path: Path) -> None:
+    spoiled = [*range(0, 256, 12), *range(1000, 1256, 24)]
+
+    def trained(name: str, steps: int) -> tuple[str, Any]:
+        data = data_for(tmp_path / name, 0, 1, steps=steps, max_bad_share=1, max_bad_steps=steps)
+        said = solo(run_with_nan, data, spoiled)[0]["said"]
+        lines = [line for line in said.splitlines() if line.startswith("skipped steps")]
+        return lines[0], checkpoint.read_identity(tmp_path / name)
+
+    expected = trained("whole", 12)
+    first, half = trained("resumed", 6)
+    assert trained("resumed", 12)[0] == expected[0] != first
+    found = checkpoint.read_identity(tmp_path / "resumed")["skipped_steps"]
+    assert found == expected[1]["skipped_steps"]
+    # A checkpoint of an earlier version has none.
+    del half["skipped_steps"]
+    (tmp_path / "identity.json").write_text(json.dumps(half))
+    assert checkpoint.load_identity(tmp_path).get("skipped_steps") is None
+
+
 def test_a_bucket_that_is_all_nan_ends_the_run(solo: Pool, tmp_path: Path) -> None:
     data = data_for(tmp_path, 0, 1, steps=40, max_bad_steps=3)
     with pytest.raises(RankError, match=r"4 of the last 4 steps of bucket 1x8x8 had a gradient") as error:
