@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from stdit import arguments
@@ -53,7 +52,15 @@ from stdit.weights.layouts.layout import (
 )
 from stdit.weights.layouts.original import NULL_CAPTION
 from stdit.weights.layouts.position_tables import check_tables, table_grid, tables_for_grid
-from stdit.weights.state_dict import DIFFUSERS_FILES, PICKLED, SUFFIXES, check_finite, read_config, read_state_dict
+from stdit.weights.state_dict import (
+    DIFFUSERS_FILES,
+    PICKLED,
+    SUFFIXES,
+    check_finite,
+    read_config,
+    read_state_dict,
+    write_safetensors,
+)
 
 COMMAND = "convert"
 # Values of --layout beside the names of LAYOUTS.
@@ -366,7 +373,7 @@ def _write(model: STDiT, state: dict[str, Tensor], layout: Layout, out: Path) ->
         claim_outputs(out.parent, COMMAND, [out.name])
         with atomic_path(out) as path:
             if out.suffix == ".safetensors":
-                save_file(state, path)
+                write_safetensors(state, path)
             else:
                 torch.save({layout.wrapper_key: state} if layout.wrapper_key else state, path)
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from stdit.data.features import digest_of
 from stdit.files import read_json
 from stdit.integrity import IDENTITY, check_saved, verify
 from stdit.weights.layouts.layout import State, format_names
@@ -56,6 +57,10 @@ SIGNATURES = (
 
 # Name of a checkpoint of a run.
 STEP = re.compile(r"step-\d{8,}")
+
+
+# In the metadata of .safetensors files that stdit writes: SHA-256 of names, types, shapes and bytes of the tensors.
+DIGEST = "stdit_sha256"
 
 
 class WeightsFile(NamedTuple):
@@ -176,14 +181,52 @@ def read_file(path: Path) -> Any:
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # DiT's training script stores its argparse.Namespace in the checkpoint.
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+        found, damaged = (_load_safetensors if path.suffix == ".safetensors" else _load_pickled)(path)
     except (SafetensorError, *LOAD_ERRORS) as error:
         raise ValueError(f"{path}: {_describe_failure(path, error)}") from error
+    if damaged:
+        raise ValueError(f"{path}: {damaged}: the file is damaged or was changed after it was written")
+    return found
+
+
+def write_safetensors(state: State, path: Path) -> None:
+    """A .safetensors file with the digest of its tensors in its metadata, which `read_file` compares."""
+    save_file(state, path, {DIGEST: digest_of(state)})
+
+
+def _load_safetensors(path: Path) -> tuple[State, str]:
+    """Tensors, and what is wrong with them by the file's own digest, if it has one; else ""."""
+    with safe_open(path, "pt") as file:
+        expected = (file.metadata() or {}).get(DIGEST)
+    state = load_file(path)
+    wrong = expected is not None and expected != digest_of(state)
+    return state, f"its tensors do not match {DIGEST} in its metadata" if wrong else ""
+
+
+def _load_pickled(path: Path) -> tuple[Any, str]:
+    """Content, and which part of the file is damaged by its checksum, if any; else "". torch.load does not compare them."""
+    # DiT's training script stores its argparse.Namespace in the checkpoint.
+    with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+        warnings.simplefilter("ignore")
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    if zipfile.is_zipfile(path):  # else of a torch before 1.6
+        with zipfile.ZipFile(path) as archive:
+            for part in archive.infolist():
+                if part.CRC and not _is_intact(
+                    archive, part
+                ):  # 0: saved without, by torch.serialization.set_crc32_options
+                    return found, f"{part.filename} in it does not match its CRC-32"
+    return found, ""
+
+
+def _is_intact(archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> bool:
+    try:
+        with archive.open(part) as file:
+            while file.read(2**24):
+                pass
+    except zipfile.BadZipFile:
+        return False
+    return True
 
 
 def _describe_failure(path: Path, error: Exception) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from stdit.models.stdit import STDiT
 from stdit.weights.convert import convert, export, load_published, main
+from stdit.weights.state_dict import read_file
 from tests.support import published_weights
 from tests.support.diffusers_models import dit, latte, pixart, sd3
 
@@ -244,6 +245,48 @@ def test_damaged_files_are_named(tmp_path: Path, suffix: str) -> None:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"file{suffix}"):
             load_published(path, HEADS)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_flipped_bit_in_a_file_that_we_wrote_is_noticed_or_changes_no_tensor(tmp_path: Path, suffix: str) -> None:
+    convert(saved(published_weights.dit_weights(), tmp_path), tmp_path / "ours", overrides=HEADS)
+    file = tmp_path / f"file{suffix}"
+    convert(tmp_path / "ours", file, "dit")
+    expected, whole = read_file(file), file.read_bytes()
+    header = int.from_bytes(whole[:8], "little") if suffix == ".safetensors" else 0
+    noticed = 0
+    for place in {*range(0, header, 7), *range(header, len(whole), len(whole) // 150)}:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        file.write_bytes(damaged)
+        try:
+            assert_equal(read_file(file), expected)
+        except ValueError:
+            noticed += 1
+    assert noticed > 150
+    # The last byte of a tensor, by its name.
+    place = whole.index(next(iter(expected.values())).numpy().tobytes())
+    file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(ValueError, match=rf"file{suffix}: .* (stdit_sha256|CRC-32).*: the file is damaged"):
+        load_published(file, HEADS)
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_files_without_a_digest_or_checksums_are_read(tmp_path: Path) -> None:
+    state = published_weights.dit_weights()
+    save_file(state, tmp_path / "a.safetensors", {"format": "pt"})
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, tmp_path / "b.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    torch.save(state, tmp_path / "c.pt", _use_new_zipfile_serialization=False)
+    for name in ("a.safetensors", "b.pt", "c.pt"):
+        assert_equal(read_file(tmp_path / name), state)
 
 
 def cut(content: bytes) -> bytes:
