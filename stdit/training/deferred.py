@@ -20,10 +20,12 @@ import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -100,6 +102,7 @@ class DeferredTensors(TorchDispatchMode):
 
     def __init__(self, smallest: int = 4096) -> None:
         super().__init__()
+        Tensor.__repr__ = _repr  # pyright: ignore[reportAttributeAccessIssue]  # from now on: tensors outlive the context
         self._smallest = smallest
         self._by_storage: dict[int, Deferred] = {}
 
@@ -213,6 +216,26 @@ class DeferredTensors(TorchDispatchMode):
                 operation.generator.set_state(before)
             if operation.output is not None:
                 found.storage.copy_(_tensors(results)[operation.output].untyped_storage())
+
+
+_repr_of_values = Tensor.__repr__
+
+
+@wraps(_repr_of_values)
+def _repr(tensor: Tensor, **kwargs: Any) -> str:
+    """As torch's, which reads memory that is not there: a debugger, or a message with a tensor in it, would end the process."""
+    if _has_no_memory(tensor):
+        return f"tensor(..., size={tuple(tensor.shape)}, dtype={tensor.dtype}, deferred)"
+    return _repr_of_values(tensor, **kwargs)
+
+
+def _has_no_memory(tensor: Tensor) -> bool:
+    if type(tensor) not in (Tensor, Parameter) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    try:
+        return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
+    except (RuntimeError, NotImplementedError):  # torch.func's, which have no storage
+        return False
 
 
 def _tensors(value: Any) -> Sequence[Tensor]:

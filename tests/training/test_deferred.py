@@ -78,6 +78,24 @@ def test_so_are_those_read_from_a_file_and_carried_over(tmp_path: Path, dtype: t
     check_equal(lambda: transfer_weights(read(), text, ("class_to_text", "rescale_positions"), 2)[0])
 
 
+def test_tensors_without_memory_can_be_printed() -> None:
+    with DeferredTensors(smallest=0) as deferred:
+        layer = nn.Linear(8, 4)
+        inside = repr(layer.weight)
+    expected = "tensor(..., size=(4, 8), dtype=torch.float32, deferred)"
+    for text in (inside, repr(layer.weight), f"{layer.weight}", f"{[layer.weight]}"):
+        assert expected in text
+    assert repr(layer.weight.detach()) == expected
+    with deferred.resident(layer.weight):
+        assert repr(layer.weight) == f"Parameter containing:\n{torch._tensor_str._str(layer.weight)}"
+    # Others are printed as ever.
+    for tensor in (torch.zeros(0), torch.zeros(2), torch.eye(2).to_sparse(), torch.zeros(2, device="meta")):
+        assert repr(tensor) == torch._tensor_str._str(tensor)
+    printed: list[str] = []
+    torch.func.grad(lambda x: printed.append(repr(x)) or x.sum())(torch.ones(2))
+    assert "GradTrackingTensor" in printed[0]
+
+
 def test_values_are_those_of_their_time() -> None:
     def make() -> nn.Module:
         torch.manual_seed(0)
