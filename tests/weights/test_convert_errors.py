@@ -263,7 +263,7 @@ def test_a_flipped_bit_in_a_file_that_we_wrote_is_noticed_or_changes_no_tensor(t
             assert_equal(read_file(file), expected)
         except ValueError:
             noticed += 1
-    assert noticed > 150
+    assert noticed > 130  # the rest is padding and names of parts
     # The last byte of a tensor, by its name.
     place = whole.index(next(iter(expected.values())).numpy().tobytes())
     file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
