@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._tensor_str import _str
 
 from stdit.config import ModelConfig, TrainConfig
 from stdit.models.control import STDiTControl
@@ -87,10 +88,10 @@ def test_tensors_without_memory_can_be_printed() -> None:
         assert expected in text
     assert repr(layer.weight.detach()) == expected
     with deferred.resident(layer.weight):
-        assert repr(layer.weight) == f"Parameter containing:\n{torch._tensor_str._str(layer.weight)}"
+        assert repr(layer.weight) == f"Parameter containing:\n{_str(layer.weight)}"
     # Others are printed as ever.
     for tensor in (torch.zeros(0), torch.zeros(2), torch.eye(2).to_sparse(), torch.zeros(2, device="meta")):
-        assert repr(tensor) == torch._tensor_str._str(tensor)
+        assert repr(tensor) == _str(tensor)
     printed: list[str] = []
     torch.func.grad(lambda x: printed.append(repr(x)) or x.sum())(torch.ones(2))
     assert "GradTrackingTensor" in printed[0]
