@@ -388,7 +388,7 @@ def test_samples_whose_loss_is_not_finite_are_named_on_all_ranks(pair: Pool, tmp
 
 
 def test_skipped_steps_are_counted_over_a_resume(solo: Pool, tmp_path: Path) -> None:
-    spoiled = [*range(0, 256, 10), *range(1000, 1256, 20)]
+    spoiled = [*range(0, 256, 12), *range(1000, 1256, 24)]
 
     def trained(name: str, steps: int) -> tuple[str, Any]:
         data = data_for(tmp_path / name, 0, 1, steps=steps, max_bad_share=1, max_bad_steps=steps)
@@ -396,9 +396,9 @@ def test_skipped_steps_are_counted_over_a_resume(solo: Pool, tmp_path: Path) -> 
         lines = [line for line in said.splitlines() if line.startswith("skipped steps")]
         return lines[0], checkpoint.read_identity(tmp_path / name)
 
-    expected = trained("whole", 6)
-    first, half = trained("resumed", 3)
-    assert trained("resumed", 6)[0] == expected[0] != first
+    expected = trained("whole", 12)
+    first, half = trained("resumed", 6)
+    assert trained("resumed", 12)[0] == expected[0] != first
     found = checkpoint.read_identity(tmp_path / "resumed")["skipped_steps"]
     assert found == expected[1]["skipped_steps"]
     # A checkpoint of an earlier version has none.
