@@ -93,7 +93,8 @@ def check(args: argparse.Namespace, environ: Mapping[str, str]) -> None:
             f"--address {args.address} is not this machine, and there is no Ray token: without one, anybody who "
             "reaches the job server can run any command there. Create one (docs/cluster.md), or tunnel to its loopback"
         )
-    outputs = {"run_dir": plan.run_dir, "extraction.out": plan.extract.out}
+    outs = {one.key("extraction.out"): one.extract.out for one in plan.feature_sets.values()}
+    outputs = {"run_dir": plan.run_dir, **outs}
     relative = [f"{key} {path}" for key, path in outputs.items() if not path.is_absolute()]
     if relative:
         raise ConfigError(

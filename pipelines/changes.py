@@ -1,6 +1,6 @@
 """Settings of the parts of a plan, and the results that a changed plan invalidates. Pure.
 
-parts = describe(plan, stages)                # {"prepare": …, "extraction": …, "stages.NAME": …}
+parts = describe(plan, stages)                # {"prepare": …, "extraction": …, "stages.NAME": …}; of several sets "sets.NAME.extraction"
 changes = differences(recorded, parts)        # by key, with old and new values
 invalid = invalidated(changes, parts)         # the changed parts, and all that depend on them
 """
@@ -27,23 +27,27 @@ from stdit.config.diff import (
 Settings = dict[str, Any]
 
 
-def describe(plan: Plan, stages: Sequence[ResolvedStage], manifest_sha256: str | None = None) -> dict[str, Settings]:
+def describe(
+    plan: Plan, stages: Sequence[ResolvedStage], manifests: Mapping[str, str | None] | None = None
+) -> dict[str, Settings]:
     """Settings of each part (`prepare`, `extraction`, `stages.NAME`) as flat mappings of dotted keys.
 
-    Settings that do not affect the result are left out. `manifest_sha256`: of the clips' manifest, if it exists.
+    Settings that do not affect the result are left out. `manifests`: SHA-256 of each set's manifest of clips, if it exists.
     """
     parts: dict[str, Settings] = {}
-    if plan.prepare is not None:
-        parts["prepare"] = _flat(plan.prepare.model_dump(mode="json"), ("out", "manifest"))
-    parts["extraction"] = _flat(plan.extract.model_dump(mode="json"), EXTRACTION_RUNTIME_KEYS)
-    if manifest_sha256 is not None:
-        parts["extraction"]["manifest_sha256"] = manifest_sha256
+    for name, source in plan.feature_sets.items():
+        if source.prepare is not None:
+            parts[source.key("prepare")] = _flat(source.prepare.model_dump(mode="json"), ("out", "manifest"))
+        settings = _flat(source.extract.model_dump(mode="json"), EXTRACTION_RUNTIME_KEYS)
+        if (digest := (manifests or {}).get(name)) is not None:
+            settings["manifest_sha256"] = digest
+        parts[source.key("extraction")] = settings
     for stage in stages:
-        parts[f"stages.{stage.name}"] = describe_stage(stage.config, plan.resources, stage.after)
+        parts[f"stages.{stage.name}"] = describe_stage(stage.config, plan.resources, stage.after, stage.sets)
     return parts
 
 
-def describe_stage(config: Config, resources: Resources, after: str | None) -> Settings:
+def describe_stage(config: Config, resources: Resources, after: str | None, sets: Sequence[str] = ("",)) -> Settings:
     """One stage. Micro-batches, workers and accumulation stand in it as the samples of a step, which is what is learned
     from: half the batch on twice the workers is no change."""
     data = config.model_dump(mode="json")
@@ -58,17 +62,22 @@ def describe_stage(config: Config, resources: Resources, after: str | None) -> S
         **_flat(data, TRAINING_RUNTIME_KEYS),
         **{f"samples_per_step.{key}": size for key, size in sizes.items()},
         "after": after,
+        # A plan's only set has no name.
+        **({"sets": list(sets)} if any(sets) else {}),
     }
 
 
 def parents(parts: Mapping[str, Settings], part: str) -> list[str]:
     """The parts that `part` depends on."""
-    if part == "prepare":
+    before, _, kind = part.rpartition(".")
+    if kind == "prepare":
         return []
-    if part == "extraction":
-        return ["prepare"] if "prepare" in parts else []
-    after = parts[part].get("after")
-    return ["extraction", *([f"stages.{after}"] if after else [])]
+    if kind == "extraction":
+        prepare = f"{before}.prepare" if before else "prepare"
+        return [prepare] if prepare in parts else []
+    after, sets = parts[part].get("after"), parts[part].get("sets")
+    features = [f"sets.{name}.extraction" for name in sets] if sets else ["extraction"]
+    return [*features, *([f"stages.{after}"] if after else [])]
 
 
 def fingerprint(parts: Mapping[str, Settings], part: str) -> str:

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from pipelines import plan as plans
-from pipelines.plan import Plan, ResolvedStage, Resources
+from pipelines.plan import FeatureSource, Plan, ResolvedStage, Resources
+from pipelines.sources import Sources, check_encoders, extracted_features
 from stdit.config import Config, ConfigError, TextEncoderConfig, Url
 from stdit.config.identity import FrameSampling
 from stdit.config.model import class_conditioning
-from stdit.console import echo
-
-if TYPE_CHECKING:
-    from stdit.data.features import FeatureSet
 
 
 def check_early(plan: Plan, stages: Sequence[ResolvedStage]) -> None:
     """ConfigError for everything that is known to fail before clips are created or read."""
     by_name = {stage.name: stage for stage in stages}
-    encoder = plan.extract.video_encoder
     for stage in stages:
-        if encoder.kind == "pixels":  # The compression of an autoencoder is known once it is loaded, at extraction.
-            plans.check_shapes(stage, (1, 1, 1), encoder.channels)
-        _check_text(stage, plan.extract.text_encoder)
+        check_encoders(plan, stage)
+        extract = plan.sets_of(stage.name)[0].extract  # the others have the same encoders
+        if (
+            extract.video_encoder.kind == "pixels"
+        ):  # The compression of an autoencoder is known once it is loaded, at extraction.
+            plans.check_shapes(stage, (1, 1, 1), extract.video_encoder.channels)
+        _check_text(stage, extract.text_encoder)
         check_workers(plan.resources, stage.config, stage.source)
         if stage.after is not None:
             check_transition(by_name[stage.after], stage)
         check_evaluation(plan, stage)
-    _check_byte_t5(plan.extract.text_encoder)
+    for one in plan.feature_sets.values():
+        _check_byte_t5(one)
     check_scores(plan)
 
 
@@ -69,16 +68,17 @@ def _check_text(stage: ResolvedStage, encoder: TextEncoderConfig | None) -> None
         )
 
 
-def _check_byte_t5(encoder: TextEncoderConfig | None) -> None:
+def _check_byte_t5(source: FeatureSource) -> None:
     """ConfigError: a byte_t5 whose sizes do not go together, or that memory does not hold."""
     from stdit.encoders.byte_t5 import check_byte_t5
 
+    encoder = source.extract.text_encoder
     for one in () if encoder is None else encoder.encoders:
         if one.byte_t5 is not None:
             try:
                 check_byte_t5(one.byte_t5)
             except ConfigError as error:
-                raise ConfigError(f"extraction.{error}") from error
+                raise ConfigError(f"{source.key('extraction')}.{error}") from error
 
 
 def check_evaluation(plan: Plan, stage: ResolvedStage) -> None:
@@ -134,19 +134,20 @@ def check_validation_split(plan: Plan, stages: Sequence[ResolvedStage]) -> None:
     from stdit.evaluation.evaluator import check_memory
     from stdit.evaluation.validation_clips import check_clips, check_columns
 
-    config, source = plan.evaluation.metrics, manifest.read(plan.extract.manifest)
+    extract = plan.reference.extract
+    config, source = plan.evaluation.metrics, manifest.read(extract.manifest)
     check_columns(source, config)
     if remote := next((clip for clip in source if isinstance(clip.location, Url)), None):
         raise ConfigError(
-            f"evaluation: compares with the clips of {plan.extract.manifest}, which are read from this machine; row {remote.row} is "
+            f"evaluation: compares with the clips of {extract.manifest}, which are read from this machine; row {remote.row} is "
             f"{remote.location}: fetch the clips, or leave evaluation out"
         )
     if not any(clip.split == config.validation_split for clip in source):
         raise ConfigError(
-            f"evaluation.metrics.validation_split {config.validation_split!r}: no clip of {plan.extract.manifest} is in "
+            f"evaluation.metrics.validation_split {config.validation_split!r}: no clip of {extract.manifest} is in "
             f"it; splits: {', '.join(map(str, source.splits))}"
         )
-    sampling = FrameSampling(**plan.extract.model_dump(include=set(FrameSampling.model_fields)))
+    sampling = FrameSampling(**extract.model_dump(include=set(FrameSampling.model_fields)))
     for stage in stages:
         classes = class_conditioning(stage.config.model.num_classes, stage.config.model.text_dim)
         try:
@@ -169,18 +170,17 @@ def complete(plan: Plan, stages: Sequence[ResolvedStage]) -> list[ResolvedStage]
     stages = [replace(stage, config=with_precision(stage.config, gpus)) for stage in stages]
     if all(is_complete(stage.config) for stage in stages):
         return list(stages)
-    from pipelines.forecast import ManifestSource
-    from stdit.data.features import FeatureSet
-    from stdit.extract import expected_facts
 
-    check_manifest(plan)
-    source = extracted_features(plan) or ManifestSource(plan.extract)
-    facts = source.facts() if isinstance(source, FeatureSet) else expected_facts(plan.extract)
+    check_manifests(plan)
+    sources = Sources(plan)
     completed: list[ResolvedStage] = []
     for stage in stages:
         data = stage.config.data
-        clips = source.select(data.train_split, plan.extract.buckets, data.where)
+        buckets = {b.key: b for one in plan.sets_of(stage.name) for b in one.extract.buckets}
         try:
+            check_encoders(plan, stage)
+            facts = sources.facts(stage)
+            clips = sources.of_stage(stage).select(data.train_split, list(buckets.values()), data.where)
             config = derive(stage.config, facts, {key: len(ids) for key, ids in clips.items()})
         except ConfigError as error:
             raise ConfigError(f"{stage.source}: {error}") from error
@@ -189,23 +189,11 @@ def complete(plan: Plan, stages: Sequence[ResolvedStage]) -> list[ResolvedStage]
     return completed
 
 
-def extracted_features(plan: Plan) -> FeatureSet | None:
-    """The plan's features; None before they are extracted, or where they are damaged and the extraction will mend them."""
-    from stdit.data.features import FeatureSet, is_extracted
-
-    if not is_extracted(plan.extract.out):
-        return None
-    try:
-        return FeatureSet(plan.extract.out, plan.extract.cache)
-    except ConfigError as error:
-        echo(f"{error}", file=sys.stderr)
-        return None
-
-
-def check_manifest(plan: Plan) -> None:
+def check_manifests(plan: Plan) -> None:
     """ConfigError without a manifest and without `prepare` and `curation`, which write one."""
-    if plan.prepare is None and plan.curation is None and not plan.extract.has_manifest:
-        raise ConfigError(f"extraction.manifest: {plan.extract.manifest} does not exist")
+    for one in plan.feature_sets.values():
+        if one.prepare is None and one.curate is None and not one.extract.has_manifest:
+            raise ConfigError(f"{one.key('extraction.manifest')}: {one.extract.manifest} does not exist")
 
 
 def check_transition(before: ResolvedStage, stage: ResolvedStage) -> str:
@@ -247,12 +235,9 @@ def stage_lines(plan: Plan, stages: Sequence[ResolvedStage]) -> list[str]:
     """Forecast of every stage from the extracted features. ConfigError: a stage that does not match them."""
     from pipelines.forecast import forecast
     from stdit.data.extraction import read_report, report_lines
-    from stdit.data.features import FeatureSet
     from stdit.training.data import open_data
 
-    features = FeatureSet(plan.extract.out, plan.extract.cache)
-    t, h, w = features.video_encoder["compression"]
-    lines = report_lines(read_report(plan.extract.out))
+    lines = set_lines(plan, lambda one: report_lines(read_report(one.extract.out)))
     for stage in stages:
         try:
             # Without `init`: the previous stage may not be trained yet; `check_transition` compares architectures.
@@ -260,28 +245,34 @@ def stage_lines(plan: Plan, stages: Sequence[ResolvedStage]) -> list[str]:
             data = open_data(config, plan.resources.ranks[0])
         except ConfigError as error:
             raise ConfigError(f"{stage.source}: {error}") from error
-        lines += str(forecast(stage, plan.resources, features, (t, h, w), data.text_tokens)).splitlines()
+        t, h, w = data.video_encoder["compression"]
+        lines += str(forecast(stage, plan.resources, data.source, (t, h, w), data.text_tokens)).splitlines()
     return lines
+
+
+def set_lines(plan: Plan, of: Callable[[FeatureSource], list[str]]) -> list[str]:
+    """Lines on each set, below its name where there are several."""
+    found: list[str] = []
+    for name, one in plan.feature_sets.items():
+        found += [f"set {name}:", *(f"  {line}" for line in of(one))] if name else of(one)
+    return found
 
 
 def forecast_lines(plan: Plan, stages: Sequence[ResolvedStage]) -> list[str]:
     """Cost of a plan and the transfers between its stages: from the features if they exist, else from the manifest, else
     from the plan alone. ConfigError: a missing autoencoder."""
-    from pipelines.forecast import EqualSource, ManifestSource, forecast
+    from pipelines.forecast import forecast
 
-    if extracted_features(plan) is not None:
+    if all(extracted_features(one) is not None for one in plan.feature_sets.values()):
         lines = stage_lines(plan, stages)
     else:
-        source = (
-            ManifestSource(plan.extract)
-            if plan.extract.has_manifest
-            else EqualSource(plan.extract.manifest, plan.extract.captions)
-        )
-        lines = source.lines()
+        sources = Sources(plan)
+        lines = set_lines(plan, sources.lines)
         for stage in stages:
             # No caption has been tokenized yet: count the maximum length.
             text = stage.config.model.max_text_tokens
-            lines += str(forecast(stage, plan.resources, source, compression(plan), text)).splitlines()
+            of = sources.of_stage(stage)
+            lines += str(forecast(stage, plan.resources, of, compression(plan, stage), text)).splitlines()
     by_name = {stage.name: stage for stage in stages}
     for stage in stages:
         if stage.after is not None:
@@ -290,11 +281,12 @@ def forecast_lines(plan: Plan, stages: Sequence[ResolvedStage]) -> list[str]:
     return lines
 
 
-def compression(plan: Plan) -> tuple[int, int, int]:
-    """Pixels per latent (t, h, w) of the plan's autoencoder, which is loaded unless it is `pixels`."""
-    if plan.extract.video_encoder.kind == "pixels":
+def compression(plan: Plan, stage: ResolvedStage) -> tuple[int, int, int]:
+    """Pixels per latent (t, h, w) of a stage's autoencoder, which is loaded unless it is `pixels`."""
+    encoder = plan.sets_of(stage.name)[0].extract.video_encoder
+    if encoder.kind == "pixels":
         return (1, 1, 1)
     from stdit.encoders.video import load_video_encoder
 
-    t, h, w = load_video_encoder(plan.extract.video_encoder).identity["compression"]
+    t, h, w = load_video_encoder(encoder).identity["compression"]
     return (t, h, w)

@@ -85,6 +85,7 @@ EXAMPLES: dict[str, str] = {
     "Curation": "{footage: films/, workers: 4}",
     "Extraction": "{manifest: clips/, buckets: [{frames: 17, height: 256, width: 256}], workers: auto}",
     "Prepare": "{module: stdit.data.digits, args: [--grid, 1]}",
+    "SetConfig": "{extraction: {manifest: clips/, buckets: [{frames: 17, height: 256, width: 256}]}}",
     "Resources": "{workers: 8, cpus_per_worker: 8, use_gpu: true}",
     "ElasticWorkers": "{min: 2, max: 8}",
     "Stage": "{config: configs/stages/demo-2-clips.yaml, after: images, allow: [class_to_text]}",

@@ -256,6 +256,7 @@ class ManifestSource:
                 windows = (config.windows.stride, config.windows.max) if config.windows else (1, 1)
                 self._clips += [(clip, outcome.key)] * window_count(frames, outcome.frames, windows)
         self._tally = tally(outcomes, config.buckets)
+        self.size = len(self._clips)
         self._windows = config.windows is not None
 
     def lines(self) -> list[str]:
@@ -297,7 +298,7 @@ class ManifestSource:
 class EqualSource:
     """The same number of clips in every bucket, without a manifest: enough for the cost of a step."""
 
-    CLIPS = 1_000_000
+    CLIPS = size = 1_000_000
 
     def __init__(self, manifest: Path | Url, captions: Sequence[str] = ()) -> None:
         from stdit.data.features import ORIGINAL

@@ -1,4 +1,4 @@
-"""A training plan: data, stages and their order. Reads and resolves YAML; starts nothing.
+"""A training plan: feature sets, stages and their order. Reads and resolves YAML; starts nothing.
 
 plan = read("configs/plans/demo.yaml", ["run_dir=/tmp/x", "stages.images.overrides.train.steps=10"])
 stages = resolve(plan)    # in training order, each with its complete Config
@@ -51,7 +51,7 @@ from stdit.cores import available_cores
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 # Names of other folders under run_dir and of other parts in its record.
-_RESERVED = ("prepare", "curated", "extraction", "features", "ray", "replaced", "evaluation", "report")
+_RESERVED = ("prepare", "curated", "extraction", "features", "sets", "ray", "replaced", "evaluation", "report")
 
 
 class Prepare(Frozen):
@@ -87,6 +87,18 @@ class Extraction(ExtractConfig):
     """Actors that extract, each with the encoders; `auto`: one for each of this machine's CPUs."""
 
 
+class SetConfig(Frozen):
+    """One of several feature sets of a plan: its clips and their features, below RUN_DIR/sets/NAME as those of a plan's only set are
+    below RUN_DIR."""
+
+    prepare: Prepare | None = None
+    """Creates the clips; null: they are there."""
+    curation: Curation | None = None
+    """Raw footage to a manifest of clips; null: the clips are there."""
+    extraction: Extraction
+    """Clips and captions to features; what it leaves out is as in the plan's `extraction`."""
+
+
 class Stage(Frozen):
     """One training run: the file `config` with the plan's and the stage's `overrides`. The plan sets run_dir, name,
     seed, data.features and, with `after`, init."""
@@ -101,6 +113,9 @@ class Stage(Frozen):
     """Weights taken from `after`."""
     allow: tuple[Transition, ...] = ()
     """Permitted differences of architecture to `after`; any other is an error."""
+    sets: dict[str, Annotated[float, Field(gt=0)]] | None = Field(default=None, min_length=1)
+    """Of the plan's `sets` those that the stage trains on, with their share of the samples: {films: 0.7, stills: 0.3}. null: all, each as
+    many samples as it has clips."""
 
     @model_validator(mode="after")
     def _check_allow(self) -> Stage:
@@ -134,6 +149,8 @@ class Evaluation(Frozen):
     """How clips are measured."""
     scores: ScoreConfig | None = None
     """Published scores of the same clips against the held-out split, into evaluation/STAGE/scores; null: none."""
+    reference: str | None = None
+    """Of a plan's `sets` the one whose captions are generated, and whose held-out clips are compared with; null: the first."""
 
     @property
     def threads_each(self) -> int:
@@ -219,8 +236,10 @@ class Plan(Frozen):
     """Creates the clips; null: `extraction.manifest` exists."""
     curation: Curation | None = None
     """Raw footage to a manifest of clips; null: the clips are there."""
-    extraction: Extraction
-    """Clips and captions to features."""
+    extraction: Extraction | None = None
+    """Clips and captions to features. With `sets`: what their extractions have in common."""
+    sets: dict[Name, SetConfig] = Field(default_factory=dict)
+    """Several feature sets by name, in place of one: each with its own prepare, curation and extraction."""
     resources: Resources = Resources()
     """Processes of training."""
     overrides: dict[str, Any] = Field(default_factory=dict)
@@ -231,59 +250,132 @@ class Plan(Frozen):
     """Generation and metrics after each stage; null: none."""
 
     @model_validator(mode="after")
-    def _folders(self) -> Plan:
+    def _check_sets(self) -> Plan:
+        if self.extraction is None and not self.sets:
+            raise ValueError("extraction is needed, or `sets` of which each has one")
+        if own := [
+            key for key in ("prepare", "curation", "extraction") if self.sets and getattr(self, key) is not None
+        ]:
+            raise ValueError(f"{own[0]} belongs to one of the sets, sets.NAME.{own[0]}: {', '.join(self.sets)}")
+        if self.evaluation is not None and self.evaluation.reference is not None:
+            self._check_name("evaluation.reference", self.evaluation.reference)
+        for name, stage in self.stages.items():
+            for one in stage.sets or ():
+                self._check_name(f"stages.{name}.sets", one)
+        return self
+
+    def _check_name(self, key: str, name: str) -> None:
+        if name not in self.sets:
+            there = f"there are: {', '.join(self.sets)}" if self.sets else "the plan names no `sets`"
+            raise ValueError(f"{key}: no set is called {name!r}; {there}")
+
+    @model_validator(mode="after")
+    def _check_folders(self) -> Plan:
         taken = [*_RESERVED, *([self.prepare.out] if self.prepare else [])]
         for name in self.stages:
             if name in taken:
                 raise ValueError(f"a stage can't be called {name!r}: RUN_DIR/{name} holds something else")
-        if self.prepare is None and self.curation is None and self.extraction.manifest == Path():
-            raise ValueError("extraction.manifest is needed without `prepare` and `curation`")
-        if self.evaluation is not None and isinstance(self.extraction.manifest, Url):
+        outs: dict[Path | Url, FeatureSource] = {}
+        for one in self.feature_sets.values():
+            one.check()
+            if (other := outs.setdefault(one.extract.out, one)) is not one:
+                raise ValueError(
+                    f"{other.key('extraction.out')} and {one.key('extraction.out')} are both {one.extract.out}; each set has its own"
+                )
+        if self.evaluation is not None and isinstance(self.reference.extract.manifest, Url):
             raise ValueError(
-                f"evaluation: compares with the clips of extraction.manifest, which are read from this machine; found "
-                f"{self.extraction.manifest}"
-            )
-        if self.curation is not None and self.prepare is None and not self.curation.footage:
-            raise ValueError("curation.footage is needed without `prepare`")
-        if self.curation is not None and self.extraction.manifest != Path():
-            raise ValueError(
-                f"extraction.manifest {self.extraction.manifest}: with `curation` it is the one that is curated"
+                f"evaluation: compares with the clips of {self.reference.key('extraction.manifest')}, which are read from this machine; "
+                f"found {self.reference.extract.manifest}"
             )
         return self
 
     @property
+    def feature_sets(self) -> dict[str, FeatureSource]:
+        """Each set with its default paths, by name; a plan's only set is called ""."""
+        if self.extraction is not None:
+            only = SetConfig(prepare=self.prepare, curation=self.curation, extraction=self.extraction)
+            return {"": FeatureSource("", self.run_dir, only)}
+        return {name: FeatureSource(name, self.run_dir / "sets" / name, own) for name, own in self.sets.items()}
+
+    @property
+    def reference(self) -> FeatureSource:
+        """The set that evaluation compares with."""
+        sets = self.feature_sets
+        return sets[(self.evaluation and self.evaluation.reference) or next(iter(sets))]
+
+    def sets_of(self, stage: str) -> list[FeatureSource]:
+        """The sets that a stage trains on."""
+        sets = self.feature_sets
+        return [sets[name] for name in self.stages[stage].sets or sets]
+
+
+@dataclass(frozen=True)
+class FeatureSource:
+    """A feature set of a plan, in `folder`: where its clips come from, and the settings of its parts with their default paths."""
+
+    name: str
+    folder: Path
+    config: SetConfig
+
+    def key(self, name: str) -> str:
+        """A key of the plan, or a part of it, that is of this set: sets.films.extraction."""
+        return f"sets.{self.name}.{name}" if self.name else name
+
+    @property
+    def prepare(self) -> Prepare | None:
+        return self.config.prepare
+
+    @property
+    def prepare_out(self) -> Path | None:
+        """The folder that `prepare` writes."""
+        return None if self.prepare is None else self.folder / self.prepare.out
+
+    @property
     def prepared(self) -> Path | None:
         """The manifest that `prepare` writes."""
-        return None if self.prepare is None else self.run_dir / self.prepare.out / self.prepare.manifest
+        return None if self.prepare is None else self.folder / self.prepare.out / self.prepare.manifest
 
     @property
     def curate(self) -> CurateConfig | None:
-        """The curation with its default paths."""
-        if self.curation is None:
+        """The curation."""
+        curation = self.config.curation
+        if curation is None:
             return None
-        out = self.run_dir / "curated" if self.curation.out == Path() else self.curation.out
-        footage = self.curation.footage or str(self.run_dir / self.prepare.out if self.prepare else "")
-        return self.curation.model_copy(update={"out": out, "footage": footage})
+        out = self.folder / "curated" if curation.out == Path() else curation.out
+        return curation.model_copy(update={"out": out, "footage": curation.footage or str(self.prepare_out or "")})
 
     @property
     def extract(self) -> ExtractConfig:
-        """The extraction with its default paths."""
-        config = self.extraction
+        """The extraction."""
+        config = self.config.extraction
         written = self.curate.out / "manifest.jsonl" if self.curate else self.prepared
         manifest = written if written and config.manifest == Path() else config.manifest
-        out = self.run_dir / "features" if config.out == Path() else config.out
+        out = self.folder / "features" if config.out == Path() else config.out
         workers = available_cpus() if config.workers == "auto" else config.workers
         return config.model_copy(update={"manifest": manifest, "out": out, "workers": workers})
+
+    def check(self) -> None:
+        """ValueError: nothing says where the clips come from, or two things do."""
+        manifest = self.config.extraction.manifest
+        if self.prepare is None and self.config.curation is None and manifest == Path():
+            raise ValueError(f"{self.key('extraction.manifest')} is needed without `prepare` and `curation`")
+        if self.config.curation is not None and self.prepare is None and not self.config.curation.footage:
+            raise ValueError(f"{self.key('curation.footage')} is needed without `prepare`")
+        if self.config.curation is not None and manifest != Path():
+            raise ValueError(
+                f"{self.key('extraction.manifest')} {manifest}: with `curation` it is the one that is curated"
+            )
 
 
 @dataclass(frozen=True)
 class ResolvedStage:
-    """A stage with its complete Config. `source`: file and key, for error messages."""
+    """A stage with its complete Config. `source`: file and key, for error messages; `sets`: the names of its feature sets."""
 
     name: str
     config: Config
     after: str | None
     source: str
+    sets: tuple[str, ...] = ("",)
 
     @property
     def largest(self) -> Bucket:
@@ -296,7 +388,19 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Plan:
     data = read_extended(path)
     for text in overrides:
         data = apply_override(data, text)
-    return validate(data, Plan, str(path))
+    return validate(_complete_sets(data), Plan, str(path))
+
+
+def _complete_sets(data: dict[str, Any]) -> dict[str, Any]:
+    """A plan of several sets with each one's extraction laid over the plan's."""
+    common, sets = data.get("extraction"), data.get("sets")
+    if not sets or not isinstance(sets, dict) or not isinstance(common, dict):
+        return data
+    complete = {}
+    for name, one in sets.items():
+        own = one.get("extraction", {}) if isinstance(one, dict) else None
+        complete[name] = {**one, "extraction": merge(common, own)} if isinstance(own, dict) else one
+    return {**data, "extraction": None, "sets": complete}
 
 
 # --------------------------------------------------------------------------------------- resolving
@@ -340,25 +444,34 @@ def _resolve_one(plan: Plan, name: str, path: str) -> ResolvedStage:
     if mirror and data["train"]["upload_to"] == mirror:  # of the whole plan
         data = merge(data, {"train": {"upload_to": f"{mirror}/{name}"}})
     data = merge(data, {"name": name, "run_dir": str(plan.run_dir / name), "seed": plan.seed})
+    sets = plan.sets_of(name)
     if isinstance((data.get("data") or {}).get("features"), list):
         raise ConfigError(
-            f"{source}: data.features lists several sets, but a plan's stages train on its own features, {plan.extract.out}; train on "
-            "several with `stdit train`"
+            f"{source}: data.features lists several sets, but a plan's stages train on its own features, "
+            f"{', '.join(str(one.extract.out) for one in sets)}; name them in the plan's `sets`"
         )
-    data = merge(data, {"data": {"features": str(plan.extract.out)}})
+    data = merge(data, {"data": {"features": _features(sets, stage.sets)}})
     if stage.after is not None:
         if data.get("init") is not None:
             raise ConfigError(f"{source}: init is set in the config, and after: {stage.after} in the plan; keep one")
         init = InitConfig(source=plan.run_dir / stage.after, weights=stage.weights, allow=stage.allow)
         data["init"] = init.model_dump(mode="json")
     config = validate(data, Config, source)
-    extracted = {bucket.key for bucket in plan.extraction.buckets}
+    extracted = {bucket.key for one in sets for bucket in one.extract.buckets}
     absent = [bucket.key for bucket in config.data.buckets if bucket.key not in extracted]
     if absent:
+        keys = " and ".join(one.key("extraction.buckets") for one in sets)
         raise ConfigError(
-            f"{source}: data.buckets {', '.join(absent)} not in {path}: extraction.buckets {', '.join(sorted(extracted))}"
+            f"{source}: data.buckets {', '.join(absent)} not in {path}: {keys} {', '.join(sorted(extracted))}"
         )
-    return ResolvedStage(name, config, stage.after, source)
+    return ResolvedStage(name, config, stage.after, source, tuple(one.name for one in sets))
+
+
+def _features(sets: Sequence[FeatureSource], weights: dict[str, float] | None) -> Any:
+    """`data.features` of a stage."""
+    if len(sets) == 1:
+        return str(sets[0].extract.out)
+    return [{"path": str(one.extract.out), **({"weight": weights[one.name]} if weights else {})} for one in sets]
 
 
 def check_shapes(stage: ResolvedStage, compression: tuple[int, int, int], channels: int) -> None:

@@ -7,13 +7,18 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines import changes, checks, child, workers
-from pipelines.plan import Evaluation, Plan, ResolvedStage, available_cpus, resolve
+from pipelines.plan import Evaluation, FeatureSource, Plan, ResolvedStage, available_cpus, resolve
 from pipelines.progress import Clock, StepLine
 from pipelines.record import Record, set_aside
+from pipelines.sources import check_identities
 from stdit.config import ConfigError, EvaluateConfig, ReferenceConfig, Url
+
+if TYPE_CHECKING:
+    from stdit.data.extraction import ExtractionPlan
+    from stdit.data.records import ShardSpec
 
 
 class PlanFailed(RuntimeError):
@@ -27,13 +32,19 @@ class PlanRunner:
         self.plan, self.stages, self.path, self.allow_changes = plan, stages, path, allow_changes
         self.clock = Clock()
         self.record = Record.read(plan.run_dir)
-        self.extract = plan.extract
         for stage in stages:  # Runs trained without the plan, by stdit/train.py, are described by their own config.
             run_dir, part = stage.config.run_dir, f"stages.{stage.name}"
             if part not in self.record.parts and (run_dir / "config.yaml").is_file():
                 from stdit.training.run_dir import read_config
 
-                self.record.parts[part] = changes.describe_stage(read_config(run_dir), plan.resources, stage.after)
+                self.record.parts[part] = changes.describe_stage(
+                    read_config(run_dir), plan.resources, stage.after, stage.sets
+                )
+
+    @property
+    def sets(self) -> list[FeatureSource]:
+        """The plan's feature sets."""
+        return list(self.plan.feature_sets.values())
 
     # -------------------------------------------------------------------------------------- changes
 
@@ -41,7 +52,8 @@ class PlanRunner:
         """Settings of every part, as far as they are known."""
         from stdit.data.manifest import fingerprint
 
-        return changes.describe(self.plan, self.stages, fingerprint(self.extract.manifest))
+        manifests = {one.name: fingerprint(one.extract.manifest) for one in self.sets}
+        return changes.describe(self.plan, self.stages, manifests)
 
     def handle_changes(self) -> None:
         """Compares the plan with the record. ConfigError if results are invalid, unless changes are allowed: then these
@@ -72,15 +84,17 @@ class PlanRunner:
     def folders(self, part: str) -> list[Path]:
         """Folders that a part has written. ConfigError: features outside run_dir, which other plans may use."""
         run_dir = self.plan.run_dir
-        if part == "prepare":
-            return [run_dir / self.plan.prepare.out] if self.plan.prepare else []
-        if part == "extraction":
-            if isinstance(self.extract.out, Url) or not self.extract.out.is_relative_to(run_dir):
-                raise ConfigError(
-                    f"extraction.out {self.extract.out} holds features of other settings, and lies outside run_dir "
-                    f"{run_dir}, where other plans may use it; set another extraction.out"
-                )
-            return [self.extract.out]
+        for one in self.sets:
+            if part == one.key("prepare"):
+                return [one.prepare_out] if one.prepare_out else []
+            if part == one.key("extraction"):
+                out = one.extract.out
+                if isinstance(out, Url) or not out.is_relative_to(run_dir):
+                    raise ConfigError(
+                        f"{one.key('extraction.out')} {out} holds features of other settings, and lies outside run_dir "
+                        f"{run_dir}, where other plans may use it; set another {one.key('extraction.out')}"
+                    )
+                return [out]
         name = part.removeprefix("stages.")
         evaluation = run_dir / "evaluation"
         return [run_dir / name, evaluation / name, evaluation / f"{name}.previous"]
@@ -105,67 +119,76 @@ class PlanRunner:
 
     # ----------------------------------------------------------------------------------------- data
 
-    def prepare(self) -> None:
-        """Runs the plan's module that creates the clips, unless their manifest exists."""
-        module, manifest = self.plan.prepare, self.plan.prepared
+    def prepare(self, one: FeatureSource) -> None:
+        """Runs a set's module that creates the clips, unless their manifest exists."""
+        module, manifest, out = one.prepare, one.prepared, one.prepare_out
         if module is None or manifest is None:
             return
+        name = one.key("prepare")
         if manifest.is_file():
-            self.clock.say(f"prepare: {manifest} exists, skipped")
+            self.clock.say(f"{name}: {manifest} exists, skipped")
             return
-        self.record.start("prepare", self.parts()["prepare"])
-        out = str(self.plan.run_dir / module.out)
-        command = [sys.executable, "-m", module.module, "--out", out, *map(str, module.args)]
-        with self.phase("prepare", " ".join(command[1:])):
+        self.record.start(name, self.parts()[name])
+        command = [sys.executable, "-m", module.module, "--out", str(out), *map(str, module.args)]
+        with self.phase(name, " ".join(command[1:])):
             code = child.run(command)
             if code != 0:
-                raise PlanFailed(f"prepare: {module.module} ended with exit code {code}")
+                raise PlanFailed(f"{name}: {module.module} ended with exit code {code}")
             if not manifest.is_file():
-                raise PlanFailed(f"prepare: {module.module} succeeded, but did not write {manifest} (prepare.manifest)")
+                raise PlanFailed(f"{name}: {module.module} succeeded, but did not write {manifest} ({name}.manifest)")
 
-    def curation(self) -> None:
-        """Curates the footage; what is known is not computed again."""
-        config = self.plan.curate
+    def curation(self, one: FeatureSource) -> None:
+        """Curates a set's footage; what is known is not computed again."""
+        config = one.curate
         if config is None:
             return
         from pipelines.curate_clips import curate_footage
 
         if config.workers > 1:
             self.connect()
-        with self.phase("curation", str(config.out)):
+        with self.phase(one.key("curation"), str(config.out)):
             curate_footage(config)
 
     def extraction(self) -> None:
-        """Extracts features that are missing or have changed."""
-        from pipelines.extract_features import extract_features
-        from stdit.data.features import is_extracted
+        """Extracts features of all sets that are missing or have changed. ConfigError, before the first: sets of other encoders."""
         from stdit.extract import prepare
 
-        extraction, todo = prepare(self.extract)
-        self.record.start("extraction", self.parts()["extraction"])
-        if not todo and is_extracted(self.extract.out):
-            extract_features(self.extract)
-            self.clock.say(f"extraction: {self.extract.out} is complete")
+        planned: dict[str, tuple[ExtractionPlan, list[ShardSpec]]] = {}
+        for one in self.sets:
+            planned[one.name] = prepare(one.extract)
+            self.record.start(one.key("extraction"), self.parts()[one.key("extraction")])
+        check_identities(self.plan, self.stages, {name: extraction for name, (extraction, _) in planned.items()})
+        for one in self.sets:
+            self._extract(one, *planned[one.name])
+
+    def _extract(self, one: FeatureSource, extraction: ExtractionPlan, todo: Sequence[ShardSpec]) -> None:
+        from pipelines.extract_features import extract_features
+        from stdit.data.features import is_extracted
+
+        name, config = one.key("extraction"), one.extract
+        if not todo and is_extracted(config.out):
+            extract_features(config)
+            self.clock.say(f"{name}: {config.out} is complete")
             return
         self.connect()
         with self.phase(
-            "extraction",
-            f"{extraction.clips:,} clips, {len(todo)} of {len(extraction.shards)} shards to extract, {self.extract.out}",
+            name,
+            f"{extraction.clips:,} clips, {len(todo)} of {len(extraction.shards)} shards to extract, {config.out}",
         ):
-            extract_features(self.extract)
+            extract_features(config)
 
     # ---------------------------------------------------------------------------------------- stages
 
     def is_finished(self, stage: ResolvedStage) -> bool:
         """Whether the stage's run is complete, on the current features."""
-        from stdit.data.features import read_index
+        from stdit.data.mixture import open_features
         from stdit.training.checkpoint import find_final
         from stdit.training.identity import load_identity
 
         checkpoint = find_final(stage.config.run_dir, stage.config.train.steps)
         if checkpoint is None:
             return False
-        identity, fingerprint = load_identity(checkpoint), read_index(self.extract.out)["fingerprint"]
+        identity, fingerprint = load_identity(checkpoint), open_features(stage.config.data).index["fingerprint"]
         if identity["features"] != fingerprint:
             raise ConfigError(
                 f"{stage.config.run_dir} was trained on features that have been re-extracted since, because clips "
@@ -299,8 +322,9 @@ class PlanRunner:
     @property
     def _local_manifest(self) -> Path:
         """The manifest of a plan with an evaluation, which is refused with one at a URL (pipelines.plan)."""
-        assert isinstance(self.extract.manifest, Path)
-        return self.extract.manifest
+        manifest = self.plan.reference.extract.manifest
+        assert isinstance(manifest, Path)
+        return manifest
 
     def previous(self, stage: ResolvedStage) -> ResolvedStage | None:
         """The stage that initialises this one."""
@@ -313,9 +337,10 @@ class PlanRunner:
         from pipelines.report import write_report
 
         self.handle_changes()
-        self.prepare()
-        self.curation()
-        self.handle_changes()  # Again: the manifest is known now.
+        for one in self.sets:
+            self.prepare(one)
+            self.curation(one)
+        self.handle_changes()  # Again: the manifests are known now.
         checks.check_validation_split(self.plan, self.stages)
         self.extraction()
         self.stages = checks.complete(self.plan, resolve(self.plan, self.path))  # as the features are now
@@ -326,10 +351,25 @@ class PlanRunner:
         for number, stage in enumerate(self.stages, 1):
             self.train(stage, number)
             entries.append(self.entry(stage, self.evaluate(stage)))
-        paths = write_report(self.plan.run_dir, self.plan.name, entries, self.record.total_seconds, {"forecast": lines})
+        data = {**self.curated(), "forecast": lines}
+        paths = write_report(self.plan.run_dir, self.plan.name, entries, self.record.total_seconds, data)
         checkpoints = {f"checkpoint of {entry['name']}": Path(entry["checkpoint"]) for entry in entries}
         videos = {f"videos of {entry['name']}": entry["videos"] for entry in entries if entry["videos"]}
-        return {**checkpoints, **videos, **paths}
+        pages = {one.key("curation"): one.curate.out / "curation.html" for one in self.sets if one.curate}
+        return {**checkpoints, **videos, **pages, **paths}
+
+    def curated(self) -> dict[str, list[str]]:
+        """What each curation found, for the report."""
+        from stdit.curation.curation import PAGE, read_report, report_lines
+
+        return {
+            one.key("curation"): [
+                *report_lines(read_report(config.out)),
+                f"each clip and threshold: {config.out / PAGE}",
+            ]
+            for one in self.sets
+            if (config := one.curate) is not None
+        }
 
     def entry(self, stage: ResolvedStage, metrics: Mapping[str, Any] | None) -> dict[str, Any]:
         """A stage for pipelines.report."""

@@ -41,21 +41,23 @@ def run_plan(
     checkout = job.go_to_checkout(path)
     plan = plans.read(path, overrides)
     if job.in_packaged_job() and checkout is None:
-        job.require_absolute_paths({"run_dir": plan.run_dir, "extraction.out": plan.extract.out})
+        outs = {one.key("extraction.out"): one.extract.out for one in plan.feature_sets.values()}
+        job.require_absolute_paths({"run_dir": plan.run_dir, **outs})
     resolved = plans.resolve(plan, str(path))
     if not only_forecast:
         check_outputs(plan.run_dir, COMMAND, OUTPUTS)
-    if plan.curate and not plan.prepare and not only_forecast and not plan.extract.has_manifest:
-        # First: stages may leave out what follows from its manifest.
-        curate_clips.curate_footage(plan.curate)
+    for one in plan.feature_sets.values():
+        if one.curate and not one.prepare and not only_forecast and not one.extract.has_manifest:
+            # First: stages may leave out what follows from its manifest.
+            curate_clips.curate_footage(one.curate)
     stages = checks.complete(plan, resolved)
     checks.check_early(plan, stages)
-    if plan.extract.has_manifest:
+    if plan.reference.extract.has_manifest:
         checks.check_validation_split(plan, stages)
     if only_forecast:
         echo("\n".join(checks.forecast_lines(plan, stages)), flush=True)
         return {}
-    checks.check_manifest(plan)
+    checks.check_manifests(plan)
     with lock_run_dir(plan.run_dir):
         claim_outputs(plan.run_dir, COMMAND, OUTPUTS)
         runner = PlanRunner(plan, stages, str(path), allow_changes)

@@ -179,8 +179,8 @@ def test_the_cluster_stage_trains_on_the_features_of_its_extraction() -> None:
     extract = load_config(ROOT / "configs/extract/wan_t5xxl.yaml", ExtractConfig)
     plan = plans.read(ROOT / "configs/plans/cluster-64gpu.yaml")
     stage = load_config(ROOT / "configs/stages/cluster-1-images.yaml", Config)
-    assert stage.data.features == extract.out == plan.extract.out
-    assert extract.buckets == plan.extract.buckets
-    assert extract.text_encoder == plan.extract.text_encoder
-    assert extract.video_encoder == plan.extract.video_encoder
+    assert stage.data.features == extract.out == plan.reference.extract.out
+    assert extract.buckets == plan.reference.extract.buckets
+    assert extract.text_encoder == plan.reference.extract.text_encoder
+    assert extract.video_encoder == plan.reference.extract.video_encoder
     assert {b.key for b in stage.data.buckets} <= {b.key for b in extract.buckets}

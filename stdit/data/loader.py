@@ -24,7 +24,7 @@ from torch import Tensor
 from stdit.config import Bucket, ConfigError, DataConfig, TrainBucket, Where
 from stdit.config.token_budget import PackingBudget, imbalance
 from stdit.data.features import ORIGINAL, EmptyCaption, Sample, pad_texts
-from stdit.data.mixture import Mixture, mix
+from stdit.data.mixture import MixedIndex, Mixture, mix
 from stdit.data.order import MixedStream, Stream
 from stdit.data.packing import fill_step, micro_batches_of
 
@@ -223,7 +223,7 @@ class BucketSchedule:
                     f"data.buckets[{i}]: {data.source_name} holds no sample of bucket {bucket.key} in split {data.train_split!r}{conditions}"
                 )
         self.counts = {key: len(found) for key, found in self.ids.items()}
-        self.mixed = mix(index, self.ids, data.buckets) if isinstance(index, Mixture) else None
+        self.mixed = mix(index, self.ids, data.buckets) if isinstance(index, MixedIndex) else None
         # Of all samples, the part that each bucket gives: by its clips and weight.
         self.shares = {
             b.key: self.mixed[b.key].share if self.mixed else self.counts[b.key] * b.weight for b in data.buckets

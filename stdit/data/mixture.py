@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,29 +19,86 @@ import numpy as np
 from stdit.config import Bucket, ConfigError, DataConfig, TrainBucket, Url, Where
 from stdit.config.diff import changes
 from stdit.config.identity import FrameSampling
-from stdit.data.features import ORIGINAL, EmptyCaption, FeatureFacts, FeatureSet, Sample, ShardReadAhead, feature_facts
+from stdit.data.features import (
+    ORIGINAL,
+    EmptyCaption,
+    FeatureFacts,
+    FeatureSet,
+    Sample,
+    ShardReadAhead,
+    feature_facts,
+)
 from stdit.data.manifest import in_label_order
 from stdit.data.object_cache import ReadAhead
 from stdit.data.objects import Digest
 
 
-class Mixture:
-    """Feature sets behind the interface of one. Sample ids: those of the sets one after the other. `weights`: of the sets; None: each
-    has as many samples as clips.
+class MixedIndex:
+    """Clips of several sets, each with a share: which there are, and how many of each set a bucket takes (`mix`).
+
+    Ids: those of the sets one after the other. names, buckets (keys), sizes (ids that there may be): of each set. weights: of the sets;
+    None: each has as many samples as clips.
+    """
+
+    def __init__(
+        self,
+        sets: Sequence[Any],
+        weights: Sequence[float] | None,
+        names: Sequence[str],
+        buckets: Sequence[Collection[str]],
+        sizes: Sequence[int],
+    ) -> None:
+        self.sets, self.weights, self.names = tuple(sets), weights and tuple(weights), tuple(names)
+        self.buckets = tuple(buckets)
+        # First id of each set, and one behind the last.
+        self.starts = np.cumsum([0, *sizes])
+        self.captions: tuple[str, ...] = tuple(dict.fromkeys(name for one in self.sets for name in one.captions))
+
+    def select(
+        self, split: str | None, buckets: Sequence[Bucket], where: Sequence[Where] = ()
+    ) -> dict[str, np.ndarray]:
+        """As FeatureSet.select, of all sets that have a bucket. ConfigError: none has."""
+        there = list(dict.fromkeys(key for keys in self.buckets for key in keys))
+        if absent := [bucket.key for bucket in buckets if bucket.key not in there]:
+            raise ConfigError(
+                f"buckets {', '.join(absent)} were not extracted into any of {', '.join(self.names)}; there are "
+                f"{', '.join(there)}"
+            )
+        found: dict[str, list[np.ndarray]] = {bucket.key: [] for bucket in buckets}
+        for start, one, keys in zip(self.starts[:-1], self.sets, self.buckets, strict=True):
+            own = [bucket for bucket in buckets if bucket.key in keys]
+            for key, ids in one.select(split, own, where).items():
+                found[key].append(ids + start)
+        return {key: np.concatenate(parts) for key, parts in found.items()}
+
+    def split(self, ids: np.ndarray) -> list[np.ndarray]:
+        """`ids` (ascending) by set."""
+        return np.split(ids, np.searchsorted(ids, self.starts[1:-1]))
+
+
+class Mixture(MixedIndex):
+    """Feature sets behind the interface of one.
 
     ConfigError: sets that a model cannot train on together (other encoders, latent statistics, text tokens), with both values.
     """
 
+    sets: tuple[FeatureSet, ...]
+
     def __init__(self, sets: Sequence[FeatureSet], weights: Sequence[float] | None = None) -> None:
-        self.sets, self.weights = tuple(sets), weights and tuple(weights)
-        first = self.sets[0]
-        for other in self.sets[1:]:
-            _check_compatible(first, other)
-        # First id of each set, and one behind the last.
-        self.starts = np.cumsum([0, *(int(features.ids[-1]) + 1 for features in self.sets)])
+        first = sets[0]
+        for other in sets[1:]:
+            check_compatible(
+                _training_facts(first), _training_facts(other), f"data.features: {first.path} and {other.path}"
+            )
+        super().__init__(
+            sets,
+            weights,
+            [str(features.path) for features in sets],
+            [features.index["buckets"] for features in sets],
+            [int(features.ids[-1]) + 1 for features in sets],
+        )
         self.classes = in_label_order(name for features in self.sets for name in features.classes)
         self._labels = [[self.classes.index(name) for name in features.classes] for features in self.sets]
-        self.captions = tuple(dict.fromkeys(name for features in self.sets for name in features.captions))
         self.video_encoder, self.text_encoder = first.video_encoder, first.text_encoder
         self.has_control = first.has_control
         texts = [features.index["fingerprint"] for features in self.sets]
@@ -49,11 +106,6 @@ class Mixture:
             "fingerprint": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
             "buckets": dict.fromkeys(key for features in self.sets for key in features.index["buckets"]),
         }
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The sets' folders."""
-        return tuple(str(features.path) for features in self.sets)
 
     @property
     def empty_caption(self) -> EmptyCaption | None:
@@ -70,26 +122,6 @@ class Mixture:
         """As FeatureSet.frame_sampling; None where the sets differ."""
         first, *others = (features.frame_sampling for features in self.sets)
         return first if all(other == first for other in others) else None
-
-    def select(
-        self, split: str | None, buckets: Sequence[Bucket], where: Sequence[Where] = ()
-    ) -> dict[str, np.ndarray]:
-        """As FeatureSet.select, of all sets that have a bucket. ConfigError: none has."""
-        if absent := [bucket.key for bucket in buckets if bucket.key not in self.index["buckets"]]:
-            raise ConfigError(
-                f"buckets {', '.join(absent)} were not extracted into any of {', '.join(self.names)}; there are "
-                f"{', '.join(self.index['buckets'])}"
-            )
-        found: dict[str, list[np.ndarray]] = {bucket.key: [] for bucket in buckets}
-        for start, features in zip(self.starts[:-1], self.sets, strict=True):
-            own = [bucket for bucket in buckets if bucket.key in features.index["buckets"]]
-            for key, ids in features.select(split, own, where).items():
-                found[key].append(ids + start)
-        return {key: np.concatenate(parts) for key, parts in found.items()}
-
-    def split(self, ids: np.ndarray) -> list[np.ndarray]:
-        """`ids` (ascending) by set."""
-        return np.split(ids, np.searchsorted(ids, self.starts[1:-1]))
 
     def _find(self, id: int) -> tuple[int, int]:
         """Number of the set of a sample, and the sample's id in it."""
@@ -138,19 +170,21 @@ class Mixture:
         return dict(sorted(total.items(), key=lambda item: (-item[1], float(item[0]))))
 
 
-def _check_compatible(first: FeatureSet, other: FeatureSet) -> None:
-    def facts(features: FeatureSet) -> dict[str, Any]:
-        """What has to be equal: the encoders, as the extraction's settings identify them, and kinds of tensors."""
-        config = features.index["config"]
-        encoders = {key: config.get(key) for key in ("video_encoder", "text_encoder")}
-        return {**encoders, "posterior": features.index["posterior"], "control_column": features.has_control}
+def _training_facts(features: FeatureSet) -> dict[str, Any]:
+    """What has to be equal among sets: the encoders, as the extraction's settings identify them, and kinds of tensors."""
+    config = features.index["config"]
+    encoders = {key: config.get(key) for key in ("video_encoder", "text_encoder")}
+    return {**encoders, "posterior": features.index["posterior"], "control_column": features.has_control}
 
-    if found := changes(facts(first), facts(other)):
+
+def check_compatible(first: dict[str, Any], other: dict[str, Any], names: str) -> None:
+    """ConfigError with both values where what two sets have to have in common differs. names: of the two, for the message."""
+    if found := changes(first, other):
         lines = "; ".join(
             f"{change.key} is {json.dumps(change.old)} and {json.dumps(change.new)}" for change in found[:3]
         )
         more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
-        raise ConfigError(f"data.features: {first.path} and {other.path} do not go together: {lines}{more}")
+        raise ConfigError(f"{names} do not go together: {lines}{more}")
 
 
 # ------------------------------------------------------------------------------------------- the order
@@ -165,7 +199,7 @@ class BucketMix:
     share: float
 
 
-def mix(mixture: Mixture, ids: Mapping[str, np.ndarray], buckets: Sequence[TrainBucket]) -> dict[str, BucketMix]:
+def mix(mixture: MixedIndex, ids: Mapping[str, np.ndarray], buckets: Sequence[TrainBucket]) -> dict[str, BucketMix]:
     """What each bucket takes of each set, so that a set has its share of the samples, and its buckets theirs by clips and
     `weight`. ids: training clips by bucket key. ConfigError: a set without any."""
     parts = {bucket.key: mixture.split(ids[bucket.key]) for bucket in buckets}

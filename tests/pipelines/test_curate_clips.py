@@ -40,16 +40,16 @@ def plan(tmp_path: Path, **changes: object) -> plans.Plan:
 
 def test_a_plan_extracts_what_its_curation_writes(tmp_path: Path) -> None:
     found = plan(tmp_path)
-    assert found.curate is not None
-    assert found.curate.out == tmp_path / "run" / "curated"
-    assert found.extract.manifest == tmp_path / "run" / "curated" / "manifest.jsonl"
+    assert found.reference.curate is not None
+    assert found.reference.curate.out == tmp_path / "run" / "curated"
+    assert found.reference.extract.manifest == tmp_path / "run" / "curated" / "manifest.jsonl"
 
 
 def test_the_footage_of_a_plan_is_what_it_prepares(tmp_path: Path) -> None:
     prepare = {"module": "stdit.data.digit_films", "manifest": "films.json"}
     found = plan(tmp_path, prepare=prepare, curation={})
-    assert found.curate is not None
-    assert found.curate.footage == str(tmp_path / "run" / "data")
+    assert found.reference.curate is not None
+    assert found.reference.curate.footage == str(tmp_path / "run" / "data")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_plan_curates_before_it_derives_its_stages(tmp_path: Path, monkeypatch
     (tmp_path / "plan.yaml").write_text(dump(plan(tmp_path)))
 
     def stop(own: plans.Plan, stages: object) -> None:
-        assert Path(own.extract.manifest).is_file()
+        assert Path(own.reference.extract.manifest).is_file()
         raise ConfigError("far enough")
 
     monkeypatch.setattr(checks, "complete", stop)

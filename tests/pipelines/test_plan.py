@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipelines import changes, checks
 from pipelines import plan as plans
-from stdit.config import ConfigError
+from stdit.config import ConfigError, dump
 from tests.support.paths import ROOT
 
 STAGE = {
@@ -53,16 +53,16 @@ def write(tmp_path: Path):
 
 def described(path: Path, overrides: tuple[str, ...] = (), sha: str | None = None) -> dict[str, changes.Settings]:
     plan = plans.read(path, overrides)
-    return changes.describe(plan, plans.resolve(plan), sha)
+    return changes.describe(plan, plans.resolve(plan), dict.fromkeys(plan.feature_sets, sha))
 
 
 def test_the_plan_places_everything_under_its_run_dir(write):
     plan = plans.read(write())
-    assert plan.extract.manifest == plan.prepared == Path("runs/tiny/data/manifest.jsonl")
-    assert plan.extract.out == Path("runs/tiny/features")
+    assert plan.reference.extract.manifest == plan.reference.prepared == Path("runs/tiny/data/manifest.jsonl")
+    assert plan.reference.extract.out == Path("runs/tiny/features")
     first, second = plans.resolve(plan)
     assert (first.config.run_dir, second.config.run_dir) == (Path("runs/tiny/one"), Path("runs/tiny/two"))
-    assert first.config.data.features == plan.extract.out
+    assert first.config.data.features == plan.reference.extract.out
     assert first.config.init is None
     assert second.config.init is not None
     assert second.config.init.source == first.config.run_dir
@@ -71,7 +71,7 @@ def test_the_plan_places_everything_under_its_run_dir(write):
 def test_a_run_dir_set_on_the_command_line_moves_everything(write):
     plan = plans.read(write(), ["run_dir=/shared/x"])
     stages = plans.resolve(plan)
-    assert plan.extract.manifest == Path("/shared/x/data/manifest.jsonl")
+    assert plan.reference.extract.manifest == Path("/shared/x/data/manifest.jsonl")
     assert {s.config.run_dir.parent for s in stages} == {Path("/shared/x")}
 
 
@@ -177,6 +177,94 @@ def test_shapes_that_do_not_divide_give_both_numbers(write):
         plans.check_shapes(stage, (1, 8, 8), 3)
     with pytest.raises(ConfigError, match=r"model\.in_channels 3, but .* 4 channels"):
         plans.check_shapes(stage, (1, 1, 1), 4)
+
+
+# ------------------------------------------------------------------------------------ several sets
+
+SETS = {
+    "prepare": None,
+    "extraction": {"buckets": PLAN["extraction"]["buckets"], "seed": 7},
+    "sets": {
+        "films": {"curation": {"footage": "films"}},
+        "stills": {"extraction": {"manifest": "stills.jsonl", "seed": 8}},
+    },
+    "stages": {
+        "one": {"config": "STAGE", "sets": {"stills": 1}},
+        "two": {"config": "STAGE", "after": "one", "sets": {"films": 0.7, "stills": 0.3}},
+        "three": {"config": "STAGE", "after": "one"},
+    },
+}
+
+
+def test_each_set_has_its_own_folders_and_what_it_leaves_out_is_the_plans(write):
+    plan = plans.read(write(SETS), ["sets.films.extraction.batch_size=3"])
+    films, stills = plan.feature_sets.values()
+    home = Path("runs/tiny/sets")
+    assert films.curate is not None
+    assert (films.curate.out, films.extract.out) == (home / "films" / "curated", home / "films" / "features")
+    assert films.extract.manifest == home / "films" / "curated" / "manifest.jsonl"
+    assert (stills.extract.manifest, stills.extract.out) == (Path("stills.jsonl"), home / "stills" / "features")
+    assert (films.extract.seed, stills.extract.seed) == (7, 8)
+    assert (films.extract.batch_size, stills.extract.batch_size) == (3, 16)
+    assert films.extract.buckets == stills.extract.buckets
+    assert plan.reference.name == "films"
+    (path := write(SETS)).with_name("resolved.yaml").write_text(dump(plan))
+    assert plans.read(path.with_name("resolved.yaml")) == plan
+
+
+def test_a_stage_trains_on_the_sets_that_it_names_with_their_weights_and_else_on_all(write):
+    one, two, three = plans.resolve(plans.read(write(SETS)))
+    films, stills = (Path("runs/tiny/sets") / name / "features" for name in ("films", "stills"))
+    assert one.config.data.features == stills
+    assert (two.config.data.feature_paths, two.config.data.feature_weights) == ((films, stills), (0.7, 0.3))
+    assert (three.config.data.feature_paths, three.config.data.feature_weights) == ((films, stills), None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("stages.two.sets={film: 1}", "stages.two.sets: no set is called 'film'; there are: films, stills"),
+        ("stages.two.sets={films: 0}", "stages.two.sets.films: Input should be greater than 0"),
+        ("evaluation={reference: film}", "evaluation.reference: no set is called 'film'; there are: films, stills"),
+        ("prepare={module: m}", "prepare belongs to one of the sets, sets.NAME.prepare: films, stills"),
+        ("sets.more={}", "sets.more.extraction.manifest is needed without `prepare` and `curation`"),
+        ("sets.films.curation.footage=''", "sets.films.curation.footage is needed without `prepare`"),
+        ("extraction.out=all", "sets.films.extraction.out and sets.stills.extraction.out are both all"),
+        ("stages.sets={config: x.yaml}", "a stage can't be called 'sets'"),
+    ],
+)
+def test_a_set_that_is_not_there_or_incomplete_is_named(write, change, message):
+    with pytest.raises(ConfigError) as error:
+        plans.resolve(plans.read(write(SETS), [change]))
+    assert message in str(error.value)
+
+
+def test_a_plan_of_one_set_names_none(write):
+    with pytest.raises(ConfigError, match="stages.one.sets: no set is called 'films'; the plan names no `sets`"):
+        plans.read(write(), ["stages.one.sets={films: 1}"])
+
+
+def test_a_stage_bucket_that_none_of_its_sets_extracts_is_named(write):
+    own = "sets.stills.extraction.buckets=[{frames: 4, height: 8, width: 8}]"
+    with pytest.raises(ConfigError, match=r"stages\.one .*1x8x8 not in .*sets\.stills\.extraction\.buckets 4x8x8"):
+        plans.resolve(plans.read(write(SETS), [own]))
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "parts"),
+    [
+        ("sets.films.extraction.seed=1", "sets.films.extraction.seed", ["sets.films.extraction", "stages.two", "stages.three"]),
+        ("sets.stills.extraction.seed=1", "sets.stills.extraction.seed", ["sets.stills.extraction", "stages.one", "stages.two", "stages.three"]),
+        ("stages.two.sets.films=0.6", "stages.two.data.features.0.weight", ["stages.two"]),
+        ("stages.two.sets=null", "stages.two.data.features.1.weight", ["stages.two"]),
+        ("stages.one.sets={films: 1}", "stages.one.sets", ["stages.one", "stages.two", "stages.three"]),
+    ],
+)  # fmt: skip
+def test_a_changed_set_invalidates_the_stages_that_train_on_it(write, change, key, parts):
+    before, after = described(write(SETS)), described(write(SETS), (change,))
+    found = changes.differences(before, after)
+    assert key in {f"{part}.{c.key}" for part, some in found.items() for c in some}
+    assert list(changes.invalidated(found, after)) == parts
 
 
 # ------------------------------------------------------------------------------ what a change does
@@ -302,7 +390,7 @@ def test_auto_takes_the_cores_there_are(write, monkeypatch) -> None:
         monkeypatch.setattr(plans, "available_cpus", lambda cores=cores: cores)
         plan = plans.read(path, ["extraction.workers=auto"])
         assert (plan.resources.threads, plan.resources.cpus) == (threads, 2 * threads)
-        assert plan.extract.workers == cores
+        assert plan.reference.extract.workers == cores
         assert plan.evaluation is not None
         assert plan.evaluation.threads_each == cores
         described_parts.append(described(path, ("extraction.workers=auto",)))
@@ -316,7 +404,7 @@ def test_every_field_of_a_plan_is_read_somewhere() -> None:
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
-    for schema in (plans.Plan, plans.Prepare, plans.Stage, plans.Evaluation, plans.Resources):
+    for schema in (plans.Plan, plans.SetConfig, plans.Prepare, plans.Stage, plans.Evaluation, plans.Resources):
         assert set(schema.model_fields) <= read, schema.__name__
 
 

@@ -16,13 +16,14 @@ import numpy as np
 import psutil
 import pytest
 import yaml
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from pipelines import plan as plans
 from pipelines import train_stages, workers
 from pipelines.record import Record, set_aside
 from pipelines.runner import PlanFailed, PlanRunner
-from stdit import metrics_log
+from stdit import extract, metrics_log
 from stdit.config import ConfigError
 from stdit.curation.curation import CurationError
 from stdit.data.extraction import ExtractionError
@@ -92,6 +93,20 @@ def write_plan(folder: Path, workers: int = 2, steps: int = STEPS) -> Path:
         },
     }
     path = folder / "plan.yaml"
+    path.write_text(yaml.safe_dump(plan, sort_keys=False))
+    return path
+
+
+def write_sets(folder: Path, steps: int = SHORT) -> Path:
+    """The plan of two sets, of 24 and of 12 pictures: the first stage takes both, three to one, the second the smaller one alone."""
+    path = write_plan(folder, 1, steps)
+    plan = yaml.safe_load(path.read_text())
+    plan["sets"] = {
+        "squares": {"extraction": {"manifest": plan["extraction"].pop("manifest")}},
+        "few": {"extraction": {"manifest": str(clips(folder / "few", 12))}},
+    }
+    plan["stages"]["one"]["sets"] = {"squares": 0.75, "few": 0.25}
+    plan["stages"]["two"]["sets"] = {"few": 1}
     path.write_text(yaml.safe_dump(plan, sort_keys=False))
     return path
 
@@ -220,7 +235,98 @@ def check_a_finished_plan(plan: Path, out: Path, log: str, count: int, capsys) -
     assert (out / "two" / "done.json").exists()
 
 
+@pytest.mark.ray
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_plan_of_two_sets_trains_on_both_in_their_shares_and_resumes(tmp_path: Path, capsys) -> None:
+    plan, out = write_sets(tmp_path, STEPS), tmp_path / "run"
+    run = Run(plan, tmp_path / "1.log")
+    run.until(lambda: checkpoints(out / "one"))
+    run.cut_off()
+    run = Run(plan, tmp_path / "2.log")
+    assert run.end() == 0, run.log.read_text()
+    log = run.log.read_text()
+    assert "stage 1/2 one: resumes from step-" in log
+    assert log.count("features is complete") == 2
+    assert "set squares:\n" in log
+    for name in ("one", "two"):
+        assert steps(out / name) == list(range(1, STEPS + 1))
+    last = metrics_log.read(out / "one" / metrics_log.FILE)[-1]
+    seen = {name: last[f"samples_seen/{out / 'sets' / name / 'features'}"] for name in ("squares", "few")}
+    # Of each epoch's 24 clips 18 are of the first set: within one epoch of the share.
+    assert sum(seen.values()) == 4 * STEPS
+    assert abs(seen["squares"] - 3 * STEPS) <= 6
+    told = refused(capsys, plan, "sets.few.extraction.seed=1")
+    assert "sets.few.extraction.seed: 0 -> 1" in told
+    assert "stages.two (depends on sets.few.extraction)" in told
+    assert "sets.squares.extraction (" not in told
+
+
 # ------------------------------------------------------------------------------- without training
+
+
+def test_a_forecast_counts_the_clips_of_both_sets_before_they_are_extracted_and_after(tmp_path: Path, capsys) -> None:
+    plan = write_sets(tmp_path)
+    assert train_stages.main(["--plan", str(plan), "--forecast"]) == 0
+    before = capsys.readouterr().out
+    assert "set squares:\n  clips: 24 in the manifest, not extracted yet: 24 would be kept, 0 dropped" in before
+    assert "set few:\n  clips: 12 in the manifest, not extracted yet: 12 would be kept, 0 dropped" in before
+    counts = [line.partition(";")[0].strip() for line in before.splitlines() if " epochs" in line]
+    assert counts == ["1x8x8        24 clips", "1x8x8        8 clips"], "training clips of both, and of the smaller one"
+    for one in plans.read(plan).feature_sets.values():
+        extract.run(one.extract)
+    assert train_stages.main(["--plan", str(plan), "--forecast"]) == 0
+    after = capsys.readouterr().out
+    assert [line.partition(";")[0].strip() for line in after.splitlines() if " epochs" in line] == counts
+    assert "set few:\n  12 = 12 kept" in after.replace("clips: ", "")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sets.few.extraction.text_encoder.byte_t5.width=32", "text_encoder.byte_t5.width is 16 and 32"),
+        ("sets.few.extraction.video_encoder.channels=3", "video_encoder.channels is 1 and 3"),
+        ("sets.few.extraction.control_column=path", "control_column is false and true"),
+    ],
+)
+def test_sets_of_other_encoders_are_refused_before_anything_is_written(
+    tmp_path: Path, capsys, override: str, message: str
+) -> None:
+    told = refused(capsys, write_sets(tmp_path), override)
+    assert "stages.one (" in told
+    assert f": sets squares and few do not go together: {message}" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_sets_of_other_latent_statistics_are_refused_before_the_first_is_extracted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_sets(tmp_path)
+    encoders = []
+    for scale in (0.5, 0.25):
+        vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, scaling_factor=scale)
+        vae.save_pretrained(tmp_path / f"vae-{scale}")
+        encoders.append({"kind": "image", "path": str(tmp_path / f"vae-{scale}")})
+    overrides = [
+        f"sets.{name}.extraction.video_encoder={json.dumps(one)}"
+        for name, one in zip(("squares", "few"), encoders, strict=True)
+    ]
+    plan = plans.read(path, overrides)
+    runner = PlanRunner(plan, plans.resolve(plan, str(path)), str(path), False)
+    monkeypatch.setattr(runner, "_extract", lambda *_: pytest.fail("extracted"))
+    with pytest.raises(
+        ConfigError,
+        match=r"stages\.one .*: sets squares and few do not go together: video_encoder\..* is .*0\.5.* and .*0\.25",
+    ):
+        runner.extraction()
+
+
+def test_a_set_without_a_clip_for_a_stage_is_named_before_training(tmp_path: Path, capsys) -> None:
+    plan = write_sets(tmp_path)
+    told = refused(capsys, plan, "sets.few.extraction.where=[{column: score, at_least: 2}]")
+    assert "stages.one (" in told
+    assert "data.features: few has no training sample in this run's buckets; leave it out" in told
 
 
 def refused(capsys, plan: Path, *sets: str) -> str:
