@@ -1,6 +1,6 @@
 """As `python -m stdit.evaluate`, with videos generated, or features computed, by several Ray workers; results are the same.
 
-python -m pipelines.evaluate_runs --run runs/demo/clips --manifest runs/demo/data/manifest.jsonl --out metrics --workers 4
+python -m pipelines.evaluate_runs --run runs/demo/clips --manifest runs/demo/sets/digits/data/manifest.jsonl --out metrics --workers 4
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Generates clips of one or more runs for the same held-out captions and computes their metrics.
 
-    python -m stdit.evaluate --run runs/demo/images runs/demo/clips --manifest runs/demo/data/manifest.jsonl \\
-        --out metrics --set class_name=digit
+    python -m stdit.evaluate --run runs/demo/images runs/demo/clips \\
+        --manifest runs/demo/sets/digits/data/manifest.jsonl --out metrics --set class_name=digit
 
 OUT/NAME holds the prompts, the videos and the metrics.json of a run; OUT/metrics.json those of all. The same command
 again generates only what is missing. `python -m pipelines.evaluate_runs` does the same on several Ray workers.

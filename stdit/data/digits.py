@@ -309,6 +309,13 @@ def _begin(random: np.random.Generator, room: int, path: int, grid: int) -> int:
 # ------------------------------------------------------------------------------------------ scans
 
 
+def split_scans(count: int, seed: int, held_out: float) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the scans to train on, and of those held out, which are a share of `held_out`."""
+    order = np.random.RandomState(seed).permutation(count)  # RandomState: the same in every numpy
+    train = round(count * (1 - held_out))
+    return np.sort(order[:train]), np.sort(order[train:])
+
+
 def read_scans(seed: int, held_out: float) -> list[Scan]:
     """scikit-learn's scans with their split and legibility.
 
@@ -324,9 +331,7 @@ def read_scans(seed: int, held_out: float) -> list[Scan]:
     # Shapes as scikit-learn documents them; its annotations allow much else.
     data: Any = load_digits()
     flat, digits = np.asarray(data.data, np.float64), np.asarray(data.target)
-    order = np.random.RandomState(seed).permutation(len(flat))  # RandomState: the same in every numpy
-    count = round(len(flat) * (1 - held_out))
-    train, held = np.sort(order[:count]), np.sort(order[count:])
+    train, held = split_scans(len(flat), seed, held_out)
     machine: Any = SVC
     calibrated: Any = CalibratedClassifierCV
     model = calibrated(machine(C=5, gamma=0.05), ensemble=False, cv=3)

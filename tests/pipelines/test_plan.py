@@ -378,6 +378,12 @@ def test_the_demo_goes_from_classes_to_captions_to_larger_and_longer_clips(monke
     assert third.largest.height > second.largest.height
     assert third.largest.frames > second.largest.frames
     assert third.config.data.where, "the finest part of the data"
+    assert [stage.sets for stage in (first, second, third)] == [("digits",), ("digits", "films"), ("digits",)]
+    films = plan.feature_sets["films"]
+    assert films.curate is not None
+    assert films.curate.captions[0].function == "stdit.curation.rule_based:rule_based_caption"
+    assert second.config.data.feature_weights == (0.98, 0.02)
+    assert plan.reference.name == "digits"
     assert plan.resources.workers == 2
     assert all(stage.config.train.zero_stage > 0 for stage in (first, second, third))
 
