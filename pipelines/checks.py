@@ -19,9 +19,8 @@ def check_early(plan: Plan, stages: Sequence[ResolvedStage]) -> None:
     for stage in stages:
         check_encoders(plan, stage)
         extract = plan.sets_of(stage.name)[0].extract  # the others have the same encoders
-        if (
-            extract.video_encoder.kind == "pixels"
-        ):  # The compression of an autoencoder is known once it is loaded, at extraction.
+        # The compression of an autoencoder is known once it is loaded, at extraction.
+        if extract.video_encoder.kind == "pixels":
             plans.check_shapes(stage, (1, 1, 1), extract.video_encoder.channels)
         _check_text(stage, extract.text_encoder)
         check_workers(plan.resources, stage.config, stage.source)
@@ -177,9 +176,9 @@ def complete(plan: Plan, stages: Sequence[ResolvedStage]) -> list[ResolvedStage]
     for stage in stages:
         data = stage.config.data
         buckets = {b.key: b for one in plan.sets_of(stage.name) for b in one.extract.buckets}
+        check_encoders(plan, stage)
+        facts = sources.facts(stage)
         try:
-            check_encoders(plan, stage)
-            facts = sources.facts(stage)
             clips = sources.of_stage(stage).select(data.train_split, list(buckets.values()), data.where)
             config = derive(stage.config, facts, {key: len(ids) for key, ids in clips.items()})
         except ConfigError as error:

@@ -143,7 +143,10 @@ def forecast(
     ranks = resources.ranks[0]  # the fewest: the most memory each
     data_ranks = config.train.data_ranks(ranks)
     packing = config.train.packing_budget
-    schedule = BucketSchedule(source, config.data, data_ranks, config.train.gradient_accumulation, packing)
+    try:
+        schedule = BucketSchedule(source, config.data, data_ranks, config.train.gradient_accumulation, packing)
+    except ConfigError as error:
+        raise ConfigError(f"{stage.source}: {error}") from error
     micro_batches = config.micro_batches(ranks)
     latents = {b.key: latent_shape(b, compression) for b in config.data.buckets}
     check_sequence_parallel(config, latents, ranks)

@@ -45,6 +45,7 @@ class Sources:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._found: dict[str, FeatureSet | ManifestSource | EqualSource] = {}
+        self._facts: dict[str, FeatureFacts] = {}
 
     def of(self, one: FeatureSource) -> FeatureSet | ManifestSource | EqualSource:
         """A set's clips. ManifestError."""
@@ -88,10 +89,12 @@ class Sources:
         from stdit.extract import expected_facts
 
         sets = self.plan.sets_of(stage.name)
-        found = [
-            source.facts() if isinstance(source := self.of(one), FeatureSet) else expected_facts(one.extract)
-            for one in sets
-        ]
+        for one in sets:
+            if one.name not in self._facts:
+                source = self.of(one)
+                extracted = source if isinstance(source, FeatureSet) else None
+                self._facts[one.name] = extracted.facts() if extracted is not None else expected_facts(one.extract)
+        found = [self._facts[one.name] for one in sets]
         latents = {key: shape for facts in found for key, shape in facts.latents.items()}
         return replace(found[0], latents=latents)
 
