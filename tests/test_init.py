@@ -38,7 +38,7 @@ def test_the_plan_fits_the_clips_and_forecasts(clips: Path, tmp_path: Path, caps
     assert [row["split"] for row in rows].count("validation") == 1
     assert {row["fps"] for row in rows} == {12.0}
     plan = plans.read(out / "plan.yaml")
-    assert {b.key for b in plan.extraction.buckets} == {"6x24x32", "6x32x24"}
+    assert {b.key for b in plan.reference.extract.buckets} == {"6x24x32", "6x32x24"}
     assert train_stages.main(["--plan", str(out / "plan.yaml"), "--forecast"]) == 0
     assert "stage model: 2 steps" in capsys.readouterr().out
 
@@ -66,7 +66,7 @@ def test_a_manifest_is_used_where_it_lies(clips: Path, tmp_path: Path) -> None:
     assert init.main([str(tmp_path / "a"), "--clips", str(clips)]) == 0
     manifest = tmp_path / "a" / "manifest.jsonl"
     assert init.main([str(tmp_path / "b"), "--clips", str(manifest)]) == 0
-    assert plans.read(tmp_path / "b" / "plan.yaml").extraction.manifest == manifest
+    assert plans.read(tmp_path / "b" / "plan.yaml").reference.extract.manifest == manifest
     assert not (tmp_path / "b" / "manifest.jsonl").exists()
 
 

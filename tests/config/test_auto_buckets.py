@@ -82,7 +82,7 @@ def test_a_plan_and_set_take_it(tmp_path: Path) -> None:
         "{name: a, run_dir: runs/a, extraction: {manifest: clips, buckets: {auto: {area: 4096}}}, stages: {a: {}}}"
     )
     plan = load_config(tmp_path / "plan.yaml", Plan, ["extraction.buckets.auto.frames=[1, 5]"])
-    assert {b.frames for b in plan.extraction.buckets} == {1, 5}
+    assert {b.frames for b in plan.reference.extract.buckets} == {1, 5}
 
 
 @pytest.mark.parametrize(
