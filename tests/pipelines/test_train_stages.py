@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 
 from pipelines import plan as plans
