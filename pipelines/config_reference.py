@@ -79,6 +79,7 @@ EXAMPLES: dict[str, str] = {
     "AutoBuckets": "{area: 262144, frames: [1, 17, 49], aspects: 9, multiple_of: 16}",
     "WindowsConfig": "{stride: 49, max: 20}",
     "VideoEncoderConfig": "{kind: video, path: Wan-AI/Wan2.1-T2V-1.3B-Diffusers, subfolder: vae, dtype: bfloat16}",
+    "VisionEncoderConfig": "{path: facebook/dinov2-base, pixels_per_feature: 16}",
     "TextEncoderConfig": "{path: google/t5-v1_1-xxl, max_text_tokens: 200, dtype: bfloat16}",
     "ByteT5Config": "{width: 128, depth: 2, num_heads: 4}",
     "Plan": "{name: a, run_dir: runs/a, extraction: {manifest: clips/, buckets: [{frames: 1, height: 64, width: 64}]}, stages: {images: {config: configs/debug.yaml}}}",

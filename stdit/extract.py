@@ -36,13 +36,14 @@ def plan_shards(config: ExtractConfig) -> ExtractionPlan:
     from stdit.data.extraction import plan_extraction
     from stdit.encoders.text_loading import feature_identity
     from stdit.encoders.video import load_video_encoder
+    from stdit.encoders.vision import vision_identity
 
     video = load_video_encoder(config.video_encoder)
     for bucket in config.buckets:
         video.check(bucket)
-    plan = plan_extraction(
-        config, _encoder_identities(video.identity, config.text_encoder and feature_identity(config.text_encoder))
-    )
+    text = config.text_encoder and feature_identity(config.text_encoder)
+    vision = config.vision_encoder and vision_identity(config.vision_encoder)
+    plan = plan_extraction(config, _encoder_identities(video.identity, text, vision))
     check_batch(config, plan.clips)
     return plan
 
@@ -60,13 +61,16 @@ def check_batch(config: ExtractConfig, clips: int) -> None:
     )
 
 
-def _encoder_identities(video: dict[str, Any], text: dict[str, Any] | None) -> dict[str, Any]:
-    """Identities of the encoders as far as they determine features: weights, not paths. text: `feature_identity`."""
+def _encoder_identities(
+    video: dict[str, Any], text: dict[str, Any] | None, vision: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Identities of the encoders as far as they determine features: weights, not paths. text: `feature_identity`; vision: `vision_identity`."""
     from stdit.encoders.source import UNCHECKED
 
     return {
         "video_encoder": {key: value for key, value in video.items() if key not in UNCHECKED},
         "text_encoder": text,
+        **({"vision_encoder": vision} if vision else {}),
     }
 
 
@@ -81,13 +85,15 @@ def expected_facts(config: ExtractConfig) -> FeatureFacts:
     from stdit.data.transforms import frame_step
     from stdit.encoders.text_loading import feature_sizes
     from stdit.encoders.video import load_video_encoder
+    from stdit.encoders.vision import feature_width
 
     clips = manifest.read(config.manifest)
     video = load_video_encoder(config.video_encoder).identity
     text = feature_sizes(config.text_encoder) if config.text_encoder else None
     moving = [clip.fps for clip in clips if clip.fps and clip.frames != 1]
     rates = [fps / frame_step(fps, config.frame_stride, config.target_fps) for fps in moving]
-    return feature_facts(video, text, config.buckets, len(clips.classes), rates)
+    vision = {"dim": feature_width(config.vision_encoder)} if config.vision_encoder else None
+    return feature_facts(video, text, config.buckets, len(clips.classes), rates, vision)
 
 
 def load_extractor(config: ExtractConfig, clips: int | None = None, encoders: int = 1) -> Extractor:
@@ -101,12 +107,18 @@ def load_extractor(config: ExtractConfig, clips: int | None = None, encoders: in
     from stdit.data.extractor import Extractor
     from stdit.encoders.text_loading import feature_identity_of, load_text_encoder
     from stdit.encoders.video import load_video_encoder
+    from stdit.encoders.vision import load_vision_encoder, vision_identity
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     video = load_video_encoder(config.video_encoder, device)
     text = load_text_encoder(config.text_encoder, device) if config.text_encoder else None
-    settings = _encoder_identities(video.identity, feature_identity_of(text.identity) if text else None)
-    return Extractor(config, video, text, settings, decoder_workers(config.decoder_workers, clips, encoders))
+    vision = load_vision_encoder(config.vision_encoder, device) if config.vision_encoder else None
+    settings = _encoder_identities(
+        video.identity,
+        feature_identity_of(text.identity) if text else None,
+        config.vision_encoder and vision_identity(config.vision_encoder),
+    )
+    return Extractor(config, video, text, settings, decoder_workers(config.decoder_workers, clips, encoders), vision)
 
 
 def extract_shard(config: ExtractConfig, spec: ShardSpec) -> Path | Url:

@@ -44,7 +44,14 @@ from stdit.config.evaluate import (
     ScoreConfig,
     ScoreName,
 )
-from stdit.config.extract import MOST_TEXT_ENCODERS, ByteT5Config, ExtractConfig, TextEncoderConfig, VideoEncoderConfig
+from stdit.config.extract import (
+    MOST_TEXT_ENCODERS,
+    ByteT5Config,
+    ExtractConfig,
+    TextEncoderConfig,
+    VideoEncoderConfig,
+    VisionEncoderConfig,
+)
 from stdit.config.generate import GenerateConfig, LoRASource
 from stdit.config.load import (
     ConfigError,
@@ -141,6 +148,7 @@ __all__ = [
     "Url",
     "ValidationConfig",
     "VideoEncoderConfig",
+    "VisionEncoderConfig",
     "Where",
     "Width",
     "Workers",

@@ -39,6 +39,22 @@ class VideoEncoderConfig(Frozen):
         return self
 
 
+class VisionEncoderConfig(Frozen):
+    """A frozen vision transformer whose patch features are stored beside the latents, for `train.alignment` to train towards."""
+
+    path: str
+    """Folder or hub id of a vision transformer of transformers (DINOv2, DINOv3, SigLIP, CLIP, ViT), with its preprocessor_config.json."""
+    subfolder: str | None = None
+    """Subfolder of `path` that holds it."""
+    pixels_per_feature: Count = 16
+    """Pixels of a clip that a feature stands for, along each side: frames are resized until a patch of the encoder covers as many. 16 is
+    a token of a model with patch size 2 on latents of compression 8: nothing is interpolated in training (REPA: 224 px for 256)."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Precision of the encoder and of the stored features."""
+    frames_at_once: Frames = 16
+    """Frames per forward pass."""
+
+
 # As many as Stable Diffusion 3 has: text_encoder, text_encoder_2, text_encoder_3.
 MOST_TEXT_ENCODERS = 3
 
@@ -175,6 +191,8 @@ class ExtractConfig(Frozen):
     """The autoencoder."""
     text_encoder: TextEncoderConfig | None = None
     """The text encoder. null: no text features (class-conditional or unconditional training)."""
+    vision_encoder: VisionEncoderConfig | None = None
+    """A vision encoder, for `train.alignment` with target features (REPA). null: none."""
     decoder: Literal["auto", "decord", "pyav"] = "auto"
     """Video decoder. auto: the one that was measured to be faster and to notice more damage, which is PyAV."""
     decoder_workers: Workers | Literal["auto"] = "auto"

@@ -46,6 +46,19 @@ class VideoIdentity(FileSchema):
         return self
 
 
+class VisionIdentity(FileSchema):
+    """A vision encoder whose patch features lie beside the latents. dim: their width."""
+
+    class_name: str = Field(alias="class", min_length=1)
+    path: str
+    subfolder: str | None
+    fingerprint: str
+    dtype: Dtype
+    frames_at_once: Positive
+    dim: Positive
+    pixels_per_feature: Positive
+
+
 class FrameSampling(FileSchema):
     """Which frames of a clip an extraction took: keys of ExtractConfig."""
 

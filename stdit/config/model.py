@@ -325,8 +325,8 @@ class ModelConfig(Frozen):
                     "that are kept are not"
                 )
 
-    def check_alignment(self, block: int) -> None:
-        """ValueError: the output of this block cannot be aligned to patches of the latents."""
+    def check_alignment(self, block: int, target: str = "latents") -> None:
+        """ValueError: the output of this block cannot be aligned to `target` (AlignmentConfig)."""
         _, depth, _ = self.dimensions
         if block >= depth:
             raise ValueError(f"alignment.block {block}: expected 0 to {depth - 1}, as depth is {depth}")
@@ -334,7 +334,7 @@ class ModelConfig(Frozen):
             raise ValueError(
                 f"alignment.block {block}: with exit_depths {list(self.exit_depths[0])} only {least} blocks run"
             )
-        if self.patch_values == 1:
+        if target == "latents" and self.patch_values == 1:
             raise ValueError(
                 f"alignment: patches of {list(self.patch_size)} with in_channels {self.in_channels} are single numbers, which have no direction"
             )

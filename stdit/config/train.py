@@ -175,14 +175,34 @@ class TokenRoutingConfig(Frozen):
 
 
 class AlignmentConfig(Frozen):
-    """Alignment of an early block's tokens to the clean latents in training (Wang et al. 2026, SRA 2): a small head maps each token
-    to its patch of the latents, and loss + weight (1 - cosine similarity) is trained. Needs no network but the autoencoder;
-    exported weights have no head."""
+    """Alignment of an early block's tokens in training: a small head maps each token to a target, and loss + weight (1 - cosine
+    similarity) is trained. Exported weights have no head."""
+
+    target: Literal["latents", "features"] = "latents"
+    """latents: the token's patch of the clean latents (Wang et al. 2026, SRA 2); needs no network but the autoencoder. features: those
+    of a vision encoder at the token's place (Yu et al. 2025, REPA), extracted with `vision_encoder`."""
 
     block: NonNegative
     """Block whose output is aligned, from 0; about the end of the first third."""
     weight: float = Field(default=0.5, gt=0)
     """Weight of the alignment loss."""
+    features_dim: Width | None = None
+    """Target features: their width. null: that of data.features."""
+    projector_dim: Width = 2048
+    """Target features: inner width of the head, an MLP of three layers."""
+    irepa: bool = False
+    """Target features: iREPA (Singh et al. 2025). The head is one 3×3 convolution over a frame's tokens, and the features of a frame
+    are normalised: less `irepa_gamma` times their mean over its places, over their standard deviation over them."""
+    irepa_gamma: Share = 0.6
+    """iREPA: share of the mean that is taken away."""
+
+    @model_validator(mode="after")
+    def _check_target(self) -> AlignmentConfig:
+        own = ("features_dim", "projector_dim", "irepa", "irepa_gamma")
+        stray = [name for name in own if getattr(self, name) != type(self).model_fields[name].default]
+        if self.target == "latents" and stray:
+            raise ValueError(f"{stray[0]} {getattr(self, stray[0])} belongs to target features; target is latents")
+        return self
 
 
 class ProfileConfig(Frozen):
@@ -208,7 +228,7 @@ class TrainConfig(Frozen):
     token_routing: TokenRoutingConfig | None = None
     """Some tokens bypass some blocks in training. null: all run everywhere."""
     alignment: AlignmentConfig | None = None
-    """An early block's tokens are trained to tell the clean latents, too. null: none."""
+    """An early block's tokens are trained to tell the clean latents, or a vision encoder's features, too. null: none."""
     gradient_accumulation: Positive = 1
     """Micro-batches per optimizer step, on each rank. Left out where a global_batch (data.buckets) or `tokens_per_step` says it."""
     tokens_per_step: Positive | None = None
@@ -589,7 +609,7 @@ class Config(Frozen):
             if value is not None:
                 raise ValueError(f"train.{name} and train.alignment: the aligned blocks are frozen")
         try:
-            self.model.check_alignment(alignment.block)
+            self.model.check_alignment(alignment.block, alignment.target)
         except ValueError as error:
             raise ValueError(f"train.{error}") from error
         return self

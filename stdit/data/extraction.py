@@ -44,6 +44,8 @@ from stdit.files import atomic_path, atomic_write, check_writable, seal, sha256
 from stdit.outputs import check_outputs, claim_outputs, own_outputs
 
 SETTINGS = "extraction.json"
+# Keys of their identities; vision_encoder only where there is one.
+ENCODERS = ("video_encoder", "text_encoder", "vision_encoder")
 COMMAND, OUTPUTS = "extract", (SETTINGS, INDEX, REPORT, SAMPLES, "parts", "shards")
 # Names of files in `parts` and `shards`, and of those that killed writers have left there.
 _OUR_FILES = re.compile(r"\d{5,}\.(safetensors|parquet)|\..*\.part\..*|\.tmp\w+")
@@ -63,6 +65,7 @@ class ExtractionSettings(FileSchema):
     format: int
     video_encoder: dict[str, Any]
     text_encoder: dict[str, Any] | None
+    vision_encoder: dict[str, Any] | None = None
 
 
 class BadClip(FileSchema):
@@ -170,7 +173,7 @@ def plan_extraction(config: ExtractConfig, encoders: Mapping[str, Any]) -> Extra
     if not kept:
         raise ConfigError(f"{config.manifest}: none of its {len(manifest)} clips meets `where`")
     # `encoders` identifies them by their weights, not by where these lie.
-    excluded = {*EXTRACTION_RUNTIME_KEYS, "video_encoder", "text_encoder"}
+    excluded = {*EXTRACTION_RUNTIME_KEYS, *ENCODERS}
     # As it comes back from the file: tuples as lists.
     settings = json.loads(
         json.dumps({"format": FORMAT, **config.model_dump(mode="json", exclude=excluded), **encoders})
@@ -413,7 +416,7 @@ def _read_records(plan: ExtractionPlan) -> tuple[ReportTotals, dict[int, dict[st
 
 def encoder_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a plan's settings about encoders, which every record has too."""
-    return {key: settings[key] for key in ("video_encoder", "text_encoder")}
+    return {key: settings[key] for key in ENCODERS if key in settings}
 
 
 def _index(

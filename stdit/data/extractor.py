@@ -1,6 +1,7 @@
 """Extracting one shard: decode, crop, encode, and write the features with their record.
 
 T, H, W pixels of the bucket · C latent channels · t, h, w latents · L tokens of a caption, D their width, P that of its pooled vector
+(of a vision encoder: D width and t, h, w places of its features)
 """
 
 from __future__ import annotations
@@ -68,6 +69,19 @@ class TextEncoder(Protocol):
 
     def cuts(self, captions: list[str]) -> list[tuple[int, int] | None]:
         """(tokens, tokens that are kept) of each caption that is cut, None for the others."""
+        ...
+
+
+class VisionEncoder(Protocol):
+    """Interface of a vision encoder (stdit.encoders.vision.VisionEncoder)."""
+
+    identity: dict[str, Any]
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def encode(self, pixels: Tensor, stride: int) -> Tensor:
+        """Pixels (B, 3, T, H, W) in [-1, 1] -> patch features (B, D, t, h, w) of every `stride`-th frame."""
         ...
 
 
@@ -145,10 +159,12 @@ class Extractor(Closable):
         text: TextEncoder | None,
         settings: Mapping[str, Any],
         decoders: int | None = None,
+        vision: VisionEncoder | None = None,
     ) -> None:
         self.config = config
         self.video = video
         self.text = text
+        self.vision = vision
         self.settings = settings
         self.pool = DecoderPool(
             config.decoder, config.decode_timeout_s, decoders or decoder_workers(config.decoder_workers)
@@ -170,7 +186,8 @@ class Extractor(Closable):
         """Writes shards and their records, replacing older ones; of features at a URL, uploads them. While one is encoded and written,
         the next is being decoded.
 
-        OSError: no space or no permission; no partial file stays. StoreError: the URL cannot be written. ValueError: text features that are not finite.
+        OSError: no space or no permission; no partial file stays. StoreError: the URL cannot be written. ValueError: features of text or
+        frames that are not finite.
         """
         clips = prefetch(self._clips(specs), self.config.batch_size)
         try:
@@ -211,6 +228,7 @@ class Extractor(Closable):
             "encoders": {
                 "video_encoder": self.video.identity,
                 "text_encoder": self.text.identity if self.text else None,
+                **({"vision_encoder": self.vision.identity} if self.vision else {}),
             },
             "settings": dict(self.settings),
             "seconds": {**spent, "encode": self._encode_s, "total": time.perf_counter() - began},
@@ -373,7 +391,9 @@ class Extractor(Closable):
             self._encode_pixels(group, tensors)
 
     def _encode_pixels(self, group: Sequence[_Clip], tensors: dict[str, Tensor]) -> None:
-        mean, std = self.video.encode(torch.stack([clip.pixels for clip in group if clip.pixels is not None]))
+        pixels = torch.stack([clip.pixels for clip in group if clip.pixels is not None])
+        mean, std = self.video.encode(pixels)
+        vision = None if self.vision is None else self._vision_features(self.vision, pixels)
         for i, clip in enumerate(group):
             # One at a time: control inputs have one frame, or as many as the clip.
             control = None if clip.control is None else self.video.encode(clip.control[None])[0][0]
@@ -383,11 +403,24 @@ class Extractor(Closable):
                 reason = f"its latents are not finite in {self.video.identity['dtype']} (video_encoder.dtype)"
                 clip.row |= {"status": "bad", "reason": reason, "bucket": None}
                 continue
+            if vision is not None:
+                tensors[f"{clip.row['id']}.vision"] = vision[i].clone()  # safetensors refuses shared memory
             tensors[f"{clip.row['id']}.mean"] = mean[i].to("cpu", self.video.dtype)
             if control is not None:
                 tensors[f"{clip.row['id']}.control"] = control.to("cpu", self.video.dtype)
             if std is not None:
                 tensors[f"{clip.row['id']}.std"] = std[i].to("cpu", self.video.dtype)
+
+    def _vision_features(self, encoder: VisionEncoder, pixels: Tensor) -> Tensor:
+        """Patch features (B, D, t, h, w), a frame for each of t latent frames: the first, then the last of those that it stands for.
+        ValueError: not finite."""
+        features = encoder.encode(pixels, self.video.identity["compression"][0]).to("cpu", encoder.dtype)
+        if not features.isfinite().all():
+            raise ValueError(
+                f"features of the vision encoder are not finite in {encoder.identity['dtype']}: set vision_encoder.dtype to "
+                "float32 or bfloat16"
+            )
+        return features
 
     def _add_text(self, rows: Sequence[dict[str, Any]], tensors: dict[str, Tensor]) -> str | None:
         """Adds text features of the rows' captions, further ones and the empty caption, unpadded; each distinct caption is encoded once.

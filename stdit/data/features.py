@@ -4,7 +4,8 @@
         samples.parquet        a row per sample: id, shard, bucket, caption, class, split, source size, extra columns
         shards/00000.safetensors   "7.mean" (C, t, h, w), "7.std" of a posterior, "7.text" (L, D),
                                    "7.pooled" (P,) with pooled vectors, "empty.text" and "empty.pooled",
-                                   "7.control" (C, t or 1, h, w) with control inputs
+                                   "7.control" (C, t or 1, h, w) with control inputs,
+                                   "7.vision" (D, t, h', w') with a vision encoder
         report.json            counts, and the clips that were dropped or bad
 
 Shards are memory-mapped and nothing is pickled. Text features are unpadded. Latents are raw: their statistics are in
@@ -48,7 +49,7 @@ from stdit.config import (
     latent_shape,
     parse_location,
 )
-from stdit.config.identity import FrameSampling, TextIdentity, VideoIdentity
+from stdit.config.identity import FrameSampling, TextIdentity, VideoIdentity, VisionIdentity
 from stdit.data.filters import passing
 from stdit.data.object_cache import ObjectCache, ReadAhead
 from stdit.data.objects import (
@@ -123,6 +124,7 @@ class FeatureIndex(SealedSchema):
     posterior: bool
     video_encoder: VideoIdentity
     text_encoder: TextIdentity | None
+    vision_encoder: VisionIdentity | None = None
     empty_caption: EmptyCaptionPlace | None
     manifest: ManifestFingerprint
     config: dict[str, Any]
@@ -171,6 +173,7 @@ class Sample:
     control: Tensor | None = None  # (C, t or 1, h, w) float32, raw: latents of the control input
     pooled: Tensor | None = None  # (P,) float32, the pooled vector of the caption
     path: str = ""  # source file, as the manifest names it
+    vision: Tensor | None = None  # (D, t, h', w') float32, features of a vision encoder, if they are read
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,7 @@ class EmptyCaption:
 class FeatureFacts:
     """What a training config can take from its features instead of stating it. None: the features have no such thing.
 
-    Named as the config's keys where there is one: `in_channels`, `text_dim`, `max_text_tokens`, `pooled_dim`, `num_classes`.
+    Named as the config's keys where there is one: `in_channels`, `text_dim`, `max_text_tokens`, `pooled_dim`, `num_classes`, `features_dim`.
     """
 
     in_channels: int  # channels of the latents
@@ -195,6 +198,7 @@ class FeatureFacts:
     num_classes: int | None
     latents: Mapping[str, tuple[int, int, int]]  # latent (T, H, W) by bucket key, in the extraction's order
     fps: float | None  # most common frame rate of clips of more than one frame, after `frame_stride`
+    features_dim: int | None = None  # width of a vision encoder's features
 
     @property
     def smallest_latent(self) -> tuple[int, int, int]:
@@ -208,8 +212,9 @@ def feature_facts(
     buckets: Iterable[Bucket],
     classes: int = 0,
     frame_rates: Iterable[float] = (),
+    vision: Mapping[str, Any] | None = None,
 ) -> FeatureFacts:
-    """ClipInfo from the encoders' identities. frame_rates: of the clips; 0 for stills, which are not counted.
+    """FeatureFacts from the encoders' identities. frame_rates: of the clips; 0 for stills, which are not counted.
 
     ConfigError: a bucket that the autoencoder's compression does not divide.
     """
@@ -224,21 +229,28 @@ def feature_facts(
         latents={bucket.key: latent_shape(bucket, (t, h, w)) for bucket in buckets},
         # Of equally common rates the lower one.
         fps=min(rates, key=lambda rate: (-rates[rate], rate)) if rates else None,
+        features_dim=vision["dim"] if vision else None,
     )
 
 
 class FeatureSet:
     """The features in a folder, or at a URL, whose shards are fetched into `cache`. Cheap to open, to pickle (by its path) and, of a
-    folder, to fork; thread-safe.
+    folder, to fork; thread-safe. vision: samples have the features of the vision encoder too, which are larger than the latents.
 
     Raises ConfigError: no such folder, no access to it, an incomplete extraction, or files of another format. OSError, here and where
     samples are read: a store out of reach, a cache that cannot be written.
     """
 
-    def __init__(self, path: Path | str, cache: CacheConfig = CacheConfig()) -> None:  # noqa: B008 (immutable)
+    def __init__(
+        self,
+        path: Path | str,
+        cache: CacheConfig = CacheConfig(),  # noqa: B008 (immutable)
+        vision: bool = False,
+    ) -> None:
         self.path = parse_location(path) if isinstance(path, str) else path
         self.index = read_index(self.path)
         self._config, self.cache = cache, ObjectCache.of(cache)
+        self._reads_vision = vision and self.vision_encoder is not None
         self.rows = _read_samples(self.path, self.index, self.cache)
         self.ids: np.ndarray = self.rows["id"].to_numpy()
         self._columns = {
@@ -257,8 +269,8 @@ class FeatureSet:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __reduce__(self) -> tuple[type[FeatureSet], tuple[Path | Url, CacheConfig]]:
-        return FeatureSet, (self.path, self._config)
+    def __reduce__(self) -> tuple[type[FeatureSet], tuple[Path | Url, CacheConfig, bool]]:
+        return FeatureSet, (self.path, self._config, self._reads_vision)
 
     @property
     def classes(self) -> list[str]:
@@ -276,6 +288,11 @@ class FeatureSet:
         return self.index["text_encoder"]
 
     @property
+    def vision_encoder(self) -> dict[str, Any] | None:
+        """The vision encoder's identity (stdit.encoders.vision), or None."""
+        return self.index.get("vision_encoder")
+
+    @property
     def has_pooled(self) -> bool:
         """Whether every caption has a pooled vector."""
         return bool((self.text_encoder or {}).get("pooled_dim"))
@@ -284,7 +301,12 @@ class FeatureSet:
         """What a training config can take from these features: channels, text width and length, classes, latent shapes, fps."""
         buckets = [Bucket.parse(key) for key in self.index["buckets"]]
         return feature_facts(
-            self.video_encoder, self.text_encoder, buckets, len(self.classes), self._columns["fps"].tolist()
+            self.video_encoder,
+            self.text_encoder,
+            buckets,
+            len(self.classes),
+            self._columns["fps"].tolist(),
+            self.vision_encoder,
         )
 
     @property
@@ -397,6 +419,7 @@ class FeatureSet:
             control=tensors.get("control"),
             pooled=tensors.get(f"pooled{suffix}"),
             path=self.rows["path"][row].as_py(),
+            vision=tensors.get("vision"),
         )
 
     def frame_rates(self, ids: np.ndarray) -> dict[str, int]:
@@ -423,7 +446,12 @@ class FeatureSet:
         with their digest. ConfigError: gone, or not what was written."""
         number = int(self._columns["shard"][row])
         where = f"{shard_path(self.path, number)}: sample {id}"
-        parts = {"mean": True, "std": self.index["posterior"], "control": self.has_control}
+        parts = {
+            "mean": True,
+            "std": self.index["posterior"],
+            "control": self.has_control,
+            "vision": self._reads_vision,
+        }
         texts = [
             kind for kind, stored in (("text", self.text_encoder is not None), ("pooled", self.has_pooled)) if stored
         ]
@@ -431,6 +459,8 @@ class FeatureSet:
         verified = self._verified[row]
         others = () if verified else ("", *(f".{name}" for name in self._captions(row)[1:]))
         kinds = dict.fromkeys([*wanted, *(f"{kind}{other}" for other in others for kind in texts)])
+        if self.vision_encoder is not None and not verified:
+            kinds["vision"] = None
         shard = self._shard(number)
         with self._lock:
             try:

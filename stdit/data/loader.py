@@ -81,6 +81,7 @@ class Batch:
     weight: float = 1.0  # of its mean loss among the step's micro-batches, whose mean it is: their share of samples
     control: Tensor | None = None  # (B, C, t or 1, h, w), raw
     pooled: Tensor | None = None  # (B, P), pooled text vectors
+    vision: Tensor | None = None  # (B, D, t, h', w'), features of a vision encoder
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -163,6 +164,11 @@ def collate(samples: Sequence[Sample], positions: Sequence[int], bucket: Bucket)
         raise ValueError(
             f"bucket {bucket.key}: {len(texts)} of {len(samples)} samples have text, {len(stds)} have a std"
         )
+    vision = [s.vision for s in samples if s.vision is not None]
+    if len(vision) not in (0, len(samples)):
+        raise ValueError(
+            f"bucket {bucket.key}: {len(vision)} of {len(samples)} samples have features of a vision encoder"
+        )
     text, mask = pad_texts(texts) if texts else (None, None)
     return Batch(
         mean=torch.stack([s.mean for s in samples]),
@@ -180,6 +186,7 @@ def collate(samples: Sequence[Sample], positions: Sequence[int], bucket: Bucket)
         bucket=bucket,
         control=_stacked([s.control for s in samples], samples[0].mean.shape[1]),
         pooled=torch.stack(pooled) if pooled else None,
+        vision=torch.stack(vision) if vision else None,
     )
 
 
@@ -453,8 +460,10 @@ class Synthetic:
         text_dim: int | None,
         max_text_tokens: int,
         pooled_dim: int | None = None,
+        features_dim: int | None = None,
     ) -> None:
         self.channels, self.classes, self.text_dim, self.pooled_dim = channels, classes, text_dim, pooled_dim
+        self.features_dim = features_dim
         self.max_text_tokens = min(max_text_tokens, 12)
         self._buckets: list[Bucket] = []
 
@@ -503,6 +512,10 @@ class Synthetic:
         words = torch.Generator().manual_seed(10_000 + kind)
         text = torch.randn(1 + kind % self.max_text_tokens, self.text_dim, generator=words) if self.text_dim else None
         pooled = torch.randn(self.pooled_dim, generator=words) if self.pooled_dim else None
+        vision = None
+        if self.features_dim:  # a random mixture of the wave's channels, of every second pixel
+            mixed = torch.randn(self.features_dim, self.channels, generator=torch.Generator().manual_seed(20_000))
+            vision = torch.einsum("dc,cthw->dthw", mixed, wave[:, :, ::2, ::2])
         return Sample(
             id=int(id),
             mean=wave,
@@ -514,4 +527,5 @@ class Synthetic:
             width=bucket.width,
             caption=f"waves of kind {kind}",
             pooled=pooled,
+            vision=vision,
         )

@@ -100,7 +100,7 @@ class Mixture(MixedIndex):
         self.classes = in_label_order(name for features in self.sets for name in features.classes)
         self._labels = [[self.classes.index(name) for name in features.classes] for features in self.sets]
         self.video_encoder, self.text_encoder = first.video_encoder, first.text_encoder
-        self.has_control = first.has_control
+        self.vision_encoder, self.has_control = first.vision_encoder, first.has_control
         texts = [features.index["fingerprint"] for features in self.sets]
         self.index: dict[str, Any] = {
             "fingerprint": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
@@ -115,7 +115,8 @@ class Mixture(MixedIndex):
         """As FeatureSet.facts."""
         rates = [rate for features in self.sets for rate in features.rows["fps"].to_pylist()]
         buckets = [Bucket.parse(key) for key in self.index["buckets"]]
-        return feature_facts(self.video_encoder, self.text_encoder, buckets, len(self.classes), rates)
+        encoders = self.video_encoder, self.text_encoder
+        return feature_facts(*encoders, buckets, len(self.classes), rates, self.vision_encoder)
 
     @property
     def frame_sampling(self) -> FrameSampling | None:
@@ -173,7 +174,7 @@ class Mixture(MixedIndex):
 def _training_facts(features: FeatureSet) -> dict[str, Any]:
     """What has to be equal among sets: the encoders, as the extraction's settings identify them, and kinds of tensors."""
     config = features.index["config"]
-    encoders = {key: config.get(key) for key in ("video_encoder", "text_encoder")}
+    encoders = {key: config.get(key) for key in ("video_encoder", "text_encoder", "vision_encoder")}
     return {**encoders, "posterior": features.index["posterior"], "control_column": features.has_control}
 
 
@@ -232,8 +233,9 @@ def apportion(total: int, shares: Sequence[float]) -> tuple[int, ...]:
     return tuple(found)
 
 
-def open_features(data: DataConfig) -> FeatureSet | Mixture:
-    """The features of `data.features`, which are not synthetic. ConfigError: one is not there or damaged; they do not go together."""
+def open_features(data: DataConfig, vision: bool = False) -> FeatureSet | Mixture:
+    """The features of `data.features`, which are not synthetic. vision: as FeatureSet's. ConfigError: one is not there or damaged; they do
+    not go together."""
     assert data.feature_paths
-    sets = [FeatureSet(path, data.cache) for path in data.feature_paths]
+    sets = [FeatureSet(path, data.cache, vision) for path in data.feature_paths]
     return sets[0] if len(sets) == 1 else Mixture(sets, data.feature_weights)

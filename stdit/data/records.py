@@ -24,7 +24,7 @@ import pyarrow.parquet as parquet
 from pydantic import Field
 
 from stdit.config import Bucket, ConfigError, FileSchema, NonNegative, SealedSchema, Sha256, Url, check
-from stdit.config.identity import TextIdentity, VideoIdentity
+from stdit.config.identity import TextIdentity, VideoIdentity, VisionIdentity
 from stdit.data import objects
 from stdit.data.buckets import kept_share
 from stdit.data.features import MANIFEST_COLUMNS, SAMPLE_COLUMNS, shard_path
@@ -55,6 +55,7 @@ class Encoders(FileSchema):
 
     video_encoder: VideoIdentity
     text_encoder: TextIdentity | None
+    vision_encoder: VisionIdentity | None = None
 
 
 class ControlState(FileSchema):

@@ -147,7 +147,7 @@ def _measure(
         latents = inputs["hidden_states"]
         inputs["control"] = latents[:, :, :1] if train.control.condition == "first_frame" else latents
     if isinstance(built, Aligned):
-        inputs["clean_latents"] = inputs["hidden_states"]
+        inputs["alignment_target"] = built.meta_target(inputs["hidden_states"], grid)
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         with exchanged, keeping:
             output = built(**inputs, return_dict=False)[0]

@@ -22,7 +22,7 @@ def add_trainable(base: STDiT, train: TrainConfig, seed: int = 0) -> STDiT | Con
         return base
     if (control := train.control) is not None:
         return Controlled(base, STDiTControl.of(base, control.blocks, seed=seed))
-    return base if train.alignment is None else Aligned(base, train.alignment.block, seed)
+    return base if train.alignment is None else Aligned(base, train.alignment, seed)
 
 
 def submodels(model: nn.Module) -> list[STDiT]:

@@ -20,6 +20,7 @@ from stdit.encoders.video import PixelAutoencoder, VideoEncoder
 from stdit.models.cost import parameter_count
 from stdit.training.adapters import check_lora_targets
 from stdit.training.deepspeed_config import make_deepspeed_config
+from stdit.training.derive import no_vision_features
 from stdit.training.tracking import check_trackers
 
 
@@ -76,6 +77,7 @@ def open_data(config: Config, ranks: int | None = None) -> TrainData:
             )
     check_sequence_parallel(config, latents, config.train.sequence_parallel if ranks is None else ranks)
     _check_control(config, source, latents)
+    _check_alignment(config, source)
     if config.samples.every:
         shape = config.samples.bucket or config.data.buckets[0]
         latent = latent_shape(shape, tuple(video["compression"]))
@@ -248,11 +250,26 @@ def _check_control(config: Config, source: Source, latents: dict[str, tuple[int,
         )
 
 
+def _check_alignment(config: Config, source: Source) -> None:
+    """Checks that the data has the features that tokens are aligned to."""
+    alignment = config.train.alignment
+    if alignment is None or alignment.target == "latents":
+        return
+    vision = getattr(source, "vision_encoder", None)
+    if vision is None and not isinstance(source, Synthetic):
+        raise ConfigError(no_vision_features(config))
+    if vision is not None and vision["dim"] != alignment.features_dim:
+        raise ConfigError(
+            f"train.alignment.features_dim is {alignment.features_dim}, but data.features {config.data.source_name} has features of "
+            f"{vision['class']}, {vision['dim']} wide"
+        )
+
+
 def _open(config: Config) -> tuple[Source, dict[str, Any], dict[str, Any] | None, tuple[str, ...], str]:
     """Source, identities, classes and fingerprint of `data.features`."""
-    model = config.model
+    model, alignment = config.model, config.train.alignment
     if config.data.feature_paths:
-        features = open_features(config.data)
+        features = open_features(config.data, alignment is not None and alignment.target == "features")
         return (
             features,
             features.video_encoder,
@@ -260,7 +277,10 @@ def _open(config: Config) -> tuple[Source, dict[str, Any], dict[str, Any] | None
             tuple(features.classes),
             features.index["fingerprint"],
         )
-    source = Synthetic(model.in_channels, model.num_classes, model.text_dim, model.max_text_tokens, model.pooled_dim)
+    source = Synthetic(
+        model.in_channels, model.num_classes, model.text_dim, model.max_text_tokens, model.pooled_dim,
+        alignment and alignment.features_dim,
+    )  # fmt: skip
     if model.in_channels in (1, 3):
         video = VideoEncoder(PixelAutoencoder(model.in_channels)).identity
     else:

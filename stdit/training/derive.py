@@ -13,6 +13,7 @@ stdit.training.data. What can be left out:
 | model.max_text_tokens         | tokens of the longest caption                                             |
 | data.buckets                  | the buckets that hold training clips; of an image model those of one frame. Their sizes: data.batch_size, data.global_batch |
 | data.buckets[].tokens, sizes  | latents and patches, with train.tokens_per_step                           |
+| train.alignment.features_dim  | width of the vision encoder's features, with target features              |
 | diffusion.shift_base: auto    | the smallest latent of the features                                       |
 | train.precision: auto         | the run that is there, else the machine                                   |
 """
@@ -32,7 +33,12 @@ if TYPE_CHECKING:
 def is_complete(config: Config) -> bool:
     """Whether the config states everything that could follow from features."""
     stated = config.diffusion.shift_base != "auto" and config.train.precision != "auto"
-    return stated and not _missing(config) and _is_sized(config)
+    return stated and not _missing(config) and _is_sized(config) and not _lacks_features_dim(config)
+
+
+def _lacks_features_dim(config: Config) -> bool:
+    alignment = config.train.alignment
+    return alignment is not None and alignment.target == "features" and alignment.features_dim is None
 
 
 def _is_sized(config: Config) -> bool:
@@ -46,6 +52,8 @@ def complete(config: Config) -> Config:
     if is_complete(config):
         return config
     if not config.data.feature_paths:
+        if _lacks_features_dim(config):
+            raise ConfigError("data.features synthetic: train.alignment.features_dim cannot follow from it")
         if config.data.buckets and config.diffusion.shift_base != "auto":  # synthetic features follow the model
             latents = {bucket.key: latent_shape(bucket, (1, 1, 1)) for bucket in config.data.buckets}
             return config if _is_sized(config) else _with_token_budget(config, latents)
@@ -61,7 +69,7 @@ def complete(config: Config) -> Config:
 def derive(config: Config, facts: FeatureFacts, clips: Mapping[str, int]) -> Config:
     """`config` with what it leaves out, all of it explicit. clips: training clips by bucket key, after `data.where`.
 
-    ConfigError: no bucket holds training clips that the model can take.
+    ConfigError: no bucket holds training clips that the model can take; features of a vision encoder are wanted, and there are none.
     """
     if is_complete(config):
         return config
@@ -69,6 +77,10 @@ def derive(config: Config, facts: FeatureFacts, clips: Mapping[str, int]) -> Con
     for name in _missing(config):
         if (value := getattr(facts, name)) is not None:
             data["model"][name] = value
+    if _lacks_features_dim(config):
+        if facts.features_dim is None:
+            raise ConfigError(no_vision_features(config))
+        data["train"]["alignment"]["features_dim"] = facts.features_dim
     if not config.data.buckets:
         data["data"]["buckets"] = [b.model_dump() for b in _buckets(config, facts, clips)]
         data["data"]["batch_size"] = data["data"]["global_batch"] = None
@@ -76,6 +88,14 @@ def derive(config: Config, facts: FeatureFacts, clips: Mapping[str, int]) -> Con
         data["diffusion"]["shift_base"] = list(facts.smallest_latent)
     found = validate(data, Config, f"{config.name}, completed from its features")
     return found if _is_sized(found) else _with_token_budget(found, facts.latents)
+
+
+def no_vision_features(config: Config) -> str:
+    """Message for a config that aligns to features which its data does not have."""
+    return (
+        f"train.alignment.target is features, but data.features {config.data.source_name} holds none of a vision encoder: "
+        "extract with vision_encoder, or take target latents"
+    )
 
 
 def with_precision(config: Config, gpus: bool | None = None) -> Config:

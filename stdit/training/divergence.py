@@ -28,7 +28,19 @@ WINDOW, SKIPPED = 100, "x"
 # Samples named of a skipped step; skipped steps whose batches are kept.
 MAX_NAMED, MAX_KEPT = 8, 8
 # What a batch holds of its samples.
-BATCH_TENSORS = ("mean", "std", "text", "text_mask", "class_labels", "fps", "height", "width", "control", "pooled")
+BATCH_TENSORS = (
+    "mean",
+    "std",
+    "text",
+    "text_mask",
+    "class_labels",
+    "fps",
+    "height",
+    "width",
+    "control",
+    "pooled",
+    "vision",
+)
 
 
 class Diverged(RuntimeError):

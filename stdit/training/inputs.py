@@ -78,7 +78,7 @@ class Inputs:
         dynamic, alignment = self.config.train.dynamic, self.config.train.alignment
         x0, noise, t, frame_mask, conditions = self.draw(batch, step)
         if alignment is not None:
-            conditions["clean_latents"] = x0
+            conditions["alignment_target"] = x0 if alignment.target == "latents" else self.vision(batch)
         self.seed_dropout(step, batch.positions)
 
         outputs: list[Any] = []
@@ -154,6 +154,11 @@ class Inputs:
             )
             condition = condition.masked_fill(dropped.view(-1, 1, 1, 1, 1), 0)
         return {"control": condition}
+
+    def vision(self, batch: Batch) -> Tensor:
+        """Features of the vision encoder (B, D, t, h', w')."""
+        assert batch.vision is not None
+        return batch.vision.to(self.device, non_blocking=True)
 
     def seed_dropout(self, step: int, positions: tuple[int, ...]) -> None:
         """Seeds torch's global generator, from which peft's LoRA layers draw dropout for a micro-batch as a whole. The same

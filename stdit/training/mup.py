@@ -44,7 +44,7 @@ def at_width(model: nn.Module, width: int, seed: int = 0) -> nn.Module:
     if isinstance(model, Aligned):
         base = at_width(model.base, width, seed)
         assert isinstance(base, STDiT)
-        return Aligned(base, model.block, seed)
+        return Aligned(base, model.alignment, seed)
     assert isinstance(model, STDiT)
     return STDiT.from_settings(model.settings.at_width(width), seed)
 

@@ -1,7 +1,8 @@
-"""Tiny random text encoders in folders, as pipelines of diffusers lie: two CLIPs of unlike width, and T5."""
+"""Tiny random encoders in folders: of text, as pipelines of diffusers lie, two CLIPs of unlike width and T5; vision transformers."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,14 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     T5Config,
     T5EncoderModel,
 )
@@ -52,6 +61,37 @@ def save_t5(folder: Path) -> None:
         torch.manual_seed(3)
         T5EncoderModel(T5Config(d_model=T5, **settings)).save_pretrained(folder)
     ByT5Tokenizer().save_pretrained(folder.with_name(folder.name.replace("text_encoder", "tokenizer")))
+
+
+VISION_WIDTH = 16
+
+
+def save_vision(folder: Path, kind: str = "dinov2", patch: int = 2, width: int = VISION_WIDTH) -> Path:
+    """A tiny random vision transformer of positions for 8 x 8 px, with its preprocessor's mean and deviation."""
+    size: dict[str, Any] = {
+        "hidden_size": width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": patch,
+    }
+    kinds: dict[str, tuple[Any, Any]] = {
+        "dinov2": (Dinov2Model, lambda: Dinov2Config(mlp_ratio=2, **size)),
+        "registers": (Dinov2WithRegistersModel, lambda: Dinov2WithRegistersConfig(mlp_ratio=2, **size)),
+        "siglip": (SiglipVisionModel, lambda: SiglipVisionConfig(intermediate_size=32, **size)),
+        "clip": (CLIPVisionModel, lambda: CLIPVisionConfig(intermediate_size=32, **size)),
+    }
+    model, config = kinds[kind]
+    with torch.random.fork_rng([]):
+        torch.manual_seed(width)
+        made = model(config())
+        for parameter in made.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    made.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]})
+    )
+    return folder
 
 
 def one(folder: Path, suffix: str, **settings: Any) -> dict[str, Any]:

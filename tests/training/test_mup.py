@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from stdit.config import ConfigError, ModelConfig, OptimizerConfig, merge
+from stdit.config import AlignmentConfig, ConfigError, ModelConfig, OptimizerConfig, merge
 from stdit.models.alignment import Aligned
 from stdit.models.stdit import STDiT
 from stdit.training.mup import scale_init
@@ -92,7 +92,8 @@ def test_at_the_base_width_nothing_changes() -> None:
 
 def test_rates_decays_and_initial_weights_follow_the_number_of_inputs() -> None:
     model, plain, base = (
-        Aligned(model_of(width, scaled), 0) for width, scaled in ((256, True), (256, False), (BASE, False))
+        Aligned(model_of(width, scaled), AlignmentConfig(block=0))
+        for width, scaled in ((256, True), (256, False), (BASE, False))
     )
     config = OptimizerConfig.model_validate({"learning_rate": 1.0, "weight_decay": 0.1, "mup": {"base_width": BASE}})
     groups = {id(p): group for group in parameter_groups(model, config) for p in group["params"]}
@@ -119,7 +120,7 @@ def test_rates_decays_and_initial_weights_follow_the_number_of_inputs() -> None:
         scaled, _, at_base = rms[name]
         assert scaled == (0 if scale is None else pytest.approx(at_base * scale, rel=1e-3)), name
     assert rms["x_embedder.proj.weight"][1] < 0.8 * rms["x_embedder.proj.weight"][2]  # not so without µP
-    head = Aligned(STDiT.from_settings(model.base.settings), 0)
+    head = Aligned(STDiT.from_settings(model.base.settings), AlignmentConfig(block=0))
     before = head.head[2].weight.square().mean().sqrt()  # pyright: ignore
     scale_init(head, BASE)
     assert head.head[2].weight.square().mean().sqrt() < 0.7 * before  # pyright: ignore

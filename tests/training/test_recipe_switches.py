@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 
-from stdit.config import ConfigError, merge
+from stdit import extract
+from stdit.config import ConfigError, VisionEncoderConfig, merge
 from stdit.models.stdit import STDiT
 from stdit.training import checkpoint
 from stdit.training.adapters import HEAD
+from stdit.training.data import open_data
+from stdit.training.derive import complete
+from tests.support import clip_folder
+from tests.support.encoders import save_vision
 from tests.support.rank_jobs import config_of, for_ranks, numbers, run, settings
 from tests.support.rank_pool import Pool, RankError
 
@@ -54,9 +59,20 @@ def weights(run_dir: Path, step: int) -> dict[str, bytes]:
     return {name: (folder / name / "diffusion_pytorch_model.safetensors").read_bytes() for name in names}
 
 
+FEATURES = {"target": "features", "features_dim": 6, "projector_dim": 16, "block": 1}
+REPA = {"model": {"depth": 3}, "train": {"alignment": FEATURES, "checkpoint_every": 3}}
+IREPA = {"model": {"depth": 3}, "train": {"alignment": FEATURES | {"irepa": True}, "precision": "bf16"}}
+
+
 @pytest.mark.parametrize(
     ("stage", "changes"),
-    [(0, FLOW), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, FLOW), (3, FLOW), (2, DDPM)))],
+    [
+        (0, FLOW),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((1, FLOW), (3, FLOW), (2, DDPM), (2, REPA), (3, REPA), (2, IREPA), (3, IREPA))
+        ),
+    ],
 )
 def test_a_run_with_every_switch_resumes_bit_by_bit(pair: Pool, stage: int, changes: dict, tmp_path: Path) -> None:
     whole = pair(run, data_for(tmp_path / "whole", 2, stage, changes))[0]
@@ -79,6 +95,43 @@ def test_routed_and_aligned_tokens_do_not_depend_on_the_number_of_ranks(pair: Po
         assert [m[key] for m in two] == pytest.approx([m[key] for m in one], rel=1e-5)
     dense = solo(run, data_for(tmp_path / "dense", 1, 0, {"model": {"depth": 4}}))[0]["metrics"]
     assert [m["loss"] for m in one] != pytest.approx([m["loss"] for m in dense], rel=1e-5)
+
+
+def test_a_model_is_aligned_to_features_that_were_extracted_and_to_no_others(solo: Pool, tmp_path: Path) -> None:
+    made, vision = clip_folder.rows(tmp_path, 6), save_vision(tmp_path / "vision", width=6)
+    encoder = VisionEncoderConfig(path=str(vision), pixels_per_feature=4)
+    whole = clip_folder.config(tmp_path, made, text_encoder=None, vision_encoder=encoder)
+    without = whole.model_copy(update={"vision_encoder": None, "out": tmp_path / "without"})
+    wider = encoder.model_copy(update={"path": str(save_vision(tmp_path / "wider", width=8))})
+    other = whole.model_copy(update={"vision_encoder": wider, "out": tmp_path / "other"})
+    data = merge(settings(tmp_path / "run"), {"model": {"in_channels": 3, "num_classes": 2, "text_dim": None}})
+    data["data"] = {
+        "train_split": "train",
+        "buckets": [{"frames": f, "height": 16, "width": 16, "batch_size": 2} for f in (1, 5)],
+    }
+    data = merge(data, {"train": {"steps": 3, "alignment": {"target": "features", "block": 0, "projector_dim": 16}}})
+    data["diffusion"] = {}
+
+    def on(chosen: clip_folder.LocalExtraction, **alignment: Any) -> dict[str, Any]:
+        return merge(data, {"data": {"features": str(extract.run(chosen))}, "train": {"alignment": alignment}})
+
+    found = solo(run, on(whole))[0]["metrics"]
+    assert all(0 < line["alignment_loss"] < 2 for line in found)
+    checkpoint_folder = tmp_path / "run/checkpoints/step-00000003"
+    assert STDiT.from_pretrained(checkpoint_folder / "transformer_ema").settings.in_channels == 3  # strict: no head
+    assert '"features_dim": 6' in (checkpoint_folder / "identity.json").read_text()
+    with pytest.raises(RankError, match=r"train.alignment.features_dim: 6 -> 8"):
+        solo(run, merge(on(other), {"train": {"steps": 4}}))
+    with pytest.raises(
+        RankError, match=r"target is features, but data.features .*without holds none of a vision encoder"
+    ):
+        solo(run, on(without))
+    with pytest.raises(ConfigError, match=r"features_dim is 6, but .* has features of Dinov2Model, 8 wide"):
+        open_data(config_of(on(other, features_dim=6)))
+    with pytest.raises(ConfigError, match=r"without holds none of a vision encoder"):
+        open_data(config_of(on(without, features_dim=6)))
+    with pytest.raises(ConfigError, match=r"synthetic: train.alignment.features_dim cannot follow"):
+        complete(config_of(merge(data, {"data": {"features": "synthetic"}})))
 
 
 def test_the_logged_loss_is_without_weights_and_contrast(solo: Pool, tmp_path: Path) -> None:

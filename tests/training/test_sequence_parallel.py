@@ -246,12 +246,14 @@ BESIDE: dict[str, dict[str, Any]] = {
     "lora": {"train": {"lora": {"rank": 2}}, "init": {"source": "BASE"}},
     "control": {"train": {"control": {"condition": "first_frame", "dropout": 0.3}}, "init": {"source": "BASE"}},
 }
+FEATURES = {"block": 0, "target": "features", "features_dim": 7, "projector_dim": 16}
+ALIGNED = {"alignment": {"block": 0}, "features": FEATURES, "irepa": FEATURES | {"irepa": True}}
 
 
 @pytest.mark.parametrize(("kind", "stage"), [("factorized", 2), pytest.param("joint", 3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("beside", [*BESIDE, pytest.param("alignment", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("beside", [*BESIDE, *(pytest.param(name, marks=pytest.mark.slow) for name in ALIGNED)])
 def test_it_goes_with(pair: Pool, solo: Pool, kind: str, stage: int, beside: str, tmp_path: Path) -> None:
-    changes = BESIDE.get(beside, {"train": {"alignment": {"block": 0}}})
+    changes = BESIDE.get(beside) or {"train": {"alignment": ALIGNED[beside]}}
     if "init" in changes:
         (tmp_path / "base").mkdir()
         (tmp_path / "base" / "config.json").write_text("{}")  # its being there is all that is checked
