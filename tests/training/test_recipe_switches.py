@@ -80,7 +80,7 @@ def test_a_run_with_every_switch_resumes_bit_by_bit(pair: Pool, stage: int, chan
     pair(run, broken, 3)
     assert numbers(pair(run, broken)[0]["metrics"]) == numbers(whole["metrics"])
     assert weights(tmp_path / "broken", 6) == weights(tmp_path / "whole", 6)
-    assert whole["metrics"][-1]["alignment_loss"] < whole["metrics"][0]["alignment_loss"] - 0.05
+    assert whole["metrics"][-1]["alignment_loss"] < whole["metrics"][0]["alignment_loss"] - 0.02
     last, again = (tmp_path / name / "checkpoints/step-00000006" for name in ("whole", "broken"))
     STDiT.from_pretrained(last / "transformer_ema")  # strict: without the head
     assert (again / HEAD).read_bytes() == (last / HEAD).read_bytes()

@@ -246,7 +246,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "lora": {"train": {"lora": {"rank": 2}}, "init": {"source": "BASE"}},
     "control": {"train": {"control": {"condition": "first_frame", "dropout": 0.3}}, "init": {"source": "BASE"}},
 }
-FEATURES = {"block": 0, "target": "features", "features_dim": 7, "projector_dim": 16}
+FEATURES = {"block": 0, "target": "features", "features_dim": 6, "projector_dim": 16}
 ALIGNED = {"alignment": {"block": 0}, "features": FEATURES, "irepa": FEATURES | {"irepa": True}}
 
 
