@@ -112,7 +112,7 @@ def check_encoders(plan: Plan, stage: ResolvedStage) -> None:
 
 def check_identities(plan: Plan, stages: Sequence[ResolvedStage], extractions: dict[str, ExtractionPlan]) -> None:
     """As check_encoders, of loaded encoders: their weights and latent statistics. extractions: by set."""
-    keys = ("video_encoder", "text_encoder")
+    keys = ("video_encoder", "text_encoder", "vision_encoder")
     for stage in stages:
         sets = plan.sets_of(stage.name)
         _compare(stage, sets, [{key: extractions[one.name].settings.get(key) for key in keys} for one in sets])
@@ -130,6 +130,6 @@ def _settings(one: FeatureSource) -> dict[str, Any]:
     from stdit.config.diff import flatten
 
     config = one.extract
-    encoders = flatten(config.model_dump(mode="json", include={"video_encoder", "text_encoder"}))
+    encoders = flatten(config.model_dump(mode="json", include={"video_encoder", "text_encoder", "vision_encoder"}))
     kept = {key: value for key, value in encoders.items() if key.rpartition(".")[2] not in _PLACES}
     return {**kept, "control_column": config.control_column is not None}
