@@ -157,10 +157,14 @@ def test_the_end_of_the_deepspeed_command_stops_the_ranks_with_a_checkpoint(tmp_
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_a_signal_ends_the_step_saves_and_exits_with_its_own_code(number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "stdit/train.py", *DEBUG, "--set", f"run_dir={tmp_path}", "--set", "train.steps=100000"]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    ignored = signal.signal(number, signal.SIG_DFL)  # the tests may run under nohup, which a child inherits
+    try:
+        process = start(command)
+    finally:
+        signal.signal(number, ignored)
     wait_for(lambda: len(metrics(tmp_path)) >= 2)
     process.send_signal(number)
-    _, said = process.communicate(timeout=280)
+    said, _ = process.communicate(timeout=280)
     assert process.returncode == STOPPED, said
     assert number.name in said
     check_stopped(tmp_path)
