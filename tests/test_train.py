@@ -59,10 +59,17 @@ def launch(*args: str, ranks: int = 2) -> subprocess.Popen[str]:
     return start(command)
 
 
+def default_signals() -> None:
+    """Undoes what a child inherits of tests that run under nohup or in a shell's background: signals that are ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(command: list[str | Path]) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=default_signals,
+    )  # fmt: skip
     STARTED.append(process)
     return process
 
@@ -157,11 +164,7 @@ def test_the_end_of_the_deepspeed_command_stops_the_ranks_with_a_checkpoint(tmp_
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_a_signal_ends_the_step_saves_and_exits_with_its_own_code(number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "stdit/train.py", *DEBUG, "--set", f"run_dir={tmp_path}", "--set", "train.steps=100000"]
-    ignored = signal.signal(number, signal.SIG_DFL)  # the tests may run under nohup, which a child inherits
-    try:
-        process = start(command)
-    finally:
-        signal.signal(number, ignored)
+    process = start(command)
     wait_for(lambda: len(metrics(tmp_path)) >= 2)
     process.send_signal(number)
     said, _ = process.communicate(timeout=280)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.support import forked
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 240.0
 
 
 def free_port() -> int:
