@@ -286,13 +286,13 @@ def test_a_rank_that_hangs_ends_the_run_with_75_and_is_named(tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_rank_that_is_stopped_before_its_first_step_ends_the_run_with_75(tmp_path: Path) -> None:
-    process = stdit_train(tmp_path, "train.start_timeout_s=25")
+    process = stdit_train(tmp_path, "train.start_timeout_s=60")
     try:
         wait_for(lambda: len(running(tmp_path)) == 2)
         os.kill(next(pid for pid, rank in running(tmp_path).items() if rank == 1), signal.SIGSTOP)
         output, _ = process.communicate(timeout=280)
         assert process.returncode == STOPPED, output
-        said = "[rank 0] before the first step, waiting for the other ranks to start: more than 25 s (train.start_timeout_s)"
+        said = "[rank 0] before the first step, waiting for the other ranks to start: more than 60 s (train.start_timeout_s)"
         assert said in output
         assert not running(tmp_path)
     finally:

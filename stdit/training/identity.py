@@ -75,8 +75,8 @@ class Identity(FileSchema):
     # Validation loss at this step, if there was one; last losses of each bucket (stdit.training.spikes).
     validation_loss: float | None
     recent_losses: dict[str, tuple[float, ...]]
-    # None: of a version that did not keep them.
-    skipped_steps: SkippedStepCounts | None = None
+    # Steps whose gradient was not finite; null: none yet.
+    skipped_steps: SkippedStepCounts | None
     # Relative width of the EMA weights, where `stdit ema` has computed them from snapshots.
     ema_sigma_rel: float | None = None
 

@@ -175,7 +175,7 @@ def find_resume_state(
         base=Base(**identity["base"]) if identity.get("base") else None,
         intact={latest},
         recent_losses=identity["recent_losses"],
-        skipped_steps=identity.get("skipped_steps"),
+        skipped_steps=identity["skipped_steps"],
     )
 
 

@@ -54,7 +54,7 @@ BASE = {
 
 
 def check(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], **features: Any) -> train_data.TrainData:
-    monkeypatch.setattr(train_data, "open_features", lambda data: Features(**features))
+    monkeypatch.setattr(train_data, "open_features", lambda data, vision=False: Features(**features))
     return train_data.open_data(config_of(merge(merge(settings("runs/x"), BASE), change)))
 
 
