@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def default_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def start(command: list[str | Path]) -> subprocess.Popen[str]:
+def start(command: Sequence[str | Path]) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         preexec_fn=default_signals,
@@ -179,7 +179,7 @@ def test_a_signal_ends_the_step_saves_and_exits_with_its_own_code(number: signal
 def stdit_train(run_dir: Path, *settings: str, ranks: int = 2) -> subprocess.Popen[str]:
     """`stdit train --nproc`, with so many steps that it has to be stopped."""
     sets = [f"--set={setting}" for setting in (f"run_dir={run_dir}", "train.steps=100000", *settings)]
-    command: list[str | Path] = [sys.executable, "-m", "stdit.cli", "train", "--nproc", str(ranks), *DEBUG, *sets]
+    command = [sys.executable, "-m", "stdit.cli", "train", "--nproc", str(ranks), *DEBUG, *sets]
     return start(command)
 
 
