@@ -212,9 +212,8 @@ def _load_pickled(path: Path) -> tuple[Any, str]:
     if zipfile.is_zipfile(path):  # else of a torch before 1.6
         with zipfile.ZipFile(path) as archive:
             for part in archive.infolist():
-                if part.CRC and not _is_intact(
-                    archive, part
-                ):  # 0: saved without, by torch.serialization.set_crc32_options
+                # 0: saved without, by torch.serialization.set_crc32_options.
+                if part.CRC and not _is_intact(archive, part):
                     return found, f"{part.filename} in it does not match its CRC-32"
     return found, ""
 
@@ -245,8 +244,11 @@ def _describe_failure(path: Path, error: Exception) -> str:
     if start.startswith(b"PK"):
         if not zipfile.is_zipfile(path):
             return "damaged or cut short: a PyTorch archive without its directory, which is at the end"
-        with zipfile.ZipFile(path) as archive:
-            names = {name.rpartition("/")[2] for name in archive.namelist()}
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = {name.rpartition("/")[2] for name in archive.namelist()}
+        except zipfile.BadZipFile as damage:
+            return f"damaged: a PyTorch archive whose directory cannot be read ({damage})"
         if "constants.pkl" in names:
             return "a TorchScript archive, which is code: save the model's state dict instead"
         if "data.pkl" not in names:
