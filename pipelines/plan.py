@@ -213,14 +213,9 @@ class Resources(Frozen):
         return self.ranks[-1] * self.threads
 
 
-def available_cpus() -> int:
-    """CPUs that this process may use."""
-    return available_cores()
-
-
 def cpus_each(workers: int) -> int:
     """This machine's CPUs over `workers`, at least 1."""
-    return max(1, available_cpus() // workers)
+    return max(1, available_cores() // workers)
 
 
 class Plan(Frozen):
@@ -351,7 +346,7 @@ class FeatureSource:
         written = self.curate.out / "manifest.jsonl" if self.curate else self.prepared
         manifest = written if written and config.manifest == Path() else config.manifest
         out = self.folder / "features" if config.out == Path() else config.out
-        workers = available_cpus() if config.workers == "auto" else config.workers
+        workers = available_cores() if config.workers == "auto" else config.workers
         return config.model_copy(update={"manifest": manifest, "out": out, "workers": workers})
 
     def check(self) -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import changes, checks, child, workers
-from pipelines.plan import Evaluation, FeatureSource, Plan, ResolvedStage, available_cpus, resolve
+from pipelines.plan import Evaluation, FeatureSource, Plan, ResolvedStage, resolve
 from pipelines.progress import Clock, StepLine
 from pipelines.record import Record, set_aside
 from pipelines.sources import check_identities
 from stdit.config import ConfigError, EvaluateConfig, ReferenceConfig, Url
+from stdit.cores import available_cores
 
 if TYPE_CHECKING:
     from stdit.data.extraction import ExtractionPlan
@@ -113,7 +114,7 @@ class PlanRunner:
     def connect(self) -> None:
         """Joins or starts Ray, once."""
         start = time.monotonic()
-        status = workers.connect(max(self.plan.resources.cpus, available_cpus()))
+        status = workers.connect(max(self.plan.resources.cpus, available_cores()))
         if status != "already":
             self.clock.say(f"ray: {status}, {time.monotonic() - start:.1f} s")
 
@@ -335,6 +336,7 @@ class PlanRunner:
     def run(self) -> dict[str, Path]:
         """Runs everything, in order. Returns the paths of results by what they are."""
         from pipelines.report import write_report
+        from stdit.curation.curation import PAGE
 
         self.handle_changes()
         for one in self.sets:
@@ -355,7 +357,7 @@ class PlanRunner:
         paths = write_report(self.plan.run_dir, self.plan.name, entries, self.record.total_seconds, data)
         checkpoints = {f"checkpoint of {entry['name']}": Path(entry["checkpoint"]) for entry in entries}
         videos = {f"videos of {entry['name']}": entry["videos"] for entry in entries if entry["videos"]}
-        pages = {one.key("curation"): one.curate.out / "curation.html" for one in self.sets if one.curate}
+        pages = {one.key("curation"): one.curate.out / PAGE for one in self.sets if one.curate}
         return {**checkpoints, **videos, **pages, **paths}
 
     def curated(self) -> dict[str, list[str]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.forecast import EqualSource, ManifestSource
 from pipelines.plan import FeatureSource, Plan, ResolvedStage
-from stdit.config import ConfigError
+from stdit.config import ENCODERS, ConfigError
 from stdit.console import echo
 
 if TYPE_CHECKING:
@@ -112,10 +112,9 @@ def check_encoders(plan: Plan, stage: ResolvedStage) -> None:
 
 def check_identities(plan: Plan, stages: Sequence[ResolvedStage], extractions: dict[str, ExtractionPlan]) -> None:
     """As check_encoders, of loaded encoders: their weights and latent statistics. extractions: by set."""
-    keys = ("video_encoder", "text_encoder", "vision_encoder")
     for stage in stages:
         sets = plan.sets_of(stage.name)
-        _compare(stage, sets, [{key: extractions[one.name].settings.get(key) for key in keys} for one in sets])
+        _compare(stage, sets, [{key: extractions[one.name].settings.get(key) for key in ENCODERS} for one in sets])
 
 
 def _compare(stage: ResolvedStage, sets: Sequence[FeatureSource], settings: Sequence[dict[str, Any]]) -> None:
@@ -130,6 +129,6 @@ def _settings(one: FeatureSource) -> dict[str, Any]:
     from stdit.config.diff import flatten
 
     config = one.extract
-    encoders = flatten(config.model_dump(mode="json", include={"video_encoder", "text_encoder", "vision_encoder"}))
+    encoders = flatten(config.model_dump(mode="json", include=set(ENCODERS)))
     kept = {key: value for key, value in encoders.items() if key.rpartition(".")[2] not in _PLACES}
     return {**kept, "control_column": config.control_column is not None}

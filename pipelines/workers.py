@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.child import stderr_on_failure
-from pipelines.plan import Resources, available_cpus
+from pipelines.plan import Resources
 from stdit.config import Config, validate
 from stdit.console import echo
+from stdit.cores import available_cores
 
 # The object store holds paths, settings and rows of text, never pixels or latents.
 _OBJECT_STORE_BYTES = 150_000_000
@@ -66,7 +67,7 @@ def _init(init: Callable[..., Any], num_cpus: int | None) -> Literal["joined", "
     _own_token()
     # A bare ray.init() would attach to whatever Ray runs on this machine.
     local: dict[str, Any] = {"address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
-    local["num_cpus"] = num_cpus or available_cpus()
+    local["num_cpus"] = num_cpus or available_cores()
     try:
         init(**local, **quiet)
     except Exception as error:

@@ -45,6 +45,7 @@ from stdit.config.evaluate import (
     ScoreName,
 )
 from stdit.config.extract import (
+    ENCODERS,
     MOST_TEXT_ENCODERS,
     ByteT5Config,
     ExtractConfig,
@@ -87,6 +88,7 @@ from stdit.config.train import (
 )
 
 __all__ = [
+    "ENCODERS",
     "MAX_WORKERS",
     "MOST_TEXT_ENCODERS",
     "SIZES",

@@ -55,6 +55,9 @@ class VisionEncoderConfig(Frozen):
     """Frames per forward pass."""
 
 
+# Keys of ExtractConfig, and of what identifies features: the encoders. Of a vision encoder only where there is one.
+ENCODERS = ("video_encoder", "text_encoder", "vision_encoder")
+
 # As many as Stable Diffusion 3 has: text_encoder, text_encoder_2, text_encoder_3.
 MOST_TEXT_ENCODERS = 3
 

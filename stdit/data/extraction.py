@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 from pydantic import ConfigDict
 
-from stdit.config import ConfigError, ExtractConfig, FileSchema, NonNegative, Share, Url, read_json
+from stdit.config import ENCODERS, ConfigError, ExtractConfig, FileSchema, NonNegative, Share, Url, read_json
 from stdit.config.diff import EXTRACTION_RUNTIME_KEYS, changes
 from stdit.data import objects, records
 from stdit.data.features import (
@@ -44,8 +44,6 @@ from stdit.files import atomic_path, atomic_write, check_writable, seal, sha256
 from stdit.outputs import check_outputs, claim_outputs, own_outputs
 
 SETTINGS = "extraction.json"
-# Keys of their identities; vision_encoder only where there is one.
-ENCODERS = ("video_encoder", "text_encoder", "vision_encoder")
 COMMAND, OUTPUTS = "extract", (SETTINGS, INDEX, REPORT, SAMPLES, "parts", "shards")
 # Names of files in `parts` and `shards`, and of those that killed writers have left there.
 _OUR_FILES = re.compile(r"\d{5,}\.(safetensors|parquet)|\..*\.part\..*|\.tmp\w+")

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from stdit.config import Bucket, ConfigError, DataConfig, TrainBucket, Url, Where
+from stdit.config import ENCODERS, Bucket, ConfigError, DataConfig, TrainBucket, Url, Where
 from stdit.config.diff import changes
 from stdit.config.identity import FrameSampling
 from stdit.data.features import (
@@ -174,7 +174,7 @@ class Mixture(MixedIndex):
 def _training_facts(features: FeatureSet) -> dict[str, Any]:
     """What has to be equal among sets: the encoders, as the extraction's settings identify them, and kinds of tensors."""
     config = features.index["config"]
-    encoders = {key: config.get(key) for key in ("video_encoder", "text_encoder", "vision_encoder")}
+    encoders = {key: config.get(key) for key in ENCODERS}
     return {**encoders, "posterior": features.index["posterior"], "control_column": features.has_control}
 
 

@@ -56,7 +56,7 @@ class SkippedSteps:
     more than `max_bad_steps` and more than a share of `train.max_bad_share` were skipped. At a run's last step the share
     alone counts, from two steps on: a short run of nothing but NaN is no finished one.
 
-    counts: `counts()` of the steps before, in a checkpoint; None: there were none, or nobody counted.
+    counts: `counts()` of the steps before, in a checkpoint; None: there were none.
     """
 
     def __init__(self, train: TrainConfig, counts: Mapping[str, Any] | None = None) -> None:

@@ -393,7 +393,7 @@ def test_auto_takes_the_cores_there_are(write, monkeypatch) -> None:
     path = write({"resources": {"workers": 2, "cpus_per_worker": "auto"}, "evaluation": {"threads": "auto"}})
     described_parts = []
     for cores, threads in ((4, 2), (2, 1), (1, 1)):
-        monkeypatch.setattr(plans, "available_cpus", lambda cores=cores: cores)
+        monkeypatch.setattr(plans, "available_cores", lambda cores=cores: cores)
         plan = plans.read(path, ["extraction.workers=auto"])
         assert (plan.resources.threads, plan.resources.cpus) == (threads, 2 * threads)
         assert plan.reference.extract.workers == cores
