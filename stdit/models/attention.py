@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
@@ -28,6 +27,7 @@ from stdit.config.model import QKNorm
 from stdit.models.block_diagonal import BlockDiagonal, attend_in_blocks
 from stdit.models.positions import Rope, apply_rope
 from stdit.models.sequence_parallel import TokenShards, from_heads, to_heads
+from stdit.ops.rms_norm import rms_norm
 
 # Back ends that take boolean masks (xformers would add them as 0 and 1); all others leave masked attention to NATIVE.
 MASKED = frozenset(
@@ -101,7 +101,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.weight is not None
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight.to(x.dtype), self.eps)
 
 
 def _head_norm(kind: QKNorm | None, hidden_size: int, num_heads: int) -> nn.Module | None:

@@ -69,7 +69,7 @@ def onednn_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and _is_own(x)
         and _is_own(weight)
         and (bias is None or _fits(bias, weight))
-        and not _is_transformed()
+        and not is_transformed()
         and not torch.compiler.is_exporting()  # a program that is to run without us
         and (torch.compiler.is_compiling() or x.numel() >= MIN_ROWS * weight.shape[1])
     )
@@ -106,7 +106,7 @@ def _is_batch(grad: Tensor) -> bool:
     return batched is not None and not torch.compiler.is_compiling() and batched(grad)
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work, for which the operator has no rules."""
     return _functions_are_transformed() or getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
 
@@ -165,7 +165,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # pyright: ignore
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        if _is_transformed() or not _is_own(grad) or _is_batch(grad):
+        if is_transformed() or not _is_own(grad) or _is_batch(grad):
             times, rows = _plain_product, grad.reshape(-1, grad.shape[-1])
         else:
             grad = grad.contiguous()
