@@ -31,8 +31,8 @@ from stdit.config import Bucket, LoRASource, SamplerConfig
 from stdit.config.identity import FrameSampling
 from stdit.config.load import shorten
 from stdit.console import echo
-from stdit.data.clip_frames import sampled_count, sampled_indices
 from stdit.data.decoding import open_clip
+from stdit.data.frame_sampling import sampled_count, sampled_indices
 from stdit.data.transforms import resize_crop
 from stdit.diffusion.randomness import seed_for
 from stdit.errors import exit_code

@@ -78,8 +78,9 @@ class ReferenceConfig(Frozen):
     """Split of a manifest; null: all."""
     crop: bool = False
     """Resizes and centre-crops media, and takes frames, to the shape of the generated ones: of a manifest's clips those that the
-    extraction took that the generated media's run was trained on (its frame_stride, target_fps and clip_window), else the first. Smaller
-    and shorter media are left out and counted; where at least half of the rest have exactly that shape, only those are taken."""
+    extraction took that the generated media's run was trained on (its frame_stride, target_fps, clip_window and windows, a medium each),
+    else the first. Clips whose frame rate it drops (target_fps, min_fps and max_fps of buckets) are left out and counted. Smaller and
+    shorter media are left out and counted; where at least half of the rest have exactly that shape, only those are taken."""
 
 
 class ScoreConfig(Frozen):

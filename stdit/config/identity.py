@@ -5,12 +5,21 @@ Made by stdit.encoders, which loads the same encoder from them again.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    model_serializer,
+    model_validator,
+)
 
 from stdit.config.base import FileSchema, Positive
-from stdit.config.extract import MOST_TEXT_ENCODERS, ByteT5Config
+from stdit.config.buckets import ExtractBucket
+from stdit.config.extract import MOST_TEXT_ENCODERS, ByteT5Config, WindowsConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -60,11 +69,46 @@ class VisionIdentity(FileSchema):
 
 
 class FrameSampling(FileSchema):
-    """Which frames of a clip an extraction took: keys of ExtractConfig."""
+    """Which frames of which clips an extraction took: keys of ExtractConfig. buckets: all, if any has min_fps or max_fps; else none."""
 
     frame_stride: Positive = 1
     target_fps: float | None = None
     clip_window: Literal["first", "center"] = "first"
+    windows: WindowsConfig | None = None
+    buckets: tuple[ExtractBucket, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # As runs recorded it before there were these keys.
+        return {key: value for key, value in handler(self).items() if value or key not in ("windows", "buckets")}
+
+    @staticmethod
+    def of(config: Mapping[str, Any]) -> FrameSampling:
+        """Of an extraction's config, as the features' index.json has it."""
+        found = {key: config[key] for key in FrameSampling.model_fields if config.get(key) is not None}
+        sampling = FrameSampling.model_validate(found)
+        rated = any(bucket.min_fps or bucket.max_fps for bucket in sampling.buckets)
+        return sampling if rated else sampling.model_copy(update={"buckets": ()})
+
+    @property
+    def of_one_window(self) -> FrameSampling:
+        """What decides which frames are taken of a clip that is as long as its bucket."""
+        return self.model_copy(update={"windows": None, "buckets": ()})
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """As JSON, without defaults."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+    @property
+    def needs_rate(self) -> bool:
+        """Whether a video's frame rate has a say."""
+        return self.target_fps is not None or bool(self.buckets)
+
+    @property
+    def most_windows(self) -> int:
+        """Samples of a clip at most."""
+        return 1 if self.windows is None else self.windows.max
 
 
 class SyntheticTextIdentity(FileSchema):

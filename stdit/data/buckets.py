@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stdit.config import Bucket, ExtractBucket, ExtractConfig
+from stdit.config.identity import FrameSampling
 from stdit.data.decoding import ClipInfo
-from stdit.data.transforms import frame_step, frames_available, rate_reaches
+from stdit.data.frame_sampling import Sampling, sampled_count, step_of
+from stdit.data.transforms import rate_reaches
 
 # Buckets whose areas differ by less than this share are one resolution in several aspects.
 SAME_RESOLUTION = 0.9
@@ -40,23 +42,39 @@ class Dropped:
 
 def assign_clip(info: ClipInfo, config: ExtractConfig, key: str) -> ExtractBucket | Dropped:
     """The bucket of a clip under an extraction's config. key: the clip's path in the manifest."""
-    video = info.frame_count > 1
-    if video and config.target_fps is not None and not rate_reaches(info.fps, config.target_fps):
-        found = f"{info.fps:g} frames a second" if info.fps else "its frame rate is not known"
-        return Dropped("frame_rate", f"{found}, target_fps is {config.target_fps:g}, and frames are never repeated")
     buckets = list(config.buckets)
-    if video and not config.images_from_videos:
+    if info.frame_count > 1 and not config.images_from_videos:
         # Where all buckets have one frame, videos are asked for their first.
         buckets = [b for b in buckets if b.frames > 1] or buckets
-    step = frame_step(info.fps, config.frame_stride, config.target_fps)
-    if video and (rated := [b for b in buckets if b.takes_rate(info.fps / step)]) != buckets:
-        if not rated:
-            rate = f"{info.fps / step:g} frames a second"
-            return Dropped("frame_rate", f"{rate}, which no bucket takes (min_fps, max_fps)")
-        buckets = rated
-    frames = frames_available(info.frame_count, step)
+    taking = taking_rate(info, config, buckets)
+    if isinstance(taking, Dropped):
+        return taking
+    buckets = taking
+    frames = sampled_count(info, config)
     ratio, seed = config.min_area_ratio, config.seed
     return assign(frames, info.height, info.width, buckets, key=key, min_area_ratio=ratio, seed=seed)
+
+
+def taking_rate(info: ClipInfo, sampling: Sampling, buckets: Sequence[ExtractBucket]) -> list[ExtractBucket] | Dropped:
+    """Those of `buckets` that take a clip's frame rate: all take an image's. Dropped: none does, or the rate is below target_fps."""
+    if info.frame_count == 1:
+        return list(buckets)
+    if not rate_reaches(info.fps, sampling.target_fps):
+        found = f"{info.fps:g} frames a second" if info.fps else "its frame rate is not known"
+        return Dropped("frame_rate", f"{found}, target_fps is {sampling.target_fps:g}, and frames are never repeated")
+    rate = info.fps / step_of(info, sampling)
+    taking = [bucket for bucket in buckets if bucket.takes_rate(rate)]
+    if buckets and not taking:
+        return Dropped("frame_rate", f"{rate:g} frames a second, which no bucket takes (min_fps, max_fps)")
+    return taking
+
+
+def dropped_for_shape(info: ClipInfo, sampling: FrameSampling, shape: Bucket) -> Dropped | None:
+    """Why an extraction has no sample of `shape` of a clip of this frame rate; None: it does not follow from the rate. Of a shape
+    that is none of the extraction's, the rates of all of its buckets count."""
+    buckets = [b for b in sampling.buckets if b.key == shape.key] or [b for b in sampling.buckets if b.frames > 1]
+    taking = taking_rate(info, sampling, buckets)
+    return taking if isinstance(taking, Dropped) else None
 
 
 def assign(

@@ -1,4 +1,5 @@
-"""A clip's frames as an extraction takes them, for what is compared with, or given to, a model that was trained on its features.
+"""A clip's frames as an extraction takes them (frame_sampling.py), for what is compared with, or given to, a model that was trained on
+its features.
 
 with open_row(clip) as reader:
     info = row_info(clip, reader)
@@ -12,32 +13,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from stdit.config.identity import FrameSampling
 from stdit.data.decoding import ClipInfo, ClipReader, open_clip, open_part
 from stdit.data.manifest import Clip
 from stdit.data.probe import part_info, stated_info
-from stdit.data.transforms import frame_indices, frame_step, frames_available, rate_reaches
-
-# The first frames of a clip, each of them: where it is not known how a model's clips were read.
-FIRST_FRAMES = FrameSampling()
-
-
-def sampled_count(info: ClipInfo, sampling: FrameSampling) -> int:
-    """How many frames an extraction finds in a clip; 0: its frame rate is below target_fps."""
-    if info.frame_count > 1 and not rate_reaches(info.fps, sampling.target_fps):
-        return 0
-    return frames_available(info.frame_count, _step(info, sampling))
-
-
-def sampled_indices(info: ClipInfo, frames: int, sampling: FrameSampling) -> list[int]:
-    """The `frames` frames of a clip that an extraction takes. ValueError: it has fewer, or its frame rate is below target_fps."""
-    if not sampled_count(info, sampling):
-        raise ValueError(f"{info.fps:g} frames a second, the extraction's target_fps is {sampling.target_fps:g}")
-    return frame_indices(info.frame_count, frames, _step(info, sampling), sampling.clip_window)
-
-
-def _step(info: ClipInfo, sampling: FrameSampling) -> float:
-    return frame_step(info.fps, sampling.frame_stride, sampling.target_fps)
 
 
 def open_row(clip: Clip) -> ClipReader:

@@ -27,6 +27,7 @@ from stdit.data.control import control_state, read_control
 from stdit.data.decoder_pool import DecoderPool, decoder_workers
 from stdit.data.decoding import ClipInfo, DecodeError, InfoMismatch, check_info
 from stdit.data.features import EMPTY_CAPTION, INDEX, digest_of, sample_digest, shard_path, unpad, write_shard
+from stdit.data.frame_sampling import sampled_windows, step_of
 from stdit.data.manifest import Clip, file_problem
 from stdit.data.object_cache import ObjectCache
 from stdit.data.objects import StoreError, is_of_object
@@ -34,7 +35,7 @@ from stdit.data.probe import part_info, stated_info
 from stdit.data.records import ShardResult, ShardSpec
 from stdit.data.staging import local_folder, staging_of
 from stdit.data.subprocess_decoder import SubprocessDecoder
-from stdit.data.transforms import frame_step, to_pixels, window_indices
+from stdit.data.transforms import to_pixels
 from stdit.files import Closable, sha256
 
 _Item = TypeVar("_Item")
@@ -302,14 +303,13 @@ class Extractor(Closable):
     ) -> _OpenClip:
         """Of a clip of length and size `info`. DecodeError; InfoMismatch: the file has others."""
         config, clip = self.config, task.clip
-        step = frame_step(info.fps, config.frame_stride, config.target_fps)
+        step = step_of(info, config)
         size = {"frames": info.frame_count, "height": info.height, "width": info.width}
         row = {**row, **size, "fps": info.fps / step}
         bucket = assign_clip(info, config, clip.id)
         if isinstance(bucket, Dropped):
             return _OpenClip(task, {**row, "status": "dropped", "reason": bucket.reason, "detail": bucket.detail})
-        every = (1, 1) if config.windows is None else (config.windows.stride, config.windows.max)
-        windows = window_indices(info.frame_count, bucket.frames, step, config.clip_window, every)
+        windows = sampled_windows(info, bucket.frames, config)
         groups = list(grouped(windows, READ_BYTES // (3 * bucket.height * bucket.width)))
         used = len({index for window in windows for index in window})
         row = {**row, "status": "kept", "bucket": bucket.key, "used_frames": used}

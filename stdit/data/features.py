@@ -333,8 +333,7 @@ class FeatureSet:
     @property
     def frame_sampling(self) -> FrameSampling:
         """Which frames of a clip were taken."""
-        config = self.index["config"]
-        return FrameSampling(**{key: config[key] for key in FrameSampling.model_fields if key in config})
+        return FrameSampling.of(self.index["config"])
 
     @property
     def has_control(self) -> bool:

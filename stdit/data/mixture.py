@@ -120,9 +120,12 @@ class Mixture(MixedIndex):
 
     @property
     def frame_sampling(self) -> FrameSampling | None:
-        """As FeatureSet.frame_sampling; None where the sets differ."""
+        """As FeatureSet.frame_sampling; without windows and buckets where the sets differ in these alone, None where in more."""
         first, *others = (features.frame_sampling for features in self.sets)
-        return first if all(other == first for other in others) else None
+        if all(other == first for other in others):
+            return first
+        alone = first.of_one_window
+        return alone if all(other.of_one_window == alone for other in others) else None
 
     def _find(self, id: int) -> tuple[int, int]:
         """Number of the set of a sample, and the sample's id in it."""

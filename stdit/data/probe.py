@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stdit.config import CacheConfig, ConfigError, ExtractBucket, ExtractConfig, Url
+from stdit.console import count_of
 from stdit.cores import available_cores
 from stdit.data.buckets import assign_clip
 from stdit.data.decoding import ClipInfo, DecodeError
@@ -164,10 +165,11 @@ class BucketProposal:
 
     def lines(self) -> list[str]:
         """For people: a line a bucket, and how many clips are left out."""
-        lines = [f"{bucket.key:<14} {self.clips_by_bucket[bucket.key]:,} clips" for bucket in self.buckets]
+        lines = [f"{bucket.key:<14} {count_of(self.clips_by_bucket[bucket.key], 'clip')}" for bucket in self.buckets]
         if self.dropped:
             path, reason = next(iter(self.dropped.items()))
-            lines.append(f"{len(self.dropped):,} clips fit no bucket, such as {path} ({reason})")
+            fit = "fits" if len(self.dropped) == 1 else "fit"
+            lines.append(f"{count_of(len(self.dropped), 'clip')} {fit} no bucket, such as {path} ({reason})")
         return lines
 
 

@@ -25,7 +25,7 @@ from pydantic import ConfigDict
 from stdit.config import Bucket, ConfigError, EvaluationConfig, SealedSchema, read_json
 from stdit.config.identity import FrameSampling
 from stdit.data import manifest as manifests
-from stdit.data.clip_frames import FIRST_FRAMES
+from stdit.data.frame_sampling import FIRST_FRAMES
 from stdit.data.manifest import Manifest
 from stdit.evaluation.classifier import (
     DIRECTIONS,

@@ -11,8 +11,8 @@ from pydantic import ConfigDict, Field
 
 from stdit.config import ConfigError, FileSchema, check, validate
 from stdit.config.identity import FrameSampling
-from stdit.data.clip_frames import FIRST_FRAMES
 from stdit.data.decoding import DecodeError, open_clip
+from stdit.data.frame_sampling import FIRST_FRAMES
 from stdit.evaluation.classifier import Frames
 from stdit.files import fingerprint_file, fingerprint_files, read_jsonl
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stdit.config import ReferenceConfig
+from stdit.config import Bucket, ReferenceConfig
 from stdit.config.identity import FrameSampling
 from stdit.data import manifest as manifests
-from stdit.data.clip_frames import FIRST_FRAMES, open_row, read_row, row_info, sampled_count, sampled_indices
+from stdit.data.buckets import Dropped, dropped_for_shape
+from stdit.data.clip_frames import open_row, read_row, row_info
 from stdit.data.decoding import DecodeError, open_clip
+from stdit.data.frame_sampling import FIRST_FRAMES, sampled_count, sampled_windows, samples_of
 from stdit.data.manifest import Clip
 from stdit.data.transforms import frame_indices, resize_crop
 from stdit.evaluation.adm import SampleReader, read_adm
@@ -34,19 +36,27 @@ Shape = tuple[int, int, int]  # frames, height, width
 @dataclass(frozen=True)
 class Medium:
     """One image or video. fingerprint: of its file, and of what is read of it; row: its row in an .npz; clip: its row in a
-    dataset's manifest; prompt: None if unknown."""
+    dataset's manifest, of which it is the sample `window`; prompt: None if unknown."""
 
     file: Path
     fingerprint: str
     prompt: str | None = None
     row: int | None = None
     clip: Clip | None = None
+    window: int = 0
+
+    def of_window(self, window: int) -> Medium:
+        """Another sample of the same clip; the first is the clip's medium itself."""
+        if not window:
+            return self
+        return replace(self, fingerprint=_digest([self.fingerprint, window]), window=window)
 
 
 @dataclass(frozen=True)
 class MediaSet:
     """Media of one shape. `shape`: of all of them, after cropping. rows: of stdit.generate's manifest, one for each.
-    left_out: media of other shapes. sampling: which frames of a dataset's clips are taken."""
+    left_out: media of other shapes. sampling: which frames of a dataset's clips are taken; dropped: clips of which it takes
+    none, by reason."""
 
     source: Path
     media: tuple[Medium, ...]
@@ -55,6 +65,7 @@ class MediaSet:
     rows: tuple[dict[str, Any], ...] = field(default=(), repr=False)
     left_out: int = 0
     sampling: FrameSampling = FIRST_FRAMES
+    dropped: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.media)
@@ -76,9 +87,8 @@ class MediaSet:
                 image = _reader(medium.file)[medium.row][None]
                 yield resize_crop(image, *self.shape[1:]) if self.crop else image
             elif medium.clip is not None:
-                yield _fitted(
-                    medium.file, _clip_frames(medium.clip, self.shape[0], self.sampling), self.shape, self.crop
-                )
+                frames = _clip_frames(medium.clip, medium.window, self.shape[0], self.sampling)
+                yield _fitted(medium.file, frames, self.shape, self.crop)
             else:
                 yield read_frames(medium.file, self.shape, self.crop)
 
@@ -98,11 +108,11 @@ def read_frames(file: Path, shape: Shape, crop: bool) -> NDArray[np.uint8]:
     return _fitted(file, frames, shape, crop)
 
 
-def _clip_frames(clip: Clip, count: int, sampling: FrameSampling) -> NDArray[np.uint8]:
-    """Frames of a dataset's clip, as an extraction takes them."""
+def _clip_frames(clip: Clip, window: int, count: int, sampling: FrameSampling) -> NDArray[np.uint8]:
+    """Frames of a sample of a dataset's clip, as an extraction takes them."""
     try:
         with open_row(clip) as reader:
-            return read_row(clip, reader, sampled_indices(row_info(clip, reader), count, sampling))
+            return read_row(clip, reader, sampled_windows(row_info(clip, reader), count, sampling)[window])
     except DecodeError as error:
         raise ValueError(str(error)) from error
 
@@ -133,6 +143,8 @@ def open_reference(config: ReferenceConfig, shape: Shape, sampling: FrameSamplin
     ValueError: as `open_generated`, or another shape without `crop`."""
     sampling = sampling if config.crop else FIRST_FRAMES
     media, rows = _listed(config.path, config.split, sampling)
+    if media and media[0].clip is None:
+        sampling = FIRST_FRAMES
     return _checked(config.path, media, rows, shape, config.crop, sampling)
 
 
@@ -166,16 +178,20 @@ def _of_clips(clips: Sequence[Clip], sampling: FrameSampling) -> list[Medium]:
     for clip in clips:
         if clip.file not in files:
             files[clip.file] = _medium(clip.file, None)
-        read: dict[str, Any] = sampling.model_dump(exclude_defaults=True)
+        read = {key: value for key, value in sampling.changed.items() if key != "buckets"}
         if sampling.target_fps is not None:
             read["fps"] = clip.fps
         if clip.is_part:
             read |= {"start_frame": clip.start_frame, "end_frame": clip.end_frame, "crop": clip.crop}
         fingerprint = files[clip.file].fingerprint
         if read:
-            fingerprint = hashlib.sha256(json.dumps([fingerprint, read]).encode()).hexdigest()
+            fingerprint = _digest([fingerprint, read])
         media.append(Medium(clip.file, fingerprint, clip.caption if clip.captioned else None, clip=clip))
     return media
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _medium(file: Path, prompt: str | None) -> Medium:
@@ -196,12 +212,15 @@ def _checked(
     """The media of `shape` (default: the one that all have); with `crop` those that can be cropped to it."""
     if not media:
         raise ValueError(f"{path}: holds no image or video")
-    shapes, damaged = _shapes(path, media, sampling)
+    found, damaged = _shapes(path, media, sampling, shape)
     if damaged:
         more = f" (and {len(damaged) - 3} more)" if len(damaged) > 3 else ""
         raise ValueError(
             f"{path}: {len(damaged)} of {len(media)} files cannot be decoded: {'; '.join(damaged[:3])}{more}"
         )
+    dropped = dict(Counter(one.detail for one in found if isinstance(one, Dropped)).most_common())
+    taken = [(m, s) for m, s in zip(media, found, strict=True) if not isinstance(s, Dropped)]
+    shapes = [s for _, s in taken]
     counts = Counter(shapes)
     listed = ", ".join(f"{count} of {size_of(s)}" for s, count in counts.most_common(5))
     if shape is None and len(counts) > 1:
@@ -213,29 +232,40 @@ def _checked(
                 f"{path}: {listed}; generated media are {size_of(target)}: set reference.crop, or resize them yourself"
             )
         return MediaSet(path, tuple(media), target, rows=tuple(rows))
-    able = [m for m, s in zip(media, shapes, strict=True) if all(a >= b for a, b in zip(s, target, strict=True))]
-    exact = [m for m, s in zip(media, shapes, strict=True) if s == target]
+    able = [(m, s) for m, s in taken if all(a >= b for a, b in zip(s, target, strict=True))]
+    # What is longer has several samples where the extraction cuts windows.
+    exact = [(m, s) for m, s in able if s[1:] == target[1:] and (sampling.windows or s[0] == target[0])]
     # Clips as they are, where a bucket of that shape was cut; else all that are large enough.
     chosen = exact if 2 * len(exact) >= len(able) else able
     if not chosen:
-        raise ValueError(f"{path}: {listed}; none is as large and as long as the generated {size_of(target)}")
-    return MediaSet(path, tuple(chosen), target, crop=True, left_out=len(media) - len(chosen), sampling=sampling)
+        counted = [listed, *(f"{count} dropped ({reason})" for reason, count in dropped.items())]
+        said = "; ".join(text for text in counted if text)
+        raise ValueError(f"{path}: {said}; none is as large and as long as the generated {size_of(target)}")
+    samples = tuple(m.of_window(i) for m, s in chosen for i in range(samples_of(s[0], target[0], sampling)))
+    left_out = len(taken) - len(chosen)
+    return MediaSet(path, samples, target, crop=True, left_out=left_out, sampling=sampling, dropped=dropped)
 
 
-def _shapes(path: Path, media: Sequence[Medium], sampling: FrameSampling) -> tuple[list[Shape], list[str]]:
-    """The shape of each medium, and what is wrong with those that cannot be opened."""
+def _shapes(
+    path: Path, media: Sequence[Medium], sampling: FrameSampling, target: Shape | None
+) -> tuple[list[Shape | Dropped], list[str]]:
+    """The shape of each medium, or why an extraction has no sample of shape `target` of it; and what is wrong with those that cannot be
+    opened."""
     if media[0].row is not None:
         samples = read_adm(path).samples
         assert samples is not None
         return [(1, samples[1], samples[2])] * len(media), []
-    shapes: list[Shape] = []
+    shapes: list[Shape | Dropped] = []
     damaged = []
     for medium in media:
         try:
             if medium.clip is not None:
                 with open_row(medium.clip) as reader:
                     info = row_info(medium.clip, reader)
-                shapes.append((sampled_count(info, sampling), info.height, info.width))
+                dropped = target and dropped_for_shape(
+                    info, sampling, Bucket(frames=target[0], height=target[1], width=target[2])
+                )
+                shapes.append(dropped or (sampled_count(info, sampling), info.height, info.width))
                 continue
             with open_clip(medium.file, "pyav") as reader:
                 shapes.append((reader.frame_count, reader.height, reader.width))
@@ -251,5 +281,6 @@ def overlap(reference: MediaSet, training: ReferenceConfig) -> int:
     clips = [clip for clip in source if training.split is None or clip.split == training.split]
     same_size = [clip for clip in clips if clip.file.is_file() and clip.file.stat().st_size in sizes]
     sampling = reference.sampling if reference.media[0].clip is not None else FIRST_FRAMES
-    known = {medium.fingerprint for medium in _of_clips(same_size, sampling)}
+    windows = range(sampling.most_windows)
+    known = {medium.of_window(i).fingerprint for medium in _of_clips(same_size, sampling) for i in windows}
     return sum(m.fingerprint in known for m in reference.media)

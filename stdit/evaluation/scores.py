@@ -129,6 +129,10 @@ class Reference:
         found: dict[str, Any] = {}
         if self.media is not None:
             found |= {"sha256": self.media.fingerprint, "count": len(self.media), "crop": self.media.crop}
+            if changed := self.media.sampling.changed:  # which windows of which clips
+                found["frame_sampling"] = changed
+            if self.media.dropped:
+                found["dropped"] = sum(self.media.dropped.values())
         return found
 
 
@@ -288,6 +292,12 @@ def _warnings(config: EvaluateConfig, generated: MediaSet, reference: Reference)
         yield (
             f"{reference.media.left_out} media of {reference.media.source} are of other shapes than {size_of(generated.shape)} "
             f"and left out; {len(reference.media)} are the reference"
+        )
+    if reference.media is not None and (dropped := reference.media.dropped):
+        reasons = "; ".join(f"{count}: {reason}" for reason, count in list(dropped.items())[:3])
+        more = f"; {len(dropped) - 3} more reasons" if len(dropped) > 3 else ""
+        yield (
+            f"{sum(dropped.values())} clips of {reference.media.source} are dropped, as by the extraction of the run's clips ({reasons}{more})"
         )
     training = config.training
     source = config.reference

@@ -12,8 +12,10 @@ import numpy as np
 from stdit.config import Bucket, EvaluationConfig
 from stdit.config.identity import FrameSampling
 from stdit.config.model import ClassConditioning
-from stdit.data.clip_frames import FIRST_FRAMES, open_row, read_row, row_info, sampled_count, sampled_indices
-from stdit.data.decoding import DecodeError
+from stdit.data.buckets import dropped_for_shape
+from stdit.data.clip_frames import open_row, read_row, row_info
+from stdit.data.decoding import ClipInfo, DecodeError
+from stdit.data.frame_sampling import FIRST_FRAMES, sampled_count, sampled_indices
 from stdit.data.manifest import Clip, Manifest, ManifestError, read
 from stdit.data.probe import stated_info
 from stdit.data.transforms import resize_crop
@@ -71,17 +73,19 @@ def check_clips(
             f"(column class), and none that has one is {shape.key} or larger"
         )
     sizes = sorted(size for clip in held_out if (size := _shape(clip, sampling)) is not None)
-    taken = sampling.model_dump(exclude_defaults=True)
+    taken = sampling.of_one_window.changed
+    slow = sum(_shape(clip, sampling, shape) != _shape(clip, sampling) for clip in held_out) if sampling.buckets else 0
     raise ManifestError(
         f"{where}: none of its {len(held_out)} clips has, or can be cropped to, {shape.key} (frames x height x width)"
         + (f"; the longest is {'x'.join(map(str, sizes[-1]))}" if sizes else "")
         + (f" (frames as extracted: {', '.join(f'{key} {value}' for key, value in taken.items())})" if taken else "")
+        + (f"; {slow} are of a frame rate that its buckets do not take (min_fps, max_fps)" if slow else "")
         + ("" if held_out else f"; splits: {', '.join(manifest.splits)}")
     )
 
 
 def _fits(clip: Clip, shape: Bucket, sampling: FrameSampling) -> bool:
-    size = _shape(clip, sampling)
+    size = _shape(clip, sampling, shape)
     target = (shape.frames, shape.height, shape.width)
     return size is not None and all(s >= t for s, t in zip(size, target, strict=True))
 
@@ -91,7 +95,7 @@ def stated_count(
 ) -> int:
     """How many clips `select` gives at least: by the sizes that the manifest states."""
     target = (shape.frames, shape.height, shape.width)
-    stated = [size for clip in manifest if clip.split == split and (size := _stated_shape(clip, sampling))]
+    stated = [size for clip in manifest if clip.split == split and (size := _stated_shape(clip, sampling, shape))]
     exact = sum(size == target for size in stated)
     covering = sum(all(s >= t for s, t in zip(size, target, strict=True)) for size in stated)
     return exact + min(covering - exact, max(0, min_count - exact))
@@ -118,7 +122,7 @@ def select(
     exact: list[Clip] = []
     larger: list[Clip] = []
     for clip in (candidates[i] for i in order):
-        size = _shape(clip, sampling)
+        size = _shape(clip, sampling, shape)
         target = (shape.frames, shape.height, shape.width)
         if size == target:
             exact.append(clip)
@@ -127,20 +131,25 @@ def select(
     return exact + larger[: max(0, min_count - len(exact))]
 
 
-def _stated_shape(clip: Clip, sampling: FrameSampling) -> tuple[int, int, int] | None:
-    """(frames that are taken, height, width) as the manifest states them; None: not all of what that follows from."""
-    info = stated_info(clip, rate=sampling.target_fps is not None)
-    return None if info is None else (sampled_count(info, sampling), info.height, info.width)
+def _stated_shape(clip: Clip, sampling: FrameSampling, shape: Bucket | None = None) -> tuple[int, int, int] | None:
+    """(frames that are taken, height, width) as the manifest states them; None: not all of what that follows from. 0 frames: no sample
+    of `shape` is of its frame rate."""
+    info = stated_info(clip, rate=sampling.needs_rate)
+    return None if info is None else _sampled_shape(info, sampling, shape)
 
 
-def _shape(clip: Clip, sampling: FrameSampling) -> tuple[int, int, int] | None:
-    """(frames that are taken, height, width) from the manifest, else from the file; None if it cannot be read."""
-    if (stated := _stated_shape(clip, sampling)) is not None:
+def _sampled_shape(info: ClipInfo, sampling: FrameSampling, shape: Bucket | None) -> tuple[int, int, int]:
+    dropped = shape is not None and dropped_for_shape(info, sampling, shape) is not None
+    return 0 if dropped else sampled_count(info, sampling), info.height, info.width
+
+
+def _shape(clip: Clip, sampling: FrameSampling, shape: Bucket | None = None) -> tuple[int, int, int] | None:
+    """(frames that are taken, height, width) from the manifest, else from the file; None if it cannot be read. As `_stated_shape`."""
+    if (stated := _stated_shape(clip, sampling, shape)) is not None:
         return stated
     try:
         with open_row(clip) as reader:
-            info = row_info(clip, reader)
-        return sampled_count(info, sampling), info.height, info.width
+            return _sampled_shape(row_info(clip, reader), sampling, shape)
     except DecodeError:
         return None
 

@@ -16,8 +16,12 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from pipelines import evaluate_runs
-from stdit.config import EvaluateConfig, ReferenceConfig, validate
+from stdit import extract
+from stdit.config import EvaluateConfig, ExtractBucket, ReferenceConfig, validate
+from stdit.config.extract import WindowsConfig
 from stdit.config.identity import FrameSampling
+from stdit.data.features import FeatureSet
+from stdit.data.transforms import to_pixels
 from stdit.evaluation import feature_cache, networks, scores
 from stdit.evaluation.adm import read_adm, write_samples
 from stdit.evaluation.feature_cache import FeatureJob, compute_features, load_features
@@ -25,8 +29,10 @@ from stdit.evaluation.media_set import open_generated, open_reference, overlap
 from stdit.evaluation.scores import ProtocolMismatch, check_comparable, evaluate_media
 from stdit.files import sha256
 from stdit.media import write_video
+from tests.support import clip_folder
 from tests.support.feature_networks import save_inception, save_video_net
 from tests.support.shapes_dataset import save_clip, save_generated
+from tests.support.videos import lossless, smooth
 
 FRAMES, SIDE = 10, 16
 
@@ -389,6 +395,58 @@ def test_rows_of_a_reference_are_read_as_parts_and_as_the_runs_extraction_read_i
     media = scores._open_reference(scored, open_generated(videos)).media
     assert media is not None
     assert media.sampling == FrameSampling(frame_stride=2), "as the generated rows say"
+
+
+def test_a_reference_has_the_samples_that_extraction_makes_of_the_same_manifest_and_says_what_it_drops(
+    tmp_path: Path,
+) -> None:
+    rows = []
+    for name, frames, fps in (("a", 5, 24), ("b", 12, 24), ("c", 30, 48), ("slow", 30, 10)):
+        lossless(tmp_path / f"{name}.mp4", smooth(frames, 16, 16))
+        size = {"frames": frames, "height": 16, "width": 16, "fps": fps}
+        rows.append({"path": f"{name}.mp4", "caption": name, **size})
+    buckets = (ExtractBucket(frames=5, height=16, width=16, min_fps=20), ExtractBucket(frames=1, height=16, width=16))
+    for window in ("first", "center"):
+        folder = tmp_path / window
+        settings = clip_folder.config(
+            tmp_path, rows, buckets=buckets, windows=WindowsConfig(stride=4, max=3), clip_window=window, out=folder
+        )
+        features = FeatureSet(extract.run(settings))
+        config = ReferenceConfig(path=tmp_path / "manifest.jsonl", crop=True)
+        reference = open_reference(config, (5, 16, 16), features.frame_sampling)
+        made = sorted(features.sample(id).mean.numpy().tobytes() for id in features.ids.tolist())
+        assert len(made) == 1 + 2 + 3, "windows of three clips"
+        assert sorted(to_pixels(frames).tobytes() for frames in reference.frames(reference.media)) == made
+        assert len({medium.fingerprint for medium in reference.media}) == len(made)
+        assert reference.dropped == {"10 frames a second, which no bucket takes (min_fps, max_fps)": 1}
+        assert overlap(reference, config) == len(made)
+
+
+def test_scores_against_other_windows_of_the_same_clips_are_not_compared(tmp_path: Path) -> None:
+    rows = []
+    for i, fps in enumerate((24, 24, 10)):
+        save_clip(tmp_path / f"{i}.png", clips(i, 1)[0])
+        size = {"frames": FRAMES, "height": SIDE, "width": SIDE, "fps": fps}
+        rows.append({"path": f"{i}.png", "caption": "", "split": "train", **size})
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generated = [video[:4] for video in clips(7, 3)]
+    found = {}
+    for stride in (2, 3):
+        bucket = {"frames": 4, "height": SIDE, "width": SIDE, "min_fps": 20.0}
+        told = FrameSampling.of({"windows": {"stride": stride, "max": 2}, "buckets": [bucket]}).changed
+        videos = save_generated(tmp_path / f"v{stride}", [{"prompt": ""}] * 3, generated, frame_sampling=told)
+        reference = {"path": str(manifest), "crop": True}
+        config = EvaluateConfig(generated=videos, out=tmp_path / "o", reference=ReferenceConfig(**reference))
+        opened = scores._open_reference(config, open_generated(videos))
+        assert opened.media is not None
+        assert opened.protocol["count"] == 4
+        assert opened.protocol["dropped"] == 1
+        (warning,) = (text for text in scores._warnings(config, open_generated(videos), opened) if "dropped" in text)
+        assert "(1: 10 frames a second, which no bucket takes (min_fps, max_fps))" in warning
+        found[f"s{stride}"] = {"scores": {"fvd": {"protocol": {"reference": opened.protocol}}}}
+    with pytest.raises(ProtocolMismatch, match=r"reference\.frame_sampling\.windows\.stride: 2 -> 3"):
+        check_comparable(found)
 
 
 def test_a_half_written_video_is_named(score, tmp_path: Path) -> None:
