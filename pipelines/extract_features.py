@@ -60,8 +60,9 @@ class Worker:
         return {"result": pickle.dumps(result), "error": ""}
 
 
-def extract_features(config: ExtractConfig, overwrite: bool = False) -> Path | Url:
-    """The extraction on `config.workers` actors; the folder of features, or their URL. A second call does nothing.
+def extract_features(config: ExtractConfig, overwrite: bool = False, summary: bool = True) -> Path | Url:
+    """The extraction on `config.workers` actors; the folder of features, or their URL. A second call does nothing. summary: prints what
+    became of the clips.
 
     Raises as `stdit.extract.run`; OSError or ValueError also for errors of a worker.
     """
@@ -72,7 +73,7 @@ def extract_features(config: ExtractConfig, overwrite: bool = False) -> Path | U
         return collect(plan, (), ())
     how = connect(config.workers)
     try:
-        return collect(plan, todo, _results(config, todo))
+        return collect(plan, todo, _results(config, todo), summary)
     finally:
         if how == "started":
             disconnect()

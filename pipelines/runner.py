@@ -176,7 +176,7 @@ class PlanRunner:
             name,
             f"{extraction.clips:,} clips, {len(todo)} of {len(extraction.shards)} shards to extract, {config.out}",
         ):
-            extract_features(config)
+            extract_features(config, summary=False)  # stage_lines say it, for all sets
 
     # ---------------------------------------------------------------------------------------- stages
 

@@ -24,6 +24,11 @@ def echo(text: object = "", file: Writable | None = None, flush: bool = False) -
     print(printable(text), file=file, flush=flush)
 
 
+def count_of(count: int, noun: str) -> str:
+    """1 clip; 1,200 clips."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
 def printable(text: object) -> str:
     """`text` for a terminal or a log: control characters, terminal escapes and marks that reorder text appear as in "\\x1b",
     line breaks and tabs stay; words and texts that are too long are cut in the middle."""

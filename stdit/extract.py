@@ -156,8 +156,11 @@ def prepare(config: ExtractConfig, overwrite: bool = False) -> tuple[ExtractionP
     return plan, todo
 
 
-def collect(plan: ExtractionPlan, todo: Sequence[ShardSpec], results: Iterable[ShardResult]) -> Path | Url:
-    """Shows progress over the results, then completes the extraction; stops early at too many bad clips. Errors as `finish`."""
+def collect(
+    plan: ExtractionPlan, todo: Sequence[ShardSpec], results: Iterable[ShardResult], summary: bool = True
+) -> Path | Url:
+    """Shows progress over the results, then completes the extraction and prints what became of the clips (`summary`); stops early at too
+    many bad clips. Errors as `finish`."""
     from tqdm import tqdm
 
     from stdit.data.extraction import finish, read_report, report_lines
@@ -172,7 +175,7 @@ def collect(plan: ExtractionPlan, todo: Sequence[ShardSpec], results: Iterable[S
             if bad > plan.bad_allowed:
                 break
     out = finish(plan)
-    if todo:
+    if todo and summary:
         echo("\n".join(report_lines(read_report(out))), file=sys.stderr)
     return out
 

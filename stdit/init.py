@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from stdit.config import ConfigError, Url, parse_location
 from stdit.config.location import hide_credentials
-from stdit.console import echo
+from stdit.console import count_of, echo
 from stdit.cores import available_cores
 from stdit.errors import exit_code
 from stdit.files import atomic_write
@@ -142,7 +142,7 @@ def _report(found: Probe, proposal: BucketProposal, held_out: int) -> list[str]:
     """What was found and chosen, a line each."""
     videos = [clip for clip in found.clips if clip.frames > 1]
     sizes = sorted({(clip.height, clip.width) for clip in found.clips})
-    lines = [f"{len(videos):,} videos and {len(found.clips) - len(videos):,} images"]
+    lines = [f"{count_of(len(videos), 'video')} and {count_of(len(found.clips) - len(videos), 'image')}"]
     if sizes:
         lines[0] += f", from {sizes[0][0]}x{sizes[0][1]} to {sizes[-1][0]}x{sizes[-1][1]} px (height x width)"
     if videos:
@@ -154,10 +154,12 @@ def _report(found: Probe, proposal: BucketProposal, held_out: int) -> list[str]:
             lines.append("note: frame rates differ, so motion is seen at several speeds")
     lines += ["buckets (frames x height x width), the largest size that nine in ten clips cover:"]
     lines += [f"  {line}" for line in proposal.lines()]
-    lines.append(f"{held_out:,} clips are held out for validation (split: validation)")
-    if found.uncaptioned:
+    be = "is" if held_out == 1 else "are"
+    lines.append(f"{count_of(held_out, 'clip')} {be} held out for validation (split: validation)")
+    if uncaptioned := found.uncaptioned:
+        have = "has" if len(uncaptioned) == 1 else "have"
         lines.append(
-            f"note: {len(found.uncaptioned):,} clips have no caption (NAME.txt beside NAME.mp4), such as {found.uncaptioned[0]}"
+            f"note: {count_of(len(uncaptioned), 'clip')} {have} no caption (NAME.txt beside NAME.mp4), such as {uncaptioned[0]}"
         )
     lines += [f"cannot be used: {path}: {reason}" for path, reason in list(found.failures.items())[:5]]
     if len(found.failures) > 5:
@@ -174,7 +176,7 @@ def plan_text(choices: Choices, manifest: Path | Url, proposal: BucketProposal, 
     gpus = _gpus()
     workers, cpus = (gpus, 4) if gpus else (1, available_cores())
     buckets = "\n".join(
-        f"    - {{frames: {b.frames}, height: {b.height}, width: {b.width}}}  # {proposal.clips_by_bucket[b.key]:,} clips"
+        f"    - {{frames: {b.frames}, height: {b.height}, width: {b.width}}}  # {count_of(proposal.clips_by_bucket[b.key], 'clip')}"
         for b in proposal.buckets
     )
     if choices.video_encoder is None:

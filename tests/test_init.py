@@ -33,7 +33,9 @@ def test_the_plan_fits_the_clips_and_forecasts(clips: Path, tmp_path: Path, caps
     assert init.main([str(out), "--clips", str(clips), "--steps", "2"]) == 0
     said = capsys.readouterr().out
     assert "8 videos and 0 images, from 24x32 to 32x24 px" in said
-    assert "1 clips have no caption" in said
+    assert "note: 1 clip has no caption" in said
+    assert "\n1 clip is held out for validation" in said
+    assert "1 clips" not in said
     rows = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
     assert [row["split"] for row in rows].count("validation") == 1
     assert {row["fps"] for row in rows} == {12.0}

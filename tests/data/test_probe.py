@@ -61,7 +61,7 @@ def test_outliers_do_not_decide_the_resolution_and_are_reported() -> None:
     found = propose_buckets([*many(99, 30, 512, 512), clip("tiny.mp4", 30, 32, 32)], *WAN)
     assert [bucket.key for bucket in found.buckets] == ["29x256x256"]
     assert list(found.dropped) == ["tiny.mp4"]
-    assert "1 clips fit no bucket, such as tiny.mp4 (32x32 px covers none of 256x256)" in found.lines()
+    assert "1 clip fits no bucket, such as tiny.mp4 (32x32 px covers none of 256x256)" in found.lines()
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,7 @@ def test_a_plan_goes_through_its_stages_and_then_does_nothing(tmp_path: Path, ca
 
 def check_a_finished_plan(plan: Path, out: Path, log: str, count: int, capsys) -> None:
     assert "note: class_to_text" in log, "what crosses is said"
+    assert log.count("+ 0 that can't be used") == 1, "what became of the clips is said once"
     for name in ("one", "two"):
         assert steps(out / name) == list(range(1, count + 1)), "every step once, none twice, none missing"
 

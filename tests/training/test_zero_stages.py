@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from stdit.models.stdit import STDiT
 from stdit.training.checkpoint import CheckpointError
 from stdit.training.universal import States
-from tests.support.rank_jobs import for_ranks, restored, run, settings
+from tests.support.rank_jobs import config_of, for_ranks, restored, run, settings
 from tests.support.rank_pool import Pool
 
 pytestmark = pytest.mark.distributed
@@ -60,6 +61,26 @@ def test_a_new_run_begins_with_the_same_weights_at_every_stage(pair: Pool, tmp_p
     expected, *others = (pair(restored, data_for(tmp_path / str(stage), stage))[0] for stage in (0, 2, 3))
     for found in others:
         assert all(torch.equal(found[part][n], w) for part in ("weights", "ema") for n, w in expected[part].items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_odd_number_of_trained_parameters_trains_alike_at_every_stage(
+    pair: Pool, solo: Pool, stage: int, precision: str, ranks: int, tmp_path: Path
+) -> None:
+    """DeepSpeed (stage_1_and_2.py) asserts that allgather_bucket_size, which was the number of parameters, is even."""
+
+    def losses(zero: int) -> list[float]:
+        data = data_for(tmp_path / str(zero), zero, ranks, precision=precision)
+        data["model"] |= {"patch_size": [1, 1, 1]}
+        data["train"]["steps"] = 2
+        return [entry["loss"] for entry in (solo if ranks == 1 else pair)(run, data)[0]["metrics"]]
+
+    model = STDiT(**config_of(settings(tmp_path, model={"patch_size": [1, 1, 1]})).model.model_dump())
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) % 2 == 1
+    assert losses(stage) == pytest.approx(losses(0), rel=1e-5)
 
 
 @pytest.mark.slow
