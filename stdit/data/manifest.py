@@ -21,6 +21,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -165,6 +166,10 @@ class Manifest:
         return set(STANDARD_COLUMNS).union(*(clip.extra for clip in self.clips))
 
 
+# The last manifests of files up to this size stay in memory.
+MAX_KEPT_BYTES = 100_000_000
+
+
 def read(path: Path | Url | str) -> Manifest:
     """Reads and checks a manifest: a .jsonl, .csv or .parquet file, or a folder of clips; or such an object, or objects, by URL.
 
@@ -183,7 +188,28 @@ def read(path: Path | Url | str) -> Manifest:
         )
     if not path.is_file():
         raise ManifestError(f"{path}: {'is not a file' if path.exists() else 'no such manifest'}")
-    return Manifest(path, _checked(path, path.parent, READERS[path.suffix.lower()](path)), sha256(path))
+    if path.stat().st_size > MAX_KEPT_BYTES:
+        return _read_file(path)
+    return _kept(path, os.path.abspath(path), _sha256(path))
+
+
+@lru_cache(maxsize=2)  # each step of a plan reads it, which takes a second for 40,000 rows
+def _kept(path: Path, absolute: str, fingerprint: str) -> Manifest:
+    found = _read_file(path)
+    if found.fingerprint != fingerprint:
+        raise ManifestError(f"{path}: was written while it was read")
+    return found
+
+
+def _read_file(path: Path) -> Manifest:
+    return Manifest(path, _checked(path, path.parent, READERS[path.suffix.lower()](path)), _sha256(path))
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return sha256(path)
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _of_folder(folder: Path | Url, found: ClipFolder) -> Manifest:
@@ -369,10 +395,10 @@ def _path(value: Any, folder: Path | Url) -> str:
         url = Url.parse(value)
         return url.removeprefix(f"{folder}/") if url.is_relative_to(folder) else url
     path = posixpath.normpath(value)
-    roots = (os.path.abspath(folder), os.path.realpath(folder)) if isinstance(folder, Path) else ()
-    for root in roots if posixpath.isabs(path) else ():
-        if path.startswith(root.rstrip("/") + "/"):
-            path = posixpath.relpath(path, root)
+    if posixpath.isabs(path) and isinstance(folder, Path):
+        for root in (os.path.abspath(folder), os.path.realpath(folder)):
+            if path.startswith(root.rstrip("/") + "/"):
+                path = posixpath.relpath(path, root)
     if posixpath.isabs(path) or path == "." or path.split("/")[0] == "..":
         raise ValueError(
             f"{value!r} leaves the manifest's folder; give a path below it (a link there may lead elsewhere)"

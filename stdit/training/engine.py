@@ -8,12 +8,13 @@ Frozen weights (requires_grad False) have no masters, no optimizer state, and ar
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -73,6 +74,16 @@ def restrict_unpickling() -> None:
     torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
 
 
+@contextlib.contextmanager
+def _frozen_objects() -> Iterator[None]:
+    """Lets the garbage collector pass over the objects there are: half a million of imports, 0.35 s each time."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 class Engine:
     """A model under DeepSpeed. Every method is collective: all ranks call it, in the same order."""
 
@@ -107,8 +118,8 @@ class Engine:
         rounded = self.dtype != torch.float32
         initial = {n: p.detach().clone() for n, p in trained.items()} if rounded and self.stage < 3 else {}
         parts = self._partition(model, deferred or DeferredTensors()) if self.stage == 3 else {}
-        # Its bfloat16 optimizer prints memory statistics.
-        with contextlib.redirect_stdout(io.StringIO()):
+        # Its bfloat16 optimizer prints memory statistics, and collects garbage before each.
+        with contextlib.redirect_stdout(io.StringIO()), _frozen_objects():
             self.engine: Any = deepspeed.initialize(
                 model=model, optimizer=cast(Any, self.base_optimizer), config=self.ds_config
             )[0]

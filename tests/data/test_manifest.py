@@ -81,6 +81,22 @@ def test_write_is_read_back(tmp_path: Path) -> None:
     assert facts(read(tmp_path / "m.jsonl")) == facts(read(jsonl(tmp_path, *ROWS)))
 
 
+def test_rows_are_read_again_only_when_the_file_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = jsonl(tmp_path, row(), row(path="other.mp4"))
+    first = read(file)
+    assert read(file).clips is first.clips
+    before = file.stat()
+    file.write_text(file.read_text().replace("other", "third"))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # of the same size and time
+    assert read(file).clips[1].key == "third.mp4"
+    monkeypatch.chdir(tmp_path)
+    relative = read(file.name)
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path / "folder")
+    (tmp_path / "folder" / file.name).write_bytes(file.read_bytes())
+    assert read(file.name).clips is not relative.clips
+
+
 def test_classes_are_ordered_by_number_where_they_are_numbers(tmp_path: Path) -> None:
     def classes(*names: Any) -> list[str]:
         return read(jsonl(tmp_path, *(row(path=f"{i}.mp4", **{"class": n}) for i, n in enumerate(names)))).classes
@@ -160,18 +176,20 @@ def test_a_text_that_parquet_stores_once_does_not_fill_the_memory(
 ) -> None:
     text = pa.array(["x" * 1000] * 3000).dictionary_encode()
     table = pa.table({"path": [f"{i}.mp4" for i in range(3000)], "caption": text})
-    pq.write_table(table, tmp_path / "m.parquet")
+    for name in ("large.parquet", "small.parquet"):
+        pq.write_table(table, tmp_path / name)
     at_once: list[int] = []
     monkeypatch.setattr(row_readers, "_to_python", lambda batch: at_once.append(batch.num_rows) or batch.to_pylist())
-    assert len(read(tmp_path / "m.parquet").clips) == 3000
+    assert len(read(tmp_path / "large.parquet").clips) == 3000
     assert at_once == [500] * 6
     at_once.clear()
     monkeypatch.setattr(row_readers, "PARQUET_BYTES", 100_000)
-    assert {len(clip.caption) for clip in read(tmp_path / "m.parquet").clips} == {1000}
+    assert {len(clip.caption) for clip in read(tmp_path / "small.parquet").clips} == {1000}
     assert sum(at_once) == 3000
     assert max(at_once) < 100
     monkeypatch.setattr(row_readers, "MAX_BYTES", 1_000_000)
-    assert "more than the 1,000,000 bytes of text allowed" in error_of(tmp_path / "m.parquet")
+    pq.write_table(table, tmp_path / "long.parquet")
+    assert "more than the 1,000,000 bytes of text allowed" in error_of(tmp_path / "long.parquet")
     assert sum(at_once) < 4500
 
 
