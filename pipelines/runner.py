@@ -293,7 +293,8 @@ class PlanRunner:
         metrics = evaluate_run(
             run.config.run_dir, self._local_manifest, out, prompts, evaluation.metrics, folder, generate,
             **evaluation.sampler.model_dump(), weights=evaluation.weights, batch_size=evaluation.batch_size,
-            fps=evaluation.fps, workers=evaluation.workers, threads=evaluation.threads_each, overwrite=True,
+            fps=evaluation.fps, workers=evaluation.workers, threads=evaluation.threads_each,
+            precision=evaluation.precision, overwrite=True,
         )  # fmt: skip
         return metrics, _mtime(file) != before
 

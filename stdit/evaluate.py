@@ -79,7 +79,7 @@ def evaluate_run(
     """Generates clips of `run` for held-out captions of `manifest` into out/videos; returns their metrics.
 
     cache: folder of the trained classifier (default: out). settings: of GenerateConfig, besides run, prompts, out and
-    the shape (weights, steps, guidance_scale, batch_size, workers, threads, fps, device, overwrite, …).
+    the shape (weights, steps, guidance_scale, batch_size, workers, threads, fps, device, precision, …).
     ValueError: an unusable run, manifest or folder.
     """
     from stdit.evaluation.evaluator import evaluate_videos
@@ -174,6 +174,7 @@ _FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("batch_size", int, "videos per batch (default: 8)"),
     ("threads", int, "CPU threads of a pipeline (default: 1)"),
     ("device", str, "cpu or cuda (default: cuda where available)"),
+    ("precision", str, "auto, fp32 or bf16 (default: auto, as the run was trained)"),
 )
 
 

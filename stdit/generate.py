@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from stdit.config import Bucket, LoRASource, SamplerConfig
 from stdit.config.identity import FrameSampling
@@ -70,6 +71,10 @@ def load(job: Job, device: str | None = None, ranks: Ranks | None = None) -> STD
     pipe = STDiTPipeline.from_pretrained(job.source.path, weights=job.source.weights, **base)
     for adapter in job.lora:
         pipe.load_lora_weights(adapter.path, scale=adapter.scale, weights=job.source.weights)
+    if job.precision == "bf16":
+        for part in (pipe.transformer, pipe.control):
+            if part is not None:
+                nn.Module.to(part, torch.bfloat16)
     pipe.use(job.sampler)
     pipe.set_progress_bar_config(disable=True)
     if ranks is not None:
@@ -248,12 +253,9 @@ def finish(job: Job, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     A row has `file`, or `file` None and `error`.
     """
     of = {outcome.file: outcome for outcome in outcomes if outcome.error}
-    how = {**job.source.facts, **job.sampler.model_dump(), "batch_size": job.batch_size, "threads": job.threads}
-    if job.lora:
-        how["lora"] = [adapter.model_dump(mode="json") for adapter in job.lora]
     rows = []
     for item in job.items:
-        row = {**item.row(), "protocol": how}
+        row = {**item.row(), "protocol": job.protocol}
         if not job.is_complete(item):
             error = of[item.file].error if item.file in of else "was not made; run the same command again"
             row |= {"file": None, "error": error}
@@ -303,6 +305,7 @@ def generate(
     videos_per_prompt: int = 1,
     lora: Sequence[LoRASource] = (),
     base: Path | str | None = None,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
     overwrite: bool = False,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
@@ -312,7 +315,8 @@ def generate(
     """
     job = open_job(
         run, prompts, out, shape, sampler, weights=weights, batch_size=batch_size, fps=fps, threads=threads,
-        videos_per_prompt=videos_per_prompt, lora=lora, base=base, overwrite=overwrite,
+        videos_per_prompt=videos_per_prompt, lora=lora, base=base, precision=precision, device=device,
+        overwrite=overwrite,
     )  # fmt: skip
     return finish(job, run_groups(job, device, progress))
 

@@ -25,12 +25,13 @@ from stdit.data.decoding import open_clip
 from stdit.evaluate import EvaluationPrompts, evaluate_run
 from stdit.generate import Prompt, generate, job_from_config, noise_seed, read_prompts
 from stdit.inference import job
+from stdit.inference.job import find_source
 from stdit.inference.pipeline import STDiTPipeline, STDiTPipelineOutput
 from stdit.inference.prompts import NOT_OF_A_PROMPT, SLUG_LENGTH, items, slug
 from stdit.media import write_clip
 from stdit.models import lora
 from stdit.models.stdit import STDiT
-from stdit.training import adapters, checkpoint
+from stdit.training import adapters, checkpoint, machine
 from tests.support.runs import CLASSES, TEXT, make_run, model_config
 from tests.support.shapes_dataset import save_clip
 
@@ -384,6 +385,38 @@ def test_shape_and_sampler_default_to_the_runs(runs: dict[str, Path], tmp_path: 
     rows = make(runs["ddpm"], tmp_path, [Prompt("a")], shape=None, sampler=None)
     assert (rows[0]["frames"], rows[0]["height"]) == (4, 16)
     assert (rows[0]["protocol"]["scheduler"], rows[0]["protocol"]["steps"]) == ("ddim", 50)
+
+
+def test_the_transformer_computes_as_in_training_where_that_is_native(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", model_config(**TEXT), precision="bf16")
+
+    def drawn(name: str, native: bool, **asked: Any) -> tuple[torch.dtype, str, np.ndarray]:
+        monkeypatch.setattr(machine, "multiplies_bfloat16", lambda gpus: native)
+        computed: list[torch.dtype] = []
+        forward = STDiT.forward
+
+        def seen(model: STDiT, *args: Any, **kwargs: Any) -> Any:
+            computed.append(model.x_embedder.proj.weight.dtype)
+            return forward(model, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(STDiT, "forward", seen)
+            (row,) = make(run, tmp_path / name, PROMPTS[:1], **asked)
+        return computed[0], row["protocol"]["precision"], frames_of(tmp_path / name / row["file"])
+
+    half, name, pixels = drawn("half", True)
+    assert (half, name) == (torch.bfloat16, "bf16")
+    whole, name, exact = drawn("whole", False)
+    assert (whole, name) == (torch.float32, "fp32")
+    assert 0 < np.abs(pixels.astype(float) - exact).mean() < 2
+    assert drawn("asked", True, precision="fp32")[:2] == (torch.float32, "fp32")
+    assert drawn("forced", False, precision="bf16")[:2] == (torch.bfloat16, "bf16")
+    with pytest.raises(ValueError, match="precision: bf16 -> fp32"):
+        drawn("half", False)
+    plain = make_run(tmp_path / "plain", model_config(**TEXT))
+    assert find_source(plain, "ema").precision == "fp32"
 
 
 def test_the_frame_rate_is_that_of_most_training_videos(tmp_path: Path) -> None:

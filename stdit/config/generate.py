@@ -64,5 +64,7 @@ class GenerateConfig(Frozen):
     """CPU threads of each worker."""
     device: Literal["cpu", "cuda"] | None = None
     """null: cuda where there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the transformer. `auto`: bf16 for a run that was trained in it, where the GPU, or this CPU, multiplies it natively."""
     overwrite: bool = False
     """Removes videos that other settings left in `out`, which is an error otherwise."""

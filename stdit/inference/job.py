@@ -42,6 +42,7 @@ from stdit.inference.prompts import Item, Prompt, items, read_prompts
 from stdit.training import adapters, checkpoint
 from stdit.training.identity import Architecture, load_identity
 
+Precision = Literal["fp32", "bf16"]
 MANIFEST, REQUEST, SHEET, MOVING = "manifest.jsonl", "request.json", "contact_sheet.png", "contact_sheet.gif"
 
 
@@ -69,6 +70,8 @@ class Source:
     # The base model of adapters or a control branch: its path, and the fingerprint of its weights.
     base: Path | None = None
     base_fingerprint: str | None = None
+    # That the run was trained in.
+    precision: Precision = "fp32"
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,16 @@ class Job:
     batch_size: int
     threads: int
     lora: tuple[LoRASource, ...] = ()
+    precision: Precision = "fp32"
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """How the videos are sampled, for their rows."""
+        how = {**self.source.facts, **self.sampler.model_dump(), "batch_size": self.batch_size, "threads": self.threads}
+        how["precision"] = self.precision
+        if self.lora:
+            how["lora"] = [adapter.model_dump(mode="json") for adapter in self.lora]
+        return how
 
     @cached_property
     def batches(self) -> list[tuple[Item, ...]]:
@@ -141,7 +154,17 @@ def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
         default_bucket(buckets),
         checkpoint.common_frame_rate(identity),
         _classes_of(identity["architecture"]),
+        precision="bf16" if identity["config"]["train"]["precision"] == "bf16" else "fp32",
     )
+
+
+def _precision(source: Source, asked: Literal["auto", "fp32", "bf16"], device: str | None) -> Precision:
+    if asked != "auto":
+        return asked
+    from stdit.training.machine import multiplies_bfloat16
+
+    native = multiplies_bfloat16(None if device is None else device == "cuda")
+    return source.precision if native else "fp32"
 
 
 def _extracted_frames(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,13 +219,16 @@ def open_job(
     videos_per_prompt: int = 1,
     lora: Sequence[LoRASource] = (),
     base: Path | str | None = None,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    device: str | None = None,
     overwrite: bool = False,
 ) -> Job:
     """Validates the job, claims `out` for it and writes request.json there. Loads no weights.
 
     shape: None: the run's largest video bucket (or image bucket, if it has no other). sampler: None: the run's own. fps:
     None: of most videos that the run was trained on (8 if not known). base: path of the base model of adapters or a control
-    branch, if it was moved. ValueError: no prompts; threads that are not 1 to MAX_THREADS; a sampler of another objective;
+    branch, if it was moved. precision: of the transformer; auto: as the run was trained, where `device` (None: cuda where there is
+    one) multiplies bfloat16 natively. ValueError: no prompts; threads that are not 1 to MAX_THREADS; a sampler of another objective;
     sizes that don't divide; a folder with the videos of another job (overwrite: they are removed).
     """
     if not prompts:
@@ -234,6 +260,7 @@ def open_job(
         batch_size,
         int(threads),
         tuple(lora),
+        _precision(source, precision, device),
     )
     # By the weights: the same path may hold others tomorrow.
     added = [[adapters.weights_fingerprint(adapters.resolve_lora(one.path, weights))[:16], one.scale] for one in lora]
@@ -247,6 +274,7 @@ def open_job(
         "fps": fps,
         "batch_size": batch_size,
         "threads": job.threads,
+        "precision": job.precision,
         "lora": added or None,
         # By the weights: a base that was moved samples the same.
         "base": source.base_fingerprint and source.base_fingerprint[:16],
@@ -315,5 +343,6 @@ def job_from_config(config: GenerateConfig) -> Job:
     return open_job(
         config.run, prompts, config.out, shape, sampler,
         weights=config.weights, batch_size=config.batch_size, fps=config.fps, threads=config.threads,
-        videos_per_prompt=config.videos_per_prompt, lora=config.lora, base=config.base, overwrite=config.overwrite,
+        videos_per_prompt=config.videos_per_prompt, lora=config.lora, base=config.base,
+        precision=config.precision, device=config.device, overwrite=config.overwrite,
     )  # fmt: skip

@@ -271,6 +271,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
         ("threads", int, "CPU threads of each worker (default: 1)"),
         ("weights", str, "ema or model (default: ema)"),
         ("device", str, "cpu or cuda (default: cuda where there is one)"),
+        ("precision", str, "auto, fp32 or bf16 (default: auto, as the run was trained)"),
     ):
         parser.add_argument(f"--{key}", type=kind, help=help, metavar=key.upper().replace("-", "_"))
     parser.add_argument("--overwrite", action="store_true", help="remove videos that other settings left in OUT")

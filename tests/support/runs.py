@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -49,6 +49,7 @@ def make_run(
     step: int = 20,
     text: TextEncoderConfig | None = None,
     frame_rates: dict[str, int] | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
     **config: Any,
 ) -> Path:
     """A run directory with one whole checkpoint. EMA weights differ from the model's. text: what read its captions."""
@@ -64,7 +65,7 @@ def make_run(
                 TrainBucket(frames=4, height=16, width=16, batch_size=1),
             ),
         ),
-        train=TrainConfig(steps=step),
+        train=TrainConfig(steps=step, precision=precision),
         **config,
     )
     folder = run / checkpoint.FOLDER / checkpoint.folder_of_step(step)
