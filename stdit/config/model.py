@@ -152,6 +152,10 @@ class ModelConfig(Frozen):
     exit_depths: tuple[tuple[Annotated[float, Field(gt=0, lt=1)], Positive], ...] = ()
     """Early exit: (t, blocks) pairs, noisiest first; from t (0 data, 1 noise) upwards only the first `blocks` blocks run."""
 
+    sparse_dense: tuple[Positive, Positive] | None = None
+    """Sparse-dense residual fusion (SPRINT, arXiv 2510.21986): (start, end). Blocks start … end - 1 may run on a share of the tokens
+    (`train.token_routing`) or, in sampling, not at all; their output is fused with that of the blocks before. None: off."""
+
     timestep_width: Width | None = 256
     """Channels of the sinusoidal timestep embedding. None: hidden_size."""
     timestep_freq_shift: Literal[0, 1] = 0
@@ -172,6 +176,7 @@ class ModelConfig(Frozen):
         self._check_positions()
         self._check_conditions()
         self._check_dynamic()
+        self._check_sparse_dense()
         return self
 
     def _check_widths(self) -> None:
@@ -282,6 +287,24 @@ class ModelConfig(Frozen):
                     f"exit_depths: times must fall and blocks rise, found {list(self.exit_depths[i - 1])} before {[time, blocks]}"
                 )
 
+    def _check_sparse_dense(self) -> None:
+        if self.sparse_dense is None:
+            return
+        _, depth, _ = self.dimensions
+        start, end = self.sparse_dense
+        if not start < end < depth:
+            raise ValueError(
+                f"sparse_dense {[start, end]}: expected 0 < start < end < depth {depth}, with dense blocks on both sides"
+            )
+        if self.conditioning == "joint":
+            raise ValueError(
+                "sparse_dense does not go with conditioning joint: the text goes through the sparse blocks too"
+            )
+        if self.dynamic or self.exit_depths:
+            raise ValueError(
+                "sparse_dense does not go with dynamic_width, dynamic_tokens and exit_depths, which choose by sample what runs"
+            )
+
     def check_sequence_parallel(self, ranks: int) -> None:
         """ValueError: attention or MLP of this architecture can't be divided over so many ranks."""
         _, _, heads = self.dimensions
@@ -306,6 +329,8 @@ class ModelConfig(Frozen):
                 )
         if self.dynamic or self.exit_depths:
             raise ValueError(f"{where}: dynamic_width, dynamic_tokens and exit_depths choose by sample what runs")
+        if self.sparse_dense:
+            raise ValueError(f"{where}: sparse_dense {list(self.sparse_dense)} fuses the tokens of one grid of patches")
 
     def check_token_routing(self, start: int, end: int) -> None:
         """ValueError: tokens cannot bypass blocks start … end - 1 of this architecture."""
@@ -313,6 +338,10 @@ class ModelConfig(Frozen):
         where = f"token_routing of blocks {start} to {end - 1}"
         if not start < end <= depth:
             raise ValueError(f"token_routing has start {start}, end {end}: expected 0 <= start < end <= depth {depth}")
+        if self.sparse_dense not in (None, (start, end)):
+            raise ValueError(
+                f"token_routing has start {start}, end {end}; the model's sparse_dense is {list(self.sparse_dense or ())}"
+            )
         if self.dynamic:
             raise ValueError(f"{where} does not go with dynamic_width and dynamic_tokens, whose routers see all tokens")
         if self.mlp in ("conv2d", "conv3d"):

@@ -172,6 +172,11 @@ class TokenRoutingConfig(Frozen):
     """First block that they bypass, from 0."""
     end: Positive
     """First block after it that they enter again; the paper: depth - 4."""
+    path_drop: Share = 0.0
+    """With `model.sparse_dense`: share of the samples whose fusion sees the mask token in place of the sparse blocks' output, which
+    path-drop guidance needs. Both numbers above are then those of `model.sparse_dense`."""
+    dense_finish: Share = 0.0
+    """Share of the steps, at the end of training, in which all tokens run."""
 
 
 class AlignmentConfig(Frozen):
@@ -583,6 +588,14 @@ class Config(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _fuses_tokens(self) -> Config:
+        if self.model.sparse_dense is not None and self.train.control is not None:
+            raise ValueError(
+                "train.control and model.sparse_dense: a branch's residuals would be lost where the sparse blocks are dropped"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _routes_tokens(self) -> Config:
         routing, train = self.train.token_routing, self.train
         if routing is None:
@@ -593,6 +606,10 @@ class Config(Frozen):
             raise ValueError(
                 f"train.token_routing with train.sequence_parallel {train.sequence_parallel}: the kept tokens of a frame are "
                 "not spread evenly over the ranks that share it"
+            )
+        if routing.path_drop and self.model.sparse_dense is None:
+            raise ValueError(
+                f"train.token_routing.path_drop {routing.path_drop:g} needs model.sparse_dense, whose fusion has the mask token"
             )
         try:
             self.model.check_token_routing(routing.start, routing.end)

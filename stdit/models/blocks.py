@@ -100,6 +100,7 @@ class BlockState(NamedTuple):
     active          (B or 1, 1, 1, 1) bool: samples that have not exited yet
     shards          sequence parallelism: the tokens are this rank's, S / n of each frame
     kept            (B, K) tokens of a frame that enter the block, in training; the others bypass it
+    path_dropped    (B,) bool, in training: samples whose sparse blocks the mask token replaces; True: the block is not run
     packed          packed sequences: x is (1, N, 1, D), positions and modulation are by token (stdit.models.packing)
     """
 
@@ -115,6 +116,7 @@ class BlockState(NamedTuple):
     active: Tensor | None = None
     shards: TokenShards | None = None
     kept: Tensor | None = None
+    path_dropped: Tensor | bool = False
     packed: PackedBlocks | None = None
 
 

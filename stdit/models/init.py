@@ -66,6 +66,8 @@ def init_weights(model: Any) -> None:
         if block.attn.sr is not None:  # initialised as average pooling
             nn.init.constant_(block.attn.sr.weight, 1 / block.attn.sr.weight[0, 0].numel())
             nn.init.zeros_(block.attn.sr.bias)
+    if model.fusion is not None:
+        model.fusion.init_weights()
     for module in small:
         nn.init.normal_(module.weight, std=0.02)
     for module in zero:

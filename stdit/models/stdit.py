@@ -52,7 +52,7 @@ from stdit.models.init import init_weights, takes_model_config
 from stdit.models.packing import PackedClips, packed_forward
 from stdit.models.positions import Grid, PositionEmbeddings, add_positions
 from stdit.models.sequence_parallel import SequenceParallel, TokenShards, gather_tokens, shard_tokens
-from stdit.models.token_routing import put_back, route_tokens, take_tokens
+from stdit.models.token_routing import SparseDenseFusion, drop_path_of_all, put_back, route_tokens, take_tokens
 
 
 class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
@@ -102,6 +102,7 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
             self.add_module(name, TimestepEmbedder(outputs))
         block = DynamicSTDiTBlock if c.dynamic else STDiTBlock
         self.blocks = nn.ModuleList(block(c, i) for i in range(depth))
+        self.fusion = None if c.sparse_dense is None else SparseDenseFusion(width)
         self.final_layer = FinalLayer(c, pt * ph * pw * self.out_channels)
         init_weights(self)
 
@@ -122,6 +123,8 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         conditions: Conditions | None = None,
         generator: Generators = None,
         force_full: Tensor | None = None,
+        path_drop: bool = False,
+        dense: bool = False,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor] | tuple[Tensor, ComputeStats] | list[Tensor]:
         """Predicts noise or velocity, by the objective that the model was trained with.
@@ -144,6 +147,8 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
             conditions: from `precompute_conditions`, in place of timestep and all conditions.
             generator: for drop path, routers and token routing in training: one, or one per sample; None: torch's.
             force_full: (B,) bool, samples for which a dynamic model skips nothing (in training).
+            path_drop: leave the sparse blocks out, for path-drop guidance; of a model with `sparse_dense`.
+            dense: all tokens run, whatever the token routing (in training); paths are dropped as ever.
 
         Returns:
             `.sample` (B, C, T, H, W), 2C channels with learned_variance; a tuple without return_dict. Dynamic models in
@@ -166,7 +171,9 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         x, cond, positions = append_context_tokens(x, cond, positions, grid, full)
         x, positions, shards = shard_tokens(x, positions, self.sequence_parallel, full)
 
-        states = self.block_states(x, cond, positions, grid, block_residuals, generator, force_full, shards)
+        states = self.block_states(x, cond, positions, grid, block_residuals, generator, force_full, shards, dense)
+        if path_drop:
+            states = drop_path_of_all(self.sparse_blocks(), states)
         stats = []
         for hidden, block_stats in self.run_blocks(x, cond.text, states):
             x = hidden
@@ -191,9 +198,21 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         self, x: Tensor, text: Tensor | None, states: Sequence[BlockState]
     ) -> Iterator[tuple[Tensor, ComputeStats | None]]:
         """Tokens x (B, T, S, D) after each block, and what a dynamic block computed (in training)."""
-        for block, state in zip(self.blocks, states, strict=False):  # fewer states than blocks: early exit
-            x, text, stats = self.run_block(block, x, text, state)
+        before, stats = x, None
+        start, end = self.settings.sparse_dense or (0, 0)
+        for i, (block, state) in enumerate(zip(self.blocks, states, strict=False)):  # fewer states: early exit
+            before = x if i == start else before
+            if state.path_dropped is not True:
+                x, text, stats = self.run_block(block, x, text, state)
+            if self.fusion is not None and i == end - 1:
+                x = self.fusion(before, x, state)
             yield x, stats
+
+    def sparse_blocks(self) -> tuple[int, int]:
+        """(start, end) of the sparse blocks. ValueError: there are none."""
+        if self.settings.sparse_dense is None:
+            raise ValueError("path_drop (path-drop guidance) needs a model with sparse_dense; this one has none")
+        return self.settings.sparse_dense
 
     def run_block(
         self, block: nn.Module, x: Tensor, text: Tensor | None, state: BlockState
@@ -225,6 +244,7 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         generator: Generators = None,
         force_full: Tensor | None = None,
         shards: TokenShards | None = None,
+        dense: bool = False,
     ) -> list[BlockState]:
         """The inputs of each block that runs, for tokens x (B, T, S, D)."""
         count, depth = len(self.blocks), cond.depth
@@ -257,7 +277,8 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
             for i in range(depth if isinstance(depth, int) else count)
         ]
         if self.training and self.token_routing is not None:
-            states = route_tokens(self.token_routing, self.settings, states, x, generator)
+            routing = self.token_routing.model_copy(update={"share": 0.0}) if dense else self.token_routing
+            states = route_tokens(routing, self.settings, states, x, generator)
         return states
 
     @staticmethod
