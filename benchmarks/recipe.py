@@ -68,11 +68,18 @@ def recipes(depth: int) -> dict[str, dict[str, Any]]:
     wsd = {"train": {"optimizer": {"lr_schedule": "wsd"}}}
     muon = {"train": {"optimizer": {"name": "muon"}}}
     routing = {"train": {"token_routing": {"share": 0.5, "start": 1, "end": depth - 1}}}
+    sprint = {
+        "model": {"sparse_dense": [1, depth - 1]},
+        "train": {
+            "token_routing": {"share": 0.75, "start": 1, "end": depth - 1, "path_drop": 0.1, "dense_finish": 0.1}
+        },
+    }
     contrastive = {"diffusion": {"contrastive_weight": 0.05}}
     return {
         "today": {},
         "wsd": wsd,
         "token routing": routing,
+        "sparse-dense": sprint,
         "contrastive": contrastive,
         "alignment": {"train": {"alignment": {"block": depth // 3, "weight": 0.5}}},
         "adamw": {"train": {"optimizer": {"name": "adamw"}}},

@@ -121,6 +121,7 @@ def _draw(pipe: STDiTPipeline, job: Job, some: Sequence[Item]) -> list[Outcome]:
             num_inference_steps=job.sampler.steps,
             guidance_scale=job.sampler.guidance_scale,
             guidance_channels=job.sampler.guidance_channels,
+            path_drop=job.sampler.path_drop,
             generator=[torch.Generator().manual_seed(noise_seed(item)) for item in some],
             fps=some[0].fps if shape.frames > 1 else None,
             output_type="np",

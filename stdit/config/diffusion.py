@@ -95,3 +95,5 @@ class SamplerConfig(Frozen):
     guidance_channels: Positive | None = None
     """Number of latent channels that are guided, from the first. null: all (diffusers, Latte); 3 of 4 is what DiT's and
     PixArt's own code does."""
+    path_drop: bool = False
+    """Path-drop guidance, for models with `sparse_dense`: the unconditional prediction leaves the sparse blocks out."""

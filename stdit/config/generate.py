@@ -44,13 +44,15 @@ class GenerateConfig(Frozen):
     width: Width | None = None
     """Width in pixels. null: as `frames`."""
     scheduler: Literal["flow_euler", "ddim", "ddpm", "dpm_solver", "unipc"] | None = None
-    """null: the run's `samples.sampler`, as for the next three."""
+    """null: the run's `samples.sampler`, as for the next four."""
     steps: Annotated[int, Field(gt=0, le=100_000)] | None = None
     """Number of sampling steps."""
     guidance_scale: float | None = Field(default=None, ge=0, le=10_000)
     """Classifier-free guidance scale; 1 is no guidance."""
     guidance_channels: Positive | None = None
     """Number of latent channels that are guided, from the first."""
+    path_drop: bool | None = None
+    """Path-drop guidance, for models with `sparse_dense`: the unconditional prediction leaves the sparse blocks out."""
     videos_per_prompt: Samples = 1
     """Videos for each prompt, from consecutive seeds."""
     fps: Fps | None = None

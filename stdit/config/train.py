@@ -382,6 +382,7 @@ Transition = Literal[
     "new_text_projection",
     "add_micro_conditions",
     "add_dynamic",
+    "add_sparse_dense",
     "adaln_to_single",
 ]
 
@@ -689,6 +690,10 @@ class Config(Frozen):
 
     @model_validator(mode="after")
     def _agree(self) -> Config:
+        if self.samples.sampler.path_drop and self.model.sparse_dense is None:
+            raise ValueError(
+                "samples.sampler.path_drop: true needs model.sparse_dense, whose sparse blocks it leaves out"
+            )
         flow_sampler = self.samples.sampler.scheduler == "flow_euler"
         if self.diffusion.objective == "ddpm" and flow_sampler and self.samples.every:
             raise ValueError(

@@ -33,7 +33,7 @@ from stdit.config.base import MAX_THREADS
 from stdit.config.diff import changes
 from stdit.config.identity import FrameSampling
 from stdit.config.model import ClassConditioning, class_conditioning
-from stdit.diffusion.guidance import check_channels
+from stdit.diffusion.guidance import check_channels, check_path_drop
 from stdit.diffusion.schedulers import check_sampler, compatible_scheduler
 from stdit.files import atomic_write, check_regular, check_writable, fingerprint_files, seal
 from stdit.inference.components import read_index
@@ -293,6 +293,7 @@ def _check_shape(source: Source, shape: Bucket, sampler: SamplerConfig) -> None:
         latent, model = latent_shape(shape, (t, h, w)), identity["architecture"]
         token_grid(latent, tuple(model["patch_size"]), f"shape {shape.key}", model.get("pad_latents", False))
         check_channels(sampler.guidance_channels, identity["architecture"]["in_channels"])
+        check_path_drop(sampler.path_drop, model.get("sparse_dense"))
 
 
 def _claim(job: Job, settings: dict[str, Any], overwrite: bool) -> None:
@@ -328,7 +329,7 @@ def _claim(job: Job, settings: dict[str, Any], overwrite: bool) -> None:
 def job_from_config(config: GenerateConfig) -> Job:
     """The job of a config; defaults are the run's. Errors: as `open_job`."""
     source = find_source(config.run, config.weights)
-    names = ("scheduler", "steps", "guidance_scale", "guidance_channels")
+    names = ("scheduler", "steps", "guidance_scale", "guidance_channels", "path_drop")
     options = {name: getattr(config, name) for name in names}
     sampler = source.default.model_copy(update={k: v for k, v in options.items() if v is not None})
     sizes = {"frames": config.frames, "height": config.height, "width": config.width}

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stdit.config import Bucket, DiffusionConfig, SamplerConfig, token_grid, validate
 from stdit.config.identity import FrameSampling
-from stdit.diffusion.guidance import check_channels, guided
+from stdit.diffusion.guidance import check_channels, check_path_drop, guided
 from stdit.diffusion.objectives import with_scheduler_sign
 from stdit.diffusion.sample import sample
 from stdit.diffusion.schedulers import is_flow, make_scheduler, shifted
@@ -230,6 +230,7 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
         class_labels: Labels | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         guidance_channels: int | None = None,
+        path_drop: bool = False,
         fps: float | None = None,
         num_videos_per_prompt: int = 1,
         latents: Tensor | None = None,
@@ -261,6 +262,7 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
             guidance_scale: classifier-free guidance scale; 1 is no guidance, at half the cost.
             guidance_channels: number of latent channels that are guided, from the first. None: all, as in diffusers and
                 Latte; 3 (of 4) is what DiT's and PixArt's own code does.
+            path_drop: path-drop guidance, for models with sparse_dense: the unconditional prediction leaves their sparse blocks out.
             generator: on the CPU; a list has one per video, which makes each video independent of its batch.
             class_labels: numbers or names, for class-conditional models; -1 or None is the null class.
             negative_prompt: replaces the null caption in guidance; one, or one per prompt. Default of a model without a
@@ -303,6 +305,7 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
             for part in filter(None, (self.transformer, self.control)):
                 onednn.set_backend(part, self.cpu_matmul_backend)
         check_channels(guidance_channels, settings.in_channels)
+        check_path_drop(path_drop, settings.sparse_dense)
         check_callable("callback_on_step_end", callback_on_step_end)
         check_generator(generator)
         guidance_scale = checked_number("guidance_scale", guidance_scale, 0, MAX_SCALE)
@@ -362,7 +365,7 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
         onload(self.transformer)
         onload(branch)
         model = with_scheduler_sign(CachedConditions(self.transformer, branch, scale=control_scale), self.diffusion)
-        model = guided(model, guidance_scale, negative, guidance_channels)
+        model = guided(model, guidance_scale, negative, guidance_channels, path_drop)
         with _eval_mode(self.transformer, branch), cast(Any, self).progress_bar(total=num_inference_steps) as bar:
 
             def on_step(i: int, timestep: Tensor, x: Tensor) -> Tensor:

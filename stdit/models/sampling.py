@@ -45,11 +45,12 @@ class CachedConditions:
     def bind(self, cond: Mapping[str, Any], times: Tensor) -> Callable[[Tensor, int], Tensor]:
         """(x_t (B, C, T, H, W), step) -> prediction, of x_t's dtype, at times[step] under `cond`.
 
-        cond: by the keywords of the model's forward, (B, …) or (1, …), and `control` for the branch. times (N,).
+        cond: by the keywords of the model's forward, (B, …) or (1, …), and `control` for the branch; path_drop is a bool. times (N,).
         ValueError: conditions that don't fit the model, before any matrix product.
         """
         inputs = dict(cond)
         control = None if self.branch is None else inputs.pop("control")
+        skips = {"path_drop": True} if inputs.pop("path_drop", False) else {}
         inputs = _trimmed(self.model.settings, inputs)
         precomputed: _Precomputed | None = None
         if all(_weights_at_hand(part, times.device) for part in self.parts):
@@ -68,7 +69,7 @@ class CachedConditions:
             residuals: tuple[Tensor, ...] = ()
             if self.branch is not None:
                 residuals = self.branch(x, t, control=control, control_scale=self.scale, **kwargs[1])
-            return self.model(x, t, **kwargs[0], block_residuals=residuals, return_dict=False)[0].to(x_t.dtype)
+            return self.model(x, t, **kwargs[0], **skips, block_residuals=residuals, return_dict=False)[0].to(x_t.dtype)
 
         return step_model
 

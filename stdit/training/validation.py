@@ -225,7 +225,8 @@ class Validator:
                 scale = settings.sampler.guidance_scale if self._conditional else 1.0
                 negative = self.inputs.empty(len(batch)) if scale != 1 else {}
                 velocity = with_scheduler_sign(predict, config.diffusion)
-                steered = guided(velocity, scale, negative or None, channels=settings.sampler.guidance_channels)
+                sampler = settings.sampler
+                steered = guided(velocity, scale, negative or None, sampler.guidance_channels, sampler.path_drop)
                 generators = [torch.Generator().manual_seed(p) for p in batch.positions]
                 condition = batch_conditions(batch, config.model, self.ranks.device)
                 if size:

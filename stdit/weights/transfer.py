@@ -17,6 +17,7 @@
 * adaln_to_single: DiT's blocks (adaln, adaln_zero) become PixArt's (adaln_single); equal at timestep 500 without a class.
 * new_text_projection: another text width: y_proj and the null caption are newly initialised, outputs change. For another
   caption length or null caption, the projection is kept.
+* add_sparse_dense: a fusion of what is before and after the sparse blocks, which starts as the latter. Outputs are unchanged.
 * add_dynamic: routers, initialised fully open: outputs are unchanged. Or other exit_depths: outputs change.
 
 Depth and width do not change otherwise.
@@ -285,6 +286,12 @@ def add_micro_conditions(transfer: TransferState) -> None:
     )
 
 
+def add_sparse_dense(transfer: TransferState) -> None:
+    transfer.notes.append(
+        "add_sparse_dense: the fusion starts as the sparse blocks' output, the mask token as zero; outputs are unchanged"
+    )
+
+
 def add_dynamic(transfer: TransferState) -> None:
     """Routers are initialised open, as in every new model."""
     if transfer.old.exit_depths == transfer.new.exit_depths:
@@ -341,6 +348,7 @@ CHANGES: dict[Transition, Callable[[TransferState], None]] = {
     "rescale_positions": rescale_positions,
     "add_micro_conditions": add_micro_conditions,
     "add_dynamic": add_dynamic,
+    "add_sparse_dense": add_sparse_dense,
     "adaln_to_single": adaln_to_single,
 }
 

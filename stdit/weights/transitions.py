@@ -104,6 +104,8 @@ def _candidate_changes(old: ModelConfig, new: ModelConfig, inactive: set[str]) -
     routers = {key for key in ("dynamic_width", "dynamic_tokens") if getattr(new, key) and not getattr(old, key)}
     if routers or _differs(old, new, "exit_depths"):
         changes["add_dynamic"] = {"exit_depths", *routers}
+    if old.sparse_dense is None and new.sparse_dense is not None:
+        changes["add_sparse_dense"] = {"sparse_dense"}
     if old.conditioning in ("adaln", "adaln_zero") and new.conditioning == "adaln_single":
         changes["adaln_to_single"] = {"conditioning"}
     return changes

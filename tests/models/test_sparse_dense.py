@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from stdit.config import ModelConfig, TokenRoutingConfig, TrainConfig
+from stdit.diffusion.guidance import DROPPED, check_path_drop, guided
 from stdit.models.cost import model_cost
+from stdit.models.sampling import CachedConditions
 from stdit.models.stdit import STDiT
 from tests.support.models import MEMBERS, conditions_for
 
@@ -172,6 +174,44 @@ def test_costs_count_the_fusion_and_the_tokens_that_run(tiny: Tiny, noise: Noise
     assert routed.training_flops < dense.training_flops
 
 
+@pytest.mark.parametrize("name", [*FUSED[:2], "pixart-alpha"])
+def test_path_drop_guidance_goes_from_the_null_condition_without_sparse_blocks_to_the_condition(
+    tiny: Tiny, noise: Noise, name: str
+) -> None:
+    model, x, inputs = fused(tiny, noise, name)
+    model.eval()
+    times = torch.tensor([700.0, 200.0])
+    null = {"drop_condition": torch.ones(3, dtype=torch.bool)} if inputs.keys() & set(DROPPED) else {}
+    ran = calls(model)
+    with torch.no_grad():
+        steps = guided(CachedConditions(model), 3.0, path_drop=True).bind(inputs, times)
+        for i, t in enumerate(times):
+            ran.clear()
+            found = steps(x, i)
+            assert sorted(ran) == [0, 0, 1, 2, 3, 3]
+            c = model(x, t.expand(3), **inputs).sample
+            u = model(x, t.expand(3), **inputs | null, path_drop=True).sample
+            torch.testing.assert_close(found, u + 3 * (c - u), rtol=1e-4, atol=1e-5)
+
+
+def test_path_drop_guidance_saves_the_flops_of_the_sparse_blocks_of_one_prediction(tiny: Tiny, noise: Noise) -> None:
+    model, x, inputs = fused(tiny, noise)
+    model.eval()
+
+    def flops(path_drop: bool) -> int:
+        step = guided(CachedConditions(model), 3.0, path_drop=path_drop).bind(inputs, torch.tensor([500.0]))
+        step(x, 0)  # conditions and modulation are computed once
+        with FlopCounterMode(display=False) as counter:
+            step(x, 0)
+        counts = counter.get_flop_counts()
+        return sum(counts["Global"].values())
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        both, dropped = flops(False), flops(True)
+    assert counter.get_total_flops() > 0
+    assert 0.7 < dropped / both < 0.8  # half of the blocks of half of the predictions
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -193,5 +233,7 @@ def test_routing_of_other_blocks_and_packing_and_path_drop_without_fusion_are_re
         model.settings.check_token_routing(1, 2)
     with pytest.raises(ValueError, match="sparse_dense"):
         model.settings.check_packing()
+    with pytest.raises(ValueError, match="path-drop guidance.* needs a model with sparse_dense"):
+        check_path_drop(True, None)
     with pytest.raises(ValueError, match="needs a model with sparse_dense"):
         tiny(depth=4)(x, **inputs, path_drop=True)

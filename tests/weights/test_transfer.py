@@ -347,6 +347,18 @@ def test_routers_join_open(tiny: Tiny, settings: Settings, noise: Noise) -> None
     assert all(".dynamic." in name for name in report.newly_initialised)
 
 
+def test_a_fusion_joins_as_the_sparse_blocks_output(tiny: Tiny, settings: Settings, noise: Noise) -> None:
+    source = tiny(num_classes=4, depth=4)
+    target = settings(num_classes=4, depth=4, sparse_dense=(1, 3))
+    with pytest.raises(ValueError, match=r"sparse_dense None -> \(1, 3\) \(needs init.allow: \[add_sparse_dense\]"):
+        transfer_weights(source, target)
+    model, report = transfer_weights(source, target, ("add_sparse_dense",))
+    x = noise(2, 3, 2, 8, 8)
+    close(model(x, TIMES).sample, source(x, TIMES).sample)
+    assert set(report.newly_initialised) == {"fusion.proj.weight", "fusion.proj.bias", "fusion.mask_token"}
+    assert "outputs are unchanged" in report.notes[0]
+
+
 def test_another_text_encoder_brings_a_new_projection(tiny: Tiny, settings: Settings) -> None:
     source = tiny(text_dim=6, pooled_text=True)
     model, report = transfer_weights(
