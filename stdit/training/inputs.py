@@ -178,7 +178,7 @@ class Inputs:
             arguments["generator"] = generators(seed, "choices", step, positions)
         routing = self.config.train.token_routing
         if routing is not None and routing.dense_finish:
-            arguments["dense"] = step >= round((1 - routing.dense_finish) * self.config.train.steps)
+            arguments["dense"] = step > round((1 - routing.dense_finish) * self.config.train.steps)
         if dynamic is not None:
             full = uniform(seed, "complete", step, positions, self.device) < dynamic.full_model_prob
             arguments["force_full"] = full

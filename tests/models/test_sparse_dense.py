@@ -111,13 +111,9 @@ def test_a_dropped_path_runs_no_sparse_block_and_is_the_mask_token_everywhere(
     assert torch.equal(seen[0][0], seen[1][0])
     assert not torch.allclose(skipped, whole)
     # In training the paths of some samples are dropped beside others.
-    model.set_token_routing(ROUTING.model_copy(update={"share": 0.0, "path_drop": 0.5}))
-    for seed in range(4):
-        drawn = [torch.Generator().manual_seed(3 * seed + i) for i in range(3)]
-        found = model.train()(x, **inputs, generator=drawn).sample
-        dropped = (seen[-1][1] == model.fusion.mask_token).all(-1).all(-1).all(-1)
-        if 0 < int(dropped.sum()) < 3:
-            break
+    model.set_token_routing(ROUTING.model_copy(update={"share": 0.0, "path_drop": 0.75}))
+    found = model.train()(x, **inputs, generator=generators(3)).sample
+    dropped = (seen[-1][1] == model.fusion.mask_token).flatten(1).all(1)
     assert 0 < int(dropped.sum()) < 3
     torch.testing.assert_close(found, torch.where(dropped.view(-1, 1, 1, 1, 1), skipped, whole))
 
@@ -154,6 +150,19 @@ def test_dense_steps_run_every_token_and_drop_the_same_paths(tiny: Tiny, noise: 
     assert torch.equal(states[0].path_dropped, states[1].path_dropped)
 
 
+@pytest.mark.slow
+def test_compiled_blocks_train_to_the_same_gradients(tiny: Tiny, noise: Noise) -> None:
+    model, x, inputs = fused(tiny, noise)
+    model.set_token_routing(ROUTING.model_copy(update={"path_drop": 0.75}))
+    gradients = []
+    for _ in range(2):
+        model.train().zero_grad()
+        model(x, **inputs, generator=generators(3)).sample.square().sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        model.compile_repeated_blocks(backend="aot_eager")  # fullgraph: a graph break is an error
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
+
+
 def test_costs_count_the_fusion_and_the_tokens_that_run(tiny: Tiny, noise: Noise) -> None:
     model, x, inputs = fused(tiny, noise)
     inputs.pop("encoder_attention_mask", None)
@@ -174,13 +183,14 @@ def test_costs_count_the_fusion_and_the_tokens_that_run(tiny: Tiny, noise: Noise
     assert routed.training_flops < dense.training_flops
 
 
-@pytest.mark.parametrize("name", [*FUSED[:2], "pixart-alpha"])
+@pytest.mark.parametrize("name", [*FUSED[:2], "open-sora-1"])
 def test_path_drop_guidance_goes_from_the_null_condition_without_sparse_blocks_to_the_condition(
     tiny: Tiny, noise: Noise, name: str
 ) -> None:
     model, x, inputs = fused(tiny, noise, name)
     model.eval()
     times = torch.tensor([700.0, 200.0])
+    inputs.pop("timestep")
     null = {"drop_condition": torch.ones(3, dtype=torch.bool)} if inputs.keys() & set(DROPPED) else {}
     ran = calls(model)
     with torch.no_grad():
@@ -197,18 +207,17 @@ def test_path_drop_guidance_goes_from_the_null_condition_without_sparse_blocks_t
 def test_path_drop_guidance_saves_the_flops_of_the_sparse_blocks_of_one_prediction(tiny: Tiny, noise: Noise) -> None:
     model, x, inputs = fused(tiny, noise)
     model.eval()
+    inputs.pop("timestep")
 
     def flops(path_drop: bool) -> int:
         step = guided(CachedConditions(model), 3.0, path_drop=path_drop).bind(inputs, torch.tensor([500.0]))
         step(x, 0)  # conditions and modulation are computed once
         with FlopCounterMode(display=False) as counter:
             step(x, 0)
-        counts = counter.get_flop_counts()
-        return sum(counts["Global"].values())
+        return counter.get_total_flops()
 
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad():
         both, dropped = flops(False), flops(True)
-    assert counter.get_total_flops() > 0
     assert 0.7 < dropped / both < 0.8  # half of the blocks of half of the predictions
 
 
@@ -236,4 +245,4 @@ def test_routing_of_other_blocks_and_packing_and_path_drop_without_fusion_are_re
     with pytest.raises(ValueError, match="path-drop guidance.* needs a model with sparse_dense"):
         check_path_drop(True, None)
     with pytest.raises(ValueError, match="needs a model with sparse_dense"):
-        tiny(depth=4)(x, **inputs, path_drop=True)
+        tiny(**MEMBERS[FUSED[0]], depth=4)(x, **inputs, path_drop=True)

@@ -47,6 +47,12 @@ DDPM = {
 }
 
 
+SPARSE_DENSE = {
+    "model": {"depth": 4, "sparse_dense": [1, 3]},
+    "train": {"token_routing": ROUTING | {"path_drop": 0.3, "dense_finish": 0.34}, "checkpoint_every": 3},
+}
+
+
 def data_for(path: Path, ranks: int, stage: int, changes: dict[str, Any]) -> dict[str, Any]:
     data = merge(settings(path), changes)
     data["data"]["buckets"] = for_ranks(ranks)
@@ -84,6 +90,26 @@ def test_a_run_with_every_switch_resumes_bit_by_bit(pair: Pool, stage: int, chan
     last, again = (tmp_path / name / "checkpoints/step-00000006" for name in ("whole", "broken"))
     STDiT.from_pretrained(last / "transformer_ema")  # strict: without the head
     assert (again / HEAD).read_bytes() == (last / HEAD).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_fused_run_resumes_bit_by_bit_through_the_switch_to_dense_steps(
+    pair: Pool, stage: int, tmp_path: Path
+) -> None:
+    whole = pair(run, data_for(tmp_path / "whole", 2, stage, SPARSE_DENSE))[0]
+    for stop in (3, 5):  # dense from the fifth step of six
+        broken = data_for(tmp_path / f"broken-{stop}", 2, stage, SPARSE_DENSE)
+        pair(run, broken, stop)
+        assert numbers(pair(run, broken)[0]["metrics"]) == numbers(whole["metrics"])
+        assert weights(tmp_path / f"broken-{stop}", 6) == weights(tmp_path / "whole", 6)
+    never = merge(SPARSE_DENSE, {"train": {"token_routing": {"dense_finish": 0.0}}})
+    sparse = pair(run, data_for(tmp_path / "sparse", 2, stage, never))[0]
+    same = [a["loss"] == b["loss"] for a, b in zip(whole["metrics"], sparse["metrics"], strict=True)]
+    assert same == [True] * 4 + [False] * 2
+    trained = STDiT.from_pretrained(tmp_path / "whole/checkpoints/step-00000006/transformer_ema")
+    assert trained.fusion is not None
+    assert trained.fusion.mask_token.any()
 
 
 def test_routed_and_aligned_tokens_do_not_depend_on_the_number_of_ranks(pair: Pool, solo: Pool, tmp_path: Path) -> None:
@@ -181,6 +207,9 @@ def test_a_decay_that_has_begun_cannot_be_taken_back(solo: Pool, tmp_path: Path)
         ({"train": {"sequence_parallel": 2}}, "not spread evenly over the ranks"),
         ({"train": {"control": {"blocks": 1}}, "init": {"source": "runs/base"}}, "the branch's residuals"),
         ({"model": {"dynamic_tokens": True}}, "train.token_routing of blocks 1 to 2 does not go with dynamic"),
+        ({"train": {"token_routing": {"path_drop": 0.1}}}, "path_drop 0.1 needs model.sparse_dense"),
+        ({"model": {"sparse_dense": [1, 2]}}, "sparse_dense is .1, 2."),
+        ({"samples": {"sampler": {"path_drop": True}}}, "sampler.path_drop: true needs"),
         ({"model": {"depth": 2}}, "train.token_routing has start 1, end 3"),
         ({"train": {"alignment": {"block": 4}}}, "train.alignment.block 4: expected 0 to 3"),
         ({"train": {"alignment": {"block": 0}}, "model": {"patch_size": [1, 1, 1]}}, "single numbers"),
