@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP_ARGS ?=
-# One test worker a core; the groups of tests/conftest.py stay together.
+# Workers by tests/conftest.py, whose groups stay together.
 PYTEST_ARGS ?=
 PYTEST_PARALLEL ?= -n auto --dist loadgroup --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK = 1

@@ -18,7 +18,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from stdit.config import (
     Bucket,
@@ -30,9 +30,11 @@ from stdit.config import (
     GenerateConfig,
     NonNegative,
     Samples,
+    Url,
     Width,
     apply_override,
     load_config,
+    parse_location,
     validate,
 )
 from stdit.config.identity import FrameSampling
@@ -44,6 +46,7 @@ from stdit.outputs import check_outputs, claim_outputs
 if TYPE_CHECKING:
     from stdit.inference.job import Source
 
+_Run = TypeVar("_Run", bound=Path | Url)
 Generate = Callable[[GenerateConfig], object]
 COMMAND, PROMPTS, METRICS = "evaluate", "prompts.jsonl", "metrics.json"
 
@@ -67,7 +70,7 @@ def generate_missing(config: GenerateConfig) -> None:
 
 
 def evaluate_run(
-    run: Path,
+    run: Path | Url,
     manifest: Path,
     out: Path,
     prompts: EvaluationPrompts | None = None,
@@ -113,7 +116,7 @@ def clip_shape(source: Source, prompts: EvaluationPrompts) -> Bucket:
 
 
 def evaluate_runs(
-    runs: Sequence[Path],
+    runs: Sequence[Path | Url],
     manifest: Path,
     out: Path,
     prompts: EvaluationPrompts,
@@ -146,9 +149,9 @@ def _without_clips(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in metrics.items() if key != "clips"}
 
 
-def run_names(runs: Sequence[Path]) -> dict[str, Path]:
+def run_names(runs: Sequence[_Run]) -> dict[str, _Run]:
     """Each run by the last part of its path, or as many parts as make names unique. ConfigError: duplicates."""
-    parts = {run: [part for part in run.resolve().parts if part != "/"] for run in runs}
+    parts = {run: run.key.split("/") if isinstance(run, Url) else [*run.resolve().parts[1:]] for run in runs}
     if len({tuple(p) for p in parts.values()}) < len(runs):
         raise ConfigError(f"duplicate run: {', '.join(map(str, runs))}")
     for length in range(1, max(map(len, parts.values())) + 1):
@@ -183,7 +186,9 @@ def arguments(prog: str = "stdit.evaluate") -> argparse.ArgumentParser:
     parser.add_argument(
         "--config", type=Path, help="YAML of EvaluateConfig: scores media that exist; the other flag is --set"
     )
-    parser.add_argument("--run", nargs="+", type=Path, help="run directories, checkpoints or pipelines")
+    parser.add_argument(
+        "--run", nargs="+", type=parse_location, help="run directories, checkpoints or pipelines, or URLs of runs"
+    )
     parser.add_argument("--manifest", type=Path, help="the dataset's manifest")
     parser.add_argument("--out", type=Path, help="folder for videos and metrics")
     for key, kind, text in _FLAGS:

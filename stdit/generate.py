@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from stdit.config import Bucket, LoRASource, SamplerConfig
+from stdit.config import Bucket, LoRASource, SamplerConfig, Url
 from stdit.config.identity import FrameSampling
 from stdit.config.load import shorten
 from stdit.console import echo
@@ -68,7 +68,7 @@ def load(job: Job, device: str | None = None, ranks: Ranks | None = None) -> STD
     """The job's pipeline with its sampler, without progress bar, on `device` (None: cuda where there is one). ranks: those
     that share each video's tokens; None: this process has them all."""
     base = {} if job.source.base is None else {"base": job.source.base}
-    pipe = STDiTPipeline.from_pretrained(job.source.path, weights=job.source.weights, **base)
+    pipe = STDiTPipeline.from_pretrained(job.source.local_path(), weights=job.source.weights, **base)
     for adapter in job.lora:
         pipe.load_lora_weights(adapter.path, scale=adapter.scale, weights=job.source.weights)
     if job.precision == "bf16":
@@ -292,7 +292,7 @@ def report(rows: Sequence[dict[str, Any]], outcomes: Sequence[Outcome], out: Pat
 
 
 def generate(
-    run: Path | str,
+    run: Path | Url | str,
     prompts: Sequence[Prompt],
     out: Path | str,
     shape: Bucket | None = None,

@@ -67,8 +67,8 @@ def cores() -> int:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """`-n auto`: a worker per core that this process may use."""
-    return min(cores(), MAX_WORKERS)
+    """`-n auto`: a worker per core that this process may use, and one for the time in which tests wait for their processes."""
+    return min(cores() + 1, MAX_WORKERS)
 
 
 def pytest_configure(config: pytest.Config) -> None:

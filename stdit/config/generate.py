@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from stdit.config.base import Fps, Frames, Frozen, Positive, Samples, Threads, Width, Workers
-from stdit.config.location import LocalPath
+from stdit.config.location import LocalPath, Location
 
 
 class LoRASource(Frozen):
@@ -23,8 +23,9 @@ class LoRASource(Frozen):
 class GenerateConfig(Frozen):
     """Videos for a file of prompts (`python -m stdit.generate --run … --prompts … --out …`)."""
 
-    run: Path
-    """A run directory, one of its checkpoints, or a folder that STDiTPipeline.save_pretrained wrote."""
+    run: Location
+    """A run directory, one of its checkpoints, or a folder that STDiTPipeline.save_pretrained wrote; or the URL of a run's mirror
+    (`train.upload_to`) or of a checkpoint in it, of which identity and weights are fetched into the user's cache."""
     weights: Literal["ema", "model"] = "ema"
     """Weights of a run: the exponential moving average, or those of the last step."""
     lora: tuple[LoRASource, ...] = ()

@@ -23,6 +23,7 @@ from stdit.config import (
     LoRASource,
     SamplerConfig,
     SealedSchema,
+    Url,
     default_bucket,
     latent_shape,
     read_json,
@@ -41,6 +42,7 @@ from stdit.inference.inputs import DEFAULT_FPS
 from stdit.inference.prompts import Item, Prompt, items, read_prompts
 from stdit.training import adapters, checkpoint
 from stdit.training.identity import Architecture, load_identity
+from stdit.training.mirror import fetch_weights
 
 Precision = Literal["fp32", "bf16"]
 MANIFEST, REQUEST, SHEET, MOVING = "manifest.jsonl", "request.json", "contact_sheet.png", "contact_sheet.gif"
@@ -55,7 +57,8 @@ class JobRequest(SealedSchema):
 
 @dataclass(frozen=True)
 class Source:
-    """Where the pipeline comes from. `facts` go into every manifest row; `fingerprint` identifies the weights."""
+    """Where the pipeline comes from. `facts` go into every manifest row; `fingerprint` identifies the weights. url: from where `path`
+    was fetched; every machine fetches it for itself."""
 
     path: Path
     weights: Literal["ema", "model"]
@@ -72,6 +75,11 @@ class Source:
     base_fingerprint: str | None = None
     # That the run was trained in.
     precision: Precision = "fp32"
+    url: Url | None = None
+
+    def local_path(self) -> Path:
+        """`path`, on this machine."""
+        return self.path if self.url is None else fetch_weights(self.url, self.weights)
 
 
 @dataclass(frozen=True)
@@ -114,11 +122,14 @@ class Job:
         return [n for n, batch in enumerate(self.batches) if not all(self.is_complete(item) for item in batch)]
 
 
-def find_source(run: Path, weights: Literal["ema", "model"]) -> Source:
-    """The newest complete checkpoint of a run directory; or `run` itself, a checkpoint or a saved pipeline.
+def find_source(run: Path | Url, weights: Literal["ema", "model"]) -> Source:
+    """The newest complete checkpoint of a run directory, or of a run's mirror at a URL; or `run` itself, a checkpoint or a saved pipeline.
 
-    ConfigError: none of these. CheckpointError: damaged files.
+    ConfigError: none of these. CheckpointError: damaged files. StoreError: of the URL.
     """
+    if isinstance(run, Url):
+        fetched = find_source(fetch_weights(run, weights), weights)
+        return replace(fetched, url=run, facts={**fetched.facts, "run": str(run)})
     if (run / "model_index.json").is_file():
         index = read_index(run)
         diffusion = validate(index["diffusion"], DiffusionConfig, f"{run}/model_index.json: diffusion")
@@ -206,7 +217,7 @@ def _fingerprint(folder: Path) -> str:
 
 
 def open_job(
-    run: Path | str,
+    run: Path | Url | str,
     prompts: Sequence[Prompt],
     out: Path | str,
     shape: Bucket | None = None,
@@ -235,7 +246,8 @@ def open_job(
         raise ValueError("no prompts: the list is empty")
     if not 1 <= threads <= MAX_THREADS:
         raise ValueError(f"threads: expected 1 to {MAX_THREADS}, found {threads}")
-    source = _with_base(find_source(Path(run), weights), None if base is None else Path(base))
+    source = find_source(run if isinstance(run, Url) else Path(run), weights)
+    source = _with_base(source, None if base is None else Path(base))
     sampler, shape = sampler or source.default, shape or source.largest
     fps = float(fps or source.fps or DEFAULT_FPS)
     for number, prompt in enumerate(prompts):

@@ -252,7 +252,9 @@ def label_id(label: int | str | None, classes: Mapping[str, int], count: int) ->
 def arguments(description: str | None) -> argparse.ArgumentParser:
     """Parser of the command line; every flag is a key of GenerateConfig."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, help="run directory, checkpoint, or folder of a saved pipeline")
+    parser.add_argument(
+        "--run", required=True, help="run directory, checkpoint, folder of a saved pipeline, or URL of a run"
+    )
     parser.add_argument(
         "--prompts", required=True, help="text, one prompt per line; or JSONL with prompt, class, seed, name"
     )

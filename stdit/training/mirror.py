@@ -9,6 +9,7 @@
     mirror.begin()
     mirror.update()                      a checkpoint was completed
     mirror.finish()                      all is uploaded, or NotUploaded
+    fetch_weights(url, "ema")            for inference: identity and weights of the newest checkpoint, in the user's cache
 
 Uploads never hold up training, nor does their failure end it: what is missing is uploaded with the next checkpoint. One is on its way at a
 time; its files are hard-linked first, so that they stay while older checkpoints are removed.
@@ -16,13 +17,15 @@ time; its files are hard-linked first, so that they stay while older checkpoints
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 import re
 import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -32,7 +35,7 @@ from stdit.config import Config, ConfigError, Url, parse_yaml, validate
 from stdit.console import echo
 from stdit.data import objects
 from stdit.data.objects import Digest, NoAccess, NoSuchBucket, NoSuchObject, StoreError, is_of_object
-from stdit.files import MAX_JSON_BYTES, atomic_path, sha256
+from stdit.files import MAX_JSON_BYTES, atomic_path, flock, sha256
 from stdit.integrity import IDENTITY, MANIFEST, read_manifest, verify
 from stdit.metrics_log import FILE as METRICS
 from stdit.training import checkpoint, ema_snapshots, resume
@@ -238,6 +241,43 @@ def fetch(config: Config, features_fingerprint: str, world_size: int) -> None:
             return
 
 
+def fetch_weights(url: Url, weights: checkpoint.Weights) -> Path:
+    """The newest whole checkpoint of the run at `url`, or the one that is there, with its identity and these weights alone: a folder in
+    XDG_CACHE_HOME/stdit/checkpoints. Every file is compared with its hash; what is there already is not fetched again.
+
+    ConfigError: no run there, or only damaged checkpoints, which are reported. StoreError: as `objects.download`.
+    """
+    names = objects.listing(url)
+    steps = sorted(_whole(_steps(names, FOLDER)), reverse=True)
+    sources = [url] if IDENTITY in names else [url / FOLDER / folder_of_step(step) for step in steps]
+    for source in sources:
+        try:
+            identity = _remote_identity(source)
+            manifest = objects.read(source / MANIFEST, MAX_JSON_BYTES)
+            kept = (IDENTITY, checkpoint.weights_folder(checkpoint.trained_kind(identity), weights))
+            # By content: a run of the same name may have other weights tomorrow.
+            version = hashlib.sha256(manifest + weights.encode()).hexdigest()[:32]
+            folder = checkpoint_cache() / version / source.name
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with (folder.parent / ".lock").open("w") as lock:
+                flock(lock, fcntl.LOCK_EX)  # for other processes of this machine
+                if not folder.exists() or verify(folder) is not None:
+                    _fetch_folder(source, folder, checkpoint.seal_partial, kept)
+            return folder
+        except (_Damaged, StoreError) as error:
+            if isinstance(error, StoreError) and not is_of_object(error):
+                raise
+            echo(f"stdit: checkpoint {source} is skipped: {error}", file=sys.stderr)
+    raise ConfigError(
+        f"{url}: neither a checkpoint (no {IDENTITY}) nor a run with an intact one (no whole {FOLDER}/step-*)"
+    )
+
+
+def checkpoint_cache() -> Path:
+    """Where `fetch_weights` keeps checkpoints; what is there may be removed at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stdit" / "checkpoints"
+
+
 def upload_finished(config: Config) -> None:
     """Uploads what is missing of a run that is complete, on rank 0. ConfigError, NotUploaded: as RunMirror."""
     if config.train.upload_to is not None and os.environ.get("RANK", "0") == "0":
@@ -256,8 +296,14 @@ def read_config(url: Url) -> Config | None:
         return validate(parse_yaml(text, url / CONFIG), Config, url / CONFIG)
 
 
-def _fetch_folder(source: Url, folder: Path, complete: Callable[[Path, Path, Mapping[str, Any]], None]) -> None:
-    """A folder with a manifest, by way of a partial one, which goes on where it was interrupted. _Damaged, StoreError: as it is at the URL."""
+def _fetch_folder(
+    source: Url,
+    folder: Path,
+    complete: Callable[[Path, Path, Mapping[str, Any]], None],
+    kept: Sequence[str] | None = None,
+) -> None:
+    """A folder with a manifest, by way of a partial one, which goes on where it was interrupted; kept: of it these files and folders alone.
+    _Damaged, StoreError: as it is at the URL."""
     partial = partial_folder(folder)
     if not (partial / checkpoint.PARTIAL_MARK).is_file():
         checkpoint.start_partial(partial)
@@ -268,6 +314,9 @@ def _fetch_folder(source: Url, folder: Path, complete: Callable[[Path, Path, Map
         raise _Damaged(f"{source}: {error}") from error
     if outside := [name for name in files if name.startswith("/") or ".." in PurePosixPath(name).parts]:
         raise _Damaged(f"{source}: {MANIFEST} lists {outside[0]!r}, which lies outside the checkpoint")
+
+    if kept is not None:
+        files = {name: entry for name, entry in files.items() if name.partition("/")[0] in kept}
 
     def fetch_one(name: str) -> None:
         expected, target = Digest(files[name]["size"], files[name]["sha256"]), partial / name

@@ -136,6 +136,64 @@ def test_a_failed_upload_leaves_the_older_checkpoint_and_is_made_up_for(
     assert steps(other.run_dir) == [40, 20]
 
 
+def test_inference_fetches_identity_and_weights_once(
+    store: ObjectStore, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    upload(run_of(made, tmp_path / "run"))
+
+    def fetched(url: Url, weights: checkpoint.Weights) -> tuple[Path, set[str]]:
+        store.requests.clear()
+        folder = mirror.fetch_weights(url, weights)
+        return folder, {p.rpartition("/")[2] for method, p, _ in store.requests if method == "GET" and "?" not in p}
+
+    weights = {"config.json", "diffusion_pytorch_model.safetensors"}
+    folder, names = fetched(AT, "ema")
+    assert names == {"identity.json", "manifest.json", *weights}
+    assert checkpoint.verify(folder) is None
+    assert checkpoint.find_weights(folder, "ema") == folder / "transformer_ema"
+    source = made / "checkpoints/step-00000040"
+    assert files(folder / "transformer_ema") == files(source / "transformer_ema")
+    assert not (folder / "transformer").exists()
+    again, names = fetched(AT, "ema")
+    assert (again, names) == (folder, {"identity.json", "manifest.json"})
+    for file in (folder / "transformer_ema").glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    assert fetched(AT, "ema")[1] >= weights
+    assert checkpoint.verify(folder) is None
+    older, names = fetched(AT / "checkpoints/step-00000020", "model")
+    assert files(older / "transformer") == files(made / "checkpoints/step-00000020/transformer")
+    # A damaged checkpoint gives way to the one before it, and stays where it is: it is another's.
+    damaged = next((store.folder / "bucket/run/checkpoints/step-00000040/transformer").glob("*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[::-1])
+    assert fetched(AT, "model")[0] == older
+    assert "step-00000040 is skipped" in capsys.readouterr().err
+    assert (damaged.parents[1] / "manifest.json").exists()
+    with pytest.raises(ConfigError, match=r"s3://bucket/nothing: neither a checkpoint .* nor a run"):
+        mirror.fetch_weights(Url("s3://bucket/nothing"), "ema")
+
+
+def test_videos_of_a_run_at_a_url_are_those_of_the_run(
+    store: ObjectStore, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stdit.config import GenerateConfig
+    from stdit.generate import finish, job_from_config, run_groups
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = run_of(made, tmp_path / "run")
+    upload(config)
+    (tmp_path / "prompts.txt").write_text("a seven\n")
+
+    def pixels(run: str, out: Path) -> bytes:
+        given = {"run": run, "prompts": str(tmp_path / "prompts.txt"), "out": str(out), "steps": 1, "frames": 1}
+        job = job_from_config(validate(given, GenerateConfig, "test"))
+        (row,) = finish(job, run_groups(job, "cpu"))
+        assert row["protocol"]["run"] == run
+        return (out / row["file"]).read_bytes()
+
+    assert pixels(AT, tmp_path / "far") == pixels(str(config.run_dir), tmp_path / "near")
+
+
 def test_a_damaged_checkpoint_is_skipped_and_uploaded_again(
     store: ObjectStore, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -265,7 +265,7 @@ def test_it_goes_with(pair: Pool, solo: Pool, kind: str, stage: int, beside: str
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "stage"), [("factorized", 2), ("full", 3)])
 def test_it_goes_with_a_fusion_of_sparse_blocks(pair: Pool, solo: Pool, kind: str, stage: int, tmp_path: Path) -> None:
-    changes = {"model": {"depth": 3, "sparse_dense": [1, 2]}}
+    changes: dict[str, Any] = {"model": {"depth": 3, "sparse_dense": [1, 2]}}
     expected = solo(train_steps, run_settings(tmp_path / "1", kind, 0, 1, **changes), STEPS)[0]
     assert_equal(pair(train_steps, run_settings(tmp_path / "2", kind, stage, 2, **changes), STEPS)[0], expected)
 
