@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help setup demo test test-all golden gpu lint format docs clean
 
 help:
-	@echo "make demo      train a small text-to-video model in three stages, generate, evaluate, report (CPU; about 20 minutes on 2 cores)"
+	@echo "make demo      train a small text-to-video model in three stages, generate, evaluate, report (CPU; about 16 minutes on 2 cores)"
 	@echo "make test      the tests (CPU)"
 	@echo "make test-all  the slow tests too"
 	@echo "make golden    rewrite the golden losses in tests/golden/ (after a change that is meant to change them)"
