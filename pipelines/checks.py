@@ -85,12 +85,13 @@ def check_evaluation(plan: Plan, stage: ResolvedStage) -> None:
     evaluation = plan.evaluation
     if evaluation is None:
         return
-    from stdit.diffusion.guidance import check_channels
+    from stdit.diffusion.guidance import check_channels, check_path_drop
     from stdit.diffusion.schedulers import check_sampler
 
     try:
         check_sampler(evaluation.sampler, stage.config.diffusion)
         check_channels(evaluation.sampler.guidance_channels, stage.config.model.in_channels)
+        check_path_drop(evaluation.sampler.path_drop, stage.config.model.sparse_dense)
     except ValueError as error:
         raise ConfigError(f"{stage.source}: evaluation.sampler: {error}") from error
 

@@ -27,6 +27,7 @@ from stdit.config import (
     Location,
     NonNegative,
     Positive,
+    Precision,
     SamplerConfig,
     Samples,
     ScoreConfig,
@@ -143,7 +144,7 @@ class Evaluation(Frozen):
     """Ray actors that generate, each with one pipeline; 1: in the driver."""
     threads: Threads | Literal["auto"] = 1
     """CPU threads of each pipeline; `auto`: this machine's CPUs over `workers`."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """Of the transformer; `auto`: as the stage was trained, where bfloat16 is native."""
     compare_with_previous: bool = False
     """Also evaluates the stage before at this stage's shape, where it differs: what the stage has added."""

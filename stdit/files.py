@@ -248,6 +248,11 @@ class FolderLock:
         self._file.close()
 
 
+def user_cache() -> Path:
+    """What was fetched and may be removed at any time: $XDG_CACHE_HOME/stdit, or ~/.cache/stdit."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stdit"
+
+
 def flock(file: IO[Any], kind: int) -> bool:
     """Whether the lock was got, without waiting if `kind` has LOCK_NB. Where the file system has no locks, as if it was."""
     try:

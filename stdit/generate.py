@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from stdit.config import Bucket, LoRASource, SamplerConfig, Url
+from stdit.config import Bucket, LoRASource, Precision, SamplerConfig, Url
 from stdit.config.identity import FrameSampling
 from stdit.config.load import shorten
 from stdit.console import echo
@@ -306,7 +306,7 @@ def generate(
     videos_per_prompt: int = 1,
     lora: Sequence[LoRASource] = (),
     base: Path | str | None = None,
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    precision: Precision = "auto",
     overwrite: bool = False,
     progress: bool = False,
 ) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -24,6 +24,8 @@ Steps = Annotated[int, Field(gt=0, le=10_000_000)]
 NonNegative = Annotated[int, Field(ge=0)]
 # Beyond these a number in a config is a slip of the hand; seeds have 63 bits.
 MAX_INT, MAX_FLOAT = 2**63 - 1, 1e12
+# auto: bf16 where the device multiplies it natively.
+Precision = Literal["fp32", "bf16", "auto"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 

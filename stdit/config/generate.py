@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stdit.config.base import Fps, Frames, Frozen, Positive, Samples, Threads, Width, Workers
+from stdit.config.base import Fps, Frames, Frozen, Positive, Precision, Samples, Threads, Width, Workers
 from stdit.config.location import LocalPath, Location
 
 
@@ -67,7 +67,7 @@ class GenerateConfig(Frozen):
     """CPU threads of each worker."""
     device: Literal["cpu", "cuda"] | None = None
     """null: cuda where there is one."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """Of the transformer. `auto`: bf16 for a run that was trained in it, where the GPU, or this CPU, multiplies it natively."""
     overwrite: bool = False
     """Removes videos that other settings left in `out`, which is an error otherwise."""

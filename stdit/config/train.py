@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from stdit.config.base import Count, Frozen, NonNegative, Positive, Samples, Seconds, Share, Steps, Width
+from stdit.config.base import Count, Frozen, NonNegative, Positive, Precision, Samples, Seconds, Share, Steps, Width
 from stdit.config.buckets import Bucket, MicroBatches, TrainBucket
 from stdit.config.data import DataConfig
 from stdit.config.diffusion import DiffusionConfig, FrameConditioningConfig, SamplerConfig
@@ -253,7 +253,7 @@ class TrainConfig(Frozen):
     """Optimizer and learning rate."""
     ema: EMAConfig = EMAConfig()
     """Moving average of the weights."""
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    precision: Precision = "fp32"
     """bf16: forward and backward in bfloat16; master weights, optimizer and EMA stay float32. auto: bf16 on GPUs that compute in
     it and on CPUs with instructions for it (AVX512-BF16, AMX), else fp32; a run keeps what it began with."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"

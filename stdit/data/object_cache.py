@@ -31,7 +31,7 @@ from typing import BinaryIO
 from stdit.config import CacheConfig, Url
 from stdit.data import objects
 from stdit.data.objects import Digest, StoreError
-from stdit.files import flock
+from stdit.files import flock, user_cache
 
 # Seconds to wait for others to release files when there is no room.
 ROOM_WAIT_S = 300.0
@@ -52,8 +52,7 @@ class ObjectCache:
     @classmethod
     def of(cls, config: CacheConfig) -> ObjectCache:
         """The cache of a config; its folder is created on first use."""
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return cls(config.folder or Path(home) / "stdit" / "objects", int(config.size_gb * 1e9))
+        return cls(config.folder or user_cache() / "objects", int(config.size_gb * 1e9))
 
     @contextmanager
     def local(self, file: Path | Url, expected: Digest | None = None) -> Iterator[Path]:

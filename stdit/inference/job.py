@@ -21,6 +21,7 @@ from stdit.config import (
     DiffusionConfig,
     GenerateConfig,
     LoRASource,
+    Precision,
     SamplerConfig,
     SealedSchema,
     Url,
@@ -44,7 +45,6 @@ from stdit.training import adapters, checkpoint
 from stdit.training.identity import Architecture, load_identity
 from stdit.training.mirror import fetch_weights
 
-Precision = Literal["fp32", "bf16"]
 MANIFEST, REQUEST, SHEET, MOVING = "manifest.jsonl", "request.json", "contact_sheet.png", "contact_sheet.gif"
 
 
@@ -57,8 +57,8 @@ class JobRequest(SealedSchema):
 
 @dataclass(frozen=True)
 class Source:
-    """Where the pipeline comes from. `facts` go into every manifest row; `fingerprint` identifies the weights. url: from where `path`
-    was fetched; every machine fetches it for itself."""
+    """Where the pipeline comes from. `facts` go into every manifest row; `fingerprint` identifies the weights. url: of the checkpoint
+    that was fetched to `path`; every machine fetches it for itself."""
 
     path: Path
     weights: Literal["ema", "model"]
@@ -74,12 +74,14 @@ class Source:
     base: Path | None = None
     base_fingerprint: str | None = None
     # That the run was trained in.
-    precision: Precision = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
     url: Url | None = None
 
     def local_path(self) -> Path:
         """`path`, on this machine."""
-        return self.path if self.url is None else fetch_weights(self.url, self.weights)
+        if self.url is None or self.path.is_dir():
+            return self.path
+        return fetch_weights(self.url, self.weights)[1]
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Job:
     batch_size: int
     threads: int
     lora: tuple[LoRASource, ...] = ()
-    precision: Precision = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -128,8 +130,9 @@ def find_source(run: Path | Url, weights: Literal["ema", "model"]) -> Source:
     ConfigError: none of these. CheckpointError: damaged files. StoreError: of the URL.
     """
     if isinstance(run, Url):
-        fetched = find_source(fetch_weights(run, weights), weights)
-        return replace(fetched, url=run, facts={**fetched.facts, "run": str(run)})
+        url, folder = fetch_weights(run, weights)
+        fetched = find_source(folder, weights)
+        return replace(fetched, url=url, facts={**fetched.facts, "run": str(run)})
     if (run / "model_index.json").is_file():
         index = read_index(run)
         diffusion = validate(index["diffusion"], DiffusionConfig, f"{run}/model_index.json: diffusion")
@@ -169,7 +172,7 @@ def find_source(run: Path | Url, weights: Literal["ema", "model"]) -> Source:
     )
 
 
-def _precision(source: Source, asked: Literal["auto", "fp32", "bf16"], device: str | None) -> Precision:
+def _precision(source: Source, asked: Precision, device: str | None) -> Literal["fp32", "bf16"]:
     if asked != "auto":
         return asked
     from stdit.training.machine import multiplies_bfloat16
@@ -230,7 +233,7 @@ def open_job(
     videos_per_prompt: int = 1,
     lora: Sequence[LoRASource] = (),
     base: Path | str | None = None,
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    precision: Precision = "auto",
     device: str | None = None,
     overwrite: bool = False,
 ) -> Job:

@@ -80,8 +80,13 @@ class STDiTControl(STDiT):
         """The branch of `base` with copies of its weights, on its device, in its dtype and its mode (training or not).
 
         blocks: None for half of the base's (at least one). channels: None for those of the base's own latents, whose
-        patch embedding then is copied for the condition too. What is new is drawn from `seed`. ValueError: too many blocks.
+        patch embedding then is copied for the condition too. What is new is drawn from `seed`. ValueError: too many blocks, or a base
+        whose sparse blocks may be dropped.
         """
+        if base.settings.sparse_dense:
+            raise ValueError(
+                "a control branch of a model with sparse_dense: its residuals would be lost with the blocks"
+            )
         settings = static_settings(base.settings)
         width, depth, _ = settings.dimensions
         kwargs = settings.model_kwargs()

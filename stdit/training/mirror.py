@@ -9,7 +9,7 @@
     mirror.begin()
     mirror.update()                      a checkpoint was completed
     mirror.finish()                      all is uploaded, or NotUploaded
-    fetch_weights(url, "ema")            for inference: identity and weights of the newest checkpoint, in the user's cache
+    fetch_weights(url, "ema")            for inference: identity and weights of the newest checkpoint, and where they are
 
 Uploads never hold up training, nor does their failure end it: what is missing is uploaded with the next checkpoint. One is on its way at a
 time; its files are hard-linked first, so that they stay while older checkpoints are removed.
@@ -35,7 +35,7 @@ from stdit.config import Config, ConfigError, Url, parse_yaml, validate
 from stdit.console import echo
 from stdit.data import objects
 from stdit.data.objects import Digest, NoAccess, NoSuchBucket, NoSuchObject, StoreError, is_of_object
-from stdit.files import MAX_JSON_BYTES, atomic_path, flock, sha256
+from stdit.files import MAX_JSON_BYTES, atomic_path, flock, sha256, user_cache
 from stdit.integrity import IDENTITY, MANIFEST, read_manifest, verify
 from stdit.metrics_log import FILE as METRICS
 from stdit.training import checkpoint, ema_snapshots, resume
@@ -241,9 +241,9 @@ def fetch(config: Config, features_fingerprint: str, world_size: int) -> None:
             return
 
 
-def fetch_weights(url: Url, weights: checkpoint.Weights) -> Path:
-    """The newest whole checkpoint of the run at `url`, or the one that is there, with its identity and these weights alone: a folder in
-    XDG_CACHE_HOME/stdit/checkpoints. Every file is compared with its hash; what is there already is not fetched again.
+def fetch_weights(url: Url, weights: checkpoint.Weights) -> tuple[Url, Path]:
+    """The newest whole checkpoint of the run at `url`, or the one that is there: its URL, and a folder in the user's cache with its
+    identity and these weights alone. Every file is compared with its hash; what is there already is not fetched again.
 
     ConfigError: no run there, or only damaged checkpoints, which are reported. StoreError: as `objects.download`.
     """
@@ -257,13 +257,13 @@ def fetch_weights(url: Url, weights: checkpoint.Weights) -> Path:
             kept = (IDENTITY, checkpoint.weights_folder(checkpoint.trained_kind(identity), weights))
             # By content: a run of the same name may have other weights tomorrow.
             version = hashlib.sha256(manifest + weights.encode()).hexdigest()[:32]
-            folder = checkpoint_cache() / version / source.name
+            folder = user_cache() / "checkpoints" / version / source.name
             folder.parent.mkdir(parents=True, exist_ok=True)
             with (folder.parent / ".lock").open("w") as lock:
                 flock(lock, fcntl.LOCK_EX)  # for other processes of this machine
                 if not folder.exists() or verify(folder) is not None:
                     _fetch_folder(source, folder, checkpoint.seal_partial, kept)
-            return folder
+            return source, folder
         except (_Damaged, StoreError) as error:
             if isinstance(error, StoreError) and not is_of_object(error):
                 raise
@@ -271,11 +271,6 @@ def fetch_weights(url: Url, weights: checkpoint.Weights) -> Path:
     raise ConfigError(
         f"{url}: neither a checkpoint (no {IDENTITY}) nor a run with an intact one (no whole {FOLDER}/step-*)"
     )
-
-
-def checkpoint_cache() -> Path:
-    """Where `fetch_weights` keeps checkpoints; what is there may be removed at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stdit" / "checkpoints"
 
 
 def upload_finished(config: Config) -> None:

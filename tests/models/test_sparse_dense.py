@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stdit.config import ModelConfig, TokenRoutingConfig, TrainConfig
 from stdit.diffusion.guidance import DROPPED, check_path_drop, guided
+from stdit.models.control import STDiTControl
 from stdit.models.cost import model_cost
 from stdit.models.sampling import CachedConditions
 from stdit.models.stdit import STDiT
@@ -242,6 +243,8 @@ def test_routing_of_other_blocks_and_packing_and_path_drop_without_fusion_are_re
         model.settings.check_token_routing(1, 2)
     with pytest.raises(ValueError, match="sparse_dense"):
         model.settings.check_packing()
+    with pytest.raises(ValueError, match="a control branch of a model with sparse_dense"):
+        STDiTControl.of(model)
     with pytest.raises(ValueError, match="path-drop guidance.* needs a model with sparse_dense"):
         check_path_drop(True, None)
     with pytest.raises(ValueError, match="needs a model with sparse_dense"):

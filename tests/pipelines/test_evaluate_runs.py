@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from pipelines.evaluate_runs import FeaturePool
-from stdit.config import ConfigError, DiffusionConfig, ModelConfig, SamplerConfig
+from stdit.config import ConfigError, DiffusionConfig, ModelConfig, SamplerConfig, Url
 from stdit.diffusion.schedulers import make_scheduler
 from stdit.encoders.video import PixelAutoencoder
 from stdit.evaluate import main, run_names
@@ -116,6 +116,8 @@ def test_bad_settings_are_named(run, manifest, tmp_path: Path, capsys, flags: li
 def test_runs_are_named_by_as_many_path_parts_as_makes_them_unique() -> None:
     assert list(run_names([Path("/a/x/one"), Path("/a/y/two")])) == ["one", "two"]
     assert list(run_names([Path("/a/x/one"), Path("/a/y/one")])) == ["x-one", "y-one"]
+    far = Url("s3://bucket/runs/one")
+    assert run_names([Path("/a/one"), far]) == {"a-one": Path("/a/one"), "runs-one": far}
     with pytest.raises(ConfigError, match="duplicate run"):
         run_names([Path("/a"), Path("/a")])
 

@@ -442,6 +442,13 @@ def test_scores_that_need_more_clips_than_are_generated_are_refused(
     assert "evaluation.scores: recall (neighbors) needs 5 clips or more, but evaluation.prompts is 4" in told
 
 
+def test_guidance_that_a_stages_model_cannot_do_is_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = refused(capsys, write_plan(tmp_path), "evaluation.sampler.path_drop=true")
+    assert "evaluation.sampler: path_drop (path-drop guidance) needs a model with sparse_dense" in told
+
+
 def test_an_evaluation_that_fails_is_a_failed_part_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_plan(tmp_path)
     plan = plans.read(path)
@@ -454,6 +461,16 @@ def test_an_evaluation_that_fails_is_a_failed_part_of_the_plan(tmp_path: Path, m
     monkeypatch.setattr(runner, "_evaluate_run", fail)
     with pytest.raises(PlanFailed, match=r"^stage one: evaluation: no clip was generated$"):
         runner.evaluate(stages[0])
+
+
+def test_evaluations_generate_as_the_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_plan(tmp_path)
+    plan = plans.read(path, ["evaluation.precision=bf16", "evaluation.batch_size=3"])
+    stages = plans.resolve(plan, str(path))
+    told: dict[str, Any] = {}
+    monkeypatch.setattr("stdit.evaluate.evaluate_run", lambda *args, **settings: told.update(settings) or {})
+    PlanRunner(plan, stages, str(path), False)._evaluate_run(stages[0], stages[0])
+    assert (told["precision"], told["batch_size"], told["threads"]) == ("bf16", 3, 1)
 
 
 def test_a_stage_is_finished_by_its_own_number_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,7 +144,7 @@ def test_inference_fetches_identity_and_weights_once(
 
     def fetched(url: Url, weights: checkpoint.Weights) -> tuple[Path, set[str]]:
         store.requests.clear()
-        folder = mirror.fetch_weights(url, weights)
+        folder = mirror.fetch_weights(url, weights)[1]
         return folder, {p.rpartition("/")[2] for method, p, _ in store.requests if method == "GET" and "?" not in p}
 
     weights = {"config.json", "diffusion_pytorch_model.safetensors"}
@@ -192,6 +192,26 @@ def test_videos_of_a_run_at_a_url_are_those_of_the_run(
         return (out / row["file"]).read_bytes()
 
     assert pixels(AT, tmp_path / "far") == pixels(str(config.run_dir), tmp_path / "near")
+
+
+def test_workers_elsewhere_take_the_checkpoint_that_the_job_found(
+    store: ObjectStore, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stdit.inference.job import find_source
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
+    config = run_of(made, tmp_path / "run", (20,))
+    uploads = upload(config)
+    source = find_source(AT, "ema")
+    shutil.copytree(made / "checkpoints/step-00000040", config.run_dir / "checkpoints/step-00000040")
+    uploads.update()
+    uploads.close()
+    store.requests.clear()
+    assert source.local_path() == source.path
+    assert not store.requests, "what is on this machine is not asked for again"
+    shutil.move(tmp_path / "here", tmp_path / "away")
+    assert source.local_path().name == "step-00000020"
+    assert find_source(AT, "ema").path.name == "step-00000040"
 
 
 def test_a_damaged_checkpoint_is_skipped_and_uploaded_again(
