@@ -19,5 +19,5 @@ def test_loaders_are_compared_locally_and_over_a_store(tmp_path: Path, monkeypat
         monkeypatch.setenv(name, os.environ.get(name, ""))  # put back afterwards
     loader.main(["--step-s", "0.01", "--latency-s", "0.01"])
     rows = re.findall(r"^\| (.+?) \| ([\d,]+) \|", (tmp_path / "results/loader.md").read_text(), re.MULTILINE)
-    assert len(rows) == 5
+    assert len(rows) == 6
     assert all(int(rate.replace(",", "")) > 0 for _, rate in rows)

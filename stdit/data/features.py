@@ -444,7 +444,6 @@ class FeatureSet:
         """The tensors of a sample with one caption, by kind, as the shard's memory. The first time all are read, and compared
         with their digest. ConfigError: gone, or not what was written."""
         number = int(self._columns["shard"][row])
-        where = f"{shard_path(self.path, number)}: sample {id}"
         parts = {
             "mean": True,
             "std": self.index["posterior"],
@@ -465,9 +464,12 @@ class FeatureSet:
             try:
                 found = {kind: shard.get_tensor(f"{id}.{kind}") for kind in kinds}
             except SafetensorError as error:
-                raise ConfigError(f"{where} cannot be read ({error}); {REMEDY}") from error
+                raise ConfigError(
+                    f"{shard_path(self.path, number)}: sample {id} cannot be read ({error}); {REMEDY}"
+                ) from error
         if verified:
             return found
+        where = f"{shard_path(self.path, number)}: sample {id}"
         expected = self._shapes[self.rows["bucket"][row].as_py()]
         if tuple(found["mean"].shape) != expected:
             raise ConfigError(
