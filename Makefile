@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# Without a GPU: make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_ARGS ?=
 # Workers by tests/conftest.py, whose groups stay together.
 PYTEST_ARGS ?=
@@ -14,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help setup demo test test-all golden gpu lint format docs clean
 
 help:
-	@echo "make demo      train a small text-to-video model in three stages, generate, evaluate, report (CPU; about 16 minutes on 2 cores)"
+	@echo "make demo      train a small text-to-video model in three stages, generate, evaluate, report (CPU; about 15 minutes on 2 cores)"
 	@echo "make test      the tests (CPU)"
 	@echo "make test-all  the slow tests too"
 	@echo "make golden    rewrite the golden losses in tests/golden/ (after a change that is meant to change them)"

@@ -283,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             tell_others(error, config)
         if is_mine(error, stop):
             complain(f"error: {error}")
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # a fault of the program too: the others have to hear of it
         import traceback
 
         from stdit.training.lost_rank import LostRank, find_failure
@@ -297,7 +297,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not getattr(error, "shared", False):
                 complain(traceback.format_exc().rstrip())
             if is_mine(error, stop):
-                complain(f"error: {error}")
+                said = str(error) if isinstance(error, OSError | RuntimeError | ValueError) else repr(error)
+                complain(f"error: {said}")
     with contextlib.suppress(OSError):  # a terminal or pipe that is gone
         sys.stdout.flush()
         sys.stderr.flush()

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def test_a_ray_cluster_has_a_head_workers_and_a_token(spec: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("spec", clusters(), ids=["RayCluster", "RayJob"])
-def test_every_pod_is_labelled_unprivileged_and_sees_the_runs(spec: dict[str, Any]) -> None:
+def test_every_pod_is_labelled_unprivileged_and_sees_the_shared_volume(spec: dict[str, Any]) -> None:
     policy = kuberay("NetworkPolicy")["spec"]["podSelector"]["matchLabels"]
     claim = kuberay("PersistentVolumeClaim")["metadata"]["name"]
     for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
@@ -109,11 +110,28 @@ def test_every_pod_is_labelled_unprivileged_and_sees_the_runs(spec: dict[str, An
         assert policy.items() <= template["metadata"]["labels"].items()
         assert template["spec"]["securityContext"]["runAsNonRoot"] is True
         volumes = {v["name"]: v for v in template["spec"]["volumes"]}
-        assert volumes["runs"]["persistentVolumeClaim"]["claimName"] == claim
+        assert volumes["shared"]["persistentVolumeClaim"]["claimName"] == claim
         for container in template["spec"]["containers"]:
-            assert {"name": "runs", "mountPath": "/runs"} in container["volumeMounts"]
+            assert {"name": "shared", "mountPath": "/shared"} in container["volumeMounts"]
             assert {m["name"] for m in container["volumeMounts"]} <= set(volumes)
             assert container["resources"]["requests"] == container["resources"]["limits"]
+
+
+def test_the_plan_that_clusters_run_has_its_files_on_the_volume_that_every_node_mounts() -> None:
+    def paths(value: Any) -> Iterator[str]:
+        for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            yield from paths(inner)
+        if isinstance(value, str) and value.startswith("/"):
+            yield value
+
+    configs = [ROOT / "configs/plans/cluster-64gpu.yaml", *(ROOT / "configs/stages").glob("cluster-*.yaml")]
+    named = {path for config in configs for document in load(config) for path in paths(document)}
+    assert {"/shared/clips/manifest.parquet", "/shared/features/wan-t5-512"} <= named
+    assert {path for path in named if not path.startswith("/shared/")} == set()
+    for file in YAML:
+        assert set(re.findall(r"run_dir=(/\w+)", file.read_text())) <= {"/shared"}, file
+    (aws,) = load(CLUSTER / "ray/aws.yaml")
+    assert "--volume=/shared:/shared" in aws["docker"]["run_options"]
 
 
 def test_a_standing_cluster_keeps_its_dashboard_on_loopback_and_a_job_is_fenced_in() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from stdit.training import lost_rank, run_dir
 from stdit.training.checkpoint import SaveError
 from stdit.training.distributed import Ranks
 from stdit.training.lost_rank import find_failure, lost_connection, record_failure
+from tests.support.paths import ROOT
 from tests.support.rank_jobs import config_of, settings
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
@@ -56,3 +59,18 @@ def test_a_rank_that_has_failed_says_so_until_the_run_is_started_again(
     run_dir.check(config.run_dir)
     with run_dir.lock(config, ALONE):
         assert find_failure(config.run_dir, 0) is None
+
+
+def test_a_fault_of_the_program_ends_a_rank_at_once_with_1() -> None:
+    program = """
+import sys, threading
+from stdit import train
+def fail(config, stop): raise KeyError("frames")
+train.train = fail
+threading.Thread(target=threading.Event().wait).start()  # as of a library that waits for other ranks
+train.main(["--config", "configs/debug.yaml"])
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert ended.returncode == 1, ended.stderr
+    assert ended.stderr.endswith("error: KeyError('frames')\n")
+    assert "Traceback" in ended.stderr

@@ -202,23 +202,31 @@ step, taken = Engine.step, []
 def fail(self, lr):
     taken.append(lr)
     if len(taken) == 30:
-        raise OSError(5, "Input/output error", "/dev/nvme0")
+        raise ERROR
     return step(self, lr)
 Engine.step = fail
 train.main()
 """
 
 
-def test_an_error_of_one_host_ends_the_other_with_1_and_is_named_there(pair: tuple[Host, Host], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "own", "named"),
+    [
+        ('OSError(5, "Input/output error", "/dev/nvme0")', "[Errno 5] Input/output error: '/dev/nvme0'", "OSError: [Errno 5] Input/output error: '/dev/nvme0'"),
+        ('KeyError("frames")', "KeyError('frames')", "KeyError: 'frames'"),
+    ],
+    ids=["of a disk", "of the program"],
+)  # fmt: skip
+def test_an_error_of_one_host_ends_the_other_with_1_and_is_named_there(
+    pair: tuple[Host, Host], tmp_path: Path, error: str, own: str, named: str
+) -> None:
     script = tmp_path / "fails.py"
-    script.write_text(FAILS)
+    script.write_text(FAILS.replace("ERROR", error))
     programs = deepspeed(tmp_path / "run", pair, scripts=("stdit/train.py", str(script)))
     assert end(programs) == [1, 1], output(programs)
-    assert "[rank 1] error: [Errno 5] Input/output error: '/dev/nvme0'" in programs[1].output
+    assert f"[rank 1] error: {own}" in programs[1].output
     said = programs[0].output
-    assert re.search(
-        r"\[rank 0\] step 30, .*rank 1 failed: OSError: \[Errno 5\] Input/output error: '/dev/nvme0'", said
-    ), said
+    assert re.search(rf"\[rank 0\] step 30, .*rank 1 failed: {re.escape(named)}", said), said
 
 
 def test_hosts_without_a_shared_disk_are_refused_before_anything_is_trained(
