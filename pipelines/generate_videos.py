@@ -13,9 +13,9 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from pipelines.workers import connect, disconnect
+from pipelines.workers import connect, disconnect, in_cluster
 from stdit.config import ConfigError, GenerateConfig
 from stdit.console import echo
 from stdit.errors import exit_code
@@ -66,7 +66,7 @@ def generate_groups(job: Job, workers: int, device: str | None = None, progress:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     DataContext.get_current().enable_progress_bars = False
     have = ray.cluster_resources()
-    device = device or ("cuda" if have.get("GPU") else "cpu")
+    device = device or cluster_device()
     if device == "cuda" and not have.get("GPU"):
         if "RAY_ADDRESS" not in os.environ:
             raise ValueError("device: cuda, but Ray finds no GPU on this machine")
@@ -95,11 +95,23 @@ def generate_groups(job: Job, workers: int, device: str | None = None, progress:
     return outcomes
 
 
+def cluster_device() -> Literal["cpu", "cuda"]:
+    """cuda if the connected cluster has GPUs."""
+    import ray
+
+    return "cuda" if ray.cluster_resources().get("GPU") else "cpu"
+
+
 def generate_videos(config: GenerateConfig, progress: bool = True) -> tuple[list[dict[str, Any]], list[Outcome]]:
     """Makes what is missing, writes the manifest; its rows and what failed. Joins the Ray that is connected, or one of
     its own (pipelines.workers.connect). ValueError, CheckpointError, OSError, RuntimeError: nothing more can be made."""
     from stdit.generate import finish, job_from_config
 
+    if (
+        config.device is None and in_cluster()
+    ):  # whose driver may have no GPU: the workers' device decides about bfloat16
+        connect()
+        config = config.model_copy(update={"device": cluster_device()})
     job = job_from_config(config)
     outcomes: list[Outcome] = []
     if job.missing():

@@ -56,6 +56,12 @@ def connect(num_cpus: int | None = None) -> Literal["joined", "started", "alread
         return _init(ray.init, num_cpus)
 
 
+def in_cluster() -> bool:
+    """Whether a Ray is connected, or RAY_ADDRESS names one."""
+    ray = sys.modules.get("ray")
+    return bool(os.environ.get("RAY_ADDRESS")) or (ray is not None and ray.is_initialized())
+
+
 def _init(init: Callable[..., Any], num_cpus: int | None) -> Literal["joined", "started"]:
     # Workers' prints stay in Ray's log folder: the driver shows progress itself, and Ray's own harmless warnings
     # (its placement group cleaner looks for the dashboard) would bury it. Errors reach the driver as exceptions.

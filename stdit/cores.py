@@ -1,4 +1,5 @@
-"""CPU cores of this machine that this process may use: threads, worker processes and Ray's CPUs are counted by them."""
+"""CPU cores of this machine that this process may use, by which threads, worker processes and Ray's CPUs are counted, and the ranks that
+share the machine."""
 
 from __future__ import annotations
 
@@ -17,6 +18,13 @@ def available_cores() -> int:
     time, rounded up. At least 1."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(allowed, _quota() or allowed))
+
+
+def local_ranks() -> int | None:
+    """Ranks of this host, by torchrun, Ray and SLURM's script (LOCAL_WORLD_SIZE) or DeepSpeed's launcher (LOCAL_SIZE). None: no launcher
+    has said it."""
+    said = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
+    return None if said is None else int(said)
 
 
 def _quota() -> int | None:

@@ -109,7 +109,7 @@ def draw_group(pipe: STDiTPipeline, job: Job, number: int) -> list[Outcome]:
 
 def _draw(pipe: STDiTPipeline, job: Job, some: Sequence[Item]) -> list[Outcome]:
     """Samples items in one batch and writes what is missing; returns the failures."""
-    shape = some[0].shape
+    shape, shared = some[0].shape, pipe.transformer.sequence_parallel
     try:
         output = pipe(
             **_conditions(pipe, some),
@@ -127,9 +127,10 @@ def _draw(pipe: STDiTPipeline, job: Job, some: Sequence[Item]) -> list[Outcome]:
             output_type="np",
         )
     except Exception as error:  # One bad prompt must not cost the others.
+        if shared is not None and isinstance(error, RuntimeError):
+            raise  # as out of memory on this rank: the others wait for it inside the model until the launcher ends them
         return [Outcome(item.file, f"{type(error).__name__}: {error}") for item in some]
     assert isinstance(output, STDiTPipelineOutput)
-    shared = pipe.transformer.sequence_parallel
     writes = shared is None or shared.rank == 0
     failures = []
     for item, video in zip(some, output.frames, strict=True):  # (T, H, W, 3), 0 to 1

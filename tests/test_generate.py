@@ -287,6 +287,27 @@ def test_what_fails_in_a_batch_is_drawn_alone(
     assert not list((tmp_path / "c").glob("*.mp4"))
 
 
+def test_a_rank_that_fails_alone_ends_all_that_share_its_videos(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = generation.open_job(runs["text"], [Prompt("one"), Prompt("two")], tmp_path, SHAPE)
+    pipe = generation.load(job, "cpu")
+
+    def fails(error: Exception) -> None:
+        def encode(self: STDiTPipeline, prompt: Any) -> Any:
+            raise error
+
+        monkeypatch.setattr(STDiTPipeline, "encode_prompt", encode)
+
+    fails(RuntimeError("out of memory"))
+    assert {outcome.error for outcome in generation.draw_group(pipe, job, 0)} == {"RuntimeError: out of memory"}
+    monkeypatch.setattr(pipe.transformer, "sequence_parallel", SimpleNamespace(size=2, rank=0))
+    with pytest.raises(RuntimeError, match="out of memory"):  # others are in the model already, and would wait for it
+        generation.draw_group(pipe, job, 0)
+    fails(ValueError("not a prompt"))  # of all ranks
+    assert {outcome.error for outcome in generation.draw_group(pipe, job, 0)} == {"ValueError: not a prompt"}
+
+
 def test_a_full_disk_stops_everything_and_leaves_nothing_half_written(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

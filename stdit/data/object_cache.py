@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from stdit.config import CacheConfig, Url
+from stdit.cores import local_ranks
 from stdit.data import objects
 from stdit.data.objects import Digest, StoreError
 from stdit.files import flock, user_cache
@@ -170,7 +171,7 @@ class ReadAhead:
     def __init__(self, cache: ObjectCache) -> None:
         self.cache = cache
         # Other ranks of this machine announce as much.
-        self._limit = cache.limit / 2 / max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        self._limit = cache.limit / 2 / (local_ranks() or 1)
         self._pool = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="read-ahead")
         self._wanted: dict[Url, tuple[int, int, Future[None]]] = {}  # users, bytes
         self._bytes = 0

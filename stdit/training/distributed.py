@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stdit.config import ConfigError
-from stdit.cores import available_cores
+from stdit.cores import available_cores, local_ranks
 from stdit.models.sequence_parallel import SequenceParallel
 
 T = TypeVar("T")
@@ -127,10 +127,8 @@ def complete_environment() -> None:
 def limit_threads() -> None:
     """Limits torch's threads to this rank's share of the cores, unless OMP_NUM_THREADS is set."""
     if "OMP_NUM_THREADS" not in os.environ:
-        local_size = int(
-            os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ.get("WORLD_SIZE", 1)))
-        )
-        torch.set_num_threads(max(1, available_cores() // local_size))
+        local = local_ranks() or int(os.environ.get("WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, available_cores() // local))
 
 
 def choose_interface() -> None:
@@ -139,8 +137,7 @@ def choose_interface() -> None:
     By itself it takes the address that the host's name has here, in /etc/hosts often a loopback one (Debian's 127.0.1.1), which no other
     host can connect to. ConfigError: MASTER_ADDR is one here, but there are several hosts.
     """
-    local_size = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))  # of torchrun, of DeepSpeed
-    if "GLOO_SOCKET_IFNAME" in os.environ or local_size == os.environ["WORLD_SIZE"]:
+    if "GLOO_SOCKET_IFNAME" in os.environ or local_ranks() == int(os.environ["WORLD_SIZE"]):
         return
     master = os.environ["MASTER_ADDR"]
     try:
@@ -152,7 +149,7 @@ def choose_interface() -> None:
         return
     if not ip_address(address).is_loopback:
         use_interface_of(address)
-    elif local_size is not None:
+    elif local_ranks() is not None:
         raise ConfigError(
             f"MASTER_ADDR {master} is {address} on this host, where the other hosts' ranks are not; "
             "set it to an address that all hosts reach, or GLOO_SOCKET_IFNAME to the network's interface on each host"

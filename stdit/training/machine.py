@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 
 import torch
@@ -13,6 +12,7 @@ from diffusers.models.attention_dispatch import (
 )
 
 from stdit.config import Bucket, Config, ConfigError, TrainConfig, token_grid
+from stdit.cores import local_ranks
 from stdit.memory import check_fits, device_memory, gib, host_memory
 from stdit.models.attention import AttentionProcessor
 from stdit.models.cost import ModelCost, model_cost, parameter_sizes
@@ -61,7 +61,7 @@ def step_memory(
 def local_share(device: torch.device) -> tuple[int, str]:
     """Bytes of memory for one rank, and what has them: the GPU, or this machine, whose memory its ranks share."""
     if device.type == "cpu":
-        return host_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), "this machine"
+        return host_memory() // (local_ranks() or 1), "this machine"
     return torch.cuda.get_device_properties(device).total_memory, torch.cuda.get_device_name(device)
 
 
@@ -96,7 +96,7 @@ def _check_memory(
     Not counted: what `train.compile` recomputes.
     """
     on_host = device.type == "cpu" or offloads(config.train)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if on_host else 1
+    local = (local_ranks() or 1) if on_host else 1
     available = host_memory() if on_host else device_memory(device)
     train = config.train
     try:
@@ -134,7 +134,7 @@ def _check_memory(
 
 def _check_step(config: Config, ranks: int, latents: Mapping[str, Grid]) -> None:
     """ConfigError: the latents of a step's samples, which a rank reads into the host's memory together, do not fit."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local = local_ranks() or 1
     for key, each in config.micro_batches(ranks).items():
         samples = each.size * each.accumulation
         needed = samples * config.model.in_channels * math.prod(latents[key]) * 4
@@ -146,12 +146,12 @@ def _check_building(memory: Memory, parameters: int, train: TrainConfig) -> None
     """ConfigError: the host's memory does not hold the models that its ranks build."""
     what = f"model: to build its {parameters / 1e6:,.0f} M parameters (ZeRO-{train.zero_stage}, {train.precision}) takes a rank"
     remedy = "" if train.zero_stage == 3 else "Under train.zero_stage: 3 no rank ever holds the whole model"
-    check_fits(what, memory.building, remedy, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    check_fits(what, memory.building, remedy, local_ranks() or 1)
 
 
 def _check_checkpoint_copy(memory: Memory, needed: int, train: TrainConfig) -> None:
     """needed: bytes of the host's memory that a rank takes without the copies of checkpoints. ConfigError: they don't fit beside it."""
-    local, available = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), host_memory()
+    local, available = local_ranks() or 1, host_memory()
     # Without ZeRO rank 0 alone copies; with it, what is partitioned is copied by all.
     others = memory.held["optimizer"] + memory.held["average"] if train.zero_stage else 0
     copies = memory.checkpoint_copy + memory.full_weights + (local - 1) * others

@@ -121,6 +121,20 @@ def test_a_worker_that_can_not_load_stops_all_and_says_why(run: Path, prompts: P
 
 
 @pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("gpus", [0, 8])
+def test_a_clusters_workers_decide_in_what_precision_is_generated(
+    run: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int
+) -> None:
+    asked: list[str | None] = []
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0} | ({"GPU": float(gpus)} if gpus else {}))
+    monkeypatch.setattr("stdit.generate.job_from_config", lambda config: asked.append(config.device) or 1 / 0)
+    for device in (None, "cpu"):
+        with pytest.raises(ZeroDivisionError):
+            generate_videos(GenerateConfig(run=run, prompts=prompts, out=tmp_path / "out", device=device))
+    assert asked == ["cuda" if gpus else "cpu", "cpu"]
+
+
+@pytest.mark.usefixtures("local_ray")
 def test_gpus_that_are_not_there_are_not_waited_for(run: Path, prompts: Path, tmp_path: Path, capsys: Any) -> None:
     import ray
 

@@ -93,12 +93,14 @@ def test_the_limit_is_the_memory_that_weights_optimizer_and_activations_need(
     monkeypatch.setattr(machine, "host_memory", lambda: states - 1)
     with pytest.raises(ConfigError, match=r"^model: .* a higher train.zero_stage or more ranks take less"):
         machine.check_machine(config, 1, LATENTS, 0)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(machine, "host_memory", lambda: 2 * needed - 1)
-    with pytest.raises(ConfigError, match="for 2 ranks"):
-        machine.check_machine(config, 2, LATENTS, 0)
-    monkeypatch.setattr(machine, "host_memory", lambda: 2 * needed)
-    machine.check_machine(config, 2, LATENTS, 0)
+    for launcher in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):  # torchrun's, DeepSpeed's
+        with monkeypatch.context() as launched:
+            launched.setenv(launcher, "2")
+            launched.setattr(machine, "host_memory", lambda: 2 * needed - 1)
+            with pytest.raises(ConfigError, match="for 2 ranks"):
+                machine.check_machine(config, 2, LATENTS, 0)
+            launched.setattr(machine, "host_memory", lambda: 2 * needed)
+            machine.check_machine(config, 2, LATENTS, 0)
 
 
 def test_a_processor_without_bfloat16_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
