@@ -19,6 +19,8 @@ from stdit.config import Config, validate
 from stdit.console import echo
 from stdit.cores import available_cores
 
+# Ray itself looks every 5 s.
+PREEMPTION_POLL_S = 2.0
 # The object store holds paths, settings and rows of text, never pixels or latents.
 _OBJECT_STORE_BYTES = 150_000_000
 
@@ -141,6 +143,7 @@ def train_rank(settings: Mapping[str, Any]) -> None:
     if ray.train.get_context().get_world_rank() == 0:  # One rank is enough: they agree at every step.
         watch = threading.Thread(target=_watch_stop_file, args=(Path(settings["stop_file"]), stop.request), daemon=True)
         watch.start()
+    threading.Thread(target=_watch_preemption, args=(stop.request_checkpoint,), daemon=True).start()
 
     try:
         # Nothing is reported to Ray Train: it would hold every rank for 2 s each time, and checkpoints are not its own.
@@ -153,6 +156,20 @@ def _watch_stop_file(file: Path, request: Callable[[str], None]) -> None:
     while not file.exists():
         time.sleep(0.5)
     request(f"{file} is there")
+
+
+def _watch_preemption(request: Callable[[], None]) -> None:
+    """Asks for a checkpoint for each node that Ray says is about to be taken away, as spot machines are; training goes on until then, and
+    Ray Train starts it again without counting that among its max_failures. On every rank: the question is a barrier of all."""
+    import ray.train
+
+    known: set[str] = set()
+    while True:
+        info = ray.train.get_preemption_info()
+        if info is not None and (new := set(info.preempted_node_ids) - known):
+            known |= new
+            request()
+        time.sleep(PREEMPTION_POLL_S)
 
 
 def train_stage(config: Config, resources: Resources, storage: Path, tick: Callable[[], None]) -> None:
@@ -188,7 +205,13 @@ def train_stage(config: Config, resources: Resources, storage: Path, tick: Calla
     )
     file.unlink(missing_ok=True)
     with _request_stop_on_signal(file):
-        _wait(trainer.fit, config.name, resources.deadline_s, tick)
+        try:
+            _wait(trainer.fit, config.name, resources.deadline_s, tick)
+        except RayLost as lost:
+            if file.exists():  # asked to stop, and not to be started again
+                file.unlink()
+                raise StageStopped(f"{lost}, while it was stopping; run the same command again to go on") from lost
+            raise
     if file.exists():
         file.unlink()
         raise StageStopped(f"stage {config.name}: stopped with a checkpoint; run the same command again to go on")

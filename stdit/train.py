@@ -160,8 +160,8 @@ def train_from_checkpoint(
             performance.count(data_step)
 
             means = (value / len(data_step.batches) / ranks.size for value in sums.tolist())
-            mean_loss, flops_ratio, alignment, stops, *writing = ranks.all_reduce(
-                *means, float(bool(stop)), *saver.status
+            mean_loss, flops_ratio, alignment, stops, requested, *writing = ranks.all_reduce(
+                *means, float(bool(stop)), float(stop.takes_checkpoint()), *saver.status
             )
             metrics: dict[str, Any] = {
                 "step": step, "loss": mean_loss, "learning_rate": lr, "grad_norm": grad_norm, "bucket": data_step.key,
@@ -181,7 +181,7 @@ def train_from_checkpoint(
             bad_steps.check(step, data_step, mean_loss, saver)
 
             saved, ends = None, bool(stops) or step == steps
-            due = ends or step == last_stable or is_due(config.train.checkpoint_every, step, steps)
+            due = ends or bool(requested) or step == last_stable or is_due(config.train.checkpoint_every, step, steps)
             if due or saver.is_over(*writing):
                 with timed("checkpoint"):
                     saved = saver.save(last=ends) if due else saver.finish()

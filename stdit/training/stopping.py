@@ -36,6 +36,7 @@ class Stop:
 
     def __init__(self) -> None:
         self._event = threading.Event()
+        self._save = threading.Event()
         self._training = threading.Event()
         self._listens = False
         self.reason = ""
@@ -54,6 +55,16 @@ class Stop:
             # Nothing to save; and a rank that went on would wait for others, on a port that the next launch needs.
             _say(f"stopped before training began ({reason}); the same command starts again")
             os._exit(STOPPED)
+
+    def request_checkpoint(self) -> None:
+        """Requests a checkpoint at the end of the step, after which training goes on."""
+        self._save.set()
+
+    def takes_checkpoint(self) -> bool:
+        """Whether a checkpoint was requested since the last call."""
+        requested = self._save.is_set()
+        self._save.clear()
+        return requested
 
     def wait(self, seconds: float) -> bool:
         """Waits up to `seconds` for a request; whether there is one."""

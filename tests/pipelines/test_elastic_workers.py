@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+from ray.train import PreemptionInfo
 
 from pipelines import checks, workers
 from pipelines.plan import Resources
@@ -58,6 +63,80 @@ def test_every_number_of_workers_must_serve(
     data["data"]["buckets"] = [{"frames": 1, "height": 8, "width": 8, **bucket}]
     with pytest.raises(ConfigError, match=said):
         checks.check_workers(elastic(**resources), config_of(data), "stage.yaml")
+
+
+def test_each_node_that_is_to_be_taken_away_asks_for_one_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    def notice(*nodes: str) -> PreemptionInfo:
+        return PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={node: [0] for node in nodes})
+
+    told = iter([None, notice("a"), notice("a"), notice("a", "b"), notice("b")])
+    asked: list[int] = []
+    monkeypatch.setattr(workers, "PREEMPTION_POLL_S", 0)
+    monkeypatch.setattr("ray.train.get_preemption_info", lambda: next(told))
+    with pytest.raises(StopIteration):
+        workers._watch_preemption(lambda: asked.append(1))
+    assert len(asked) == 2
+
+
+def test_a_stage_that_was_asked_to_stop_is_not_started_again_when_ray_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(_fit: Any, _name: str, _deadline: Any, tick: Callable[[], None]) -> None:
+        tick()
+        raise workers.RayLost("stage run: Ray's controller died")
+
+    monkeypatch.setattr(workers, "_trainer_class", lambda: MagicMock())
+    monkeypatch.setattr(workers, "_wait", dies)
+    config = config_of({**settings(tmp_path / "run"), "name": "run"})
+    with pytest.raises(workers.RayLost):
+        workers.train_stage(config, Resources(workers=2), tmp_path, lambda: None)
+    with pytest.raises(workers.StageStopped, match="controller died, while it was stopping"):
+        workers.train_stage(config, Resources(workers=2), tmp_path, (tmp_path / "run.stop").touch)
+    assert not (tmp_path / "run.stop").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_node_that_is_to_be_taken_away_has_a_checkpoint_written_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    second = cluster.add_node(num_cpus=1)
+    monkeypatch.setenv("RAY_ADDRESS", str(cluster.address))
+    data = settings(tmp_path / "run", train={"steps": 10**6, "checkpoint_every": 10**6, "log_every": 1})
+    data["data"]["buckets"] = [{"frames": 1, "height": 8, "width": 8, "global_batch": 8}]
+    data["name"] = "preempted"
+    log, drained = tmp_path / "run/metrics.jsonl", False
+
+    def tick() -> None:
+        nonlocal drained
+        if not drained and log.exists() and log.stat().st_size:
+            drained = True
+            drain = [
+                "--address",
+                cluster.address,
+                "--node-id",
+                second.node_id,
+                "--reason",
+                "DRAIN_NODE_REASON_PREEMPTION",
+            ]
+            told = ["--reason-message", "a spot machine", "--deadline-remaining-seconds", "600"]
+            subprocess.run([Path(sys.executable).with_name("ray"), "drain-node", *drain, *told], check=True, timeout=60)
+        if any(checkpoint.list_checkpoints(tmp_path / "run")):
+            (tmp_path / "ray/preempted.stop").touch()
+
+    try:
+        workers.connect()
+        resources = Resources(workers=2, deadline_s=400)
+        with pytest.raises(workers.StageStopped):
+            workers.train_stage(config_of(data), resources, tmp_path / "ray", tick)
+    finally:
+        workers.disconnect()
+        cluster.shutdown()
+    steps = sorted(int(path.name[-8:]) for path in checkpoint.list_checkpoints(tmp_path / "run"))
+    assert len(steps) == 2, "of the notice, and of the stop after it"
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,10 +38,10 @@ def config_of(data: dict[str, Any]) -> Config:
     return validate(data, Config, "test")
 
 
-def run(data: dict[str, Any], stop_after: int | None = None) -> dict[str, Any]:
+def run(data: dict[str, Any], stop_after: int | None = None, save_after: int | None = None) -> dict[str, Any]:
     """Trains; what rank 0 wrote to metrics.jsonl, what was reported, and what was said on stderr.
 
-    stop_after: asks this rank alone to stop after that step (2 or more).
+    stop_after: asks this rank alone to stop after that step (2 or more). save_after: likewise for a checkpoint.
     """
     from stdit.train import Stopped, train
     from stdit.training.stopping import Stop
@@ -52,6 +53,8 @@ def run(data: dict[str, Any], stop_after: int | None = None) -> dict[str, Any]:
         # Looked at when the next step ends.
         if stop_after is not None and entry["step"] == stop_after - 1:
             stop.request("a test asked")
+        if save_after is not None and entry["step"] == save_after - 1:
+            stop.request_checkpoint()
 
     stopped = False
     with contextlib.redirect_stderr(said):
@@ -438,6 +441,10 @@ def run_stopping_on_rank_1(data: dict[str, Any], step: int) -> dict[str, Any]:
 
     first = dist.get_rank() == 0 if dist.is_initialized() else True
     return run(data, None if first else step)
+
+
+def run_saving_on_rank_1(data: dict[str, Any], step: int) -> dict[str, Any]:
+    return run(data, save_after=step if os.environ["RANK"] == "1" else None)
 
 
 def run_spoiled(data: dict[str, Any], at: int, what: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from tests.support.rank_jobs import (
     metrics,
     numbers,
     run,
+    run_saving_on_rank_1,
     run_spoiled,
     run_stopping_on_rank_1,
     run_with_full_disk,
@@ -77,6 +78,15 @@ def test_profiles_of_the_ema_resume_bit_for_bit(pair: Pool, stage: int, precisio
     found, expected = (profiles(tmp_path / name, 6) for name in ("broken", "whole"))
     assert found == expected
     assert len(found) == 2 + 3 * 2
+
+
+def test_a_checkpoint_that_one_rank_is_asked_for_is_written_and_training_goes_on(pair: Pool, tmp_path: Path) -> None:
+    found = pair(run_saving_on_rank_1, data_for(tmp_path / "run", 1), 3)
+    assert [r["stopped"] for r in found] == [False, False]
+    assert found[0]["metrics"][-1]["step"] == 6
+    saved = [r["step"] for r in found[0]["reports"] if r["checkpoint"]]
+    assert saved in ([3, 6], [4, 6], [5, 6])  # reported when it is written, in the background
+    assert (tmp_path / "run/checkpoints" / checkpoint.folder_of_step(3)).is_dir()
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, pytest.param(3, marks=pytest.mark.slow)])
