@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.plan import ResolvedStage, Resources
 from stdit.config import Bucket, ConfigError, ExtractConfig, Url, Where, latent_shape
 from stdit.config.token_budget import imbalance
+from stdit.console import count_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,7 +81,7 @@ class Forecast:
             + (f", captions of {self.text_length} tokens (mean)" if self.text_length else "")
         ]
         for b in self.buckets:
-            kept = f"{b.clips:,} clips" + (f" ({b.left_out:,} left out: not {self.where})" if self.where else "")
+            kept = count_of(b.clips, "clip") + (f" ({b.left_out:,} left out: not {self.where})" if self.where else "")
             lines.append(
                 f"  {b.key:<12} {kept}; {b.tokens} tokens; {b.steps} steps of {_count(b.samples_per_step)}, {b.epochs:.1f} epochs"
                 + (

@@ -15,6 +15,7 @@ from pipelines.progress import Clock, StepLine
 from pipelines.record import Record, set_aside
 from pipelines.sources import check_identities
 from stdit.config import ConfigError, EvaluateConfig, ReferenceConfig, Url
+from stdit.console import count_of
 from stdit.cores import available_cores
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ class PlanRunner:
         self.connect()
         with self.phase(
             name,
-            f"{extraction.clips:,} clips, {len(todo)} of {len(extraction.shards)} shards to extract, {config.out}",
+            f"{count_of(extraction.clips, 'clip')}, {len(todo)} of {len(extraction.shards)} shards to extract, {config.out}",
         ):
             extract_features(config, summary=False)  # stage_lines say it, for all sets
 

@@ -90,7 +90,7 @@ def test_null_captions_of_a_jsonl_manifest_are_counted_and_told(tmp_path: Path, 
     extract.run(config)
     told = report(config)
     assert (told["uncaptioned"], told["uncaptioned_clips"]) == (1, [made[0]["path"]])
-    assert f"captions: 1 clips have none: {made[0]['path']}" in capsys.readouterr().err
+    assert f"captions: 1 clip without one: {made[0]['path']}" in capsys.readouterr().err
 
 
 def test_a_batch_of_clips_that_memory_does_not_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +192,7 @@ def test_the_file_is_right_where_the_manifest_states_another_length_or_size(
     misstated = json.loads(Path(features.path, "report.json").read_text())["misstated_clips"]
     assert [clip["path"] for clip in misstated] == ["2.mp4", "3.png", "4.png", "5.mp4"]
     assert misstated[3]["detail"] == "the manifest says 400 frames of 16x32, the file has 9 frames of 16x32"
-    assert "4 clips are not as the manifest says, and were taken as they are (2.mp4" in capsys.readouterr().err
+    assert "not as the manifest says, taken as they are: 4 clips (2.mp4" in capsys.readouterr().err
 
 
 def test_the_report_says_what_cropping_keeps_and_whether_frame_rates_differ(
@@ -211,7 +211,7 @@ def test_the_report_says_what_cropping_keeps_and_whether_frame_rates_differ(
     assert told["frame_rates"] == {"24": 1, "30": 1}
     lines = capsys.readouterr().err
     assert "most cropped: wide.png (25% in 1x16x16)" in lines
-    assert "frame rates differ: 24 (1 clips), 30 (1 clips)" in lines
+    assert "frame rates differ: 24 (1 clip), 30 (1 clip)" in lines
 
 
 def test_features_of_several_encoders_and_their_pooled_vectors_are_kept(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from pydantic import ConfigDict
 
 from stdit.config import ENCODERS, ConfigError, ExtractConfig, FileSchema, NonNegative, Share, Url, read_json
 from stdit.config.diff import EXTRACTION_RUNTIME_KEYS, changes
+from stdit.console import count_of
 from stdit.data import objects, records
 from stdit.data.features import (
     FORMAT,
@@ -361,20 +362,20 @@ def report_lines(report: Mapping[str, Any], shown: int = 5) -> list[str]:
         named = ", ".join(f"{clip['path']} ({clip['kept']:.0%} in {clip['bucket']})" for clip in cropped[:shown])
         lines.append(f"most cropped: {named}; a bucket of their aspect would keep more")
     if len(rates := report["frame_rates"]) > 1:
-        named = ", ".join(f"{rate} ({count:,} clips)" for rate, count in list(rates.items())[:shown])
+        named = ", ".join(f"{rate} ({count_of(count, 'clip')})" for rate, count in list(rates.items())[:shown])
         more = f" and {len(rates) - shown} more" if len(rates) > shown else ""
         lines.append(
             f"frame rates differ: {named}{more}; target_fps resamples, min_fps and max_fps of buckets keep them apart"
         )
     if misstated := report["misstated_clips"]:
         first = f"{misstated[0]['path']}: {misstated[0]['detail']}"
-        lines.append(f"{len(misstated):,} clips are not as the manifest says, and were taken as they are ({first})")
+        lines.append(f"not as the manifest says, taken as they are: {count_of(len(misstated), 'clip')} ({first})")
     if report["captions_cut"]:
         lines.append(f"captions: {report['captions_cut']:,} of {report['kept']:,} cut at text_encoder.max_text_tokens")
     if report["uncaptioned"]:
         names = report["uncaptioned_clips"]
         more = f", … ({REPORT} has all)" if len(names) > shown else ""
-        lines.append(f"captions: {len(names):,} clips have none: {', '.join(names[:shown])}{more}")
+        lines.append(f"captions: {count_of(len(names), 'clip')} without one: {', '.join(names[:shown])}{more}")
     return lines + _spent_line(report["seconds"], sum(report[key] for key in ("kept", "bad")))
 
 

@@ -288,11 +288,10 @@ class Extractor(Closable):
         clip, stated = task.clip, stated_info(task.clip)
         if stated is None:
             return self._read_first(decoder, task, file, row, part_info(clip, decoder.probe(file)))
-        if clip.is_part:  # a file that breaks off has clips, too: it is not probed
-            return self._read_first(decoder, task, file, row, stated)
         try:
             opened = self._read_first(decoder, task, file, row, stated)
-            if opened.bucket is None:  # to be dropped for what the manifest says
+            # To be dropped for what the manifest says. Not of a part: its file may break off behind it, and is not probed.
+            if opened.bucket is None and not clip.is_part:
                 check_info(file, stated, decoder.probe(file))
             return opened
         except InfoMismatch as error:
@@ -363,7 +362,11 @@ class Extractor(Closable):
         assert bucket is not None
         shape, control, first = (bucket.height, bucket.width), None, clip.start_frame or 0
         if clip.is_part:
-            frames = decoder.read_part(file, [first + index for index in indices], shape, clip.crop)
+
+            def check(found: ClipInfo) -> None:
+                check_info(file, info, part_info(clip, found))
+
+            frames = decoder.read_part(file, [first + index for index in indices], shape, clip.crop, check)
         else:
             frames = decoder.read(file, indices, shape, info)
         if column := self.config.control_column:

@@ -23,7 +23,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +97,13 @@ class SubprocessDecoder(Closable):
         indices: Sequence[int],
         size: tuple[int, int] | None,
         crop: tuple[int, int, int, int] | None = None,
+        check: Callable[[ClipInfo], None] | None = None,
     ) -> np.ndarray:
         """As `read`, of a file of which only a part is used: `crop` (top, left, height, width) is cut out first, and a file
-        that breaks off behind the frames asked for serves."""
+        that breaks off behind the frames asked for serves. check: is called with what the file has, as far as it goes."""
         answer, payload = self._ask(path, [int(i) for i in indices], size, part={"part": True, "crop": crop})
+        if check is not None:
+            check(ClipInfo(**answer["info"]))
         return np.frombuffer(payload, np.uint8).reshape(answer["shape"])
 
     def abort(self) -> None:

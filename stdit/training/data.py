@@ -12,6 +12,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 
 from stdit.config import Bucket, Config, ConfigError, ModelConfig, latent_shape, token_grid
 from stdit.config.identity import FrameSampling
+from stdit.console import count_of
 from stdit.data.features import EmptyCaption
 from stdit.data.loader import Loader, Source, Synthetic
 from stdit.data.mixture import Mixture, open_features
@@ -166,13 +167,16 @@ def describe_data(config: Config, data: TrainData) -> str:
     chosen = data.source.select(config.data.train_split, extracted, config.data.where)
     clips = {key: len(ids) for key, ids in chosen.items()}
     counts = ", ".join(f"{key} {clips[key]:,}" for key in clips if key in trained)
-    left_out = ", ".join(f"{key} ({count:,} clips)" for key, count in clips.items() if key not in trained and count)
+    left_out = ", ".join(
+        f"{key} ({count_of(count, 'clip')})" for key, count in clips.items() if key not in trained and count
+    )
     sets = ""
     if isinstance(data.source, Mixture):
         found = [len(part) for part in data.source.split(np.sort(np.concatenate([chosen[key] for key in trained])))]
         weights = data.source.weights or found
         named = zip(data.source.names, weights, found, strict=True)
-        sets = f"; sets: {', '.join(f'{name} {w / sum(weights):.1%} of the samples ({n:,} clips)' for name, w, n in named)}"
+        shares = (f"{name} {w / sum(weights):.1%} of the samples ({count_of(n, 'clip')})" for name, w, n in named)
+        sets = f"; sets: {', '.join(shares)}"
     return f"{line}; training clips by bucket: {counts}{sets}" + (f"; not trained on: {left_out}" if left_out else "")
 
 

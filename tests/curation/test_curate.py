@@ -33,6 +33,7 @@ from stdit.curation.work import Task, local_mapper
 from stdit.data import manifest
 from stdit.data.decoding import open_clip
 from stdit.data.digit_films import Shot
+from stdit.data.features import FeatureSet
 from stdit.files import FolderLock
 from tests.support.videos import encode, lossless, smooth
 
@@ -236,6 +237,32 @@ def test_a_part_outside_its_file_is_a_bad_clip_with_a_reason(part: dict[str, Any
     report = json.loads((Path(out) / "report.json").read_text())
     assert (report["kept"], report["bad"]) == (1, 1)
     assert "41" in report["bad_clips"][0]["reason"] or "crop" in report["bad_clips"][0]["reason"]
+
+
+def test_what_a_row_states_of_a_part_is_compared_with_its_file(tmp_path: Path) -> None:
+    lossless(tmp_path / "film.mp4", smooth(40, 24, 32))
+    right = {"path": "film.mp4", "caption": "", "fps": 8, "height": 24, "width": 32}
+    rows = [
+        {**right, "start_frame": 0, "end_frame": 40, "frames": 40},
+        {**right, "start_frame": 0, "end_frame": 60, "frames": 60},
+        {**right, "start_frame": 1, "end_frame": 40, "frames": 39, "height": 240, "width": 160},
+        {**right, "start_frame": 2, "end_frame": 40, "frames": 38, "height": 16, "width": 20, "crop": [8, 8, 16, 20]},
+    ]
+    manifest.write(tmp_path / "manifest.jsonl", rows)
+    from stdit.extract import run as extract
+
+    bucket = ExtractBucket(frames=5, height=16, width=16)
+    out = extract(
+        ExtractConfig(manifest=tmp_path / "manifest.jsonl", out=tmp_path / "f", buckets=(bucket,), max_bad_share=0.5)
+    )
+    report = json.loads((Path(out) / "report.json").read_text())
+    assert (report["kept"], report["bad"]) == (3, 1)
+    assert report["bad_clips"][0]["reason"] == "frames 0 to 60 were asked for, the file has 40"
+    assert [(row["path"], "39 frames of 24x32" in row["detail"]) for row in report["misstated_clips"]] == [
+        ("film.mp4", True)
+    ]
+    sizes = {(row["height"], row["width"]) for row in FeatureSet(out).rows.to_pylist()}
+    assert sizes == {(24, 32), (16, 20)}
 
 
 # ------------------------------------------------------------------------------------------ bad input

@@ -102,7 +102,7 @@ def test_extraction_of_a_folder_names_clips_without_caption_and_follows_captions
     assert features.rows["split"].to_pylist().count("validation") == 1
     report = json.loads(Path(features.path, "report.json").read_text())
     assert (report["uncaptioned"], report["uncaptioned_clips"]) == (1, ["b/none.jpg"])
-    assert "captions: 1 clips have none: b/none.jpg" in capsys.readouterr().err
+    assert "captions: 1 clip without one: b/none.jpg" in capsys.readouterr().err
     before = features.index["fingerprint"]
     assert FeatureSet(extract.run(config(folder))).index["fingerprint"] == before
     (folder / "z.txt").write_text("another caption")

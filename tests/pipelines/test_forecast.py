@@ -240,7 +240,7 @@ def test_every_clip_of_a_report_is_printed() -> None:
     captions = report_lines({**report, "captions_cut": 3, "uncaptioned": 1, "uncaptioned_clips": ["a.mp4"]})
     assert captions[:-2] == lines
     assert "3 of 4 cut" in captions[-2]
-    assert captions[-1].endswith("1 clips have none: a.mp4")
+    assert captions[-1].endswith("1 clip without one: a.mp4")
 
 
 def test_without_a_manifest_the_cost_of_a_step_is_still_forecast() -> None:

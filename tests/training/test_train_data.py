@@ -143,5 +143,5 @@ def test_the_log_says_parameters_clips_frame_rates_and_the_buckets_left_out(tmp_
     parameters = sum(p.numel() for p in STDiT.from_settings(config.model).parameters())
     assert train_data.describe_data(config, data) == (
         f"{parameters / 1e6:.2f} M parameters; training clips by bucket: 1x16x16 2, 5x16x16 1; "
-        "not trained on: 5x16x32 (1 clips)"
+        "not trained on: 5x16x32 (1 clip)"
     )
