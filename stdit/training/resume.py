@@ -121,6 +121,8 @@ def restore(
         state = ranks.broadcast(lambda: find_resume_state(config, data, ranks.size, unusable))
         try:
             init, stage = find_init(config, state, ranks), config.train.zero_stage
+            if init is not None and state.checkpoint is None:
+                state.report += ranks.broadcast(partial(encoder_notes, init, data))
             universal = state.has_other_ranks(stage, ranks.size)
             deferred = DeferredTensors() if stage == 3 else None
             with freed_memory_returned() if deferred else nullcontext():
@@ -185,6 +187,10 @@ def clean_up(config: Config, state: TrainState) -> None:
     ema_snapshots.prepare(config.run_dir, state.step)
     if state.checkpoint is not None:
         checkpoint.set_aside_damaged(config.run_dir, state.checkpoint)
+
+
+# Where an encoder lies and how it computes, of what identifies it.
+NOT_FEATURES = ("path", "subfolder", "dtype", "frames_at_once")
 
 
 def check_resumable(identity: dict[str, Any], config: Config, world_size: int, features_fingerprint: str) -> list[str]:
@@ -253,6 +259,25 @@ def find_init(config: Config, state: TrainState, ranks: Ranks) -> Path | None:
         folder = ranks.broadcast(lambda: init_folder(config))
         state.base = ranks.broadcast(lambda: adapters.make_base(folder)) if fine_tunes else None
     return folder
+
+
+def encoder_notes(init: Path, data: TrainData) -> list[str]:
+    """What differs between the autoencoder and text encoder of the run that the weights `init` come from, and today's: weights of the
+    same shape load, and have to learn the new inputs. Empty: nothing, or not known (a diffusers folder)."""
+    if not (init.parent / checkpoint.IDENTITY).is_file():
+        return []
+    identity, found = checkpoint.identity_beside(init), []
+    for key, now in (("video_encoder", data.video_encoder), ("text_encoder", data.text_encoder)):
+        then = identity[key]
+        if key == "text_encoder" and identity["architecture"].get("text_dim") is None:
+            continue
+        if then is None or now is None or "synthetic" in (then.get("kind"), then["class"]):
+            continue
+        differing = [str(change) for change in changes(then, now) if change.key not in NOT_FEATURES]
+        if differing:
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            found.append(f"note: init.source was trained with another {key}: {', '.join(differing[:3])}{more}")
+    return found
 
 
 def build_model(config: Config, state: TrainState, init: Path | None) -> STDiT | Controlled | Aligned:

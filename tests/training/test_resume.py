@@ -18,7 +18,7 @@ from safetensors import safe_open
 from stdit.config import Config, validate
 from stdit.training import checkpoint
 from stdit.training.engine import restrict_unpickling
-from stdit.training.resume import find_resume_state
+from stdit.training.resume import encoder_notes, find_resume_state
 from tests.support.rank_jobs import (
     for_ranks,
     metrics,
@@ -32,6 +32,7 @@ from tests.support.rank_jobs import (
     settings,
 )
 from tests.support.rank_pool import Pool, RankError
+from tests.support.runs import TEXT, make_run, model_config
 
 pytestmark = pytest.mark.distributed
 
@@ -537,3 +538,23 @@ def test_the_batch_of_a_bad_step_is_kept(pair: Pool, tmp_path: Path) -> None:
         assert facts["losses"][at] == "nan"
         assert facts["paths"][at] == f"clips/{facts['ids'][at]}.mp4"
         assert [bool(sample.isfinite().all()) for sample in mean] == [i != at for i in range(len(mean))]
+
+
+def test_weights_of_a_run_on_other_latents_or_captions_are_noted(tmp_path: Path) -> None:
+    init = checkpoint.find_weights(make_run(tmp_path / "run", model_config(**TEXT)), "ema")
+    identity = checkpoint.identity_beside(init)
+    video, text = identity["video_encoder"], identity["text_encoder"]
+
+    def notes(**now: Any) -> list[str]:
+        return encoder_notes(init, cast(Any, SimpleNamespace(**{"video_encoder": video, "text_encoder": text} | now)))
+
+    assert notes() == []
+    assert notes(text_encoder={**text, "path": "elsewhere"}) == []
+    (said,) = notes(video_encoder={**video, "scale": [2.0 * value for value in video["scale"]]})
+    assert said.startswith("note: init.source was trained with another video_encoder: scale")
+    (said,) = notes(text_encoder={**text, "class": "UMT5EncoderModel"})
+    assert (
+        said == f"note: init.source was trained with another text_encoder: class: {text['class']} -> UMT5EncoderModel"
+    )
+    (init.parent / checkpoint.IDENTITY).unlink()  # a diffusers folder
+    assert notes(text_encoder=None, video_encoder={}) == []
