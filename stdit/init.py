@@ -28,10 +28,13 @@ from stdit.errors import exit_code
 from stdit.files import atomic_write
 
 if TYPE_CHECKING:
+    from stdit.config import VideoEncoderConfig
     from stdit.data.probe import BucketProposal, Probe, ProbedClip
 
 # One clip in so many is held out for validation, at most MAX_VALIDATION.
 VALIDATION_EVERY, MAX_VALIDATION = 20, 256
+# Lines of prompts.txt.
+PROMPTS = 8
 # Without an autoencoder (rehearsal): pixels of a frame, frames of a clip.
 PIXELS = {"max_pixels": 32 * 32, "max_frames": 9}
 LATENTS = {"max_pixels": 256 * 256, "max_frames": 49}
@@ -51,7 +54,8 @@ class Choices:
 
 
 def init(choices: Choices, progress: bool = True) -> list[str]:
-    """Writes OUT/plan.yaml and, for a folder of clips, OUT/manifest.jsonl and the link OUT/clips; the lines to print.
+    """Writes OUT/plan.yaml, OUT/prompts.txt (some captions, held-out ones first) and, for a folder of clips, OUT/manifest.jsonl and the link OUT/clips;
+    the lines to print.
 
     ConfigError: OUT has one of them already, there are no usable clips, or an encoder is not there. ManifestError: as
     stdit.data.manifest.read.
@@ -63,7 +67,8 @@ def init(choices: Choices, progress: bool = True) -> list[str]:
 
     found = probe(source, progress=progress)
     limits = LATENTS if choices.video_encoder else PIXELS
-    compression, patch = _geometry(choices)
+    encoder, compression = _autoencoder(choices.video_encoder)
+    patch = (1, 2, 2) if encoder else (1, 4, 4)
     multiple_of = math.lcm(compression[1] * patch[1], compression[2] * patch[2])
     proposal = propose_buckets(
         found.clips,
@@ -74,17 +79,23 @@ def init(choices: Choices, progress: bool = True) -> list[str]:
     )
     out.mkdir(parents=True, exist_ok=True)
     path: Path | Url = source
-    held_out = sum(clip.split == "validation" for clip in found.clips)
+    prompts = [clip for clip in found.clips if clip.split == "validation"]
+    held_out = len(prompts)
     if _is_folder(source):
         path = out / "manifest.jsonl"
         validation = validation_clips([clip for clip in found.clips if clip.path not in proposal.dropped])
         held_out = len(validation)
+        prompts = [clip for clip in found.clips if clip.path in validation]
         below = str(source)
         if isinstance(source, Path):
             below = "clips"
             (out / below).symlink_to(source.resolve(), target_is_directory=True)
         manifest.write(path, [_row(clip, validation, below) for clip in found.clips])
-    atomic_write(out / "plan.yaml", plan_text(choices, path, proposal, held_out, multiple_of))
+    # Those held out come first.
+    captions = dict.fromkeys(" ".join(clip.caption.split()) for clip in (*prompts, *found.clips) if clip.caption)
+    if captions:
+        atomic_write(out / "prompts.txt", "".join(f"{caption}\n" for caption in list(captions)[:PROMPTS]))
+    atomic_write(out / "plan.yaml", plan_text(choices, path, proposal, held_out, multiple_of, encoder))
     return [*_report(found, proposal, held_out), f"wrote {out / 'plan.yaml'}" + (f", {path}" if path != source else "")]
 
 
@@ -100,27 +111,33 @@ def _check_out(out: Path, source: Path | Url) -> None:
         raise ConfigError(f"--clips {source}: no such folder or manifest")
     if isinstance(source, Path) and source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"{out} is inside --clips {source}, where its own files would count as clips")
-    for name in ("plan.yaml", "manifest.jsonl", "clips"):
+    for name in ("plan.yaml", "prompts.txt", "manifest.jsonl", "clips"):
         if (out / name).exists() or (out / name).is_symlink():
             raise ConfigError(f"{out / name} exists already; nothing was written. Remove it, or choose another folder")
 
 
-def _geometry(choices: Choices) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Compression of the autoencoder (t, h, w), and the model's patch size. ConfigError: the encoder is not there."""
-    if choices.video_encoder is None:
-        return (1, 1, 1), (1, 4, 4)
+def _autoencoder(path: str | None) -> tuple[VideoEncoderConfig | None, tuple[int, int, int]]:
+    """The autoencoder at `path`, of videos or of images, by itself or in the vae/ of a pipeline; and its compression (t, h, w). None: pixels.
+
+    ConfigError: there is none.
+    """
+    if path is None:
+        return None, (1, 1, 1)
+    from stdit.config import VideoEncoderConfig
     from stdit.encoders.video import load_video_encoder
 
-    t, h, w = load_video_encoder(_video_encoder(choices.video_encoder)).identity["compression"]
-    return (t, h, w), (1, 2, 2)
-
-
-def _video_encoder(path: str) -> Any:
-    from stdit.config import VideoEncoderConfig
-
-    # A pipeline's folder or hub id has its autoencoder in vae/; a folder of the autoencoder alone has none.
     alone = (Path(path) / "config.json").is_file()
-    return VideoEncoderConfig(kind="video", path=path, subfolder=None if alone else "vae", dtype="bfloat16")
+    errors: list[ConfigError] = []
+    for subfolder in (None,) if alone else ("vae", None):
+        for kind in ("video", "image"):
+            config = VideoEncoderConfig(kind=kind, path=path, subfolder=subfolder, dtype="bfloat16")
+            try:
+                return config, load_video_encoder(config).identity["compression"]
+            except ConfigError as error:
+                errors.append(error)
+                if not str(error).startswith("video_encoder.kind:"):
+                    break
+    raise errors[0]
 
 
 def validation_clips(clips: Sequence[ProbedClip]) -> set[str]:
@@ -170,21 +187,26 @@ def _report(found: Probe, proposal: BucketProposal, held_out: int) -> list[str]:
 # -------------------------------------------------------------------------------------------- plan
 
 
-def plan_text(choices: Choices, manifest: Path | Url, proposal: BucketProposal, held_out: int, multiple_of: int) -> str:
-    """plan.yaml, annotated. multiple_of: what sides of frames have to be multiples of, px."""
-    latent = choices.video_encoder is not None
+def plan_text(
+    choices: Choices,
+    manifest: Path | Url,
+    proposal: BucketProposal,
+    held_out: int,
+    multiple_of: int,
+    encoder: VideoEncoderConfig | None,
+) -> str:
+    """plan.yaml, annotated. multiple_of: what sides of frames have to be multiples of, px. encoder: None for pixels."""
+    latent = encoder is not None
     gpus = _gpus()
     workers, cpus = (gpus, 4) if gpus else (1, available_cores())
     buckets = "\n".join(
         f"    - {{frames: {b.frames}, height: {b.height}, width: {b.width}}}  # {count_of(proposal.clips_by_bucket[b.key], 'clip')}"
         for b in proposal.buckets
     )
-    if choices.video_encoder is None:
-        video = "{kind: pixels}"
-    else:
-        config = _video_encoder(choices.video_encoder)
-        folder = f", subfolder: {config.subfolder}" if config.subfolder else ""
-        video = f"{{kind: video, path: {_quoted(choices.video_encoder)}{folder}, dtype: bfloat16}}"
+    video = "{kind: pixels}"
+    if encoder is not None:
+        folder = f", subfolder: {encoder.subfolder}" if encoder.subfolder else ""
+        video = f"{{kind: {encoder.kind}, path: {_quoted(str(encoder.path))}{folder}, dtype: bfloat16}}"
     text = (
         f"{{path: {_quoted(choices.text_encoder)}, max_text_tokens: 200, dtype: bfloat16}}"
         if choices.text_encoder
@@ -214,7 +236,7 @@ def plan_text(choices: Choices, manifest: Path | Url, proposal: BucketProposal, 
 # Written by `stdit init`: trains a text-to-video model on {choices.clips}.
 #   stdit forecast --plan {choices.out}/plan.yaml       clips per bucket, tokens, FLOPs, memory; starts nothing
 #   stdit train-stages --plan {choices.out}/plan.yaml   the same command again resumes
-#   stdit generate --run {choices.out}/model --prompts prompts.txt --out videos
+#   stdit generate --run {choices.out}/model --prompts {choices.out}/prompts.txt --out {choices.out}/videos
 # Left out because they follow from the features: in_channels, text_dim, max_text_tokens, latent statistics, the
 # training buckets and their batch sizes. docs/config.md explains every key.
 name: {_quoted(choices.out.resolve().name or "clips")}
@@ -285,7 +307,9 @@ def arguments(prog: str = "stdit init") -> argparse.ArgumentParser:
         required=True,
         help="folder of NAME.mp4 and NAME.txt, or a manifest; path or URL",
     )
-    parser.add_argument("--video-encoder", metavar="PATH", help="video autoencoder: folder or hub id (default: pixels)")
+    parser.add_argument(
+        "--video-encoder", metavar="PATH", help="autoencoder, or pipeline with one: folder or hub id (default: pixels)"
+    )
     parser.add_argument("--text-encoder", metavar="PATH", help="T5: folder or hub id (default: a small random one)")
     parser.add_argument(
         "--max-pixels", type=int, help="height x width of a frame at most (1024; 65536 with an encoder)"

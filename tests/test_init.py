@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import AutoencoderKL, AutoencoderKLWan
 
 from pipelines import plan as plans
 from pipelines import train_stages
+from stdit import generate as generation
 from stdit import init, media
 from tests.support.paths import ROOT
 
@@ -39,13 +41,14 @@ def test_the_plan_fits_the_clips_and_forecasts(clips: Path, tmp_path: Path, caps
     rows = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
     assert [row["split"] for row in rows].count("validation") == 1
     assert {row["fps"] for row in rows} == {12.0}
+    assert (out / "prompts.txt").read_text().splitlines() == [f"clip number {i}" for i in range(1, 8)]
     plan = plans.read(out / "plan.yaml")
     assert {b.key for b in plan.reference.extract.buckets} == {"6x24x32", "6x32x24"}
     assert train_stages.main(["--plan", str(out / "plan.yaml"), "--forecast"]) == 0
     assert "stage model: 2 steps" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["plan.yaml", "manifest.jsonl", "clips"])
+@pytest.mark.parametrize("name", ["plan.yaml", "prompts.txt", "manifest.jsonl", "clips"])
 def test_nothing_is_overwritten(name: str, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / name).write_text("mine")
     assert init.main([str(tmp_path), "--clips", str(clips)]) == 2
@@ -62,6 +65,24 @@ def test_folders_that_cannot_work_are_refused(
     assert init.main([str(out), "--clips", str(source)]) == 2
     assert ("is inside" if where == "inside" else "no such folder") in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("inside", ["", "vae"])
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_autoencoders_of_images_and_of_videos_are_told_apart(
+    kind: str, inside: str, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if kind == "image":
+        vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    else:
+        vae = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)  # fmt: skip
+    vae.save_pretrained(tmp_path / "encoder" / inside)
+    out = tmp_path / "run"
+    assert init.main([str(out), "--clips", str(clips), "--video-encoder", str(tmp_path / "encoder")]) == 0, (
+        capsys.readouterr().err
+    )
+    encoder = plans.read(out / "plan.yaml").reference.extract.video_encoder
+    assert (encoder.kind, encoder.subfolder) == (kind, inside or None)
 
 
 def test_a_manifest_is_used_where_it_lies(clips: Path, tmp_path: Path) -> None:
@@ -97,3 +118,8 @@ def test_from_a_folder_of_clips_to_a_trained_model(clips: Path, tmp_path: Path) 
     tiny = ["--set", "stages.model.overrides.samples.sampler.steps=2"]
     assert train_stages.main(["--plan", str(out / "plan.yaml"), *tiny]) == 0
     assert json.loads((out / "model" / "done.json").read_text())["step"] == 2
+    generate = ["--run", str(out / "model"), "--prompts", str(out / "prompts.txt"), "--out", str(out / "videos")]
+    assert generation.main([*generate, "--steps", "2"]) == 0
+    made = [json.loads(line) for line in (out / "videos" / "manifest.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in made] == (out / "prompts.txt").read_text().splitlines()
+    assert all((out / "videos" / row["file"]).is_file() for row in made)
