@@ -17,7 +17,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,9 @@ from stdit.console import echo
 if TYPE_CHECKING:
     import torch
 
+    from stdit.data.loader import Step
     from stdit.models.sequence_parallel import SequenceParallel
+    from stdit.training.data import TrainData
     from stdit.training.distributed import Ranks
     from stdit.training.resume import TrainState
     from stdit.training.watchdog import Watchdog
@@ -79,25 +81,12 @@ def train_from_checkpoint(
     config: Config, report: Callable[[dict[str, Any]], None] | None, stop: Stop, watchdog: Watchdog
 ) -> Path:
     """As `train`, which says what is what. Rewound: a loss spike with `train.on_spike: rewind`."""
-    # Imported late, so that `--help` and invalid configs are answered at once.
-    import torch
-
-    from stdit.data.loader import Loader
-    from stdit.training import agreement, mirror, resume, run_dir
-    from stdit.training.bad_steps import BadSteps
-    from stdit.training.data import describe_data, describe_sets, open_data
+    # Imported late, here and below, so that `--help` and invalid configs are answered at once.
+    from stdit.training import mirror, resume, run_dir
+    from stdit.training.data import open_data
     from stdit.training.derive import complete
-    from stdit.training.distributed import sequence_group, world_size
-    from stdit.training.engine import init_distributed
-    from stdit.training.inputs import Inputs
+    from stdit.training.distributed import world_size
     from stdit.training.machine import check_machine
-    from stdit.training.optimizer import last_stable_step, learning_rate
-    from stdit.training.out_of_memory import MemoryErrors
-    from stdit.training.performance import Performance, profiler
-    from stdit.training.saving import Saver
-    from stdit.training.spikes import positions_left_out
-    from stdit.training.tracking import Tracker, is_due
-    from stdit.training.validation import Validator
 
     config = complete(config)
     config.micro_batches(world_size())  # checked before any work
@@ -107,107 +96,183 @@ def train_from_checkpoint(
         return config.run_dir
     check_machine(config, world_size(), data.latents, data.text_tokens)
     run_dir.check(config.run_dir)
-    ranks, steps = init_distributed(config.train.sequence_parallel), config.train.steps
-    wsd = config.train.optimizer.lr_schedule == "wsd"
-    last_stable = last_stable_step(config.train.optimizer, steps) if wsd else None
 
     with ExitStack() as stack:
+        trainer = Trainer(config, data, stop, watchdog, stack)
+        for step, data_step in trainer.steps():
+            metrics = trainer.train_step(step, data_step)
+            metrics |= trainer.validate(step)
+            logged = trainer.log(step, data_step, metrics)
+            saved = trainer.save(step)
+            if report and (logged or saved):
+                report({**metrics, "checkpoint": saved and str(saved)})
+            trainer.stop_if_asked(step, saved)
+        trainer.finish()
+    return config.run_dir
+
+
+class Trainer:
+    """A run from its newest checkpoint: its parts, and a method for each thing that a step does. All of them are collective."""
+
+    def __init__(self, config: Config, data: TrainData, stop: Stop, watchdog: Watchdog, stack: ExitStack) -> None:
+        """stack: closes what is opened here, in reverse order."""
+        from stdit.data.loader import Loader
+        from stdit.training import agreement, mirror, resume, run_dir
+        from stdit.training.bad_steps import BadSteps
+        from stdit.training.data import describe_data
+        from stdit.training.distributed import sequence_group
+        from stdit.training.engine import init_distributed
+        from stdit.training.inputs import Inputs
+        from stdit.training.optimizer import last_stable_step
+        from stdit.training.out_of_memory import MemoryErrors
+        from stdit.training.performance import Performance, profiler
+        from stdit.training.saving import Saver
+        from stdit.training.spikes import positions_left_out
+        from stdit.training.tracking import Tracker
+        from stdit.training.validation import Validator
+
+        self.config, self.stop, self.watchdog = config, stop, watchdog
+        optimizer, last = config.train.optimizer, config.train.steps
+        self.last_stable = last_stable_step(optimizer, last) if optimizer.lr_schedule == "wsd" else None
+        self.ranks = ranks = init_distributed(config.train.sequence_parallel)
         stack.enter_context(run_dir.lock(config, ranks))
         agreement.check_ranks(config, ranks)
         with watchdog.saving():
             ranks.broadcast(lambda: mirror.fetch(config, data.fingerprint, ranks.size))
-        memory, parallel = stack.enter_context(MemoryErrors(config, data, ranks)), sequence_group(ranks)
-        state, engine, ema = resume.restore(config, data, ranks, lambda m: prepare(m, config, ranks.device, parallel))
+        self.memory = stack.enter_context(MemoryErrors(config, data, ranks))
+        parallel = sequence_group(ranks)
+        self.state, self.engine, self.ema = resume.restore(
+            config, data, ranks, lambda model: prepare(model, config, ranks.device, parallel)
+        )
         ranks.broadcast(lambda: run_dir.start(config))
-        tracker = stack.enter_context(closing(Tracker(config, state.step, ranks.is_main)))
-        tracker.print(describe(config, state, ranks))
-        tracker.print(describe_data(config, data))
-        inputs = Inputs(config, data.video_encoder, ranks.device, data.empty_caption, ranks.sequence_rank)
-        validator = Validator(config, data, inputs, ranks)
-        bad_steps = BadSteps(config, ranks, state)
-        loader = Loader(
+        self.tracker = stack.enter_context(closing(Tracker(config, self.state.step, ranks.is_main)))
+        self.tracker.print(describe(config, self.state, ranks))
+        self.tracker.print(describe_data(config, data))
+        self.inputs = Inputs(config, data.video_encoder, ranks.device, data.empty_caption, ranks.sequence_rank)
+        self.validator = Validator(config, data, self.inputs, ranks)
+        self.bad_steps = BadSteps(config, ranks, self.state)
+        self.loader = Loader(
             data.source, config.data, config.seed, ranks.data_rank, ranks.data_size, config.train.gradient_accumulation,
-            state.data_position, positions_left_out(bad_steps.rewinds), config.train.packing_budget,
+            self.state.data_position, positions_left_out(self.bad_steps.rewinds), config.train.packing_budget,
         )  # fmt: skip
-        performance = Performance(config, ranks, data, sum(loader.counts.values()))
-        timed, profile = performance.section, stack.enter_context(profiler(config, ranks, state.step + 1))
-        uploads = stack.enter_context(closing(mirror.RunMirror(config, ranks.is_main, tracker.print, watchdog.close)))
-        ranks.broadcast(uploads.begin)
-        start = time.perf_counter()
-        saver = Saver(engine, ema, config, data, state, ranks, tracker.print, watchdog.saving)
-        stack.enter_context(closing(saver))
+        self.performance = Performance(config, ranks, data, sum(self.loader.counts.values()))
+        self.profile = stack.enter_context(profiler(config, ranks, self.state.step + 1))
+        self.uploads = mirror.RunMirror(config, ranks.is_main, self.tracker.print, watchdog.close)
+        stack.enter_context(closing(self.uploads))
+        ranks.broadcast(self.uploads.begin)
+        self._start = time.perf_counter()
+        self.saver = Saver(self.engine, self.ema, config, data, self.state, ranks, self.tracker.print, watchdog.saving)
+        stack.enter_context(closing(self.saver))
         stop.start_training()
 
-        for step, data_step in zip(range(state.step + 1, steps + 1), performance.waiting(loader), strict=False):
-            watchdog.start_step(step)
-            memory.start_step(step, data_step.key)
-            sums, sample_losses = torch.zeros(3, device=ranks.device), []
-            for i, batch in enumerate(data_step.batches):
-                with timed("forward"):
-                    loss = inputs.loss(engine, batch, step)
-                sums += loss.logged * batch.weight
-                sample_losses.append(loss.each)
-                with timed("backward"):
-                    total = bad_steps.spikes.veto(loss.total * batch.weight, sums, data_step, i)
-                    engine.backward(total, len(data_step.batches))
-            lr = learning_rate(config.train.optimizer, step, steps)
-            with timed("optimizer"):
-                grad_norm = engine.step(lr)
-                finite = math.isfinite(grad_norm)  # else no weights were updated, on any rank
-                if finite:
-                    ema.update(step)
-            state.advance(data_step.samples, data_step.position)
-            performance.count(data_step)
+    def steps(self) -> Iterator[tuple[int, Step]]:
+        """The steps that are left, each with its data; waiting for them is part of a step's seconds."""
+        numbers = range(self.state.step + 1, self.config.train.steps + 1)
+        for step, data_step in zip(numbers, self.performance.waiting(self.loader), strict=False):
+            self.watchdog.start_step(step)
+            self.memory.start_step(step, data_step.key)
+            yield step, data_step
+            self.profile()
+            self._start = time.perf_counter()
 
-            means = (value / len(data_step.batches) / ranks.size for value in sums.tolist())
-            mean_loss, flops_ratio, alignment, stops, requested, *writing = ranks.all_reduce(
-                *means, float(bool(stop)), float(stop.takes_checkpoint()), *saver.status
+    def train_step(self, step: int, data_step: Step) -> dict[str, Any]:
+        """Forward and backward of each micro-batch, and the optimizer's step; returns what is logged of them."""
+        import torch
+
+        from stdit.training.optimizer import learning_rate
+
+        timed, n = self.performance.section, len(data_step.batches)
+        sums, sample_losses = torch.zeros(3, device=self.ranks.device), []
+        for i, batch in enumerate(data_step.batches):
+            with timed("forward"):
+                loss = self.inputs.loss(self.engine, batch, step)
+            sums += loss.logged * batch.weight
+            sample_losses.append(loss.each)
+            with timed("backward"):
+                total = self.bad_steps.spikes.veto(loss.total * batch.weight, sums, data_step, i)
+                self.engine.backward(total, n)
+        lr = learning_rate(self.config.train.optimizer, step, self.config.train.steps)
+        with timed("optimizer"):
+            grad_norm = self.engine.step(lr)
+            finite = math.isfinite(grad_norm)  # else no weights were updated, on any rank
+            if finite:
+                self.ema.update(step)
+        self.state.advance(data_step.samples, data_step.position)
+        self.performance.count(data_step)
+
+        # One exchange for all that the ranks have to know of each other.
+        means = (value / n / self.ranks.size for value in sums.tolist())
+        mean_loss, flops_ratio, alignment, *self._asked = self.ranks.all_reduce(
+            *means, float(bool(self.stop)), float(self.stop.takes_checkpoint()), *self.saver.status
+        )
+        metrics: dict[str, Any] = {
+            "step": step, "loss": mean_loss, "learning_rate": lr, "grad_norm": grad_norm, "bucket": data_step.key,
+            "samples_seen": self.state.samples_seen, "seconds": round(time.perf_counter() - self._start, 4),
+        }  # fmt: skip
+        if self.config.train.dynamic:
+            metrics["flops_ratio"] = flops_ratio
+        if self.config.train.alignment:
+            metrics["alignment_loss"] = alignment
+        metrics |= {f"samples_seen/{name}": n for name, n in self.loader.samples_by_set(data_step.position).items()}
+        return metrics | self.bad_steps.metrics(step, data_step, sample_losses, mean_loss, finite)
+
+    def validate(self, step: int) -> dict[str, Any]:
+        """Validation and sample videos, where they are due."""
+        with self.performance.section("validation"):
+            metrics = self.validator.run(self.engine, self.ema, self.tracker, step)
+        self.state.validation_loss = metrics.get("validation_loss")
+        return metrics
+
+    def log(self, step: int, data_step: Step, metrics: dict[str, Any]) -> bool:
+        """Whether the step was logged. Rewound, Diverged: what `train.on_spike` and `train.max_bad_steps` say of it."""
+        self.bad_steps.keep(self.state)
+        logged = self.tracker.step(metrics, self.performance)
+        self.bad_steps.check(step, data_step, metrics["loss"], self.saver)
+        return logged
+
+    def save(self, step: int) -> Path | None:
+        """Saves a checkpoint, or begins to, if one is due or a rank is asked for it; returns the one completed meanwhile."""
+        from stdit.training.tracking import is_due
+
+        last, every = self.config.train.steps, self.config.train.checkpoint_every
+        stops, requested, *writing = self._asked
+        ends = bool(stops) or step == last
+        due = ends or bool(requested) or step == self.last_stable or is_due(every, step, last)
+        if not due and not self.saver.is_over(*writing):
+            return None
+        with self.performance.section("checkpoint"):
+            saved = self.saver.save(last=ends) if due else self.saver.finish()
+        self.performance.count_save(self.saver.background_seconds)
+        if saved:
+            self.uploads.update()
+        return saved
+
+    def stop_if_asked(self, step: int, saved: Path | None) -> None:
+        """Stopped: a rank was asked to stop, and the checkpoint is written."""
+        from stdit.training import run_dir
+
+        stops = self._asked[0]
+        if saved and stops and step < self.config.train.steps:
+            reason = self.stop.reason or "requested on another rank"
+            self.tracker.print(
+                f"stopped after step {step} ({reason}); run the same command again to resume from {saved}"
             )
-            metrics: dict[str, Any] = {
-                "step": step, "loss": mean_loss, "learning_rate": lr, "grad_norm": grad_norm, "bucket": data_step.key,
-                "samples_seen": state.samples_seen, "seconds": round(time.perf_counter() - start, 4),
-            }  # fmt: skip
-            if config.train.dynamic:
-                metrics["flops_ratio"] = flops_ratio
-            if config.train.alignment:
-                metrics["alignment_loss"] = alignment
-            metrics |= {f"samples_seen/{name}": n for name, n in loader.samples_by_set(data_step.position).items()}
-            metrics |= bad_steps.metrics(step, data_step, sample_losses, mean_loss, finite)
-            with timed("validation"):
-                metrics |= validator.run(engine, ema, tracker, step)
-            state.validation_loss = metrics.get("validation_loss")
-            bad_steps.keep(state)
-            logged = tracker.step(metrics, performance)
-            bad_steps.check(step, data_step, mean_loss, saver)
+            run_dir.write_stopped(self.config, saved, reason, self.ranks)
+            raise Stopped(str(saved))
 
-            saved, ends = None, bool(stops) or step == steps
-            due = ends or bool(requested) or step == last_stable or is_due(config.train.checkpoint_every, step, steps)
-            if due or saver.is_over(*writing):
-                with timed("checkpoint"):
-                    saved = saver.save(last=ends) if due else saver.finish()
-                performance.count_save(saver.background_seconds)
-            if saved:
-                uploads.update()
-            if report and (logged or saved):
-                report({**metrics, "checkpoint": saved and str(saved)})
-            if saved and stops and step < steps:
-                reason = stop.reason or "requested on another rank"
-                tracker.print(
-                    f"stopped after step {step} ({reason}); run the same command again to resume from {saved}"
-                )
-                run_dir.write_stopped(config, saved, reason, ranks)
-                raise Stopped(str(saved))
-            profile()
-            start = time.perf_counter()
+    def finish(self) -> None:
+        """After the last step."""
+        from stdit.training import run_dir
+        from stdit.training.data import describe_sets
 
-        for line in (bad_steps.skipped.summary(), describe_sets(loader.samples_by_set(state.data_position))):
+        samples_by_set = self.loader.samples_by_set(self.state.data_position)
+        for line in (self.bad_steps.skipped.summary(), describe_sets(samples_by_set)):
             if line:
-                tracker.print(line)
-        run_dir.write_done(config, state.step, state.samples_seen, ranks)
-        tracker.print(performance.summary())
-        engine.close()
-        uploads.finish()
-    return config.run_dir
+                self.tracker.print(line)
+        run_dir.write_done(self.config, self.state.step, self.state.samples_seen, self.ranks)
+        self.tracker.print(self.performance.summary())
+        self.engine.close()
+        self.uploads.finish()
 
 
 def prepare(model: Any, config: Config, device: torch.device, parallel: SequenceParallel | None = None) -> Any:
