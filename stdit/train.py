@@ -123,6 +123,7 @@ class Trainer:
         from stdit.training.distributed import sequence_group
         from stdit.training.engine import init_distributed
         from stdit.training.inputs import Inputs
+        from stdit.training.loss_groups import LossGroups
         from stdit.training.optimizer import last_stable_step
         from stdit.training.out_of_memory import MemoryErrors
         from stdit.training.performance import Performance, profiler
@@ -150,7 +151,7 @@ class Trainer:
         self.tracker.print(describe_data(config, data))
         self.inputs = Inputs(config, data.video_encoder, ranks.device, data.empty_caption, ranks.sequence_rank)
         self.validator = Validator(config, data, self.inputs, ranks)
-        self.bad_steps = BadSteps(config, ranks, self.state)
+        self.bad_steps, self.loss_groups = BadSteps(config, ranks, self.state), LossGroups(config.data)
         self.loader = Loader(
             data.source, config.data, config.seed, ranks.data_rank, ranks.data_size, config.train.gradient_accumulation,
             self.state.data_position, positions_left_out(self.bad_steps.rewinds), config.train.packing_budget,
@@ -182,12 +183,13 @@ class Trainer:
         from stdit.training.optimizer import learning_rate
 
         timed, n = self.performance.section, len(data_step.batches)
-        sums, sample_losses = torch.zeros(3, device=self.ranks.device), []
+        sums, sample_losses, times = torch.zeros(3, device=self.ranks.device), [], []
         for i, batch in enumerate(data_step.batches):
             with timed("forward"):
                 loss = self.inputs.loss(self.engine, batch, step)
             sums += loss.logged * batch.weight
             sample_losses.append(loss.each)
+            times.append(loss.times)
             with timed("backward"):
                 total = self.bad_steps.spikes.veto(loss.total * batch.weight, sums, data_step, i)
                 self.engine.backward(total, n)
@@ -202,9 +204,10 @@ class Trainer:
 
         # One exchange for all that the ranks have to know of each other.
         means = (value / n / self.ranks.size for value in sums.tolist())
-        mean_loss, flops_ratio, alignment, *self._asked = self.ranks.all_reduce(
-            *means, float(bool(self.stop)), float(self.stop.takes_checkpoint()), *self.saver.status
-        )
+        asked = (float(bool(self.stop)), float(self.stop.takes_checkpoint()), *self.saver.status)
+        groups = self.loss_groups.sums(data_step, times, sample_losses)
+        mean_loss, flops_ratio, alignment, *others = self.ranks.all_reduce(*means, *asked, *groups)
+        self._asked = others[: len(asked)]
         metrics: dict[str, Any] = {
             "step": step, "loss": mean_loss, "learning_rate": lr, "grad_norm": grad_norm, "bucket": data_step.key,
             "samples_seen": self.state.samples_seen, "seconds": round(time.perf_counter() - self._start, 4),
@@ -214,6 +217,7 @@ class Trainer:
         if self.config.train.alignment:
             metrics["alignment_loss"] = alignment
         metrics |= {f"samples_seen/{name}": n for name, n in self.loader.samples_by_set(data_step.position).items()}
+        metrics |= self.loss_groups.metrics(others[len(asked) :])
         return metrics | self.bad_steps.metrics(step, data_step, sample_losses, mean_loss, finite)
 
     def validate(self, step: int) -> dict[str, Any]:

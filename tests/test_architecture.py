@@ -173,6 +173,41 @@ def test_no_file_under_stdit_shadows_a_module() -> None:
         )
 
 
+def code_lines(function: ast.FunctionDef) -> int:
+    """Lines of code of its body, without docstring, comments and blank lines."""
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    return sum(len(ast.unparse(node).splitlines()) for node in body)
+
+
+def methods(file: str) -> dict[str, ast.FunctionDef]:
+    """Functions and methods of a file, as `Class.name`."""
+    found: dict[str, ast.FunctionDef] = {}
+    for node in ast.parse((ROOT / file).read_text()).body:
+        inner = node.body if isinstance(node, ast.ClassDef) else [node]
+        prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+        found |= {f"{prefix}{f.name}": f for f in inner if isinstance(f, ast.FunctionDef)}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("file", "name"), [("stdit/models/stdit.py", "STDiT.forward"), ("stdit/models/control.py", "STDiTControl.forward")]
+)
+def test_the_forward_pass_is_read_in_a_minute(file: str, name: str) -> None:
+    assert code_lines(methods(file)[name]) < 25
+
+
+def test_the_training_loop_is_read_from_top_to_bottom() -> None:
+    found = methods("stdit/train.py")
+    assert code_lines(found["train_from_checkpoint"]) < 35
+    assert all(code_lines(f) < 60 for f in found.values())
+
+
+def test_no_test_imports_another() -> None:
+    for file in (ROOT / "tests").rglob("*.py"):
+        names = {name for name, _ in imports(file) if name.split(".")[0] == "tests"}
+        assert not [n for n in names if not n.startswith("tests.support")], f"{file.relative_to(ROOT)}: {names}"
+
+
 def test_no_room_is_called_common() -> None:
     assert not [f for f in files() if f.stem in ("utils", "common", "helpers", "misc")]
 

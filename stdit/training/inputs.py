@@ -26,12 +26,13 @@ from stdit.training.dynamic_loss import flops_loss
 
 class MicroBatchLoss(NamedTuple):
     """total () is to be differentiated; logged (3,), detached: diffusion loss, share of the full model's FLOPs, alignment loss;
-    each (B,), detached: every sample's diffusion loss. The diffusion loss is without min-SNR weights and contrastive term, as in
+    each (B,), detached: every sample's diffusion loss; times (B,): its timestep in [0, 1]. The diffusion loss is without min-SNR weights and contrastive term, as in
     validation."""
 
     total: Tensor
     logged: Tensor
     each: Tensor
+    times: Tensor
 
 
 class Drawn(NamedTuple):
@@ -97,7 +98,7 @@ class Inputs:
         if alignment is not None:
             distance = outputs[-1].mean()
             total = total + alignment.weight * distance
-        return MicroBatchLoss(total, torch.stack([logged, flops_ratio, distance.detach()]), each.detach())
+        return MicroBatchLoss(total, torch.stack([logged, flops_ratio, distance.detach()]), each.detach(), t)
 
     def packed_loss(self, model: Callable[..., Any], batch: PackedBatch, step: int) -> MicroBatchLoss:
         """Mean loss over the samples of a packed sequence, in one call of the model."""
@@ -112,9 +113,8 @@ class Inputs:
         ]
         trained, each = (torch.cat(values) for values in zip(*losses, strict=True))
         logged = each.detach().mean()
-        return MicroBatchLoss(
-            trained.mean(), torch.stack([logged, torch.ones_like(logged), torch.zeros_like(logged)]), each.detach()
-        )
+        shares = torch.stack([logged, torch.ones_like(logged), torch.zeros_like(logged)])
+        return MicroBatchLoss(trained.mean(), shares, each.detach(), torch.cat([d.t for d in drawn]))
 
     def draw(self, batch: Batch, step: int) -> Drawn:
         """What is drawn for the samples of one bucket: noise, timesteps, dropped conditions."""
