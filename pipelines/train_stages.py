@@ -24,7 +24,7 @@ from pipelines.record import lock_run_dir
 from pipelines.report import OUTPUTS
 from pipelines.runner import PlanFailed, PlanRunner
 from stdit.console import echo
-from stdit.errors import exit_code
+from stdit.errors import CheckpointError, exit_code
 from stdit.outputs import check_outputs, claim_outputs
 
 COMMAND = "train-stages"
@@ -98,7 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         echo(stopped, file=sys.stderr)
         return STOPPED
     except (RuntimeError, OSError, ValueError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, workers.StageFailed | PlanFailed):
+        if isinstance(error, RuntimeError) and not isinstance(
+            error, workers.StageFailed | PlanFailed | CheckpointError
+        ):
             echo(traceback.format_exc(), file=sys.stderr)
         echo(f"error: {error}", file=sys.stderr)
         return exit_code(error)

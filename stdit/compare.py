@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stdit.console import echo
-from stdit.errors import exit_code
+from stdit.errors import CheckpointError, exit_code
 from stdit.files import atomic_write
 from stdit.outputs import claim_outputs
 
@@ -270,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             serve(options)
         else:
             echo(f"{compare(options.runs, options.out, options.count)} is written")
-    except (ValueError, OSError) as error:
+    except (ValueError, CheckpointError, OSError) as error:
         echo(f"compare: {error}", file=sys.stderr)
         return exit_code(error)
     return 0

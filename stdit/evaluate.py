@@ -39,7 +39,7 @@ from stdit.config import (
 )
 from stdit.config.identity import FrameSampling
 from stdit.console import echo
-from stdit.errors import exit_code
+from stdit.errors import CheckpointError, exit_code
 from stdit.files import atomic_write, check_writable
 from stdit.outputs import check_outputs, claim_outputs
 
@@ -244,7 +244,7 @@ def run_command(options: argparse.Namespace, generate: Generate, **settings: Any
             options.run, options.manifest, options.out, prompts, config, generate,
             overwrite=options.overwrite, **flags, **settings,
         )  # fmt: skip
-    except (ValueError, OSError) as error:
+    except (ValueError, CheckpointError, OSError) as error:
         echo(f"evaluate: {error}", file=sys.stderr)
         return exit_code(error)
     from stdit.evaluation.tables import metrics_table
@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_command(options, generate_missing)
     try:
         return score_command(evaluate_config(options))
-    except (ValueError, OSError) as error:
+    except (ValueError, CheckpointError, OSError) as error:
         echo(f"evaluate: {error}", file=sys.stderr)
         return exit_code(error)
 

@@ -36,14 +36,13 @@ from stdit.data.decoding import open_clip
 from stdit.data.frame_sampling import sampled_count, sampled_indices
 from stdit.data.transforms import resize_crop
 from stdit.diffusion.randomness import seed_for
-from stdit.errors import exit_code
+from stdit.errors import CheckpointError, exit_code
 from stdit.files import atomic_path, atomic_write
 from stdit.inference.job import MANIFEST, MOVING, SHEET, Job, job_from_config, open_job
 from stdit.inference.parallel import launched_ranks
 from stdit.inference.pipeline import STDiTPipeline, STDiTPipelineOutput
 from stdit.inference.prompts import CONTROL, Item, Prompt, arguments, check_text, label_id, read_prompts, settings
 from stdit.media import Cell, contact_sheet, moving_sheet, write_clip, write_gif, write_png
-from stdit.training import checkpoint
 from stdit.training.distributed import Ranks, sequence_group
 
 # Videos on the contact sheet, the first of the manifest.
@@ -348,10 +347,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             job = ranks.broadcast(lambda: job_from_config(config))
             outcomes = run_groups(job, config.device, True, ranks if ranks.size > 1 else None)
             rows = ranks.broadcast(lambda: finish(job, outcomes))
-    except (ValueError, checkpoint.CheckpointError, OSError) as error:
+    except (ValueError, CheckpointError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":
             echo(f"stdit.generate: {error}", file=sys.stderr)
-        return 2 if isinstance(error, checkpoint.CheckpointError) else exit_code(error)
+        return exit_code(error)
     if not ranks.is_main:
         return int(any(row["file"] is None for row in rows))
     return report(rows, outcomes, job.out)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from stdit.config import Config, ConfigError, ModelConfig, apply_override, load_config, validate
 from stdit.console import echo
-from stdit.errors import exit_code
+from stdit.errors import CheckpointError, exit_code
 from stdit.files import atomic_write
 from stdit.outputs import claim_outputs
 
@@ -292,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     try:
         return plan(args, train_run)
-    except (ConfigError, ValueError, OSError) as error:
+    except (ValueError, CheckpointError, OSError) as error:
         echo(f"error: {error}", file=sys.stderr)
         return exit_code(error)
 

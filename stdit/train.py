@@ -334,7 +334,7 @@ def arguments(prog: str = "stdit/train.py") -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments().parse_args(argv)
     stop, code, config = Stop().listen(), 1, None
-    from stdit.training.checkpoint import CheckpointError, SaveError
+    from stdit.errors import CheckpointError, SaveError
 
     try:
         config = load_config(args.config, Config, args.set)

@@ -24,6 +24,7 @@ from stdit.config import Bucket, Config, EvaluationConfig, SamplerConfig, dump, 
 from stdit.curation.curation import read_report as read_curation_report
 from stdit.data.extraction import pending_shards, read_report
 from stdit.data.features import FeatureSet
+from stdit.errors import CheckpointError
 from stdit.evaluation.comparison import RunResults, find_results, same_requests
 from stdit.evaluation.evaluator import evaluate_videos
 from stdit.evaluation.generated import read_generated
@@ -35,7 +36,7 @@ from stdit.inference.prompts import Prompt
 from stdit.integrity import MANIFEST, check_saved, write_manifest
 from stdit.models import lora
 from stdit.models.stdit import STDiT
-from stdit.training.checkpoint import CheckpointError, read_done
+from stdit.training.checkpoint import read_done
 from stdit.training.identity import load_identity
 from stdit.training.run_dir import read_config, start
 from stdit.weights.convert import load_published

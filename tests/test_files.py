@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from stdit.console import MAX_WORD, printable
-from stdit.errors import NotRegularError, WorkFailed, exit_code
+from stdit.errors import CheckpointError, NotRegularError, SaveError, WorkFailed, exit_code
 from stdit.files import (
     FolderLock,
     atomic_folder,
@@ -272,6 +272,7 @@ def test_exit_codes_tell_unusable_input_from_failed_work(tmp_path: Path) -> None
         open_regular(tmp_path)
     for error in (
         ValueError("a"),
+        CheckpointError("damaged"),
         FileNotFoundError(2, "none"),
         NotADirectoryError(20, "file"),
         too_long.value,
@@ -280,6 +281,7 @@ def test_exit_codes_tell_unusable_input_from_failed_work(tmp_path: Path) -> None
         assert exit_code(error) == 2
     for error in (
         WorkFailed("too many bad clips"),
+        SaveError("no space"),
         OSError(28, "No space left on device"),
         RuntimeError("a rank died"),
     ):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from diffusers import AutoencoderKL, AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 from pipelines import plan as plans
 from pipelines import train_stages

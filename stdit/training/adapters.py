@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stdit.config import Config, ConfigError, validate
+from stdit.errors import CheckpointError
 from stdit.files import fingerprint_files, sha256
 from stdit.models import lora
 from stdit.models.alignment import Aligned
@@ -99,7 +100,7 @@ def find_base(base: Base, config: Config, moved: Path | None = None) -> Path:
     assert source is not None
     try:
         folder = resolve_weights(source, init.weights if init else "ema")
-    except (ConfigError, checkpoint.CheckpointError) as error:
+    except (ConfigError, CheckpointError) as error:
         prefix = f"the base weights in {base.folder} are gone, and init.source" if moved is None else "base"
         raise ConfigError(f"{prefix} {source}: {error}; {MOVED_HINT}") from error
     return check_base(base, folder)
@@ -222,7 +223,7 @@ def full_model(source: Path, weights: Weights = "ema") -> Iterator[Path]:
     """
     try:
         kind = "lora" if lora.is_adapter(source) else checkpoint.trained_kind(checkpoint.read_identity(source))
-    except checkpoint.CheckpointError as error:
+    except CheckpointError as error:
         raise ConfigError(str(error)) from error
     except (ConfigError, OSError):  # weights of others, which know no runs
         kind = "transformer"

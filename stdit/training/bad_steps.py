@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stdit.config import Config
 from stdit.data.loader import Step
-from stdit.training.checkpoint import SaveError
+from stdit.errors import SaveError
 from stdit.training.distributed import Ranks
 from stdit.training.divergence import Diverged, SkippedSteps, find_bad_samples, keep_bad_batches
 from stdit.training.resume import TrainState

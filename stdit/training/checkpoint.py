@@ -36,6 +36,7 @@ from typing import Any, Literal
 from stdit import __version__, integrity
 from stdit.config import Config, ConfigError, FileSchema, NonNegative, TrainConfig, read_json
 from stdit.console import echo
+from stdit.errors import CheckpointError
 from stdit.files import apply_umask, atomic_write, fsync_folder
 from stdit.integrity import IDENTITY, MANIFEST, read_manifest, verify
 from stdit.training.identity import Trained, load_identity
@@ -53,14 +54,6 @@ PARTIAL_MARK = ".stdit-partial"
 _RANK_PREFIX = ".rank-"
 # Entries of a manifest by file name.
 FileEntries = Mapping[str, Mapping[str, Any]]
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be loaded or saved; the message names the folder and the reason."""
-
-
-class SaveError(CheckpointError):
-    """A checkpoint that could not be saved; earlier ones are intact."""
 
 
 def folder_of_step(step: int) -> str:

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stdit.config import EMAConfig
+from stdit.errors import CheckpointError
 from stdit.training import checkpoint
-from stdit.training.checkpoint import CheckpointError
 
 FOLDER = "ema_snapshots"
 # The same averages in a checkpoint, to resume from: float32, by parameter name.

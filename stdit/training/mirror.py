@@ -35,11 +35,12 @@ from stdit.config import Config, ConfigError, Url, parse_yaml, validate
 from stdit.console import echo
 from stdit.data import objects
 from stdit.data.objects import Digest, NoAccess, NoSuchBucket, NoSuchObject, StoreError, is_of_object
+from stdit.errors import SaveError
 from stdit.files import MAX_JSON_BYTES, atomic_path, flock, sha256, user_cache
 from stdit.integrity import IDENTITY, MANIFEST, read_manifest, verify
 from stdit.metrics_log import FILE as METRICS
 from stdit.training import checkpoint, ema_snapshots, resume
-from stdit.training.checkpoint import FOLDER, SaveError, folder_of_step, partial_folder, step_of
+from stdit.training.checkpoint import FOLDER, folder_of_step, partial_folder, step_of
 from stdit.training.identity import load_identity
 from stdit.training.run_dir import CONFIG
 from stdit.training.spikes import REWINDS

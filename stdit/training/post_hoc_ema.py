@@ -28,7 +28,7 @@ from stdit import arguments
 from stdit.config import Config, ConfigError, validate
 from stdit.config.train import MAX_SIGMA_REL, MIN_SIGMA_REL
 from stdit.console import echo
-from stdit.errors import exit_code
+from stdit.errors import CheckpointError, exit_code
 from stdit.files import atomic_folder, atomic_write
 from stdit.integrity import IDENTITY, read_manifest, verify
 from stdit.models import lora
@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments.ema().parse_args(argv)
     try:
         echo(write_average(args.run, args.sigma_rel, args.out, args.step))
-    except (ValueError, OSError) as error:
+    except (ValueError, CheckpointError, OSError) as error:
         echo(f"error: {error}", file=sys.stderr)
         return exit_code(error)
     return 0

@@ -21,13 +21,14 @@ from torch import nn
 from stdit.config import Config, ConfigError, validate
 from stdit.config.diff import TRAINING_RUNTIME_KEYS, changes, global_batch_sizes, matches
 from stdit.console import echo
+from stdit.errors import CheckpointError
 from stdit.models.alignment import Aligned
 from stdit.models.control import Controlled
 from stdit.models.fine_tuning import add_trainable
 from stdit.models.stdit import STDiT
 from stdit.training import adapters, checkpoint, ema_snapshots
 from stdit.training.adapters import Base
-from stdit.training.checkpoint import TRANSFORMER, CheckpointError
+from stdit.training.checkpoint import TRANSFORMER
 from stdit.training.data import TrainData
 from stdit.training.deferred import DeferredTensors, freed_memory_returned
 from stdit.training.distributed import Ranks

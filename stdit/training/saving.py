@@ -29,10 +29,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stdit.config import Config
+from stdit.errors import CheckpointError, SaveError
 from stdit.files import atomic_write
 from stdit.models.fine_tuning import submodels
 from stdit.training import adapters, checkpoint, ema_snapshots
-from stdit.training.checkpoint import FOLDER, IDENTITY, CheckpointError, SaveError, Weights, folder_of_step
+from stdit.training.checkpoint import FOLDER, IDENTITY, Weights, folder_of_step
 from stdit.training.data import TrainData
 from stdit.training.distributed import Ranks
 from stdit.training.divergence import check_finite

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stdit.training.checkpoint import CheckpointError
+from stdit.errors import CheckpointError
 from stdit.training.stopping import die_with_parent
 
 

@@ -27,9 +27,9 @@ from stdit.diffusion.sample import sample
 from stdit.diffusion.schedulers import make_scheduler, set_steps
 from stdit.encoders.text import TextEncoder
 from stdit.encoders.video import PixelAutoencoder
+from stdit.errors import CheckpointError
 from stdit.inference.pipeline import STDiTPipeline, STDiTPipelineOutput
 from stdit.models.stdit import STDiT
-from stdit.training.checkpoint import CheckpointError
 from tests.support.runs import CLASSES, TEXT, lively, make_run, model_config
 
 SIZE: dict[str, Any] = {"num_frames": 4, "height": 16, "width": 8, "num_inference_steps": 3}

@@ -156,3 +156,17 @@ def test_nothing_is_started_for_a_request_that_can_not_be_met(run: Path, tmp_pat
     assert "command line: workers" in capsys.readouterr().err
     assert ray.is_initialized() == running
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_run_is_input_that_cannot_be_used(prompts: Path, tmp_path: Path, capsys: Any) -> None:
+    from stdit.generate import main as one_process
+
+    run = make_run(tmp_path / "run", model_config(**TEXT))
+    for file in run.rglob("*.safetensors"):
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    command = ["--run", str(run), "--prompts", str(prompts), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    for command_line in (main, one_process):
+        assert command_line(command) == 2
+        assert "safetensors" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from stdit import integrity
 from stdit.config import ConfigError
+from stdit.errors import CheckpointError
 from stdit.training import checkpoint
 from tests.support.rank_jobs import config_of
 from tests.support.rank_jobs import settings as run_settings
@@ -72,7 +73,7 @@ def test_missing_shortened_and_damaged_files_are_named(tmp_path: Path) -> None:
     assert checkpoint.verify(folder) == "shard.pt is missing"
     (folder / "manifest.json").write_text('{"files": ')
     assert "manifest.json is damaged" in str(checkpoint.verify(folder))
-    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint is intact"):
+    with pytest.raises(CheckpointError, match="no checkpoint is intact"):
         checkpoint.find_latest(tmp_path)
 
 
@@ -140,11 +141,9 @@ def test_what_has_not_our_mark_is_never_removed_or_renamed(tmp_path: Path) -> No
     checkpoint.set_aside_damaged(tmp_path, newest)
     checkpoint.prune(tmp_path, 1, {newest})  # step 1 is ours, and its place to be removed to is taken
     assert contents(tmp_path) == before
-    with pytest.raises(
-        checkpoint.CheckpointError, match=r"step-00000007.partial: in the way, and not written by stdit"
-    ):
+    with pytest.raises(CheckpointError, match=r"step-00000007.partial: in the way, and not written by stdit"):
         checkpoint.start_partial(tmp_path / "checkpoints/step-00000007.partial")
-    with pytest.raises(checkpoint.CheckpointError, match=r"step-00000003: in the way of a new checkpoint"):
+    with pytest.raises(CheckpointError, match=r"step-00000003: in the way of a new checkpoint"):
         checkpoint.complete(newest, other)
     assert oldest.is_dir()
 
@@ -202,7 +201,7 @@ def test_what_cannot_be_read_is_damage_and_the_one_before_it_is_used(
         assert checkpoint.find_latest(tmp_path) == older
         checkpoint.check_in_the_way(tmp_path, older)
         shutil.rmtree(older)
-        with pytest.raises(checkpoint.CheckpointError, match="no checkpoint is intact"):
+        with pytest.raises(CheckpointError, match="no checkpoint is intact"):
             checkpoint.find_latest(tmp_path)
 
 
@@ -280,9 +279,9 @@ def test_what_nfs_keeps_of_removed_files_is_no_part_of_a_checkpoint(tmp_path: Pa
 def test_a_manifest_is_not_written_without_the_shards_of_every_rank(tmp_path: Path) -> None:
     folder = make(tmp_path, 1, whole=False)
     (entry,) = integrity.sync_files(folder, [folder / "shard.pt"]).values()
-    with pytest.raises(checkpoint.CheckpointError, match="shard-of-rank-1.pt missing"):
+    with pytest.raises(CheckpointError, match="shard-of-rank-1.pt missing"):
         checkpoint.write_manifest(folder, {"shard.pt": entry, "shard-of-rank-1.pt": entry})
-    with pytest.raises(checkpoint.CheckpointError, match="shard.pt missing or cut"):
+    with pytest.raises(CheckpointError, match="shard.pt missing or cut"):
         checkpoint.write_manifest(folder, {"shard.pt": {**entry, "size": 7}})
     assert not (folder / "manifest.json").exists()
 
@@ -291,5 +290,5 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither a checkpoint"):
         checkpoint.find_weights(tmp_path)
     torn = make(tmp_path, 1, whole=False)
-    with pytest.raises(checkpoint.CheckpointError, match=r"no manifest.json"):
+    with pytest.raises(CheckpointError, match=r"no manifest.json"):
         checkpoint.read_identity(torn)

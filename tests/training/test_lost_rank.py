@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.distributed import DistBackendError, DistNetworkError
 
+from stdit.errors import SaveError
 from stdit.training import lost_rank, run_dir
-from stdit.training.checkpoint import SaveError
 from stdit.training.distributed import Ranks
 from stdit.training.lost_rank import find_failure, lost_connection, record_failure
 from tests.support.paths import ROOT

@@ -17,9 +17,9 @@ import yaml
 
 from pipelines import plan
 from stdit.config import Config, ConfigError, Url, dump, validate
+from stdit.errors import SaveError
 from stdit.metrics_log import read as read_metrics
 from stdit.training import checkpoint, mirror, run_dir
-from stdit.training.checkpoint import SaveError
 from stdit.training.derive import with_precision
 from stdit.training.identity import load_identity
 from stdit.training.mirror import NotUploaded, RunMirror, fetch

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from stdit.errors import CheckpointError
 from stdit.models.stdit import STDiT
-from stdit.training.checkpoint import CheckpointError
 from stdit.training.universal import States
 from tests.support.rank_jobs import config_of, for_ranks, restored, run, settings
 from tests.support.rank_pool import Pool
