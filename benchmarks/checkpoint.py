@@ -2,9 +2,11 @@
 
     python benchmarks/checkpoint.py [--hidden 768 --depth 9] [--zero 2] [--rounds 5] [--steps 6] [--out FOLDER]
 
-One engine of one rank trains in steps of two tiny images; each round saves both ways, in turn, and takes `--steps` steps after either.
-Stall: seconds in which training waits for the save, collecting what became of it included. Slower steps: what steps take beyond
-those without a write under way, while there is one, in all. Prints one table and appends it to benchmarks/results/checkpoint.md.
+One engine of one rank trains in steps of two tiny images; each round saves both ways, in turn, and takes `--steps`
+steps after either.
+Stall: seconds in which training waits for the save, collecting what became of it included. Slower steps: what steps
+take beyond those without a write under way, while there is one, in all. Prints one table and appends it to
+benchmarks/results/checkpoint.md.
 """
 
 from __future__ import annotations
@@ -94,7 +96,8 @@ class Training:
 
 
 def measure(training: Training, name: str, least_steps: int) -> tuple[float, float, int, list[float]]:
-    """(stall, background seconds, steps meanwhile, their seconds) of one save; then steps until it is complete, or so many."""
+    """(stall, background seconds, steps meanwhile, their seconds) of one save; then steps until it is complete, or so
+    many."""
     saver, stall, meanwhile, wrote = training.savers[name], 0.0, [], 0.0
     before = saver.background_seconds
     start = time.perf_counter()

@@ -1,11 +1,13 @@
-"""Curation: precision and recall of cuts beside PySceneDetect, speed of each part, agreement of workers, memory, 100,000 clips.
+"""Curation: precision and recall of cuts beside PySceneDetect, speed of each part, agreement of workers, memory,
+100,000 clips.
 
     python benchmarks/curation.py [--films 24] [--only cuts speed workers memory scale]
 
-Cuts: films of stdit.curation.footage whose photographs, scans and textures the classifier was not trained on, at 24 and 30 frames a second;
-a hard cut counts at its exact frame, a dissolve or fade where a found one overlaps it. PySceneDetect (`pip install scenedetect[opencv]`,
-left out where it is not installed): its detectors with their defaults; a cut that they report within a dissolve or a fade counts as found.
-Prints one table a part and appends them to benchmarks/results/curation.md.
+Cuts: films of stdit.curation.footage whose photographs, scans and textures the classifier was not trained on, at 24 and
+30 frames a second; a hard cut counts at its exact frame, a dissolve or fade where a found one overlaps it.
+PySceneDetect (`pip install scenedetect[opencv]`, left out where it is not installed): its detectors with their
+defaults; a cut that they report within a dissolve or a fade counts as found. Prints one table a part and appends them
+to benchmarks/results/curation.md.
 """
 
 from __future__ import annotations

@@ -2,14 +2,16 @@
 
     python benchmarks/dynamic.py --out runs/dynamic [--steps 1500] [--tune 900] [--rounds 21] [--threads 2] [--quick]
 
-The embedded default's image stage (configs/stages/demo-1-images.yaml: 12x12 digits by class) is trained static, and then
-goes on as each variant for equally many steps, static among them: dynamic ones by init.allow: [add_dynamic], as the
-paper fine-tunes. FLOPs are counted by torch over whole sampling runs, of which also the time is taken: one process, one
-thread, variants interleaved in an order drawn anew each round, process CPU time as a ratio to the static model's within
-the round. The row `static (control)` is the static model again. A second call goes on where the first one stopped.
+The embedded default's image stage (configs/stages/demo-1-images.yaml: 12x12 digits by class) is trained static, and
+then goes on as each variant for equally many steps, static among them: dynamic ones by init.allow: [add_dynamic], as
+the paper fine-tunes. FLOPs are counted by torch over whole sampling runs, of which also the time is taken: one process,
+one thread, variants interleaved in an order drawn anew each round, process CPU time as a ratio to the static model's
+within the round. The row `static (control)` is the static model again. A second call goes on where the first one
+stopped.
 
 The digits' model is so small that little of its time is spent in products. So time is also taken of DiT-S/2 and DiT-B/2
-at 32x32 latents, untrained, with choices drawn at random: half of the heads, 7/10 of the MLP's groups and of the tokens.
+at 32x32 latents, untrained, with choices drawn at random: half of the heads, 7/10 of the MLP's groups and of the
+tokens.
 
 Prints two tables and appends them to benchmarks/results/dynamic.md (not with --quick).
 """

@@ -1,11 +1,14 @@
 """How busy an encoder is that several processes decode for, where the encoder is a pause: what a GPU would take.
 
-    python -m benchmarks.extraction        # 2-second clips of 512×512 H.264, read at 256×256; 1, 2 and 4 decoders; four minutes on two cores
+    python -m benchmarks.extraction        # four minutes on two cores
 
-The pause for a clip is `--load` times what one decoder takes for one, measured first: below 1, one decoder cannot keep the encoder busy, and two can
-where two cores are free. `--encode-s` sets it instead. Everything else is `stdit extract`: hashing, conversion to pixels, shards, records.
-What the encoder's own thread does with pixels and latents counts as encoding; the start, until the first batch is decoded, counts as waiting.
-Prints a table and appends it to benchmarks/results/extraction.md.
+2-second clips of 512×512 H.264 are read at 256×256, by 1, 2 and 4 decoders.
+
+The pause for a clip is `--load` times what one decoder takes for one, measured first: below 1, one decoder cannot keep
+the encoder busy, and two can where two cores are free. `--encode-s` sets it instead. Everything else is
+`stdit extract`: hashing, conversion to pixels, shards, records. What the encoder's own thread does with pixels and
+latents counts as encoding; the start, until the first batch is decoded, counts as waiting. Prints a table and appends
+it to benchmarks/results/extraction.md.
 """
 
 from __future__ import annotations

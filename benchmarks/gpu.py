@@ -5,12 +5,14 @@
     tests       the tests that need CUDA
     attention   every attention back end: time forward and forward + backward, error against float32
     parity      DiT, PixArt and Latte in float32 against diffusers; the bfloat16 error of both
-    speed       their XL sizes in bfloat16, eager and compiled: forward (a step of sampling) and forward + backward, beside
-                diffusers, and the share of the peak of a square product in the same run (FLOPs counted, 3 forwards to a step)
+    speed       their XL sizes in bfloat16, eager and compiled: forward (a step of sampling) and forward + backward,
+                beside diffusers, and the share of the peak of a square product in the same run (FLOPs counted, 3
+                forwards to a step)
     recipe      benchmarks/recipe.py with DiT-S/2 on the handwriting clips at 32 x 32
 
-A part that fails is recorded with its error, and the others run. OUT/gpu.json and OUT/gpu.md are written after each part.
---quick runs all of it on tiny sizes, on a CPU too. benchmarks/model.py prints the part `speed` where there is CUDA.
+A part that fails is recorded with its error, and the others run. OUT/gpu.json and OUT/gpu.md are written after each
+part. --quick runs all of it on tiny sizes, on a CPU too. benchmarks/model.py prints the part `speed` where there is
+CUDA.
 """
 
 from __future__ import annotations
@@ -142,7 +144,8 @@ def attention(args: argparse.Namespace) -> Rows:
 
 
 def parity(args: argparse.Namespace) -> Rows:
-    """Ours against diffusers' in float32; and each one's bfloat16 against its own float32: largest difference over the largest value."""
+    """Ours against diffusers' in float32; and each one's bfloat16 against its own float32: largest difference over the
+    largest value."""
     rows: Rows = []
     for make, batch in _models(args, small=True):
         peer, inputs = _on_device(make(), batch, torch.float32)
@@ -191,7 +194,8 @@ def speed(args: argparse.Namespace) -> Rows:
 
 
 def recipe(args: argparse.Namespace) -> Rows:
-    """The summary of benchmarks/recipe.py, of what it could measure in time. RuntimeError: it failed, with its last words."""
+    """The summary of benchmarks/recipe.py, of what it could measure in time. RuntimeError: it failed, with its last
+    words."""
     out = args.out / "recipe"
     command = [
         sys.executable,

@@ -1,11 +1,15 @@
-"""How fast batches come, and how long a training step waits for them: features on a local disk, and at a URL behind 50 ms of latency.
+"""How fast batches come, and how long a training step waits for them: features on a local disk, and at a URL behind 50
+ms of latency.
 
-    python -m benchmarks.loader        # 512 images with captions; an S3 server on loopback (rclone, dev extra); two minutes
+    python -m benchmarks.loader        # two minutes
 
-Peer: one file a sample with its caption padded, read by torch.utils.data.DataLoader, as PixArt's and Open-Sora's training code does;
-over the store one object a sample. Samples per second without a step, first batch left out, on the
+512 images with captions; an S3 server on loopback (rclone, dev extra).
+
+Peer: one file a sample with its caption padded, read by torch.utils.data.DataLoader, as PixArt's and Open-Sora's
+training code does; over the store one object a sample. Samples per second without a step, first batch left out, on the
 local disk the median of seven turns; then the share of time that steps wait, where a step is a pause of
-`--step-s`: what a GPU would take. In a first epoch each sample is compared with its hash. Prints a table and appends it to benchmarks/results/loader.md.
+`--step-s`: what a GPU would take. In a first epoch each sample is compared with its hash. Prints a table and appends it
+to benchmarks/results/loader.md.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
     python benchmarks/model.py [--rounds 15] [--only DiT-S/2 PixArt-B/2] [--rows forward sampling] [--quick]
 
-One process, one thread, process CPU time; candidates in random order within each round; the ratio theirs / ours is taken
-within a round, so that other load weighs on both: above 1 ours is faster. "A/A" times theirs against itself: the noise.
-"floor" is ours against its matrix products and attention alone. Ours is timed with torch's float32 products and with
-oneDNN's (stdit/ops/onednn.py); the header says which of them `auto` uses on this processor, and what both take for one
-layer of 256 rows. On a machine with CUDA also the XL sizes in bfloat16 (benchmarks/gpu.py). Prints one table and appends it to
-benchmarks/results/model.md.
+One process, one thread, process CPU time; candidates in random order within each round; the ratio theirs / ours is
+taken within a round, so that other load weighs on both: above 1 ours is faster. "A/A" times theirs against itself: the
+noise. "floor" is ours against its matrix products and attention alone. Ours is timed with torch's float32 products and
+with oneDNN's (stdit/ops/onednn.py); the header says which of them `auto` uses on this processor, and what both take for
+one layer of 256 rows. On a machine with CUDA also the XL sizes in bfloat16 (benchmarks/gpu.py). Prints one table and
+appends it to benchmarks/results/model.md.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def forward_backward(peer: Peer, batch: int) -> Row:
 
 
 def sampling(peer: Peer, side: int) -> Row:
-    """Ten guided DDIM steps of one sample, theirs as diffusers' pipelines write it: everything at every step, for both halves."""
+    """Ten guided DDIM steps of one sample, theirs as diffusers' pipelines write it: everything at every step, for both
+    halves."""
     x0 = peer.latents(1, side)
     conditions, null = peer.conditions(1), peer.null()
     both = {name: torch.cat([conditions[name], null[name]]) for name in conditions}
@@ -143,7 +144,8 @@ def sampling(peer: Peer, side: int) -> Row:
 
 
 def training(peer: Peer, batch: int) -> Row:
-    """A step of DiT's train.py (forward, loss, AdamW as it comes, its loop for the EMA) against ours: fused AdamW, our EMA."""
+    """A step of DiT's train.py (forward, loss, AdamW as it comes, its loop for the EMA) against ours: fused AdamW, our
+    EMA."""
     peer = copy.deepcopy(peer)
     x, t, conditions = peer.latents(batch), torch.linspace(100, 900, batch), peer.conditions(batch)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))

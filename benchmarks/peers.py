@@ -41,7 +41,8 @@ class Peer:
         return torch.randn(batch, 4, self.frames, side, side, generator=torch.Generator().manual_seed(1))
 
     def null(self) -> dict[str, Tensor]:
-        """The null conditions of classifier-free guidance: no class, or the features of an empty caption, one token long."""
+        """The null conditions of classifier-free guidance: no class, or the features of an empty caption, one token
+        long."""
         conditions = self.conditions(1)
         if "class_labels" in conditions:
             return {"class_labels": torch.full((1,), 1000)}
@@ -83,7 +84,8 @@ def labels(batch: int) -> dict[str, Tensor]:
 
 
 def captions(batch: int) -> dict[str, Tensor]:
-    """Captions of 12 to 60 tokens (the first has 32), padded to 120, as a tokenizer with padding="max_length" leaves them."""
+    """Captions of 12 to 60 tokens (the first has 32), padded to 120, as a tokenizer with padding="max_length" leaves
+    them."""
     random = torch.Generator().manual_seed(2)
     lengths = torch.randint(12, 61, (batch, 1), generator=random)
     lengths[0] = 32
@@ -94,7 +96,8 @@ def captions(batch: int) -> dict[str, Tensor]:
 
 
 def full_captions(batch: int) -> dict[str, Tensor]:
-    """120 tokens without a mask: diffusers' Latte takes none (its pipeline cuts a single caption, and pads others with zeros)."""
+    """120 tokens without a mask: diffusers' Latte takes none (its pipeline cuts a single caption, and pads others with
+    zeros)."""
     return {"encoder_hidden_states": captions(batch)["encoder_hidden_states"]}
 
 

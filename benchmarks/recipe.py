@@ -1,15 +1,18 @@
 """Recipes at equal training FLOPs on the embedded handwriting clips: validation loss, digits, Fréchet distance.
 
-    python benchmarks/recipe.py --out runs/recipe [--steps 1000] [--seeds 0 1 2] [--fractions 0.5 1] [--recipes today wsd …]
+    python benchmarks/recipe.py --out runs/recipe [--steps 1000] [--seeds 0 1 2] \\
+        [--fractions 0.5 1] [--recipes today wsd …]
 
-Each recipe changes one thing of a config (--base, by default the demo's stage of captions and clips, trained from scratch). The
-budget is what --steps steps of it cost; every recipe gets as many steps as the same budget, or a fraction of it, pays for. FLOPs
-of forward and backward are counted by stdit.models.cost, those of the optimizer's products by torch, and a step's arithmetic on
-each weight (AdamW, clipping, EMA) as PER_WEIGHT. Loss, digits and Fréchet distance are of the EMA's weights; the loss is the plain
-objective's. Recipes of noise prediction are compared with `ddpm`, all others with `today`.
+Each recipe changes one thing of a config (--base, by default the demo's stage of captions and clips, trained from
+scratch). The budget is what --steps steps of it cost; every recipe gets as many steps as the same budget, or a fraction
+of it, pays for. FLOPs of forward and backward are counted by stdit.models.cost, those of the optimizer's products by
+torch, and a step's arithmetic on each weight (AdamW, clipping, EMA) as PER_WEIGHT. Loss, digits and Fréchet distance
+are of the EMA's weights; the loss is the plain objective's. Recipes of noise prediction are compared with `ddpm`, all
+others with `today`.
 
-Intervals are 95 %: of loss and distance Student's over seeds, and of their difference at equal seeds; of digits Wilson's over the
-pooled clips. One process; a second call goes on where the first one stopped. Writes OUT/recipe.json and OUT/recipe.md.
+Intervals are 95 %: of loss and distance Student's over seeds, and of their difference at equal seeds; of digits
+Wilson's over the pooled clips. One process; a second call goes on where the first one stopped. Writes OUT/recipe.json
+and OUT/recipe.md.
 """
 
 from __future__ import annotations
@@ -142,7 +145,8 @@ def optimizer_flops(config: Config) -> int:
 
 
 def spend(config: Config, steps: int | None = None, budget: float | None = None) -> tuple[int, float]:
-    """(steps, training FLOPs): of `steps` steps of the config's own sequence of buckets, or of as many as `budget` pays for."""
+    """(steps, training FLOPs): of `steps` steps of the config's own sequence of buckets, or of as many as `budget` pays
+    for."""
     data = open_data(config)
     loader = BucketSchedule(data.source, config.data, accumulation=config.train.gradient_accumulation)
     own, cost = optimizer_flops(config), {}
@@ -232,7 +236,8 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each recipe and fraction: means with intervals, and paired differences to its reference at the whole budget."""
+    """One row for each recipe and fraction: means with intervals, and paired differences to its reference at the whole
+    budget."""
     summary = []
     groups: dict[tuple[str, float], dict[int, dict[str, Any]]] = {}
     for row in rows:

@@ -1,11 +1,13 @@
 """What the framework adds to a training step: `train` beside DeepSpeed driven bare, and beside a plain PyTorch loop.
 
-    python benchmarks/training.py [--hidden 384 --depth 12] [--side 32 --frames 1 --batch 4] [--zero 2] [--precision fp32] [--steps 20]
+    python benchmarks/training.py [--hidden 384 --depth 12] [--side 32 --frames 1 --batch 4] \\
+        [--zero 2] [--precision fp32] [--steps 20]
 
-The same model (spatial-temporal DiT, class-conditional), batches, flow-matching loss, AdamW, gradient clipping and weight average three times, in one
-process of one rank, a step of each in turn: `train` reports after each of its steps, and the other two take theirs then. CPU seconds, all threads,
-so that other programs matter less; a ratio of each round, its median. `train` is all that a user's run does: data from features, seeded noise, checks,
-metrics.jsonl, watchdog. Prints a table and appends it to benchmarks/results/training.md.
+The same model (spatial-temporal DiT, class-conditional), batches, flow-matching loss, AdamW, gradient clipping and
+weight average three times, in one process of one rank, a step of each in turn: `train` reports after each of its steps,
+and the other two take theirs then. CPU seconds, all threads, so that other programs matter less; a ratio of each round,
+its median. `train` is all that a user's run does: data from features, seeded noise, checks, metrics.jsonl, watchdog.
+Prints a table and appends it to benchmarks/results/training.md.
 """
 
 from __future__ import annotations

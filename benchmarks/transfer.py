@@ -1,11 +1,13 @@
 """Transfer of the learning rate over widths, with µP (train.optimizer.mup) and without: a table of losses.
 
-    python benchmarks/transfer.py --out runs/transfer [--widths 64 128 256] [--rates 1e-3 2e-3 4e-3 8e-3 1.6e-2] [--steps 150] [--quick]
+    python benchmarks/transfer.py --out runs/transfer [--widths 64 128 256] \\
+        [--rates 1e-3 2e-3 4e-3 8e-3 1.6e-2] [--steps 150] [--quick]
 
-Trains a config (--base, by default the demo's stage of images of digits) from scratch at each width, with heads of --head, and each
-learning rate; with µP the base is the first width, where both are the same run. The loss is the validation loss of the model's own
-weights after the last step, at a constant rate, since an average would hide what a rate too high does. One process; a second call
-goes on where the first one stopped. Writes OUT/transfer.json and OUT/transfer.md.
+Trains a config (--base, by default the demo's stage of images of digits) from scratch at each width, with heads of
+--head, and each learning rate; with µP the base is the first width, where both are the same run. The loss is the
+validation loss of the model's own weights after the last step, at a constant rate, since an average would hide what a
+rate too high does. One process; a second call goes on where the first one stopped. Writes OUT/transfer.json and
+OUT/transfer.md.
 """
 
 from __future__ import annotations
@@ -99,8 +101,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """A row for each width, with and without µP; the best rate's loss is bold. `regret`: what the narrowest model's best rate loses
-    against the row's own."""
+    """A row for each width, with and without µP; the best rate's loss is bold. `regret`: what the narrowest model's
+    best rate loses against the row's own."""
     rows = result["rows"]
     rates, widths = sorted({row["rate"] for row in rows}), sorted({row["width"] for row in rows})
     lines = [

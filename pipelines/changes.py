@@ -1,6 +1,7 @@
 """Settings of the parts of a plan, and the results that a changed plan invalidates. Pure.
 
-parts = describe(plan, stages)                # {"prepare": …, "extraction": …, "stages.NAME": …}; of several sets "sets.NAME.extraction"
+# {"prepare": …, "extraction": …, "stages.NAME": …}; of several sets "sets.NAME.extraction"
+parts = describe(plan, stages)
 changes = differences(recorded, parts)        # by key, with old and new values
 invalid = invalidated(changes, parts)         # the changed parts, and all that depend on them
 """
@@ -32,7 +33,8 @@ def describe(
 ) -> dict[str, Settings]:
     """Settings of each part (`prepare`, `extraction`, `stages.NAME`) as flat mappings of dotted keys.
 
-    Settings that do not affect the result are left out. `manifests`: SHA-256 of each set's manifest of clips, if it exists.
+    Settings that do not affect the result are left out. `manifests`: SHA-256 of each set's manifest of clips, if it
+    exists.
     """
     parts: dict[str, Settings] = {}
     for name, source in plan.feature_sets.items():

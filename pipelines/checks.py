@@ -97,8 +97,8 @@ def check_evaluation(plan: Plan, stage: ResolvedStage) -> None:
 
 
 def check_scores(plan: Plan) -> None:
-    """ConfigError where a score that the plan names has other weights than those that define it, or one that will be computed needs
-    more clips than are generated."""
+    """ConfigError where a score that the plan names has other weights than those that define it, or one that will be
+    computed needs more clips than are generated."""
     if plan.evaluation is None or plan.evaluation.scores is None:
         return
     from stdit.evaluation.networks import MissingWeights, NetworkError, find_network
@@ -126,8 +126,9 @@ def check_scores(plan: Plan) -> None:
 
 
 def check_validation_split(plan: Plan, stages: Sequence[ResolvedStage]) -> None:
-    """ConfigError where the manifest lacks the validation split, a column, or clips of a stage's shape (with a class, if the stage is
-    class-conditional) for the plan's evaluation, has clips by URL, which evaluation does not read, or more than memory holds."""
+    """ConfigError where the manifest lacks the validation split, a column, or clips of a stage's shape (with a class,
+    if the stage is class-conditional) for the plan's evaluation, has clips by URL, which evaluation does not read, or
+    more than memory holds."""
     if plan.evaluation is None:
         return
     from stdit.data import manifest
@@ -259,8 +260,8 @@ def set_lines(plan: Plan, of: Callable[[FeatureSource], list[str]]) -> list[str]
 
 
 def forecast_lines(plan: Plan, stages: Sequence[ResolvedStage]) -> list[str]:
-    """Cost of a plan and the transfers between its stages: from the features if they exist, else from the manifest, else
-    from the plan alone. ConfigError: a missing autoencoder."""
+    """Cost of a plan and the transfers between its stages: from the features if they exist, else from the manifest,
+    else from the plan alone. ConfigError: a missing autoencoder."""
     from pipelines.forecast import forecast
 
     if all(extracted_features(one) is not None for one in plan.feature_sets.values()):

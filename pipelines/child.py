@@ -58,7 +58,8 @@ os.unlink(sys.argv[1])
 
 @contextmanager
 def stderr_on_failure() -> Iterator[None]:
-    """Holds back what this process, C code included, writes to stderr; shows it if the block raises or the process dies."""
+    """Holds back what this process, C code included, writes to stderr; shows it if the block raises or the process
+    dies."""
     sys.stderr.flush()
     number, name = tempfile.mkstemp(prefix="stdit-stderr-")
     # A process of its own: after an abort nothing of this one runs any more.

@@ -238,7 +238,8 @@ def _scalar(value: Any) -> str:
 
 
 def schema(name: str) -> dict[str, Any]:
-    """JSON schema of one kind of file, for editors: nothing is required, since `extends`, a plan or `--set` may bring it."""
+    """JSON schema of one kind of file, for editors: nothing is required, since `extends`, a plan or `--set` may bring
+    it."""
     root, reader = DOCUMENTS[name]
     found = _optional(root.model_json_schema())
     found["properties"] = {

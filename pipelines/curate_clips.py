@@ -1,9 +1,11 @@
-"""Curation on a Ray cluster: files, clips and captions go to Ray Data actors, which run the functions of `stdit curate`.
+"""Curation on a Ray cluster: files, clips and captions go to Ray Data actors, which run the functions of
+`stdit curate`.
 
     python -m pipelines.curate_clips --config configs/curate/footage.yaml --set workers=16
 
-Footage has the same paths on every node, or is in an object store; the driver alone writes `out`. The result equals that of `stdit curate`; the same
-command again resumes. Scorers and captioners get a GPU each where the cluster has them.
+Footage has the same paths on every node, or is in an object store; the driver alone writes `out`. The result equals
+that of `stdit curate`; the same command again resumes. Scorers and captioners get a GPU each where the cluster has
+them.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from stdit.errors import WorkFailed, exit_code
 
 
 class Worker:
-    """An actor: tasks as stdit.curation.work has them, {"task": JSON} -> {"result": JSON, "content": bytes, "error": …}."""
+    """An actor: tasks as stdit.curation.work has them, {"task": JSON} -> {"result": JSON, "content": bytes, "error":
+    …}."""
 
     def __init__(self, kind: str, config: dict[str, Any], directory: str, beside: int) -> None:
         if os.path.isdir(directory):
@@ -51,7 +54,8 @@ class Worker:
 
 
 def ray_mapper(kind: str, config: CurateConfig, tasks: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """As stdit.curation.work.local_mapper, on actors. ValueError: an error of a worker; WorkFailed, where a later call may do better."""
+    """As stdit.curation.work.local_mapper, on actors. ValueError: an error of a worker; WorkFailed, where a later call
+    may do better."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 

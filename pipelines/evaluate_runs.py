@@ -1,6 +1,8 @@
-"""As `python -m stdit.evaluate`, with videos generated, or features computed, by several Ray workers; results are the same.
+"""As `python -m stdit.evaluate`, with videos generated, or features computed, by several Ray workers; results are the
+same.
 
-python -m pipelines.evaluate_runs --run runs/demo/clips --manifest runs/demo/sets/digits/data/manifest.jsonl --out metrics --workers 4
+python -m pipelines.evaluate_runs --run runs/demo/clips --manifest runs/demo/sets/digits/data/manifest.jsonl \\
+    --out metrics --workers 4
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ class FeatureWorker:
 
 
 class FeaturePool(Closable):
-    """Computes features with `workers` actors of a Ray that is joined, or started at the first job and stopped by `close`."""
+    """Computes features with `workers` actors of a Ray that is joined, or started at the first job and stopped by
+    `close`."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers

@@ -3,8 +3,8 @@
     python -m pipelines.extract_features --config configs/extract/digits.yaml --set workers=4
 
 Actors receive rows of the manifest, read clips and write shards: manifest, encoders and `out` have the same paths
-on every node, or are URLs. The result equals that of `python -m stdit.extract` except for the last bits of latents, which depend on
-a worker's threads. The same command again resumes.
+on every node, or are URLs. The result equals that of `python -m stdit.extract` except for the last bits of latents,
+which depend on a worker's threads. The same command again resumes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Worker:
         self.extractor: Any = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """{"spec": pickled ShardSpec} -> {"result": pickled ShardResult, "error": ""}, or the error that stops the extraction."""
+        """{"spec": pickled ShardSpec} -> {"result": pickled ShardResult, "error": ""}, or the error that stops the
+        extraction."""
         import torch
 
         from stdit.extract import load_extractor
@@ -61,8 +62,8 @@ class Worker:
 
 
 def extract_features(config: ExtractConfig, overwrite: bool = False, summary: bool = True) -> Path | Url:
-    """The extraction on `config.workers` actors; the folder of features, or their URL. A second call does nothing. summary: prints what
-    became of the clips.
+    """The extraction on `config.workers` actors; the folder of features, or their URL. A second call does nothing.
+    summary: prints what became of the clips.
 
     Raises as `stdit.extract.run`; OSError or ValueError also for errors of a worker.
     """

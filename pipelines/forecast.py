@@ -27,7 +27,8 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class BucketForecast:
-    """One bucket of a stage: `clips` of its training split, `left_out` of them by `where`, and the samples that `steps` steps take."""
+    """One bucket of a stage: `clips` of its training split, `left_out` of them by `where`, and the samples that `steps`
+    steps take."""
 
     key: str
     clips: int

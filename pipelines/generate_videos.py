@@ -104,7 +104,8 @@ def cluster_device() -> Literal["cpu", "cuda"]:
 
 def generate_videos(config: GenerateConfig, progress: bool = True) -> tuple[list[dict[str, Any]], list[Outcome]]:
     """Makes what is missing, writes the manifest; its rows and what failed. Joins the Ray that is connected, or one of
-    its own (pipelines.workers.connect). ValueError, CheckpointError, OSError, RuntimeError: nothing more can be made."""
+    its own (pipelines.workers.connect). ValueError, CheckpointError, OSError, RuntimeError: nothing more can be
+    made."""
     from stdit.generate import finish, job_from_config
 
     if (
@@ -125,7 +126,8 @@ def generate_videos(config: GenerateConfig, progress: bool = True) -> tuple[list
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0: all generated; 1: some prompts failed, or the job could not continue; 2: a job that cannot be run."""
+    """Exit code 0: all generated; 1: some prompts failed, or the job could not continue; 2: a job that cannot be
+    run."""
     from stdit.inference.prompts import arguments, settings
 
     options = arguments(__doc__).parse_args(argv)

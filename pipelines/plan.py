@@ -89,8 +89,8 @@ class Extraction(ExtractConfig):
 
 
 class SetConfig(Frozen):
-    """One of several feature sets of a plan: its clips and their features, below RUN_DIR/sets/NAME as those of a plan's only set are
-    below RUN_DIR."""
+    """One of several feature sets of a plan: its clips and their features, below RUN_DIR/sets/NAME as those of a plan's
+    only set are below RUN_DIR."""
 
     prepare: Prepare | None = None
     """Creates the clips; null: they are there."""
@@ -115,8 +115,8 @@ class Stage(Frozen):
     allow: tuple[Transition, ...] = ()
     """Permitted differences of architecture to `after`; any other is an error."""
     sets: dict[str, Annotated[float, Field(gt=0)]] | None = Field(default=None, min_length=1)
-    """Of the plan's `sets` those that the stage trains on, with their share of the samples: {films: 0.7, stills: 0.3}. null: all, each as
-    many samples as it has clips."""
+    """Of the plan's `sets` those that the stage trains on, with their share of the samples: {films: 0.7, stills: 0.3}.
+    null: all, each as many samples as it has clips."""
 
     @model_validator(mode="after")
     def _check_allow(self) -> Stage:
@@ -153,7 +153,8 @@ class Evaluation(Frozen):
     scores: ScoreConfig | None = None
     """Published scores of the same clips against the held-out split, into evaluation/STAGE/scores; null: none."""
     reference: str | None = None
-    """Of a plan's `sets` the one whose captions are generated, and whose held-out clips are compared with; null: the first."""
+    """Of a plan's `sets` the one whose captions are generated, and whose held-out clips are compared with; null: the
+    first."""
 
     @property
     def threads_each(self) -> int:
@@ -169,7 +170,8 @@ class ElasticWorkers(Frozen):
     max: Workers
     """More are not taken."""
     check_every_s: Seconds = 300
-    """Seconds between looks for nodes that have come, or come back; taking them restarts the stage from its newest checkpoint."""
+    """Seconds between looks for nodes that have come, or come back; taking them restarts the stage from its newest
+    checkpoint."""
 
     @model_validator(mode="after")
     def _check_order(self) -> ElasticWorkers:
@@ -183,8 +185,8 @@ def _kind_of_workers(found: Any) -> str:
 
 
 class Resources(Frozen):
-    """Processes of training. Not part of a stage's identity, except for samples per step, which are a bucket's global_batch, or
-    workers * batch_size * gradient_accumulation."""
+    """Processes of training. Not part of a stage's identity, except for samples per step, which are a bucket's
+    global_batch, or workers * batch_size * gradient_accumulation."""
 
     workers: Annotated[
         Annotated[Workers, Tag("fixed")] | Annotated[ElasticWorkers, Tag("elastic")], Discriminator(_kind_of_workers)
@@ -309,7 +311,8 @@ class Plan(Frozen):
 
 @dataclass(frozen=True)
 class FeatureSource:
-    """A feature set of a plan, in `folder`: where its clips come from, and the settings of its parts with their default paths."""
+    """A feature set of a plan, in `folder`: where its clips come from, and the settings of its parts with their default
+    paths."""
 
     name: str
     folder: Path
@@ -367,7 +370,8 @@ class FeatureSource:
 
 @dataclass(frozen=True)
 class ResolvedStage:
-    """A stage with its complete Config. `source`: file and key, for error messages; `sets`: the names of its feature sets."""
+    """A stage with its complete Config. `source`: file and key, for error messages; `sets`: the names of its feature
+    sets."""
 
     name: str
     config: Config

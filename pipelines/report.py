@@ -17,7 +17,8 @@ from pipelines.html import Pictures, render_html
 from stdit.files import atomic_write
 
 REPORT, HTML, PICTURES = "report.json", "report.html", "report"
-# What a plan writes directly into its run_dir, besides plan.json and its parts' folders: claimed before anything is begun.
+# What a plan writes directly into its run_dir, besides plan.json and its parts' folders: claimed before anything is
+# begun.
 OUTPUTS = (REPORT, HTML, PICTURES, "evaluation", "ray")
 # With fewer clips on a side, the kernel distance says nothing: its spread is larger than what it measures.
 LEAST_FOR_KERNEL_DISTANCE = 25
@@ -56,8 +57,9 @@ def write_report(
 
 
 def stage_report(stage: Stage) -> dict[str, Any]:
-    """A stage in report.json. A metric that was not measured is null, never absent, and `absent` says why; class accuracy
-    has the name of the class: digit_accuracy. `previous`: metrics of the stage before at this stage's shape."""
+    """A stage in report.json. A metric that was not measured is null, never absent, and `absent` says why; class
+    accuracy has the name of the class: digit_accuracy. `previous`: metrics of the stage before at this stage's
+    shape."""
     metrics: Mapping[str, Any] = stage.get("metrics") or {}
     previous = metrics.get("previous")
     found = _metrics(metrics)

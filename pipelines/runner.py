@@ -1,4 +1,5 @@
-"""Runs a plan: prepare, curate, extract, train each stage, evaluate it, write the report. Finished parts are skipped."""
+"""Runs a plan: prepare, curate, extract, train each stage, evaluate it, write the report. Finished parts are
+skipped."""
 
 from __future__ import annotations
 
@@ -152,7 +153,8 @@ class PlanRunner:
             curate_footage(config)
 
     def extraction(self) -> None:
-        """Extracts features of all sets that are missing or have changed. ConfigError, before the first: sets of other encoders."""
+        """Extracts features of all sets that are missing or have changed. ConfigError, before the first: sets of other
+        encoders."""
         from stdit.extract import prepare
 
         planned: dict[str, tuple[ExtractionPlan, list[ShardSpec]]] = {}
@@ -251,7 +253,8 @@ class PlanRunner:
                 return
 
     def evaluate(self, stage: ResolvedStage) -> dict[str, Any] | None:
-        """Videos for held-out captions, and their metrics; what exists is kept. None: the plan has no evaluation. PlanFailed."""
+        """Videos for held-out captions, and their metrics; what exists is kept. None: the plan has no evaluation.
+        PlanFailed."""
         if self.plan.evaluation is None:
             return None
         try:

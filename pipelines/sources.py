@@ -1,4 +1,5 @@
-"""The clips of a plan's feature sets: of the features if they are extracted, else of the manifest, else as if there were some.
+"""The clips of a plan's feature sets: of the features if they are extracted, else of the manifest, else as if there
+were some.
 
 sources = Sources(plan)
 index = sources.of_stage(stage)        # of one set, or of several with their shares
@@ -84,7 +85,8 @@ class Sources:
         return source.index["buckets"] if isinstance(source, FeatureSet) else [b.key for b in one.extract.buckets]
 
     def facts(self, stage: ResolvedStage) -> FeatureFacts:
-        """What a stage's config can take from its sets, which are of equal encoders. ConfigError, ManifestError: no manifest or encoder."""
+        """What a stage's config can take from its sets, which are of equal encoders. ConfigError, ManifestError: no
+        manifest or encoder."""
         from stdit.data.features import FeatureSet
         from stdit.extract import expected_facts
 

@@ -159,8 +159,9 @@ def _watch_stop_file(file: Path, request: Callable[[str], None]) -> None:
 
 
 def _watch_preemption(request: Callable[[], None]) -> None:
-    """Asks for a checkpoint for each node that Ray says is about to be taken away, as spot machines are; training goes on until then, and
-    Ray Train starts it again without counting that among its max_failures. On every rank: the question is a barrier of all."""
+    """Asks for a checkpoint for each node that Ray says is about to be taken away, as spot machines are; training goes
+    on until then, and Ray Train starts it again without counting that among its max_failures. On every rank: the
+    question is a barrier of all."""
     import ray.train
 
     known: set[str] = set()
@@ -218,8 +219,8 @@ def train_stage(config: Config, resources: Resources, storage: Path, tick: Calla
 
 
 def _torch_config(backend: str) -> Any:
-    """Ray Train's TorchConfig. Where workers are on several nodes, gloo takes the interface of each node's address, as Ray knows it: by
-    itself it takes that of the host's name, in /etc/hosts often loopback."""
+    """Ray Train's TorchConfig. Where workers are on several nodes, gloo takes the interface of each node's address, as
+    Ray knows it: by itself it takes that of the host's name, in /etc/hosts often loopback."""
     import ray.util
     from ray.train.torch import TorchConfig
 
@@ -274,7 +275,8 @@ def _trainer_class() -> Any:
 
 @contextmanager
 def _request_stop_on_signal(file: Path) -> Iterator[None]:
-    """While this lasts, the first SIGTERM, SIGINT or SIGHUP writes `file`; a second one ends the process as it would have."""
+    """While this lasts, the first SIGTERM, SIGINT or SIGHUP writes `file`; a second one ends the process as it would
+    have."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -26,7 +26,8 @@ def _main(module: str, arguments: Sequence[str]) -> int | None:
 
 
 def _pipeline(name: str, prog: str, arguments: Sequence[str]) -> int | None:
-    """A Ray program, which is above this package and so imported by name. Its parser runs first under the verb's name."""
+    """A Ray program, which is above this package and so imported by name. Its parser runs first under the verb's
+    name."""
     module = importlib.import_module(f"pipelines.{name}")
     module.arguments(prog).parse_args(arguments)
     return module.main(arguments)

@@ -1,12 +1,15 @@
-"""Several runs on one page: scores with intervals, losses over steps, samples, FLOPs and hours, the same requests side by side.
+"""Several runs on one page: scores with intervals, losses over steps, samples, FLOPs and hours, the same requests side
+by side.
 
     stdit compare runs/demo/clips runs/demo/finest --out comparison
     stdit compare runs/demo/clips runs/demo/finest --out comparison --blind
 
-A run is named by its run directory, by what `stdit evaluate --config` wrote, or by a folder that `stdit generate` wrote. OUT
-then holds compare.html, one file without scripts or network access. Scores of different protocols are an error.
+A run is named by its run directory, by what `stdit evaluate --config` wrote, or by a folder that `stdit generate`
+wrote. OUT then holds compare.html, one file without scripts or network access. Scores of different protocols are an
+error.
 
---blind serves pairs of clips on 127.0.0.1, left and right shuffled, and appends votes to OUT/votes.jsonl; the page counts them.
+--blind serves pairs of clips on 127.0.0.1, left and right shuffled, and appends votes to OUT/votes.jsonl; the page
+counts them.
 """
 
 from __future__ import annotations

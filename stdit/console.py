@@ -20,7 +20,8 @@ class Writable(Protocol):
 
 
 def echo(text: object = "", file: Writable | None = None, flush: bool = False) -> None:
-    """Prints `text` on a line of its own, made printable: names of files, captions and errors hold anything. Everything is printed through here."""
+    """Prints `text` on a line of its own, made printable: names of files, captions and errors hold anything. Everything
+    is printed through here."""
     print(printable(text), file=file, flush=flush)
 
 
@@ -30,8 +31,8 @@ def count_of(count: int, noun: str) -> str:
 
 
 def printable(text: object) -> str:
-    """`text` for a terminal or a log: control characters, terminal escapes and marks that reorder text appear as in "\\x1b",
-    line breaks and tabs stay; words and texts that are too long are cut in the middle."""
+    """`text` for a terminal or a log: control characters, terminal escapes and marks that reorder text appear as in
+    "\\x1b", line breaks and tabs stay; words and texts that are too long are cut in the middle."""
     found = str(text)
     if len(found) > MAX_MESSAGE:
         found = f"{found[: MAX_MESSAGE // 2]}… ({len(found):,} characters) …{found[-MAX_MESSAGE // 4 :]}"

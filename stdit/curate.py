@@ -1,9 +1,11 @@
-"""Raw footage in, a manifest of clips out: find cuts, score, drop near-duplicates, caption. Idempotent; nothing is computed twice.
+"""Raw footage in, a manifest of clips out: find cuts, score, drop near-duplicates, caption. Idempotent; nothing is
+computed twice.
 
     stdit curate --config configs/curate/footage.yaml                        # processes of this machine
     python -m pipelines.curate_clips --config configs/curate/footage.yaml    # the same on a Ray cluster
 
-Videos are not re-encoded: a row of the manifest names a file and a range of its frames, and `stdit extract` reads these.
+Videos are not re-encoded: a row of the manifest names a file and a range of its frames, and `stdit extract` reads
+these.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ if TYPE_CHECKING:
 def run(config: CurateConfig, mapper: Mapper | None = None) -> Path:
     """Curates in this process and `config.workers` others, or by `mapper`; the path of the manifest.
 
-    Raises ConfigError, ManifestError: footage, weights or functions that are not there, before work begins; a folder that
-    holds something else, or another curation at work. CurationError: too many bad files, or nothing kept (after the report is written).
+    Raises ConfigError, ManifestError: footage, weights or functions that are not there, before work begins; a folder
+    that holds something else, or another curation at work. CurationError: too many bad files, or nothing kept (after
+    the report is written).
     """
     from stdit.curation.cache import FILE
     from stdit.curation.curation import COMMAND, curate, read_report, report_lines

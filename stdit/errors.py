@@ -22,8 +22,8 @@ class SaveError(CheckpointError):
 
 
 def exit_code(error: Exception) -> int:
-    """Of a command that ends by `error`: 2, input that cannot be used, such as a damaged checkpoint; 1, work that failed (a full disk, a lost
-    store)."""
+    """Of a command that ends by `error`: 2, input that cannot be used, such as a damaged checkpoint; 1, work that
+    failed (a full disk, a lost store)."""
     unusable = isinstance(error, ValueError | CheckpointError) and not isinstance(error, WorkFailed | SaveError)
     no_file = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError | NotRegularError)
     too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG

@@ -215,7 +215,8 @@ def evaluate_config(options: argparse.Namespace, workers: int | None = None) -> 
 
 
 def score_command(config: EvaluateConfig, compute: Any = None) -> int:
-    """Scores media that exist; prints the table. Exit code 0: at least one score; 1: none; ValueError: unusable input."""
+    """Scores media that exist; prints the table. Exit code 0: at least one score; 1: none; ValueError: unusable
+    input."""
     from stdit.evaluation.feature_cache import compute_features
     from stdit.evaluation.scores import evaluate_media, scores_table
 

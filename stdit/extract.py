@@ -1,4 +1,5 @@
-"""Clips and captions in, feature shards out: decode, crop to the bucket, encode, write. Idempotent; one shard is the unit of work.
+"""Clips and captions in, feature shards out: decode, crop to the bucket, encode, write. Idempotent; one shard is the
+unit of work.
 
     python -m stdit.extract --config configs/extract/digits.yaml                  # one process, without Ray
     python -m pipelines.extract_features --config configs/extract/digits.yaml     # the same on many workers
@@ -64,7 +65,8 @@ def check_batch(config: ExtractConfig, clips: int) -> None:
 def _encoder_identities(
     video: dict[str, Any], text: dict[str, Any] | None, vision: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Identities of the encoders as far as they determine features: weights, not paths. text: `feature_identity`; vision: `vision_identity`."""
+    """Identities of the encoders as far as they determine features: weights, not paths. text: `feature_identity`;
+    vision: `vision_identity`."""
     from stdit.encoders.source import UNCHECKED
 
     return {
@@ -75,8 +77,8 @@ def _encoder_identities(
 
 
 def expected_facts(config: ExtractConfig) -> FeatureFacts:
-    """What `FeatureSet.facts()` will say of the features of `config`, before anything is extracted: from the manifest and the
-    encoders' settings. fps is what the manifest states: None where it states no frame rate.
+    """What `FeatureSet.facts()` will say of the features of `config`, before anything is extracted: from the manifest
+    and the encoders' settings. fps is what the manifest states: None where it states no frame rate.
 
     Raises ManifestError; ConfigError: an encoder that is not there, sizes that its compression does not divide.
     """
@@ -99,7 +101,8 @@ def expected_facts(config: ExtractConfig) -> FeatureFacts:
 def load_extractor(config: ExtractConfig, clips: int | None = None, encoders: int = 1) -> Extractor:
     """Loads the encoders, on a GPU if there is one. ConfigError: not found.
 
-    clips: that it will extract, as far as that is known; encoders: of this machine. Both decide `decoder_workers: auto`.
+    clips: that it will extract, as far as that is known; encoders: of this machine. Both decide
+    `decoder_workers: auto`.
     """
     import torch
 
@@ -122,7 +125,8 @@ def load_extractor(config: ExtractConfig, clips: int | None = None, encoders: in
 
 
 def extract_shard(config: ExtractConfig, spec: ShardSpec) -> Path | Url:
-    """Extracts one shard unless it is up to date; returns its path or URL (nothing is there if none of its clips is kept)."""
+    """Extracts one shard unless it is up to date; returns its path or URL (nothing is there if none of its clips is
+    kept)."""
     from stdit.data.features import shard_path
     from stdit.data.object_cache import ObjectCache
     from stdit.data.records import stale_reason
@@ -159,8 +163,8 @@ def prepare(config: ExtractConfig, overwrite: bool = False) -> tuple[ExtractionP
 def collect(
     plan: ExtractionPlan, todo: Sequence[ShardSpec], results: Iterable[ShardResult], summary: bool = True
 ) -> Path | Url:
-    """Shows progress over the results, then completes the extraction and prints what became of the clips (`summary`); stops early at too
-    many bad clips. Errors as `finish`."""
+    """Shows progress over the results, then completes the extraction and prints what became of the clips (`summary`);
+    stops early at too many bad clips. Errors as `finish`."""
     from tqdm import tqdm
 
     from stdit.data.extraction import finish, read_report, report_lines

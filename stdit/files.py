@@ -32,8 +32,8 @@ def fsync_folder(path: Path) -> None:
 
 
 def atomic_write(path: Path | str, content: bytes | str) -> None:
-    """Writes `content` to `path`, which holds the old file or the new one, never a part. OSError, with the path: disk full, no
-    permission."""
+    """Writes `content` to `path`, which holds the old file or the new one, never a part. OSError, with the path: disk
+    full, no permission."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -75,7 +75,8 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
-    """Yields a new temporary folder beside `path`; renamed to `path` on success (an old one is replaced), removed on error."""
+    """Yields a new temporary folder beside `path`; renamed to `path` on success (an old one is replaced), removed on
+    error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -105,7 +106,8 @@ def _name(error: BaseException, path: Path) -> None:
 
 
 def _new_file_mode(path: Path) -> int:
-    """Mode of a new file as the umask has it. Creates `path`; the umask itself cannot be read without changing it for all threads."""
+    """Mode of a new file as the umask has it. Creates `path`; the umask itself cannot be read without changing it for
+    all threads."""
     path.touch()
     return stat.S_IMODE(path.stat().st_mode)
 
@@ -169,8 +171,8 @@ def open_regular(path: Path | str) -> BufferedReader:
 
 
 def check_regular(folder: Path) -> None:
-    """For folders that a library opens: ValueError if a file directly in `folder` is a FIFO or a device, which could block or never
-    end, or a JSON file above MAX_JSON_BYTES. Other places than folders pass."""
+    """For folders that a library opens: ValueError if a file directly in `folder` is a FIFO or a device, which could
+    block or never end, or a JSON file above MAX_JSON_BYTES. Other places than folders pass."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         try:
             found = path.stat()
@@ -183,7 +185,8 @@ def check_regular(folder: Path) -> None:
 
 
 def read_text(path: Path | str, limit: int) -> str:
-    """The UTF-8 text of a regular file of at most `limit` bytes. OSError: larger, or not readable; UnicodeDecodeError."""
+    """The UTF-8 text of a regular file of at most `limit` bytes. OSError: larger, or not readable;
+    UnicodeDecodeError."""
     with open_regular(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -233,8 +236,8 @@ class FolderLock:
         self._file.flush()
 
     def share(self) -> None:
-        """Shares the lock with other processes that call this. BlockingIOError, as of `acquire`: one holds it alone, which it may have
-        taken in this moment."""
+        """Shares the lock with other processes that call this. BlockingIOError, as of `acquire`: one holds it alone,
+        which it may have taken in this moment."""
         if not flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB):
             raise BlockingIOError(self._owner())
 
@@ -254,7 +257,8 @@ def user_cache() -> Path:
 
 
 def flock(file: IO[Any], kind: int) -> bool:
-    """Whether the lock was got, without waiting if `kind` has LOCK_NB. Where the file system has no locks, as if it was."""
+    """Whether the lock was got, without waiting if `kind` has LOCK_NB. Where the file system has no locks, as if it
+    was."""
     try:
         fcntl.flock(file, kind)
     except BlockingIOError:
@@ -284,7 +288,8 @@ _BLOCKS = 64
 
 
 def fingerprint_file(path: Path | str) -> str:
-    """Hex SHA-256 of a regular file's size and content: all of it up to 1 MiB, beyond that 64 blocks of 16 KiB spread evenly.
+    """Hex SHA-256 of a regular file's size and content: all of it up to 1 MiB, beyond that 64 blocks of 16 KiB spread
+    evenly.
 
     For telling whether weights or media are the same ones, in milliseconds; first and last block are among those read.
     OSError: the file cannot be read.
@@ -321,7 +326,8 @@ MAX_JSON_DIGITS = 64
 
 
 def parse_json(text: str) -> Any:
-    """The JSON document `text`. ValueError, one line: not JSON, a repeated key, NaN, infinity, nested or numbers too long."""
+    """The JSON document `text`. ValueError, one line: not JSON, a repeated key, NaN, infinity, nested or numbers too
+    long."""
     try:
         value = json.loads(
             text,
@@ -369,7 +375,8 @@ def read_json(path: Path | str) -> dict[str, Any]:
 
 
 def parse_jsonl(lines: str | Iterable[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(line number from 1, its object or what is wrong with it) for every line that is not blank. lines: or a text of them.
+    """(line number from 1, its object or what is wrong with it) for every line that is not blank. lines: or a text of
+    them.
 
     Strict: a repeated key, NaN and infinity, or a value that is no object are errors.
     """
@@ -387,7 +394,8 @@ def parse_jsonl(lines: str | Iterable[str]) -> Iterator[tuple[int, dict[str, Any
 
 
 def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
-    """The objects of a JSONL file. ValueError: it cannot be read; the first line that holds no object, with its number."""
+    """The objects of a JSONL file. ValueError: it cannot be read; the first line that holds no object, with its
+    number."""
     try:
         text = read_text(path, MAX_JSON_BYTES).removeprefix("\ufeff")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,7 +1,8 @@
 """The largest batch_size of each bucket that fits into memory: `stdit find-batch-size --config FILE`.
 
-Every try is a process of its own, which takes two optimizer steps of one bucket on one rank, with new weights and the config's
-data, and writes nothing. ZeRO on several ranks takes less than that; gradients exchanged over a network take none of it.
+Every try is a process of its own, which takes two optimizer steps of one bucket on one rank, with new weights and the
+config's data, and writes nothing. ZeRO on several ranks takes less than that; gradients exchanged over a network take
+none of it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class Try(NamedTuple):
 
 
 def search(attempt: Callable[[int], Try], start: int, most: int, tries: int) -> Iterator[Try]:
-    """At most `tries` sizes of 1 … `most`, from `start` on: doubled while they fit, halved until one fits, then in between."""
+    """At most `tries` sizes of 1 … `most`, from `start` on: doubled while they fit, halved until one fits, then in
+    between."""
     fits, fails, size = 0, most + 1, max(1, min(start, most))
     for _ in range(tries):
         found = attempt(size)
@@ -50,7 +52,8 @@ def search(attempt: Callable[[int], Try], start: int, most: int, tries: int) -> 
 
 
 def run_try(arguments: Sequence[str], key: str, size: int, memory: float | None, timeout_s: float) -> Try:
-    """One try, in a process. ConfigError: what it says of the config. RuntimeError: it failed for another reason than memory."""
+    """One try, in a process. ConfigError: what it says of the config. RuntimeError: it failed for another reason than
+    memory."""
     command = [sys.executable, "-m", "stdit.find_batch_size", *arguments, "--bucket", key, "--size", str(size)]
     command += [] if memory is None else ["--memory", str(memory)]
     alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
@@ -156,7 +159,8 @@ def arguments(prog: str = "stdit find-batch-size") -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a table, a line a try, and the settings found. 0; 1: a bucket of which nothing fits; 2: a config that can't be used."""
+    """Prints a table, a line a try, and the settings found. 0; 1: a bucket of which nothing fits; 2: a config that
+    can't be used."""
     args = arguments().parse_args(argv)
     own = ["--config", args.config, *(f"--set={text}" for text in args.set)]
     try:

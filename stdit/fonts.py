@@ -3,8 +3,8 @@
     font = FallbackFont(12)
     font.draw(draw, (x, y), "a red ball 赤いボール 🎈", "#ffffff")
 
-DejaVu Sans (matplotlib's), then Noto's emoji and scripts (manimgx-fonts), Noto Sans CJK (cvttf-notosanscjk-regular), and
-last whatever fonts the system has. What none of them has appears as U+FFFD.
+DejaVu Sans (matplotlib's), then Noto's emoji and scripts (manimgx-fonts), Noto Sans CJK (cvttf-notosanscjk-regular),
+and last whatever fonts the system has. What none of them has appears as U+FFFD.
 """
 
 from __future__ import annotations

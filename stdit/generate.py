@@ -6,9 +6,9 @@ OUT then holds the videos, manifest.jsonl (one row each: prompt, seed, settings,
 settings), contact_sheet.png and, for videos, contact_sheet.gif.
 
 The same command again generates only what is missing, and gives the same videos with any number of workers
-(`pipelines.generate_videos`). A video depends on its prompt, seed and settings and, in the last bit, on its batch: batches
-are cut from the list of prompts alone, a batch with a gap is sampled again as a whole, and every worker has the same
-number of threads.
+(`pipelines.generate_videos`). A video depends on its prompt, seed and settings and, in the last bit, on its batch:
+batches are cut from the list of prompts alone, a batch with a gap is sampled again as a whole, and every worker has the
+same number of threads.
 
 Under a launcher (`torchrun --nproc_per_node 4 -m stdit.generate …`) the ranks share each video's tokens.
 """
@@ -64,8 +64,8 @@ class Outcome:
 
 
 def load(job: Job, device: str | None = None, ranks: Ranks | None = None) -> STDiTPipeline:
-    """The job's pipeline with its sampler, without progress bar, on `device` (None: cuda where there is one). ranks: those
-    that share each video's tokens; None: this process has them all."""
+    """The job's pipeline with its sampler, without progress bar, on `device` (None: cuda where there is one). ranks:
+    those that share each video's tokens; None: this process has them all."""
     base = {} if job.source.base is None else {"base": job.source.base}
     pipe = STDiTPipeline.from_pretrained(job.source.local_path(), weights=job.source.weights, **base)
     for adapter in job.lora:
@@ -206,9 +206,9 @@ def _control(pipe: STDiTPipeline, some: Sequence[Item]) -> dict[str, Any]:
 
 
 def _read_clip(path: Path | str, shape: Bucket, sampling: FrameSampling, shorter: bool = False) -> np.ndarray:
-    """An image or video (1 or T, H, W, 3) in 0 to 1: of a video the frames that extraction takes of a clip of its length; one that
-    is as long as what is generated is taken as it is. shorter: one with fewer frames gives those. ValueError: one that is too
-    short, or of a lower frame rate than the extraction takes."""
+    """An image or video (1 or T, H, W, 3) in 0 to 1: of a video the frames that extraction takes of a clip of its
+    length; one that is as long as what is generated is taken as it is. shorter: one with fewer frames gives those.
+    ValueError: one that is too short, or of a lower frame rate than the extraction takes."""
     with open_clip(path, "pyav") as reader:
         count, indices = reader.frame_count, range(reader.frame_count)
         if count not in (1, shape.frames):
@@ -338,8 +338,8 @@ def run_groups(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line, in one process or on every rank of a launcher. Exit code 0: all generated; 1: some prompts failed, or
-    a file could not be written; 2: a job that cannot be run, nothing was done."""
+    """The command line, in one process or on every rank of a launcher. Exit code 0: all generated; 1: some prompts
+    failed, or a file could not be written; 2: a job that cannot be run, nothing was done."""
     options = arguments(__doc__).parse_args(argv)
     try:
         config = settings(options)

@@ -1,7 +1,8 @@
 """`stdit init`: a manifest and a plan for a folder of clips.
 
     stdit init runs/mine --clips clips/                                         a rehearsal on pixels: CPU, no downloads
-    stdit init runs/mine --clips clips/ --video-encoder Wan-AI/Wan2.1-T2V-1.3B-Diffusers --text-encoder google/t5-v1_1-xxl
+    stdit init runs/mine --clips clips/ --video-encoder Wan-AI/Wan2.1-T2V-1.3B-Diffusers \\
+        --text-encoder google/t5-v1_1-xxl
     stdit train-stages --plan runs/mine/plan.yaml
 
 Opens every clip once, chooses buckets from the sizes, lengths and frame rates that it finds, and prints its choices.
@@ -54,8 +55,8 @@ class Choices:
 
 
 def init(choices: Choices, progress: bool = True) -> list[str]:
-    """Writes OUT/plan.yaml, OUT/prompts.txt (some captions, held-out ones first) and, for a folder of clips, OUT/manifest.jsonl and the link OUT/clips;
-    the lines to print.
+    """Writes OUT/plan.yaml, OUT/prompts.txt (some captions, held-out ones first) and, for a folder of clips,
+    OUT/manifest.jsonl and the link OUT/clips; the lines to print.
 
     ConfigError: OUT has one of them already, there are no usable clips, or an encoder is not there. ManifestError: as
     stdit.data.manifest.read.
@@ -117,7 +118,8 @@ def _check_out(out: Path, source: Path | Url) -> None:
 
 
 def _autoencoder(path: str | None) -> tuple[VideoEncoderConfig | None, tuple[int, int, int]]:
-    """The autoencoder at `path`, of videos or of images, by itself or in the vae/ of a pipeline; and its compression (t, h, w). None: pixels.
+    """The autoencoder at `path`, of videos or of images, by itself or in the vae/ of a pipeline; and its compression
+    (t, h, w). None: pixels.
 
     ConfigError: there is none.
     """

@@ -1,8 +1,8 @@
-"""manifest.json of a checkpoint, a saved pipeline or a converted model: the size and SHA-256 of each of its files, written
-last. What is read is what it lists.
+"""manifest.json of a checkpoint, a saved pipeline or a converted model: the size and SHA-256 of each of its files,
+written last. What is read is what it lists.
 
 reason = verify(run_dir / "checkpoints" / "step-00000020")    # None: every byte is as it was written
-check_saved("weights/dit-xl")                                 # ValueError, if there is a manifest that it does not match
+check_saved("weights/dit-xl")     # ValueError, if there is a manifest that it does not match
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from stdit.files import atomic_write, fsync_folder, sha256
 MANIFEST, IDENTITY = "manifest.json", "identity.json"
 # Threads that hash files; hashlib releases the GIL.
 HASH_THREADS = 8
-# Files that loaders of weights and tokenizers look for by name or suffix: an unlisted one could be read in place of what was written.
+# Files that loaders of weights and tokenizers look for by name or suffix: an unlisted one could be read in place of
+# what was written.
 LOADED_SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".pth", ".model", ".txt")
 
 
@@ -46,7 +47,8 @@ def digest(files: Mapping[str, Any]) -> str:
 def write_manifest(
     folder: Path, files: Iterable[Path], known: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
 ) -> None:
-    """Writes the manifest of `files`, which are in `folder`. known: `sync_files` of some of them; the others are synced here."""
+    """Writes the manifest of `files`, which are in `folder`. known: `sync_files` of some of them; the others are synced
+    here."""
     files = sorted(files)
     content = dict(known) | sync_files(folder, [p for p in files if p.relative_to(folder).as_posix() not in known])
     for parent in {p.parent for p in files}:

@@ -51,7 +51,8 @@ def save_video(frames: Any, path: Path | str, fps: float = 8.0) -> Path:
         fps: frames per second.
 
     Raises:
-        ValueError: several videos, another shape, dtype or file name, values that are not finite, fps below 0.001 or above 1000.
+        ValueError: several videos, another shape, dtype or file name, values that are not finite, fps below 0.001 or
+            above 1000.
     """
     path = Path(path)
     video = _as_uint8(frames)

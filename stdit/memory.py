@@ -42,8 +42,8 @@ def device_memory(device: torch.device) -> int:
 
 
 def check_fits(what: str, needed: int, remedy: str = "", processes: int = 1) -> None:
-    """ConfigError: `needed` bytes, of each of `processes`, are more than this machine's memory. what: the message's beginning, with its
-    verb; remedy: its end."""
+    """ConfigError: `needed` bytes, of each of `processes`, are more than this machine's memory. what: the message's
+    beginning, with its verb; remedy: its end."""
     available = host_memory()
     if needed * processes > available:
         several = f" for {processes} ranks" if processes > 1 else ""

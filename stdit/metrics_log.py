@@ -62,8 +62,8 @@ class MetricsLog:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All entries in order; [] without a file. A last line that was cut off is left out; so are damaged lines, which are
-    counted on stderr."""
+    """All entries in order; [] without a file. A last line that was cut off is left out; so are damaged lines, which
+    are counted on stderr."""
     damaged: list[str] = []
     entries = [entry for _, entry in _entries(path.read_bytes(), damaged)] if path.is_file() else []
     if damaged:

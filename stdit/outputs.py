@@ -1,6 +1,7 @@
-"""Which files of a folder are a command's own: `.stdit-COMMAND.json` beside them lists their names. No other file is overwritten.
+"""Which files of a folder are a command's own: `.stdit-COMMAND.json` beside them lists their names. No other file is
+overwritten.
 
-claim_outputs(out, "evaluate", ["metrics.json"])    # before long work; ConfigError: a metrics.json of another program is there
+claim_outputs(out, "evaluate", ["metrics.json"])    # before long work; ConfigError: it is another program's
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def check_outputs(folder: Path, command: str, names: Iterable[str]) -> None:
 
 
 def claim_outputs(folder: Path, command: str, names: Iterable[str]) -> None:
-    """Notes that `command` writes files or folders of these names in `folder`, which need not exist. Errors as `check_outputs`."""
+    """Notes that `command` writes files or folders of these names in `folder`, which need not exist. Errors as
+    `check_outputs`."""
     names = set(names)
     check_outputs(folder, command, sorted(names))
     if not names <= (own := own_outputs(folder, command)):

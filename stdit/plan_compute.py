@@ -1,9 +1,10 @@
 """Which model to train with a budget of FLOPs: `stdit plan-compute --config FILE --budget 1e19 --out DIR`.
 
-Trains a ladder of smaller runs below DIR: three sizes, the config's own and two narrower and shallower ones, each with the
-config's FLOPs, half and a quarter of them (5.25 times the config's run in all); the same command again goes on. Then it fits
-the validation loss (stdit.training.scaling_law) and writes DIR/proposal.yaml with the size and steps of least loss at the
-budget, DIR/ladder.json with all numbers and DIR/ladder.png. The largest run is also predicted from the others, as a check.
+Trains a ladder of smaller runs below DIR: three sizes, the config's own and two narrower and shallower ones, each with
+the config's FLOPs, half and a quarter of them (5.25 times the config's run in all); the same command again goes on.
+Then it fits the validation loss (stdit.training.scaling_law) and writes DIR/proposal.yaml with the size and steps of
+least loss at the budget, DIR/ladder.json with all numbers and DIR/ladder.png. The largest run is also predicted from
+the others, as a check.
 """
 
 from __future__ import annotations
@@ -196,7 +197,8 @@ class Proposal:
 
 
 def propose(config: Config, costs: Costs, points: Sequence[Point], law: ScalingLaw, budget: float) -> Proposal:
-    """What to train. ValueError: the ladder's losses do not tell sizes apart; ConfigError: the best size is none that a model may have."""
+    """What to train. ValueError: the ladder's losses do not tell sizes apart; ConfigError: the best size is none that a
+    model may have."""
     from stdit.models.cost import parameter_count
     from stdit.training.scaling_law import interval, resampled
 
@@ -288,7 +290,8 @@ def arguments(prog: str = "stdit plan-compute") -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0; 1: a file cannot be written; 2: what cannot be used; else that of the run that did not end (75: the same command goes on)."""
+    """Exit code: 0; 1: a file cannot be written; 2: what cannot be used; else that of the run that did not end (75: the
+    same command goes on)."""
     args = arguments().parse_args(argv)
     try:
         return plan(args, train_run)

@@ -3,8 +3,9 @@
     deepspeed --num_gpus 2 stdit/train.py --config configs/debug.yaml --set run_dir=runs/debug
     torchrun --nproc_per_node 8 stdit/train.py --config …        python stdit/train.py --config …
 
-The same command again resumes the run, bit for bit. On SIGTERM, SIGINT, SIGHUP or the launcher's death the current step is
-finished, a checkpoint saved, and the exit code is 75: the same command goes on. So is that of a rank that hangs. Exit code
+The same command again resumes the run, bit for bit. On SIGTERM, SIGINT, SIGHUP or the launcher's death the current step
+is finished, a checkpoint saved, and the exit code is 75: the same command goes on. So is that of a rank that hangs.
+Exit code
 2: the config is invalid or no checkpoint there is intact, nothing was started.
 """
 
@@ -49,13 +50,13 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
     """Trains `config` to its last step, from its newest checkpoint if there is one; returns the run directory.
 
     Every rank calls this. An existing process group (of a Ray Train worker) is used and left alone.
-    report: called on every rank after each logged step, and each at which a checkpoint was completed, with the step's metrics and
-    "checkpoint" (its path or None; written in the background, it is of an earlier step).
+    report: called on every rank after each logged step, and each at which a checkpoint was completed, with the step's
+    metrics and "checkpoint" (its path or None; written in the background, it is of an earlier step).
     stop: when it is set on any rank, all save a checkpoint and raise Stopped.
 
     Raises ConfigError and CheckpointError (no checkpoint there is intact) before anything is started, SaveError if a
-    checkpoint cannot be written, Diverged if gradients or weights are not finite, OutOfMemory. A rank that hangs ends its
-    process (stdit.training.watchdog).
+    checkpoint cannot be written, Diverged if gradients or weights are not finite, OutOfMemory. A rank that hangs ends
+    its process (stdit.training.watchdog).
     """
     from stdit.training.watchdog import Watchdog
 
@@ -112,7 +113,8 @@ def train_from_checkpoint(
 
 
 class Trainer:
-    """A run from its newest checkpoint: its parts, and a method for each thing that a step does. All of them are collective."""
+    """A run from its newest checkpoint: its parts, and a method for each thing that a step does. All of them are
+    collective."""
 
     def __init__(self, config: Config, data: TrainData, stop: Stop, watchdog: Watchdog, stack: ExitStack) -> None:
         """stack: closes what is opened here, in reverse order."""
@@ -235,7 +237,8 @@ class Trainer:
         return logged
 
     def save(self, step: int) -> Path | None:
-        """Saves a checkpoint, or begins to, if one is due or a rank is asked for it; returns the one completed meanwhile."""
+        """Saves a checkpoint, or begins to, if one is due or a rank is asked for it; returns the one completed
+        meanwhile."""
         from stdit.training.tracking import is_due
 
         last, every = self.config.train.steps, self.config.train.checkpoint_every
@@ -280,8 +283,8 @@ class Trainer:
 
 
 def prepare(model: Any, config: Config, device: torch.device, parallel: SequenceParallel | None = None) -> Any:
-    """Applies the run's settings to `model`: sequence parallelism, token routing, activation checkpointing, attention and matmul backends,
-    compilation."""
+    """Applies the run's settings to `model`: sequence parallelism, token routing, activation checkpointing, attention
+    and matmul backends, compilation."""
     import torch
 
     from stdit.models.fine_tuning import submodels
@@ -399,8 +402,8 @@ def have_met() -> bool:
 
 
 def is_mine(error: Exception, stop: Stop) -> bool:
-    """Whether this rank has to say `error`. Rank 0 says what all raise (`shared`); what is found before the ranks have met, a host's
-    first, unless it finds nothing wrong."""
+    """Whether this rank has to say `error`. Rank 0 says what all raise (`shared`); what is found before the ranks have
+    met, a host's first, unless it finds nothing wrong."""
     if getattr(error, "shared", False):
         return os.environ.get("RANK", "0") == "0"
     if have_met() or not isinstance(error, ConfigError) or os.environ.get("LOCAL_RANK", "0") == "0":

@@ -1,4 +1,5 @@
-"""How the suite runs in parallel (pytest-xdist): workers and threads by the cores there are, and what shares a process."""
+"""How the suite runs in parallel (pytest-xdist): workers and threads by the cores there are, and what shares a
+process."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ def cores() -> int:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """`-n auto`: a worker per core that this process may use, and one for the time in which tests wait for their processes."""
+    """`-n auto`: a worker per core that this process may use, and one for the time in which tests wait for their
+    processes."""
     return min(cores() + 1, MAX_WORKERS)
 
 

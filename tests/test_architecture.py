@@ -120,7 +120,8 @@ def test_a_file_imports_only_from_below(file: Path) -> None:
         )
 
 
-# `echo` itself; text that its callers have made printable; a job's log, which is for a terminal; JSON of a child for its parent.
+# `echo` itself; text that its callers have made printable; a job's log, which is for a terminal; JSON of a child for
+# its parent.
 PRINTING = {"stdit/console.py", "pipelines/progress.py", "cluster/submit.py", "stdit/find_batch_size.py"}
 
 

@@ -1,4 +1,5 @@
-"""Laws of `stdit compare`: what is shared is shown, what cannot be compared is refused, votes don't reveal who is who."""
+"""Laws of `stdit compare`: what is shared is shown, what cannot be compared is refused, votes don't reveal who is
+who."""
 
 from __future__ import annotations
 

@@ -142,8 +142,9 @@ def weights(home: Path) -> Any:
 
 @dataclass(frozen=True)
 class Product:
-    """A file, and what reads it. mended: how `read` ends where damage is not an error but is noticed, such as the shard's
-    number in the list of those to make again; `parsed`: of another library's format, whose keys are not ours to check."""
+    """A file, and what reads it. mended: how `read` ends where damage is not an error but is noticed, such as the
+    shard's number in the list of those to make again; `parsed`: of another library's format, whose keys are not ours to
+    check."""
 
     file: str
     read: Callable[[Path], Any]

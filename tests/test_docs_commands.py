@@ -19,7 +19,8 @@ from tests.support.paths import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1200)]
 
-# Each command of a document and what is added, or replaces a size, so that it takes seconds; files to look for afterwards.
+# Each command of a document and what is added, or replaces a size, so that it takes seconds; files to look for
+# afterwards.
 SAMPLER = ["--set", "samples.sampler.steps=2"]
 TINY_PLAN = ["--set", "run_dir=runs/demo", "--set", "overrides.train.steps=4", "--set", "overrides.train.checkpoint_every=4"]  # fmt: skip
 FEW = ["--set", "train.steps=2", "--set", "validation.samples=4", *SAMPLER]

@@ -1,4 +1,5 @@
-"""What Linux alone has is not needed: affinity masks, /proc, cgroups, glibc's mallopt, prctl. macOS has none of them."""
+"""What Linux alone has is not needed: affinity masks, /proc, cgroups, glibc's mallopt, prctl. macOS has none of
+them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""No command overwrites or removes a file that it has not written: refused in one line, before work, and nothing is touched."""
+"""No command overwrites or removes a file that it has not written: refused in one line, before work, and nothing is
+touched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`stdit plan-compute`: its ladder spends what it says, goes on where it stopped, and its proposal is a config that trains."""
+"""`stdit plan-compute`: its ladder spends what it says, goes on where it stopped, and its proposal is a config that
+trains."""
 
 from __future__ import annotations
 

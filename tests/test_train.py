@@ -60,7 +60,8 @@ def launch(*args: str, ranks: int = 2) -> subprocess.Popen[str]:
 
 
 def default_signals() -> None:
-    """Undoes what a child inherits of tests that run under nohup or in a shell's background: signals that are ignored."""
+    """Undoes what a child inherits of tests that run under nohup or in a shell's background: signals that are
+    ignored."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 

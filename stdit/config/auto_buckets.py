@@ -1,9 +1,9 @@
 """`buckets: {auto: …}`: a list of buckets from an area, lengths and a number of aspect ratios.
 
-Sizes are made as the tables of SDXL (Podell et al. 2023, section 2.3 and appendix I) and PixArt-alpha (Chen et al. 2023, section 2.4,
-diffusers' ASPECT_RATIO_1024_BIN) are: one side is a multiple of some pixels, the other the largest multiple with which the area is
-not exceeded. Of that table the sizes nearest to the wanted aspect ratios are taken. Area 1024², multiples of 64: 768x1344, 832x1216,
-896x1152, 1024x1024, …
+Sizes are made as the tables of SDXL (Podell et al. 2023, section 2.3 and appendix I) and PixArt-alpha (Chen et al.
+2023, section 2.4, diffusers' ASPECT_RATIO_1024_BIN) are: one side is a multiple of some pixels, the other the largest
+multiple with which the area is not exceeded. Of that table the sizes nearest to the wanted aspect ratios are taken.
+Area 1024², multiples of 64: 768x1344, 832x1216, 896x1152, 1024x1024, …
 
 No sample has more pixels than the area, so the largest bucket of a length bounds memory and tokens of all of them.
 """
@@ -23,16 +23,18 @@ class AutoBuckets(Frozen):
     """Buckets of one area or several: its sizes in `aspects` aspect ratios, each with all lengths."""
 
     area: Positive | Annotated[tuple[Positive, ...], Field(min_length=1, max_length=64)]
-    """Pixels of a frame, height * width, at most; sizes come as near to it as `multiple_of` allows. A list: sizes of each area."""
+    """Pixels of a frame, height * width, at most; sizes come as near to it as `multiple_of` allows. A list: sizes of
+    each area."""
     frames: Annotated[tuple[Frames, ...], Field(min_length=1, max_length=256)] = (1,)
     """Lengths; 1 for images."""
     aspects: Count = 9
-    """Aspect ratios, at equal steps of their logarithm from 1 : max_aspect to max_aspect : 1. With the defaults 9:16, 3:4, 1:1, 4:3,
-    16:9 and one between each two. Those that have the same nearest size are one."""
+    """Aspect ratios, at equal steps of their logarithm from 1 : max_aspect to max_aspect : 1. With the defaults 9:16,
+    3:4, 1:1, 4:3, 16:9 and one between each two. Those that have the same nearest size are one."""
     max_aspect: Annotated[float, Field(ge=1, le=100)] = 16 / 9
     """Largest ratio of the longer to the shorter side."""
     multiple_of: Width = 16
-    """Heights and widths are multiples of this, px: the autoencoder's compression times the model's patch size, or a multiple of that."""
+    """Heights and widths are multiples of this, px: the autoencoder's compression times the model's patch size, or a
+    multiple of that."""
 
     @model_validator(mode="after")
     def _check_area(self) -> AutoBuckets:
@@ -74,8 +76,8 @@ class AutoEntry(Frozen):
 
 
 def size_table(area: int, multiple_of: int) -> list[tuple[int, int]]:
-    """All (height, width) whose sides are multiples of `multiple_of` px, one of them as long as the other allows within `area` px; and
-    the largest square."""
+    """All (height, width) whose sides are multiples of `multiple_of` px, one of them as long as the other allows within
+    `area` px; and the largest square."""
     units = area // multiple_of**2
     side = math.isqrt(units)
     short = range(1, side + 1)
@@ -84,7 +86,8 @@ def size_table(area: int, multiple_of: int) -> list[tuple[int, int]]:
 
 
 def expand_buckets(value: Any) -> Any:
-    """A config's `buckets` with the buckets that it makes in the place of each `{auto: …}`. ValueError: what is wrong with one."""
+    """A config's `buckets` with the buckets that it makes in the place of each `{auto: …}`. ValueError: what is wrong
+    with one."""
     entries = [value] if isinstance(value, dict) and "auto" in value else value
     if not isinstance(entries, list):
         return value

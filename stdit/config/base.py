@@ -30,7 +30,8 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Frozen(BaseModel):
-    """Base of every section: immutable; unknown keys, infinity and NaN are errors. A string below a field describes it."""
+    """Base of every section: immutable; unknown keys, infinity and NaN are errors. A string below a field describes
+    it."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False, use_attribute_docstrings=True
@@ -72,12 +73,14 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class FileSchema(BaseModel):
-    """Base of the schemas of files that stdit writes, and reads by `stdit.config.read_json`: unknown keys are errors."""
+    """Base of the schemas of files that stdit writes, and reads by `stdit.config.read_json`: unknown keys are
+    errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class SealedSchema(FileSchema):
-    """Of a file that nobody may edit: it is written by `stdit.files.seal`, and refused if its content does not match."""
+    """Of a file that nobody may edit: it is written by `stdit.files.seal`, and refused if its content does not
+    match."""
 
     sha256: Sha256

@@ -63,8 +63,8 @@ MAX_LISTED_RANKS = 1024
 
 
 class MicroBatches(NamedTuple):
-    """What one rank takes in an optimizer step of `samples` over all ranks: `accumulation` micro-batches of `size` samples, or of
-    one less where the samples do not divide evenly."""
+    """What one rank takes in an optimizer step of `samples` over all ranks: `accumulation` micro-batches of `size`
+    samples, or of one less where the samples do not divide evenly."""
 
     size: int
     accumulation: int
@@ -72,13 +72,15 @@ class MicroBatches(NamedTuple):
 
 
 class TrainBucket(Bucket):
-    """A bucket that training draws batches from. It states batch_size, global_batch, or both, unless `train.tokens_per_step` does."""
+    """A bucket that training draws batches from. It states batch_size, global_batch, or both, unless
+    `train.tokens_per_step` does."""
 
     batch_size: Positive | None = None
     """Samples per rank and micro-batch; beside `global_batch`, the most that a micro-batch may have."""
     global_batch: Positive | None = None
-    """Samples per optimizer step over all ranks, whatever their number: they are shared out as evenly as possible, in as few
-    micro-batches as `batch_size` allows. null: data-parallel ranks * batch_size * train.gradient_accumulation."""
+    """Samples per optimizer step over all ranks, whatever their number: they are shared out as evenly as possible, in
+    as few micro-batches as `batch_size` allows. null: data-parallel ranks * batch_size *
+    train.gradient_accumulation."""
     tokens: Positive | None = None
     """Video tokens of a sample. Follows from the features with `train.tokens_per_step`, as the sizes above then do."""
     weight: float = Field(default=1.0, gt=0)
@@ -90,8 +92,8 @@ class TrainBucket(Bucket):
         return self.batch_size is not None or self.global_batch is not None
 
     def micro_batches(self, data_ranks: int, accumulation: int) -> MicroBatches:
-        """One rank's share of a step on `data_ranks` data-parallel ranks. accumulation: micro-batches where the bucket states
-        batch_size alone.
+        """One rank's share of a step on `data_ranks` data-parallel ranks. accumulation: micro-batches where the bucket
+        states batch_size alone.
 
         ConfigError: global_batch leaves a rank without samples; names the numbers of ranks and the batches that work.
         """
@@ -144,7 +146,8 @@ def unique_buckets(buckets: Buckets) -> Buckets:
 
 
 def default_bucket(buckets: Sequence[Bucket]) -> Bucket:
-    """The shape that a run generates by default: the largest video bucket; of a run on images alone, the largest image."""
+    """The shape that a run generates by default: the largest video bucket; of a run on images alone, the largest
+    image."""
     b = max(buckets, key=lambda b: (b.frames > 1, b.height * b.width, b.frames))
     return Bucket(frames=b.frames, height=b.height, width=b.width)
 

@@ -107,7 +107,8 @@ class CaptionConfig(Frozen):
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     """Name of the caption, such as dense; `original` is that of the footage itself."""
     style: Literal["short", "dense", "motion", "style"] = "dense"
-    """Prompt template: short (one sentence), dense (a paragraph), motion (subject and camera), style (medium, light, colour)."""
+    """Prompt template: short (one sentence), dense (a paragraph), motion (subject and camera), style (medium, light,
+    colour)."""
     prompt: str | None = None
     """A prompt in place of the template. {caption}, {seconds}, {frames} stand for the clip's own."""
     path: str | None = None
@@ -151,8 +152,8 @@ class CurateConfig(Frozen):
     """Curation: long videos and images in, a manifest of clips out (`stdit curate --config …`)."""
 
     footage: str | tuple[str, ...]
-    """Folder, pattern (films/**/*.mp4), list of files (.txt, a path or URL a line) or manifest; or several of these. Paths or URLs
-    (s3://…, gs://…)."""
+    """Folder, pattern (films/**/*.mp4), list of files (.txt, a path or URL a line) or manifest; or several of these.
+    Paths or URLs (s3://…, gs://…)."""
     out: LocalPath
     """Folder of the manifest, the report and everything computed."""
     where: tuple[Where, ...] = ()
@@ -162,7 +163,8 @@ class CurateConfig(Frozen):
     scorers: tuple[ScorerConfig, ...] = ()
     """Further scorers."""
     filters: tuple[Where, ...] = ()
-    """Filters on scores and columns; a clip is dropped by the first that it does not pass. Changing them computes nothing again."""
+    """Filters on scores and columns; a clip is dropped by the first that it does not pass. Changing them computes
+    nothing again."""
     letterbox: Literal["crop", "drop", "keep"] = "crop"
     """Clips with black bars: cropped to the picture (column `crop`), dropped, or left as they are."""
     duplicates: DuplicatesConfig | None = DuplicatesConfig()

@@ -26,7 +26,8 @@ class Where(Frozen):
     top: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of the clips, those with the largest values, that pass: of the clips that pass all other filters."""
     per: str | None = None
-    """Column whose groups each give their `top` share, such as class; `duration`: the frames of the clip (of its bucket, in training)."""
+    """Column whose groups each give their `top` share, such as class; `duration`: the frames of the clip (of its
+    bucket, in training)."""
 
     @model_validator(mode="after")
     def _check_any(self) -> Where:
@@ -52,7 +53,8 @@ class FeatureSetConfig(Frozen):
     path: Location
     """The `out` of an extraction, a path or a URL."""
     weight: Annotated[float, Field(gt=0)] | None = None
-    """Share of the samples that come from this set, relative to the other sets. Left out of all sets: each gives as many as it has clips."""
+    """Share of the samples that come from this set, relative to the other sets. Left out of all sets: each gives as
+    many as it has clips."""
 
 
 def _kind_of_features(found: Any) -> str:
@@ -68,22 +70,23 @@ class DataConfig(Frozen):
         | Annotated[tuple[FeatureSetConfig, ...], Field(json_schema_extra={"minItems": 1}), Tag("sets")],
         Discriminator(_kind_of_features),
     ]
-    """The `out` of an extraction, a path or a URL (s3://…, gs://…); or several of the same encoders, [{path: a, weight: 0.7},
-    {path: b, weight: 0.3}]; or `synthetic`: random data, to test a launch."""
+    """The `out` of an extraction, a path or a URL (s3://…, gs://…); or several of the same encoders, [{path: a, weight:
+    0.7}, {path: b, weight: 0.3}]; or `synthetic`: random data, to test a launch."""
     buckets: Annotated[tuple[TrainBucket, ...], Field(min_length=1), AfterValidator(unique_buckets)] = ()
-    """Shapes to train on, each with its batch size. Left out: all buckets of the features that hold training clips (of an
-    image model, those of one frame)."""
+    """Shapes to train on, each with its batch size. Left out: all buckets of the features that hold training clips (of
+    an image model, those of one frame)."""
     batch_size: Positive | None = None
-    """Where `buckets` is left out: samples of the largest bucket per rank and micro-batch (default 1); smaller buckets take
-    as many more as they have fewer tokens."""
+    """Where `buckets` is left out: samples of the largest bucket per rank and micro-batch (default 1); smaller buckets
+    take as many more as they have fewer tokens."""
     global_batch: Positive | None = None
     """Where `buckets` is left out: samples of the largest bucket per optimizer step over all ranks (see
     data.buckets[].global_batch); smaller buckets take a multiple of it, by their tokens."""
     where: tuple[Where, ...] = ()
     """Conditions on manifest columns that a training or validation clip must meet."""
     captions: dict[str, Annotated[float, Field(gt=0)]] | None = None
-    """Shares by which training draws a clip's caption, anew in each epoch: {dense: 0.7, original: 0.3}; `original` is the column
-    caption, others are the extraction's `captions`. A clip that lacks one draws among the others. null: original."""
+    """Shares by which training draws a clip's caption, anew in each epoch: {dense: 0.7, original: 0.3}; `original` is
+    the column caption, others are the extraction's `captions`. A clip that lacks one draws among the others. null:
+    original."""
     train_split: str = "train"
     """Split to train on."""
     validation_split: str = "validation"
@@ -91,7 +94,8 @@ class DataConfig(Frozen):
     workers: Annotated[int, Field(ge=0, le=MAX_THREADS)] = 0
     """Threads of each rank that read ahead; 0: none."""
     cache: CacheConfig = CacheConfig()
-    """Where shards are kept of features that are read by URL: fetched whole and ahead of their use. Best larger than the features."""
+    """Where shards are kept of features that are read by URL: fetched whole and ahead of their use. Best larger than
+    the features."""
 
     @property
     def feature_paths(self) -> tuple[Path | Url, ...]:

@@ -97,7 +97,8 @@ def matches(key: str, keys: Sequence[str]) -> bool:
 
 
 def global_batch_sizes(config: Config, world_size: int) -> dict[str, int]:
-    """Samples per optimizer step of each bucket, over all ranks and accumulated micro-batches; of packed steps their tokens."""
+    """Samples per optimizer step of each bucket, over all ranks and accumulated micro-batches; of packed steps their
+    tokens."""
     if config.train.packing_budget is not None:
         return {"packed": config.train.packing_budget.tokens_per_step}
     return {key: each.samples for key, each in config.micro_batches(world_size).items()}

@@ -41,7 +41,8 @@ class DiffusionConfig(Frozen):
     """flow: rectified flow / flow matching (Esser et al. 2024). ddpm: noise prediction on a discrete schedule, with the
     variance learned where `model.learned_variance` says so (Nichol & Dhariwal 2021)."""
     velocity: Literal["noise_minus_data", "data_minus_noise"] = "noise_minus_data"
-    """Sign of the velocity that a flow model predicts: diffusers, SD3 and Open-Sora 2; Open-Sora 1.2 has the opposite."""
+    """Sign of the velocity that a flow model predicts: diffusers, SD3 and Open-Sora 2; Open-Sora 1.2 has the
+    opposite."""
     time_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
     """Distribution of training timesteps (flow)."""
     logit_mean: float = 0.0
@@ -49,23 +50,27 @@ class DiffusionConfig(Frozen):
     logit_std: float = Field(default=1.0, gt=0)
     """Standard deviation of the logit-normal distribution."""
     flow_shift: Scale = 1.0
-    """Timestep shift of training and sampling, t' = s t / (1 + (s - 1) t); above 1 spends more steps on noisy timesteps."""
+    """Timestep shift of training and sampling, t' = s t / (1 + (s - 1) t); above 1 spends more steps on noisy
+    timesteps."""
     shift_base: tuple[Positive, Positive, Positive] | Literal["auto"] | None = None
     """Latent (frames, height, width) at which the shift is `flow_shift`; a larger latent is shifted further, by
-    sqrt(area ratio) * sqrt(frames ratio). auto: the smallest latent of the features. null: the same shift at every size."""
+    sqrt(area ratio) * sqrt(frames ratio). auto: the smallest latent of the features. null: the same shift at every
+    size."""
     noise_schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"
     """Beta schedule (ddpm), by diffusers' names."""
     num_train_timesteps: Annotated[int, Field(gt=0, le=1_000_000)] = 1000
     """Length of the noise schedule (ddpm)."""
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
-    """ddpm: the noise's error is weighted by min(SNR, gamma) / SNR in training (Hang et al. 2023; they take 5). null: by 1."""
+    """ddpm: the noise's error is weighted by min(SNR, gamma) / SNR in training (Hang et al. 2023; they take 5). null:
+    by 1."""
     contrastive_weight: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """flow: contrastive flow matching (Stoica et al. 2025; they take 0.05). This times the distance to the velocity of another
-    sample of the micro-batch is subtracted from the training loss. 0: off."""
+    """flow: contrastive flow matching (Stoica et al. 2025; they take 0.05). This times the distance to the velocity of
+    another sample of the micro-batch is subtracted from the training loss. 0: off."""
     label_dropout: Share = 0.1
     """Share of samples whose class label becomes the null class, for classifier-free guidance."""
     caption_dropout: Share = 0.1
-    """Share of samples whose caption becomes the null caption (and label the null class), for classifier-free guidance."""
+    """Share of samples whose caption becomes the null caption (and label the null class), for classifier-free
+    guidance."""
     frame_conditioning: FrameConditioningConfig = FrameConditioningConfig()
     """Training on clips with conditioning frames: image-to-video, extension, in-betweening."""
 

@@ -37,7 +37,8 @@ class EvaluationConfig(Frozen):
     min_motion: Share = 0.05
     """Least displacement of the centroid, as a fraction of the shorter side; below it the direction is `none`."""
     crop: Literal["foreground", "frame"] = "foreground"
-    """Input of the classifier: `foreground`, what differs from the border colour, centred and scaled; `frame`, all of it."""
+    """Input of the classifier: `foreground`, what differs from the border colour, centred and scaled; `frame`, all of
+    it."""
     real_clips: Samples = 512
     """Largest number of held-out clips in the reference."""
     classifier_frames: Samples = 4096
@@ -54,7 +55,8 @@ class NetworkPaths(Frozen):
     """Weights of feature networks. Scores of a network without a path are skipped, with the reason."""
 
     inception: Path | None = None
-    """pt_inception-2015-12-05-6726825d.pth (pytorch-fid, torch-fidelity): FID, KID, Inception Score, precision, recall."""
+    """pt_inception-2015-12-05-6726825d.pth (pytorch-fid, torch-fidelity): FID, KID, Inception Score, precision,
+    recall."""
     dinov2: Path | None = None
     """Folder of DINOv2 ViT-L/14 for transformers (facebook/dinov2-large): FD-DINOv2."""
     clip: Path | None = None
@@ -77,10 +79,11 @@ class ReferenceConfig(Frozen):
     split: str | None = None
     """Split of a manifest; null: all."""
     crop: bool = False
-    """Resizes and centre-crops media, and takes frames, to the shape of the generated ones: of a manifest's clips those that the
-    extraction took that the generated media's run was trained on (its frame_stride, target_fps, clip_window and windows, a medium each),
-    else the first. Clips whose frame rate it drops (target_fps, min_fps and max_fps of buckets) are left out and counted. Smaller and
-    shorter media are left out and counted; where at least half of the rest have exactly that shape, only those are taken."""
+    """Resizes and centre-crops media, and takes frames, to the shape of the generated ones: of a manifest's clips those
+    that the extraction took that the generated media's run was trained on (its frame_stride, target_fps, clip_window
+    and windows, a medium each), else the first. Clips whose frame rate it drops (target_fps, min_fps and max_fps of
+    buckets) are left out and counted. Smaller and shorter media are left out and counted; where at least half of the
+    rest have exactly that shape, only those are taken."""
 
 
 class ScoreConfig(Frozen):
@@ -108,11 +111,13 @@ class EvaluateConfig(ScoreConfig):
     """Scores of a folder of generated media (`stdit evaluate --config FILE`)."""
 
     generated: Path
-    """Folder that stdit.generate wrote, any other folder of images or videos of one shape, a manifest, or an .npz (arr_0)."""
+    """Folder that stdit.generate wrote, any other folder of images or videos of one shape, a manifest, or an .npz
+    (arr_0)."""
     reference: ReferenceConfig | None = None
     """What they are compared with; null: only scores that need none."""
     training: ReferenceConfig | None = None
-    """Training set whose media must not be in the reference: they are counted. null: split train of a reference's manifest."""
+    """Training set whose media must not be in the reference: they are counted. null: split train of a reference's
+    manifest."""
     out: LocalPath
     """Folder of scores.json, the statistics and the cache of features."""
     cache: Path | None = None

@@ -17,8 +17,8 @@ class VideoEncoderConfig(Frozen):
     """The autoencoder that turns clips into latents."""
 
     kind: Literal["pixels", "image", "video"] = "pixels"
-    """pixels: no autoencoder, the clip itself. image: a diffusers image autoencoder, applied per frame. video: a diffusers
-    video autoencoder."""
+    """pixels: no autoencoder, the clip itself. image: a diffusers image autoencoder, applied per frame. video: a
+    diffusers video autoencoder."""
     path: str | None = None
     """Folder or hub id of a diffusers autoencoder (kind image or video)."""
     subfolder: str | None = None
@@ -40,15 +40,18 @@ class VideoEncoderConfig(Frozen):
 
 
 class VisionEncoderConfig(Frozen):
-    """A frozen vision transformer whose patch features are stored beside the latents, for `train.alignment` to train towards."""
+    """A frozen vision transformer whose patch features are stored beside the latents, for `train.alignment` to train
+    towards."""
 
     path: str
-    """Folder or hub id of a vision transformer of transformers (DINOv2, DINOv3, SigLIP, CLIP, ViT), with its preprocessor_config.json."""
+    """Folder or hub id of a vision transformer of transformers (DINOv2, DINOv3, SigLIP, CLIP, ViT), with its
+    preprocessor_config.json."""
     subfolder: str | None = None
     """Subfolder of `path` that holds it."""
     pixels_per_feature: Count = 16
-    """Pixels of a clip that a feature stands for, along each side: frames are resized until a patch of the encoder covers as many. 16 is
-    a token of a model with patch size 2 on latents of compression 8: nothing is interpolated in training (REPA: 224 px for 256)."""
+    """Pixels of a clip that a feature stands for, along each side: frames are resized until a patch of the encoder
+    covers as many. 16 is a token of a model with patch size 2 on latents of compression 8: nothing is interpolated in
+    training (REPA: 224 px for 256)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Precision of the encoder and of the stored features."""
     frames_at_once: Frames = 16
@@ -83,9 +86,11 @@ class TextEncoderConfig(Frozen):
 
         tokens:
           - channels:
-              - {path: …, subfolder: text_encoder, tokenizer_subfolder: tokenizer, max_text_tokens: 77, layer: -2, pooled: true, keep_padding: true}
+              - {path: …, subfolder: text_encoder, tokenizer_subfolder: tokenizer, max_text_tokens: 77, layer: -2,
+                pooled: true, keep_padding: true}
               - {path: …, subfolder: text_encoder_2, tokenizer_subfolder: tokenizer_2, …}
-          - {path: …, subfolder: text_encoder_3, tokenizer_subfolder: tokenizer_3, max_text_tokens: 256, keep_padding: true}
+          - {path: …, subfolder: text_encoder_3, tokenizer_subfolder: tokenizer_3, max_text_tokens: 256,
+             keep_padding: true}
     """
 
     path: str | None = None
@@ -157,12 +162,12 @@ class TextEncoderConfig(Frozen):
 
 
 class WindowsConfig(Frozen):
-    """Samples of a long clip: windows of as many frames as its bucket has, from the clip's beginning, or around its middle
-    (`clip_window`)."""
+    """Samples of a long clip: windows of as many frames as its bucket has, from the clip's beginning, or around its
+    middle (`clip_window`)."""
 
     stride: Frames
-    """Frames from the beginning of one window to the next, of those that frame_stride or target_fps leave. As many as a bucket has:
-    its windows adjoin; fewer: they overlap."""
+    """Frames from the beginning of one window to the next, of those that frame_stride or target_fps leave. As many as a
+    bucket has: its windows adjoin; fewer: they overlap."""
     max: Frames = 8
     """Windows of a clip at most."""
 
@@ -171,8 +176,8 @@ class ExtractConfig(Frozen):
     """Feature extraction: clips and captions in, feature shards out (`stdit extract --config …`)."""
 
     manifest: Location
-    """A folder of clips (NAME.mp4 with its caption in NAME.txt), or a .jsonl, .csv or .parquet manifest; a path or a URL (s3://…,
-    gs://…)."""
+    """A folder of clips (NAME.mp4 with its caption in NAME.txt), or a .jsonl, .csv or .parquet manifest; a path or a
+    URL (s3://…, gs://…)."""
     out: Location
     """Folder of the features, or a URL: each finished shard is uploaded, index.json last (docs/data.md)."""
     buckets: Annotated[
@@ -181,8 +186,8 @@ class ExtractConfig(Frozen):
         AfterValidator(unique_buckets),
         BeforeValidator(expand_buckets, json_schema_input_type=tuple[ExtractBucket | AutoEntry, ...] | AutoEntry),
     ]
-    """Clip shapes; `{auto: …}`, alone or in the list, makes them. A clip goes to the size that keeps most of it, crop and scale together,
-    of those that it covers; then to the longest bucket that it fits."""
+    """Clip shapes; `{auto: …}`, alone or in the list, makes them. A clip goes to the size that keeps most of it, crop
+    and scale together, of those that it covers; then to the longest bucket that it fits."""
     images_from_videos: bool = False
     """Videos that are too short for the other buckets go to buckets of one frame, which take their first. false: these
     take still images alone (where all buckets have one frame, videos too)."""
@@ -199,8 +204,8 @@ class ExtractConfig(Frozen):
     decoder: Literal["auto", "decord", "pyav"] = "auto"
     """Video decoder. auto: the one that was measured to be faster and to notice more damage, which is PyAV."""
     decoder_workers: Workers | Literal["auto"] = "auto"
-    """Processes that decode ahead for each encoder (num_workers of a DataLoader). auto: one per core, shared by the encoders of a
-    machine, at most 16, and fewer for few clips. Features do not depend on it."""
+    """Processes that decode ahead for each encoder (num_workers of a DataLoader). auto: one per core, shared by the
+    encoders of a machine, at most 16, and fewer for few clips. Features do not depend on it."""
     decode_timeout_s: Seconds = 60.0
     """Seconds after which decoding of a clip is given up."""
     clip_window: Literal["first", "center"] = "first"
@@ -224,7 +229,8 @@ class ExtractConfig(Frozen):
     captions: tuple[str, ...] = ()
     """Further captions of the clips, whose text features are extracted too: `dense` is that of column caption_dense."""
     workers: Workers = 1
-    """Processes that encode (Ray actors under `pipelines.extract_features`), each with its own encoders and `decoder_workers`."""
+    """Processes that encode (Ray actors under `pipelines.extract_features`), each with its own encoders and
+    `decoder_workers`."""
     seed: NonNegative = 0
     """Seed of keep_probability."""
     cache: CacheConfig = CacheConfig()

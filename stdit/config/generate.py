@@ -24,22 +24,23 @@ class GenerateConfig(Frozen):
     """Videos for a file of prompts (`python -m stdit.generate --run … --prompts … --out …`)."""
 
     run: Location
-    """A run directory, one of its checkpoints, or a folder that STDiTPipeline.save_pretrained wrote; or the URL of a run's mirror
-    (`train.upload_to`) or of a checkpoint in it, of which identity and weights are fetched into the user's cache."""
+    """A run directory, one of its checkpoints, or a folder that STDiTPipeline.save_pretrained wrote; or the URL of a
+    run's mirror (`train.upload_to`) or of a checkpoint in it, of which identity and weights are fetched into the user's
+    cache."""
     weights: Literal["ema", "model"] = "ema"
     """Weights of a run: the exponential moving average, or those of the last step."""
     lora: tuple[LoRASource, ...] = ()
     """LoRA adapters to load."""
     base: Path | None = None
-    """Base weights of a LoRA or control run, if they were moved (a folder of weights, a checkpoint or a run). null: where
-    they were in training."""
+    """Base weights of a LoRA or control run, if they were moved (a folder of weights, a checkpoint or a run). null:
+    where they were in training."""
     prompts: Path
     """Text (.txt), one prompt per line; or JSONL with prompt, class, seed, name, sizes, image (docs/data.md)."""
     out: LocalPath
     """Folder for the videos, the manifest and the contact sheet."""
     frames: Frames | None = None
-    """Number of frames; 1 makes images. null: of the largest video bucket that the run was trained on, or of the largest
-    image bucket where it has none."""
+    """Number of frames; 1 makes images. null: of the largest video bucket that the run was trained on, or of the
+    largest image bucket where it has none."""
     height: Width | None = None
     """Height in pixels. null: as `frames`."""
     width: Width | None = None
@@ -57,8 +58,8 @@ class GenerateConfig(Frozen):
     videos_per_prompt: Samples = 1
     """Videos for each prompt, from consecutive seeds."""
     fps: Fps | None = None
-    """Frames per second: of the files, and the condition of models with an fps micro-condition. null: that of most videos
-    that the run was trained on; 8 where that is not known."""
+    """Frames per second: of the files, and the condition of models with an fps micro-condition. null: that of most
+    videos that the run was trained on; 8 where that is not known."""
     batch_size: Samples = 8
     """Videos sampled at a time. Batches are cut from the file of prompts, so the same settings give the same videos."""
     workers: Workers = 1
@@ -68,6 +69,7 @@ class GenerateConfig(Frozen):
     device: Literal["cpu", "cuda"] | None = None
     """null: cuda where there is one."""
     precision: Precision = "auto"
-    """Of the transformer. `auto`: bf16 for a run that was trained in it, where the GPU, or this CPU, multiplies it natively."""
+    """Of the transformer. `auto`: bf16 for a run that was trained in it, where the GPU, or this CPU, multiplies it
+    natively."""
     overwrite: bool = False
     """Removes videos that other settings left in `out`, which is an error otherwise."""

@@ -69,7 +69,8 @@ class VisionIdentity(FileSchema):
 
 
 class FrameSampling(FileSchema):
-    """Which frames of which clips an extraction took: keys of ExtractConfig. buckets: all, if any has min_fps or max_fps; else none."""
+    """Which frames of which clips an extraction took: keys of ExtractConfig. buckets: all, if any has min_fps or
+    max_fps; else none."""
 
     frame_stride: Positive = 1
     target_fps: float | None = None

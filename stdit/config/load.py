@@ -200,7 +200,8 @@ def apply_override(data: dict[str, Any], text: str) -> dict[str, Any]:
 
 
 def validate(data: dict[str, Any], schema: type[_Section], name: str) -> _Section:
-    """`data` as a `schema`; ConfigError lists every key that is wrong, with what was found. `name`: the file, for messages."""
+    """`data` as a `schema`; ConfigError lists every key that is wrong, with what was found. `name`: the file, for
+    messages."""
     try:
         # Strict, and as JSON: lists serve as tuples and strings as paths, but "5" or true is no number.
         return schema.model_validate_json(json.dumps(data, default=str), strict=True)
@@ -222,8 +223,8 @@ def validate(data: dict[str, Any], schema: type[_Section], name: str) -> _Sectio
 
 
 def _keys(data: Any, loc: Sequence[int | str], missing: bool) -> list[str]:
-    """The keys of `data` that an error's `loc` goes through, without pydantic's names of union members among them. missing: the last
-    is the key that is not there."""
+    """The keys of `data` that an error's `loc` goes through, without pydantic's names of union members among them.
+    missing: the last is the key that is not there."""
     keys: list[str] = []
     for number, part in enumerate(loc):
         held: dict[Any, Any] = (
@@ -252,7 +253,8 @@ def read_json(path: Path | str, schema: type[BaseModel]) -> dict[str, Any]:
 
 
 def check(found: dict[str, Any], schema: type[BaseModel], name: str) -> None:
-    """ConfigError unless `found` is a `schema`, and what was sealed if that is a SealedSchema. `name`: the file, for messages."""
+    """ConfigError unless `found` is a `schema`, and what was sealed if that is a SealedSchema. `name`: the file, for
+    messages."""
     validate(found, schema, name)
     if issubclass(schema, SealedSchema) and found != files.seal(found):
         raise ConfigError(f"{name}: was changed after it was written (its content does not match its sha256)")

@@ -19,7 +19,8 @@ SCHEMES = ("s3", "gs", "memory")
 
 
 class Url(str):
-    """The URL of an object or a folder of objects, s3://BUCKET/KEY. Joined and taken apart like a path: url / "index.json"."""
+    """The URL of an object or a folder of objects, s3://BUCKET/KEY. Joined and taken apart like a path: url /
+    "index.json"."""
 
     __slots__ = ()
 
@@ -102,7 +103,8 @@ def _path(text: str) -> Path:
 
 
 def parse_location(text: str) -> Path | Url:
-    """A path, or a URL where there is a `://`. ValueError: as Url.parse; a file:// URL of another machine; a path too long."""
+    """A path, or a URL where there is a `://`. ValueError: as Url.parse; a file:// URL of another machine; a path too
+    long."""
     if "://" not in text:
         return _path(text)
     scheme, _, rest = text.partition("://")

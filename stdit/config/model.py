@@ -51,8 +51,8 @@ class ModelConfig(Frozen):
     patch_size: tuple[Count, Count, Count] = (1, 2, 2)
     """Latent frames, rows and columns per patch (t, h, w)."""
     pad_latents: bool = False
-    """Latents that patches do not fill are padded with zeros at the end, and the output is cropped (STDiT3). False: they
-    are refused."""
+    """Latents that patches do not fill are padded with zeros at the end, and the output is cropped (STDiT3). False:
+    they are refused."""
     learned_variance: bool = False
     """Predict the variance too (2 * in_channels outputs), as DiT and PixArt do under DDPM."""
 
@@ -63,12 +63,13 @@ class ModelConfig(Frozen):
     `adaln_zero`), PixArt's `adaln_single`, or MM-DiT's `joint` attention over video and text tokens."""
 
     attention: Literal["factorized", "alternating", "full"] = "factorized"
-    """`factorized`: spatial then temporal attention in each block (Open-Sora 1.0). `alternating`: spatial in even blocks,
-    temporal in odd ones (Latte, STDiT3). `full`: over all tokens of the clip."""
+    """`factorized`: spatial then temporal attention in each block (Open-Sora 1.0). `alternating`: spatial in even
+    blocks, temporal in odd ones (Latte, STDiT3). `full`: over all tokens of the clip."""
     temporal: bool = True
     """False: no temporal attention (an image model); only with `factorized`."""
     temporal_norm: bool = True
-    """`factorized`: temporal attention reads normed and modulated tokens; False: the residual stream (Open-Sora 1.0)."""
+    """`factorized`: temporal attention reads normed and modulated tokens; False: the residual stream (Open-Sora
+    1.0)."""
     temporal_text: bool = True
     """`alternating`: temporal blocks have cross-attention to the text too (STDiT3 yes, Latte no)."""
     window_size: Count | None = None
@@ -85,7 +86,8 @@ class ModelConfig(Frozen):
     """How key/value tokens are compressed: a depth-wise convolution and a norm; or, without weights, the first patch of
     each square (`ave` and `uniform`), or every n-th token in reading order (PixArt-Σ)."""
     qk_norm: QKNorm | None = None
-    """Normalisation of queries and keys in self-attention: `rms` per head, or `layer` (LayerNorm over the full width)."""
+    """Normalisation of queries and keys in self-attention: `rms` per head, or `layer` (LayerNorm over the full
+    width)."""
     cross_qk_norm: QKNorm | None = None
     """The same in cross-attention."""
     drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -124,15 +126,15 @@ class ModelConfig(Frozen):
     text_projection: Literal["mlp", "linear"] = "mlp"
     """Projection of text features to hidden_size."""
     null_text: Literal["token", "sequence", "empty"] = "token"
-    """Null caption: one learned token; a learned `sequence` under the caption's mask (PixArt, Open-Sora); or `empty`, the
-    text encoder's features of "" (diffusers, SD3)."""
+    """Null caption: one learned token; a learned `sequence` under the caption's mask (PixArt, Open-Sora); or `empty`,
+    the text encoder's features of "" (diffusers, SD3)."""
     pooled_text: bool = False
     """Add the mean of the text features to the timestep embedding."""
     pooled_dim: Width | None = None
     """Width of a pooled text vector (CLIP's) that is added to the timestep embedding. None: there is none."""
     micro_conditions: tuple[MicroCondition, ...] = ()
-    """Micro-conditions, embedded and added to the timestep embedding; `size` is PixArt-α 1024's height, width and aspect
-    ratio."""
+    """Micro-conditions, embedded and added to the timestep embedding; `size` is PixArt-α 1024's height, width and
+    aspect ratio."""
 
     mlp: Literal["gelu", "swiglu", "conv2d", "conv3d"] = "gelu"
     """Feed-forward network; conv2d and conv3d add a depth-wise convolution within frames or over time (LocalViT)."""
@@ -150,11 +152,13 @@ class ModelConfig(Frozen):
     dynamic_tokens: bool = False
     """Token skipping: routers choose the tokens that go through the MLP (DyDiT)."""
     exit_depths: tuple[tuple[Annotated[float, Field(gt=0, lt=1)], Positive], ...] = ()
-    """Early exit: (t, blocks) pairs, noisiest first; from t (0 data, 1 noise) upwards only the first `blocks` blocks run."""
+    """Early exit: (t, blocks) pairs, noisiest first; from t (0 data, 1 noise) upwards only the first `blocks` blocks
+    run."""
 
     sparse_dense: tuple[Positive, Positive] | None = None
-    """Sparse-dense residual fusion (SPRINT, arXiv 2510.21986): (start, end). Blocks start … end - 1 may run on a share of the tokens
-    (`train.token_routing`) or, in sampling, not at all; their output is fused with that of the blocks before. None: off."""
+    """Sparse-dense residual fusion (SPRINT, arXiv 2510.21986): (start, end). Blocks start … end - 1 may run on a share
+    of the tokens (`train.token_routing`) or, in sampling, not at all; their output is fused with that of the blocks
+    before. None: off."""
 
     timestep_width: Width | None = 256
     """Channels of the sinusoidal timestep embedding. None: hidden_size."""
@@ -403,7 +407,8 @@ class ModelConfig(Frozen):
 
     @property
     def block_text(self) -> tuple[bool, ...]:
-        """Which blocks have attention of their own to the text (or, as DiT's cross-attention block, to time and class)."""
+        """Which blocks have attention of their own to the text (or, as DiT's cross-attention block, to time and
+        class)."""
         _, depth, _ = self.dimensions
         if self.conditioning in ("joint", "in_context"):
             return (False,) * depth
@@ -412,7 +417,8 @@ class ModelConfig(Frozen):
         return tuple(takes_text and not (skips and i % 2) for i in range(depth))
 
     def at_width(self, hidden_size: int) -> ModelConfig:
-        """The same architecture with another hidden size, and heads as wide as now. ValueError: no whole number of them."""
+        """The same architecture with another hidden size, and heads as wide as now. ValueError: no whole number of
+        them."""
         width, _, heads = self.dimensions
         if hidden_size % (width // heads):
             raise ValueError(

@@ -1,4 +1,5 @@
-"""`train.tokens_per_step`: how many samples a step takes, by their tokens, whatever the number of ranks: of one bucket, or packed of all."""
+"""`train.tokens_per_step`: how many samples a step takes, by their tokens, whatever the number of ranks: of one bucket,
+or packed of all."""
 
 from __future__ import annotations
 
@@ -22,14 +23,16 @@ class StepSize(NamedTuple):
 
 
 class PackingBudget(NamedTuple):
-    """Video tokens of packed sequences: of a step over all ranks, and of a micro-batch at most (None: a rank's share of the step)."""
+    """Video tokens of packed sequences: of a step over all ranks, and of a micro-batch at most (None: a rank's share of
+    the step)."""
 
     tokens_per_step: int
     tokens_per_micro_batch: int | None
 
 
 def check_packing_budget(tokens: Mapping[str, int], budget: PackingBudget, ranks: int) -> None:
-    """ConfigError: on `ranks` data-parallel ranks some micro-batch might be empty. tokens: video tokens of a sample by bucket."""
+    """ConfigError: on `ranks` data-parallel ranks some micro-batch might be empty. tokens: video tokens of a sample by
+    bucket."""
     largest = max(tokens, key=lambda key: tokens[key])
     needed = {"tokens_per_step": ranks * tokens[largest]}
     if ranks > 1 and budget.tokens_per_micro_batch is not None:
@@ -45,10 +48,11 @@ def check_packing_budget(tokens: Mapping[str, int], budget: PackingBudget, ranks
 def step_sizes(
     tokens: Mapping[str, int], tokens_per_step: int, multiple_of: int | None, tokens_per_micro_batch: int | None
 ) -> dict[str, StepSize]:
-    """The most samples of each bucket that fit into `tokens_per_step`, in multiples. tokens: video tokens of a sample by bucket.
+    """The most samples of each bucket that fit into `tokens_per_step`, in multiples. tokens: video tokens of a sample
+    by bucket.
 
-    multiple_of: None: the greatest common divisor of NODE and the samples of the largest bucket. ConfigError: a sample, or
-    `multiple_of` of them, does not fit; names bucket, tokens and budget.
+    multiple_of: None: the greatest common divisor of NODE and the samples of the largest bucket. ConfigError: a sample,
+    or `multiple_of` of them, does not fit; names bucket, tokens and budget.
     """
     largest = max(tokens, key=lambda key: tokens[key])
     count = multiple_of or 1
@@ -73,6 +77,7 @@ def step_sizes(
 
 
 def imbalance(samples: int, ranks: int) -> float:
-    """How far the rank with the most or the fewest of `samples`, shared out as evenly as possible, is from the mean, as a share of it."""
+    """How far the rank with the most or the fewest of `samples`, shared out as evenly as possible, is from the mean, as
+    a share of it."""
     fewest, most = samples // ranks, -(-samples // ranks)
     return max(most * ranks - samples, samples - fewest * ranks) / samples

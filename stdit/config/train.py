@@ -28,20 +28,20 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class MuPConfig(Frozen):
-    """Learning rate and initial weights that hold at every width (Yang et al. 2022, Tensor Programs V; Zheng et al. 2025 for diffusion
-    transformers): what is found on a small model serves a wide one with heads of the same width."""
+    """Learning rate and initial weights that hold at every width (Yang et al. 2022, Tensor Programs V; Zheng et al.
+    2025 for diffusion transformers): what is found on a small model serves a wide one with heads of the same width."""
 
     base_width: Width
-    """`hidden_size` of the model at which `learning_rate` and `weight_decay` were found, a multiple of the heads' width; there
-    nothing changes."""
+    """`hidden_size` of the model at which `learning_rate` and `weight_decay` were found, a multiple of the heads'
+    width; there nothing changes."""
 
 
 class OptimizerConfig(Frozen):
     """Optimizer and the learning rate schedule, which ends at `train.steps`."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for the matrices of attention and MLPs, AdamW for all other weights; learning rate and weight decay are
-    AdamW's for both."""
+    """muon: Muon for the matrices of attention and MLPs, AdamW for all other weights; learning rate and weight decay
+    are AdamW's for both."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
@@ -55,8 +55,9 @@ class OptimizerConfig(Frozen):
     warmup_steps: NonNegative = 0
     """Steps of linear warm-up from 0."""
     lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
-    """Learning rate after the warm-up. wsd (warmup-stable-decay, Hu et al. 2024): the peak, then 1 - sqrt over the last steps
-    (Hägele et al. 2024); a run may be lengthened from any checkpoint before the decay, and is as if planned so."""
+    """Learning rate after the warm-up. wsd (warmup-stable-decay, Hu et al. 2024): the peak, then 1 - sqrt over the last
+    steps (Hägele et al. 2024); a run may be lengthened from any checkpoint before the decay, and is as if planned
+    so."""
     decay_share: Share = 0.2
     """wsd: share of `train.steps` over which the learning rate decays; 0: a stable phase without end."""
     min_lr_ratio: Share = 0.0
@@ -67,20 +68,23 @@ class OptimizerConfig(Frozen):
     """Gradients are clipped to this norm, over all weights; 0: no clipping."""
 
 
-# Relative widths of power-function averages: those above have no exponent, those below are the weights of the last steps.
+# Relative widths of power-function averages: those above have no exponent, those below are the weights of the last
+# steps.
 MIN_SIGMA_REL, MAX_SIGMA_REL = 0.001, 0.28
 SigmaRel = Annotated[float, Field(ge=MIN_SIGMA_REL, le=MAX_SIGMA_REL)]
 
 
 class EMAProfilesConfig(Frozen):
-    """Power-function averages of the weights (Karras et al. 2024, section 3) beside the run's own EMA, and snapshots of them, from which
-    `stdit ema` computes the average of any other width afterwards. Each takes the memory of another EMA."""
+    """Power-function averages of the weights (Karras et al. 2024, section 3) beside the run's own EMA, and snapshots of
+    them, from which `stdit ema` computes the average of any other width afterwards. Each takes the memory of another
+    EMA."""
 
     sigma_rel: tuple[SigmaRel, ...] = Field(default=(0.05, 0.1), min_length=1)
-    """Relative widths: the standard deviation of the time that an average is over, as a share of the training so far."""
+    """Relative widths: the standard deviation of the time that an average is over, as a share of the training so
+    far."""
     every: Positive
-    """Steps between snapshots in RUN_DIR/ema_snapshots, a multiple of `checkpoint_every`, as they are written with checkpoints; the last step
-    has one too. All are kept, at 2 bytes a parameter and width (float16)."""
+    """Steps between snapshots in RUN_DIR/ema_snapshots, a multiple of `checkpoint_every`, as they are written with
+    checkpoints; the last step has one too. All are kept, at 2 bytes a parameter and width (float16)."""
 
     @field_validator("sigma_rel", mode="after")
     @classmethod
@@ -144,7 +148,8 @@ class DynamicConfig(Frozen):
     """Compute loss of a dynamic model (`model.dynamic_width`, `model.dynamic_tokens`; Zhao et al. 2025, DyDiT).
 
     loss + weight ((C - target)² + min_token_weight Σ over blocks max(0, min_token_ratio - tokens)), where C is the mean
-    share of the FLOPs of attention and MLP over a rank's micro-batch, and tokens the share of tokens that enter the MLP.
+    share of the FLOPs of attention and MLP over a rank's micro-batch, and tokens the share of tokens that enter the
+    MLP.
     """
 
     target_flops_ratio: float = Field(gt=0, le=1)
@@ -163,8 +168,9 @@ class DynamicConfig(Frozen):
 
 
 class TokenRoutingConfig(Frozen):
-    """Token routing (Krause et al. 2025, TREAD): in training a share of the patches bypasses some blocks and is put back after
-    them, which saves their FLOPs; drawn for each sample, the same in all its frames. Sampling runs all tokens."""
+    """Token routing (Krause et al. 2025, TREAD): in training a share of the patches bypasses some blocks and is put
+    back after them, which saves their FLOPs; drawn for each sample, the same in all its frames. Sampling runs all
+    tokens."""
 
     share: float = Field(default=0.5, ge=0, lt=1)
     """Share of the patches that bypass the blocks."""
@@ -173,19 +179,19 @@ class TokenRoutingConfig(Frozen):
     end: Positive
     """First block after it that they enter again; the paper: depth - 4."""
     path_drop: Share = 0.0
-    """With `model.sparse_dense`: share of the samples whose fusion sees the mask token in place of the sparse blocks' output, which
-    path-drop guidance needs. Both numbers above are then those of `model.sparse_dense`."""
+    """With `model.sparse_dense`: share of the samples whose fusion sees the mask token in place of the sparse blocks'
+    output, which path-drop guidance needs. Both numbers above are then those of `model.sparse_dense`."""
     dense_finish: Share = 0.0
     """Share of the steps, at the end of training, in which all tokens run."""
 
 
 class AlignmentConfig(Frozen):
-    """Alignment of an early block's tokens in training: a small head maps each token to a target, and loss + weight (1 - cosine
-    similarity) is trained. Exported weights have no head."""
+    """Alignment of an early block's tokens in training: a small head maps each token to a target, and loss + weight
+    (1 - cosine similarity) is trained. Exported weights have no head."""
 
     target: Literal["latents", "features"] = "latents"
-    """latents: the token's patch of the clean latents (Wang et al. 2026, SRA 2); needs no network but the autoencoder. features: those
-    of a vision encoder at the token's place (Yu et al. 2025, REPA), extracted with `vision_encoder`."""
+    """latents: the token's patch of the clean latents (Wang et al. 2026, SRA 2); needs no network but the autoencoder.
+    features: those of a vision encoder at the token's place (Yu et al. 2025, REPA), extracted with `vision_encoder`."""
 
     block: NonNegative
     """Block whose output is aligned, from 0; about the end of the first third."""
@@ -196,8 +202,9 @@ class AlignmentConfig(Frozen):
     projector_dim: Width = 2048
     """Target features: inner width of the head, an MLP of three layers."""
     irepa: bool = False
-    """Target features: iREPA (Singh et al. 2025). The head is one 3×3 convolution over a frame's tokens, and the features of a frame
-    are normalised: less `irepa_gamma` times their mean over its places, over their standard deviation over them."""
+    """Target features: iREPA (Singh et al. 2025). The head is one 3×3 convolution over a frame's tokens, and the
+    features of a frame are normalised: less `irepa_gamma` times their mean over its places, over their standard
+    deviation over them."""
     irepa_gamma: Share = 0.6
     """iREPA: share of the mean that is taken away."""
 
@@ -233,37 +240,41 @@ class TrainConfig(Frozen):
     token_routing: TokenRoutingConfig | None = None
     """Some tokens bypass some blocks in training. null: all run everywhere."""
     alignment: AlignmentConfig | None = None
-    """An early block's tokens are trained to tell the clean latents, or a vision encoder's features, too. null: none."""
+    """An early block's tokens are trained to tell the clean latents, or a vision encoder's features, too. null:
+    none."""
     gradient_accumulation: Positive = 1
-    """Micro-batches per optimizer step, on each rank. Left out where a global_batch (data.buckets) or `tokens_per_step` says it."""
+    """Micro-batches per optimizer step, on each rank. Left out where a global_batch (data.buckets) or `tokens_per_step`
+    says it."""
     tokens_per_step: Positive | None = None
-    """Video tokens of an optimizer step over all ranks, whatever their number: a step has as many samples of its bucket as fit. In
-    place of batch_size and global_batch."""
+    """Video tokens of an optimizer step over all ranks, whatever their number: a step has as many samples of its bucket
+    as fit. In place of batch_size and global_batch."""
     tokens_per_micro_batch: Positive | None = None
-    """With `tokens_per_step`: video tokens of a rank's micro-batch at most; null: a rank takes its share of a step at once."""
+    """With `tokens_per_step`: video tokens of a rank's micro-batch at most; null: a rank takes its share of a step at
+    once."""
     samples_multiple_of: Positive | None = None
-    """With `tokens_per_step`: steps have a multiple of this many samples. Give the number of data-parallel ranks, or a multiple of all
-    that there may be: ranks more than 10 % from equal work are an error. null: 8 or the largest divisor of it that loses nothing in
-    the bucket with the most tokens."""
+    """With `tokens_per_step`: steps have a multiple of this many samples. Give the number of data-parallel ranks, or a
+    multiple of all that there may be: ranks more than 10 % from equal work are an error. null: 8 or the largest divisor
+    of it that loses nothing in the bucket with the most tokens."""
     packing: bool = False
-    """Packed sequences: a step takes samples of all buckets, by their shares, as many as fit into `tokens_per_step`; a micro-batch is one
-    sequence of them, of `tokens_per_micro_batch` video tokens at most, in which each attends to itself alone. Gradients are those of the
-    same samples unpacked. false: a step has samples of one bucket."""
+    """Packed sequences: a step takes samples of all buckets, by their shares, as many as fit into `tokens_per_step`; a
+    micro-batch is one sequence of them, of `tokens_per_micro_batch` video tokens at most, in which each attends to
+    itself alone. Gradients are those of the same samples unpacked. false: a step has samples of one bucket."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and learning rate."""
     ema: EMAConfig = EMAConfig()
     """Moving average of the weights."""
     precision: Precision = "fp32"
-    """bf16: forward and backward in bfloat16; master weights, optimizer and EMA stay float32. auto: bf16 on GPUs that compute in
-    it and on CPUs with instructions for it (AVX512-BF16, AMX), else fp32; a run keeps what it began with."""
+    """bf16: forward and backward in bfloat16; master weights, optimizer and EMA stay float32. auto: bf16 on GPUs that
+    compute in it and on CPUs with instructions for it (AVX512-BF16, AMX), else fp32; a run keeps what it began with."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """float32 matrix products (torch.set_float32_matmul_precision). high: TF32 on CUDA; medium: bfloat16 products where
     the processor has faster ones."""
     cpu_matmul_backend: Literal["auto", "onednn", "torch"] = "auto"
-    """Library of float32 linear layers on a CPU. auto: oneDNN on AMD processors with AVX-512, where torch's own (MKL) is
-    slower; else torch."""
+    """Library of float32 linear layers on a CPU. auto: oneDNN on AMD processors with AVX-512, where torch's own (MKL)
+    is slower; else torch."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO stage: 1 shards the optimizer state, 2 gradients too, 3 weights too. A resumed run may have another one."""
+    """DeepSpeed ZeRO stage: 1 shards the optimizer state, 2 gradients too, 3 weights too. A resumed run may have
+    another one."""
     sequence_parallel: Positive = 1
     """Ranks that share the tokens of one clip; must divide the number of ranks, and the rest is data parallel
     (docs/cluster.md)."""
@@ -280,10 +291,11 @@ class TrainConfig(Frozen):
     checkpoint_every: Positive | None = None
     """Steps between checkpoints; the last step always has one. null: that one alone."""
     checkpoint_in_background: bool = True
-    """Training waits only until its state is copied to the host's memory, and goes on while that is written; one checkpoint at a time.
-    Files are equal bit for bit. The copy takes 12 to 20 bytes of host memory a parameter, divided by the ranks under ZeRO but for the
-    model's own weights (four more for each of `ema.profiles`), and rank 0 four more while it joins full weights from several ranks' (the
-    forecast says it). A run's last checkpoint is written at once."""
+    """Training waits only until its state is copied to the host's memory, and goes on while that is written; one
+    checkpoint at a time. Files are equal bit for bit. The copy takes 12 to 20 bytes of host memory a parameter, divided
+    by the ranks under ZeRO but for the model's own weights (four more for each of `ema.profiles`), and rank 0 four more
+    while it joins full weights from several ranks' (the forecast says it). A run's last checkpoint is written at
+    once."""
     keep_checkpoints: Positive = 2
     """Newest checkpoints that are kept."""
     keep_every: Positive | None = None
@@ -291,11 +303,12 @@ class TrainConfig(Frozen):
     keep_best: NonNegative = 0
     """So many checkpoints with the lowest validation loss are kept, too; needs a validation at each of them."""
     max_failed_saves: NonNegative = 3
-    """Consecutive checkpoints that may fail to be written (a full disk, a lost share) while training goes on; one more ends the
-    run. One that fails at the last step, or when the run is to stop, always does."""
+    """Consecutive checkpoints that may fail to be written (a full disk, a lost share) while training goes on; one more
+    ends the run. One that fails at the last step, or when the run is to stop, always does."""
     upload_to: StoreUrl | None = None
-    """URL of the run's mirror: finished checkpoints that run_dir keeps, metrics.jsonl and config.yaml are uploaded in the background. Where the
-    mirror has a newer checkpoint than run_dir when the run starts, that is fetched first. In a plan's `overrides`, a stage's name is added."""
+    """URL of the run's mirror: finished checkpoints that run_dir keeps, metrics.jsonl and config.yaml are uploaded in
+    the background. Where the mirror has a newer checkpoint than run_dir when the run starts, that is fetched first. In
+    a plan's `overrides`, a stage's name is added."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
     wandb_project: str | None = None
@@ -305,24 +318,27 @@ class TrainConfig(Frozen):
     peak_tflops: float | None = Field(default=None, gt=0)
     """Peak TFLOP/s of one device, for MFU. null: the maker's figure of a known GPU, else measured at the first log."""
     max_bad_steps: NonNegative = 10
-    """Consecutive steps that may be skipped for a gradient that is not finite, or by `on_spike`; one more ends the run."""
+    """Consecutive steps that may be skipped for a gradient that is not finite, or by `on_spike`; one more ends the
+    run."""
     max_bad_share: Share = 0.2
-    """Share of the last 100 steps, of the run and of each bucket, that may be skipped so; counts beyond `max_bad_steps` of them, and
-    at the run's end."""
+    """Share of the last 100 steps, of the run and of each bucket, that may be skipped so; counts beyond `max_bad_steps`
+    of them, and at the run's end."""
     on_spike: Literal["warn", "skip", "rewind"] = "warn"
-    """A loss far above the last ones of its bucket. warn: it is marked in metrics.jsonl and the log; skip: its gradient is dropped, too;
+    """A loss far above the last ones of its bucket. warn: it is marked in metrics.jsonl and the log; skip: its gradient
+    is dropped, too;
     rewind: training goes back to the newest checkpoint and leaves that step's samples out."""
     spike_threshold: float = Field(default=10.0, gt=0)
-    """Robust standard deviations (1.4826 median absolute deviations) above the median of a bucket's last 100 losses from which one is a
-    spike; the first 20 are none."""
+    """Robust standard deviations (1.4826 median absolute deviations) above the median of a bucket's last 100 losses
+    from which one is a spike; the first 20 are none."""
     max_rewinds: NonNegative = 3
     """Rewinds of one run; one more ends it."""
     start_timeout_s: Seconds = 1800
-    """Seconds that a rank may take from its start to its first step, with verifying and loading its checkpoint: one that takes longer
-    hangs, or waits for one that does, names the phase, prints its stack and ends the run with exit code 75."""
+    """Seconds that a rank may take from its start to its first step, with verifying and loading its checkpoint: one
+    that takes longer hangs, or waits for one that does, names the phase, prints its stack and ends the run with exit
+    code 75."""
     step_timeout_s: Seconds = 1800
-    """Seconds that a step may take, with its validation, and a save without any of its files changing: a rank that takes
-    longer hangs, prints its stack and ends the run with exit code 75."""
+    """Seconds that a step may take, with its validation, and a save without any of its files changing: a rank that
+    takes longer hangs, prints its stack and ends the run with exit code 75."""
 
     def step_sizes(self, tokens: Mapping[str, int]) -> dict[str, StepSize]:
         """Samples by bucket under `tokens_per_step`. tokens: of a sample. ConfigError: one does not fit."""
@@ -357,8 +373,8 @@ class ValidationConfig(Frozen):
     raw: bool = False
     """Also with the model's own weights, not averaged (`raw_validation_loss`)."""
     inference_check: bool = True
-    """At each checkpoint, compares the loss of a fixed batch of validation clips through the model's forward and through the
-    sampler's (`inference_gap`), and says so where they differ by more than precision explains."""
+    """At each checkpoint, compares the loss of a fixed batch of validation clips through the model's forward and
+    through the sampler's (`inference_gap`), and says so where they differ by more than precision explains."""
 
 
 class SampleGridConfig(Frozen):
@@ -532,9 +548,9 @@ class Config(Frozen):
         return self
 
     def micro_batches(self, ranks: int) -> dict[str, MicroBatches]:
-        """One rank's micro-batches in a step of each bucket whose size is known, by its key, on `ranks` ranks. ConfigError:
-        train.sequence_parallel does not divide them, or a global_batch is too small for them; with train.tokens_per_step also where
-        their work would not be equal."""
+        """One rank's micro-batches in a step of each bucket whose size is known, by its key, on `ranks` ranks.
+        ConfigError: train.sequence_parallel does not divide them, or a global_batch is too small for them; with
+        train.tokens_per_step also where their work would not be equal."""
         data_ranks, accumulation = self.train.data_ranks(ranks), self.train.gradient_accumulation
         sized = [b for b in self.data.buckets if b.is_sized]
         if self.train.packing_budget is not None:

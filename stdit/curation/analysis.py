@@ -49,12 +49,13 @@ DARK = 26
 
 @dataclass
 class Analysis:
-    """What is known of a file. `frames`: columns (N,) or (N, K); `samples`: columns (S, …), both with `index`, the frame's number.
+    """What is known of a file. `frames`: columns (N,) or (N, K); `samples`: columns (S, …), both with `index`, the
+    frame's number.
 
     frames: luma_mean, luma_std, dark_share, difference (mean absolute change since the frame before, levels of 255),
-    motion (the same since 1/24 s before), correlation (of both), returns, came_back (smallest difference between the picture before a
-    change and after a flash, and the reverse), shift (x, y in shares of the width), and of K lags: blend (weight of the later picture),
-    residual, distance (root mean square), similarity.
+    motion (the same since 1/24 s before), correlation (of both), returns, came_back (smallest difference between the
+    picture before a change and after a flash, and the reverse), shift (x, y in shares of the width), and of K lags:
+    blend (weight of the later picture), residual, distance (root mean square), similarity.
     samples: blur, blockiness (ffmpeg's blurdetect, blockdetect), hash (64 bits), bars (top, bottom, left, right in px).
     """
 
@@ -158,7 +159,8 @@ def _frames(reader: Any, start: int) -> Iterator[tuple[int, av.VideoFrame]]:
 
 
 class Measurements:
-    """Collects frames in chunks. `add` each frame in order, `end_segment` behind the last one of those that follow one another."""
+    """Collects frames in chunks. `add` each frame in order, `end_segment` behind the last one of those that follow one
+    another."""
 
     def __init__(self, fps: float) -> None:
         rate = min(max(fps, 1.0), 120.0)
@@ -217,7 +219,8 @@ class Measurements:
 def measure_pictures(
     pictures: np.ndarray, first: int, count: int, lags: list[int], flash: int, step: int
 ) -> dict[str, np.ndarray]:
-    """Columns of frames `first` to `first + count` of `pictures`, float32 (n, SIDE, SIDE, 3); the others are their surroundings."""
+    """Columns of frames `first` to `first + count` of `pictures`, float32 (n, SIDE, SIDE, 3); the others are their
+    surroundings."""
     n = len(pictures)
     at = np.arange(first, first + count)
     luma = pictures @ np.array([0.299, 0.587, 0.114], np.float32)
@@ -275,8 +278,8 @@ _WINDOW = np.outer(np.hanning(SIDE), np.hanning(SIDE)).astype(np.float32)
 
 
 def global_shift(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """(x, y) by which the picture moved, in shares of its sides, by phase correlation (Kuglin and Hines 1975) with a parabola
-    through the peak."""
+    """(x, y) by which the picture moved, in shares of its sides, by phase correlation (Kuglin and Hines 1975) with a
+    parabola through the peak."""
     spectrum = np.fft.rfft2((b - b.mean()) * _WINDOW) * np.conj(np.fft.rfft2((a - a.mean()) * _WINDOW))
     size = np.abs(spectrum)
     if size.max() < 1e-3:
@@ -350,7 +353,8 @@ def black_bars(luma: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def perceptual_hash(luma: np.ndarray) -> np.uint64:
-    """64 bits: signs of the lowest 8 x 8 cosine coefficients of a picture of 32 x 32 against their median (pHash, Zauner 2010).
+    """64 bits: signs of the lowest 8 x 8 cosine coefficients of a picture of 32 x 32 against their median (pHash,
+    Zauner 2010).
 
     0: a picture without contrast, which is like any other of its kind.
     """

@@ -1,10 +1,11 @@
-"""Analysis in a child process that can be killed: a damaged file can hang or crash a decoder, and must take nothing with it.
+"""Analysis in a child process that can be killed: a damaged file can hang or crash a decoder, and must take nothing
+with it.
 
     with AnalysisProcess(stall_timeout_s=60) as process:
         content = process.analyse(path)      # of Analysis.loads
 
-The child runs this file. A request is a line of JSON on its standard input. It answers with lines of JSON, {"frame": n} now and then
-and {"error": …} or {"bytes": n} at last, the latter followed by the content.
+The child runs this file. A request is a line of JSON on its standard input. It answers with lines of JSON, {"frame": n}
+now and then and {"error": …} or {"bytes": n} at last, the latter followed by the content.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class AnalysisProcess(Closable):
         self._answers: queue.Queue[dict[str, Any] | bytes | None] = queue.Queue()
 
     def analyse(self, path: Path | str) -> bytes:
-        """The analysis of a file, as bytes. A decoder that hangs or crashes leaves the frames before that. DecodeError: none."""
+        """The analysis of a file, as bytes. A decoder that hangs or crashes leaves the frames before that. DecodeError:
+        none."""
         until, trouble = None, None
         self.stalled = False
         while True:

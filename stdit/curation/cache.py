@@ -1,4 +1,5 @@
-"""What curation has computed: OUT/cache.sqlite. Keys are contents and versions, so that nothing here is ever wrong, only unused.
+"""What curation has computed: OUT/cache.sqlite. Keys are contents and versions, so that nothing here is ever wrong,
+only unused.
 
 Every row has a hash of itself. One that does not match is said, and computed again. Removing the file costs the time to
 compute it again, and nothing else.
@@ -38,7 +39,8 @@ Row = tuple[Any, ...]
 
 
 class Cache(Closable):
-    """A context manager. One process writes; each write is complete or not there. ConfigError: a damaged file, of any method;
+    """A context manager. One process writes; each write is complete or not there. ConfigError: a damaged file, of any
+    method;
     OSError: one that cannot be written."""
 
     def __init__(self, out: Path) -> None:
@@ -115,7 +117,8 @@ class Cache(Closable):
     # --------------------------------------------------------------------------------------- rows
 
     def _rows(self, table: str, **column: str) -> Iterator[Row]:
-        """Rows of `table`, without their hash, where a column has a value; what does not match its hash is left out and counted."""
+        """Rows of `table`, without their hash, where a column has a value; what does not match its hash is left out and
+        counted."""
         where = "".join(f" WHERE {name} = ?" for name in column)
         with self._errors():
             found = self._db.execute(f"SELECT * FROM {table}{where}", tuple(column.values()))

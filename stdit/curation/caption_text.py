@@ -73,7 +73,8 @@ def prompt_for(config: CaptionConfig, caption: str | None, frames: int, seconds:
 
 
 def check_caption(answer: object, config: CaptionConfig) -> tuple[str | None, str | None]:
-    """(caption, None), or (None, reason): no_text, empty, refusal, short, long, language. Boilerplate is removed first."""
+    """(caption, None), or (None, reason): no_text, empty, refusal, short, long, language. Boilerplate is removed
+    first."""
     if not isinstance(answer, str):
         return None, "no_text"
     if not answer.strip():
@@ -96,7 +97,8 @@ def check_caption(answer: object, config: CaptionConfig) -> tuple[str | None, st
 
 
 def clean(answer: str) -> str:
-    """One line without markup, quotes around it, and what models say before a caption; it begins with a capital letter."""
+    """One line without markup, quotes around it, and what models say before a caption; it begins with a capital
+    letter."""
     text = unicodedata.normalize("NFC", "".join(c for c in answer if c.isprintable() or c.isspace()))
     text = " ".join(MARKUP.sub(" ", text).split())
     for _ in range(3):
@@ -128,7 +130,8 @@ def cut_sentences(text: str, most: int) -> str:
 
 
 def is_language(text: str, language: str | None) -> bool:
-    """Whether a text may be in `language`: by script, English also by its commonest words. True: no such check is known."""
+    """Whether a text may be in `language`: by script, English also by its commonest words. True: no such check is
+    known."""
     letters = [c for c in text if c.isalpha()]
     if language is None or not letters:
         return bool(letters) or language is None

@@ -1,4 +1,5 @@
-"""Captioners: an image-text-to-text model of transformers, an OpenAI-compatible server, or a function. Each: clips -> answers.
+"""Captioners: an image-text-to-text model of transformers, an OpenAI-compatible server, or a function. Each: clips ->
+answers.
 
 An answer is a text, or `Failed` with the reason; what is done with it is caption_text.check_caption's business.
 """
@@ -36,7 +37,8 @@ OF_THE_REQUEST = (400, 413, 422)
 
 @dataclass(frozen=True)
 class Failed:
-    """No answer. passing: for no reason of the clip's own (a server that is busy or away, a wrong key); the next run tries again."""
+    """No answer. passing: for no reason of the clip's own (a server that is busy or away, a wrong key); the next run
+    tries again."""
 
     reason: str
     passing: bool = False

@@ -146,7 +146,8 @@ class Curation:
     # ---------------------------------------------------------------------------------- analysis
 
     def analyse(self, sources: Sequence[Source]) -> dict[str, str]:
-        """Analyses files that are new; keys of the analyses by source. StoreError: a store that does not answer, or gives no access."""
+        """Analyses files that are new; keys of the analyses by source. StoreError: a store that does not answer, or
+        gives no access."""
         keys: dict[str, str] = {}
         unreadable: dict[str, str] = {}
         digests = object_digests(sources)

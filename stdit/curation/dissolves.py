@@ -1,8 +1,8 @@
 """Dissolves and fades: a small classifier of frames, trained on generated transitions (stdit.curation.train_dissolves).
 
-It sees, over four thirds of a second around a frame and at five distances in time, how far the frame is a blend of what comes before and
-after, how alike these are, and the dip in contrast that a blend of two pictures has (Koala-36M uses such a classifier too). The
-weights are in dissolves.npz: a perceptron with two hidden layers.
+It sees, over four thirds of a second around a frame and at five distances in time, how far the frame is a blend of what
+comes before and after, how alike these are, and the dip in contrast that a blend of two pictures has (Koala-36M uses
+such a classifier too). The weights are in dissolves.npz: a perceptron with two hidden layers.
 """
 
 from __future__ import annotations

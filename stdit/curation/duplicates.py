@@ -1,6 +1,8 @@
-"""Near-duplicates: clips that share most of their pictures, by perceptual hashes; or whose embeddings are all but equal.
+"""Near-duplicates: clips that share most of their pictures, by perceptual hashes; or whose embeddings are all but
+equal.
 
-Candidates have 16 of 64 bits in common in one of four bands, so that the work grows with the clips, not with their pairs.
+Candidates have 16 of 64 bits in common in one of four bands, so that the work grows with the clips, not with their
+pairs.
 """
 
 from __future__ import annotations
@@ -71,7 +73,8 @@ def _why(kept: Candidate, other: Candidate) -> str:
 
 
 def _hash_pairs(clips: Sequence[Candidate], config: DuplicatesConfig) -> list[tuple[int, int]]:
-    """Pairs of clips of whose frames at least `min_share` (of the shorter one's) are within `distance` of one of the other's."""
+    """Pairs of clips of whose frames at least `min_share` (of the shorter one's) are within `distance` of one of the
+    other's."""
     hashes = np.concatenate([clip.hashes for clip in clips]) if clips else np.empty(0, np.uint64)
     owner = np.repeat(np.arange(len(clips)), [len(clip.hashes) for clip in clips])
     matches: dict[tuple[int, int], set[int]] = defaultdict(set)

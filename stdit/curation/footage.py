@@ -2,8 +2,9 @@
 
     film = make_film(seed=1, content="test")       # film.frames, film.transitions
 
-Shots pan and zoom over the photographs that scikit-learn (training) and matplotlib (test) ship, carry scans of handwriting over
-colour, or are waves and clouds; with noise, flashes, and changes of light. Training and test share no photograph, scan or texture.
+Shots pan and zoom over the photographs that scikit-learn (training) and matplotlib (test) ship, carry scans of
+handwriting over colour, or are waves and clouds; with noise, flashes, and changes of light. Training and test share no
+photograph, scan or texture.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ Content = Literal["train", "test"]
 
 @dataclass(frozen=True)
 class Film:
-    """frames: uint8 (T, H, W, 3). transitions in order; of a fade, one from the first darker frame to the last. flashes: first frames."""
+    """frames: uint8 (T, H, W, 3). transitions in order; of a fade, one from the first darker frame to the last.
+    flashes: first frames."""
 
     frames: np.ndarray
     fps: int
@@ -60,7 +62,8 @@ def make_film(
     fps: int = 24,
     kinds: Sequence[str] = ("cut", "cut", "dissolve", "dissolve", "fade"),
 ) -> Film:
-    """`shots` shots of 2 to 4 s, joined by transitions drawn from `kinds`; dissolves last 1/3 to 1.5 s, fades 1/3 to 5/6 s each way."""
+    """`shots` shots of 2 to 4 s, joined by transitions drawn from `kinds`; dissolves last 1/3 to 1.5 s, fades 1/3 to
+    5/6 s each way."""
     random = np.random.default_rng([seed, content == "test"])
     parts: list[np.ndarray] = []
     transitions: list[Transition] = []
@@ -208,8 +211,9 @@ class Detection:
 def compare(
     truth: Sequence[Transition], found: Sequence[Transition], into: dict[str, Detection], tolerance: int = 0
 ) -> None:
-    """Adds the counts of one film. A hard cut is found at its frame, give or take `tolerance`; a dissolve where a found one overlaps
-    it. A transition of the other kind at the same place is neither missing nor false twice: it counts as missed alone."""
+    """Adds the counts of one film. A hard cut is found at its frame, give or take `tolerance`; a dissolve where a found
+    one overlaps it. A transition of the other kind at the same place is neither missing nor false twice: it counts as
+    missed alone."""
     for kind in ("cut", "dissolve"):
         counts = into.setdefault(kind, Detection())
         wanted, some = [t for t in truth if t.kind == kind], [f for f in found if f.kind == kind]

@@ -1,4 +1,5 @@
-"""curation.html: what became of the footage, and for each score its histogram, thresholds and frames on both sides of them.
+"""curation.html: what became of the footage, and for each score its histogram, thresholds and frames on both sides of
+them.
 
 One file without scripts or links; frames are JPEG inside it.
 """

@@ -1,4 +1,5 @@
-"""A captioner without a model: rules on brightness and movement. It is for tests and the embedded default, and no language model.
+"""A captioner without a model: rules on brightness and movement. It is for tests and the embedded default, and no
+language model.
 
 captions: [{name: rules, function: "stdit.curation.rule_based:rule_based_caption"}]
 """
@@ -11,7 +12,8 @@ from stdit.curation.clips import ClipView
 
 
 def rule_based_caption(clip: ClipView) -> str:
-    """ "A bright shape moves left over a dark red ground": what differs from the frames' median, and where its middle goes."""
+    """ "A bright shape moves left over a dark red ground": what differs from the frames' median, and where its middle
+    goes."""
     assert clip.pictures is not None
     frames = clip.pictures.astype(np.float32)
     luma = frames.mean(-1)

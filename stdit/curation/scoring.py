@@ -55,7 +55,8 @@ def load_function(name: str, what: str) -> Any:
 
 
 def scorer_id(scorer: ScorerConfig) -> str:
-    """Identity of a scorer's results: its function, settings, frames and version, and its module's VERSION (else its source).
+    """Identity of a scorer's results: its function, settings, frames and version, and its module's VERSION (else its
+    source).
 
     ConfigError: not importable, or settings that it does not take.
     """
@@ -86,7 +87,8 @@ def load_scorer(scorer: ScorerConfig) -> Score:
 
 
 class ClipScorer:
-    """Scores clips by the config's scorers; decodes each clip once for all that take as many frames. `close` ends its decoder."""
+    """Scores clips by the config's scorers; decodes each clip once for all that take as many frames. `close` ends its
+    decoder."""
 
     def __init__(self, scorers: Sequence[ScorerConfig], timeout_s: float = 60.0) -> None:
         self.scorers = {scorer.name: (scorer, load_scorer(scorer)) for scorer in scorers}
@@ -95,7 +97,8 @@ class ClipScorer:
     def score(
         self, clip: ClipView, names: Iterable[str], crop: tuple[int, int, int, int] | None, file: Path
     ) -> dict[str, Any]:
-        """By scorer: its scores by column, or {"error": why there are none}. A scorer that raises harms this score alone."""
+        """By scorer: its scores by column, or {"error": why there are none}. A scorer that raises harms this score
+        alone."""
         found: dict[str, Any] = {}
         chosen = [self.scorers[name] for name in names]
         shown: dict[int, np.ndarray | dict[str, Any]] = {}
@@ -131,7 +134,8 @@ def failure(reason: str, error: Exception) -> dict[str, Any]:
 
 
 def named_scores(name: str, value: Any) -> dict[str, Any]:
-    """A scorer's result by column: NAME, or NAME_KEY of a mapping (NAME of key ""); `embedding`, a vector, stays one. ValueError: no number."""
+    """A scorer's result by column: NAME, or NAME_KEY of a mapping (NAME of key ""); `embedding`, a vector, stays one.
+    ValueError: no number."""
     if not isinstance(value, Mapping):
         return {name: _number(value)}
     found: dict[str, Any] = {

@@ -1,6 +1,8 @@
-"""Footage: files of a folder, pattern, list or manifest, of this machine or in an object store, and how the new manifest names them.
+"""Footage: files of a folder, pattern, list or manifest, of this machine or in an object store, and how the new
+manifest names them.
 
-with local_file(cache, source.file, digest) as path:    # objects are fetched into the cache; `digest` is that of `object_digest`
+# Objects are fetched into the cache; `digest` is that of `object_digest`.
+with local_file(cache, source.file, digest) as path:
     …
 """
 
@@ -38,7 +40,8 @@ REQUESTS = 16
 
 @dataclass(frozen=True)
 class Source:
-    """One file of footage. key: its path below the new manifest's folder, or its URL. limits: the frames of it that are used, None: all."""
+    """One file of footage. key: its path below the new manifest's folder, or its URL. limits: the frames of it that are
+    used, None: all."""
 
     key: str
     file: Path | Url
@@ -50,9 +53,11 @@ class Source:
 
 
 def find_sources(config: CurateConfig) -> tuple[list[Source], dict[str, Path], int]:
-    """All files of footage in order, the links that lead to those of this machine from the manifest's folder, and how many `where` excluded.
+    """All files of footage in order, the links that lead to those of this machine from the manifest's folder, and how
+    many `where` excluded.
 
-    ConfigError, ManifestError: footage that is not there or holds no clip; a store that does not answer, or gives no access.
+    ConfigError, ManifestError: footage that is not there or holds no clip; a store that does not answer, or gives no
+    access.
     """
     entries = (config.footage,) if isinstance(config.footage, str) else config.footage
     sources: list[Source] = []
@@ -80,7 +85,8 @@ def find_sources(config: CurateConfig) -> tuple[list[Source], dict[str, Path], i
 
 
 def _clips(entry: str) -> tuple[list[Clip], Path | None]:
-    """Clips that `entry` names, and the folder that the keys of those on this machine are relative to; None: all are objects."""
+    """Clips that `entry` names, and the folder that the keys of those on this machine are relative to; None: all are
+    objects."""
     try:
         path = parse_location(entry)
         if isinstance(path, Url):
@@ -114,7 +120,8 @@ def _clips(entry: str) -> tuple[list[Clip], Path | None]:
 
 
 def _objects(url: Url) -> list[Clip]:
-    """Clips that a URL names, which is read as a path is. ValueError: it names none, or what is no footage. StoreError."""
+    """Clips that a URL names, which is read as a path is. ValueError: it names none, or what is no footage.
+    StoreError."""
     suffix = url.suffix.lower()
     if glob.has_magic(url.bucket):
         raise ConfigError(f"footage: {url}: a pattern may not stand for buckets")
@@ -147,7 +154,8 @@ def _is_there(url: Url) -> bool:
 
 
 def _list(file: Path | Url, text: str) -> list[Path | Url]:
-    """The files that a list names, a path relative to its folder or a URL a line. ConfigError: none, or what is neither."""
+    """The files that a list names, a path relative to its folder or a URL a line. ConfigError: none, or what is
+    neither."""
     found: list[Path | Url] = []
     for number, line in enumerate(text.splitlines(), 1):
         if not (name := line.strip()):
@@ -169,7 +177,8 @@ def _list(file: Path | Url, text: str) -> list[Path | Url]:
 
 
 def _listed(files: Sequence[Path | Url], there: Container[Url] | None = None) -> tuple[list[Clip], Path | None]:
-    """Clips of a list of files, with captions from NAME.txt beside each. there: the objects that there are, if that is known."""
+    """Clips of a list of files, with captions from NAME.txt beside each. there: the objects that there are, if that is
+    known."""
     absolute = dict.fromkeys(file if isinstance(file, Url) else Path(os.path.abspath(file)) for file in files)
     folders = [file.parent for file in absolute if isinstance(file, Path)]
     root = Path(os.path.commonpath(folders)) if folders else None
@@ -231,7 +240,8 @@ def stale_links(out: Path, names: Iterable[str]) -> Iterator[Path]:
 
 
 def object_digests(sources: Iterable[Source]) -> dict[Url, str | StoreError]:
-    """Of the objects among footage, names of their versions, in place of fingerprints of their content; or why there is none.
+    """Of the objects among footage, names of their versions, in place of fingerprints of their content; or why there is
+    none.
 
     StoreError: a store that does not answer, or gives no access.
     """
@@ -253,7 +263,8 @@ def object_digests(sources: Iterable[Source]) -> dict[Url, str | StoreError]:
 def local_file(cache: ObjectCache, file: str | Path | Url, digest: str) -> Iterator[Path]:
     """A path of this machine with the content of `file`, within the context.
 
-    digest: of an object, its version's. ChangedObject: it is of another version now. StoreError, OSError: as ObjectCache.local.
+    digest: of an object, its version's. ChangedObject: it is of another version now. StoreError, OSError: as
+    ObjectCache.local.
     """
     location = parse_location(file) if isinstance(file, str) and not isinstance(file, Url) else file
     with cache.local(location) as path:

@@ -1,7 +1,8 @@
 """Hard cuts, dissolves and fades, from the numbers of an analysis. Pure functions of arrays.
 
-A hard cut is a change that stands out from its surroundings and lasts: after a flash the picture is the same again, and under
-another light it is still alike. Dissolves and fades are runs of frames that a classifier (dissolves.py) takes for blends.
+A hard cut is a change that stands out from its surroundings and lasts: after a flash the picture is the same again, and
+under another light it is still alike. Dissolves and fades are runs of frames that a classifier (dissolves.py) takes for
+blends.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     worker = make_worker("analyse", config)
     result = worker({"key": …, "path": …, "digest": …})      # {"key": …, "content": bytes, "error": None}
 
-Tasks and results hold plain values, so that threads, processes and Ray actors serve alike. Footage in an object store is fetched by the
-worker, into the cache of its machine. StoreError, of a worker: a store that does not answer, or gives no access.
+Tasks and results hold plain values, so that threads, processes and Ray actors serve alike. Footage in an object store
+is fetched by the worker, into the cache of its machine. StoreError, of a worker: a store that does not answer, or gives
+no access.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ Mapper = Callable[[str, CurateConfig, Sequence[Task]], Iterator[Task]]
 
 
 def make_worker(kind: str, config: CurateConfig, clips: int | None = None, beside: int = 1) -> Worker:
-    """kind: analyse, score, or caption:NAME. clips: to caption, where that is known; beside: captioners of this machine. ConfigError:
-    weights or functions that are not there."""
+    """kind: analyse, score, or caption:NAME. clips: to caption, where that is known; beside: captioners of this
+    machine. ConfigError: weights or functions that are not there."""
     if kind == "analyse":
         return Analyser(config)
     if kind == "score":
@@ -49,7 +50,8 @@ def make_worker(kind: str, config: CurateConfig, clips: int | None = None, besid
 
 
 class Analyser:
-    """{"key", "path", "digest"} -> {"key", "content": of Analysis.loads, "error", "again": whether a later run may do better}."""
+    """{"key", "path", "digest"} -> {"key", "content": of Analysis.loads, "error", "again": whether a later run may do
+    better}."""
 
     def __init__(self, config: CurateConfig) -> None:
         from stdit.curation.analysis_process import AnalysisProcess
@@ -111,7 +113,8 @@ class _Look:
 
 
 class Captioning:
-    """{"clips": […]} -> {"captions": {clip: (text or None, reason or None)}, "again": clips to ask about again another time}."""
+    """{"clips": […]} -> {"captions": {clip: (text or None, reason or None)}, "again": clips to ask about again another
+    time}."""
 
     def __init__(self, config: CurateConfig, name: str, clips: int | None = None, beside: int = 1) -> None:
         from stdit.curation.captioners import load_captioner

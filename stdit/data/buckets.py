@@ -1,11 +1,11 @@
 """Which bucket a clip goes to: as Open-Sora means it, without its traps.
 
-The buckets that a clip fits (long enough, and no side enlarged) are tried by `kept_pixels`, best resolution first, and at
-one resolution from long to short; at equal length always what keeps most first. Buckets that are too long for the clip have no
-say. `keep_probability` sends the rest of the clips on to the next. So a clip as long as
-its bucket is in (Open-Sora's strict `>` drops it), a large bucket that would crop most of a clip comes after a smaller one
-of its aspect (Open-Sora takes the largest), and a bucket that keeps nobody passes a clip to fewer frames of the same
-resolution before another one. Videos become stills only where the config says so.
+The buckets that a clip fits (long enough, and no side enlarged) are tried by `kept_pixels`, best resolution first, and
+at one resolution from long to short; at equal length always what keeps most first. Buckets that are too long for the
+clip have no say. `keep_probability` sends the rest of the clips on to the next. So a clip as long as
+its bucket is in (Open-Sora's strict `>` drops it), a large bucket that would crop most of a clip comes after a smaller
+one of its aspect (Open-Sora takes the largest), and a bucket that keeps nobody passes a clip to fewer frames of the
+same resolution before another one. Videos become stills only where the config says so.
 
 Every clip gets a bucket or a `Dropped` with its reason; the same clip always the same one.
 """
@@ -56,7 +56,8 @@ def assign_clip(info: ClipInfo, config: ExtractConfig, key: str) -> ExtractBucke
 
 
 def taking_rate(info: ClipInfo, sampling: Sampling, buckets: Sequence[ExtractBucket]) -> list[ExtractBucket] | Dropped:
-    """Those of `buckets` that take a clip's frame rate: all take an image's. Dropped: none does, or the rate is below target_fps."""
+    """Those of `buckets` that take a clip's frame rate: all take an image's. Dropped: none does, or the rate is below
+    target_fps."""
     if info.frame_count == 1:
         return list(buckets)
     if not rate_reaches(info.fps, sampling.target_fps):
@@ -70,8 +71,8 @@ def taking_rate(info: ClipInfo, sampling: Sampling, buckets: Sequence[ExtractBuc
 
 
 def dropped_for_shape(info: ClipInfo, sampling: FrameSampling, shape: Bucket) -> Dropped | None:
-    """Why an extraction has no sample of `shape` of a clip of this frame rate; None: it does not follow from the rate. Of a shape
-    that is none of the extraction's, the rates of all of its buckets count."""
+    """Why an extraction has no sample of `shape` of a clip of this frame rate; None: it does not follow from the rate.
+    Of a shape that is none of the extraction's, the rates of all of its buckets count."""
     buckets = [b for b in sampling.buckets if b.key == shape.key] or [b for b in sampling.buckets if b.frames > 1]
     taking = taking_rate(info, sampling, buckets)
     return taking if isinstance(taking, Dropped) else None

@@ -1,5 +1,5 @@
-"""A clip's frames as an extraction takes them (frame_sampling.py), for what is compared with, or given to, a model that was trained on
-its features.
+"""A clip's frames as an extraction takes them (frame_sampling.py), for what is compared with, or given to, a model that
+was trained on its features.
 
 with open_row(clip) as reader:
     info = row_info(clip, reader)
@@ -24,7 +24,8 @@ def open_row(clip: Clip) -> ClipReader:
 
 
 def row_info(clip: Clip, reader: ClipReader) -> ClipInfo:
-    """Length and size of the clip (not its file's); the frame rate is the manifest's, if that states all of them, as in extraction.
+    """Length and size of the clip (not its file's); the frame rate is the manifest's, if that states all of them, as in
+    extraction.
     DecodeError: its frames or its crop lie outside the file."""
     found, stated = part_info(clip, reader.info), stated_info(clip)
     return found if stated is None else replace(found, fps=stated.fps)

@@ -26,9 +26,11 @@ def read_control(
     bucket: Bucket,
     cache: ObjectCache,
 ) -> np.ndarray:
-    """Frames of the control input of `clip`, uint8 (T or 1, H, W, 3): the same `indices` and crop; one frame of an image.
+    """Frames of the control input of `clip`, uint8 (T or 1, H, W, 3): the same `indices` and crop; one frame of an
+    image.
 
-    info: the clip's. DecodeError: no file named, or not found; another length or aspect than the clip's; cannot be decoded.
+    info: the clip's. DecodeError: no file named, or not found; another length or aspect than the clip's; cannot be
+    decoded.
     """
     try:
         location = clip.beside(clip.value(column))

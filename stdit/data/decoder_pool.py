@@ -1,10 +1,12 @@
-"""Decoding ahead of one consumer, such as an encoder on a GPU: a pool of threads, each with a decoding process of its own.
+"""Decoding ahead of one consumer, such as an encoder on a GPU: a pool of threads, each with a decoding process of its
+own.
 
     with DecoderPool("auto", timeout_s=60, workers=4) as pool:
         for frames in pool.map(lambda decoder, path: decoder.read(path, [0]), paths):
             …
 
-A process that crashes or hangs costs the clip that it was decoding (DecodeError), as with one SubprocessDecoder, and no other.
+A process that crashes or hangs costs the clip that it was decoding (DecodeError), as with one SubprocessDecoder, and no
+other.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from stdit.files import Closable
 
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
-# `auto` starts no more processes than this, and none for fewer clips than this: a start takes as long as some small clips.
+# `auto` starts no more processes than this, and none for fewer clips than this: a start takes as long as some small
+# clips.
 MOST_WORKERS = 16
 CLIPS_PER_WORKER = 16
 # Tasks under way or waiting to be taken, for each process (a DataLoader's prefetch_factor).
@@ -29,7 +32,8 @@ PREFETCH_FACTOR = 2
 
 
 def decoder_workers(wanted: int | Literal["auto"], clips: int | None = None, encoders: int = 1) -> int:
-    """Decoding processes of one encoder. auto: one per core, shared by the `encoders` of this machine, as far as there are `clips`."""
+    """Decoding processes of one encoder. auto: one per core, shared by the `encoders` of this machine, as far as there
+    are `clips`."""
     if wanted != "auto":
         return wanted
     cores = available_cores() // encoders
@@ -50,8 +54,9 @@ class DecoderPool(Closable):
     def map(
         self, function: Callable[[SubprocessDecoder, _Task], _Result], tasks: Iterable[_Task], ahead: int = 0
     ) -> Iterator[_Result]:
-        """function(decoder, task) of each task, in the order of the tasks. The next PREFETCH_FACTOR * workers tasks, or `ahead` if that is
-        more, are begun before a result is taken, and no further ones. An error is raised where its result would be."""
+        """function(decoder, task) of each task, in the order of the tasks. The next PREFETCH_FACTOR * workers tasks, or
+        `ahead` if that is more, are begun before a result is taken, and no further ones. An error is raised where its
+        result would be."""
         ahead = max(ahead, PREFETCH_FACTOR * self.workers)
         begun: deque[Future[_Result]] = deque()
         try:

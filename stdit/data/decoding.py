@@ -121,7 +121,8 @@ class ClipReader(Closable):
         return self.info.width
 
     def get(self, indices: Sequence[int]) -> np.ndarray:
-        """Frames `indices`, in the order asked, repeats allowed: uint8 (T, H, W, 3). DecodeError: damaged, or out of range."""
+        """Frames `indices`, in the order asked, repeats allowed: uint8 (T, H, W, 3). DecodeError: damaged, or out of
+        range."""
         outside = [i for i in indices if not 0 <= i < self.frame_count]
         if outside:
             raise DecodeError(self.path, f"frame {outside[0]} was asked for, the clip has {self.frame_count}")
@@ -244,7 +245,8 @@ def open_container(path: Path) -> tuple[Any, Any]:
 
 
 def decode_frames(container: Any, stream: Any, has_keys: bool) -> Iterator[av.VideoFrame]:
-    """Frames from where `container` stands, from the first key frame on if the stream marks any. FFmpegError: damaged."""
+    """Frames from where `container` stands, from the first key frame on if the stream marks any. FFmpegError:
+    damaged."""
     context: Any = stream.codec_context
     if stream.metadata.get("alpha_mode") == "1" and context.name in ALPHA_DECODERS:
         context = av.CodecContext.create(ALPHA_DECODERS[context.name], "r")
@@ -325,8 +327,8 @@ class PyAVReader(ClipReader):
         return len(shown)
 
     def _drop_undecodable(self, first: int) -> int:
-        """Drops the frames before the time `first` of the first one that can be decoded: a cut left them without those that
-        they refer to. Returns the number of frames."""
+        """Drops the frames before the time `first` of the first one that can be decoded: a cut left them without those
+        that they refer to. Returns the number of frames."""
         self._times = [time for time in self._times if time >= first]
         self._index = {time: i for i, time in enumerate(self._times)} if first in self._times[:1] else None
         self._keys = sorted({0, *(self._index[t] for t in self._key_times if t in self._index)}) if self._index else []
@@ -420,8 +422,8 @@ class PyAVReader(ClipReader):
 
 
 def _is_hidden(packet: Any, codec: str) -> bool:
-    """Whether a packet is decoded but not shown: a VP8 frame that others alone refer to (RFC 6386, 9.1: show_frame). VP9 and AV1
-    have such frames in one packet with a shown one."""
+    """Whether a packet is decoded but not shown: a VP8 frame that others alone refer to (RFC 6386, 9.1: show_frame).
+    VP9 and AV1 have such frames in one packet with a shown one."""
     return codec in ("vp8", "libvpx") and not memoryview(packet)[0] & 0x10
 
 
@@ -440,7 +442,8 @@ def _count_frames(path: Path, has_keys: bool, size: int, mtime_ns: int) -> int:
 
 
 def closed_gops(path: Path) -> bool:
-    """Whether decoding can begin at every key frame: no frame after one is shown before it, and in H.264 each is an IDR."""
+    """Whether decoding can begin at every key frame: no frame after one is shown before it, and in H.264 each is an
+    IDR."""
     try:
         container, stream = open_container(path)
         with container:
@@ -516,7 +519,8 @@ class DecordReader(ClipReader):
 
 @functools.lru_cache(maxsize=16)
 def _decord_problem(path: Path, size: int, mtime_ns: int) -> str | None:
-    """Why decord would show other frames than ffmpeg, as far as the beginning of the file tells. Kept: a clip is probed and read."""
+    """Why decord would show other frames than ffmpeg, as far as the beginning of the file tells. Kept: a clip is probed
+    and read."""
     try:
         container, stream = open_container(path)
         with container:

@@ -1,14 +1,16 @@
-"""Raw footage for the embedded default: short films of scikit-learn's scans of handwriting, with what curation has to find.
+"""Raw footage for the embedded default: short films of scikit-learn's scans of handwriting, with what curation has to
+find.
 
     python -m stdit.data.digit_films --out data/films
 
-writes films/NAME.mp4 (some with NAME.txt, a caption), two images, and films.json: for each film its shots with frames, what they
-show, and what is wrong with them. A second call with the same options does nothing.
+writes films/NAME.mp4 (some with NAME.txt, a caption), two images, and films.json: for each film its shots with frames,
+what they show, and what is wrong with them. A second call with the same options does nothing.
 
     python -m stdit.data.digit_films --out data/films --on-black 40
 
-writes so many films whose good shots, at 12 x 12 px and 8 frames a second, look like the clips of stdit.data.digits: one digit to a film,
-another scan of it in each shot, which moves one way over black, and a caption in the same words. Every sixth film has none.
+writes so many films whose good shots, at 12 x 12 px and 8 frames a second, look like the clips of stdit.data.digits:
+one digit to a film, another scan of it in each shot, which moves one way over black, and a caption in the same words.
+Every sixth film has none.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ DISSOLVE = 8  # frames
 
 @dataclass(frozen=True)
 class Shot:
-    """Frames [start, end) of a film that show one scene alone. fault: None, frozen, blurred, black, duplicate or short."""
+    """Frames [start, end) of a film that show one scene alone. fault: None, frozen, blurred, black, duplicate or
+    short."""
 
     start: int
     end: int
@@ -65,8 +68,8 @@ class Shot:
 
 
 def make_films(out: Path | str, seed: int = 0, on_black: int = 0) -> dict[str, list[Shot]]:
-    """Writes the films below `out`, or `on_black` films over black in their place; the shots of each. ValueError: a folder with other
-    films, a negative number."""
+    """Writes the films below `out`, or `on_black` films over black in their place; the shots of each. ValueError: a
+    folder with other films, a negative number."""
     if on_black < 0:
         raise ValueError(f"on_black {on_black}: a number of films, or 0 for those over clouds")
     out = Path(out)
@@ -114,7 +117,8 @@ def _films(seed: int) -> Films:
 
 
 def _films_on_black(seed: int, count: int) -> Films:
-    """`count` films of the scans that stdit.data.digits trains on with the same seed: shots, frames and captions by name."""
+    """`count` films of the scans that stdit.data.digits trains on with the same seed: shots, frames and captions by
+    name."""
     from sklearn.datasets import load_digits
 
     data: Any = load_digits()

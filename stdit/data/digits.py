@@ -103,7 +103,8 @@ class Scan(NamedTuple):
 @dataclass(frozen=True)
 class DigitsOptions:
     """What is made. `speed` in px a frame; paths begin on multiples of `grid` px. `held_out`: share of scans
-    in split "validation", of each of which there are at most `held_out_copies` clips of a shape. `scans`: fewer of them, for a quick look."""
+    in split "validation", of each of which there are at most `held_out_copies` clips of a shape. `scans`: fewer of
+    them, for a quick look."""
 
     shapes: tuple[Shape, ...] = (
         Shape(1, 12, 12, 8, 4),
@@ -301,7 +302,8 @@ def _write_one(out: Path, options: DigitsOptions, shape: Shape, scan: Scan, copy
 
 
 def _begin(random: np.random.Generator, room: int, path: int, grid: int) -> int:
-    """Where along one axis a digit begins, in px, so that a path of `path` px, backwards if negative, stays in `room`."""
+    """Where along one axis a digit begins, in px, so that a path of `path` px, backwards if negative, stays in
+    `room`."""
     places = (room - abs(path)) // grid + 1
     return max(-path, 0) + grid * int(random.integers(places))
 
@@ -363,7 +365,8 @@ def wordings(digit: int, direction: str | None) -> list[str]:
 
 
 def caption(digit: int, direction: str | None, split: str, random: np.random.Generator) -> str:
-    """One of many wordings. Every fifth is kept for the held-out split, so that its captions are in no training clip."""
+    """One of many wordings. Every fifth is kept for the held-out split, so that its captions are in no training
+    clip."""
     every = wordings(digit, direction)
     first = (3 * digit + [None, *DIRECTIONS].index(direction)) % 5  # another fifth for each digit and direction
     kept = set(range(first, len(every), 5))

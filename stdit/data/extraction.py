@@ -57,7 +57,8 @@ CHECK_THREADS = 16
 
 
 class ExtractionSettings(FileSchema):
-    """extraction.json: the keys of ExtractConfig that determine features, and the encoders' settings. Compared key by key."""
+    """extraction.json: the keys of ExtractConfig that determine features, and the encoders' settings. Compared key by
+    key."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -160,7 +161,8 @@ class ExtractionPlan:
 def plan_extraction(config: ExtractConfig, encoders: Mapping[str, Any]) -> ExtractionPlan:
     """Divides the clips that pass `where` into shards. encoders: their identities.
 
-    Raises ManifestError: the manifest, or a condition on a column that it has not. ConfigError: no clip passes, or none has a caption though there is a text encoder.
+    Raises ManifestError: the manifest, or a condition on a column that it has not. ConfigError: no clip passes, or none
+    has a caption though there is a text encoder.
     """
     manifest = read(config.manifest)
     check_where(manifest, config.where)

@@ -1,7 +1,7 @@
 """Extracting one shard: decode, crop, encode, and write the features with their record.
 
-T, H, W pixels of the bucket · C latent channels · t, h, w latents · L tokens of a caption, D their width, P that of its pooled vector
-(of a vision encoder: D width and t, h, w places of its features)
+T, H, W pixels of the bucket · C latent channels · t, h, w latents · L tokens of a caption, D their width, P that of its
+pooled vector (of a vision encoder: D width and t, h, w places of its features)
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ class TextFeatures(Protocol):
 
 @dataclass
 class _Clip:
-    """A clip to encode: its `row` of the record and, if it is kept, bucket, pixels (3, T, H, W) and those of its control
-    input, whose T may be 1."""
+    """A clip to encode: its `row` of the record and, if it is kept, bucket, pixels (3, T, H, W) and those of its
+    control input, whose T may be 1."""
 
     row: dict[str, Any]
     bucket: ExtractBucket | None = None
@@ -126,7 +126,8 @@ _Frames = tuple[list[int], np.ndarray, np.ndarray | None]
 
 @dataclass
 class _OpenClip:
-    """What decoding has found of a clip: its `row` and, if it is kept, its groups of windows and the first group's `frames`."""
+    """What decoding has found of a clip: its `row` and, if it is kept, its groups of windows and the first group's
+    `frames`."""
 
     task: _Task
     row: dict[str, Any]
@@ -147,7 +148,8 @@ class _ShardEnd:
 
 
 class Extractor(Closable):
-    """Encoders, and the processes that decode for them, shared by all shards that a process extracts. A context manager.
+    """Encoders, and the processes that decode for them, shared by all shards that a process extracts. A context
+    manager.
 
     settings: of the encoders, as far as they determine features; stored in every record and compared with the plan's.
     decoders: number of decoding processes; None: as the config says.
@@ -184,11 +186,11 @@ class Extractor(Closable):
         return result
 
     def extract_all(self, specs: Sequence[ShardSpec]) -> Iterator[ShardResult]:
-        """Writes shards and their records, replacing older ones; of features at a URL, uploads them. While one is encoded and written,
-        the next is being decoded.
+        """Writes shards and their records, replacing older ones; of features at a URL, uploads them. While one is
+        encoded and written, the next is being decoded.
 
-        OSError: no space or no permission; no partial file stays. StoreError: the URL cannot be written. ValueError: features of text or
-        frames that are not finite.
+        OSError: no space or no permission; no partial file stays. StoreError: the URL cannot be written. ValueError:
+        features of text or frames that are not finite.
         """
         clips = prefetch(self._clips(specs), self.config.batch_size)
         try:
@@ -251,7 +253,8 @@ class Extractor(Closable):
     # ---------------------------------------------------------------------------- decoding, ahead of the encoder
 
     def _clips(self, specs: Sequence[ShardSpec]) -> Iterator[_Clip | _ShardEnd]:
-        """The shards' clips in order, decoded and cropped, and the end of each shard. StoreError: a store that does not answer."""
+        """The shards' clips in order, decoded and cropped, and the end of each shard. StoreError: a store that does not
+        answer."""
         tasks = (
             _Task(spec, number, clip, location)
             for spec in specs
@@ -284,13 +287,15 @@ class Extractor(Closable):
         return opened
 
     def _open_file(self, decoder: SubprocessDecoder, task: _Task, file: Path, row: dict[str, Any]) -> _OpenClip:
-        """Of a clip, which lies in `file`. Where file and manifest differ in length or size, the file is right. DecodeError."""
+        """Of a clip, which lies in `file`. Where file and manifest differ in length or size, the file is right.
+        DecodeError."""
         clip, stated = task.clip, stated_info(task.clip)
         if stated is None:
             return self._read_first(decoder, task, file, row, part_info(clip, decoder.probe(file)))
         try:
             opened = self._read_first(decoder, task, file, row, stated)
-            # To be dropped for what the manifest says. Not of a part: its file may break off behind it, and is not probed.
+            # To be dropped for what the manifest says. Not of a part: its file may break off behind it, and is not
+            # probed.
             if opened.bucket is None and not clip.is_part:
                 check_info(file, stated, decoder.probe(file))
             return opened
@@ -317,7 +322,8 @@ class Extractor(Closable):
         return opened
 
     def _windows(self, opened: _OpenClip, end: _ShardEnd) -> Iterator[_Clip]:
-        """The windows of one clip, of which the groups behind the first are read by all decoders. StoreError: a store that does not answer."""
+        """The windows of one clip, of which the groups behind the first are read by all decoders. StoreError: a store
+        that does not answer."""
         end.decode_s += opened.seconds
         if opened.bucket is None or opened.info is None:
             yield _Clip(opened.row)
@@ -389,7 +395,8 @@ class Extractor(Closable):
             self._add_latents(group, tensors)
 
     def _add_latents(self, group: Sequence[_Clip], tensors: dict[str, Tensor]) -> None:
-        """Adds latents of clips of one bucket, in the encoder's precision. A clip whose latents are not finite is bad."""
+        """Adds latents of clips of one bucket, in the encoder's precision. A clip whose latents are not finite is
+        bad."""
         with self._encoding():
             self._encode_pixels(group, tensors)
 
@@ -415,7 +422,8 @@ class Extractor(Closable):
                 tensors[f"{clip.row['id']}.std"] = std[i].to("cpu", self.video.dtype)
 
     def _vision_features(self, encoder: VisionEncoder, pixels: Tensor) -> Tensor:
-        """Patch features (B, D, t, h, w), a frame for each of t latent frames: the first, then the last of those that it stands for.
+        """Patch features (B, D, t, h, w), a frame for each of t latent frames: the first, then the last of those that
+        it stands for.
         ValueError: not finite."""
         features = encoder.encode(pixels, self.video.identity["compression"][0]).to("cpu", encoder.dtype)
         if not features.isfinite().all():
@@ -426,7 +434,8 @@ class Extractor(Closable):
         return features
 
     def _add_text(self, rows: Sequence[dict[str, Any]], tensors: dict[str, Tensor]) -> str | None:
-        """Adds text features of the rows' captions, further ones and the empty caption, unpadded; each distinct caption is encoded once.
+        """Adds text features of the rows' captions, further ones and the empty caption, unpadded; each distinct caption
+        is encoded once.
 
         Returns the SHA-256 of the empty caption's; None where there is nothing to add.
         """
@@ -502,7 +511,8 @@ def new_indices(groups: Sequence[Sequence[list[int]]]) -> list[list[int]]:
 def joined(
     groups: Sequence[Sequence[list[int]]], parts: Iterable[_Frames]
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray | None]]:
-    """Each window with its frames and control input, from the new frames of each group. A control input of one frame stands for all."""
+    """Each window with its frames and control input, from the new frames of each group. A control input of one frame
+    stands for all."""
     indices: list[int] = []
     frames = control = None
     still = False

@@ -188,7 +188,8 @@ class EmptyCaption:
 class FeatureFacts:
     """What a training config can take from its features instead of stating it. None: the features have no such thing.
 
-    Named as the config's keys where there is one: `in_channels`, `text_dim`, `max_text_tokens`, `pooled_dim`, `num_classes`, `features_dim`.
+    Named as the config's keys where there is one: `in_channels`, `text_dim`, `max_text_tokens`, `pooled_dim`,
+    `num_classes`, `features_dim`.
     """
 
     in_channels: int  # channels of the latents
@@ -202,7 +203,8 @@ class FeatureFacts:
 
     @property
     def smallest_latent(self) -> tuple[int, int, int]:
-        """Latent (T, H, W) of the bucket with the fewest latents: the usual base of a resolution-dependent flow shift."""
+        """Latent (T, H, W) of the bucket with the fewest latents: the usual base of a resolution-dependent flow
+        shift."""
         return min(self.latents.values(), key=lambda shape: (math.prod(shape), shape))
 
 
@@ -234,11 +236,12 @@ def feature_facts(
 
 
 class FeatureSet:
-    """The features in a folder, or at a URL, whose shards are fetched into `cache`. Cheap to open, to pickle (by its path) and, of a
-    folder, to fork; thread-safe. vision: samples have the features of the vision encoder too, which are larger than the latents.
+    """The features in a folder, or at a URL, whose shards are fetched into `cache`. Cheap to open, to pickle (by its
+    path) and, of a folder, to fork; thread-safe. vision: samples have the features of the vision encoder too, which are
+    larger than the latents.
 
-    Raises ConfigError: no such folder, no access to it, an incomplete extraction, or files of another format. OSError, here and where
-    samples are read: a store out of reach, a cache that cannot be written.
+    Raises ConfigError: no such folder, no access to it, an incomplete extraction, or files of another format. OSError,
+    here and where samples are read: a store out of reach, a cache that cannot be written.
     """
 
     def __init__(
@@ -298,7 +301,8 @@ class FeatureSet:
         return bool((self.text_encoder or {}).get("pooled_dim"))
 
     def facts(self) -> FeatureFacts:
-        """What a training config can take from these features: channels, text width and length, classes, latent shapes, fps."""
+        """What a training config can take from these features: channels, text width and length, classes, latent shapes,
+        fps."""
         buckets = [Bucket.parse(key) for key in self.index["buckets"]]
         return feature_facts(
             self.video_encoder,
@@ -399,7 +403,8 @@ class FeatureSet:
         return row
 
     def sample(self, id: int, caption: str = ORIGINAL) -> Sample:
-        """The features of sample `id` with one of its captions. KeyError: no such id or caption. ConfigError: its shard is gone or damaged."""
+        """The features of sample `id` with one of its captions. KeyError: no such id or caption. ConfigError: its shard
+        is gone or damaged."""
         row = self._row(id)
         suffix = "" if caption == ORIGINAL else f".{caption}"
         if suffix and caption not in self._captions(row):
@@ -431,7 +436,8 @@ class FeatureSet:
         return self._mended(int(self._columns["shard"][row]), lambda: self._read_once(id, row, suffix))
 
     def _mended(self, number: int, read: Callable[[], _Result]) -> _Result:
-        """`read()`, of shard `number`. Where it finds damage in the cache, it is called once more with the shard fetched again."""
+        """`read()`, of shard `number`. Where it finds damage in the cache, it is called once more with the shard
+        fetched again."""
         try:
             return read()
         except ConfigError as error:
@@ -441,8 +447,8 @@ class FeatureSet:
         return read()
 
     def _read_once(self, id: int, row: int, suffix: str) -> dict[str, Tensor]:
-        """The tensors of a sample with one caption, by kind, as the shard's memory. The first time all are read, and compared
-        with their digest. ConfigError: gone, or not what was written."""
+        """The tensors of a sample with one caption, by kind, as the shard's memory. The first time all are read, and
+        compared with their digest. ConfigError: gone, or not what was written."""
         number = int(self._columns["shard"][row])
         parts = {
             "mean": True,
@@ -592,8 +598,8 @@ def is_extracted(path: Path | Url) -> bool:
 
 
 def _read_samples(path: Path | Url, index: Mapping[str, Any], cache: ObjectCache) -> pa.Table:
-    """samples.parquet; a copy that was damaged in the cache is fetched again. ConfigError: gone, or not what was written. OSError: a
-    store out of reach, a cache that cannot be written."""
+    """samples.parquet; a copy that was damaged in the cache is fetched again. ConfigError: gone, or not what was
+    written. OSError: a store out of reach, a cache that cannot be written."""
     file = path / SAMPLES
     try:
         for _ in range(2 if isinstance(file, Url) else 1):
@@ -612,8 +618,8 @@ def _read_samples(path: Path | Url, index: Mapping[str, Any], cache: ObjectCache
 
 
 def _unreadable(error: StoreError) -> Exception:
-    """What an object's error says of the features: a ConfigError of what is missing or damaged; else the error itself, which a run
-    may outlive: nothing is wrong with the features."""
+    """What an object's error says of the features: a ConfigError of what is missing or damaged; else the error itself,
+    which a run may outlive: nothing is wrong with the features."""
     if not is_of_object(error):
         return error
     return ConfigError(f"{error}" + (f"; {REMEDY}" if isinstance(error, ChangedObject | NoSuchObject) else ""))

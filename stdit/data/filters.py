@@ -31,7 +31,8 @@ def satisfies(value: Scalar, where: Where) -> bool:
 def passing(count: int, values: Callable[[str], Sequence[Scalar]], where: Sequence[Where]) -> list[bool]:
     """Which of `count` rows meet all conditions. values: of a column, one a row.
 
-    `top` counts among the rows that pass everything else; of equal values, the first rows. ValueError: text against a number.
+    `top` counts among the rows that pass everything else; of equal values, the first rows. ValueError: text against a
+    number.
     """
     kept = [True] * count
     for condition in where:

@@ -1,4 +1,5 @@
-"""Which frames of a clip an extraction takes: its own rule, and what features and runs remember of it for evaluations."""
+"""Which frames of a clip an extraction takes: its own rule, and what features and runs remember of it for
+evaluations."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def samples_of(found: int, frames: int, sampling: Sampling) -> int:
 
 
 def sampled_windows(info: ClipInfo, frames: int, sampling: Sampling) -> list[list[int]]:
-    """The frames of each sample of a clip, `frames` each. ValueError: it has fewer, or its frame rate is below target_fps."""
+    """The frames of each sample of a clip, `frames` each. ValueError: it has fewer, or its frame rate is below
+    target_fps."""
     if not sampled_count(info, sampling):
         raise ValueError(f"{info.fps:g} frames a second, the extraction's target_fps is {sampling.target_fps:g}")
     return window_indices(info.frame_count, frames, step_of(info, sampling), sampling.clip_window, _windows(sampling))

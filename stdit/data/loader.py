@@ -1,7 +1,8 @@
-"""Batches for training: one bucket per step (or packed, of all), the same on all ranks, in an order that depends on the seed alone.
+"""Batches for training: one bucket per step (or packed, of all), the same on all ranks, in an order that depends on the
+seed alone.
 
-Each bucket is a stream of permutations of its samples, seeded by (seed, epoch, bucket); of several sets, of each its share (mixture.py).
-A step takes the next
+Each bucket is a stream of permutations of its samples, seeded by (seed, epoch, bucket); of several sets, of each its
+share (mixture.py). A step takes the next
 ranks · batch_size · accumulation samples of one stream (or its global_batch); which one follows from the streams'
 positions. So the positions, one number per bucket, are the loader's full state, independent of the number of ranks.
 
@@ -113,8 +114,8 @@ PACKED = "packed"
 
 
 class PlannedStep(NamedTuple):
-    """What a step takes: stream positions before it and after it, by bucket; packed, the buckets' keys in the order in which samples are
-    taken."""
+    """What a step takes: stream positions before it and after it, by bucket; packed, the buckets' keys in the order in
+    which samples are taken."""
 
     first: dict[str, int]
     position: dict[str, int]
@@ -203,8 +204,9 @@ def _stacked(controls: Sequence[Tensor | None], frames: int) -> Tensor | None:
 class BucketSchedule:
     """Which bucket each step takes. `ids`: of the training clips, by bucket key; `counts`: how many there are.
 
-    accumulation: micro-batches of buckets that state no global_batch. packing: steps take samples of all buckets, which state their
-    tokens. ConfigError: a bucket without samples, captions that no clip has, a global_batch that is too small for the ranks.
+    accumulation: micro-batches of buckets that state no global_batch. packing: steps take samples of all buckets, which
+    state their tokens. ConfigError: a bucket without samples, captions that no clip has, a global_batch that is too
+    small for the ranks.
     """
 
     def __init__(
@@ -263,7 +265,8 @@ class BucketSchedule:
 
 
 class BatchPart(NamedTuple):
-    """Samples of one bucket in a micro-batch: their positions in its stream, and those that seed them (Batch.positions)."""
+    """Samples of one bucket in a micro-batch: their positions in its stream, and those that seed them
+    (Batch.positions)."""
 
     bucket: TrainBucket
     stream: Sequence[int]
@@ -278,7 +281,8 @@ class RankShare(NamedTuple):
 
 
 class Loader(BucketSchedule):
-    """Iterates over `Step`s without end, starting at `position`. `workers` threads read ahead. ConfigError: as BucketSchedule.
+    """Iterates over `Step`s without end, starting at `position`. `workers` threads read ahead. ConfigError: as
+    BucketSchedule.
 
     left_out: positions of each bucket's stream; a step that would take one of them is left out.
     """
@@ -327,7 +331,8 @@ class Loader(BucketSchedule):
             yield step
 
     def _announced(self) -> Iterator[tuple[PlannedStep, RankShare]]:
-        """`_plan`, with this rank's share; a source that reads from another machine is told of its samples before they are needed."""
+        """`_plan`, with this rank's share; a source that reads from another machine is told of its samples before they
+        are needed."""
         planned = ((step, self._share(step)) for step in self._plan())
         open_ahead = getattr(self.source, "read_ahead", None)
         ahead = open_ahead and open_ahead()

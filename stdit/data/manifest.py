@@ -108,7 +108,8 @@ class Clip:
 
     @property
     def file(self) -> Path:
-        """Full path. ManifestError: an object, which `stdit extract` and `stdit init` read, but not what asks for this."""
+        """Full path. ManifestError: an object, which `stdit extract` and `stdit init` read, but not what asks for
+        this."""
         location = self.location
         if isinstance(location, Url):
             raise ManifestError(f"{location}: clips are read from folders of this machine here; fetch them first")
@@ -124,7 +125,8 @@ class Clip:
         return getattr(self, column) if column in STANDARD_COLUMNS else self.extra.get(column)
 
     def beside(self, path: Scalar) -> Path | Url:
-        """The file that a column's value names, as `path` is named: below the manifest's folder. ValueError: it is no such path."""
+        """The file that a column's value names, as `path` is named: below the manifest's folder. ValueError: it is no
+        such path."""
         key = _path(path, self.folder)
         return Url(key) if "://" in key else self.folder / key
 
@@ -171,7 +173,8 @@ MAX_KEPT_BYTES = 100_000_000
 
 
 def read(path: Path | Url | str) -> Manifest:
-    """Reads and checks a manifest: a .jsonl, .csv or .parquet file, or a folder of clips; or such an object, or objects, by URL.
+    """Reads and checks a manifest: a .jsonl, .csv or .parquet file, or a folder of clips; or such an object, or
+    objects, by URL.
 
     Raises ManifestError: missing, unreadable or empty file; rows that are no objects; missing,
     mistyped or contradictory values; paths that leave the manifest's folder; a clip listed twice;
@@ -277,8 +280,8 @@ def _checked(path: Path | Url, folder: Path | Url, rows: Iterable[Row]) -> tuple
 
 
 def fingerprint(path: Path | Url | str) -> str | None:
-    """`read(path).fingerprint`; of a file without reading its rows. None where there is no manifest. ManifestError: a folder
-    that cannot be used."""
+    """`read(path).fingerprint`; of a file without reading its rows. None where there is no manifest. ManifestError: a
+    folder that cannot be used."""
     if "://" in str(path):
         return read(path).fingerprint
     path = Path(path)
@@ -294,7 +297,8 @@ def write(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def file_problem(clip: Clip) -> str | None:
-    """Why the clip's file is of no use, as far as a look at the folder tells; None: it may be of use, or is an object."""
+    """Why the clip's file is of no use, as far as a look at the folder tells; None: it may be of use, or is an
+    object."""
     if isinstance(clip.location, Url):
         return None
     try:
@@ -316,8 +320,8 @@ MAX_SHARED = 100_000
 
 
 def _sharing() -> Callable[[Any], Any]:
-    """A function that returns an earlier equal value of the same type: classes, sizes and names of columns repeat, and of
-    millions of rows they would fill the memory."""
+    """A function that returns an earlier equal value of the same type: classes, sizes and names of columns repeat, and
+    of millions of rows they would fill the memory."""
     seen: dict[type, dict[Any, Any]] = {}
 
     def share(value: Any) -> Any:
@@ -407,7 +411,8 @@ def _path(value: Any, folder: Path | Url) -> str:
 
 
 def _caption(value: Any) -> str:
-    """NFC, runs of white space as one space. Any length, any script, and empty: the text encoder cuts what is too long."""
+    """NFC, runs of white space as one space. Any length, any script, and empty: the text encoder cuts what is too
+    long."""
     if value is None:
         return ""
     if not isinstance(value, str):

@@ -1,8 +1,8 @@
 """Several feature sets as one, each with a share of the samples.
 
-A bucket's epoch has as many samples as the sets have clips in it, of each set its share by the largest remainder, in an order of the
-seed; a set is gone through in permutations of its own, whatever its share. So a position in a bucket's stream says which sample it is,
-as it does of one set (loader.py).
+A bucket's epoch has as many samples as the sets have clips in it, of each set its share by the largest remainder, in an
+order of the seed; a set is gone through in permutations of its own, whatever its share. So a position in a bucket's
+stream says which sample it is, as it does of one set (loader.py).
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from stdit.data.objects import Digest
 class MixedIndex:
     """Clips of several sets, each with a share: which there are, and how many of each set a bucket takes (`mix`).
 
-    Ids: those of the sets one after the other. names, buckets (keys), sizes (ids that there may be): of each set. weights: of the sets;
+    Ids: those of the sets one after the other. names, buckets (keys), sizes (ids that there may be): of each set.
+    weights: of the sets;
     None: each has as many samples as clips.
     """
 
@@ -79,7 +80,8 @@ class MixedIndex:
 class Mixture(MixedIndex):
     """Feature sets behind the interface of one.
 
-    ConfigError: sets that a model cannot train on together (other encoders, latent statistics, text tokens), with both values.
+    ConfigError: sets that a model cannot train on together (other encoders, latent statistics, text tokens), with both
+    values.
     """
 
     sets: tuple[FeatureSet, ...]
@@ -120,7 +122,8 @@ class Mixture(MixedIndex):
 
     @property
     def frame_sampling(self) -> FrameSampling | None:
-        """As FeatureSet.frame_sampling; without windows and buckets where the sets differ in these alone, None where in more."""
+        """As FeatureSet.frame_sampling; without windows and buckets where the sets differ in these alone, None where in
+        more."""
         first, *others = (features.frame_sampling for features in self.sets)
         if all(other == first for other in others):
             return first
@@ -175,14 +178,16 @@ class Mixture(MixedIndex):
 
 
 def _training_facts(features: FeatureSet) -> dict[str, Any]:
-    """What has to be equal among sets: the encoders, as the extraction's settings identify them, and kinds of tensors."""
+    """What has to be equal among sets: the encoders, as the extraction's settings identify them, and kinds of
+    tensors."""
     config = features.index["config"]
     encoders = {key: config.get(key) for key in ENCODERS}
     return {**encoders, "posterior": features.index["posterior"], "control_column": features.has_control}
 
 
 def check_compatible(first: dict[str, Any], other: dict[str, Any], names: str) -> None:
-    """ConfigError with both values where what two sets have to have in common differs. names: of the two, for the message."""
+    """ConfigError with both values where what two sets have to have in common differs. names: of the two, for the
+    message."""
     if found := changes(first, other):
         lines = "; ".join(
             f"{change.key} is {json.dumps(change.old)} and {json.dumps(change.new)}" for change in found[:3]
@@ -196,7 +201,8 @@ def check_compatible(first: dict[str, Any], other: dict[str, Any], names: str) -
 
 @dataclass(frozen=True)
 class BucketMix:
-    """A bucket of a mixture: `ids` of each set, how many samples of each an epoch has, and the bucket's share of all samples."""
+    """A bucket of a mixture: `ids` of each set, how many samples of each an epoch has, and the bucket's share of all
+    samples."""
 
     ids: tuple[np.ndarray, ...]
     counts: tuple[int, ...]
@@ -204,8 +210,8 @@ class BucketMix:
 
 
 def mix(mixture: MixedIndex, ids: Mapping[str, np.ndarray], buckets: Sequence[TrainBucket]) -> dict[str, BucketMix]:
-    """What each bucket takes of each set, so that a set has its share of the samples, and its buckets theirs by clips and
-    `weight`. ids: training clips by bucket key. ConfigError: a set without any."""
+    """What each bucket takes of each set, so that a set has its share of the samples, and its buckets theirs by clips
+    and `weight`. ids: training clips by bucket key. ConfigError: a set without any."""
     parts = {bucket.key: mixture.split(ids[bucket.key]) for bucket in buckets}
     clips = np.array([[len(part) * b.weight for part in parts[b.key]] for b in buckets], float)  # (bucket, set)
     of_set = clips.sum(0)
@@ -223,7 +229,8 @@ def mix(mixture: MixedIndex, ids: Mapping[str, np.ndarray], buckets: Sequence[Tr
 
 
 def apportion(total: int, shares: Sequence[float]) -> tuple[int, ...]:
-    """`total` divided by `shares`: rounded down, and one more each to the largest remainders. A share above 0 has one at least."""
+    """`total` divided by `shares`: rounded down, and one more each to the largest remainders. A share above 0 has one
+    at least."""
     exact = [total * share / sum(shares) for share in shares]
     found = [int(number) for number in exact]
     remainders = sorted(range(len(shares)), key=lambda i: (found[i] - exact[i], i))
@@ -237,8 +244,8 @@ def apportion(total: int, shares: Sequence[float]) -> tuple[int, ...]:
 
 
 def open_features(data: DataConfig, vision: bool = False) -> FeatureSet | Mixture:
-    """The features of `data.features`, which are not synthetic. vision: as FeatureSet's. ConfigError: one is not there or damaged; they do
-    not go together."""
+    """The features of `data.features`, which are not synthetic. vision: as FeatureSet's. ConfigError: one is not there
+    or damaged; they do not go together."""
     assert data.feature_paths
     sets = [FeatureSet(path, data.cache, vision) for path in data.feature_paths]
     return sets[0] if len(sets) == 1 else Mixture(sets, data.feature_weights)

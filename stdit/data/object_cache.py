@@ -1,16 +1,17 @@
 """A bounded cache of objects on this machine's disk, shared by all its processes: each object is fetched once, whole.
 
     cache = ObjectCache.of(config.cache)
-    with cache.local(Url("s3://bucket/clips/a.mp4")) as path:    # a file of this machine; a Path passes through as it is
+    with cache.local(Url("s3://bucket/clips/a.mp4")) as path:    # a file of this machine; a Path is itself
         …
 
     folder/4f1c….mp4             an object, by the hash of its content (where it is known), or of its URL and version
-           .4f1c….mp4.part  one that is being fetched, locked by the process that fetches it; as large as it will be, once there is room
+           .4f1c….mp4.part  one that is being fetched, locked by the process that fetches it; as large as it will be,
+                            once there is room
            .lock                 held while room is made
 
-The files used longest ago are removed first; one that is in use stays until it is released, and a file that is open or mapped
-stays readable after. Files that are being fetched count as if they were whole, so they never exceed the limit. Other files in the folder are
-neither counted nor touched.
+The files used longest ago are removed first; one that is in use stays until it is released, and a file that is open or
+mapped stays readable after. Files that are being fetched count as if they were whole, so they never exceed the limit.
+Other files in the folder are neither counted nor touched.
 """
 
 from __future__ import annotations
@@ -57,10 +58,11 @@ class ObjectCache:
 
     @contextmanager
     def local(self, file: Path | Url, expected: Digest | None = None) -> Iterator[Path]:
-        """A path of this machine with the content of `file`, which stays there within the context. A Path is returned as it is.
+        """A path of this machine with the content of `file`, which stays there within the context. A Path is returned
+        as it is.
 
-        StoreError (NoSuchObject, NoAccess, ChangedObject): it cannot be fetched, or the cache is too small for it. OSError: the
-        cache cannot be written.
+        StoreError (NoSuchObject, NoAccess, ChangedObject): it cannot be fetched, or the cache is too small for it.
+        OSError: the cache cannot be written.
         """
         if isinstance(file, Path):
             yield file
@@ -119,7 +121,8 @@ class ObjectCache:
                 raise
 
     def _make_room(self, url: Url, part: BinaryIO, size: int) -> None:
-        """Removes the files used longest ago until there is room for `size` bytes, and takes it for the empty file `part`."""
+        """Removes the files used longest ago until there is room for `size` bytes, and takes it for the empty file
+        `part`."""
         if size > self.limit:
             reason = f"{size:,} bytes, more than the cache holds ({self.limit:,} bytes, cache.size_gb)"
             raise StoreError(errno.EFBIG, reason, url)

@@ -1,8 +1,9 @@
 """Objects of a store by URL: read, listed and written through pyarrow's file systems (S3 and GCS; fsspec's memory).
 
 Credentials, endpoint and region are those of the store's own environment (AWS_PROFILE, AWS_ENDPOINT_URL, AWS_REGION, …;
-GOOGLE_APPLICATION_CREDENTIALS). What may pass by itself (a lost connection, 429, 5xx, a body cut short) is tried again TRIES times
-with growing waits, each said on stderr. What remains is a StoreError of one line; it never holds a credential.
+GOOGLE_APPLICATION_CREDENTIALS). What may pass by itself (a lost connection, 429, 5xx, a body cut short) is tried again
+TRIES times with growing waits, each said on stderr. What remains is a StoreError of one line; it never holds a
+credential.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ class ChangedObject(StoreError):
 
 
 def is_of_object(error: StoreError) -> bool:
-    """Whether an error says something of the object, which others of the store need not share; else the store is out of reach, as
-    without access or bucket: then nothing is known of the object, and what was made of it stays."""
+    """Whether an error says something of the object, which others of the store need not share; else the store is out of
+    reach, as without access or bucket: then nothing is known of the object, and what was made of it stays."""
     return isinstance(error, NoSuchObject | ChangedObject) or error.errno == errno.EFBIG
 
 
@@ -121,8 +122,8 @@ def read(url: Url, limit: int) -> bytes:
 def download(url: Url, target: BinaryIO, expected: Digest | None = None, size: int | None = None) -> None:
     """Writes an object into the open file `target`, from its start.
 
-    ChangedObject: it is not what was `expected`, or has not the `size` that it had a moment ago. OSError: `target` cannot be
-    written; NoSuchObject, NoAccess, StoreError.
+    ChangedObject: it is not what was `expected`, or has not the `size` that it had a moment ago. OSError: `target`
+    cannot be written; NoSuchObject, NoAccess, StoreError.
     """
     wanted = expected.size if expected else size
 
@@ -164,8 +165,8 @@ def download(url: Url, target: BinaryIO, expected: Digest | None = None, size: i
 
 
 def upload(file: Path, url: Url) -> None:
-    """Writes the content of `file` to an object, which appears when all of it has arrived. OSError: `file` cannot be read; NoSuchBucket,
-    NoAccess, StoreError."""
+    """Writes the content of `file` to an object, which appears when all of it has arrived. OSError: `file` cannot be
+    read; NoSuchBucket, NoAccess, StoreError."""
 
     def attempt() -> None:
         size = 0

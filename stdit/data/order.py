@@ -32,8 +32,8 @@ class Stream:
 
 
 class MixedStream:
-    """The endless order of one bucket's samples of several sets. An epoch has `counts` of each, in a new order; each set goes on, epoch
-    after epoch, in a Stream of its own."""
+    """The endless order of one bucket's samples of several sets. An epoch has `counts` of each, in a new order; each
+    set goes on, epoch after epoch, in a Stream of its own."""
 
     def __init__(self, ids: Sequence[np.ndarray], counts: Sequence[int], seed: int, bucket: Bucket) -> None:
         self.streams = [Stream(own, seed, bucket, number) for number, own in enumerate(ids)]

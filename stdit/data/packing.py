@@ -1,6 +1,7 @@
 """Packed steps: which samples a step takes, and how they are shared out over ranks and micro-batches, by their tokens.
 
-A step's samples follow from the positions before it alone, so they are the same for any number of ranks, and after a resume.
+A step's samples follow from the positions before it alone, so they are the same for any number of ranks, and after a
+resume.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import numpy as np
 def fill_step(
     position: Mapping[str, int], shares: Mapping[str, float], tokens: Mapping[str, int], budget: int
 ) -> tuple[str, ...]:
-    """Bucket keys of the samples of one step, in order: each of the bucket furthest behind its share, until the next one's tokens would
-    exceed `budget`. position: samples taken from each bucket so far; tokens: of a sample. At least one sample fits."""
+    """Bucket keys of the samples of one step, in order: each of the bucket furthest behind its share, until the next
+    one's tokens would exceed `budget`. position: samples taken from each bucket so far; tokens: of a sample. At least
+    one sample fits."""
     keys = list(position)
     # Sample n of a bucket is due at n / share: in that order, ties by the order of the buckets.
     most = [budget // tokens[key] + 1 for key in keys]
@@ -29,10 +31,11 @@ def fill_step(
 
 
 def micro_batches_of(tokens: Sequence[int], ranks: int, most: int | None) -> list[list[list[int]]]:
-    """Samples, by their numbers, of each rank's micro-batches, as many on each. tokens: of each sample; most: tokens of a micro-batch
-    (None: one micro-batch a rank).
+    """Samples, by their numbers, of each rank's micro-batches, as many on each. tokens: of each sample; most: tokens of
+    a micro-batch (None: one micro-batch a rank).
 
-    Longest first, each to the micro-batch with the fewest tokens (Graham 1969); in as few micro-batches as `most` allows.
+    Longest first, each to the micro-batch with the fewest tokens (Graham 1969); in as few micro-batches as `most`
+    allows.
     """
     order = sorted(range(len(tokens)), key=lambda i: -tokens[i])
     count = 1 if most is None else max(1, -(-sum(tokens) // (most * ranks)))

@@ -1,9 +1,11 @@
 """A look at a folder of clips before anything is extracted: sizes, lengths, frame rates, and buckets that fit them.
 
     found = probe("clips/")
-    buckets = propose_buckets(found.clips, compression=(4, 8, 8), patch_size=(1, 2, 2), max_pixels=256 * 256, max_frames=49)
+    buckets = propose_buckets(found.clips, compression=(4, 8, 8), patch_size=(1, 2, 2), max_pixels=256 * 256,
+    max_frames=49)
 
-`probe` opens every file, in child processes with a time limit for each; `propose_buckets` is a pure function of what it found.
+`probe` opens every file, in child processes with a time limit for each; `propose_buckets` is a pure function of what it
+found.
 """
 
 from __future__ import annotations
@@ -105,10 +107,11 @@ def probe_clips(
     progress: bool = True,
     cache: CacheConfig = CacheConfig(),  # noqa: B008 (immutable)
 ) -> list[ClipInfo | str]:
-    """Frames, frame rate and size of each clip from its file, or why it cannot be used; in order. StoreError: a store that does
-    not answer.
+    """Frames, frame rate and size of each clip from its file, or why it cannot be used; in order. StoreError: a store
+    that does not answer.
 
-    timeout_s: for each file. workers: child processes that read; None: one per core, at most 8. progress: a bar on stderr.
+    timeout_s: for each file. workers: child processes that read; None: one per core, at most 8. progress: a bar on
+    stderr.
     """
     from tqdm import tqdm
 
@@ -241,7 +244,8 @@ def _nearest(aspect: float, aspects: Sequence[float]) -> float:
 
 
 def _common_aspects(clips: Sequence[ProbedClip]) -> list[float]:
-    """The usual aspects (width / height) that at least MIN_SHARE of the clips are nearest to; the most common one always."""
+    """The usual aspects (width / height) that at least MIN_SHARE of the clips are nearest to; the most common one
+    always."""
     counts = Counter(_nearest(clip.width / clip.height, ASPECTS) for clip in clips)
     most = max(counts.values())
     return sorted(aspect for aspect, count in counts.items() if count == most or count >= MIN_SHARE * len(clips))

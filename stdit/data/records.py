@@ -1,6 +1,7 @@
 """Records of an extraction: what became of each clip of a shard, and the totals over all shards.
 
-    out/parts/00000.parquet    a row per clip of the shard (per window, of several): status, reason, and size, time and hash of its file
+    out/parts/00000.parquet    a row per clip of the shard (per window, of several): status, reason, and size, time and
+                               hash of its file
 
 A record is written after its shard, so a shard with a record is complete. It is up to date while its rows of
 the manifest, and the files that they name, are unchanged, and the shard has the SHA-256 that the record says.
@@ -68,8 +69,9 @@ class ControlState(FileSchema):
 
 
 class SpentSeconds(FileSchema):
-    """Where the time of a shard went, or of all of them. decode: summed over decoders, from opening a file (and fetching it) to its
-    frames. wait: the encoder waited for clips. total: of the process that encodes, writing included."""
+    """Where the time of a shard went, or of all of them. decode: summed over decoders, from opening a file (and
+    fetching it) to its frames. wait: the encoder waited for clips. total: of the process that encodes, writing
+    included."""
 
     decode: float = Field(ge=0)
     encode: float = Field(ge=0)
@@ -100,7 +102,8 @@ class RecordInfo(SealedSchema):
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """The clips of one shard: consecutive rows of the manifest. `ids`: their positions in it. Small enough to send to a worker.
+    """The clips of one shard: consecutive rows of the manifest. `ids`: their positions in it. Small enough to send to a
+    worker.
 
     The samples of clip i have the ids i * windows to (i + 1) * windows - 1, in the order of its windows."""
 
@@ -179,8 +182,8 @@ def _type(kinds: set[type]) -> str:
 
 
 def source_state(file: Path | Url, cache: ObjectCache) -> dict[str, Any]:
-    """A source file's size, modification time (of an object: a number of its version) and fingerprint; size -1 if it cannot be
-    read. StoreError: a store that does not answer."""
+    """A source file's size, modification time (of an object: a number of its version) and fingerprint; size -1 if it
+    cannot be read. StoreError: a store that does not answer."""
     try:
         size, mtime = _size_and_time(file)
         with cache.local(file) as path:
@@ -206,8 +209,8 @@ def record_path(out: Path, number: int) -> Path:
 
 
 def write_record(out: Path, spec: ShardSpec, rows: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> None:
-    """Writes the record that marks a shard as complete. info: RecordInfo without `key` and `rows_sha256`. OSError: no space, no
-    permission."""
+    """Writes the record that marks a shard as complete. info: RecordInfo without `key` and `rows_sha256`. OSError: no
+    space, no permission."""
     schema = pa.schema({**RECORD, **MANIFEST_COLUMNS, **STATUS, **SOURCE, **spec.extra})
     table = pa.Table.from_pylist([dict(row) for row in rows], schema)
     sealed = seal({"key": spec.key, "rows_sha256": _rows_digest(table), **info})
@@ -222,7 +225,8 @@ def _rows_digest(table: pa.Table) -> str:
 
 
 def read_record(out: Path, spec: ShardSpec) -> tuple[dict[str, Any], pa.Table]:
-    """A shard's RecordInfo and its rows, one for each clip or window. ValueError, with the path: it cannot be read, or is of other clips."""
+    """A shard's RecordInfo and its rows, one for each clip or window. ValueError, with the path: it cannot be read, or
+    is of other clips."""
     record = record_path(out, spec.number)
     schema = pa.schema({**RECORD, **MANIFEST_COLUMNS, **STATUS, **SOURCE, **spec.extra})
     try:
@@ -253,9 +257,9 @@ def read_record(out: Path, spec: ShardSpec) -> tuple[dict[str, Any], pa.Table]:
 def stale_reason(out: Path, spec: ShardSpec, cache: ObjectCache, stored: Mapping[str, int] | None = None) -> str | None:
     """Why a shard has to be extracted (again); None if shard and record are complete and nothing has changed.
 
-    stored: of features at a URL, sizes of the objects there, by name. Reads every byte of the shard; of one that is at the URL alone, nothing
-    but its size is compared (training compares the rest). A source with another time but the same size is compared by fingerprint: copying a
-    dataset costs no extraction.
+    stored: of features at a URL, sizes of the objects there, by name. Reads every byte of the shard; of one that is at
+    the URL alone, nothing but its size is compared (training compares the rest). A source with another time but the
+    same size is compared by fingerprint: copying a dataset costs no extraction.
     """
     if not record_path(out, spec.number).exists():
         return NEW
@@ -329,7 +333,8 @@ class ReportTotals:
     seconds: Counter[str] = field(default_factory=Counter)
 
     def add(self, rows: pa.Table, seconds: Mapping[str, float], windows: int = 1) -> None:
-        """Adds one record. seconds: SpentSeconds; windows: samples of a clip at most; but for the numbers of samples, a clip counts by its first."""
+        """Adds one record. seconds: SpentSeconds; windows: samples of a clip at most; but for the numbers of samples, a
+        clip counts by its first."""
         self.seconds.update(seconds)
         self.sources = hashlib.sha256(json.dumps([self.sources, rows["digest"].to_pylist()]).encode()).hexdigest()
         columns = [
@@ -386,8 +391,8 @@ class ReportTotals:
             "kept": self.kept_clips,
             "samples": self.samples,
             "kept_by_bucket": {key: dict(sorted(self.kept.get(key, Counter()).items())) for key in buckets},
-            # Mean share of the pictures that is left after cropping to a bucket's aspect; share of the clips' frames that are in a sample;
-            # the clips of which cropping leaves least.
+            # Mean share of the pictures that is left after cropping to a bucket's aspect; share of the clips' frames
+            # that are in a sample; the clips of which cropping leaves least.
             "kept_share_by_bucket": {
                 key: round(self.kept_shares[key] / count, 4) for key in buckets if (count := self.clips_by_bucket[key])
             },

@@ -172,7 +172,8 @@ MAX_CAPTION_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class ClipFolder:
-    """Files below a folder, as paths relative to it, each list sorted: clips, captions by clip, and how many other files."""
+    """Files below a folder, as paths relative to it, each list sorted: clips, captions by clip, and how many other
+    files."""
 
     clips: tuple[str, ...]
     captions: Mapping[str, str]
@@ -182,7 +183,8 @@ class ClipFolder:
 def scan_folder(folder: Path) -> ClipFolder:
     """Walks `folder`, without following linked folders. Hidden files and folders are not looked at.
 
-    Raises ManifestError: a manifest lies in it (which of the two is meant?); it holds no clip; a subfolder cannot be read.
+    Raises ManifestError: a manifest lies in it (which of the two is meant?); it holds no clip; a subfolder cannot be
+    read.
     """
 
     def unreadable(error: OSError) -> None:

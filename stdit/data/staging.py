@@ -1,12 +1,14 @@
-"""Features that are written to an object store: made in a staging folder of this machine, uploaded shard by shard, the index last.
+"""Features that are written to an object store: made in a staging folder of this machine, uploaded shard by shard, the
+index last.
 
     staging = staging_of(config)         # None: `out` is a folder of this machine
     staging.pull()                       # what is at the URL: settings, records, index; shards stay there
-    staging.push_shard(7)                # the shard, then its record, which says that it is complete; the shard is removed here
+    staging.push_shard(7)                # the shard, then its record, which completes it; removed here
     staging.push("index.json")
 
-An object appears whole or not at all, and a shard counts once its record is there, so that an interrupted extraction goes on from any
-machine. index.json is removed before the first change, and uploaded last: a reader sees complete features or none.
+An object appears whole or not at all, and a shard counts once its record is there, so that an interrupted extraction
+goes on from any machine. index.json is removed before the first change, and uploaded last: a reader sees complete
+features or none.
 """
 
 from __future__ import annotations
@@ -42,9 +44,11 @@ class Staging:
     folder: Path
 
     def pull(self, settings: str) -> None:
-        """Copies all but the shards from the URL, in place of what is here; a record stays whose shard was made here and is not uploaded yet.
+        """Copies all but the shards from the URL, in place of what is here; a record stays whose shard was made here
+        and is not uploaded yet.
 
-        settings: the file that begins an extraction. ConfigError: the folder at the URL has other files and not this one. StoreError.
+        settings: the file that begins an extraction. ConfigError: the folder at the URL has other files and not this
+        one. StoreError.
         """
         there = objects.listing(self.url)
         if there and settings not in there:
@@ -72,7 +76,8 @@ class Staging:
             objects.upload(self.folder / name, self.url / name)
 
     def begin_shard(self, number: int) -> None:
-        """From here on the features at the URL are incomplete: without index, and an old record of the shard is an empty one."""
+        """From here on the features at the URL are incomplete: without index, and an old record of the shard is an
+        empty one."""
         self.remove([INDEX])
         record = record_path(self.folder, number)
         with suppress(NoSuchObject):
@@ -89,7 +94,8 @@ class Staging:
         shard.unlink(missing_ok=True)
 
     def push_waiting(self, stale: Container[int]) -> None:
-        """Uploads the shards that an earlier extraction made here and could not upload; the `stale` ones are made again."""
+        """Uploads the shards that an earlier extraction made here and could not upload; the `stale` ones are made
+        again."""
         for number in self._made():
             if number not in stale and record_path(self.folder, number).exists():
                 self.push_shard(number)
@@ -110,7 +116,8 @@ class Staging:
 
 
 def local_folder(config: ExtractConfig) -> Path:
-    """The folder of this machine in which an extraction makes its features: `out`, or of a URL one in the cache's folder."""
+    """The folder of this machine in which an extraction makes its features: `out`, or of a URL one in the cache's
+    folder."""
     if isinstance(config.out, Path):
         return config.out
     return ObjectCache.of(config.cache).folder / f"staging-{hashlib.sha256(config.out.encode()).hexdigest()[:16]}"

@@ -2,8 +2,8 @@
 
 decord can deadlock while it holds the interpreter's lock, and a damaged file can crash either
 library; neither may take the parent with it. One child serves many clips; it is replaced when it
-hangs or dies, and the clip is not tried again: its frames do not depend on what else the machine does. The file of the last
-request stays open for the next one.
+hangs or dies, and the clip is not tried again: its frames do not depend on what else the machine does. The file of the
+last request stays open for the next one.
 
     with SubprocessDecoder(timeout_s=60) as decoder:
         frames = decoder.read(path, [0, 1, 2, 3], size=(64, 64))
@@ -81,10 +81,11 @@ class SubprocessDecoder(Closable):
         size: tuple[int, int] | None = None,
         stated: ClipInfo | None = None,
     ) -> np.ndarray:
-        """Frames `indices` as uint8 (T, H, W, 3); with `size` (height, width) resized and cropped to it, never upsampled.
+        """Frames `indices` as uint8 (T, H, W, 3); with `size` (height, width) resized and cropped to it, never
+        upsampled.
 
-        Raises DecodeError: cannot be decoded, too small for `size`, frames out of range; DecodeTimeout; InfoMismatch: the
-        clip has another length or size than `stated`.
+        Raises DecodeError: cannot be decoded, too small for `size`, frames out of range; DecodeTimeout; InfoMismatch:
+        the clip has another length or size than `stated`.
         """
         answer, payload = self._ask(path, [int(i) for i in indices], size, stated)
         if stated is not None:
@@ -99,15 +100,17 @@ class SubprocessDecoder(Closable):
         crop: tuple[int, int, int, int] | None = None,
         check: Callable[[ClipInfo], None] | None = None,
     ) -> np.ndarray:
-        """As `read`, of a file of which only a part is used: `crop` (top, left, height, width) is cut out first, and a file
-        that breaks off behind the frames asked for serves. check: is called with what the file has, as far as it goes."""
+        """As `read`, of a file of which only a part is used: `crop` (top, left, height, width) is cut out first, and a
+        file that breaks off behind the frames asked for serves. check: is called with what the file has, as far as it
+        goes."""
         answer, payload = self._ask(path, [int(i) for i in indices], size, part={"part": True, "crop": crop})
         if check is not None:
             check(ClipInfo(**answer["info"]))
         return np.frombuffer(payload, np.uint8).reshape(answer["shape"])
 
     def abort(self) -> None:
-        """From another thread: the call that is under way fails soon, and so does every later one. `close` is still to be called."""
+        """From another thread: the call that is under way fails soon, and so does every later one. `close` is still to
+        be called."""
         self._aborted = True
         if (child := self._child) is not None and self._owner == os.getpid():
             child.kill()
@@ -241,7 +244,8 @@ def _read(reader: ClipReader, request: dict[str, Any]) -> tuple[dict[str, Any], 
     return {**info, "shape": frames.shape}, np.ascontiguousarray(frames)
 
 
-# The file of the last request: it is probed and then read, a film has hundreds of clips, and listing its packets takes seconds.
+# The file of the last request: it is probed and then read, a film has hundreds of clips, and listing its packets takes
+# seconds.
 _open: dict[tuple[Any, ...], ClipReader] = {}
 
 

@@ -46,7 +46,8 @@ def frame_indices(frame_count: int, frames: int, stride: float = 1, mode: str = 
 
 
 def window_count(frames_available: int, frames: int, windows: tuple[int, int]) -> int:
-    """How many windows of `frames` frames a clip gives. windows: frames from the beginning of one to the next, and the most."""
+    """How many windows of `frames` frames a clip gives. windows: frames from the beginning of one to the next, and the
+    most."""
     every, most = windows
     return min(most, 1 + max(0, frames_available - frames) // every)
 
@@ -54,7 +55,8 @@ def window_count(frames_available: int, frames: int, windows: tuple[int, int]) -
 def window_indices(
     frame_count: int, frames: int, stride: float = 1, mode: str = "first", windows: tuple[int, int] = (1, 1)
 ) -> list[list[int]]:
-    """`frame_indices` of each window of a clip (`window_count`); all are cut from one run of every `stride`-th frame. ValueError."""
+    """`frame_indices` of each window of a clip (`window_count`); all are cut from one run of every `stride`-th frame.
+    ValueError."""
     every = windows[0]
     count = window_count(frames_available(frame_count, stride), frames, windows)
     taken = frame_indices(frame_count, (count - 1) * every + frames, stride, mode)

@@ -1,4 +1,5 @@
-"""What is sampled from: a denoiser is bound to its conditions and timesteps once, then called with x_t and a step's number.
+"""What is sampled from: a denoiser is bound to its conditions and timesteps once, then called with x_t and a step's
+number.
 
 step_model = guided(denoiser, 4.0).bind(cond, times)
 prediction = step_model(x_t, i)
@@ -12,8 +13,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-# Conditions by the keywords of the model's forward: (B, …), or (1, …) where the batch shares one; `added_cond_kwargs` is a
-# mapping of such.
+# Conditions by the keywords of the model's forward: (B, …), or (1, …) where the batch shares one; `added_cond_kwargs`
+# is a mapping of such.
 Conditions = Mapping[str, Any]
 # (x_t (B, C, T, H, W), step) -> the model's prediction at that step's timestep.
 StepModel = Callable[[Tensor, int], Tensor]

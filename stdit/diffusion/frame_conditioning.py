@@ -1,8 +1,9 @@
 """Conditioning frames: latent frames that stay clean, at timestep 0, while the others are denoised.
 
 The base of image-to-video, extension, looping and in-betweening. In training they are drawn by the shares of
-`diffusion.frame_conditioning` and left out of the loss (Open-Sora's masks); in sampling they are put into x_t at every step.
-B batch · T latent frames, or patches of them (a model whose patches span several frames conditions on whole patches)
+`diffusion.frame_conditioning` and left out of the loss (Open-Sora's masks); in sampling they are put into x_t at every
+step. B batch · T latent frames, or patches of them (a model whose patches span several frames conditions on whole
+patches)
 """
 
 from __future__ import annotations

@@ -29,12 +29,13 @@ def guided(
 ) -> Denoiser:
     """Classifier-free guidance: u + scale (c - u), c with the conditions, u with them dropped or with `negative`.
 
-    Both come from one call on a batch of 2B, in which `drop_condition` (2B,) tells them apart unless `negative` does. At
-    scale 1 it is the model itself.
+    Both come from one call on a batch of 2B, in which `drop_condition` (2B,) tells them apart unless `negative` does.
+    At scale 1 it is the model itself.
 
     channels: latent channels that are guided, from the first. None: all (diffusers, Latte); 3 (of 4) is what DiT's and
     PixArt's own code does. Channels that are not guided, and a learned variance (B, 2C, …), are those of c.
-    path_drop: u is computed without the sparse blocks (SPRINT, arXiv 2510.21986), in a call of its own; each call is on a batch of B.
+    path_drop: u is computed without the sparse blocks (SPRINT, arXiv 2510.21986), in a call of its own; each call is on
+    a batch of B.
     ValueError: scale negative or not finite; more channels than the latents have.
     """
     if not (math.isfinite(scale) and scale >= 0):

@@ -72,8 +72,8 @@ class Objective(ABC):
         conditioning_frames: Tensor | None = None,
         negatives: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What is differentiated, and `loss`, of the model's prediction for x_t, (B,) each, in float32. conditioning_frames (B, T) bool:
-        frames that stay clean and out of the loss."""
+        """What is differentiated, and `loss`, of the model's prediction for x_t, (B,) each, in float32.
+        conditioning_frames (B, T) bool: frames that stay clean and out of the loss."""
 
     def model_inputs(
         self, x0: Tensor, noise: Tensor, t: Tensor, conditioning_frames: Tensor | None = None
@@ -134,9 +134,9 @@ class FlowMatching(Objective):
         conditioning_frames: Tensor | None = None,
         negatives: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`loss` is the mean squared error of the velocity. negatives (B,): for each sample the index of another one; what is
-        differentiated is then loss - contrastive_weight x the mean squared distance to that one's velocity (Stoica et al. 2025,
-        contrastive flow matching, equation 5)."""
+        """`loss` is the mean squared error of the velocity. negatives (B,): for each sample the index of another one;
+        what is differentiated is then loss - contrastive_weight x the mean squared distance to that one's velocity
+        (Stoica et al. 2025, contrastive flow matching, equation 5)."""
         channels = x0.shape[1]
         _check_prediction(prediction, 2 * channels if self.learned_variance else channels, x0)
         velocity = noise - x0 if self.config.velocity == "noise_minus_data" else x0 - noise
@@ -166,7 +166,8 @@ class DDPM(Objective):
         before = torch.cat([torch.ones(1, dtype=torch.float64), total[:-1]])
         self.signal = total.sqrt()
         self.noise = (1 - total).sqrt()
-        # q(x_{k-1} | x_k, x0), equations 6 and 7 of Ho et al. 2020. Its variance is 0 at step 0, where step 1's stands in.
+        # q(x_{k-1} | x_k, x0), equations 6 and 7 of Ho et al. 2020. Its variance is 0 at step 0, where step 1's stands
+        # in.
         posterior = betas * (1 - before) / (1 - total)
         self.log_smallest = torch.cat([posterior[1:2], posterior[1:]]).log()
         self.log_largest = betas.log()
@@ -199,9 +200,9 @@ class DDPM(Objective):
         conditioning_frames: Tensor | None = None,
         negatives: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`loss` is the mean squared error of the noise, with learned variance plus 0.001 N times the bound's term, in bits per
-        dimension, from which the noise channels get no gradient. What is differentiated has the noise's error weighted by
-        `min_snr_weight`, the bound's term by 1. negatives: for flow matching alone."""
+        """`loss` is the mean squared error of the noise, with learned variance plus 0.001 N times the bound's term, in
+        bits per dimension, from which the noise channels get no gradient. What is differentiated has the noise's error
+        weighted by `min_snr_weight`, the bound's term by 1. negatives: for flow matching alone."""
         step, channels = self.timestep(t), x0.shape[1]
         _check_prediction(prediction, 2 * channels if self.learned_variance else channels, x0)
         prediction, x_t, x0 = prediction.float(), x_t.float(), x0.float()
@@ -214,8 +215,8 @@ class DDPM(Objective):
         return trained + self.steps / 1000 * bound, error + self.steps / 1000 * bound
 
     def min_snr_weight(self, step: Tensor) -> Tensor:
-        """min(SNR, gamma) / SNR at steps (B,), float32, SNR being alphas_cumprod / (1 - alphas_cumprod) (Hang et al. 2023,
-        section 3.4, for noise prediction)."""
+        """min(SNR, gamma) / SNR at steps (B,), float32, SNR being alphas_cumprod / (1 - alphas_cumprod) (Hang et al.
+        2023, section 3.4, for noise prediction)."""
         assert self.min_snr_gamma is not None
         snr = (self.signal / self.noise).square()
         return (snr.clamp(max=self.min_snr_gamma) / snr).to(step.device)[step].float()

@@ -1,8 +1,10 @@
-"""diffusers' schedulers, as trained models need them: the one place where our t (0 data, 1 noise) becomes their timesteps.
+"""diffusers' schedulers, as trained models need them: the one place where our t (0 data, 1 noise) becomes their
+timesteps.
 
 Schedulers of `make_scheduler`, and those that diffusers' from_config makes from one, are marked in their config. They
 are shifted to the size of the latents, and correct four habits of diffusers:
-* FlowMatchEuler applies its shift to its smallest sigma twice and spends its last step on t = 0.001: sigmas are passed in.
+* FlowMatchEuler applies its shift to its smallest sigma twice and spends its last step on t = 0.001: sigmas are passed
+  in.
 * DPM-Solver++ and UniPC truncate flow timesteps to integers, two of which may be equal: the model gets the sigmas, and
   steps are counted instead of looked up.
 * DPM-Solver++ mistakes channels for noise where variance is learned: `sample` cuts them off.
@@ -29,8 +31,8 @@ from stdit.config import DiffusionConfig, SamplerConfig
 from stdit.diffusion.timesteps import TIMESTEPS, shift_for
 
 Scheduler = FlowMatchEulerDiscreteScheduler | DDPMScheduler | DPMSolverMultistepScheduler | UniPCMultistepScheduler
-# log(signal / noise) at which DDPM sampling begins, diffusers' advice for DPM-Solver++. The linear schedule ends here; the
-# cosine schedule goes on to no signal at all, where an error in the predicted noise is 20,000 times as large in x0.
+# log(signal / noise) at which DDPM sampling begins, diffusers' advice for DPM-Solver++. The linear schedule ends here;
+# the cosine schedule goes on to no signal at all, where an error in the predicted noise is 20,000 times as large in x0.
 MIN_LAMBDA = -5.1
 # In the config of schedulers made here; diffusers passes keys with a leading underscore on without a warning.
 MARK = {"_made_by": "stdit"}
@@ -124,7 +126,8 @@ def is_ours(scheduler: Any) -> bool:
 
 
 def shifted(scheduler: Any, shift: float) -> Any:
-    """A fresh copy of a scheduler of `make_scheduler`, with another shift (flow matching); any other is returned as it is."""
+    """A fresh copy of a scheduler of `make_scheduler`, with another shift (flow matching); any other is returned as it
+    is."""
     if not is_ours(scheduler):
         return scheduler
     changes = {}

@@ -13,9 +13,11 @@ from stdit.files import check_regular
 
 @contextmanager
 def no_remote_code() -> Iterator[None]:
-    """Where transformers would ask on standard input whether to run code of a folder or hub id, it raises a ValueError instead.
+    """Where transformers would ask on standard input whether to run code of a folder or hub id, it raises a ValueError
+    instead.
 
-    By `trust_remote_code=False` alone it still asks: AutoProcessor and diffusers' pipelines do not pass it on to their parts.
+    By `trust_remote_code=False` alone it still asks: AutoProcessor and diffusers' pipelines do not pass it on to their
+    parts.
     """
     from transformers import dynamic_module_utils
 

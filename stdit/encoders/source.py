@@ -47,7 +47,8 @@ def folder_of(path: str, key: str) -> Path | None:
 
 
 def subfolder_of(folder: Path, subfolder: str | None, key: str) -> Path:
-    """`folder/subfolder`, or `folder` without one. ConfigError: it is not there, or has no config.json (with a hint)."""
+    """`folder/subfolder`, or `folder` without one. ConfigError: it is not there, or has no config.json (with a
+    hint)."""
     place = folder / subfolder if subfolder else folder
     if not place.is_dir():
         raise ConfigError(f"{key}: {folder} has no subfolder {subfolder!r}")
@@ -76,7 +77,8 @@ def hub_commit(path: str, subfolder: str | None, revision: str | None) -> str:
 
 
 def revision_of(identity: dict[str, Any], path: str | None) -> str | None:
-    """The hub's commit to load so that the weights are those of `identity`; None for a local folder, or no folder at all."""
+    """The hub's commit to load so that the weights are those of `identity`; None for a local folder, or no folder at
+    all."""
     if path is None or Path(path).expanduser().is_dir():
         return None
     return identity["fingerprint"] if len(identity["fingerprint"]) == _COMMIT_LENGTH else None

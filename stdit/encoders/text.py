@@ -76,7 +76,8 @@ def concat_tokens(parts: Sequence[TextFeatures]) -> TextFeatures:
 
 
 def concat_channels(parts: Sequence[TextFeatures], captions: Sequence[str]) -> TextFeatures:
-    """Concatenates along the channels: (B, L, D1 + D2 + …). ValueError: a caption's token counts differ between encoders."""
+    """Concatenates along the channels: (B, L, D1 + D2 + …). ValueError: a caption's token counts differ between
+    encoders."""
     counts = torch.stack([part.mask.sum(1) for part in parts])
     if (differs := (counts != counts[0]).any(0)).any():
         wrong = int(differs.nonzero()[0])
@@ -112,7 +113,8 @@ def _compact(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class TextEncoder:
-    """A frozen T5 or CLIP text model with its tokenizer. `.identity` (JSON) rebuilds it by `text_encoder_from_identity`.
+    """A frozen T5 or CLIP text model with its tokenizer. `.identity` (JSON) rebuilds it by
+    `text_encoder_from_identity`.
 
     layer, pooled, keep_padding, width: as in TextEncoderConfig. ValueError: a setting that the model does not support.
     """
@@ -246,7 +248,8 @@ def onload(module: Any) -> None:
 
 
 class TextEncoders:
-    """Several encoders with the interface of one: features concatenated along `axis`, pooled vectors along the channels.
+    """Several encoders with the interface of one: features concatenated along `axis`, pooled vectors along the
+    channels.
 
     ValueError: token counts (`channels`) or widths that do not fit.
     """
@@ -305,7 +308,8 @@ class TextEncoders:
         return TextFeatures(pad_width(joined.features, self.dim), joined.mask, joined.pooled)
 
     def cuts(self, captions: list[str]) -> list[tuple[int, int] | None]:
-        """(tokens, max_text_tokens) of each caption that an encoder truncates (the first that does), None for the others."""
+        """(tokens, max_text_tokens) of each caption that an encoder truncates (the first that does), None for the
+        others."""
         found = zip(*(part.cuts(captions) for part in self.parts), strict=True)
         return [next((cut for cut in cuts if cut is not None), None) for cuts in found]
 

@@ -63,7 +63,8 @@ def text_encoder_from_identity(
 
 
 def feature_sizes(config: TextEncoderConfig) -> dict[str, int | None]:
-    """`dim`, `max_text_tokens` and `pooled_dim` of the identity that the encoder of `config` will have, without loading weights.
+    """`dim`, `max_text_tokens` and `pooled_dim` of the identity that the encoder of `config` will have, without loading
+    weights.
 
     ConfigError: an encoder that is not there.
     """
@@ -136,7 +137,8 @@ def _fingerprint(config: TextEncoderConfig, revision: str | None = None) -> str:
 
 
 def _single_sizes(config: TextEncoderConfig) -> dict[str, int | None]:
-    """`dim`, `max_text_tokens` and `pooled_dim` of the encoder's identity, from its config.json alone. ConfigError: not there."""
+    """`dim`, `max_text_tokens` and `pooled_dim` of the encoder's identity, from its config.json alone. ConfigError: not
+    there."""
     if config.byte_t5:
         return {
             "dim": config.width or config.byte_t5.width,
@@ -172,7 +174,8 @@ def _load(
 
 
 def load_tokenizer(path: str, subfolder: str | None, key: str, **hub: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or hub id. hub: revision, token, … ConfigError, beginning with `key`: it cannot be loaded."""
+    """The tokenizer in a folder or hub id. hub: revision, token, … ConfigError, beginning with `key`: it cannot be
+    loaded."""
     where = f"{path}/{subfolder}" if subfolder else path
     try:
         return from_pretrained(AutoTokenizer, path, subfolder=subfolder or "", **{k: v for k, v in hub.items() if v})
@@ -185,7 +188,8 @@ def load_tokenizer(path: str, subfolder: str | None, key: str, **hub: Any) -> Pr
 def load_text_model(
     path: str, subfolder: str | None, dtype: torch.dtype | None, key: str, **hub: Any
 ) -> PreTrainedModel:
-    """The T5 or CLIP text model in a folder or hub id, strictly. dtype: None for that of its config. hub: revision, token, …
+    """The T5 or CLIP text model in a folder or hub id, strictly. dtype: None for that of its config. hub: revision,
+    token, …
 
     ConfigError, beginning with `key`: it cannot be loaded, or a weight is missing or of another shape.
     """
@@ -282,7 +286,8 @@ def from_components(found: Mapping[str, Any], layout: Mapping[str, Any] | None, 
     """The inverse of `components`; None for a pipeline without text encoders. layout: None for a single encoder with
     captions of at most `max_text_tokens`.
 
-    ValueError: an encoder without its tokenizer, another number of encoders than the layout's, encoders that do not fit.
+    ValueError: an encoder without its tokenizer, another number of encoders than the layout's, encoders that do not
+    fit.
     """
     models, tokenizers = [], []
     for suffix in SUFFIXES:

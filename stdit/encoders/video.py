@@ -131,7 +131,8 @@ class VideoEncoder:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Pixels (B, 3, T, H, W) in [-1, 1] -> raw latents: (mean, std), each (B, C, t, h, w) float32 on the encoder's device.
+        """Pixels (B, 3, T, H, W) in [-1, 1] -> raw latents: (mean, std), each (B, C, t, h, w) float32 on the encoder's
+        device.
 
         std is None where the class has no posterior. ConfigError: sizes that the compression does not
         divide. ValueError: latents of another shape than the compression promises.

@@ -1,11 +1,12 @@
-"""Frozen vision encoders of transformers, whose patch features a model's tokens are aligned to in training (stdit.models.alignment).
+"""Frozen vision encoders of transformers, whose patch features a model's tokens are aligned to in training
+(stdit.models.alignment).
 
     pixels (B, 3, T, H, W) in [-1, 1]  --encode-->  features (B, D, t, h, w) of frames 0, stride, 2 stride, …
 
 B clips · D hidden size of the encoder · h, w = H, W / pixels_per_feature, rounded
 
-A frame is resized (bicubic, antialiased) to h × w patches of the encoder and normalised by its preprocessor's mean and deviation;
-features are the last hidden states of the patches, those of class and register tokens left out.
+A frame is resized (bicubic, antialiased) to h × w patches of the encoder and normalised by its preprocessor's mean and
+deviation; features are the last hidden states of the patches, those of class and register tokens left out.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class VisionEncoder:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, stride: int = 1) -> Tensor:
-        """Pixels (B, 3, T, H, W) in [-1, 1] -> features (B, D, t, h, w), t = 1 + (T - 1) // stride, of every `stride`-th frame.
+        """Pixels (B, 3, T, H, W) in [-1, 1] -> features (B, D, t, h, w), t = 1 + (T - 1) // stride, of every
+        `stride`-th frame.
 
         ValueError: the encoder has not one output for each patch.
         """
@@ -86,7 +88,8 @@ class VisionEncoder:
 
 
 def load_vision_encoder(config: VisionEncoderConfig, device: torch.device | str = "cpu") -> VisionEncoder:
-    """The encoder that `config` names. ConfigError: not found, not a vision transformer, weights missing, no preprocessor_config.json."""
+    """The encoder that `config` names. ConfigError: not found, not a vision transformer, weights missing, no
+    preprocessor_config.json."""
     source, location = vision_identity(config), _location(config)
     folder = folder_of(config.path, KEY)
     try:
@@ -105,7 +108,8 @@ def load_vision_encoder(config: VisionEncoderConfig, device: torch.device | str 
 
 
 def vision_identity(config: VisionEncoderConfig) -> dict[str, Any]:
-    """The settings and weights' fingerprint that determine the features of `config`, without loading weights. ConfigError: not found."""
+    """The settings and weights' fingerprint that determine the features of `config`, without loading weights.
+    ConfigError: not found."""
     folder = folder_of(config.path, KEY)
     try:
         if folder:
@@ -123,7 +127,8 @@ def vision_identity(config: VisionEncoderConfig) -> dict[str, Any]:
 
 
 def feature_width(config: VisionEncoderConfig) -> int:
-    """Width of the encoder's features, from its config.json alone. ConfigError: not there, or not a vision transformer's."""
+    """Width of the encoder's features, from its config.json alone. ConfigError: not there, or not a vision
+    transformer's."""
     if folder := folder_of(config.path, KEY):
         subfolder_of(folder, config.subfolder, KEY)
     try:

@@ -102,7 +102,8 @@ class SampleReader:
 
 
 def write_samples(path: Path, images: Iterable[NDArray[np.uint8]], count: int) -> None:
-    """Writes `count` images (H, W, 3) as `arr_0`, one after the other, atomically. ValueError: other counts or shapes."""
+    """Writes `count` images (H, W, 3) as `arr_0`, one after the other, atomically. ValueError: other counts or
+    shapes."""
     with atomic_path(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
         shape, written = None, 0
         with archive.open(f"{SAMPLES}.npy", "w", force_zip64=True) as member:

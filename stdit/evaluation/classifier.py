@@ -60,7 +60,8 @@ def centroids(mass: Tensor) -> Tensor:
 def crops(clip: Frames, size: int, mode: Crop = "foreground") -> Tensor:
     """Crops every frame to its foreground, centred and scaled to `size`; a frame without foreground is not cropped.
 
-    Centre and scale are the first and second moments of the foreground: more robust to stray pixels than a bounding box.
+    Centre and scale are the first and second moments of the foreground: more robust to stray pixels than a bounding
+    box.
     """
     frames = to_float(clip)  # (T, 3, H, W)
     n, _, height, width = frames.shape

@@ -1,7 +1,8 @@
-"""Several runs side by side: their scores, loss curves over steps, samples, FLOPs and hours, and clips of the same requests.
+"""Several runs side by side: their scores, loss curves over steps, samples, FLOPs and hours, and clips of the same
+requests.
 
-A run is named by any folder of its results: what `stdit evaluate --config` wrote (scores.json), what stdit.generate wrote
-(manifest.jsonl), or the run directory itself; the others are found from it.
+A run is named by any folder of its results: what `stdit evaluate --config` wrote (scores.json), what stdit.generate
+wrote (manifest.jsonl), or the run directory itself; the others are found from it.
 """
 
 from __future__ import annotations

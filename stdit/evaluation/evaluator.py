@@ -4,7 +4,8 @@
     …                                              # stdit.generate them into the folder `videos`
     metrics = evaluate_videos(videos, manifest, cache=folder)
 
-Real held-out clips of the same shape are measured too: the upper bound. Metrics are stored with their sampling settings.
+Real held-out clips of the same shape are measured too: the upper bound. Metrics are stored with their sampling
+settings.
 """
 
 from __future__ import annotations
@@ -120,8 +121,9 @@ def evaluate_videos(
     """Metrics of the clips that stdit.generate wrote into `videos`, also written to videos/metrics.json.
 
     manifest: of the dataset; its held-out clips are the reference, read as the extraction of the videos' run read
-    its clips; its train split trains the classifier. cache: folder of the trained classifier (default: the parent of `videos`). Requested class and direction come from the columns of
-    the prompts in videos/manifest.jsonl. A second call with nothing changed reads metrics.json.
+    its clips; its train split trains the classifier. cache: folder of the trained classifier (default: the parent of
+    `videos`). Requested class and direction come from the columns of the prompts in videos/manifest.jsonl. A second
+    call with nothing changed reads metrics.json.
     ValueError: no clips, clips of several shapes, an unusable manifest.
     """
     config = config or EvaluationConfig()

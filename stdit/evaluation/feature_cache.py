@@ -1,4 +1,5 @@
-"""Features of a set of media, computed once: in chunks, each a file, so that work is resumed and shared between workers.
+"""Features of a set of media, computed once: in chunks, each a file, so that work is resumed and shared between
+workers.
 
     job = FeatureJob(network, media, cache)
     compute_features(job)                      # what is missing, in this process

@@ -105,8 +105,8 @@ def sampling_protocol(clips: Sequence[GeneratedClip]) -> dict[str, Any]:
 
 
 def extracted_frames(rows: Sequence[Mapping[str, Any]], videos: Path) -> FrameSampling:
-    """Which frames of a clip the extraction took whose features the model of these rows of manifest.jsonl was trained on; the first
-    ones, where they don't say. ConfigError: rows that differ, or hold something else."""
+    """Which frames of a clip the extraction took whose features the model of these rows of manifest.jsonl was trained
+    on; the first ones, where they don't say. ConfigError: rows that differ, or hold something else."""
     found = [row["protocol"].get("frame_sampling") for row in rows if isinstance(row.get("protocol"), dict)]
     if any(one != found[0] for one in found):
         raise ConfigError(f"{videos / MANIFEST}: protocol.frame_sampling differs between rows; evaluate each by itself")

@@ -1,8 +1,10 @@
-"""InceptionV3 with the weights that define FID, KID and the Inception Score, in the original TensorFlow graph's arithmetic.
+"""InceptionV3 with the weights that define FID, KID and the Inception Score, in the original TensorFlow graph's
+arithmetic.
 
-Parameter names are those of pt_inception-2015-12-05-6726825d.pth (pytorch-fid, torch-fidelity: one file under two names).
-It differs from torchvision's InceptionV3: averages leave out the padding, the last block takes a maximum, there are
-1008 classes, and images are resized as TensorFlow 1 did (corners aligned at the first pixel alone, no antialiasing).
+Parameter names are those of pt_inception-2015-12-05-6726825d.pth (pytorch-fid, torch-fidelity: one file under two
+names). It differs from torchvision's InceptionV3: averages leave out the padding, the last block takes a maximum, there
+are 1008 classes, and images are resized as TensorFlow 1 did (corners aligned at the first pixel alone, no
+antialiasing).
 """
 
 from __future__ import annotations

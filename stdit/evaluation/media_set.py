@@ -35,8 +35,8 @@ Shape = tuple[int, int, int]  # frames, height, width
 
 @dataclass(frozen=True)
 class Medium:
-    """One image or video. fingerprint: of its file, and of what is read of it; row: its row in an .npz; clip: its row in a
-    dataset's manifest, of which it is the sample `window`; prompt: None if unknown."""
+    """One image or video. fingerprint: of its file, and of what is read of it; row: its row in an .npz; clip: its row
+    in a dataset's manifest, of which it is the sample `window`; prompt: None if unknown."""
 
     file: Path
     fingerprint: str
@@ -55,8 +55,8 @@ class Medium:
 @dataclass(frozen=True)
 class MediaSet:
     """Media of one shape. `shape`: of all of them, after cropping. rows: of stdit.generate's manifest, one for each.
-    left_out: media of other shapes. sampling: which frames of a dataset's clips are taken; dropped: clips of which it takes
-    none, by reason."""
+    left_out: media of other shapes. sampling: which frames of a dataset's clips are taken; dropped: clips of which it
+    takes none, by reason."""
 
     source: Path
     media: tuple[Medium, ...]
@@ -249,8 +249,8 @@ def _checked(
 def _shapes(
     path: Path, media: Sequence[Medium], sampling: FrameSampling, target: Shape | None
 ) -> tuple[list[Shape | Dropped], list[str]]:
-    """The shape of each medium, or why an extraction has no sample of shape `target` of it; and what is wrong with those that cannot be
-    opened."""
+    """The shape of each medium, or why an extraction has no sample of shape `target` of it; and what is wrong with
+    those that cannot be opened."""
     if media[0].row is not None:
         samples = read_adm(path).samples
         assert samples is not None

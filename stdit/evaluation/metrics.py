@@ -32,7 +32,8 @@ class Accuracy:
 
 
 def accuracy(targets: Sequence[str], predictions: Sequence[str], z: float = 1.959964) -> Accuracy:
-    """Fraction of predictions equal to their targets. Interval: Wilson 1927. ValueError: empty, or lengths that differ."""
+    """Fraction of predictions equal to their targets. Interval: Wilson 1927. ValueError: empty, or lengths that
+    differ."""
     if len(targets) != len(predictions):
         raise ValueError(f"{len(targets)} targets but {len(predictions)} predictions")
     count = len(targets)
@@ -157,7 +158,8 @@ def precision_recall(
 
 
 def _distances(x: NDArray[np.float64], y: NDArray[np.float64], rows: int = 512) -> Iterator[NDArray[np.float64]]:
-    """Euclidean distances (rows, m) in blocks, from differences: |x|^2 + |y|^2 - 2 x.y would not be 0 for equal rows."""
+    """Euclidean distances (rows, m) in blocks, from differences: |x|^2 + |y|^2 - 2 x.y would not be 0 for equal
+    rows."""
     for first in range(0, len(x), rows):
         yield np.asarray(cdist(x[first : first + rows], y), np.float64)
 
@@ -186,7 +188,8 @@ def statistics_of(features: ArrayLike) -> Statistics:
 
 
 def frechet_distance_of_statistics(a: Statistics, b: Statistics) -> float:
-    """As `frechet_distance`, from means and covariances. ValueError: other dimensions, or `b` is not finite or has no covariance.
+    """As `frechet_distance`, from means and covariances. ValueError: other dimensions, or `b` is not finite or has no
+    covariance.
 
     `b`, the reference, is decomposed once, however many `a` it is compared with: 2048 dimensions take seconds.
     """
@@ -235,7 +238,8 @@ def bootstrap_interval(
 
 
 def in_canonical_order(features: NDArray[Any]) -> NDArray[Any]:
-    """Rows in an order that they alone decide: sums over them, and random subsets, don't depend on the order of files."""
+    """Rows in an order that they alone decide: sums over them, and random subsets, don't depend on the order of
+    files."""
     rows = np.ascontiguousarray(features)
     return rows[sorted(range(len(rows)), key=lambda i: hashlib.blake2b(rows[i]).digest())]
 

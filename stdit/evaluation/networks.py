@@ -153,8 +153,8 @@ class Inception(FileNetwork):
 
 
 class TransformersNetwork(Network):
-    """A folder of transformers. architecture: its class there; expected: keys of its config.json that define the score, "a.b"
-    for a nested one."""
+    """A folder of transformers. architecture: its class there; expected: keys of its config.json that define the score,
+    "a.b" for a nested one."""
 
     architecture = ""
     expected: dict[str, Any] = {}  # noqa: RUF012 (of the class)

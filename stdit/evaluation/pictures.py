@@ -57,7 +57,8 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def loss_curves(runs: Sequence[tuple[str, Path]], dark: bool = False) -> bytes:
-    """PNG: a panel for each (name, metrics.jsonl): training loss, smoothed over 2 % of its steps, and validation loss."""
+    """PNG: a panel for each (name, metrics.jsonl): training loss, smoothed over 2 % of its steps, and validation
+    loss."""
     ink, grid = ("#e6e8eb", "#3a3f47") if dark else ("#24292f", "#d5d9de")
     figure = Figure(figsize=(max(4.2, 3.7 * len(runs)), 3.2), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)

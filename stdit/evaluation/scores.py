@@ -45,7 +45,8 @@ Features = NDArray[Any]
 
 @dataclass(frozen=True)
 class ScoreSpec:
-    """How a score is computed: from which network's rows, and which are better (None: neither). note: what else to know."""
+    """How a score is computed: from which network's rows, and which are better (None: neither). note: what else to
+    know."""
 
     kind: Kind
     network: str

@@ -24,7 +24,8 @@ from stdit.files import atomic_write
 
 
 def check_columns(manifest: Manifest, config: EvaluationConfig) -> None:
-    """ManifestError: a configured column that is in no row (the default columns may be absent), a held-out clip's direction that is none."""
+    """ManifestError: a configured column that is in no row (the default columns may be absent), a held-out clip's
+    direction that is none."""
     default = EvaluationConfig()
     for setting in ("class_column", "direction_column"):
         column = getattr(config, setting)
@@ -60,8 +61,9 @@ def check_clips(
     classes: ClassConditioning = None,
     sampling: FrameSampling = FIRST_FRAMES,
 ) -> None:
-    """ManifestError: no clip of `split` has, or can be cropped to, `shape`; or none that can has a class, which a model of classes
-    needs. Files are opened only as far as the manifest states no sizes. sampling: which frames of a clip are taken."""
+    """ManifestError: no clip of `split` has, or can be cropped to, `shape`; or none that can has a class, which a model
+    of classes needs. Files are opened only as far as the manifest states no sizes. sampling: which frames of a clip are
+    taken."""
     held_out = sorted((clip for clip in manifest if clip.split == split), key=lambda clip: clip.frames is None)
     with_class = [clip for clip in held_out if classes != "required" or clip.class_name is not None]
     if any(_fits(clip, shape, sampling) for clip in with_class):
@@ -110,8 +112,8 @@ def select(
     classes: ClassConditioning = None,
     sampling: FrameSampling = FIRST_FRAMES,
 ) -> list[Clip]:
-    """Clips of `split` that have, or can be cropped to, `shape`, in a random order (`seed`); classes: of a model of classes alone,
-    those that have one. sampling: which frames of a clip are taken; it has as many as those.
+    """Clips of `split` that have, or can be cropped to, `shape`, in a random order (`seed`); classes: of a model of
+    classes alone, those that have one. sampling: which frames of a clip are taken; it has as many as those.
 
     All clips of exactly that shape; larger and longer ones only to fill up to `min_count`.
     """
@@ -132,8 +134,8 @@ def select(
 
 
 def _stated_shape(clip: Clip, sampling: FrameSampling, shape: Bucket | None = None) -> tuple[int, int, int] | None:
-    """(frames that are taken, height, width) as the manifest states them; None: not all of what that follows from. 0 frames: no sample
-    of `shape` is of its frame rate."""
+    """(frames that are taken, height, width) as the manifest states them; None: not all of what that follows from. 0
+    frames: no sample of `shape` is of its frame rate."""
     info = stated_info(clip, rate=sampling.needs_rate)
     return None if info is None else _sampled_shape(info, sampling, shape)
 
@@ -144,7 +146,8 @@ def _sampled_shape(info: ClipInfo, sampling: FrameSampling, shape: Bucket | None
 
 
 def _shape(clip: Clip, sampling: FrameSampling, shape: Bucket | None = None) -> tuple[int, int, int] | None:
-    """(frames that are taken, height, width) from the manifest, else from the file; None if it cannot be read. As `_stated_shape`."""
+    """(frames that are taken, height, width) from the manifest, else from the file; None if it cannot be read. As
+    `_stated_shape`."""
     if (stated := _stated_shape(clip, sampling, shape)) is not None:
         return stated
     try:
@@ -166,9 +169,10 @@ def validation_prompts(
     """`count` captions of held-out clips of `shape` as prompts: prompt, class, direction (None for images), seed.
 
     sampling: which frames of a clip the model's extraction took, by which a clip has that shape.
-    classes: of a class-conditional model; its prompts have the classes that it is trained on, the manifest's column class, whatever
-    `config.class_column` measures (which is then `measured_class`). Balanced over classes and directions as far as there are captions;
-    with fewer captions than `count` they repeat with other seeds. ManifestError: no such clip.
+    classes: of a class-conditional model; its prompts have the classes that it is trained on, the manifest's column
+    class, whatever `config.class_column` measures (which is then `measured_class`). Balanced over classes and
+    directions as far as there are captions; with fewer captions than `count` they repeat with other seeds.
+    ManifestError: no such clip.
     """
     config = config or EvaluationConfig()
     source = read(manifest)
@@ -220,7 +224,8 @@ def write_prompts(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def load_clip(clip: Clip, shape: Bucket, sampling: FrameSampling = FIRST_FRAMES) -> Frames:
-    """The clip cropped to `shape` as in extraction: the frames that it takes, resized, centre crop. Raises DecodeError."""
+    """The clip cropped to `shape` as in extraction: the frames that it takes, resized, centre crop. Raises
+    DecodeError."""
     with open_row(clip) as reader:
         found = row_info(clip, reader)
         if (count := sampled_count(found, sampling)) < shape.frames:

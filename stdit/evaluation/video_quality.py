@@ -57,7 +57,8 @@ def vmaf_motion(frames: Frames) -> float:
 def consistency(features: NDArray[np.float64]) -> float:
     """VBench's subject and background consistency of one video: frame features (T, D) -> mean similarity.
 
-    Of every frame but the first: the mean of its cosine similarities, at least 0, to the first frame and the one before.
+    Of every frame but the first: the mean of its cosine similarities, at least 0, to the first frame and the one
+    before.
     """
     x = features / np.linalg.norm(features, axis=1, keepdims=True)
     to_previous = (x[1:] * x[:-1]).sum(1).clip(0)

@@ -76,7 +76,8 @@ class Ballot:
 
 
 def tally(votes: Sequence[Mapping[str, Any]], runs: tuple[str, str]) -> dict[str, Any]:
-    """Wins of each run, ties, and the share of decided votes for the first with its 95 % interval (None: no such vote)."""
+    """Wins of each run, ties, and the share of decided votes for the first with its 95 % interval (None: no such
+    vote)."""
     winners = [vote["winner"] for vote in votes if set(vote["runs"]) == set(runs)]
     decided = [winner for winner in winners if winner is not None]
     share = accuracy([runs[0]] * len(decided), decided) if decided else None

@@ -1,4 +1,5 @@
-"""Components of a pipeline: loads those of a run (transformer, encoders, scheduler), and checks that they fit together."""
+"""Components of a pipeline: loads those of a run (transformer, encoders, scheduler), and checks that they fit
+together."""
 
 from __future__ import annotations
 
@@ -82,8 +83,8 @@ def check_index(index: Any, folder: Path | str, class_name: str) -> dict[str, An
 
 
 def load_strictly(path: str, index: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Autoencoder, text encoders and tokenizers of a saved pipeline, which diffusers would load with weights missing, or by code of
-    the folder.
+    """Autoencoder, text encoders and tokenizers of a saved pipeline, which diffusers would load with weights missing,
+    or by code of the folder.
 
     kwargs: of from_pretrained; components among them are not loaded. ConfigError: a component that lacks weights.
     """
@@ -149,7 +150,8 @@ def load_components(run: Path, weights: Weights, kwargs: dict[str, Any]) -> dict
 
 
 def check_components(transformer: STDiT, vae: ModelMixin, control: STDiTControl | None, encoder: Any) -> None:
-    """ValueError: components that don't fit together, with both numbers. encoder: the text encoder or encoders, or None."""
+    """ValueError: components that don't fit together, with both numbers. encoder: the text encoder or encoders, or
+    None."""
     settings, channels = transformer.settings, VideoEncoder(vae).channels
     if channels != settings.in_channels:
         raise ValueError(

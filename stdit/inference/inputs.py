@@ -86,7 +86,8 @@ class ConditionEncoder:
         return prompts * inputs.num_videos_per_prompt
 
     def encode(self, inputs: PipelineInputs) -> tuple[dict[str, Tensor], int]:
-        """(keywords, B): every prompt's conditions, num_videos_per_prompt times in a row. inputs: as `check` passes them."""
+        """(keywords, B): every prompt's conditions, num_videos_per_prompt times in a row. inputs: as `check` passes
+        them."""
         cond: dict[str, Tensor] = {}
         if inputs.class_labels is not None:
             cond["class_labels"] = self.label_ids(inputs.class_labels)
@@ -171,7 +172,8 @@ class ConditionEncoder:
         return bool(self.settings.text_dim) and self.settings.null_text == "empty" and not told
 
     def _check_negative(self, inputs: PipelineInputs, prompts: int) -> None:
-        """ValueError: negative conditions without their positive ones, that exclude one another, or neither one nor `prompts`."""
+        """ValueError: negative conditions without their positive ones, that exclude one another, or neither one nor
+        `prompts`."""
         embeds, pooled, prompt = (
             inputs.negative_prompt_embeds, inputs.negative_pooled_prompt_embeds, inputs.negative_prompt
         )  # fmt: skip
@@ -261,7 +263,8 @@ FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def check_dense(name: str, value: Any) -> None:
-    """ValueError: no tensor, or one without values or with others than dense ones (sparse, nested, on the meta device)."""
+    """ValueError: no tensor, or one without values or with others than dense ones (sparse, nested, on the meta
+    device)."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected a tensor, found {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:
@@ -336,7 +339,8 @@ def check_callable(name: str, value: Any) -> None:
 
 
 def callback_latents(returned: Any, x: Tensor) -> Tensor:
-    """The latents of what callback_on_step_end returned; x where it names none. ValueError: no dict, or latents unlike x."""
+    """The latents of what callback_on_step_end returned; x where it names none. ValueError: no dict, or latents unlike
+    x."""
     name = "callback_on_step_end"
     if not isinstance(returned, Mapping):
         raise ValueError(f'{name} must return a dict, as {{"latents": …}}; it returned {type(returned).__name__}')
@@ -362,8 +366,8 @@ def check_generator(generator: Any) -> None:
 def check_memory(transformer: STDiT, clip: Bucket, grid: Grid, inputs: PipelineInputs, guided: bool) -> None:
     """ValueError: all videos at once take more memory than the device has.
 
-    grid: patches (T, H, W). guided: every video is computed twice. Counted is the least: the tokens (of this rank), their norm
-    and the MLP's hidden layer of one block, and the pixels in float32.
+    grid: patches (T, H, W). guided: every video is computed twice. Counted is the least: the tokens (of this rank),
+    their norm and the MLP's hidden layer of one block, and the pixels in float32.
     """
     given: tuple[Any, ...] = (inputs.prompt, inputs.class_labels, inputs.prompt_embeds)
     rows = (len(x) for x in given if isinstance(x, list | tuple) or getattr(x, "ndim", 0) > 0)

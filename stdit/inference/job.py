@@ -1,7 +1,7 @@
 """A generation job: where the pipeline comes from and every video to generate, as one value that is sent to workers.
 
-`open_job` validates it and records its settings in OUT/request.json; a folder of a job with other settings is refused. No
-weights are loaded here.
+`open_job` validates it and records its settings in OUT/request.json; a folder of a job with other settings is refused.
+No weights are loaded here.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class JobRequest(SealedSchema):
 
 @dataclass(frozen=True)
 class Source:
-    """Where the pipeline comes from. `facts` go into every manifest row; `fingerprint` identifies the weights. url: of the checkpoint
-    that was fetched to `path`; every machine fetches it for itself."""
+    """Where the pipeline comes from. `facts` go into every manifest row; `fingerprint` identifies the weights. url: of
+    the checkpoint that was fetched to `path`; every machine fetches it for itself."""
 
     path: Path
     weights: Literal["ema", "model"]
@@ -125,7 +125,8 @@ class Job:
 
 
 def find_source(run: Path | Url, weights: Literal["ema", "model"]) -> Source:
-    """The newest complete checkpoint of a run directory, or of a run's mirror at a URL; or `run` itself, a checkpoint or a saved pipeline.
+    """The newest complete checkpoint of a run directory, or of a run's mirror at a URL; or `run` itself, a checkpoint
+    or a saved pipeline.
 
     ConfigError: none of these. CheckpointError: damaged files. StoreError: of the URL.
     """
@@ -182,8 +183,8 @@ def _precision(source: Source, asked: Precision, device: str | None) -> Literal[
 
 
 def _extracted_frames(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """frame_sampling of an identity or saved pipeline, for the rows: with which real clips these videos compare. Nothing where
-    those are a clip's first frames, or not known."""
+    """frame_sampling of an identity or saved pipeline, for the rows: with which real clips these videos compare.
+    Nothing where those are a clip's first frames, or not known."""
     found = identity.get("frame_sampling")
     if found is None or FrameSampling.model_validate(found) == FrameSampling():
         return {}
@@ -239,11 +240,13 @@ def open_job(
 ) -> Job:
     """Validates the job, claims `out` for it and writes request.json there. Loads no weights.
 
-    shape: None: the run's largest video bucket (or image bucket, if it has no other). sampler: None: the run's own. fps:
-    None: of most videos that the run was trained on (8 if not known). base: path of the base model of adapters or a control
-    branch, if it was moved. precision: of the transformer; auto: as the run was trained, where `device` (None: cuda where there is
-    one) multiplies bfloat16 natively. ValueError: no prompts; threads that are not 1 to MAX_THREADS; a sampler of another objective;
-    sizes that don't divide; a folder with the videos of another job (overwrite: they are removed).
+    shape: None: the run's largest video bucket (or image bucket, if it has no other). sampler: None: the run's own.
+    fps:
+    None: of most videos that the run was trained on (8 if not known). base: path of the base model of adapters or a
+    control branch, if it was moved. precision: of the transformer; auto: as the run was trained, where `device` (None:
+    cuda where there is one) multiplies bfloat16 natively. ValueError: no prompts; threads that are not 1 to
+    MAX_THREADS; a sampler of another objective; sizes that don't divide; a folder with the videos of another job
+    (overwrite: they are removed).
     """
     if not prompts:
         raise ValueError("no prompts: the list is empty")
@@ -299,8 +302,8 @@ def open_job(
 
 
 def _check_shape(source: Source, shape: Bucket, sampler: SamplerConfig) -> None:
-    """ConfigError or ValueError: a shape that autoencoder or patches don't divide, more guided channels than the latents
-    have; as far as that is known without loading weights."""
+    """ConfigError or ValueError: a shape that autoencoder or patches don't divide, more guided channels than the
+    latents have; as far as that is known without loading weights."""
     path = source.path / checkpoint.IDENTITY
     if path.is_file():
         identity = load_identity(source.path)

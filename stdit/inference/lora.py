@@ -44,8 +44,8 @@ class LoraMixin:
             weights: of a run, the exponential moving average ("ema") or those of the last step ("model").
 
         Raises:
-            ValueError: no adapter there, half of one, one that does not fit this model (with the layers), one of another
-                base than an adapter that is loaded, a name that is taken.
+            ValueError: no adapter there, half of one, one that does not fit this model (with the layers), one of
+                another base than an adapter that is loaded, a name that is taken.
         """
         if not isinstance(path, str | os.PathLike):
             raise ValueError(f"path: expected a folder, found {shorten(repr(path))}")
@@ -79,7 +79,8 @@ class LoraMixin:
     ) -> None:
         """Activates these adapters, and no others. weights: their scales, one or one for each; None: 1.
 
-        ValueError: an adapter that is not loaded; another number of weights than of names; weights that are no finite numbers.
+        ValueError: an adapter that is not loaded; another number of weights than of names; weights that are no finite
+        numbers.
         """
         chosen = _names(list(names) if isinstance(names, Mapping) else names)
         if isinstance(names, Mapping):
@@ -119,7 +120,8 @@ class LoraMixin:
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As diffusers', and a manifest with the SHA-256 of every file, which `from_pretrained` checks.
 
-        ValueError: adapters are loaded, which a pipeline's folder can't hold; a manifest.json of another program is there.
+        ValueError: adapters are loaded, which a pipeline's folder can't hold; a manifest.json of another program is
+        there.
         """
         folder = Path(save_directory)
         if os.path.lexists(folder / MANIFEST) and not is_manifest(folder):

@@ -79,8 +79,8 @@ Weights = Literal["ema", "model"]
 
 @dataclass
 class STDiTPipelineOutput(BaseOutput):
-    """`frames`: a list of lists of PIL images ("pil"), an array (B, T, H, W, 3) in 0 to 1 ("np"), a tensor (B, T, 3, H, W)
-    in 0 to 1 ("pt"), or normalised latents (B, C, t, h, w) ("latent")."""
+    """`frames`: a list of lists of PIL images ("pil"), an array (B, T, H, W, 3) in 0 to 1 ("np"), a tensor (B, T, 3, H,
+    W) in 0 to 1 ("pt"), or normalised latents (B, C, t, h, w) ("latent")."""
 
     frames: Any
 
@@ -88,15 +88,18 @@ class STDiTPipelineOutput(BaseOutput):
 class STDiTPipeline(LoraMixin, DiffusionPipeline):
     """A transformer with all that it takes to draw from it. `text_encoder` and `tokenizer`: None for runs without text.
 
-    diffusion: the DiffusionConfig (or its JSON) that the transformer was trained with; None: the defaults of the objective
+    diffusion: the DiffusionConfig (or its JSON) that the transformer was trained with; None: the defaults of the
+    objective
         that the scheduler draws from.
     max_text_tokens: at which captions were cut in training; None: the transformer's `max_text_tokens`.
     classes: names of the classes and their labels; None: classes have numbers only.
-    text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3, text_layout: more text encoders, and how the features of all
+    text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3, text_layout: more text encoders, and how the features of
+    all
         are concatenated (the `layout` of stdit.encoders.text); None: there is one.
     control: a control branch of the transformer.
     fps: frames per second of most of the videos that the transformer was trained on; None: not known.
-    frame_sampling: which frames of a clip it was trained on (FrameSampling or its JSON), as `stdit generate` reads control videos;
+    frame_sampling: which frames of a clip it was trained on (FrameSampling or its JSON), as `stdit generate` reads
+    control videos;
         None: the first.
     """
 
@@ -168,11 +171,13 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *, weights: Weights = "ema", **kwargs: Any
     ) -> STDiTPipeline:
-        """The pipeline of a run directory, of one of its checkpoints, or of a folder or hub id that `save_pretrained` made.
+        """The pipeline of a run directory, of one of its checkpoints, or of a folder or hub id that `save_pretrained`
+        made.
 
-        weights: of a run, the averaged ones or those trained last. A run that trained adapters or a control branch comes
-        with the base that they belong to; `base=…` says where that lies now, if it was moved. Other keywords are diffusers' (`torch_dtype`;
-        `vae=…` and other parts, to use in place of the stored ones). Modules come in evaluation mode.
+        weights: of a run, the averaged ones or those trained last. A run that trained adapters or a control branch
+        comes with the base that they belong to; `base=…` says where that lies now, if it was moved. Other keywords are
+        diffusers' (`torch_dtype`; `vae=…` and other parts, to use in place of the stored ones). Modules come in
+        evaluation mode.
         ValueError: neither of these; weights of another architecture; an encoder that is gone or changed.
         """
         folder = Path(pretrained_model_name_or_path)
@@ -262,7 +267,8 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
             guidance_scale: classifier-free guidance scale; 1 is no guidance, at half the cost.
             guidance_channels: number of latent channels that are guided, from the first. None: all, as in diffusers and
                 Latte; 3 (of 4) is what DiT's and PixArt's own code does.
-            path_drop: path-drop guidance, for models with sparse_dense: the unconditional prediction leaves their sparse blocks out.
+            path_drop: path-drop guidance, for models with sparse_dense: the unconditional prediction leaves their
+                sparse blocks out.
             generator: on the CPU; a list has one per video, which makes each video independent of its batch.
             class_labels: numbers or names, for class-conditional models; -1 or None is the null class.
             negative_prompt: replaces the null caption in guidance; one, or one per prompt. Default of a model without a
@@ -276,13 +282,14 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
                 image-to-video, the first few for extension, first and last ([0, -1]) for a loop, any for in-betweening.
                 None: as many of the first as there are latents or video.
             conditioning_latents, conditioning_video: their content: normalised latents (B or 1, C, frames, h, w), or an
-                image or video in any of diffusers' forms, 0 to 1, of any size; of the whole clip, or of those frames alone.
+                image or video in any of diffusers' forms, 0 to 1, of any size; of the whole clip, or of those frames
+                alone.
             control: a control branch in place of the pipeline's own.
             control_image, control_video, control_latents: its condition, one of the three: an image for all frames; a
                 video of the clip's length; normalised latents (…, C', t or 1, h, w). One for all prompts, or one each.
             control_scale: factor on the control branch's residuals; at 0 it is not run.
-            callback_on_step_end: called as (pipe, step, timestep, {"latents": x_t}) after each step; returns a dict, from
-                which latents are taken. Setting `pipe._interrupt = True` ends sampling.
+            callback_on_step_end: called as (pipe, step, timestep, {"latents": x_t}) after each step; returns a dict,
+                from which latents are taken. Setting `pipe._interrupt = True` ends sampling.
             callback_on_step_end_tensor_inputs: ("latents",); no other tensors can be passed.
 
         Returns:
@@ -421,7 +428,8 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
     def _read_conditioning(
         self, vae: VideoEncoder, video: Any, latents: Tensor | None, clip: Bucket
     ) -> VideoCondition | None:
-        """The content of the conditioning frames, not yet encoded. ValueError: both are passed, or neither is a video."""
+        """The content of the conditioning frames, not yet encoded. ValueError: both are passed, or neither is a
+        video."""
         if video is None:
             return None if latents is None else read_latents("conditioning_latents", latents)
         if latents is not None:
@@ -454,7 +462,8 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
         return from_components(self.components, self.text_layout, self.max_text_tokens)
 
     def encode_prompt(self, prompt: str | Sequence[str]) -> TextFeatures:
-        """(features (B, L, D) float32, mask (B, L)), and `.pooled`. ValueError: not text, no text encoder, no prompts."""
+        """(features (B, L, D) float32, mask (B, L)), and `.pooled`. ValueError: not text, no text encoder, no
+        prompts."""
         prompts = checked_prompts("prompt", prompt)
         encoder = self.prompt_encoder
         if encoder is None:
@@ -468,7 +477,8 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
 
 @contextmanager
 def _eval_mode(*modules: nn.Module | None) -> Iterator[None]:
-    """Evaluation mode inside; afterwards the mode that each module was in (training passes the model that it trains)."""
+    """Evaluation mode inside; afterwards the mode that each module was in (training passes the model that it
+    trains)."""
     present = [module for module in modules if module is not None]
     training = [module for module in present if module.training]
     for module in present:

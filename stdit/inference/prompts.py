@@ -2,7 +2,8 @@
 
 A prompt file is text (one prompt per line) or JSONL (one object per line): `prompt`, and optionally `class`, `seed`,
 `name`, sizes of its own (`frames`, `height`, `width`, `fps`) and what the video begins with or contains (`image`; or
-`conditioning_video` with `conditioning_frames`; `control`). Other keys are copied to the manifest, but for names of settings.
+`conditioning_video` with `conditioning_frames`; `control`). Other keys are copied to the manifest, but for names of
+settings.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ SYNONYMS = {
     "video": "conditioning_video", "given_frames": "conditioning_frames", "num_frames": "frames", "class_label": "class",
     "class_labels": "class", "generator": "seed", "control_image": CONTROL, "control_video": CONTROL,
 }  # fmt: skip
-# Names of the job's settings, the flag of guidance_scale and the pipeline's arguments (STDiTPipeline.__call__), which would do nothing
-# in a prompt.
+# Names of the job's settings, the flag of guidance_scale and the pipeline's arguments (STDiTPipeline.__call__), which
+# would do nothing in a prompt.
 NOT_OF_A_PROMPT = frozenset(GenerateConfig.model_fields) | {
     "guidance", "prompt", "num_frames", "height", "width", "num_inference_steps", "guidance_scale", "generator", "class_labels",
     "negative_prompt", "guidance_channels", "fps", "num_videos_per_prompt", "latents", "prompt_embeds", "prompt_attention_mask",

@@ -1,4 +1,5 @@
-"""What a video to be generated begins with or follows, in the pipeline's arguments: conditioning frames and control inputs.
+"""What a video to be generated begins with or follows, in the pipeline's arguments: conditioning frames and control
+inputs.
 
 Each is checked before anything is encoded.
 
@@ -86,8 +87,8 @@ def _of_pixels(encoder: VideoEncoder, pixels: Tensor, clip: Bucket, name: str) -
 
 
 def preprocess(into: Callable[..., Tensor], pictures: Any, clip: Bucket, name: str) -> Tensor:
-    """Pictures in any of diffusers' forms as a tensor in [-1, 1]. ValueError: none of them, or not finite, or numbers that are
-    no colours from 0 to 1 (or, as diffusers allows, -1 to 1)."""
+    """Pictures in any of diffusers' forms as a tensor in [-1, 1]. ValueError: none of them, or not finite, or numbers
+    that are no colours from 0 to 1 (or, as diffusers allows, -1 to 1)."""
     if _dtype_of(pictures) in INTEGERS:
         raise ValueError(f"{name}: expected floating point from 0 to 1, or PIL images; found {_dtype_of(pictures)}")
     try:
@@ -168,8 +169,8 @@ def prepare_frame_condition(
     """Conditioning frames of latents of `shape` (B, C, T, h, w); patch: latent frames of one patch.
 
     frames: (B or 1, T) or (T,) bool, or latent frame numbers (-1 is the last); None: as many of the first as `latents`
-    has. latents (B or 1, C, t, h, w), normalised: the whole clip (t = T), or the conditioning frames alone, in the order
-    in which they are listed. ValueError: one without the other, or what doesn't fit, with both numbers.
+    has. latents (B or 1, C, t, h, w), normalised: the whole clip (t = T), or the conditioning frames alone, in the
+    order in which they are listed. ValueError: one without the other, or what doesn't fit, with both numbers.
     """
     numbers, mask = check_frame_condition(frames, read_latents("conditioning_latents", latents), shape, patch)
     _, channels, length, *plane = shape
@@ -188,7 +189,8 @@ def check_frame_condition(
 ) -> tuple[list[list[int]], Tensor]:
     """Numbers of the conditioning frames of each sample (or of all), in their order, and the mask (B or 1, T) bool.
 
-    frames, shape, patch: as in `prepare_frame_condition`. ValueError: they or the condition's shape do not fit, with both numbers.
+    frames, shape, patch: as in `prepare_frame_condition`. ValueError: they or the condition's shape do not fit, with
+    both numbers.
     """
     batch, channels, length, *plane = shape
     if condition is None:

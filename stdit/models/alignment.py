@@ -1,5 +1,5 @@
-"""Alignment of an early block's tokens in training: to the clean latents (Wang et al. 2026, SRA 2), or to the features of a frozen vision
-encoder (Yu et al. 2025, REPA; Singh et al. 2025, iREPA).
+"""Alignment of an early block's tokens in training: to the clean latents (Wang et al. 2026, SRA 2), or to the features
+of a frozen vision encoder (Yu et al. 2025, REPA; Singh et al. 2025, iREPA).
 
 B           batch
 T, S        frames, tokens of a frame, S = H W
@@ -38,7 +38,8 @@ EPS = 1e-6
 
 
 class Aligned(nn.Module):
-    """A model with the head that maps tokens after a block to the target. ValueError: target features of unknown width."""
+    """A model with the head that maps tokens after a block to the target. ValueError: target features of unknown
+    width."""
 
     def __init__(self, base: STDiT, alignment: AlignmentConfig, seed: int = 0) -> None:
         super().__init__()
@@ -51,8 +52,8 @@ class Aligned(nn.Module):
     def forward(
         self, hidden_states: Tensor, timestep: Tensor | float, alignment_target: Tensor | None = None, **inputs: Any
     ) -> Any:
-        """As `STDiT.forward`. With alignment_target (B, C, T, H, W), the clean latents or a vision encoder's features on a grid of their
-        own, a tuple, whose last element is the alignment loss (B,)."""
+        """As `STDiT.forward`. With alignment_target (B, C, T, H, W), the clean latents or a vision encoder's features
+        on a grid of their own, a tuple, whose last element is the alignment loss (B,)."""
         if alignment_target is None:
             return self.base(hidden_states, timestep, **inputs)
         with captured_tokens(self.base, self.alignment.block) as captured:
@@ -74,7 +75,8 @@ class Aligned(nn.Module):
 
     @torch.no_grad()
     def targets(self, target: Tensor, grid: Grid) -> Tensor:
-        """Clean latents (B, C, T, H, W) or features (B, F, t, h, w) by the tokens of a grid (T, H, W), (B, T, S, P or F)."""
+        """Clean latents (B, C, T, H, W) or features (B, F, t, h, w) by the tokens of a grid (T, H, W), (B, T, S, P or
+        F)."""
         if self.alignment.target == "latents":
             return patchify(target, self.base.patch_size)
         x = target.float()
@@ -95,7 +97,8 @@ class Aligned(nn.Module):
 
 
 def make_head(alignment: AlignmentConfig, width: int, patch_values: int) -> nn.Module:
-    """A head for tokens `width` wide: of the latents' patches an MLP of two layers, of features one of three or, in iREPA, a convolution."""
+    """A head for tokens `width` wide: of the latents' patches an MLP of two layers, of features one of three or, in
+    iREPA, a convolution."""
     if alignment.target == "latents":
         head = _mlp(width, width, patch_values)
     elif (outputs := alignment.features_dim) is None:
@@ -121,7 +124,8 @@ def _mlp(*widths: int) -> nn.Sequential:
 
 @contextmanager
 def captured_tokens(model: STDiT, block: int) -> Iterator[list[tuple[Tensor, Grid, TokenShards | None]]]:
-    """Within the context each forward pass appends its tokens (B, T, S, D) after `block`, with gradients, their grid and their shards.
+    """Within the context each forward pass appends its tokens (B, T, S, D) after `block`, with gradients, their grid
+    and their shards.
 
     Taken where `run_blocks` passes them on: a hook on the block would be compiled with it, and called once more when
     activation checkpointing computes the block again.

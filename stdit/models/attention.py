@@ -47,7 +47,8 @@ MASKED = frozenset(
 
 # On a CPU, up to this many queries times keys, two plain products and a softmax are used. Measured forward and backward
 # with two threads, the fused kernel takes 2 to 4 times as long at 4 x 4 and 16 x 16, 1.2 to 1.7 at 64 x 64, and wins
-# from about 192 x 192; with one thread they tie. Not in compiled graphs, which would compile anew where a size passes it.
+# from about 192 x 192; with one thread they tie. Not in compiled graphs, which would compile anew where a size passes
+# it.
 PLAIN_LIMIT = 128 * 128
 
 
@@ -122,8 +123,8 @@ def split_heads(x: Tensor, norm: nn.Module | None, num_heads: int) -> Tensor:
 class Attention(nn.Module, AttentionModuleMixin):
     """Self-attention. Weights as published: `qkv` (rows [q; k; v]), `proj`, `q_norm`, `k_norm`.
 
-    window_size: windowed attention, patches per side. relative: decomposed relative position bias in the windows, by row
-    and by column (`rel_pos_h`, `rel_pos_w`; Li et al. 2022, ViTDet).
+    window_size: windowed attention, patches per side. relative: decomposed relative position bias in the windows, by
+    row and by column (`rel_pos_h`, `rel_pos_w`; Li et al. 2022, ViTDet).
     kv_compress: keys and values of kv_compress² patches are merged by a depth-wise convolution (`sr`) and a LayerNorm
     (`norm`; Chen et al. 2024, PixArt-Σ, section 2.3), or sampled (`kv_sampling`, ModelConfig.kv_compress_sampling).
     """
@@ -169,9 +170,10 @@ class Attention(nn.Module, AttentionModuleMixin):
         head_mask: Tensor | None = None,
         shards: TokenShards | None = None,
     ) -> Tensor:
-        """(B, N, D) -> (B, N, D). rope of the N tokens; mask (B, 1, 1, N) bool over keys, or diagonal blocks; plane: (rows, columns) of the N
-        patches, for windows and key/value compression; head_mask (samples or 1, H), 0 for heads whose output is dropped
-        (samples divides B). shards: the N tokens are this rank's, and attend to those of all ranks (mask: of all)."""
+        """(B, N, D) -> (B, N, D). rope of the N tokens; mask (B, 1, 1, N) bool over keys, or diagonal blocks; plane:
+        (rows, columns) of the N patches, for windows and key/value compression; head_mask (samples or 1, H), 0 for
+        heads whose output is dropped (samples divides B). shards: the N tokens are this rank's, and attend to those of
+        all ranks (mask: of all)."""
         x = hidden_states
         if self.window_size is not None:
             assert plane is not None

@@ -1,11 +1,13 @@
-"""Block-diagonal attention: many short sequences in one row of tokens, each attending to itself (or to its own text) alone.
+"""Block-diagonal attention: many short sequences in one row of tokens, each attending to itself (or to its own text)
+alone.
 
 N, M        query and key tokens of the whole row
 n, m        those of one block
 H, d        heads, head width
 
-The blocks are listed as runs of equal ones, so that a run is one batched attention, as it would be unpacked: the work is the sum of
-n m, and no (N, M) mask is ever built. On CUDA, in 16 bits and without padding, all blocks are one call of torch's varlen_attn.
+The blocks are listed as runs of equal ones, so that a run is one batched attention, as it would be unpacked: the work
+is the sum of n m, and no (N, M) mask is ever built. On CUDA, in 16 bits and without padding, all blocks are one call of
+torch's varlen_attn.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Run(NamedTuple):
-    """`groups` groups of blocks in a row, each block of `queries` queries and `keys` keys. stride: blocks of a group, whose tokens
-    alternate (attention over time at S positions: frames are n, positions the stride)."""
+    """`groups` groups of blocks in a row, each block of `queries` queries and `keys` keys. stride: blocks of a group,
+    whose tokens alternate (attention over time at S positions: frames are n, positions the stride)."""
 
     groups: int
     queries: int
@@ -31,8 +33,9 @@ class Run(NamedTuple):
 
 
 class BlockDiagonal(NamedTuple):
-    """Which of N queries attend to which of M keys: the diagonal blocks of `runs`, in their order. key_mask (M,) bool: False for
-    padding; None: there is none. offsets: cumulative numbers of queries and of keys before each block, and all, int32, for varlen kernels."""
+    """Which of N queries attend to which of M keys: the diagonal blocks of `runs`, in their order. key_mask (M,) bool:
+    False for padding; None: there is none. offsets: cumulative numbers of queries and of keys before each block, and
+    all, int32, for varlen kernels."""
 
     runs: tuple[Run, ...]
     key_mask: Tensor | None = None
@@ -60,8 +63,8 @@ def attend_in_blocks(
 ) -> Tensor:
     """softmax(q kᵀ / √d) v within each block: query (1, N, H, d), key and value (1, M, H, d) -> (1, N, H, d).
 
-    attend: the attention of one run, of (B, n, H, d), (B, m, H, d) twice and a mask (B, 1, 1, m) bool or None. varlen: one kernel of
-    torch's for all runs may take its place.
+    attend: the attention of one run, of (B, n, H, d), (B, m, H, d) twice and a mask (B, 1, 1, m) bool or None. varlen:
+    one kernel of torch's for all runs may take its place.
     """
     queries = _split(query, blocks.runs, [run.queries for run in blocks.runs])
     keys, values = (_split(x, blocks.runs, [run.keys for run in blocks.runs]) for x in (key, value))

@@ -11,10 +11,10 @@ x           tokens, (B, T, S, D)
     x = x + cross_attn(x, text)                      text
     x = x + gate_mlp mlp(norm2(x))                   norm2(x) = scale_mlp LayerNorm(x) + shift_mlp
 
-`conditioning` decides where shift, scale and gate come from: adaLN-single (Chen et al. 2023, PixArt-α, section 2.3), one
-network for all blocks plus each block's `scale_shift_table`; adaLN and adaLN-Zero, a network per block; in-context and
-cross-attention, plain LayerNorms, with timestep and class as tokens (all three Peebles & Xie 2023, section 3.2); joint
-attention, adaLN-Zero for video and for text, which meet in one attention (Esser et al. 2024, section 4).
+`conditioning` decides where shift, scale and gate come from: adaLN-single (Chen et al. 2023, PixArt-α, section 2.3),
+one network for all blocks plus each block's `scale_shift_table`; adaLN and adaLN-Zero, a network per block; in-context
+and cross-attention, plain LayerNorms, with timestep and class as tokens (all three Peebles & Xie 2023, section 3.2);
+joint attention, adaLN-Zero for video and for text, which meet in one attention (Esser et al. 2024, section 4).
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from stdit.models.dynamic import ComputeStats, RouterNoise
 
 # Arguments of torch.compile. Blocks share one compiled function, so the limit, which is per function, must hold every
-# variant within a model: kinds of block, one frame or several, one sample or several, shared or separate timesteps, with
-# or without mask. Sizes above 1 are symbolic from the start.
+# variant within a model: kinds of block, one frame or several, one sample or several, shared or separate timesteps,
+# with or without mask. Sizes above 1 are symbolic from the start.
 COMPILE_OPTIONS: dict[str, Any] = {"fullgraph": True, "dynamic": True, "recompile_limit": 64}
 
 # shift, 1 + scale and gate of attention, then of the MLP, each (B or 1, T or 1, 1, D); None where a block has none.
@@ -59,9 +59,9 @@ Modulation = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, T
 
 
 class ModulationInput(NamedTuple):
-    """What modulation is computed from, (B or 1, T or 1, D, or 6 D for adaLN-single): for the video tokens and, in joint
-    attention, for the text (per frame or for the clip). time (B or 1, D): the timestep embedding, which routers read. rows (N,): of
-    packed sequences, whose `video` is (R, 1, …), the row of each token."""
+    """What modulation is computed from, (B or 1, T or 1, D, or 6 D for adaLN-single): for the video tokens and, in
+    joint attention, for the text (per frame or for the clip). time (B or 1, D): the timestep embedding, which routers
+    read. rows (N,): of packed sequences, whose `video` is (R, 1, …), the row of each token."""
 
     video: Tensor | None
     text: Tensor | None = None
@@ -80,8 +80,8 @@ class BlockCache(NamedTuple):
 
 
 class PackedBlocks(NamedTuple):
-    """Which tokens of packed sequences attend to which: within frames (or clips, in full attention), over time, and each clip's to its
-    text."""
+    """Which tokens of packed sequences attend to which: within frames (or clips, in full attention), over time, and
+    each clip's to its text."""
 
     spatial: BlockDiagonal
     temporal: BlockDiagonal
@@ -100,7 +100,8 @@ class BlockState(NamedTuple):
     active          (B or 1, 1, 1, 1) bool: samples that have not exited yet
     shards          sequence parallelism: the tokens are this rank's, S / n of each frame
     kept            (B, K) tokens of a frame that enter the block, in training; the others bypass it
-    path_dropped    (B,) bool, in training: samples whose sparse blocks the mask token replaces; True: the block is not run
+    path_dropped    (B,) bool, in training: samples whose sparse blocks the mask token replaces; True: the block is not
+                    run
     packed          packed sequences: x is (1, N, 1, D), positions and modulation are by token (stdit.models.packing)
     """
 
@@ -184,7 +185,8 @@ class STDiTBlock(nn.Module):
     """Self-attention, temporal attention, cross-attention to text, MLP; each where the config has it.
 
     attention="factorized": `attn` within each frame, then `attn_temp` over time at each position (Open-Sora 1.0).
-    "alternating": `attn` within each frame in even blocks, over time in odd ones (Latte). "full": `attn` over all tokens.
+    "alternating": `attn` within each frame in even blocks, over time in odd ones (Latte). "full": `attn` over all
+    tokens.
 
     `attn_temp` shares shift, scale and gate with `attn`: with its `proj` at zero it adds nothing. With gates and
     `cross_attn.proj` at zero, as initialised, the block is the identity.
@@ -229,8 +231,8 @@ class STDiTBlock(nn.Module):
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor | None, state: BlockState
     ) -> tuple[Tensor, Tensor | None, ComputeStats | None]:
-        """Tokens (B, T, S, D) and text (B or 1, L, D) -> the same two (text changes in joint attention only), and what a
-        dynamic block computed, in training."""
+        """Tokens (B, T, S, D) and text (B or 1, L, D) -> the same two (text changes in joint attention only), and what
+        a dynamic block computed, in training."""
         x, text = hidden_states, encoder_hidden_states
         cache = state.cache or self.precompute(state.modulation)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = cache.modulation
@@ -332,7 +334,8 @@ class STDiTBlock(nn.Module):
         return rearrange(y, "(b s) t d -> b t s d", s=x.shape[2])
 
     def add_temporal_positions(self, x: Tensor, state: BlockState) -> Tensor:
-        """x (B, T, S, D) with temporal positions on the residual stream, where `temporal_position_injection` says so."""
+        """x (B, T, S, D) with temporal positions on the residual stream, where `temporal_position_injection` says
+        so."""
         temporal, injected = state.positions.temporal, self.config.temporal_position_injection == "residual"
         if not injected or not self.first_in_time or temporal is None or state.grid[0] == 1:
             return x

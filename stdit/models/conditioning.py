@@ -42,7 +42,8 @@ class ConditionInputs(NamedTuple):
 
 
 class StaticConditions(NamedTuple):
-    """Timestep-independent conditions. `vector` (B or 1, D): added to the timestep embedding; `embedded`: class and text;
+    """Timestep-independent conditions. `vector` (B or 1, D): added to the timestep embedding; `embedded`: class and
+    text;
     `keys_values`: of the text, for each block's cross-attention."""
 
     vector: Tensor | None
@@ -54,8 +55,8 @@ class Conditions(NamedTuple):
     """Embedded conditions at one timestep.
 
     embedding (B or 1, T or 1, D), SiLU'd where adaLN reads it; text (B or 1, L, D) and its mask (B, 1, 1, keys) bool;
-    context_tokens (B or 1, T or 1, K, D); precomputed: caches of the blocks, final_modulation; depth: blocks that run, a
-    number or one per sample (B or 1,); None: all.
+    context_tokens (B or 1, T or 1, K, D); precomputed: caches of the blocks, final_modulation; depth: blocks that run,
+    a number or one per sample (B or 1,); None: all.
     """
 
     embedding: Tensor
@@ -82,7 +83,8 @@ def embed_conditions(model: STDiT, inputs: ConditionInputs, device: torch.device
 
 @torch.no_grad()
 def encode_static(model: STDiT, inputs: ConditionInputs) -> StaticConditions:
-    """Timestep-independent conditions (`inputs.timestep` and `.conditioning_frames` are ignored). ValueError as forward's."""
+    """Timestep-independent conditions (`inputs.timestep` and `.conditioning_frames` are ignored). ValueError as
+    forward's."""
     check_static(model.settings, inputs)
     weight = model.x_embedder.proj.weight
     vector, embedded = _embed_static(model, inputs, weight.device, weight.dtype)

@@ -9,8 +9,8 @@ D           hidden size
     x = block_i(x);  residual_i = joins_i(x)                                        joins start at zero
 
 The frozen model adds residual_i after its block i (Zhang et al. 2023, ControlNet; for transformers Chen et al. 2024,
-PixArt-δ, section 2.3). The control signal is latents, usually of the model's own autoencoder: an image, for every frame,
-or a video; depth, edges and poses are encoded as images.
+PixArt-δ, section 2.3). The control signal is latents, usually of the model's own autoencoder: an image, for every
+frame, or a video; depth, edges and poses are encoded as images.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class STDiTControl(STDiT):
         """The branch of `base` with copies of its weights, on its device, in its dtype and its mode (training or not).
 
         blocks: None for half of the base's (at least one). channels: None for those of the base's own latents, whose
-        patch embedding then is copied for the condition too. What is new is drawn from `seed`. ValueError: too many blocks, or a base
-        whose sparse blocks may be dropped.
+        patch embedding then is copied for the condition too. What is new is drawn from `seed`. ValueError: too many
+        blocks, or a base whose sparse blocks may be dropped.
         """
         if base.settings.sparse_dense:
             raise ValueError(
@@ -98,7 +98,8 @@ class STDiTControl(STDiT):
         for name, own in state.items():
             if name.startswith(NEW):
                 continue
-            # The last block's text stream has the first two of six modulation vectors, unless it is the base's last too.
+            # The last block's text stream has the first two of six modulation vectors, unless it is the base's last
+            # too.
             cut = ".context.adaLN_modulation." in name and own.shape != source[name].shape
             own.copy_(source[name][: 2 * width] if cut else source[name])
         if control.control_channels == settings.in_channels:
@@ -154,8 +155,8 @@ class STDiTControl(STDiT):
         """The `block_residuals` of `STDiT.forward`: (B, T, S, D) for each block of the branch.
 
         control: (B or 1, C', T or 1, H, W) latents; one frame is used for all. control_scale: factor of the residuals.
-        conditions: precomputed with this branch. inputs: the other conditions of `STDiT.forward`. ValueError: shapes that
-        do not fit, with both numbers, before any matrix product.
+        conditions: precomputed with this branch. inputs: the other conditions of `STDiT.forward`. ValueError: shapes
+        that do not fit, with both numbers, before any matrix product.
         """
         cond_inputs = ConditionInputs(timestep, **inputs)
         grid = check_inputs(self.settings, hidden_states, cond_inputs, conditions)

@@ -4,8 +4,9 @@
     python -m stdit.models.cost --config configs/models/pixart-XL-2.yaml --pixels 1 512 512 --compression 1 8 8
 
 Measured by running the model on torch's meta device, not computed from formulas. Multiply-adds are half of the FLOPs of
-matrix products, attention and convolutions (the DiT paper's Gflops); a training step costs three forwards, of the tokens that
-token routing keeps. Beside frozen weights (LoRA, a control branch) it is counted: their gradients are not computed.
+matrix products, attention and convolutions (the DiT paper's Gflops); a training step costs three forwards, of the
+tokens that token routing keeps. Beside frozen weights (LoRA, a control branch) it is counted: their gradients are not
+computed.
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Cost per sample. Activations: bytes saved for backward, with fused attention (no score matrix). trained: parameters that
-    training changes; the others are frozen.
+    """Cost per sample. Activations: bytes saved for backward, with fused attention (no score matrix). trained:
+    parameters that training changes; the others are frozen.
 
-    Under sequence parallelism multiply-adds, activations and exchanged bytes (sent to other ranks in forward and backward)
-    are those of the rank with the largest share.
+    Under sequence parallelism multiply-adds, activations and exchanged bytes (sent to other ranks in forward and
+    backward) are those of the rank with the largest share.
     """
 
     parameters: int
@@ -92,9 +93,10 @@ def model_cost(
     (0: the null caption), in float32 (bytes_per_element 4) or bfloat16 (2).
 
     batch: samples measured together, each with its own timestep; the result is per sample. (Alone, a sample saves less:
-    norm and modulation are one kernel.) sequence_parallel: ranks that share each sample. train: its token routing, whose
-    FLOPs and activations are fewer than those of three forwards, the head of its alignment, and its LoRA adapters or control
-    branch, beside which the model is frozen; None: all of the model is trained, on all tokens. Dynamic models count in full.
+    norm and modulation are one kernel.) sequence_parallel: ranks that share each sample. train: its token routing,
+    whose FLOPs and activations are fewer than those of three forwards, the head of its alignment, and its LoRA adapters
+    or control branch, beside which the model is frozen; None: all of the model is trained, on all tokens. Dynamic
+    models count in full.
     ValueError: arguments that the model rejects.
     """
     if bytes_per_element not in DTYPES:
@@ -193,15 +195,16 @@ def parameter_sizes(model: ModelConfig, train: TrainConfig) -> list[ParameterSiz
 
 
 def _build(model: ModelConfig, train: TrainConfig | None = None) -> STDiT | Controlled | Aligned:
-    """The model on the meta device; train: with its adapters or control branch, and otherwise frozen, if it has any, or with the
-    head of its alignment."""
+    """The model on the meta device; train: with its adapters or control branch, and otherwise frozen, if it has any, or
+    with the head of its alignment."""
     with META:
         built = STDiT.from_settings(model)
         return built if train is None else add_trainable(built, train)
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Memory-efficient attention: (B, N, H, d) and twice (B, M, H, d) -> (B, N, H, d); one number per query is saved."""
+    """Memory-efficient attention: (B, N, H, d) and twice (B, M, H, d) -> (B, N, H, d); one number per query is
+    saved."""
     heads_first = (x.transpose(1, 2) for x in (query, key, value))
     bias = None if mask is None or mask.dtype == torch.bool else mask
     y, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(*heads_first, bias, True)

@@ -1,4 +1,5 @@
-"""Dynamic compute: routers select heads, MLP channels and tokens, a table the exit depth (Zhao et al. 2025, DyDiT, section 3).
+"""Dynamic compute: routers select heads, MLP channels and tokens, a table the exit depth (Zhao et al. 2025, DyDiT,
+section 3).
 
 B           batch
 T, S        frames, tokens of a frame
@@ -8,9 +9,9 @@ H           heads, and channel groups of the MLP
     heads, groups = router(timestep embedding) > 0     dynamic width: one choice for all samples at a timestep
     tokens = router(x) > 0                             token skipping: after attention; other tokens skip the MLP
 
-In training everything is computed and masked, with straight-through Gumbel sigmoids. At inference less is computed: only
-the selected heads' and channels' weights are multiplied, and the selected tokens gathered. Early exit (how many blocks
-run) is a table of timesteps, `exit_depths`, without weights.
+In training everything is computed and masked, with straight-through Gumbel sigmoids. At inference less is computed:
+only the selected heads' and channels' weights are multiplied, and the selected tokens gathered. Early exit (how many
+blocks run) is a table of timesteps, `exit_depths`, without weights.
 """
 
 from __future__ import annotations
@@ -226,7 +227,8 @@ TransformerBlockRegistry.register(DynamicSTDiTBlock, BLOCK_METADATA)
 
 
 def _gate(logits: Tensor, noise: Tensor | None, force_full: Tensor | None) -> Tensor:
-    """1 where a logit is above 0, else 0; with noise (in training) the gradient is that of sigmoid((logit + noise) / 5).
+    """1 where a logit is above 0, else 0; with noise (in training) the gradient is that of sigmoid((logit + noise) /
+    5).
 
     force_full (B,) bool: samples for which everything is on.
     """

@@ -26,7 +26,8 @@ from stdit.models.positions import Grid, cached_table
 
 
 class PatchConv(nn.Conv3d):
-    """A convolution whose stride is its kernel, computed as one matrix product over patches: same weights, same result."""
+    """A convolution whose stride is its kernel, computed as one matrix product over patches: same weights, same
+    result."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, T pt, H ph, W pw), any dtype -> (B, D, T, H, W)."""
@@ -64,7 +65,8 @@ def patchify(latents: Tensor, patch_size: Grid) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, grid: Grid, patch_size: Grid, size: Sequence[int]) -> Tensor:
-    """(B, N, pt ph pw C), channels innermost as DiT has them -> (B, C, *size), cropped from (B, C, T pt, H ph, W pw)."""
+    """(B, N, pt ph pw C), channels innermost as DiT has them -> (B, C, *size), cropped from (B, C, T pt, H ph, W
+    pw)."""
     (t, h, w), (pt, ph, pw) = grid, patch_size
     x = rearrange(tokens, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
     return x[:, :, : size[0], : size[1], : size[2]]
@@ -90,7 +92,8 @@ def timestep_embedding(values: Tensor, size: int, freq_shift: int = 0) -> Tensor
 
 
 def as_vector(value: Any, device: torch.device) -> Tensor:
-    """A number, (), (1,) or (B,) -> (1,) or (B,). One value expanded over a batch comes back as (1,): the batch shares it."""
+    """A number, (), (1,) or (B,) -> (1,) or (B,). One value expanded over a batch comes back as (1,): the batch shares
+    it."""
     vector = torch.as_tensor(value, device=device).reshape(-1)
     return vector[:1] if vector.stride(0) == 0 else vector
 
@@ -143,8 +146,8 @@ class ConditionEmbedder(nn.Module):
     * `y_embedding` (max_text_tokens, E): the null caption. null_text "token": its first row, as one token (the other
       rows are there for weights that have them). "sequence": its first L rows, under the mask of the caption of L
       tokens that it replaces. "empty": there is none.
-    * `y_proj`: text features to width D. `pooled_proj`: their mean over tokens, or a pooled vector, to a vector of width
-      D; for the mean its last layer starts at 0.
+    * `y_proj`: text features to width D. `pooled_proj`: their mean over tokens, or a pooled vector, to a vector of
+      width D; for the mean its last layer starts at 0.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -12,8 +12,8 @@ from stdit.models.stdit import STDiT
 
 
 def add_trainable(base: STDiT, train: TrainConfig, seed: int = 0) -> STDiT | Controlled | Aligned:
-    """`base` with new LoRA adapters or a new control branch, and otherwise frozen, if `train` has one; with a new head for
-    `train.alignment`; else `base`.
+    """`base` with new LoRA adapters or a new control branch, and otherwise frozen, if `train` has one; with a new head
+    for `train.alignment`; else `base`.
 
     ValueError: a target that no layer has, more blocks than the model.
     """

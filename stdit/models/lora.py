@@ -1,4 +1,5 @@
-"""Low-rank adapters (Hu et al. 2021, LoRA) through peft: W x + scale · alpha / rank · B A x, with B initialised at zero.
+"""Low-rank adapters (Hu et al. 2021, LoRA) through peft: W x + scale · alpha / rank · B A x, with B initialised at
+zero.
 
     add_adapter(model, rank=8, seed=0)                        freezes the model; A and B of every target layer train
     save_adapter(model, folder)                               pytorch_lora_weights.safetensors, as diffusers writes it
@@ -63,7 +64,8 @@ def attention_layers(model: nn.Module) -> list[str]:
 
 
 def match_targets(model: nn.Module, target_modules: Sequence[str] | None) -> list[str]:
-    """Names of the layers that match (None: every attention's). ValueError: a target without a match, listing all names."""
+    """Names of the layers that match (None: every attention's). ValueError: a target without a match, listing all
+    names."""
     if target_modules is None:
         return attention_layers(model)
     names = linear_layers(model)
@@ -114,8 +116,8 @@ def write_adapter(folder: Path, weights: dict[str, Tensor], text: str) -> None:
 
 
 def _with_sorted_metadata(content: bytes) -> bytes:
-    """A safetensors file with its metadata in order: safetensors writes several entries in an order that differs from call to
-    call, and equal adapters would have unequal bytes."""
+    """A safetensors file with its metadata in order: safetensors writes several entries in an order that differs from
+    call to call, and equal adapters would have unequal bytes."""
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

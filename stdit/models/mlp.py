@@ -52,8 +52,8 @@ class SwiGLU(nn.Module):
 class ConvMlp(Mlp):
     """fc2(depthwise_conv(gelu(fc1(x)))) on the grid (Li et al. 2021, LocalViT; J. Rineau's DiT).
 
-    over_time: a 3 x 3 x 3 convolution, else 3 x 3 within each frame. Temporal padding repeats the first and last frame, so
-    that a still clip gives the output of its frame.
+    over_time: a 3 x 3 x 3 convolution, else 3 x 3 within each frame. Temporal padding repeats the first and last frame,
+    so that a still clip gives the output of its frame.
     """
 
     def __init__(self, hidden_size: int, hidden: int, gelu: Literal["tanh", "erf"], over_time: bool) -> None:

@@ -1,14 +1,15 @@
-"""Packed sequences: clips of several shapes in one forward pass, their tokens in one row, each attending to its own clip alone
-(Krell et al. 2021; Dehghani et al. 2023, NaViT, section 2.1).
+"""Packed sequences: clips of several shapes in one forward pass, their tokens in one row, each attending to its own
+clip alone (Krell et al. 2021; Dehghani et al. 2023, NaViT, section 2.1).
 
 B, T, S     clips, frames and tokens of a frame of one part, whose clips have equal shapes
 N           tokens of all parts: the sum of B T S
 R           rows of modulation: a clip's, or one for each of its frames
 D           hidden size
 
-Embedding and unpatchifying go part by part, by the part's own grid. Between them the tokens are (1, N, 1, D), as N frames of one token:
-a block runs as it is, with modulation and positions by token. What attends to what are diagonal blocks (block_diagonal.py): clips in full
-attention, frames in attention within them, positions of a clip in attention over time, a clip and its caption.
+Embedding and unpatchifying go part by part, by the part's own grid. Between them the tokens are (1, N, 1, D), as N
+frames of one token: a block runs as it is, with modulation and positions by token. What attends to what are diagonal
+blocks (block_diagonal.py): clips in full attention, frames in attention within them, positions of a clip in attention
+over time, a clip and its caption.
 """
 
 from __future__ import annotations
@@ -32,14 +33,16 @@ if TYPE_CHECKING:
 
 
 class PackedClips(NamedTuple):
-    """What `STDiT.forward` takes in place of latents: for each part, clips of one shape, its arguments by name (hidden_states, conditions,
-    generator). The timestep is a number, (1,), or one for each clip of all parts, in their order."""
+    """What `STDiT.forward` takes in place of latents: for each part, clips of one shape, its arguments by name
+    (hidden_states, conditions, generator). The timestep is a number, (1,), or one for each clip of all parts, in their
+    order."""
 
     parts: Sequence[Mapping[str, Any]]
 
 
 class Part(NamedTuple):
-    """One part, embedded: tokens (B, T, S, D), its grid and latents' size, factors of drop path (depth, 3, B, 1, 1, 1)."""
+    """One part, embedded: tokens (B, T, S, D), its grid and latents' size, factors of drop path (depth, 3, B, 1, 1,
+    1)."""
 
     x: Tensor
     grid: Grid

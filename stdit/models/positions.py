@@ -33,8 +33,8 @@ class Rope(NamedTuple):
 
 
 class PositionEmbeddings(NamedTuple):
-    """Positions of one grid: tables to add, `spatial` (S, D) and `temporal` (T, D), and the rotations of spatial (or full)
-    attention, `rope`, and of temporal attention, `rope_temp`."""
+    """Positions of one grid: tables to add, `spatial` (S, D) and `temporal` (T, D), and the rotations of spatial (or
+    full) attention, `rope`, and of temporal attention, `rope_temp`."""
 
     spatial: Tensor | None
     temporal: Tensor | None
@@ -115,7 +115,8 @@ def cached_table(make: Callable[..., _Table]) -> Callable[..., _Table]:
 
 
 def _spatial_axis(n: int, base: int | None, interpolation: float) -> Tensor:
-    """Coordinates of n patches: 0 … n-1, or, with a base, 0 … base whatever n; over `interpolation`. float32, as published."""
+    """Coordinates of n patches: 0 … n-1, or, with a base, 0 … base whatever n; over `interpolation`. float32, as
+    published."""
     at = torch.arange(n, dtype=torch.float32)
     return (at if base is None else at / (n / base)) / interpolation
 
@@ -159,7 +160,8 @@ def sincos_spatial(
 def sincos_temporal(
     frames: int, hidden_size: int, interpolation: float, from_first: bool, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """(T, D): [sin, cos] of the frame's number over `interpolation`; `from_first`: minus the first frame's, which is then 0."""
+    """(T, D): [sin, cos] of the frame's number over `interpolation`; `from_first`: minus the first frame's, which is
+    then 0."""
     table = _sincos_axis(torch.arange(frames, dtype=torch.float64) / interpolation, hidden_size)
     return (table - table[:1] if from_first else table).to(device, dtype)
 

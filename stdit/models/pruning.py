@@ -24,7 +24,8 @@ MIN_CACHE_BYTES = 256 * 2**20
 
 
 class RouterMask(NamedTuple):
-    """1 for what is selected, else 0: heads, heads_temp (B or 1, H), groups (B or 1, 1, 1, inner channels). None: all."""
+    """1 for what is selected, else 0: heads, heads_temp (B or 1, H), groups (B or 1, 1, 1, inner channels). None:
+    all."""
 
     heads: Tensor | None = None
     heads_temp: Tensor | None = None
@@ -107,8 +108,8 @@ def _linears(mlp: Mlp | SwiGLU) -> tuple[nn.Linear, nn.Linear]:
 
 
 def is_bare(layer: nn.Module) -> bool:
-    """Whether calling `layer` is its matrix product and nothing else: an nn.Linear without hooks of torch, accelerate or
-    diffusers, whose forward is torch's or one marked `is_linear` (stdit.ops.onednn), and whose weight is present
+    """Whether calling `layer` is its matrix product and nothing else: an nn.Linear without hooks of torch, accelerate
+    or diffusers, whose forward is torch's or one marked `is_linear` (stdit.ops.onednn), and whose weight is present
     (ZeRO-3 leaves (0,) between calls)."""
     if type(layer) is not nn.Linear:
         return False
@@ -129,8 +130,8 @@ def _shallow_copy(module: Any) -> Any:
 
 
 def _prune_linear(layer: nn.Linear, indices: Tensor, groups: int, stacked: int | None) -> nn.Linear:
-    """`layer` with the groups `indices` (indices): groups of rows in each of `stacked` equal matrices, or of columns (None).
-    Copying by groups is five times as fast as by columns."""
+    """`layer` with the groups `indices` (indices): groups of rows in each of `stacked` equal matrices, or of columns
+    (None). Copying by groups is five times as fast as by columns."""
     weight, bias = layer.weight, layer.bias
     indices = indices.to(weight.device)
     if stacked is None:

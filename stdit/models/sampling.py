@@ -22,15 +22,16 @@ from stdit.models.control import STDiTControl
 from stdit.models.embeddings import trim_padding
 from stdit.models.stdit import STDiT
 
-# Bytes of modulation precomputed at a time: 50 steps of DiT-XL in float32 fit for six samples, of PixArt for any number.
+# Bytes of modulation precomputed at a time: 50 steps of DiT-XL in float32 fit for six samples, of PixArt for any
+# number.
 LIMIT = 256 * 2**20
 
 
 class CachedConditions:
     """A model, with its control branch if there is one, whose conditions are computed once per sampling run.
 
-    Text, class and size are embedded and the text's keys and values projected once; every block's modulation is computed
-    for many timesteps in one matrix product, as many as fit in `limit` bytes (of model and branch together).
+    Text, class and size are embedded and the text's keys and values projected once; every block's modulation is
+    computed for many timesteps in one matrix product, as many as fit in `limit` bytes (of model and branch together).
 
     Weights that only the model's own forward fetches (ZeRO-3 partitions, group offloading) can't be used ahead: the
     model is then called with its conditions at every step.
@@ -45,7 +46,8 @@ class CachedConditions:
     def bind(self, cond: Mapping[str, Any], times: Tensor) -> Callable[[Tensor, int], Tensor]:
         """(x_t (B, C, T, H, W), step) -> prediction, of x_t's dtype, at times[step] under `cond`.
 
-        cond: by the keywords of the model's forward, (B, …) or (1, …), and `control` for the branch; path_drop is a bool. times (N,).
+        cond: by the keywords of the model's forward, (B, …) or (1, …), and `control` for the branch; path_drop is a
+        bool. times (N,).
         ValueError: conditions that don't fit the model, before any matrix product.
         """
         inputs = dict(cond)

@@ -2,18 +2,20 @@
 
 B batch · T frames · S tokens of a frame · D hidden size · H heads, d head width · L text tokens · n ranks of a group
 
-Between attentions a rank has S / n tokens of every frame, (B, T, S / n, D), so that temporal attention, attention to text,
-MLP and modulation run as on one rank. The other attentions exchange:
+Between attentions a rank has S / n tokens of every frame, (B, T, S / n, D), so that temporal attention, attention to
+text, MLP and modulation run as on one rank. The other attentions exchange:
 
     within frames   tokens for whole frames, B T / n a rank, and back: x twice (Zhao et al. 2024, DSP)
-    full            heads of queries, keys and values for all tokens, and back: four times x (Jacobs et al. 2023, Ulysses)
+    full            heads of queries, keys and values for all tokens, and back: four times x (Jacobs et al. 2023,
+                    Ulysses)
     joint           as these; text is replicated: in full attention its heads are divided and its output gathered
 
 What n does not divide is shared out as evenly as possible: ranks differ by at most one token, frame or head.
 
-Gradients. Every function here is differentiated exactly, across ranks: backward gives each rank the gradient of the sum of
-all ranks' losses. The ranks of a group compute the same loss, from the gathered prediction; so the mean of the gradients
-over all ranks of a run, as DeepSpeed and DDP take it, is that of the mean loss, with no factor to be set anywhere.
+Gradients. Every function here is differentiated exactly, across ranks: backward gives each rank the gradient of the sum
+of all ranks' losses. The ranks of a group compute the same loss, from the gathered prediction; so the mean of the
+gradients over all ranks of a run, as DeepSpeed and DDP take it, is that of the mean loss, with no factor to be set
+anywhere.
 """
 
 from __future__ import annotations
@@ -190,7 +192,7 @@ def _exchange(
 
 
 def all_to_all(x: Tensor, received: Sequence[int], sent: Sequence[int], group: str) -> Tensor:
-    """`sent[i]` numbers of x (N,) to rank i of `group`, and `received[i]` from it. Differentiable; needs no process group
-    on the meta device."""
+    """`sent[i]` numbers of x (N,) to rank i of `group`, and `received[i]` from it. Differentiable; needs no process
+    group on the meta device."""
     ops = torch.ops._c10d_functional
     return ops.wait_tensor(ops.all_to_all_single(x, list(received), list(sent), group))

@@ -56,7 +56,8 @@ from stdit.models.token_routing import SparseDenseFusion, drop_path_of_all, put_
 
 
 class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
-    """A diffusers model: save_pretrained, from_pretrained, schedulers, LoRA, attention back ends and caches work as usual.
+    """A diffusers model: save_pretrained, from_pretrained, schedulers, LoRA, attention back ends and caches work as
+    usual.
 
     `STDiT.from_settings(ModelConfig(...))` constructs one; `.settings` is its config.
     """
@@ -130,8 +131,8 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         """Predicts noise or velocity, by the objective that the model was trained with.
 
         Args:
-            hidden_states: (B, C, T, H, W) noised latents; or clips of several shapes with their conditions, whose predictions are
-                returned as a list (stdit.models.packing).
+            hidden_states: (B, C, T, H, W) noised latents; or clips of several shapes with their conditions, whose
+                predictions are returned as a list (stdit.models.packing).
             timestep: 0 to 1000 (1000 is noise), float or int; a number, (1,) or (B,).
             encoder_hidden_states: (B, L, text_dim) text features; None: the null caption.
             encoder_attention_mask: (B, L), True (or 1) for valid tokens; None: all. A caption without any is null.
@@ -188,7 +189,8 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
     def embed_latents(
         self, hidden_states: Tensor, grid: Grid, added_cond_kwargs: Mapping[str, Any] | None
     ) -> tuple[Tensor, PositionEmbeddings]:
-        """Latents (B, C, T, H, W) to tokens (B, T, S, D) with positions, and the position embeddings of the attentions."""
+        """Latents (B, C, T, H, W) to tokens (B, T, S, D) with positions, and the position embeddings of the
+        attentions."""
         added = added_cond_kwargs or {}
         x = self.x_embedder(hidden_states).unflatten(1, (grid[0], -1))
         pixels = (added.get("height"), added.get("width"))
@@ -315,14 +317,16 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
         return ((drawn < keep) / keep).to(x.dtype)[..., None, None, None]
 
     def set_sequence_parallel(self, parallel: SequenceParallel | None) -> None:
-        """Divides the tokens of every forward pass over a group of ranks, which must all call the model, with equal inputs;
-        each gets the whole prediction (stdit.models.sequence_parallel). ValueError: the architecture does not allow it."""
+        """Divides the tokens of every forward pass over a group of ranks, which must all call the model, with equal
+        inputs; each gets the whole prediction (stdit.models.sequence_parallel). ValueError: the architecture does not
+        allow it."""
         if parallel is not None:
             self.settings.check_sequence_parallel(parallel.size)
         self.sequence_parallel = parallel
 
     def set_token_routing(self, routing: TokenRoutingConfig | None) -> None:
-        """Has tokens bypass blocks in training (stdit.models.token_routing). ValueError: the architecture does not allow it."""
+        """Has tokens bypass blocks in training (stdit.models.token_routing). ValueError: the architecture does not
+        allow it."""
         if routing is not None and self.sequence_parallel is not None:
             raise ValueError("token_routing does not go with sequence parallelism: ranks would keep unequal tokens")
         if routing is not None:
@@ -348,7 +352,8 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As diffusers', and strict: safetensors by default; ValueError listing missing, unexpected and mismatched keys."""
+        """As diffusers', and strict: safetensors by default; ValueError listing missing, unexpected and mismatched
+        keys."""
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
         config = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "", "config.json")

@@ -1,16 +1,17 @@
-"""Token routing in training (Krause et al. 2025, TREAD): a share of the tokens bypasses some blocks and is put back after them.
+"""Token routing in training (Krause et al. 2025, TREAD): a share of the tokens bypasses some blocks and is put back
+after them.
 
 B           batch
 T, S        frames, tokens of a frame
 K           tokens of a frame that are kept: the others bypass blocks start … end - 1
 D, d        hidden size, head width
 
-Kept patches are drawn anew for each sample and are the same in all of its frames. So attention within frames sees K tokens,
-attention over time all T frames at K places, full attention T K tokens; every one keeps its own position. In-context tokens
-are always kept. Sampling and validation run all tokens.
+Kept patches are drawn anew for each sample and are the same in all of its frames. So attention within frames sees K
+tokens, attention over time all T frames at K places, full attention T K tokens; every one keeps its own position.
+In-context tokens are always kept. Sampling and validation run all tokens.
 
-With `model.sparse_dense` (SPRINT, arXiv 2510.21986) what bypassed the blocks is put back as a learned mask token, and a linear map
-fuses it with the tokens before them.
+With `model.sparse_dense` (SPRINT, arXiv 2510.21986) what bypassed the blocks is put back as a learned mask token, and a
+linear map fuses it with the tokens before them.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from stdit.models.positions import Rope
 def route_tokens(
     routing: TokenRoutingConfig, config: ModelConfig, states: list[BlockState], x: Tensor, generator: Generators
 ) -> list[BlockState]:
-    """`states` for tokens x (B, T, S, D), those of the routed blocks with what their K tokens need, and with the samples whose path is
-    dropped. Nothing is drawn for the latter at path_drop 0."""
+    """`states` for tokens x (B, T, S, D), those of the routed blocks with what their K tokens need, and with the
+    samples whose path is dropped. Nothing is drawn for the latter at path_drop 0."""
     kept = choose_tokens(routing.share, states[0].grid, x, generator)
     changes: dict[str, Any] = {}
     if kept.shape[1] < x.shape[2]:
@@ -57,10 +58,11 @@ def _of_kept_tokens(config: ModelConfig, state: BlockState, x: Tensor, kept: Ten
 
 
 class SparseDenseFusion(nn.Module):
-    """Fuses the tokens before the sparse blocks with those after them: Linear([dense, sparse]), 2 D -> D (SPRINT, arXiv 2510.21986).
+    """Fuses the tokens before the sparse blocks with those after them: Linear([dense, sparse]), 2 D -> D (SPRINT, arXiv
+    2510.21986).
 
-    Tokens that bypassed the sparse blocks, and all of a sample whose path is dropped, are `mask_token` in `sparse`. As initialised it
-    returns `sparse`: the model is the one without it.
+    Tokens that bypassed the sparse blocks, and all of a sample whose path is dropped, are `mask_token` in `sparse`. As
+    initialised it returns `sparse`: the model is the one without it.
     """
 
     def __init__(self, width: int) -> None:
@@ -77,7 +79,8 @@ class SparseDenseFusion(nn.Module):
         nn.init.zeros_(self.mask_token)
 
     def forward(self, dense: Tensor, sparse: Tensor, state: BlockState) -> Tensor:
-        """Tokens before and after the sparse blocks, (B, T, S, D) each, and the state of one of these -> (B, T, S, D)."""
+        """Tokens before and after the sparse blocks, (B, T, S, D) each, and the state of one of these -> (B, T, S,
+        D)."""
         if state.path_dropped is True:
             sparse = self.mask_token.to(dense.dtype).expand_as(dense)
         elif self.training:  # in every step, so that ranks agree on which parameters have gradients
@@ -96,8 +99,8 @@ def _ran(x: Tensor, state: BlockState) -> Tensor:
 
 
 def choose_tokens(share: float, grid: tuple[int, int, int], x: Tensor, generator: Generators) -> Tensor:
-    """(B, K) indices, rising, into the tokens of a frame of x (B, T, S, D): all but `share` of the patches, at least one, and
-    whatever comes after the patches."""
+    """(B, K) indices, rising, into the tokens of a frame of x (B, T, S, D): all but `share` of the patches, at least
+    one, and whatever comes after the patches."""
     patches = grid[1] * grid[2]
     count = max(1, patches - round(share * patches))
     order = uniform((patches,), len(x), generator, x.device).argsort(dim=1)

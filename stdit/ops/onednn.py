@@ -5,11 +5,12 @@
 
 torch multiplies float32 with MKL, which uses half of the vector width of processors other than Intel's; oneDNN, which
 torch ships for bfloat16 and convolutions, uses all of it. torch / oneDNN, seconds of one thread, 256 rows, forward and
-backward: EPYC Zen 5 2.2 (265 GFLOP/s); EPYC Zen 4, which has half-width units, 1.0 at width 384 to 1.1 at 768; Intel Xeon with AMX
-0.67 to 0.90 in the weights' gradient. Results differ in the last digits, as between two machines.
+backward: EPYC Zen 5 2.2 (265 GFLOP/s); EPYC Zen 4, which has half-width units, 1.0 at width 384 to 1.1 at 768; Intel
+Xeon with AMX 0.67 to 0.90 in the weights' gradient. Results differ in the last digits, as between two machines.
 
 A layer's `forward` is replaced on the instance, as accelerate does it. Copies (copy.deepcopy) are applied too; pickles
-are plain. Calls that oneDNN cannot serve (other devices and types, autocast, torch.func, exports, ZeRO-3) go to F.linear.
+are plain. Calls that oneDNN cannot serve (other devices and types, autocast, torch.func, exports, ZeRO-3) go to
+F.linear.
 """
 
 from __future__ import annotations
@@ -189,7 +190,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def forward(layer: nn.Linear, input: Tensor) -> Tensor:
-    """nn.Linear.forward by oneDNN. Named so that a pickled layer, which stores its method by name, loads as a plain one."""
+    """nn.Linear.forward by oneDNN. Named so that a pickled layer, which stores its method by name, loads as a plain
+    one."""
     return linear(input, layer.weight, layer.bias)
 
 
@@ -249,8 +251,8 @@ def set_backend(model: nn.Module, backend: Backend = "auto") -> list[str]:
 def preferred() -> tuple[Literal["onednn", "torch"], str]:
     """The faster library on this processor, and why.
 
-    Goes by the vendor, as MKL itself does, and measures nothing: a measurement beside other programs may come out either
-    way, and a resumed run has to multiply as the run before it did.
+    Goes by the vendor, as MKL itself does, and measures nothing: a measurement beside other programs may come out
+    either way, and a resumed run has to multiply as the run before it did.
     """
     if not _AVAILABLE:
         return "torch", "no AVX-512, or a torch whose oneDNN operator is not the one expected"

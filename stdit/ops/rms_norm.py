@@ -2,9 +2,9 @@
 
     rms_norm(x, weight, eps)       as F.rms_norm over the last dimension
 
-torch composes the norm and its gradient of some twenty operators, each a pass over memory. torch's time / ours, one thread of an EPYC,
-forward and backward: 1.8 in bfloat16 and 1.3 in float32 at (12, 96, 6, 32), 1.9 and 1.7 at (4, 1024, 6, 64). Results differ in the last
-digits.
+torch composes the norm and its gradient of some twenty operators, each a pass over memory. torch's time / ours, one
+thread of an EPYC, forward and backward: 1.8 in bfloat16 and 1.3 in float32 at (12, 96, 6, 32), 1.9 and 1.7 at (4, 1024,
+6, 64). Results differ in the last digits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from stdit.ops.onednn import is_transformed
 
-# On the meta device too, where the forecast counts what backward keeps: x, the weight and a factor a row, as CUDA's kernel does.
+# On the meta device too, where the forecast counts what backward keeps: x, the weight and a factor a row, as CUDA's
+# kernel does.
 DEVICES = ("cpu", "meta")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -1,1 +1,2 @@
-"""Training: DeepSpeed, optimizer, moving average, checkpoints, ranks, what is recorded. The loop itself is stdit/train.py."""
+"""Training: DeepSpeed, optimizer, moving average, checkpoints, ranks, what is recorded. The loop itself is
+stdit/train.py."""

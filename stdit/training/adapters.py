@@ -79,7 +79,8 @@ def weights_fingerprint(folder: Path) -> str:
 
 
 def check_base(base: Base, found: Path | None = None) -> Path:
-    """Folder of `base`, now perhaps in `found`, after comparing fingerprints. ConfigError: missing, or other weights."""
+    """Folder of `base`, now perhaps in `found`, after comparing fingerprints. ConfigError: missing, or other
+    weights."""
     folder = found or Path(base.folder)
     if not folder.is_dir():
         raise ConfigError(f"the base weights in {folder} are gone; {MOVED_HINT}")
@@ -143,8 +144,8 @@ def load_trainable(base: STDiT, trained: Path, config: Config) -> STDiT | Contro
 
 
 def save_trained(module: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
-    """Saves trained weights (by name) of `module` to `folder`, as a diffusers model (without the head of an alignment) or a LoRA
-    adapter."""
+    """Saves trained weights (by name) of `module` to `folder`, as a diffusers model (without the head of an alignment)
+    or a LoRA adapter."""
     if isinstance(module, Aligned):
         own = {name.removeprefix("base."): weight for name, weight in state.items() if name.startswith("base.")}
         _save(STDiT, module.base.config, own, folder)
@@ -183,8 +184,8 @@ def _save(kind: type[STDiT], settings: Any, state: dict[str, Tensor], folder: Pa
 def load_trained(
     folder: Path, base: Path | None = None, dtype: torch.dtype | None = None
 ) -> tuple[STDiT, STDiTControl | None]:
-    """Model, and control branch if any, of a checkpoint's weights `folder` (transformer_ema, lora, …). A LoRA adapter is
-    named `default`.
+    """Model, and control branch if any, of a checkpoint's weights `folder` (transformer_ema, lora, …). A LoRA adapter
+    is named `default`.
 
     base: where the base is, if neither in its recorded folder nor in the run's init.source. ConfigError: not found, or
     changed. ValueError: a damaged file.
@@ -216,8 +217,8 @@ def resolve_weights(source: Path, weights: Weights) -> Path:
 
 @contextmanager
 def full_model(source: Path, weights: Weights = "ema") -> Iterator[Path]:
-    """`source`; of a LoRA run, its checkpoint or its adapters, a temporary folder with them merged into their base; of a
-    control run, the folder of its branch.
+    """`source`; of a LoRA run, its checkpoint or its adapters, a temporary folder with them merged into their base; of
+    a control run, the folder of its branch.
 
     ConfigError: a base that is gone or changed, no intact checkpoint.
     """

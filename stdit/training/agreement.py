@@ -1,4 +1,5 @@
-"""What all ranks of a run must have in common, compared when they have met: hosts may differ in their checkout, their config, their disks."""
+"""What all ranks of a run must have in common, compared when they have met: hosts may differ in their checkout, their
+config, their disks."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ MAX_NAMED = 3
 
 
 def check_ranks(config: Config, ranks: Ranks) -> None:
-    """ConfigError, on every rank and with the first one that differs: another code or config than rank 0's, or a run directory of its own.
-    Collective."""
+    """ConfigError, on every rank and with the first one that differs: another code or config than rank 0's, or a run
+    directory of its own. Collective."""
     if ranks.size == 1:
         return
     values = config.model_dump(mode="json")

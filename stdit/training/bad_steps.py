@@ -32,8 +32,8 @@ class BadSteps:
     def metrics(
         self, step: int, data_step: Step, losses: Sequence[Tensor], mean_loss: float, finite: bool
     ) -> dict[str, Any]:
-        """What is logged of a step. losses: of its samples, (B,) of each micro-batch. finite: its gradient, else its batches
-        are kept (stdit.training.divergence)."""
+        """What is logged of a step. losses: of its samples, (B,) of each micro-batch. finite: its gradient, else its
+        batches are kept (stdit.training.divergence)."""
         key = data_step.key
         logged: dict[str, Any] = {"rewinds": len(self.rewinds)} if self.rewinds else {}
         self.skipped.add(key, not finite)
@@ -58,7 +58,8 @@ class BadSteps:
 
     def check(self, step: int, data_step: Step, mean_loss: float, saver: Saver) -> None:
         """After `metrics`. Diverged: too many steps were skipped, or spikes rewound. Rewound: this one is a spike, with
-        `train.on_spike: rewind`; the engine is closed. Both on every rank, so that the checkpoint on its way is written before."""
+        `train.on_spike: rewind`; the engine is closed. Both on every rank, so that the checkpoint on its way is written
+        before."""
         rewinds = self._spike is not None and self.config.train.on_spike == "rewind"
         try:
             self.skipped.check(step, last=step == self.config.train.steps)

@@ -1,8 +1,8 @@
 """Checkpoint folders: layout, integrity, identity.
 
     run_dir/checkpoints/step-00000020/   DeepSpeed's shards, one or more per rank
-                                         transformer/, transformer_ema/   diffusers folders, float32; of a fine-tuning run
-                                         control/, control_ema/ or lora/, lora_ema/
+                                         transformer/, transformer_ema/   diffusers folders, float32; of a fine-tuning
+                                         run control/, control_ema/ or lora/, lora_ema/
                                          identity.json   config, encoders, step, data position
                                          manifest.json   size and sha256 of every file; written last
                                          ema_profiles/    averages of train.ema.profiles, float32 by parameter name
@@ -10,8 +10,8 @@
                         latest           name of the newest one, for people
 
 A checkpoint is written as step-00000020.partial and renamed when its manifest is complete; it goes the same way when it
-is removed. One whose files differ from its manifest is damaged: it is reported, and the one before it is used. A resumed
-run renames it to step-00000020.damaged, so that it counts for nothing and that step is saved again.
+is removed. One whose files differ from its manifest is damaged: it is reported, and the one before it is used. A
+resumed run renames it to step-00000020.damaged, so that it counts for nothing and that step is saved again.
 
 Nothing is removed that this package did not write: a partial folder holds a mark of its own, a complete one a manifest
 that carries its own hash. Folders of other names are ignored.
@@ -127,7 +127,8 @@ def seal_partial(partial: Path, folder: Path, expected: FileEntries = MappingPro
 
 
 def write_manifest(checkpoint: Path, expected: FileEntries = MappingProxyType({})) -> None:
-    """Syncs every file that is not in `expected` to disk, then writes the manifest of all. CheckpointError: as `complete`."""
+    """Syncs every file that is not in `expected` to disk, then writes the manifest of all. CheckpointError: as
+    `complete`."""
     missing = []
     for name, entry in sorted(expected.items()):
         path = checkpoint / name
@@ -143,7 +144,8 @@ def write_manifest(checkpoint: Path, expected: FileEntries = MappingProxyType({}
 
 
 def write_rank_mark(partial: Path, rank: int, files: Sequence[Path]) -> None:
-    """Syncs the files that `rank` has written into `partial`, and says so there: they are complete, with their hashes."""
+    """Syncs the files that `rank` has written into `partial`, and says so there: they are complete, with their
+    hashes."""
     atomic_write(partial / _rank_mark(rank), json.dumps(integrity.sync_files(partial, files)))
 
 
@@ -224,7 +226,8 @@ def read_done(run_dir: Path) -> dict[str, Any]:
 
 
 def is_done(run_dir: Path, steps: int) -> bool:
-    """Whether done.json says that the run is complete, with `steps` steps or more. Its checkpoint is not verified (`find_final`)."""
+    """Whether done.json says that the run is complete, with `steps` steps or more. Its checkpoint is not verified
+    (`find_final`)."""
     try:
         return read_done(run_dir)["step"] >= steps
     except ConfigError:
@@ -232,8 +235,8 @@ def is_done(run_dir: Path, steps: int) -> bool:
 
 
 def find_final(run_dir: Path, steps: int) -> Path | None:
-    """The intact checkpoint that done.json names; None if the run is not complete, with `steps` steps or more, or if file or checkpoint
-    are damaged."""
+    """The intact checkpoint that done.json names; None if the run is not complete, with `steps` steps or more, or if
+    file or checkpoint are damaged."""
     path = run_dir / DONE
     if not path.is_file():
         return None
@@ -256,8 +259,8 @@ def find_final(run_dir: Path, steps: int) -> Path | None:
 
 
 def unfinished_files(run_dir: Path) -> set[tuple[str, int]]:
-    """Files of checkpoints that are being written or removed, with their sizes. Never fails: what is renamed, removed or lost meanwhile
-    is left out."""
+    """Files of checkpoints that are being written or removed, with their sizes. Never fails: what is renamed, removed
+    or lost meanwhile is left out."""
     found: set[tuple[str, int]] = set()
     with contextlib.suppress(OSError):
         for partial in (run_dir / FOLDER).glob("*.partial"):
@@ -276,8 +279,8 @@ def remove_partials(run_dir: Path, name: str = FOLDER) -> None:
 
 
 def check_in_the_way(run_dir: Path, latest: Path | None) -> None:
-    """ConfigError: what has a name that this run may write (of a checkpoint newer than `latest`, one that is being written or converted,
-    `latest`) is none of ours."""
+    """ConfigError: what has a name that this run may write (of a checkpoint newer than `latest`, one that is being
+    written or converted, `latest`) is none of ours."""
     done, folder = -1 if latest is None else step_of(latest), run_dir / FOLDER
     for path in [folder, *sorted(folder.glob("*"))]:
         step = _NAME.match(path.name)
@@ -324,9 +327,9 @@ def set_aside(folder: Path, suffix: str) -> Path:
 def prune(run_dir: Path, keep: int, intact: set[Path], every: int | None = None, best: int = 0) -> None:
     """Removes complete checkpoints older than the `keep` newest of `intact`, those that this process wrote or verified.
 
-    every: those whose step is a multiple of it stay; best: so do so many intact ones with the lowest validation loss, which are verified
-    once and added to `intact`. With fewer than `keep` of them nothing is removed: the others may be damaged. Folders without
-    a manifest of ours stay.
+    every: those whose step is a multiple of it stay; best: so do so many intact ones with the lowest validation loss,
+    which are verified once and added to `intact`. With fewer than `keep` of them nothing is removed: the others may be
+    damaged. Folders without a manifest of ours stay.
     """
     kept = sorted((c for c in intact if (c / MANIFEST).exists()), key=step_of, reverse=True)[:keep]
     if len(kept) < keep:
@@ -349,8 +352,8 @@ def prune(run_dir: Path, keep: int, intact: set[Path], every: int | None = None,
 
 
 def best_checkpoints(run_dir: Path, count: int, intact: set[Path]) -> list[Path]:
-    """The `count` intact checkpoints with the lowest validation losses, the best first; those without one do not count. Those that are
-    not in `intact` are verified, and added to it."""
+    """The `count` intact checkpoints with the lowest validation losses, the best first; those without one do not count.
+    Those that are not in `intact` are verified, and added to it."""
     if not count:
         return []
     losses = []
@@ -382,9 +385,10 @@ def make_identity(
     recent_losses: Mapping[str, Sequence[float]] = MappingProxyType({}),
     skipped_steps: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Content of identity.json. architecture: the diffusers config. data: video_encoder, text_encoder, classes, frame_rates,
-    and the fingerprint of the features. base: folder and fingerprint of a fine-tuning run's frozen weights. recent_losses: the
-    last ones of each bucket. skipped_steps: counts of stdit.training.divergence.SkippedSteps. A validation loss that is not finite counts as none."""
+    """Content of identity.json. architecture: the diffusers config. data: video_encoder, text_encoder, classes,
+    frame_rates, and the fingerprint of the features. base: folder and fingerprint of a fine-tuning run's frozen
+    weights. recent_losses: the last ones of each bucket. skipped_steps: counts of
+    stdit.training.divergence.SkippedSteps. A validation loss that is not finite counts as none."""
     if validation_loss is not None and not math.isfinite(validation_loss):
         validation_loss = None
     return {

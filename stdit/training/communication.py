@@ -1,6 +1,7 @@
 """What a rank sends in an optimizer step under ZeRO, and the time that takes: counted, not measured.
 
-DeepSpeed 0.19 with `make_deepspeed_config`, of P trained parameters, w bytes a weight, g a gradient (both 2 in bf16, else 4):
+DeepSpeed 0.19 with `make_deepspeed_config`, of P trained parameters, w bytes a weight, g a gradient (both 2 in bf16,
+else 4):
 
     stage   gradients                                        weights
     0       all-reduce of g P, once a step                   -
@@ -8,15 +9,18 @@ DeepSpeed 0.19 with `make_deepspeed_config`, of P trained parameters, w bytes a 
     2       all-reduce of g P for every micro-batch [1]      as stage 1
     3       reduce-scatter of g P for every micro-batch      all-gather for every forward, and again for backward [2]
 
-[1] of buckets that several ranks' partitions share (`use_multi_rank_bucket_allreduce`, DeepSpeed's default): stage 2 saves
+[1] of buckets that several ranks' partitions share (`use_multi_rank_bucket_allreduce`, DeepSpeed's default): stage 2
+saves
     memory, and sends twice what a reduce-scatter would.
-[2] Tensors up to `stage3_param_persistence_threshold` (100,000 elements) are gathered once a step. Prefetching holds up to
-    `stage3_max_live_parameters` (1e9): so many weights, the last of forward, are still there in backward, and a model that is no larger
-    is gathered once. Without prefetching, those are kept that are used again within `stage3_max_reuse_distance`. Frozen
-    weights are gathered too. A forward whose modules differ from step to step (`train.dynamic`) keeps none.
+[2] Tensors up to `stage3_param_persistence_threshold` (100,000 elements) are gathered once a step. Prefetching holds up
+to
+    `stage3_max_live_parameters` (1e9): so many weights, the last of forward, are still there in backward, and a model
+    that is no larger is gathered once. Without prefetching, those are kept that are used again within
+    `stage3_max_reuse_distance`. Frozen weights are gathered too. A forward whose modules differ from step to step
+    (`train.dynamic`) keeps none.
 
-Not counted: scalars (norms, losses), Muon's exchange of matrices, hpZ and quantized communication (`zero_hpz_partition_size`,
-`zero_quantized_*`).
+Not counted: scalars (norms, losses), Muon's exchange of matrices, hpZ and quantized communication
+(`zero_hpz_partition_size`, `zero_quantized_*`).
 """
 
 from __future__ import annotations
@@ -55,8 +59,8 @@ class ZeroTraffic:
 def zero_traffic(
     parameters: Sequence[ParameterSize], train: TrainConfig, ranks: int, micro_batches: int = 1
 ) -> ZeroTraffic:
-    """Of a step of `micro_batches` on each of `ranks` (data times sequence parallel). parameters: in the order in which forward
-    uses them. ConfigError: train.deepspeed cannot be used."""
+    """Of a step of `micro_batches` on each of `ranks` (data times sequence parallel). parameters: in the order in which
+    forward uses them. ConfigError: train.deepspeed cannot be used."""
     if ranks == 1:
         return ZeroTraffic(1)
     trained = sum(p.numel for p in parameters if p.trained)
@@ -92,8 +96,8 @@ def exchanged_size(config: dict[str, Any], train: TrainConfig) -> int:
 
 
 class GatheredWeights(NamedTuple):
-    """Elements that stage 3 gathers once a step, in a forward, and once more in its backward; those that it keeps between; those
-    that it fetches together."""
+    """Elements that stage 3 gathers once a step, in a forward, and once more in its backward; those that it keeps
+    between; those that it fetches together."""
 
     once: int
     forward: int
@@ -117,7 +121,8 @@ def gathered_weights(
 ) -> GatheredWeights:
     """By the keys of zero_optimization. parameters: in the order in which forward uses them."""
     persistent = _stage3(zero, "param_persistence_threshold", 100_000)
-    # Modules between a weight's use in forward and its next one run forward and backward, recomputed ones forward once more.
+    # Modules between a weight's use in forward and its next one run forward and backward, recomputed ones forward once
+    # more.
     kept = _stage3(zero, "max_reuse_distance", 1_000_000_000) // (3 if train.activation_checkpointing else 2)
     if _stage3(zero, "prefetch_bucket_size", 50_000_000):
         kept = max(kept, _stage3(zero, "max_live_parameters", 1_000_000_000))
@@ -153,15 +158,15 @@ def _padded(numel: int, ranks: int) -> int:
 
 @dataclass(frozen=True)
 class Interconnect:
-    """Links of a cluster, by their makers' figures: bytes a second that a GPU sends within its node, and through its own
-    adapter to others."""
+    """Links of a cluster, by their makers' figures: bytes a second that a GPU sends within its node, and through its
+    own adapter to others."""
 
     name: str
     gpus_per_node: int
     node_bandwidth: float
     network_bandwidth: float
-    # Seconds of a hop within and between nodes, in a ring and in a tree: NCCL's own model of its LL128 protocol (src/graph/tuning.cc,
-    # hwLat).
+    # Seconds of a hop within and between nodes, in a ring and in a tree: NCCL's own model of its LL128 protocol
+    # (src/graph/tuning.cc, hwLat).
     ring_hop: tuple[float, float] = (1.9e-6, 4.0e-6)
     tree_hop: tuple[float, float] = (1.25e-6, 8.5e-6)
 
@@ -169,13 +174,15 @@ class Interconnect:
         return -(-ranks // self.gpus_per_node)
 
     def ring_bandwidth(self, ranks: int) -> float:
-        """Bytes a second through each GPU of a ring, whose data enters and leaves a node once, over all its adapters."""
+        """Bytes a second through each GPU of a ring, whose data enters and leaves a node once, over all its
+        adapters."""
         if self.nodes(ranks) == 1:
             return self.node_bandwidth
         return min(self.node_bandwidth, self.gpus_per_node * self.network_bandwidth)
 
     def zero_seconds(self, traffic: ZeroTraffic) -> float:
-        """Of ZeRO's collectives in a step, were nothing computed meanwhile: bytes over bandwidth, and a latency for each call."""
+        """Of ZeRO's collectives in a step, were nothing computed meanwhile: bytes over bandwidth, and a latency for
+        each call."""
         if traffic.ranks == 1:
             return 0.0
         ranks, nodes = traffic.ranks, self.nodes(traffic.ranks)
@@ -189,5 +196,6 @@ class Interconnect:
         return sent / (self.node_bandwidth if self.nodes(sequence_parallel) == 1 else self.network_bandwidth)
 
 
-# NVLink 4: 900 GB/s in both directions together (NVIDIA H100 data sheet); ConnectX-7: one 400 Gb/s adapter a GPU (DGX H100).
+# NVLink 4: 900 GB/s in both directions together (NVIDIA H100 data sheet); ConnectX-7: one 400 Gb/s adapter a GPU (DGX
+# H100).
 H100 = Interconnect("H100 (NVLink 4, InfiniBand NDR)", 8, 450e9, 50e9)

@@ -43,8 +43,8 @@ class TrainData:
 
 
 def open_data(config: Config, ranks: int | None = None) -> TrainData:
-    """Opens the data of `config`. ranks: of the run, if they are known. ConfigError, with the key and both numbers, where model,
-    autoencoder, text encoder, sampler or ranks do not match."""
+    """Opens the data of `config`. ranks: of the run, if they are known. ConfigError, with the key and both numbers,
+    where model, autoencoder, text encoder, sampler or ranks do not match."""
     check_trackers(config)
     make_deepspeed_config(config.train, 1, "cpu")  # checks train.deepspeed
     _check_names(config)
@@ -122,7 +122,8 @@ def _text_tokens(config: Config, source: Source) -> int:
 
 
 def check_sequence_parallel(config: Config, latents: dict[str, tuple[int, int, int]], ranks: int) -> None:
-    """ConfigError: a bucket has fewer tokens, or a micro-batch of it on `ranks` ranks fewer frames, than ranks that share them."""
+    """ConfigError: a bucket has fewer tokens, or a micro-batch of it on `ranks` ranks fewer frames, than ranks that
+    share them."""
     size, model, micro_batches = config.train.sequence_parallel, config.model, config.micro_batches(ranks)
     for i, bucket in enumerate(config.data.buckets):
         t, h, w = token_grid(latents[bucket.key], model.patch_size, f"data.buckets[{i}]", model.pad_latents)

@@ -55,11 +55,13 @@ UNSUPPORTED = frozenset(
 
 
 def make_deepspeed_config(train: TrainConfig, parameters: int, device: str) -> dict[str, Any]:
-    """DeepSpeed's config for `train`. parameters: how many are trained. device: "cpu" or "cuda". ConfigError: see `read_override`."""
+    """DeepSpeed's config for `train`. parameters: how many are trained. device: "cpu" or "cuda". ConfigError: see
+    `read_override`."""
     stage, bf16 = train.zero_stage, train.precision == "bf16"
     bucket = bucket_size(parameters)
     generated: dict[str, Any] = {
-        # Batches come from our own loader and differ in size by bucket; stdit.training.engine says which is a step's last.
+        # Batches come from our own loader and differ in size by bucket; stdit.training.engine says which is a step's
+        # last.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": train.gradient_accumulation,
         # float32 without ZeRO is clipped by stdit.training.engine, which needs the norm before the update.
@@ -86,15 +88,17 @@ def make_deepspeed_config(train: TrainConfig, parameters: int, device: str) -> d
 def bucket_size(parameters: int) -> int:
     """Gradients that are reduced together, of a model that trains `parameters`: an eighth of them, 25 to 500 million.
 
-    DeepSpeed allocates a bucket, and a copy of what is sent, at full size (500 million by its own default): as large as the model, they
-    would take what ZeRO-2 and 3 save. Smaller ones can be sent while backward goes on; below the least a call costs more by its latency.
+    DeepSpeed allocates a bucket, and a copy of what is sent, at full size (500 million by its own default): as large as
+    the model, they would take what ZeRO-2 and 3 save. Smaller ones can be sent while backward goes on; below the least
+    a call costs more by its latency.
     """
     bucket = min(parameters, max(LEAST_BUCKET, parameters // 8), MOST_BUCKET)
     return max(2, bucket + bucket % 2)  # DeepSpeed refuses odd ones
 
 
 def offloads(train: TrainConfig) -> bool:
-    """Whether DeepSpeed keeps weights or optimizer state in the host's memory or on its disk. ConfigError: see `read_override`."""
+    """Whether DeepSpeed keeps weights or optimizer state in the host's memory or on its disk. ConfigError: see
+    `read_override`."""
     if train.deepspeed is None:
         return False
     zero = make_deepspeed_config(train, 1, "cuda")["zero_optimization"]
@@ -106,7 +110,8 @@ def offloads(train: TrainConfig) -> bool:
 
 
 def check_nvme(train: TrainConfig) -> None:
-    """ConfigError: `train.deepspeed` keeps weights on NVMe, for which DeepSpeed needs a library that this machine does not have."""
+    """ConfigError: `train.deepspeed` keeps weights on NVMe, for which DeepSpeed needs a library that this machine does
+    not have."""
     if train.deepspeed is None:
         return
     offload = make_deepspeed_config(train, 1, "cuda")["zero_optimization"].get("offload_param") or {}
@@ -170,8 +175,8 @@ def read_override(train: TrainConfig, generated: dict[str, Any]) -> dict[str, An
 
 
 def set_accelerator() -> None:
-    """Selects DeepSpeed's CPU accelerator where there is no CUDA; before its import, which else warns, or takes Apple's MPS, whose tensors
-    gloo does not send."""
+    """Selects DeepSpeed's CPU accelerator where there is no CUDA; before its import, which else warns, or takes Apple's
+    MPS, whose tensors gloo does not send."""
     import torch
 
     if not torch.cuda.is_available():

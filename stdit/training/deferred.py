@@ -1,4 +1,5 @@
-"""Tensors without memory: a model larger than a host's memory is built and loaded by the code that builds any other one.
+"""Tensors without memory: a model larger than a host's memory is built and loaded by the code that builds any other
+one.
 
     with DeferredTensors() as deferred:
         model = …                            # every operation is done, on one operation's tensors at a time
@@ -9,9 +10,9 @@
 The idea is that of torchdistx's deferred_init. deepspeed.zero.Init does not serve: it partitions each
 module's weights at the end of its __init__, before the code that initialises or loads whole models comes to them.
 
-Within the context an operation's results are freed as soon as it is done; what is kept is how to make them again: the operation,
-its inputs and the state of the random generator. Tensors that are mapped from a file are left as they are: the file is read when
-their values are needed.
+Within the context an operation's results are freed as soon as it is done; what is kept is how to make them again: the
+operation, its inputs and the state of the random generator. Tensors that are mapped from a file are left as they are:
+the file is read when their values are needed.
 """
 
 from __future__ import annotations
@@ -43,10 +44,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 @contextmanager
 def freed_memory_returned() -> Iterator[None]:
-    """Has glibc map blocks of a mebibyte and more one by one within the context, so that they are returned as they are freed.
+    """Has glibc map blocks of a mebibyte and more one by one within the context, so that they are returned as they are
+    freed.
 
-    In its heap the place of a freed tensor is too small for the next aligned one of the same size: a model that is built one tensor
-    at a time would leave holes of its own size.
+    In its heap the place of a freed tensor is too small for the next aligned one of the same size: a model that is
+    built one tensor at a time would leave holes of its own size.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other libraries have none
     if mallopt is not None:
@@ -61,7 +63,8 @@ def freed_memory_returned() -> Iterator[None]:
 
 @dataclass
 class Operation:
-    """One operation to be done again. output: number of the result that is kept; None: it changes the tensor in place."""
+    """One operation to be done again. output: number of the result that is kept; None: it changes the tensor in
+    place."""
 
     func: Any
     args: tuple[Any, ...]
@@ -96,8 +99,8 @@ class State(NamedTuple):
 class DeferredTensors(TorchDispatchMode):
     """See the module. smallest: bytes below which tensors are kept as they are.
 
-    Tensors must be read by torch's operations within the context, and by `resident` after it: `numpy` and the like find no
-    memory there.
+    Tensors must be read by torch's operations within the context, and by `resident` after it: `numpy` and the like find
+    no memory there.
     """
 
     def __init__(self, smallest: int = 4096) -> None:
@@ -166,7 +169,8 @@ class DeferredTensors(TorchDispatchMode):
     def _call(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[State]
     ) -> Callable[[int | None], Operation]:
-        """Makes the Operation of this call. Tensors may be pointed elsewhere, and small ones be changed, before it is done again."""
+        """Makes the Operation of this call. Tensors may be pointed elsewhere, and small ones be changed, before it is
+        done again."""
 
         def keep(tensor: Tensor) -> Tensor:
             small = tensor.untyped_storage().nbytes() < self._smallest and self._find(tensor) is None
@@ -223,7 +227,8 @@ _repr_of_values = Tensor.__repr__
 
 @wraps(_repr_of_values)
 def _repr(tensor: Tensor, **kwargs: Any) -> str:
-    """As torch's, which reads memory that is not there: a debugger, or a message with a tensor in it, would end the process."""
+    """As torch's, which reads memory that is not there: a debugger, or a message with a tensor in it, would end the
+    process."""
     if _has_no_memory(tensor):
         return f"tensor(..., size={tuple(tensor.shape)}, dtype={tensor.dtype}, deferred)"
     return _repr_of_values(tensor, **kwargs)

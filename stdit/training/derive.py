@@ -11,7 +11,8 @@ stdit.training.data. What can be left out:
 | model.in_channels             | channels of the latents                                                   |
 | model.text_dim, pooled_dim    | widths of the text features, where the config names no num_classes either |
 | model.max_text_tokens         | tokens of the longest caption                                             |
-| data.buckets                  | the buckets that hold training clips; of an image model those of one frame. Their sizes: data.batch_size, data.global_batch |
+| data.buckets                  | the buckets that hold training clips; of an image model those of one frame. Their
+                                sizes: data.batch_size, data.global_batch |
 | data.buckets[].tokens, sizes  | latents and patches, with train.tokens_per_step                           |
 | train.alignment.features_dim  | width of the vision encoder's features, with target features              |
 | diffusion.shift_base: auto    | the smallest latent of the features                                       |
@@ -69,7 +70,8 @@ def complete(config: Config) -> Config:
 def derive(config: Config, facts: FeatureFacts, clips: Mapping[str, int]) -> Config:
     """`config` with what it leaves out, all of it explicit. clips: training clips by bucket key, after `data.where`.
 
-    ConfigError: no bucket holds training clips that the model can take; features of a vision encoder are wanted, and there are none.
+    ConfigError: no bucket holds training clips that the model can take; features of a vision encoder are wanted, and
+    there are none.
     """
     if is_complete(config):
         return config
@@ -99,8 +101,8 @@ def no_vision_features(config: Config) -> str:
 
 
 def with_precision(config: Config, gpus: bool | None = None) -> Config:
-    """`config` with train.precision stated: that of the run in its folder or its mirror, or by the machine. gpus: whether GPUs train, if not
-    those of this machine."""
+    """`config` with train.precision stated: that of the run in its folder or its mirror, or by the machine. gpus:
+    whether GPUs train, if not those of this machine."""
     if config.train.precision != "auto":
         return config
     from stdit.training import run_dir
@@ -124,8 +126,8 @@ def _precision_of_mirror(config: Config) -> Any:
 
 
 def _with_token_budget(config: Config, latents: Mapping[str, tuple[int, int, int]]) -> Config:
-    """`config` with the tokens of each bucket, and the samples of a step that follow. ConfigError: a bucket without latents; a
-    budget that is too small."""
+    """`config` with the tokens of each bucket, and the samples of a step that follow. ConfigError: a bucket without
+    latents; a budget that is too small."""
     buckets, model = config.data.buckets, config.model
     if absent := [bucket.key for bucket in buckets if bucket.key not in latents]:
         raise ConfigError(f"data.buckets {', '.join(absent)} were not extracted; there are {', '.join(latents)}")

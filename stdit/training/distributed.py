@@ -62,7 +62,8 @@ class Ranks:
         return tensor.tolist()
 
     def broadcast(self, compute: Callable[[], T]) -> T:
-        """Runs `compute` on rank 0 and returns its result, or raises its error, on every rank, marked as `shared`: rank 0 says it for all."""
+        """Runs `compute` on rank 0 and returns its result, or raises its error, on every rank, marked as `shared`: rank
+        0 says it for all."""
         if self.size == 1:
             return compute()
         result: list[Any] = [None, None]  # value, error
@@ -98,7 +99,8 @@ class Ranks:
 
 
 def destroy_process_group() -> None:
-    """Destroys the process group once all ranks are here, for which END_WAIT is waited: a process that exits with one may abort."""
+    """Destroys the process group once all ranks are here, for which END_WAIT is waited: a process that exits with one
+    may abort."""
     if dist.is_initialized():
         set_timeout(END_WAIT)
         with suppress(RuntimeError):  # a rank that was stopped, or died; the run is complete
@@ -132,10 +134,11 @@ def limit_threads() -> None:
 
 
 def choose_interface() -> None:
-    """Has gloo use the interface by which this host and MASTER_ADDR reach each other, unless GLOO_SOCKET_IFNAME names one.
+    """Has gloo use the interface by which this host and MASTER_ADDR reach each other, unless GLOO_SOCKET_IFNAME names
+    one.
 
-    By itself it takes the address that the host's name has here, in /etc/hosts often a loopback one (Debian's 127.0.1.1), which no other
-    host can connect to. ConfigError: MASTER_ADDR is one here, but there are several hosts.
+    By itself it takes the address that the host's name has here, in /etc/hosts often a loopback one (Debian's
+    127.0.1.1), which no other host can connect to. ConfigError: MASTER_ADDR is one here, but there are several hosts.
     """
     if "GLOO_SOCKET_IFNAME" in os.environ or local_ranks() == int(os.environ["WORLD_SIZE"]):
         return
@@ -201,8 +204,8 @@ def _neighbours(world: dist.ProcessGroup, size: int) -> dist.ProcessGroup:
     return group
 
 
-# Rank 0 alone writes and hashes checkpoints, which takes minutes for large models; the others wait in a collective. Steps
-# have a limit of their own (stdit.training.watchdog).
+# Rank 0 alone writes and hashes checkpoints, which takes minutes for large models; the others wait in a collective.
+# Steps have a limit of their own (stdit.training.watchdog).
 TIMEOUT = timedelta(minutes=60)
 # For ranks that have completed their run.
 END_WAIT = timedelta(seconds=60)

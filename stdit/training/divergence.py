@@ -1,4 +1,5 @@
-"""Losses, gradients and weights that are not finite: which samples, how many steps may be skipped, what is never saved."""
+"""Losses, gradients and weights that are not finite: which samples, how many steps may be skipped, what is never
+saved."""
 
 from __future__ import annotations
 
@@ -52,9 +53,9 @@ class Diverged(RuntimeError):
 class SkippedSteps:
     """Counts steps whose gradient was not finite, so that no weights were updated.
 
-    `check` raises Diverged after `train.max_bad_steps` in a row; also if, of the last 100 steps of the run or of one bucket,
-    more than `max_bad_steps` and more than a share of `train.max_bad_share` were skipped. At a run's last step the share
-    alone counts, from two steps on: a short run of nothing but NaN is no finished one.
+    `check` raises Diverged after `train.max_bad_steps` in a row; also if, of the last 100 steps of the run or of one
+    bucket, more than `max_bad_steps` and more than a share of `train.max_bad_share` were skipped. At a run's last step
+    the share alone counts, from two steps on: a short run of nothing but NaN is no finished one.
 
     counts: `counts()` of the steps before, in a checkpoint; None: there were none.
     """
@@ -110,8 +111,8 @@ class SkippedSteps:
 
 
 def find_bad_samples(batches: Sequence[Batch], losses: Sequence[Tensor], ranks: Ranks) -> tuple[list[str], list[str]]:
-    """Samples of a step, of all ranks: id, bucket, source file and caption of those whose loss is not finite; if there are none (the
-    gradient overflowed), also of the MAX_NAMED with the largest losses; collective.
+    """Samples of a step, of all ranks: id, bucket, source file and caption of those whose loss is not finite; if there
+    are none (the gradient overflowed), also of the MAX_NAMED with the largest losses; collective.
 
     losses: of each sample of each batch, (B,).
     """
@@ -137,7 +138,8 @@ def keep_bad_batches(
     """Writes this rank's micro-batches with a loss that is not finite, or if there are none on any rank all of them, to
     RUN_DIR/bad_batches/step-STEP-rank-RANK-N.safetensors, of the first MAX_KEPT bad steps; collective.
 
-    Metadata: step, bucket; ids, positions, losses, captions and source files of the samples as JSON. What cannot be written is lost.
+    Metadata: step, bucket; ids, positions, losses, captions and source files of the samples as JSON. What cannot be
+    written is lost.
     """
     folder = run_dir / "bad_batches"
     bad = [not bool(loss.isfinite().all()) for loss in losses]
@@ -172,7 +174,8 @@ def describe_bad_samples(bad: Sequence[str], largest: Sequence[str]) -> str:
 
 
 def check_finite(engine: Engine, ema: EMA, step: int, ranks: Ranks) -> None:
-    """Diverged, on all ranks, if master weights, optimizer state or EMA hold NaN or infinity on any of them; collective."""
+    """Diverged, on all ranks, if master weights, optimizer state or EMA hold NaN or infinity on any of them;
+    collective."""
     weights, average = (float(not all(map(_is_finite, each))) for each in (engine.state_tensors(), ema.averages()))
     bad = ranks.all_reduce(weights, average)
     names = [name for name, count in zip(("weights or optimizer state", "EMA weights"), bad, strict=True) if count]
@@ -184,5 +187,6 @@ def check_finite(engine: Engine, ema: EMA, step: int, ranks: Ranks) -> None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite. Those make the sum so, which takes one pass and no memory; a sum may also overflow."""
+    """Whether no element is NaN or infinite. Those make the sum so, which takes one pass and no memory; a sum may also
+    overflow."""
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())

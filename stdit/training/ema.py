@@ -3,8 +3,8 @@
 Under ZeRO every rank averages its own partition: no communication, memory / ranks. bfloat16 weights are never averaged:
 their steps are too coarse for a decay of 0.9999.
 
-Profiles are power-function averages (Karras et al. 2024, section 3): at step t weights of step s count as the integral of
-(gamma + 1) s^gamma / t^(gamma + 1) over that step, so that the width of the average grows with the training.
+Profiles are power-function averages (Karras et al. 2024, section 3): at step t weights of step s count as the integral
+of (gamma + 1) s^gamma / t^(gamma + 1) over that step, so that the width of the average grows with the training.
 stdit.training.post_hoc_ema makes averages of other widths from snapshots of them (stdit.training.ema_snapshots).
 """
 
@@ -52,7 +52,8 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """average <- decay · average + (1 - decay) · masters, every `every` steps; so are the profiles, each with its own decay."""
+        """average <- decay · average + (1 - decay) · masters, every `every` steps; so are the profiles, each with its
+        own decay."""
         every = self.config.every
         if step % every == 0:
             masters = [m.detach() for m in self.masters()]

@@ -3,7 +3,8 @@
     run_dir/ema_snapshots/step-00000020/   sigma_rel-0.05/, sigma_rel-0.1/   weights folders as of a checkpoint, float16
                                            identity.json, manifest.json       as of a checkpoint
 
-float16, as in the paper: half the room of float32 for what is kept for good. Weights that it does not hold stay float32.
+float16, as in the paper: half the room of float32 for what is kept for good. Weights that it does not hold stay
+float32.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def _resume_file(folder: Path, name: str) -> Path:
 
 
 def is_due(config: EMAConfig, step: int, steps: int) -> bool:
-    """Whether the checkpoint of `step`, in a run of `steps`, has a snapshot: each `every` steps and at the end, once there is an average."""
+    """Whether the checkpoint of `step`, in a run of `steps`, has a snapshot: each `every` steps and at the end, once
+    there is an average."""
     return config.profiles is not None and step >= config.every and (step == steps or step % config.profiles.every == 0)
 
 
@@ -80,8 +82,8 @@ def list_snapshots(run_dir: Path) -> list[Path]:
 
 
 def prepare(run_dir: Path, step: int) -> None:
-    """Before a run goes on after `step`: removes what interrupted saves have left, and renames later snapshots to NAME.replaced, as the
-    run writes them anew."""
+    """Before a run goes on after `step`: removes what interrupted saves have left, and renames later snapshots to
+    NAME.replaced, as the run writes them anew."""
     checkpoint.remove_partials(run_dir, FOLDER)
     for folder in list_snapshots(run_dir):
         if checkpoint.step_of(folder) > step:

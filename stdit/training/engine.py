@@ -64,8 +64,8 @@ def init_distributed(sequence_parallel: int = 1) -> Ranks:
 
 
 def restrict_unpickling() -> None:
-    """Makes torch.load unpickle data only, for the whole process: tensors, plain values and three classes of DeepSpeed's
-    checkpoints."""
+    """Makes torch.load unpickle data only, for the whole process: tensors, plain values and three classes of
+    DeepSpeed's checkpoints."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -95,8 +95,8 @@ class Engine:
         universal: bool = False,
         deferred: DeferredTensors | None = None,
     ) -> None:
-        """universal: `load` will read a universal checkpoint (stdit.training.universal). deferred: under ZeRO-3, has the weights of
-        `model`, which no rank then holds whole."""
+        """universal: `load` will read a universal checkpoint (stdit.training.universal). deferred: under ZeRO-3, has
+        the weights of `model`, which no rank then holds whole."""
         import deepspeed
 
         self.train_config, self.ranks = config.train, ranks
@@ -140,8 +140,8 @@ class Engine:
 
     @torch.no_grad()
     def _partition(self, model: nn.Module, deferred: DeferredTensors) -> dict[str, Tensor]:
-        """Partitions the weights over the ranks one by one, as deepspeed.zero.Init does those of a whole model; returns this rank's parts
-        of those trained, in float32, if they are rounded."""
+        """Partitions the weights over the ranks one by one, as deepspeed.zero.Init does those of a whole model; returns
+        this rank's parts of those trained, in float32, if they are rounded."""
         from deepspeed.runtime.zero import Init
 
         parts, first, ranks = {}, None, self.ranks
@@ -183,8 +183,8 @@ class Engine:
         return self.engine(*args, **kwargs)
 
     def backward(self, loss: Tensor, micro_batches: int = 1) -> None:
-        """Accumulates the gradients of a micro-batch's mean loss, one of `micro_batches` in this step. A loss that is not finite
-        makes every gradient NaN, so that checking the gradient norm, which all ranks share, suffices."""
+        """Accumulates the gradients of a micro-batch's mean loss, one of `micro_batches` in this step. A loss that is
+        not finite makes every gradient NaN, so that checking the gradient norm, which all ranks share, suffices."""
         self._micro_batch += 1
         last = self._micro_batch == micro_batches
         # The number may differ from step to step, by bucket.
@@ -331,8 +331,8 @@ class Engine:
             path, _ = self.engine.load_checkpoint(str(folder), tag=tag, custom_load_fn=_load_trained)
         if path is None:
             raise ValueError(f"{folder / tag}: DeepSpeed loaded nothing from it")
-        # From the universal form, ZeRO-3 gives every group the first one's settings, and all partitions one and the same
-        # step counter, which each of them then advances.
+        # From the universal form, ZeRO-3 gives every group the first one's settings, and all partitions one and the
+        # same step counter, which each of them then advances.
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             params = group["params"]
             group.clear()
@@ -343,13 +343,15 @@ class Engine:
 
     @torch.no_grad()
     def set_from_full(self, targets: Sequence[Tensor], full: Callable[[str], Tensor]) -> None:
-        """Sets this rank's parts in `targets`, tensors like `masters`, from full weights, which `full` reads by name, one at a time."""
+        """Sets this rank's parts in `targets`, tensors like `masters`, from full weights, which `full` reads by name,
+        one at a time."""
         for name, fragment in self._fragments().items():
             _set_part(targets[fragment.master], fragment, full(name))
 
     @torch.no_grad()
     def load_states(self, states: States) -> None:
-        """Sets masters, model weights and optimizer state from full ones, of which every rank reads its parts, a weight at a time."""
+        """Sets masters, model weights and optimizer state from full ones, of which every rank reads its parts, a weight
+        at a time."""
         masters, optimizer = self.masters(), self.base_optimizer
         for name, fragment in self._fragments().items():
             full, key = states[name], self.optimized()[fragment.master]
@@ -385,8 +387,8 @@ def _set_part(target: Tensor, fragment: Fragment, full: Tensor) -> None:
 class ShardWriter:
     """DeepSpeed's checkpoint engine, which collects what is to be written and writes it later, without the other ranks.
 
-    `error` is the first one of collecting, which is remembered instead of raised: a rank that left `save_checkpoint` would leave
-    the others waiting in its barriers.
+    `error` is the first one of collecting, which is remembered instead of raised: a rank that left `save_checkpoint`
+    would leave the others waiting in its barriers.
     """
 
     def __init__(self, writer: Any, keep: Callable[[Any], Any]) -> None:

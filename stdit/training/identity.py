@@ -82,5 +82,6 @@ class Identity(FileSchema):
 
 
 def load_identity(checkpoint: Path) -> dict[str, Any]:
-    """identity.json of a checkpoint folder. ConfigError: unreadable, or a key that is missing, unknown or of another kind."""
+    """identity.json of a checkpoint folder. ConfigError: unreadable, or a key that is missing, unknown or of another
+    kind."""
     return read_json(checkpoint / IDENTITY, Identity)

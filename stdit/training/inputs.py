@@ -1,4 +1,5 @@
-"""Training inputs and loss: normalised latents, noise, timesteps and conditions of a batch, and the loss of a model on it.
+"""Training inputs and loss: normalised latents, noise, timesteps and conditions of a batch, and the loss of a model on
+it.
 
 Everything random is a function of the seed, the step and a sample's position in the data stream, so that it is the same
 on one rank and on eight. The one exception is the dropout of LoRA layers (`Inputs.seed_dropout`).
@@ -25,9 +26,9 @@ from stdit.training.dynamic_loss import flops_loss
 
 
 class MicroBatchLoss(NamedTuple):
-    """total () is to be differentiated; logged (3,), detached: diffusion loss, share of the full model's FLOPs, alignment loss;
-    each (B,), detached: every sample's diffusion loss; times (B,): its timestep in [0, 1]. The diffusion loss is without min-SNR weights and contrastive term, as in
-    validation."""
+    """total () is to be differentiated; logged (3,), detached: diffusion loss, share of the full model's FLOPs,
+    alignment loss; each (B,), detached: every sample's diffusion loss; times (B,): its timestep in [0, 1]. The
+    diffusion loss is without min-SNR weights and contrastive term, as in validation."""
 
     total: Tensor
     logged: Tensor
@@ -36,8 +37,8 @@ class MicroBatchLoss(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Inputs of a training step for samples of one bucket: latents and noise (B, C, T, H, W), times (B,), conditioning frames (B, T) or
-    None, and the arguments of the model's forward."""
+    """Inputs of a training step for samples of one bucket: latents and noise (B, C, T, H, W), times (B,), conditioning
+    frames (B, T) or None, and the arguments of the model's forward."""
 
     x0: Tensor
     noise: Tensor
@@ -50,7 +51,8 @@ class Inputs:
     """Prepares inputs and losses of one run on one device.
 
     video_encoder: identity of the autoencoder, with the latents' shift and scale. empty_caption: features of "", for a
-    model without a null caption of its own (null_text: empty). sequence_rank: among the ranks that share a clip's tokens.
+    model without a null caption of its own (null_text: empty). sequence_rank: among the ranks that share a clip's
+    tokens.
     """
 
     def __init__(
@@ -73,7 +75,8 @@ class Inputs:
         )
 
     def loss(self, model: Callable[..., Any], batch: Batch | PackedBatch, step: int) -> MicroBatchLoss:
-        """Mean loss of `model` on a micro-batch: the objective's, plus the compute loss of a dynamic model and the alignment's."""
+        """Mean loss of `model` on a micro-batch: the objective's, plus the compute loss of a dynamic model and the
+        alignment's."""
         if isinstance(batch, PackedBatch):
             return self.packed_loss(model, batch, step)
         dynamic, alignment = self.config.train.dynamic, self.config.train.alignment
@@ -136,8 +139,8 @@ class Inputs:
         return (z - self._shift) * self._scale
 
     def control(self, batch: Batch, x0: Tensor, step: int | None) -> dict[str, Tensor]:
-        """{"control": (B, C, T or 1, H, W)}, normalised, for a control branch; {} without one. A share of the samples has
-        zeros (train.control.dropout), none at step None."""
+        """{"control": (B, C, T or 1, H, W)}, normalised, for a control branch; {} without one. A share of the samples
+        has zeros (train.control.dropout), none at step None."""
         settings = self.config.train.control
         if settings is None:
             return {}
@@ -161,17 +164,17 @@ class Inputs:
         return batch.vision.to(self.device, non_blocking=True)
 
     def seed_dropout(self, step: int, positions: tuple[int, ...]) -> None:
-        """Seeds torch's global generator, from which peft's LoRA layers draw dropout for a micro-batch as a whole. The same
-        step with the same ranks draws the same, so a resume does; other micro-batches draw differently, as do the ranks that
-        share a clip's tokens."""
+        """Seeds torch's global generator, from which peft's LoRA layers draw dropout for a micro-batch as a whole. The
+        same step with the same ranks draws the same, so a resume does; other micro-batches draw differently, as do the
+        ranks that share a clip's tokens."""
         lora = self.config.train.lora
         if lora is not None and lora.dropout:
             shard = (self.sequence_rank,) if self.sequence_rank else ()
             torch.manual_seed(seed_for(self.config.seed, "layers", step, positions[0], *shard))
 
     def router_inputs(self, step: int, positions: tuple[int, ...]) -> dict[str, Any]:
-        """Per-sample generators for drop path, routers and token routing, and `force_full` (B,) bool: samples that run the full model, as
-        arguments of the model's forward; {} if it draws nothing."""
+        """Per-sample generators for drop path, routers and token routing, and `force_full` (B,) bool: samples that run
+        the full model, as arguments of the model's forward; {} if it draws nothing."""
         model, dynamic, seed = self.config.model, self.config.train.dynamic, self.config.seed
         arguments: dict[str, Any] = {}
         if model.drop_path or model.dynamic or self.config.train.token_routing:
@@ -203,8 +206,8 @@ class Inputs:
         return ((torch.arange(others + 1) + 1 + further) % (others + 1)).to(self.device)
 
     def frame_mask(self, x0: Tensor, step: int, positions: tuple[int, ...]) -> Tensor | None:
-        """Conditioning frames (B, T) bool, in whole temporal patches, by the shares of diffusion.frame_conditioning; None
-        if there are none."""
+        """Conditioning frames (B, T) bool, in whole temporal patches, by the shares of diffusion.frame_conditioning;
+        None if there are none."""
         shares, patch = self.config.diffusion.frame_conditioning, self.config.model.patch_size[0]
         patches = -(-x0.shape[2] // patch)
         if patches == 1 or shares == FrameConditioningConfig():
@@ -218,8 +221,8 @@ class Inputs:
         return None if mask is None else mask.repeat_interleave(patch, 1)[:, : x0.shape[2]]
 
     def drop_conditions(self, conditions: dict[str, Any], step: int, positions: tuple[int, ...]) -> dict[str, Any]:
-        """Drops conditions of some samples, for classifier-free guidance: labels alone by label_dropout, caption and label
-        by caption_dropout. Without a null caption in the model, the empty caption's features replace them."""
+        """Drops conditions of some samples, for classifier-free guidance: labels alone by label_dropout, caption and
+        label by caption_dropout. Without a null caption in the model, the empty caption's features replace them."""
         diffusion, seed = self.config.diffusion, self.config.seed
         changed = dict(conditions)
         if "class_labels" in conditions:

@@ -1,8 +1,8 @@
 """Starts the ranks of one machine under DeepSpeed's launcher, and tells what became of the run.
 
 DeepSpeed's own command, when it is signalled, kills ranks that are still saving after 30 seconds, and its exit code is
-then not the run's (-2, -15, 1; 0 if its inner launcher was killed). Here signals go to the ranks alone, which take the time
-that they need, and the exit code is what the run directory says.
+then not the run's (-2, -15, 1; 0 if its inner launcher was killed). Here signals go to the ranks alone, which take the
+time that they need, and the exit code is what the run directory says.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ SAVE_S = 3600.0
 def launch(ranks: int, arguments: Sequence[str], config: Config) -> int:
     """Runs stdit/train.py with `arguments`, which are of `config`, on `ranks` ranks of this machine.
 
-    Exit code: 0 complete; 75 stopped, and the same command goes on; 2 invalid config; else an error. The first signal asks
-    the ranks to save and end; the second ends everything at once.
+    Exit code: 0 complete; 75 stopped, and the same command goes on; 2 invalid config; else an error. The first signal
+    asks the ranks to save and end; the second ends everything at once.
     """
     before = _modified(config.run_dir / STOPPED_FILE)
     command = [
@@ -74,7 +74,8 @@ def _stop(launcher: int) -> None:
     """Asks the ranks to save and end; the launcher too, if it has none yet."""
     echo("stopping after a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
     if os.path.lexists("/proc/self") and os.readlink("/proc/self") != str(os.getpid()):
-        # /proc is another PID namespace's: no rank can be told. This ends the launchers, whose death the ranks notice, too.
+        # /proc is another PID namespace's: no rank can be told. This ends the launchers, whose death the ranks notice,
+        # too.
         os.killpg(launcher, signal.SIGUSR1)
         return
     ranks = _ranks(launcher)
@@ -104,7 +105,8 @@ def _ranks(launcher: int) -> list[int]:
 
 
 def _outcome(config: Config, before: int | None, code: int) -> int:
-    """What the run directory says once no rank holds its lock, else `code`. before: when it last said that the run was stopped."""
+    """What the run directory says once no rank holds its lock, else `code`. before: when it last said that the run was
+    stopped."""
     run_dir = config.run_dir
     if (run_dir / ".lock").is_file():
         lock = FolderLock(run_dir)

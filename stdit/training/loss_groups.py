@@ -23,8 +23,8 @@ class LossGroups:
         self._names = [f"loss/{name}" for name in (*bins, *self._buckets)]
 
     def sums(self, data_step: Step, times: Sequence[Tensor], losses: Sequence[Tensor]) -> list[float]:
-        """This rank's sums for `metrics`, to be added up over the ranks: each group's loss, then each group's samples. times, losses: (B,) of
-        each micro-batch. A loss that is not finite is left out: `bad_samples` names it."""
+        """This rank's sums for `metrics`, to be added up over the ranks: each group's loss, then each group's samples.
+        times, losses: (B,) of each micro-batch. A loss that is not finite is left out: `bad_samples` names it."""
         each, t = torch.cat(list(losses)).double(), torch.cat(list(times))
         finite = each.isfinite()
         keys = [self._buckets.index(part.bucket.key) for part in data_step.parts for _ in range(len(part))]

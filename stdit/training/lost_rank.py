@@ -1,7 +1,8 @@
-"""A rank whose connection to another one has ended: whether that one failed, which says why and ends the run, or is gone, and the run goes on
-by the same command.
+"""A rank whose connection to another one has ended: whether that one failed, which says why and ends the run, or is
+gone, and the run goes on by the same command.
 
-    failed-rank-N.txt     in the run directory: rank N ended by an error of its own, this one; gone when the run is started again
+    failed-rank-N.txt     in the run directory: rank N ended by an error of its own, this one; gone when the run is
+                          started again
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Whether this machine can run a config: memory of a rank, precision, attention back end. Checked before a run is begun."""
+"""Whether this machine can run a config: memory of a rank, precision, attention back end. Checked before a run is
+begun."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def sample_cost(
 ) -> ModelCost:
     """Cost of a sample of `bucket`: of a rank, where several share it.
 
-    latent: (T, H, W) of the bucket. text_length: mean tokens of a caption. samples: of a micro-batch. ConfigError: sizes that the model does not take.
+    latent: (T, H, W) of the bucket. text_length: mean tokens of a caption. samples: of a micro-batch. ConfigError:
+    sizes that the model does not take.
     """
     model, name = config.model, f"data.buckets {bucket.key}"
     grid = token_grid(latent, model.patch_size, name, model.pad_latents)
@@ -48,8 +50,8 @@ def saved_bytes(cost: ModelCost, samples: int, checkpointing: bool) -> int:
 def step_memory(
     config: Config, bucket: Bucket, latent: Grid, text_length: int, samples: int, ranks: int, device: str
 ) -> Memory:
-    """Estimate for one rank in a step of a bucket, as the forecast's. latent: (T, H, W) of it; samples: of a micro-batch; device: "cpu" or
-    "cuda"."""
+    """Estimate for one rank in a step of a bucket, as the forecast's. latent: (T, H, W) of it; samples: of a
+    micro-batch; device: "cpu" or "cuda"."""
     train = config.train
     cost = sample_cost(config, bucket, latent, text_length, samples, train.sequence_parallel)
     # A compiled block may recompute all but its inputs.
@@ -66,7 +68,8 @@ def local_share(device: torch.device) -> tuple[int, str]:
 
 
 def multiplies_bfloat16(gpus: bool | None = None) -> bool:
-    """Whether products in bfloat16 are faster here than in float32. gpus: whether GPUs train, if not those of this machine."""
+    """Whether products in bfloat16 are faster here than in float32. gpus: whether GPUs train, if not those of this
+    machine."""
     if torch.cuda.is_available() if gpus is None else gpus:
         return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(False)
     # torch multiplies bfloat16 on other processors too, several times slower than float32.
@@ -74,8 +77,8 @@ def multiplies_bfloat16(gpus: bool | None = None) -> bool:
 
 
 def check_machine(config: Config, ranks: int, latents: Mapping[str, Grid], text_length: int) -> None:
-    """Checks what `config` needs of this machine. ConfigError: more memory than there is, a precision or an attention back
-    end that the device lacks.
+    """Checks what `config` needs of this machine. ConfigError: more memory than there is, a precision or an attention
+    back end that the device lacks.
 
     ranks: of the run, over all machines. latents: latent (T, H, W) by bucket. text_length: mean tokens of a caption.
     """
@@ -150,7 +153,8 @@ def _check_building(memory: Memory, parameters: int, train: TrainConfig) -> None
 
 
 def _check_checkpoint_copy(memory: Memory, needed: int, train: TrainConfig) -> None:
-    """needed: bytes of the host's memory that a rank takes without the copies of checkpoints. ConfigError: they don't fit beside it."""
+    """needed: bytes of the host's memory that a rank takes without the copies of checkpoints. ConfigError: they don't
+    fit beside it."""
     local, available = local_ranks() or 1, host_memory()
     # Without ZeRO rank 0 alone copies; with it, what is partitioned is copied by all.
     others = memory.held["optimizer"] + memory.held["average"] if train.zero_stage else 0

@@ -1,18 +1,21 @@
 """The mirror of a run in an object store, at train.upload_to: what is needed to go on with it on another machine.
 
     URL/config.yaml, metrics.jsonl, rewinds.json
-        checkpoints/step-00000020/…      the checkpoints that run_dir keeps; manifest.json, which completes one, is uploaded last
+        checkpoints/step-00000020/…      the checkpoints that run_dir keeps; manifest.json, which completes one, is
+                                         uploaded last
         ema_snapshots/step-00000020/…    all of them
 
-    fetch(config, …)                     before a run resumes: the mirror's newest checkpoint, if run_dir has none as new
+    fetch(config, …)                     before a run resumes: the mirror's newest checkpoint, if run_dir has none as
+                                         new
     mirror = RunMirror(config, …)        uploads in a thread, on rank 0
     mirror.begin()
     mirror.update()                      a checkpoint was completed
     mirror.finish()                      all is uploaded, or NotUploaded
-    fetch_weights(url, "ema")            for inference: identity and weights of the newest checkpoint, and where they are
+    fetch_weights(url, "ema")            for inference: identity and weights of the newest checkpoint, and where they
+                                         are
 
-Uploads never hold up training, nor does their failure end it: what is missing is uploaded with the next checkpoint. One is on its way at a
-time; its files are hard-linked first, so that they stay while older checkpoints are removed.
+Uploads never hold up training, nor does their failure end it: what is missing is uploaded with the next checkpoint. One
+is on its way at a time; its files are hard-linked first, so that they stay while older checkpoints are removed.
 """
 
 from __future__ import annotations
@@ -63,9 +66,11 @@ class _Damaged(Exception):
 
 
 class RunMirror:
-    """Uploads the checkpoints of one run, on rank 0; on other ranks (`active` False), or without train.upload_to, it does nothing.
+    """Uploads the checkpoints of one run, on rank 0; on other ranks (`active` False), or without train.upload_to, it
+    does nothing.
 
-    say: gets a line about each failure. before_waiting: called before `finish` and `close` wait. Use as a context manager, or `close` it.
+    say: gets a line about each failure. before_waiting: called before `finish` and `close` wait. Use as a context
+    manager, or `close` it.
     """
 
     def __init__(
@@ -84,8 +89,8 @@ class RunMirror:
         self._error: Exception | None = None
 
     def begin(self) -> None:
-        """Uploads the config, and begins with what an earlier process has not uploaded. ConfigError: no such bucket, or no right to write
-        there. SaveError: the store does not answer."""
+        """Uploads the config, and begins with what an earlier process has not uploaded. ConfigError: no such bucket, or
+        no right to write there. SaveError: the store does not answer."""
         if self.url is not None:
             with _errors_of_the_start():
                 objects.upload(self.config.run_dir / CONFIG, self.url / CONFIG)
@@ -136,7 +141,8 @@ class RunMirror:
                 self._error, self.failed_in_a_row = None, 0
 
     def _upload_missing(self) -> None:
-        """Uploads the log, then checkpoints that are kept and not at the URL, the newest first; then removes those that are not kept."""
+        """Uploads the log, then checkpoints that are kept and not at the URL, the newest first; then removes those that
+        are not kept."""
         assert self.url is not None
         run_dir = self.config.run_dir
         names = objects.listing(self.url)
@@ -203,10 +209,11 @@ class RunMirror:
 
 
 def fetch(config: Config, features_fingerprint: str, world_size: int) -> None:
-    """Fetches the mirror's newest whole checkpoint into run_dir, with the run's log, unless run_dir has one as new; every file is compared
-    with its hash. A damaged one is reported, and the one before it taken.
+    """Fetches the mirror's newest whole checkpoint into run_dir, with the run's log, unless run_dir has one as new;
+    every file is compared with its hash. A damaged one is reported, and the one before it taken.
 
-    ConfigError: the mirror is of a run with other settings; no such bucket, no access. SaveError: the store does not answer.
+    ConfigError: the mirror is of a run with other settings; no such bucket, no access. SaveError: the store does not
+    answer.
     """
     url, run_dir = config.train.upload_to, config.run_dir
     if url is None:
@@ -243,8 +250,9 @@ def fetch(config: Config, features_fingerprint: str, world_size: int) -> None:
 
 
 def fetch_weights(url: Url, weights: checkpoint.Weights) -> tuple[Url, Path]:
-    """The newest whole checkpoint of the run at `url`, or the one that is there: its URL, and a folder in the user's cache with its
-    identity and these weights alone. Every file is compared with its hash; what is there already is not fetched again.
+    """The newest whole checkpoint of the run at `url`, or the one that is there: its URL, and a folder in the user's
+    cache with its identity and these weights alone. Every file is compared with its hash; what is there already is not
+    fetched again.
 
     ConfigError: no run there, or only damaged checkpoints, which are reported. StoreError: as `objects.download`.
     """
@@ -283,7 +291,8 @@ def upload_finished(config: Config) -> None:
 
 
 def read_config(url: Url) -> Config | None:
-    """The config of the run at a mirror; None: there is none yet. ConfigError: damaged, no such bucket, no access. SaveError."""
+    """The config of the run at a mirror; None: there is none yet. ConfigError: damaged, no such bucket, no access.
+    SaveError."""
     with _errors_of_the_start():
         try:
             text = objects.read(url / CONFIG, MAX_JSON_BYTES).decode()
@@ -298,7 +307,8 @@ def _fetch_folder(
     complete: Callable[[Path, Path, Mapping[str, Any]], None],
     kept: Sequence[str] | None = None,
 ) -> None:
-    """A folder with a manifest, by way of a partial one, which goes on where it was interrupted; kept: of it these files and folders alone.
+    """A folder with a manifest, by way of a partial one, which goes on where it was interrupted; kept: of it these
+    files and folders alone.
     _Damaged, StoreError: as it is at the URL."""
     partial = partial_folder(folder)
     if not (partial / checkpoint.PARTIAL_MARK).is_file():
@@ -353,7 +363,8 @@ def _check_same_run(identity: dict[str, Any], config: Config, world_size: int, f
 
 @contextmanager
 def _linked(folder: Path) -> Iterator[Path]:
-    """A folder with hard links to all files of `folder`, which stay when those are removed; `folder` itself where there are none."""
+    """A folder with hard links to all files of `folder`, which stay when those are removed; `folder` itself where there
+    are none."""
     links = folder.parent / LINKS
     shutil.rmtree(links, ignore_errors=True)
     try:
@@ -371,7 +382,8 @@ def _linked(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _errors_of_the_start() -> Iterator[None]:
-    """Errors of the store before training has begun. ConfigError: no such bucket, no access. SaveError: it does not answer."""
+    """Errors of the store before training has begun. ConfigError: no such bucket, no access. SaveError: it does not
+    answer."""
     try:
         yield
     except (NoAccess, NoSuchBucket) as error:

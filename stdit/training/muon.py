@@ -1,12 +1,12 @@
 """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for all other weights, under any ZeRO stage.
 
 Muon's step is the momentum with all its singular values brought near 1, which takes the whole matrix; ZeRO gives the
-optimizer flat partitions. Momentum is kept in the partitions, as AdamW's moments are; at each step every matrix goes to one
-rank (`ZeroLayout`), which orthogonalises it and sends the parts back. A rank sends and receives as many numbers as it holds,
-twice, and the products are divided between the ranks. Without ZeRO every rank does all of them.
+optimizer flat partitions. Momentum is kept in the partitions, as AdamW's moments are; at each step every matrix goes to
+one rank (`ZeroLayout`), which orthogonalises it and sends the parts back. A rank sends and receives as many numbers as
+it holds, twice, and the products are divided between the ranks. Without ZeRO every rank does all of them.
 
-DeepSpeed's own Muon is not used: it orthogonalises before gradients are clipped, so that clipping scales the step, takes the
-rows of q, k and v as one matrix, and treats adaLN's and the final layer's matrices as hidden ones.
+DeepSpeed's own Muon is not used: it orthogonalises before gradients are clipped, so that clipping scales the step,
+takes the rows of q, k and v as one matrix, and treats adaLN's and the final layer's matrices as hidden ones.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from stdit.models.attention import Attention, CrossAttention
 from stdit.models.mlp import Mlp, SwiGLU
 from stdit.training.snapshot import Fragment
 
-# Odd quintic polynomials a x + b x³ + c x⁵, each the nearest to 1 on the range where the one before leaves singular values of
-# 0.003 to 1 (Amsel et al. 2025, Polar Express): they end within 0.78 and 1.20, Jordan's five steps within 0.68 and 1.20.
-# Beyond 1 they diverge; values are kept 1 % below their ranges' ends, which is more than bfloat16 rounds.
+# Odd quintic polynomials a x + b x³ + c x⁵, each the nearest to 1 on the range where the one before leaves singular
+# values of 0.003 to 1 (Amsel et al. 2025, Polar Express): they end within 0.78 and 1.20, Jordan's five steps within
+# 0.68 and 1.20. Beyond 1 they diverge; values are kept 1 % below their ranges' ends, which is more than bfloat16
+# rounds.
 MARGIN = 1.01
 POLYNOMIALS = (
     (8.3837, -24.7659, 18.3571),
@@ -52,10 +53,11 @@ def hidden_matrices(model: nn.Module) -> dict[nn.Parameter, int]:
 
 @torch.no_grad()
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """(N, rows, columns) -> U Vᵀ of each one's singular value decomposition, nearly, in float32 (bfloat16 products on CUDA).
+    """(N, rows, columns) -> U Vᵀ of each one's singular value decomposition, nearly, in float32 (bfloat16 products on
+    CUDA).
 
-    Scaled by 0.2 √max(rows, columns), which gives entries the root mean square of AdamW's steps, so that its learning rates
-    and weight decays hold (Liu et al. 2025, section 2.2).
+    Scaled by 0.2 √max(rows, columns), which gives entries the root mean square of AdamW's steps, so that its learning
+    rates and weight decays hold (Liu et al. 2025, section 2.2).
     """
     rows, columns = matrices.shape[1:]
     x = matrices.mT if rows > columns else matrices
@@ -126,7 +128,8 @@ class ZeroLayout:
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW for the groups without `parts`; Muon for those with: the number of matrices in each of their parameters' rows.
+    """AdamW for the groups without `parts`; Muon for those with: the number of matrices in each of their parameters'
+    rows.
 
     `layouts` by id of a flat partition is set under ZeRO; without, the group's parameters are whole.
     """
@@ -157,7 +160,8 @@ class Muon(torch.optim.AdamW):
             if not state:
                 state["step"], state["exp_avg"] = torch.zeros(()), torch.zeros_like(p)
             state["step"] += 1
-            # Checkpoints in DeepSpeed's universal form have both of Adam's moments: the second is the first, once in memory.
+            # Checkpoints in DeepSpeed's universal form have both of Adam's moments: the second is the first, once in
+            # memory.
             state["exp_avg_sq"] = state["exp_avg"]
             state["exp_avg"].lerp_(p.grad, 1 - self.momentum)
             updates[id(p)] = p.grad.lerp(state["exp_avg"], self.momentum)  # Nesterov's
@@ -204,8 +208,9 @@ def set_zero_layouts(
 ) -> None:
     """Finds the matrices in DeepSpeed's flat partitions. Collective; after `deepspeed.initialize`.
 
-    zero: DeepSpeed's optimizer. partitions: its flat ones of the master weights. groups: parameters of each of `optimizer`'s groups, as they were given to it. device: that of
-    the exchange and the products, also where the partitions are offloaded.
+    zero: DeepSpeed's optimizer. partitions: its flat ones of the master weights. groups: parameters of each of
+    `optimizer`'s groups, as they were given to it. device: that of the exchange and the products, also where the
+    partitions are offloaded.
     """
     optimizer.device = device
     rank, size = dist.get_rank(), dist.get_world_size()

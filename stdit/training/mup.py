@@ -1,5 +1,5 @@
-"""µP: a learning rate found at one width holds at others (Yang et al. 2022, Tensor Programs V, table 3, for Adam; for diffusion
-transformers Zheng et al. 2025, Scaling Diffusion Transformers Efficiently via µP).
+"""µP: a learning rate found at one width holds at others (Yang et al. 2022, Tensor Programs V, table 3, for Adam; for
+diffusion transformers Zheng et al. 2025, Scaling Diffusion Transformers Efficiently via µP).
 
 r           inputs of a weight matrix, over those of the same matrix at the base width; 1 where their number is fixed
 
@@ -8,10 +8,11 @@ r           inputs of a weight matrix, over those of the same matrix at the base
     those of them with a fixed number of outputs   base's / r          base's / r
     other matrices, vectors, tables                base's              base's
 
-At the base width nothing changes. The forward pass changes at none: the width of heads is the base's, so that attention has the
-same scale; the output layer starts at 0, so that its multiplier is its learning rate's. Weight decay, which AdamW multiplies by
-the learning rate, is multiplied by r. Muon's steps for hidden matrices have a root mean square of their own, so that their largest
-singular value grows by √r: their learning rate is the base's / √r (Yang et al. 2023, A Spectral Condition for Feature Learning).
+At the base width nothing changes. The forward pass changes at none: the width of heads is the base's, so that attention
+has the same scale; the output layer starts at 0, so that its multiplier is its learning rate's. Weight decay, which
+AdamW multiplies by the learning rate, is multiplied by r. Muon's steps for hidden matrices have a root mean square of
+their own, so that their largest singular value grows by √r: their learning rate is the base's / √r (Yang et al. 2023, A
+Spectral Condition for Feature Learning).
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Scaled(NamedTuple):
 
 
 def at_width(model: nn.Module, width: int, seed: int = 0) -> nn.Module:
-    """A new model as `model`, with or without the head of an alignment, of another hidden size. ValueError: it cannot have it."""
+    """A new model as `model`, with or without the head of an alignment, of another hidden size. ValueError: it cannot
+    have it."""
     if isinstance(model, Aligned):
         base = at_width(model.base, width, seed)
         assert isinstance(base, STDiT)
@@ -78,7 +80,8 @@ def _rms(x: Tensor) -> float:
 def scale_learning_rates(
     groups: list[dict[str, Any]], model: nn.Module, base_width: int, learning_rate: float
 ) -> list[dict[str, Any]]:
-    """Parameter groups divided so that each has one `lr_scale`, by which the optimizer's learning rate is multiplied."""
+    """Parameter groups divided so that each has one `lr_scale`, by which the optimizer's learning rate is
+    multiplied."""
     with torch.device("meta"):
         ratios = {id(scaled.parameter): scaled.inputs for scaled in compare(model, at_width(model, base_width))}
     divided = []

@@ -14,7 +14,8 @@ from stdit.training.mup import scale_learning_rates
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Learning rate at step 1 … `steps`: linear warm-up from 0, then `lr_schedule` to `min_lr_ratio` at the last step."""
+    """Learning rate at step 1 … `steps`: linear warm-up from 0, then `lr_schedule` to `min_lr_ratio` at the last
+    step."""
     peak = config.learning_rate
     if step < config.warmup_steps:
         return peak * step / config.warmup_steps
@@ -36,9 +37,9 @@ def last_stable_step(config: OptimizerConfig, steps: int) -> int:
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Parameter groups: weight decay on weight matrices and kernels; none on biases, norms and modulation tables. For Muon,
-    first the matrices that it trains (`parts`: matrices in each one's rows). With µP each is divided by learning rate (`lr_scale`:
-    its share of the optimizer's)."""
+    """Parameter groups: weight decay on weight matrices and kernels; none on biases, norms and modulation tables. For
+    Muon, first the matrices that it trains (`parts`: matrices in each one's rows). With µP each is divided by learning
+    rate (`lr_scale`: its share of the optimizer's)."""
     groups = _groups_by_decay(model, config)
     if config.mup is None:
         return groups

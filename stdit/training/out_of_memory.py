@@ -1,4 +1,5 @@
-"""Out of memory in training: which bucket, its shape and tokens, what should fit by the forecast's estimate, and the key to change.
+"""Out of memory in training: which bucket, its shape and tokens, what should fit by the forecast's estimate, and the
+key to change.
 
 with MemoryErrors(config, data, ranks) as memory:
     memory.start_step(step, data_step.key)        # what runs from here on is this bucket's, or packed
@@ -54,7 +55,8 @@ class MemoryErrors:
             raise OutOfMemory(self.describe(error, self._step, self._key)) from error
 
     def describe(self, error: BaseException, step: int, key: str | None) -> str:
-        """The message for an allocation that failed in a step of this bucket, or PACKED; None: before the first step."""
+        """The message for an allocation that failed in a step of this bucket, or PACKED; None: before the first
+        step."""
         available, place = local_share(self.ranks.device)
         request = _requested(str(error))
         if key is None:

@@ -53,7 +53,8 @@ STRAGGLER = 1.5
 
 
 class Performance:
-    """Measures one rank; `metrics` compares ranks and is called by all of them. clips: number of training clips, for the epoch."""
+    """Measures one rank; `metrics` compares ranks and is called by all of them. clips: number of training clips, for
+    the epoch."""
 
     def __init__(self, config: Config, ranks: Ranks, data: TrainData, clips: int) -> None:
         self.config, self.ranks, self.data, self._clips = config, ranks, data, clips
@@ -69,7 +70,8 @@ class Performance:
 
     @contextlib.contextmanager
     def section(self, name: str) -> Iterator[None]:
-        """Times a part of the step, by CUDA events where there is a GPU, without waiting for it; labels it in traces."""
+        """Times a part of the step, by CUDA events where there is a GPU, without waiting for it; labels it in
+        traces."""
         with torch.profiler.record_function(name):
             if self.ranks.device.type == "cuda":
                 first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -109,8 +111,8 @@ class Performance:
             self._processed += processed
 
     def count_save(self, background_seconds: float) -> None:
-        """Takes the seconds that this rank has written checkpoints in the background, in all. Training's own wait is section
-        "checkpoint"."""
+        """Takes the seconds that this rank has written checkpoints in the background, in all. Training's own wait is
+        section "checkpoint"."""
         self._written = background_seconds
 
     def metrics(self, step: int, samples_seen: int) -> dict[str, float]:
@@ -196,9 +198,11 @@ class Performance:
 
 
 def useful_tokens(batch: Batch, model: ModelConfig) -> tuple[float, int]:
-    """(Tokens that are not padding, all tokens) of a micro-batch, or of one bucket's part of it: patches of latents, and caption tokens where the model takes them.
+    """(Tokens that are not padding, all tokens) of a micro-batch, or of one bucket's part of it: patches of latents,
+    and caption tokens where the model takes them.
 
-    Padding is what makes captions as long as the longest of the micro-batch, and latents whole patches (`model.pad_latents`).
+    Padding is what makes captions as long as the longest of the micro-batch, and latents whole patches
+    (`model.pad_latents`).
     """
     size = batch.mean.shape[2:]
     patches = math.prod(-(-n // p) for n, p in zip(size, model.patch_size, strict=True))
@@ -233,8 +237,8 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 @contextlib.contextmanager
 def profiler(config: Config, ranks: Ranks, first_step: int) -> Iterator[Callable[[], None]]:
-    """Writes a trace of `train.profile`'s steps to RUN_DIR/profile (chrome://tracing, ui.perfetto.dev), one file a rank.
-    Yields a function to call after each step; the first is `first_step`."""
+    """Writes a trace of `train.profile`'s steps to RUN_DIR/profile (chrome://tracing, ui.perfetto.dev), one file a
+    rank. Yields a function to call after each step; the first is `first_step`."""
     settings = config.train.profile
     if settings is None or settings.start + settings.steps <= first_step:
         yield lambda: None

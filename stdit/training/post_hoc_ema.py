@@ -1,11 +1,12 @@
-"""Averages of a run's weights over any width, from snapshots of its EMA profiles: `stdit ema` (post-hoc EMA, Karras et al. 2024,
-section 3.2 and algorithm 3).
+"""Averages of a run's weights over any width, from snapshots of its EMA profiles: `stdit ema` (post-hoc EMA, Karras et
+al. 2024, section 3.2 and algorithm 3).
 
     stdit ema runs/xl --sigma-rel 0.08 --out runs/xl-ema-0.08
 
-How much an average has of the weights of each step is its profile. That of the width wanted is approximated by the sum of the
-snapshots' profiles with the least squared error, and its weights by the same sum of their weights. The coefficients add up to 1, which
-the paper does not ask for: weights that stand still come out as they are, however few snapshots there are.
+How much an average has of the weights of each step is its profile. That of the width wanted is approximated by the sum
+of the snapshots' profiles with the least squared error, and its weights by the same sum of their weights. The
+coefficients add up to 1, which the paper does not ask for: weights that stand still come out as they are, however few
+snapshots there are.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from stdit.training.ema import power_function_exponent
 from stdit.training.identity import load_identity
 from stdit.weights.convert import failed_writes_named
 
-# The largest error of a profile, and the largest share of the weights that the snapshots' rounding to float16 may come to.
+# The largest error of a profile, and the largest share of the weights that the snapshots' rounding to float16 may come
+# to.
 MAX_ERROR, MAX_ROUNDING = 0.1, 0.01
 # Directions in which the snapshots differ by less than this are rounding errors of float64.
 _RCOND = 1e-13
@@ -54,8 +56,8 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Solution:
-    """Coefficients of the snapshots; error of their profile, as a share of the wanted one's norm; what the snapshots' rounding may
-    come to, as a share of the weights."""
+    """Coefficients of the snapshots; error of their profile, as a share of the wanted one's norm; what the snapshots'
+    rounding may come to, as a share of the weights."""
 
     coefficients: np.ndarray
     error: float
@@ -106,7 +108,8 @@ class LeastSquares:
 
 
 def find_snapshots(run_dir: Path, step: int | None = None) -> list[Snapshot]:
-    """Snapshots of a run up to `step` (None: all), oldest first. ConfigError: there are none, none of that step, or one is damaged."""
+    """Snapshots of a run up to `step` (None: all), oldest first. ConfigError: there are none, none of that step, or one
+    is damaged."""
     folders = ema_snapshots.list_snapshots(run_dir)
     if not folders:
         raise ConfigError(
@@ -128,8 +131,8 @@ def find_snapshots(run_dir: Path, step: int | None = None) -> list[Snapshot]:
 
 
 def choose(snapshots: Sequence[Snapshot], sigma_rel: float) -> Solution:
-    """Coefficients of `snapshots` for the average of this width over the weights until the last of them. ConfigError: they do not give it
-    exactly enough; says which ones they give."""
+    """Coefficients of `snapshots` for the average of this width over the weights until the last of them. ConfigError:
+    they do not give it exactly enough; says which ones they give."""
     last = snapshots[-1].time
     squares = LeastSquares([s.time for s in snapshots], [s.sigma_rel for s in snapshots])
     found = squares.solve(last, sigma_rel)
@@ -150,7 +153,8 @@ def describe(snapshots: Sequence[Snapshot]) -> str:
 
 
 def weighted_sum(files: Sequence[Path], coefficients: Sequence[float]) -> dict[str, Tensor]:
-    """Sum of the tensors of safetensors files, in float32; of the files it holds one tensor at a time. ConfigError: files of other tensors."""
+    """Sum of the tensors of safetensors files, in float32; of the files it holds one tensor at a time. ConfigError:
+    files of other tensors."""
     total: dict[str, Tensor] = {}
     for file, coefficient in zip(files, coefficients, strict=True):
         try:
@@ -167,8 +171,9 @@ def weighted_sum(files: Sequence[Path], coefficients: Sequence[float]) -> dict[s
 
 
 def write_average(run_dir: Path, sigma_rel: float, out: Path, step: int | None = None) -> str:
-    """Writes the average of a run's weights over this width until `step` (None: its last snapshot) to the folder OUT, which is a
-    checkpoint to all that read weights; returns what was done, in a line. Holds the tensors of one file of OUT in memory.
+    """Writes the average of a run's weights over this width until `step` (None: its last snapshot) to the folder OUT,
+    which is a checkpoint to all that read weights; returns what was done, in a line. Holds the tensors of one file of
+    OUT in memory.
 
     ConfigError: no snapshots, damaged ones, or none that give this width; OUT is there, and no earlier average.
     """
@@ -212,7 +217,8 @@ def _write_weights(snapshots: Sequence[Snapshot], coefficients: Sequence[float],
 
 
 def _check_out(run_dir: Path, out: Path) -> None:
-    """ConfigError: OUT is there, and no average that was written here and left as it was; or among what the run itself writes."""
+    """ConfigError: OUT is there, and no average that was written here and left as it was; or among what the run itself
+    writes."""
     own = [(run_dir / name).resolve() for name in (checkpoint.FOLDER, ema_snapshots.FOLDER)]
     if {out.resolve(), *out.resolve().parents} & set(own):
         raise ConfigError(f"--out {out}: is where the run itself writes; choose another folder")

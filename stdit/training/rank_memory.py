@@ -1,7 +1,8 @@
-"""Memory of one rank in training: what it holds throughout, and what it takes beside in each phase of a step; counted, not measured.
+"""Memory of one rank in training: what it holds throughout, and what it takes beside in each phase of a step; counted,
+not measured.
 
-DeepSpeed 0.19 with `make_deepspeed_config`, of P trained parameters, n ranks, w bytes a weight, b = min(P, reduce_bucket_size),
-by default P / 8 within 25 and 500 million (`bucket_size`). Always there:
+DeepSpeed 0.19 with `make_deepspeed_config`, of P trained parameters, n ranks, w bytes a weight, b = min(P,
+reduce_bucket_size), by default P / 8 within 25 and 500 million (`bucket_size`). Always there:
 
     stage        weights   optimizer [1]   gradients              buffers
     0            w P       8 P [2]         -                      -
@@ -12,23 +13,25 @@ by default P / 8 within 25 and 500 million (`bucket_size`). Always there:
 [1] float32: AdamW's two moments (Muon has one, but for a few per cent of the weights), and the weights that it steps.
 [2] 12 P in bf16. In float32 they are the model's own weights.
 
-A step's phases follow each other, so that the largest counts. Activations are there in the first, and gradients, but those summed up
-over several micro-batches, come as activations go:
+A step's phases follow each other, so that the largest counts. Activations are there in the first, and gradients, but
+those summed up over several micro-batches, come as activations go:
 
     stage        reduction of gradients
     0            w P of gradients, and a flat copy of up to 5e8 of them
-    1, bf16      2 P of bf16 gradients, a copy in the type that is sent, and a flat one in float32 of several parameter groups
+    1, bf16      2 P of bf16 gradients, a copy in the type that is sent, and a flat one in float32 of several parameter
+                 groups
     1, 2         bucket [3], a flat copy of it (w b), this rank's part (4 P / n)
     3            a flat copy of the bucket (w b), this rank's part of it in float32 of bf16 (4 b / n)
 
-[3] w reduce_bucket_size, or twice that with overlap_comm, which is the default on GPUs alone. Stage 1 in float32 keeps what is not yet in
+[3] w reduce_bucket_size, or twice that with overlap_comm, which is the default on GPUs alone. Stage 1 in float32 keeps
+what is not yet in
     it: gradients (4 P) and bucket are there together.
 
 Stage 3 also has the weights that forward has gathered (stdit.training.communication), and those in flight once more.
 
-Measured on CPUs (tests/training/test_rank_memory.py), where gloo copies a reduce-scatter's buffer and gathers into a second one; NCCL does
-not. Not counted: what one operation needs for its own, fragmentation, Muon's exchange of matrices, hpZ and quantized communication, and
-pinned memory. What `train.deepspeed` offloads is not taken off.
+Measured on CPUs (tests/training/test_rank_memory.py), where gloo copies a reduce-scatter's buffer and gathers into a
+second one; NCCL does not. Not counted: what one operation needs for its own, fragmentation, Muon's exchange of
+matrices, hpZ and quantized communication, and pinned memory. What `train.deepspeed` offloads is not taken off.
 """
 
 from __future__ import annotations
@@ -54,9 +57,9 @@ Bytes = dict[str, int]
 class Memory:
     """Bytes of one rank. held: throughout, by name. phases: beside that in each phase of a step, by name.
 
-    In the host's memory, not in `total`: building, while the model is built or loaded, beside what the device has of it; of rank 0
-    checkpoint_copy, and full_weights, which it joins from all ranks' parts (and rounds for snapshots) while a checkpoint is
-    written.
+    In the host's memory, not in `total`: building, while the model is built or loaded, beside what the device has of
+    it; of rank 0 checkpoint_copy, and full_weights, which it joins from all ranks' parts (and rounds for snapshots)
+    while a checkpoint is written.
     """
 
     held: Mapping[str, int]
@@ -100,11 +103,12 @@ def rank_memory(
     micro_batches: int = 1,
     device: str = "cuda",
 ) -> Memory:
-    """Of a rank under DeepSpeed: weights, gradients and optimizer state are replicated, or partitioned over `ranks` from ZeRO stage 3, 2 and 1
-    on (Rajbhandari et al. 2020).
+    """Of a rank under DeepSpeed: weights, gradients and optimizer state are replicated, or partitioned over `ranks`
+    from ZeRO stage 3, 2 and 1 on (Rajbhandari et al. 2020).
 
-    parameters: in the order in which forward uses them; frozen ones are weights alone, and in no checkpoint. activations: bytes of
-    the largest micro-batch. micro_batches: of a step. device: "cpu" or "cuda". ConfigError: train.deepspeed cannot be used.
+    parameters: in the order in which forward uses them; frozen ones are weights alone, and in no checkpoint.
+    activations: bytes of the largest micro-batch. micro_batches: of a step. device: "cpu" or "cuda". ConfigError:
+    train.deepspeed cannot be used.
     """
     stage, bf16 = train.zero_stage, train.precision == "bf16"
     trained = sum(p.numel for p in parameters if p.trained)
@@ -122,8 +126,8 @@ def rank_memory(
     copied = optimizer + average + (weights if stage < 3 else 0) if copies_checkpoints(train) else 0
     # The weights, then each average; of a profile also its snapshot, in float16.
     joined = (4 * trained if stage and ranks > 1 else 0) + (2 * trained if train.ema.widths else 0)
-    # Whole, in float32, and once more those that bfloat16 rounds; ZeRO-3 has one weight at a time, and this rank's parts of
-    # those rounded (stdit.training.deferred).
+    # Whole, in float32, and once more those that bfloat16 rounds; ZeRO-3 has one weight at a time, and this rank's
+    # parts of those rounded (stdit.training.deferred).
     unrounded = share(4 * trained if bf16 else 0, 3)
     building = unrounded if stage == 3 else 4 * (trained + frozen) + unrounded
 
@@ -142,7 +146,8 @@ def copies_checkpoints(train: TrainConfig) -> bool:
 
 
 class _Step:
-    """What a step takes beside weights, optimizer state and averages: (held, phases) of each of DeepSpeed's optimizers."""
+    """What a step takes beside weights, optimizer state and averages: (held, phases) of each of DeepSpeed's
+    optimizers."""
 
     def __init__(
         self,
@@ -179,7 +184,8 @@ class _Step:
         rounded = 2 * self.trained
         optimizer = self.train.optimizer
         groups = 1 + bool(optimizer.weight_decay) + (optimizer.name == "muon") + (optimizer.mup is not None)
-        # A single tensor needs no copy to be flat, as the first group has it that is larger than what is flattened at once.
+        # A single tensor needs no copy to be flat, as the first group has it that is larger than what is flattened at
+        # once.
         flat = 4 * self.trained if groups > 1 and self.trained <= FLATTENED else 0
         return {"gradients": 4 * self.trained}, {
             FORWARD: {"activations": self.activations, "bf16 gradients": rounded if self.accumulates else 0},

@@ -1,7 +1,7 @@
 """Resuming a run: TrainState, checks of a changed config, loading of checkpoints.
 
-They are written by stdit.training.saving; what makes a folder complete is in stdit.training.checkpoint, the run's other files
-are in stdit.training.run_dir.
+They are written by stdit.training.saving; what makes a folder complete is in stdit.training.checkpoint, the run's other
+files are in stdit.training.run_dir.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ class TrainState:
     base: Base | None = None
     # Checkpoints that this run has written or verified.
     intact: set[Path] = field(default_factory=set)
-    # Of the last step, if it had one; the last losses of each bucket; and the counts of stdit.training.divergence.SkippedSteps.
+    # Of the last step, if it had one; the last losses of each bucket; and the counts of
+    # stdit.training.divergence.SkippedSteps.
     validation_loss: float | None = None
     recent_losses: dict[str, list[float]] = field(default_factory=dict)
     skipped_steps: dict[str, Any] | None = None
@@ -247,7 +248,8 @@ def init_folder(config: Config) -> Path:
 
 
 def find_init(config: Config, state: TrainState, ranks: Ranks) -> Path | None:
-    """Folder of the weights of init.source, if the model begins with them; of frozen ones also sets `state.base`. Collective."""
+    """Folder of the weights of init.source, if the model begins with them; of frozen ones also sets `state.base`.
+    Collective."""
     fine_tunes = config.train.lora is not None or config.train.control is not None
     if config.init is None or (state.checkpoint is not None and not fine_tunes):
         return None
@@ -263,8 +265,9 @@ def find_init(config: Config, state: TrainState, ranks: Ranks) -> Path | None:
 
 
 def encoder_notes(init: Path, data: TrainData) -> list[str]:
-    """What differs between the autoencoder and text encoder of the run that the weights `init` come from, and today's: weights of the
-    same shape load, and have to learn the new inputs. Empty: nothing, or not known (a diffusers folder)."""
+    """What differs between the autoencoder and text encoder of the run that the weights `init` come from, and today's:
+    weights of the same shape load, and have to learn the new inputs. Empty: nothing, or not known (a diffusers
+    folder)."""
     if not (init.parent / checkpoint.IDENTITY).is_file():
         return []
     identity, found = checkpoint.identity_beside(init), []
@@ -282,8 +285,9 @@ def encoder_notes(init: Path, data: TrainData) -> list[str]:
 
 
 def build_model(config: Config, state: TrainState, init: Path | None) -> STDiT | Controlled | Aligned:
-    """Model for the engine; what was loaded goes to `state.report`. Of a checkpoint it holds the EMA weights, which stdit.training.ema copies before the weights
-    themselves are loaded; with init (`find_init`) those of another run; else new ones. Frozen weights need no gradient."""
+    """Model for the engine; what was loaded goes to `state.report`. Of a checkpoint it holds the EMA weights, which
+    stdit.training.ema copies before the weights themselves are loaded; with init (`find_init`) those of another run;
+    else new ones. Frozen weights need no gradient."""
     if init is None and state.checkpoint is not None:
         model = add_trainable(STDiT.from_pretrained(state.checkpoint / TRANSFORMER["ema"]), config.train)
         if isinstance(model, Aligned):
@@ -319,7 +323,8 @@ def load_profiles(ema: EMA, engine: Engine, state: TrainState) -> None:
 
 
 def load_checkpoint(engine: Engine, state: TrainState, ranks: Ranks) -> None:
-    """Loads weights and optimizer state of `state.checkpoint`, if any, converted for this number of ranks and ZeRO stage."""
+    """Loads weights and optimizer state of `state.checkpoint`, if any, converted for this number of ranks and ZeRO
+    stage."""
     if state.checkpoint is None:
         return
     source, folder = state.checkpoint, state.checkpoint.parent

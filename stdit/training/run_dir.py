@@ -34,7 +34,8 @@ MARK = "# Written by stdit: the resolved config of the run in this folder.\n"
 _HASH = "# sha256 "
 # A new run waits this long for the ranks of a stopped one, which may be saving.
 LOCK_WAIT_S = 60.0
-# What launchers and shells write beside a run that has not begun; and a rank that hung, or failed, before its first step.
+# What launchers and shells write beside a run that has not begun; and a rank that hung, or failed, before its first
+# step.
 LOG_SUFFIXES = (".log", ".out", ".err")
 _REPORT = re.compile(r"(stalled|failed)-rank-(\d+)\.txt")
 
@@ -43,7 +44,8 @@ _REPORT = re.compile(r"(stalled|failed)-rank-(\d+)\.txt")
 
 
 def check(run_dir: Path) -> None:
-    """ConfigError: `run_dir` is no folder, can't be written, or holds files that are not a run's. Nothing is touched."""
+    """ConfigError: `run_dir` is no folder, can't be written, or holds files that are not a run's. Nothing is
+    touched."""
     existing = next(path for path in (run_dir, *run_dir.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
         raise ConfigError(f"run_dir: {existing} exists and is no folder")
@@ -122,8 +124,8 @@ def read_config(run_dir: Path) -> Config:
 def lock(config: Config, ranks: Ranks) -> Iterator[None]:
     """Locks the run directory for the ranks of this run, until the last of them has left or died; collective.
 
-    A run that was stopped a moment ago may still be saving: this waits LOCK_WAIT_S for it. ConfigError: another run trains
-    there.
+    A run that was stopped a moment ago may still be saving: this waits LOCK_WAIT_S for it. ConfigError: another run
+    trains there.
     """
     held = FolderLock(config.run_dir)
 
@@ -156,6 +158,7 @@ def write_done(config: Config, step: int, samples_seen: int, ranks: Ranks) -> No
 
 
 def write_stopped(config: Config, saved: Path, reason: str, ranks: Ranks) -> None:
-    """Writes stopped.json: the run was stopped and goes on from the checkpoint `saved`. OSError, on every rank: it can't be written."""
+    """Writes stopped.json: the run was stopped and goes on from the checkpoint `saved`. OSError, on every rank: it
+    can't be written."""
     stopped = {"step": checkpoint.step_of(saved), "checkpoint": saved.name, "reason": reason}
     ranks.broadcast(lambda: atomic_write(config.run_dir / STOPPED_FILE, json.dumps(stopped)))

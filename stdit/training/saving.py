@@ -1,14 +1,14 @@
-"""Saving a run's checkpoints, in the background where train.checkpoint_in_background says so: training waits for a copy of this
-rank's weights and optimizer state in host memory, and goes on while a thread writes it.
+"""Saving a run's checkpoints, in the background where train.checkpoint_in_background says so: training waits for a copy
+of this rank's weights and optimizer state in host memory, and goes on while a thread writes it.
 
-    saver.save(last=False)      every rank copies its state; its thread writes the rank's files and then a mark of their hashes
-                                rank 0's thread waits for all marks, joins the partitions to full weights, and completes the
-                                checkpoint (stdit.training.checkpoint)
+    saver.save(last=False)      every rank copies its state; its thread writes the rank's files and then a mark of their
+                                hashes rank 0's thread waits for all marks, joins the partitions to full weights, and
+                                completes the checkpoint (stdit.training.checkpoint)
     saver.finish()              what became of it, on all ranks
 
-Threads never communicate: other ranks' parts are read from the folder. One checkpoint at a time is on its way; until it is
-complete it counts for nothing. DeepSpeed's own background writers are not used: `decoupled` has hung for ever (DeepSpeed #7741),
-and all of them stop training until the files are written.
+Threads never communicate: other ranks' parts are read from the folder. One checkpoint at a time is on its way; until it
+is complete it counts for nothing. DeepSpeed's own background writers are not used: `decoupled` has hung for ever
+(DeepSpeed #7741), and all of them stop training until the files are written.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class NotWritten(SaveError):
 class Saver:
     """Saves the checkpoints of one run. `save` and `finish` are collective. Use as a context manager, or `close` it.
 
-    A checkpoint that cannot be written (a full disk, a lost share) is said and left out, `train.max_failed_saves` times in a
-    row; earlier ones are intact. NotWritten, on all ranks: one time too many, or the run's last one. Diverged, on all ranks and
-    before anything is written: weights, EMA or optimizer state are not finite.
+    A checkpoint that cannot be written (a full disk, a lost share) is said and left out, `train.max_failed_saves` times
+    in a row; earlier ones are intact. NotWritten, on all ranks: one time too many, or the run's last one. Diverged, on
+    all ranks and before anything is written: weights, EMA or optimizer state are not finite.
     """
 
     def __init__(
@@ -92,12 +92,13 @@ class Saver:
         return float(write is not None and write.is_alive()), float(write is not None and write.error is not None)
 
     def is_over(self, writing: float, failed: float) -> bool:
-        """Whether the ranks' `status`, summed, says that the checkpoint on its way is complete or lost: `finish` has not to wait."""
+        """Whether the ranks' `status`, summed, says that the checkpoint on its way is complete or lost: `finish` has
+        not to wait."""
         return self._write is not None and (not writing or failed > 0)
 
     def save(self, last: bool) -> Path | None:
-        """Saves a checkpoint of this step, or begins to. last: the run ends here, so that it must be written at once. Returns the newest
-        checkpoint that was completed meanwhile, if any: this one, or the one before it."""
+        """Saves a checkpoint of this step, or begins to. last: the run ends here, so that it must be written at once.
+        Returns the newest checkpoint that was completed meanwhile, if any: this one, or the one before it."""
         before = self.finish()
         background = self.config.train.checkpoint_in_background and not last
 
@@ -121,7 +122,8 @@ class Saver:
             self._write = None
 
     def _attempt(self, write: Callable[[], Path | None], last: bool) -> Path | None:
-        """The checkpoint that `write` completes, None if there is none. NotWritten: it failed and must not, or one time too many."""
+        """The checkpoint that `write` completes, None if there is none. NotWritten: it failed and must not, or one time
+        too many."""
         try:
             with self._watched():
                 saved = write()
@@ -167,7 +169,8 @@ class Saver:
         write.start()
 
     def _finish(self) -> Path | None:
-        """As `finish`, which says what is what. NotWritten, on all ranks: a file could not be written on one of them."""
+        """As `finish`, which says what is what. NotWritten, on all ranks: a file could not be written on one of
+        them."""
         if self._write is None:
             return None
         write, self._write = self._write, None
@@ -188,7 +191,8 @@ class Saver:
         return write.folder
 
     def _agree(self, folder: Path, files: Callable[[], object], partial: Path | None = None) -> None:
-        """Runs `files` on every rank. If one fails: NotWritten on all of them, without `partial`, what there is of the checkpoint."""
+        """Runs `files` on every rank. If one fails: NotWritten on all of them, without `partial`, what there is of the
+        checkpoint."""
         reason = None
         try:
             files()
@@ -312,8 +316,8 @@ class Write(threading.Thread):
             adapters.save_head(full, self.partial)
 
     def _write_profiles(self) -> None:
-        """Writes the EMA's profiles, and their snapshot if it is due: before the checkpoint is complete, as what resumes from that does not
-        come by this step again."""
+        """Writes the EMA's profiles, and their snapshot if it is due: before the checkpoint is complete, as what
+        resumes from that does not come by this step again."""
         ema, step = self.config.train.ema, checkpoint.step_of(self.folder)
         due = ema_snapshots.is_due(ema, step, self.config.train.steps)
         with ema_snapshots.new_snapshot(self.config.run_dir, step) if due else nullcontext() as snapshot:
@@ -329,8 +333,9 @@ class Write(threading.Thread):
             adapters.save_trained(self.engine.module, ema_snapshots.half(full) | self._buffers(), snapshot / name)
 
     def _full(self, weights: str) -> dict[str, Tensor]:
-        """Full weights, or an average of them, by name, from all ranks' parts. Those that one rank has whole are views of its file, mapped: none
-        may be left when that is removed (`remove_rank_marks`), or NFS keeps it in the folder under another name."""
+        """Full weights, or an average of them, by name, from all ranks' parts. Those that one rank has whole are views
+        of its file, mapped: none may be left when that is removed (`remove_rank_marks`), or NFS keeps it in the folder
+        under another name."""
         parts: list[dict[str, Any]] = [self._weights]
         if self.layout.partitioned:
             others = (checkpoint.rank_partition(self.partial, rank) for rank in range(1, self.ranks.size))

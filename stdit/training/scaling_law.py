@@ -45,7 +45,8 @@ class ScalingLaw:
         return self.irreducible + self.model * n**-self.alpha + self.data * d**-self.beta
 
     def best_parameters(self, flops: float) -> float:
-        """The size of least loss at a budget; 0 or infinity where the ladder's loss does not depend on one of the two."""
+        """The size of least loss at a budget; 0 or infinity where the ladder's loss does not depend on one of the
+        two."""
         if self.model * self.alpha == 0 or self.data * self.beta == 0:
             return 0.0 if self.model * self.alpha == 0 else math.inf
         # The derivative by N of both terms, in the ladder's units.
@@ -87,8 +88,8 @@ def fit(points: Sequence[Point]) -> ScalingLaw:
 
 
 def resampled(points: Sequence[Point], law: ScalingLaw, count: int, seed: int = 0) -> Iterator[ScalingLaw]:
-    """Laws of `count` ladders whose losses are the law's with the ladder's own relative errors, drawn anew (bootstrap of
-    residuals, widened for the five coefficients that the law took from them)."""
+    """Laws of `count` ladders whose losses are the law's with the ladder's own relative errors, drawn anew (bootstrap
+    of residuals, widened for the five coefficients that the law took from them)."""
     predicted = np.array([law.loss(p.parameters, p.flops) for p in points])
     errors = np.array([p.loss for p in points]) / predicted - 1
     errors = (errors - errors.mean()) * math.sqrt(len(points) / max(1, len(points) - 5))

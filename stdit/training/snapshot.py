@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 
 class HostCopies:
-    """Copies nested states (dicts, lists, tuples of tensors and plain values) into host memory, pinned for a GPU's tensors.
+    """Copies nested states (dicts, lists, tuples of tensors and plain values) into host memory, pinned for a GPU's
+    tensors.
 
-    Memory is kept for the next snapshot: to allocate it, pinned memory above all, takes longer than to copy. Tensors that share
-    a storage share its copy, so that torch.save writes the same bytes.
+    Memory is kept for the next snapshot: to allocate it, pinned memory above all, takes longer than to copy. Tensors
+    that share a storage share its copy, so that torch.save writes the same bytes.
     """
 
     def __init__(self, pinned: bool) -> None:
@@ -83,8 +84,8 @@ class HostCopies:
 
 
 def pin_exact_sizes() -> None:
-    """Sets torch's allocator of pinned memory to take what is asked for, and to free it: by default it rounds every size up to a power of
-    two (17 GiB to 32) and keeps what is freed. Settings of PYTORCH_ALLOC_CONF stay, and win."""
+    """Sets torch's allocator of pinned memory to take what is asked for, and to free it: by default it rounds every
+    size up to a power of two (17 GiB to 32) and keeps what is freed. Settings of PYTORCH_ALLOC_CONF stay, and win."""
     settings = torch._C._accelerator_getAllocatorSettings()
     if "pinned_max" not in settings:
         # In MB: smaller ones are still rounded and kept. A torch that does not know it rounds, as before.
@@ -119,7 +120,8 @@ class Fragment(NamedTuple):
 
 @dataclass(frozen=True)
 class MasterLayout:
-    """Where the master weights are. shapes: by name. fragments: by name, for each rank; where ranks hold the same, of rank 0 alone."""
+    """Where the master weights are. shapes: by name. fragments: by name, for each rank; where ranks hold the same, of
+    rank 0 alone."""
 
     shapes: dict[str, torch.Size]
     fragments: list[dict[str, Fragment]]
@@ -132,8 +134,8 @@ class MasterLayout:
 
 @torch.no_grad()
 def full_weights(layout: MasterLayout, masters: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
-    """Full weights by name, from the master tensors (or others alike: their average) of every rank in the layout. Those that one rank
-    holds whole are views."""
+    """Full weights by name, from the master tensors (or others alike: their average) of every rank in the layout. Those
+    that one rank holds whole are views."""
     found = {}
     for name, shape in layout.shapes.items():
         fragments = [(rank, theirs[name]) for rank, theirs in enumerate(layout.fragments) if name in theirs]

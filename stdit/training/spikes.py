@@ -1,7 +1,8 @@
 """Loss spikes: a step whose loss is far above the last ones of its bucket; what is done about it (train.on_spike).
 
-warn: it is marked in metrics.jsonl and the log. skip: its gradient is dropped too. rewind: training goes back to the newest
-checkpoint and leaves out that step's samples; RUN_DIR/rewinds.json lists them, so that a resumed run leaves them out as well.
+warn: it is marked in metrics.jsonl and the log. skip: its gradient is dropped too. rewind: training goes back to the
+newest checkpoint and leaves out that step's samples; RUN_DIR/rewinds.json lists them, so that a resumed run leaves them
+out as well.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class LossSpikes:
         return {bucket: list(losses) for bucket, losses in self._recent.items()}
 
     def excess(self, bucket: str, loss: float) -> float | None:
-        """Robust standard deviations by which `loss` is above the median of the bucket's last losses, if it is a spike: more than
-        `spike_threshold`. None: it is not, or there are too few to tell."""
+        """Robust standard deviations by which `loss` is above the median of the bucket's last losses, if it is a spike:
+        more than `spike_threshold`. None: it is not, or there are too few to tell."""
         last = self._recent[bucket]
         if len(last) < LEAST or not math.isfinite(loss):
             return None
@@ -60,8 +61,10 @@ class LossSpikes:
         return found if found > self.threshold else None
 
     def veto(self, total: Tensor, sums: Tensor, step: Step, micro_batch: int) -> Tensor:
-        """The loss to be differentiated: `total`, or with on_spike `skip` NaN at the last micro-batch of a step that is a
-        spike: every gradient becomes NaN, and no rank updates anything. Collective. sums[0]: of the step's losses so far."""
+        """The loss to be differentiated: `total`, or with on_spike `skip` NaN at the last micro-batch of a step that is
+        a
+        spike: every gradient becomes NaN, and no rank updates anything. Collective. sums[0]: of the step's losses so
+        far."""
         if self.action != "skip" or micro_batch < len(step.batches) - 1:
             return total
         (loss,) = self.ranks.all_reduce(sums[0].item() / len(step.batches) / self.ranks.size)
@@ -109,8 +112,8 @@ def positions_left_out(rewinds: Sequence[Mapping[str, Any]]) -> dict[str, list[r
 
 
 def rewind(run_dir: Path, train: TrainConfig, step: int, loss: float, data_step: Step, ranks: Ranks) -> None:
-    """Writes down that the samples of `data_step` are left out from now on; collective. Diverged: for the (max_rewinds + 1)th
-    time."""
+    """Writes down that the samples of `data_step` are left out from now on; collective. Diverged: for the
+    (max_rewinds + 1)th time."""
     key = data_step.key
 
     def write() -> int:

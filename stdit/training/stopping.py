@@ -1,4 +1,5 @@
-"""Requests to stop a run: signals, and the launcher's death. Imports nothing heavy: a process listens from its first moment.
+"""Requests to stop a run: signals, and the launcher's death. Imports nothing heavy: a process listens from its first
+moment.
 
 The process that launched this one is looked at when this module is imported, since it may be gone before torch is.
 """
@@ -32,7 +33,8 @@ ELASTIC = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "acc
 
 class Stop:
     """A request to stop. Only a flag: requests reach ranks at different times, and a rank that acted on its own would
-    leave the others waiting in a collective. Before training has begun (`start_training`) a request ends the process."""
+    leave the others waiting in a collective. Before training has begun (`start_training`) a request ends the
+    process."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -120,7 +122,8 @@ class Stop:
 
 
 def parent_of(process: int | str) -> int | None:
-    """Parent process id of `process` ("self": of this one), both as /proc numbers them; None: there is no such process, or no /proc."""
+    """Parent process id of `process` ("self": of this one), both as /proc numbers them; None: there is no such process,
+    or no /proc."""
     try:
         # The name, in parentheses, may hold spaces and parentheses itself.
         return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
@@ -129,8 +132,8 @@ def parent_of(process: int | str) -> int | None:
 
 
 def ancestors() -> tuple[int, ...]:
-    """Process ids of this process's parent, of its parent and so on, as /proc numbers them, which may be of another namespace than
-    os.getppid()'s (`unshare --pid`). () without /proc."""
+    """Process ids of this process's parent, of its parent and so on, as /proc numbers them, which may be of another
+    namespace than os.getppid()'s (`unshare --pid`). () without /proc."""
     found: list[int] = []
     process: int | str = "self"
     while parent := parent_of(process):
@@ -142,11 +145,12 @@ def ancestors() -> tuple[int, ...]:
 def find_launchers(
     arguments: Sequence[str], commands: Sequence[Sequence[str]], elastic: bool = False
 ) -> tuple[int, str | None]:
-    """How many of a rank's ancestors are its launchers, and which is missing (None: none, or launchers that are not known).
+    """How many of a rank's ancestors are its launchers, and which is missing (None: none, or launchers that are not
+    known).
 
-    Who adopts orphans is any program (a container's init, a user's systemd, any subreaper), so that a launcher is missed where it has to
-    be. arguments: of this process. commands: command lines of the ancestors, the nearest first; () where none can be told. elastic:
-    torch's elastic agent has started this process.
+    Who adopts orphans is any program (a container's init, a user's systemd, any subreaper), so that a launcher is
+    missed where it has to be. arguments: of this process. commands: command lines of the ancestors, the nearest first;
+    () where none can be told. elastic: torch's elastic agent has started this process.
     """
     if not commands:
         return 1, None
@@ -164,7 +168,8 @@ def find_launchers(
 
 
 def _runs(command: Sequence[str], *programs: str) -> bool:
-    """Whether a command line is Python's with one of `programs`, a script or a module: an init has that of what it starts."""
+    """Whether a command line is Python's with one of `programs`, a script or a module: an init has that of what it
+    starts."""
     program = Path(command[0]).name if command else ""
     is_python = program.startswith("python") or program == Path(sys.executable).name
     return is_python and any(Path(argument).name in programs for argument in command[1:])

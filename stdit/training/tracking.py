@@ -72,9 +72,9 @@ class Tracker:
             )  # fmt: skip
 
     def step(self, metrics: dict[str, Any], performance: Performance) -> bool:
-        """Advances the progress bar by a step; logs its metrics and performance every `train.log_every` steps, at the last
-        step, with a validation loss or a comparison with inference, and where weights were not updated. Returns whether it
-        logged, the same on every rank."""
+        """Advances the progress bar by a step; logs its metrics and performance every `train.log_every` steps, at the
+        last step, with a validation loss or a comparison with inference, and where weights were not updated. Returns
+        whether it logged, the same on every rank."""
         step, train = metrics["step"], self.config.train
         bad_steps = metrics.get("bad_steps", 0)
         if "spike" in metrics:

@@ -45,7 +45,8 @@ STATES = ("fp32", "exp_avg", "exp_avg_sq")
 
 
 class States(Mapping[str, dict[str, Tensor]]):
-    """Full weights and optimizer state of a checkpoint, by the weight's name and then STATES, flat; read one weight at a time.
+    """Full weights and optimizer state of a checkpoint, by the weight's name and then STATES, flat; read one weight at
+    a time.
 
     step: the optimizer's. CheckpointError: one is missing.
     """
@@ -98,8 +99,8 @@ class UnpartitionedStates(States):
 
 
 def open_states(checkpoint: Path, converted: Path | None, names: Sequence[str]) -> States:
-    """Weights and optimizer state in `checkpoint`. converted: its universal form; None: it was saved without ZeRO. names: of the
-    weights, in the order of the optimizer's groups."""
+    """Weights and optimizer state in `checkpoint`. converted: its universal form; None: it was saved without ZeRO.
+    names: of the weights, in the order of the optimizer's groups."""
     if converted is None:
         return UnpartitionedStates(checkpoint, names)
     optimizer = _load(min(checkpoint.glob("*zero_pp_rank_0*optim_states.pt")))["optimizer_state_dict"]

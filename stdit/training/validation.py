@@ -90,8 +90,8 @@ class Validator:
         self._remarked = False
 
     def run(self, engine: Engine, ema: EMA, tracker: Tracker, step: int) -> dict[str, float]:
-        """Validation losses, if they are due at `step`, and `inference_gap` at checkpoints; a sample grid, if it is due, goes
-        to the tracker."""
+        """Validation losses, if they are due at `step`, and `inference_gap` at checkpoints; a sample grid, if it is
+        due, goes to the tracker."""
         config, steps = self.config, self.config.train.steps
         validates, samples = (is_due(section.every, step, steps) for section in (config.validation, config.samples))
         compares = config.validation.inference_check and is_due(config.train.checkpoint_every, step, steps)
@@ -128,8 +128,8 @@ class Validator:
         self._remarked = True
 
     def _batches(self, ids: list[int], bucket: Bucket, batch_size: int, first: int = 0) -> list[tuple[Batch, Tensor]]:
-        """This rank's batches of `ids`, each with weights (B,): 1 for samples, 0 for padding. first: position of the first
-        sample, which decides its noise."""
+        """This rank's batches of `ids`, each with weights (B,): 1 for samples, 0 for padding. first: position of the
+        first sample, which decides its noise."""
         batches = []
         for share in shard_batches(len(ids), self.ranks, batch_size):
             samples = [self.data.source.sample(ids[max(n, 0)]) for n in share]
@@ -139,8 +139,8 @@ class Validator:
 
     @torch.no_grad()
     def loss(self, model: Callable[..., Any]) -> dict[str, float]:
-        """`validation_loss`: the mean over `validation.samples` clips at each of `validation.times`; `validation_loss/t=0.3` and
-        `validation_loss/4x16x16`: the mean at each time, and of each bucket."""
+        """`validation_loss`: the mean over `validation.samples` clips at each of `validation.times`;
+        `validation_loss/t=0.3` and `validation_loss/4x16x16`: the mean at each time, and of each bucket."""
         config, objective = self.config, self.inputs.objective
         selected = select_clips(self.data, config, config.data.buckets, config.validation.samples)
         buckets = [bucket for bucket in config.data.buckets if selected.get(bucket.key)]
@@ -173,7 +173,8 @@ class Validator:
 
     @torch.no_grad()
     def losses_of_both_paths(self, model: Any) -> tuple[float, float] | None:
-        """Mean loss of a fixed batch through the model's forward, as in training, and through CachedConditions, as in sampling.
+        """Mean loss of a fixed batch through the model's forward, as in training, and through CachedConditions, as in
+        sampling.
 
         The batch: the first validation clips of the first bucket that has any. None: there are none.
         """

@@ -1,4 +1,5 @@
-"""Watches a rank, from its start to its last step: what takes too long is named, with its stack, and ends the process with code 75.
+"""Watches a rank, from its start to its last step: what takes too long is named, with its stack, and ends the process
+with code 75.
 
 A rank that hangs (in a collective that another one never joins, on a disk, in a decoder) would else be silent until the
 process group's time-out, and a request to stop would have no effect on it.
@@ -74,11 +75,11 @@ PHASES = {
 
 
 class Watchdog:
-    """A thread that ends the process when the thread that created it takes more than `train.start_timeout_s` until its first step, or
-    more than `train.step_timeout_s` for a step.
+    """A thread that ends the process when the thread that created it takes more than `train.start_timeout_s` until its
+    first step, or more than `train.step_timeout_s` for a step.
 
-    A save may take longer, as long as its files change. A step that was asked to stop has what STOP_GRACE says; before the first one
-    a request ends the process by itself.
+    A save may take longer, as long as its files change. A step that was asked to stop has what STOP_GRACE says; before
+    the first one a request ends the process by itself.
     """
 
     def __init__(self, rank: int, run_dir: Path, train: TrainConfig, stop: Stop) -> None:
@@ -177,7 +178,8 @@ class Watchdog:
         os._exit(STOPPED)
 
     def _others(self, own: Path, waited_s: float) -> str | None:
-        """Which ranks have written no report as this one has, in `own`: their host may be gone. None: this is the only rank."""
+        """Which ranks have written no report as this one has, in `own`: their host may be gone. None: this is the only
+        rank."""
         size = int(os.environ.get("WORLD_SIZE", 1))
         if size == 1:
             return None

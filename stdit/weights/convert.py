@@ -93,7 +93,8 @@ class Conversion(NamedTuple):
 
 
 def load_published(source: Path | str, overrides: Mapping[str, Any] | None = None, ema: bool | None = None) -> STDiT:
-    """Loads a model from a file or folder of any known layout, ours included: eval mode, CPU, each tensor in its own dtype.
+    """Loads a model from a file or folder of any known layout, ours included: eval mode, CPU, each tensor in its own
+    dtype.
 
     Args:
         source: a .safetensors, .pt, .pth, .bin or .ckpt file, a diffusers folder, a pipeline, a folder with one weight
@@ -195,7 +196,8 @@ def _check_expressible(settings: ModelConfig, layout: Layout, rules: list[Rule],
 
 
 def _published_values(source: SourceWeights, settings: ModelConfig, tables: Tables) -> dict[str, Any]:
-    """Values without a config key: the grid of a non-square table; a sample_size that is not a multiple of the patch."""
+    """Values without a config key: the grid of a non-square table; a sample_size that is not a multiple of the
+    patch."""
     values: dict[str, Any] = {}
     if grid := table_grid(source, tables):
         values["table"] = list(grid)
@@ -296,7 +298,8 @@ def convert(
 
 @contextmanager
 def failed_writes_named(out: Path) -> Iterator[None]:
-    """Errors while writing `out` become an OSError that says why: safetensors and torch do not. ValueErrors are passed on."""
+    """Errors while writing `out` become an OSError that says why: safetensors and torch do not. ValueErrors are passed
+    on."""
     try:
         yield
     except ValueError:
@@ -394,7 +397,8 @@ def open_as_is(source: Path, weights: Any) -> Iterator[Path]:
 def main(argv: Sequence[str] | None = None, open_source: OpenSource = open_as_is) -> int:
     """Exit code 0; 1: a file cannot be written; 2: weights or arguments that cannot be used.
 
-    open_source: yields the weights to read for SOURCE (`stdit` merges LoRA runs: stdit.training.adapters.full_model)."""
+    open_source: yields the weights to read for SOURCE (`stdit` merges LoRA runs:
+    stdit.training.adapters.full_model)."""
     args = arguments.convert().parse_args(argv)
     ema = None if args.weights is None else args.weights == "ema"
     try:

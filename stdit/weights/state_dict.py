@@ -64,7 +64,8 @@ DIGEST = "stdit_sha256"
 
 
 class WeightsFile(NamedTuple):
-    """A state dict, the config.json beside its file ({} if none), the file's path, and notes on which weights were taken."""
+    """A state dict, the config.json beside its file ({} if none), the file's path, and notes on which weights were
+    taken."""
 
     state: State
     config: dict[str, Any]
@@ -111,8 +112,8 @@ def _choice_note(where: str, taken: str, available: tuple[str, ...]) -> str:
 
 
 def _find_weights(folder: Path, ema: bool | None) -> Path:
-    """The weights file, or the index of a sharded one, of a folder: diffusers', a pipeline's, our checkpoint's or run's, or
-    one with a single file."""
+    """The weights file, or the index of a sharded one, of a folder: diffusers', a pipeline's, our checkpoint's or
+    run's, or one with a single file."""
     for checkpoint in (folder, folder.parent):
         if (checkpoint / IDENTITY).is_file() and (reason := verify(checkpoint)):
             raise ValueError(f"{checkpoint}: {reason}")
@@ -204,7 +205,8 @@ def _load_safetensors(path: Path) -> tuple[State, str]:
 
 
 def _load_pickled(path: Path) -> tuple[Any, str]:
-    """Content, and which part of the file is damaged by its checksum, if any; else "". torch.load does not compare them."""
+    """Content, and which part of the file is damaged by its checksum, if any; else "". torch.load does not compare
+    them."""
     # DiT's training script stores its argparse.Namespace in the checkpoint.
     with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
         warnings.simplefilter("ignore")
@@ -262,7 +264,8 @@ def _describe_failure(path: Path, error: Exception) -> str:
 
 
 def _is_text(start: bytes) -> bool:
-    """Whether a file that starts with these bytes is text: UTF-8 (a last character may be cut) without control codes."""
+    """Whether a file that starts with these bytes is text: UTF-8 (a last character may be cut) without control
+    codes."""
     text = start.decode(errors="ignore")
     return 0 <= len(start) - len(text.encode()) < min(4, len(start)) and all(
         c.isprintable() or c.isspace() for c in text

@@ -1,7 +1,8 @@
 """Transfers weights between training stages: loads what matches, initialises the rest so that outputs are preserved.
 
     model, report = to_video(image_model)                                       # inflate an image model to video
-    model, report = transfer_weights(source, target, allow=("class_to_text",))  # any change below, to the config `target`
+    # Any change below, to the config `target`.
+    model, report = transfer_weights(source, target, allow=("class_to_text",))
     print(report)
 
     python -m stdit.weights.transfer SOURCE --to OUT --config target.yaml --allow add_temporal
@@ -10,14 +11,16 @@
   `factorized`: temporal attention in each block. `alternating`: a temporal block after each spatial block, doubling the
   depth. `full`: spatial attention becomes 3D; outputs are unchanged for one frame.
 * class_to_text: captions replace, or join, class labels. The null-class embedding moves into the bias of the timestep
-  MLP, and cross-attention is zero-initialised: outputs equal the source's unconditional ones, whatever the caption. Where
-  classes stay, outputs are unchanged for every class.
+  MLP, and cross-attention is zero-initialised: outputs equal the source's unconditional ones, whatever the caption.
+  Where classes stay, outputs are unchanged for every class.
 * rescale_positions: positions change with resolution or duration; learned tables are interpolated. Outputs change.
 * add_micro_conditions: new micro-condition embedders, zero-initialised. Outputs are unchanged.
-* adaln_to_single: DiT's blocks (adaln, adaln_zero) become PixArt's (adaln_single); equal at timestep 500 without a class.
-* new_text_projection: another text width: y_proj and the null caption are newly initialised, outputs change. For another
-  caption length or null caption, the projection is kept.
-* add_sparse_dense: a fusion of what is before and after the sparse blocks, which starts as the latter. Outputs are unchanged.
+* adaln_to_single: DiT's blocks (adaln, adaln_zero) become PixArt's (adaln_single); equal at timestep 500 without a
+  class.
+* new_text_projection: another text width: y_proj and the null caption are newly initialised, outputs change. For
+  another caption length or null caption, the projection is kept.
+* add_sparse_dense: a fusion of what is before and after the sparse blocks, which starts as the latter. Outputs are
+  unchanged.
 * add_dynamic: routers, initialised fully open: outputs are unchanged. Or other exit_depths: outputs change.
 
 Depth and width do not change otherwise.
@@ -56,7 +59,8 @@ ADALN_SINGLE_TIMESTEP = 500.0
 
 @dataclass(frozen=True)
 class TransferReport:
-    """Parameter names: loaded from the source (changed as `notes` say), dropped from it, newly initialised in the target."""
+    """Parameter names: loaded from the source (changed as `notes` say), dropped from it, newly initialised in the
+    target."""
 
     loaded: tuple[str, ...]
     dropped: tuple[str, ...]
@@ -160,7 +164,8 @@ def to_video(
 
 
 def new_text_projection(transfer: TransferState) -> None:
-    """Re-initialises the text embedder for another text width; for another caption length, keeps it and the null rows."""
+    """Re-initialises the text embedder for another text width; for another caption length, keeps it and the null
+    rows."""
     old, new = transfer.old, transfer.new
     if (old.text_dim, old.text_projection) != (new.text_dim, new.text_projection):
         prefixes = ("y_embedder.y_", "y_embedder.pooled_proj.")
@@ -302,8 +307,8 @@ def add_dynamic(transfer: TransferState) -> None:
 
 
 def adaln_to_single(transfer: TransferState) -> None:
-    """Replaces the per-block modulation MLPs by their mean, shared, and a table per block that makes up the difference at
-    ADALN_SINGLE_TIMESTEP without a class (PixArt-α, section 2.3)."""
+    """Replaces the per-block modulation MLPs by their mean, shared, and a table per block that makes up the difference
+    at ADALN_SINGLE_TIMESTEP without a class (PixArt-α, section 2.3)."""
     old, source, state = transfer.old, transfer.source_state, transfer.state
     width, depth, _ = old.dimensions
     table = source.get("y_embedder.embedding_table.weight")
@@ -378,7 +383,8 @@ def _format_indices(blocks: list[int]) -> str:
 def main(argv: Sequence[str] | None = None, open_source: OpenSource = open_as_is) -> int:
     """Exit code 0; 1: a file cannot be written; 2: weights or arguments that cannot be used.
 
-    open_source: yields the weights to read for SOURCE (`stdit` merges LoRA runs: stdit.training.adapters.full_model)."""
+    open_source: yields the weights to read for SOURCE (`stdit` merges LoRA runs:
+    stdit.training.adapters.full_model)."""
     args = arguments.transfer().parse_args(argv)
     try:
         with open_source(args.source, "ema") as source:

@@ -32,7 +32,8 @@ _BLOCK_INDICES = ("window_blocks", "kv_compress_blocks")
 
 
 def is_image_model(config: ModelConfig) -> bool:
-    """Whether the model has no temporal attention, or cannot tell frames apart (SD3: full attention, no time positions)."""
+    """Whether the model has no temporal attention, or cannot tell frames apart (SD3: full attention, no time
+    positions)."""
     return not config.has_time or (config.attention == "full" and config.time_positions == "none")
 
 

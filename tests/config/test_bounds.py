@@ -58,7 +58,8 @@ def test_what_can_be_no_setting_is_refused_by_its_key(file: str, setting: str, m
         load_config(ROOT / "configs" / file, KINDS[file], [setting])
 
 
-# Seeds, values of columns and arguments, numbers of blocks (compared with the depth), and counts of which nothing is made.
+# Seeds, values of columns and arguments, numbers of blocks (compared with the depth), and counts of which nothing is
+# made.
 UNBOUNDED = {
     "seed", "classifier_seed", "one_of", "args", "block", "kv_compress_blocks", "window_blocks", "start", "factor", "margin_frames",
     "keep_best", "max_bad_steps", "max_failed_saves", "max_failures", "max_rewinds", "warmup_steps",

@@ -1,4 +1,5 @@
-"""docs/config.md and the schemas of configs/schema/ are what the code says; every key has a meaning, every YAML a schema."""
+"""docs/config.md and the schemas of configs/schema/ are what the code says; every key has a meaning, every YAML a
+schema."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Curation of the films of handwriting: what is wrong with a shot is found, the rest is kept, and nothing is computed twice."""
+"""Curation of the films of handwriting: what is wrong with a shot is found, the rest is kept, and nothing is computed
+twice."""
 
 from __future__ import annotations
 

@@ -18,7 +18,8 @@ from tests.support.videos import lossless, smooth
 
 
 def clips(folder: Path) -> Path:
-    """Two videos and two images with captions, one of them empty, an image without, and files that are none of these."""
+    """Two videos and two images with captions, one of them empty, an image without, and files that are none of
+    these."""
     for place in ("", "b", "validation"):
         (folder / place).mkdir(parents=True, exist_ok=True)
     lossless(folder / "z.mp4", smooth(5, 16, 16))

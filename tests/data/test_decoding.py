@@ -172,7 +172,8 @@ def test_frames_are_in_the_order_shown_where_the_container_has_no_times(
 
 
 def test_frames_that_vp8_decodes_but_does_not_show_are_not_there(tmp_path: Path) -> None:
-    """As alternate references, which libvpx makes in two passes: two frames that others refer to say that they are not shown."""
+    """As alternate references, which libvpx makes in two passes: two frames that others refer to say that they are not
+    shown."""
     path = encode(tmp_path / "a.webm", smooth(40, 64, 80), "libvpx", b="1M", g="16", **{"auto-alt-ref": "0"})
     raw = bytearray(path.read_bytes())
     with av.open(str(path)) as container:
@@ -187,7 +188,8 @@ def test_frames_that_vp8_decodes_but_does_not_show_are_not_there(tmp_path: Path)
 
 
 def cut_without_decoding(source: Path, path: Path, start: int, packets: int | None = None) -> None:
-    """As `ffmpeg -ss START -c copy`: packets from the key frame before frame `start`, which an edit list hides up to it."""
+    """As `ffmpeg -ss START -c copy`: packets from the key frame before frame `start`, which an edit list hides up to
+    it."""
     with av.open(str(source)) as container, av.open(str(path), "w", options={"use_editlist": "1"}) as out:
         stream = container.streams.video[0]
         copied: Any = out.add_stream_from_template(stream)

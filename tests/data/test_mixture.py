@@ -1,4 +1,5 @@
-"""Several feature sets as one: shares to the exact rounding, each set in permutations of its own, any number of ranks, any resume."""
+"""Several feature sets as one: shares to the exact rounding, each set in permutations of its own, any number of ranks,
+any resume."""
 
 from __future__ import annotations
 
@@ -158,7 +159,8 @@ def test_sets_have_their_shares_of_the_samples_whatever_their_sizes(
         assert sum(counts) == found.counts[bucket.key]
         if i == 2:
             assert counts[1] == 0
-    # Many epochs: the shares of whole epochs are rounded, within a sample of each bucket; schedule and rounding stay within that.
+    # Many epochs: the shares of whole epochs are rounded, within a sample of each bucket; schedule and rounding stay
+    # within that.
     *_, last = islice(iter(found), 2000)
     seen = np.array(list(found.samples_by_set(last.position).values()))
     assert seen.sum() == 2000

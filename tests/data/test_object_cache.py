@@ -1,4 +1,5 @@
-"""Laws of the cache of objects: within its bound at any moment, least recently used first, one fetch for all processes."""
+"""Laws of the cache of objects: within its bound at any moment, least recently used first, one fetch for all
+processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Laws of objects by URL, against an S3 server: what passes is tried again, what does not is one line without credentials."""
+"""Laws of objects by URL, against an S3 server: what passes is tried again, what does not is one line without
+credentials."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Laws of features at a URL: the batches of a local disk bit for bit, each shard fetched once, and damage that is named."""
+"""Laws of features at a URL: the batches of a local disk bit for bit, each shard fetched once, and damage that is
+named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Laws of an extraction whose `out` is a URL: the features of a local folder, complete or not there, and resumed from any machine."""
+"""Laws of an extraction whose `out` is a URL: the features of a local folder, complete or not there, and resumed from
+any machine."""
 
 from __future__ import annotations
 

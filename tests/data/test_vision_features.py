@@ -1,4 +1,5 @@
-"""Features of a vision encoder beside the latents: stored by extraction, read where they are asked for, named in settings and facts."""
+"""Features of a vision encoder beside the latents: stored by extraction, read where they are asked for, named in
+settings and facts."""
 
 from __future__ import annotations
 

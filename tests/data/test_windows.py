@@ -1,4 +1,5 @@
-"""Several windows of a long clip: each a sample of its own, the frames that its row names, whoever extracts them and when."""
+"""Several windows of a long clip: each a sample of its own, the frames that its row names, whoever extracts them and
+when."""
 
 from __future__ import annotations
 

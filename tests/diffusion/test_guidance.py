@@ -98,7 +98,8 @@ def test_a_scale_that_means_nothing_is_refused(scale: float) -> None:
 
 
 def test_guidance_channels_guides_the_first_channels_only() -> None:
-    """DiT's and PixArt's forward_with_cfg: `eps, rest = out[:, :3], out[:, 3:]`; only eps is guided, rest is each half's own."""
+    """DiT's and PixArt's forward_with_cfg: `eps, rest = out[:, :3], out[:, 3:]`; only eps is guided, rest is each
+    half's own."""
     x = torch.randn(3, 4, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     model = Linear(variance=True)
     found = predict(model, 3.0, channels=3)(x, T, COND)

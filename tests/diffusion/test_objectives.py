@@ -139,7 +139,8 @@ def test_the_decoder_prefers_a_mean_at_the_data() -> None:
 @pytest.mark.parametrize("config", SCHEDULES, ids=lambda c: c.noise_schedule)
 @pytest.mark.parametrize("learned", [False, True])
 def test_min_snr_weighs_the_error_of_the_noise_alone(config: DiffusionConfig, learned: bool) -> None:
-    """Hang et al. 2023, section 3.4: w = min(SNR, gamma) / SNR for predicted noise; against diffusers' alphas_cumprod."""
+    """Hang et al. 2023, section 3.4: w = min(SNR, gamma) / SNR for predicted noise; against diffusers'
+    alphas_cumprod."""
     weighed = DDPM(config.model_copy(update={"min_snr_gamma": 5.0}), learned)
     prediction = torch.cat([NOISE + 0.3, 0 * NOISE], dim=1) if learned else NOISE + 0.3
     steps = torch.tensor([0, 10, 200, 500, 999])

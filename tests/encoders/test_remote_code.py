@@ -38,7 +38,8 @@ class Evil:
 
 
 def hostile(folder: Path, marker: Path, model_type: str) -> Path:
-    """A folder whose every file names the class Evil of the folder's own evil.py, which leaves `marker` when it is imported."""
+    """A folder whose every file names the class Evil of the folder's own evil.py, which leaves `marker` when it is
+    imported."""
     folder.mkdir(parents=True, exist_ok=True)
     mapped = {"auto_map": dict.fromkeys(AUTO, "evil.Evil")}
     (folder / "evil.py").write_text(CODE.format(marker=str(marker)))

@@ -1,4 +1,5 @@
-"""Several text encoders as one: equal to StableDiffusion3Pipeline's arithmetic, rebuilt from an identity or components."""
+"""Several text encoders as one: equal to StableDiffusion3Pipeline's arithmetic, rebuilt from an identity or
+components."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def config(**settings: Any) -> TextEncoderConfig:
 
 
 def test_sd3s_recipe_gives_sd3s_features(folder: Path) -> None:
-    """Penultimate hidden states of both CLIPs side by side, filled to T5's width, then T5; no masks; both projections."""
+    """Penultimate hidden states of both CLIPs side by side, filled to T5's width, then T5; no masks; both
+    projections."""
     encoder = load_text_encoder(sd3(folder))
     pipe = cast(Any, StableDiffusion3Pipeline)(transformer=None, scheduler=None, vae=None, **components(encoder))
     with torch.no_grad():

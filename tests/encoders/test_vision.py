@@ -1,4 +1,5 @@
-"""Vision encoders by path: patch features as transformers' own classes make them, of the frames that latents stand for."""
+"""Vision encoders by path: patch features as transformers' own classes make them, of the frames that latents stand
+for."""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 
 
 def clip_of(picture: np.ndarray, canvas: int, frames: int, towards: str = "right", seed: int = 0) -> np.ndarray:
-    """`picture` (h, w) in [0, 1], nearest-neighbour enlarged to half the canvas, moving a pixel a frame. uint8 (T, H, W, 3)."""
+    """`picture` (h, w) in [0, 1], nearest-neighbour enlarged to half the canvas, moving a pixel a frame. uint8 (T, H,
+    W, 3)."""
     enlarged = np.kron(picture, np.ones((canvas // 2 // len(picture),) * 2))
     side, rng = len(enlarged), np.random.default_rng(seed)
     path = np.array([np.array(STEPS[towards]) * t for t in range(frames)])

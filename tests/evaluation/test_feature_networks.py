@@ -1,4 +1,5 @@
-"""Laws of the feature networks: pixels as the published preprocessing makes them, the layers that scores are defined by."""
+"""Laws of the feature networks: pixels as the published preprocessing makes them, the layers that scores are defined
+by."""
 
 from __future__ import annotations
 

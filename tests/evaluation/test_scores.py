@@ -1,4 +1,5 @@
-"""Laws of `stdit evaluate --config`: what is scored, what is refused, what a score carries; no download, random networks."""
+"""Laws of `stdit evaluate --config`: what is scored, what is refused, what a score carries; no download, random
+networks."""
 
 from __future__ import annotations
 

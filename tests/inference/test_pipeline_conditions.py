@@ -1,4 +1,5 @@
-"""What STDiTPipeline tells the model: negatives, guided channels, sizes, given frames; and whose scheduler is left alone."""
+"""What STDiTPipeline tells the model: negatives, guided channels, sizes, given frames; and whose scheduler is left
+alone."""
 
 from __future__ import annotations
 

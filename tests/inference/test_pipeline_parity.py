@@ -1,4 +1,5 @@
-"""STDiTPipeline against the pipelines of diffusers that published weights are run with: the same image from the same noise.
+"""STDiTPipeline against the pipelines of diffusers that published weights are run with: the same image from the same
+noise.
 
 Tiny models with every weight drawn, gates included; the schedulers, steps and guidance of those models' quick starts.
 """

@@ -34,7 +34,8 @@ def test_unpatchify_inverts_patchify(grid: tuple[int, int, int], patch: tuple[in
     x = torch.arange(2 * channels * t * h * w, dtype=torch.float32).view(2, channels, t, h, w)
     size = channels * patch[0] * patch[1] * patch[2]
     embed = PatchEmbed3D(channels, size, patch)
-    # The identity map, from (c pt ph pw) as the convolution reads patches to (pt ph pw c) as the final layer writes them.
+    # The identity map, from (c pt ph pw) as the convolution reads patches to (pt ph pw c) as the final layer writes
+    # them.
     eye = rearrange(torch.eye(size), "(pt ph pw c) i -> (c pt ph pw) i", pt=patch[0], ph=patch[1], pw=patch[2])
     with torch.no_grad():
         embed.proj.weight.copy_(eye.T.reshape(embed.proj.weight.shape))

@@ -1,4 +1,5 @@
-"""The published sizes: parameters and multiply-adds of the papers' tables, computed on the configs that the house has."""
+"""The published sizes: parameters and multiply-adds of the papers' tables, computed on the configs that the house
+has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Sparse-dense residual fusion: a fresh one changes nothing, dropped places are the mask token, and a dropped path runs no sparse block."""
+"""Sparse-dense residual fusion: a fresh one changes nothing, dropped places are the mask token, and a dropped path runs
+no sparse block."""
 
 from __future__ import annotations
 

@@ -37,7 +37,8 @@ def results(model: STDiT, x: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, di
 
 
 def mask_instead(model: STDiT, kept: Tensor, t: int) -> None:
-    """Has the routed blocks run all tokens, of which only `kept` (B, S) bool are seen, and undo what the others became."""
+    """Has the routed blocks run all tokens, of which only `kept` (B, S) bool are seen, and undo what the others
+    became."""
 
     def processor(full: bool) -> Callable[..., Tensor]:
         def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

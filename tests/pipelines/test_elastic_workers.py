@@ -155,7 +155,8 @@ def test_a_lost_node_shrinks_a_stage_and_one_that_comes_lets_it_grow(
     seen: list[int] = []
 
     def tick() -> None:
-        """Waits for a checkpoint of two ranks, takes a node away; of one rank, brings one; of two again, asks to stop."""
+        """Waits for a checkpoint of two ranks, takes a node away; of one rank, brings one; of two again, asks to
+        stop."""
         nonlocal second
         newest = next(iter(checkpoint.list_checkpoints(tmp_path / "run")), None)
         if newest is None:

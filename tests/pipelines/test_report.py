@@ -1,4 +1,5 @@
-"""Laws of the report: what it must say is there by name, nothing of it lies elsewhere, and captions cannot write HTML."""
+"""Laws of the report: what it must say is there by name, nothing of it lies elsewhere, and captions cannot write
+HTML."""
 
 from __future__ import annotations
 

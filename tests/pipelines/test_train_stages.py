@@ -98,7 +98,8 @@ def write_plan(folder: Path, workers: int = 2, steps: int = STEPS) -> Path:
 
 
 def write_sets(folder: Path, steps: int = SHORT) -> Path:
-    """The plan of two sets, of 24 and of 12 pictures: the first stage takes both, three to one, the second the smaller one alone."""
+    """The plan of two sets, of 24 and of 12 pictures: the first stage takes both, three to one, the second the smaller
+    one alone."""
     path = write_plan(folder, 1, steps)
     plan = yaml.safe_load(path.read_text())
     plan["sets"] = {
@@ -182,7 +183,8 @@ def test_a_plan_survives_its_driver_and_its_workers_and_then_does_nothing(worker
     run.cut_off()
     assert not (out / "one" / "done.json").exists()
 
-    # Run again: the first stage goes on; in the second a worker is killed, and started again from the newest checkpoint.
+    # Run again: the first stage goes on; in the second a worker is killed, and started again from the newest
+    # checkpoint.
     run = Run(plan, tmp_path / "2.log")
     run.until(lambda: checkpoints(out / "two") and run.trainers())
     run.trainers()[0].kill()

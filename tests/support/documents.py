@@ -1,7 +1,7 @@
 """What documents say: their pages, and the commands on them.
 
-Commands are those of fenced and indented blocks and inline code, in README.md, docs/, CONTRIBUTING.md, cluster/README.md and
-the comments of configs/.
+Commands are those of fenced and indented blocks and inline code, in README.md, docs/, CONTRIBUTING.md,
+cluster/README.md and the comments of configs/.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def code(page: Path) -> Iterator[str]:
 
 
 def commands(page: Path) -> list[str]:
-    """Commands of this project on a page, without comments, explanations after three spaces, and those cut short (…)."""
+    """Commands of this project on a page, without comments, explanations after three spaces, and those cut short
+    (…)."""
     starts = ("stdit ", "python -m stdit.", "python -m pipelines.", "python -m cluster.", "deepspeed ", "python stdit/")
     lines = [re.split(r"   | # ", line.strip())[0].strip() for line in code(page)]
     return list(dict.fromkeys(line for line in lines if line.startswith(starts) and "…" not in line))

@@ -1,4 +1,5 @@
-"""Tiny random encoders in folders: of text, as pipelines of diffusers lie, two CLIPs of unlike width and T5; vision transformers."""
+"""Tiny random encoders in folders: of text, as pipelines of diffusers lie, two CLIPs of unlike width and T5; vision
+transformers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """torch-fidelity, for comparison. `make setup` installs it into .venv/oracles, apart from the packages.
 
-It imports torchvision, which PyPI has for CUDA builds of torch alone and which nothing that is used here calls: while it is
-imported, an empty module stands in. And it brings a package `tests`, which would hide ours.
+It imports torchvision, which PyPI has for CUDA builds of torch alone and which nothing that is used here calls: while
+it is imported, an empty module stands in. And it brings a package `tests`, which would hide ours.
 """
 
 from __future__ import annotations

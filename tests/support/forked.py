@@ -1,4 +1,5 @@
-"""Processes forked from one that has imported torch, DeepSpeed and diffusers: their imports cost seconds at every start."""
+"""Processes forked from one that has imported torch, DeepSpeed and diffusers: their imports cost seconds at every
+start."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Hosts on this machine: each has a network, a name and processes of its own (Linux namespaces), and a link joins them.
 
-Everything ends with the processes that hold the namespaces, so that nothing of it stays in the machine. Needs root and iproute2.
+Everything ends with the processes that hold the namespaces, so that nothing of it stays in the machine. Needs root and
+iproute2.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class Host:
         self.administer(
             f"echo {self.name} > /proc/sys/kernel/hostname; mount --bind {hosts} /etc/hosts; ip link set lo up; "
             f"ip address add {self.address}/24 dev {DEVICE}; ip link set {DEVICE} up; "
-            # By the way to anywhere programs find their own address; files in memory and Ray's sockets are a host's own.
+            # By the way to anywhere programs find their own address; files in memory and Ray's sockets are a host's
+            # own.
             f"ip route add default dev {DEVICE}; mount -t tmpfs tmpfs /dev/shm; mkdir -p /tmp/ray; mount -t tmpfs tmpfs /tmp/ray"
         )
         self.start()

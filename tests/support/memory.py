@@ -18,7 +18,8 @@ def anonymous_memory() -> int:
 
 
 class PeakMemory:
-    """`nbytes`: what this process took at most within the context, looked at every millisecond, beyond what it had before."""
+    """`nbytes`: what this process took at most within the context, looked at every millisecond, beyond what it had
+    before."""
 
     nbytes = 0
     interval_s = 0.001
@@ -56,8 +57,8 @@ class _Mallinfo2(ctypes.Structure):
 
 
 class AllocatedMemory(PeakMemory):
-    """As PeakMemory, of glibc's malloc, where torch's CPU tensors and gloo's buffers are: touched or not, without what malloc keeps free; looked
-    at every half millisecond."""
+    """As PeakMemory, of glibc's malloc, where torch's CPU tensors and gloo's buffers are: touched or not, without what
+    malloc keeps free; looked at every half millisecond."""
 
     interval_s = 0.0005
 

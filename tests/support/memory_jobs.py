@@ -9,7 +9,8 @@ from tests.support.rank_jobs import config_of
 
 
 def step_peak(data: dict[str, Any], count: int) -> tuple[int, int]:
-    """Takes `count` steps as training does. Bytes of this rank in the last of them: as allocated at most, and by the forecast."""
+    """Takes `count` steps as training does. Bytes of this rank in the last of them: as allocated at most, and by the
+    forecast."""
     from stdit.data.loader import Loader
     from stdit.train import prepare
     from stdit.training import resume

@@ -23,7 +23,8 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def reset_compiler() -> None:
-    """Compiled code belongs to functions, not models, and torch keeps eight a function: each test begins without any."""
+    """Compiled code belongs to functions, not models, and torch keeps eight a function: each test begins without
+    any."""
     torch._dynamo.reset()
 
 

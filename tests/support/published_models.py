@@ -122,8 +122,8 @@ def _affine(s: State, name: str, x: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 def _pixart_attention(s: State, b: str, x: Tensor, plane: tuple[int, int], heads: int, sampling: str) -> Tensor:
-    """Σ's: norm over the full width, keys and values pooled by a convolution, or by `sampling` in factors of 2; α's windows
-    with relative positions."""
+    """Σ's: norm over the full width, keys and values pooled by a convolution, or by `sampling` in factors of 2; α's
+    windows with relative positions."""
     q, k, v = lin(s, f"{b}.qkv", x).chunk(3, dim=-1)
     if f"{b}.q_norm.weight" in s:
         q, k = _affine(s, f"{b}.q_norm", q), _affine(s, f"{b}.k_norm", k)
@@ -187,7 +187,8 @@ def pixart(
     heads: int = 4,
     sampling: tuple[str, ...] = ("", ""),
 ) -> Tensor:
-    """PixArtMS. sampling: of each block's keys and values. y (B, L, 10) with the null rows in it already; sizes: (B, 2) heights and widths, and (B, 1) aspect ratios."""
+    """PixArtMS. sampling: of each block's keys and values. y (B, L, 10) with the null rows in it already; sizes: (B, 2)
+    heights and widths, and (B, 1) aspect ratios."""
     plane = (x.shape[2] // 2, x.shape[3] // 2)
     tokens = image_tokens(s, x) + plane_code(s["t_block.1.weight"].shape[1], *plane, base, scale)
     code = embedder(s, "t_embedder", t)
@@ -217,7 +218,8 @@ def video(tokens: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def chosen(mask: Tensor | None, with_time: Tensor, at_zero: Tensor) -> Tensor:
-    """t_mask_select: (B, T) True where the frame is drawn, at its time; else what time 0 makes. (B, T or 1, S or 1, D)."""
+    """t_mask_select: (B, T) True where the frame is drawn, at its time; else what time 0 makes. (B, T or 1, S or 1,
+    D)."""
     return with_time if mask is None else torch.where(mask[:, :, None, None], with_time, at_zero)
 
 

@@ -82,7 +82,8 @@ def run_with_another_sampler(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_recorded(data: dict[str, Any], stop_after: int | None = None) -> dict[str, Any]:
-    """As `run`, with "samples": (step, bucket, position, id, timestep, sum of its noise) of every sample of this rank."""
+    """As `run`, with "samples": (step, bucket, position, id, timestep, sum of its noise) of every sample of this
+    rank."""
     from unittest.mock import patch
 
     from stdit.training.inputs import Inputs
@@ -103,8 +104,8 @@ def run_recorded(data: dict[str, Any], stop_after: int | None = None) -> dict[st
 
 
 def run_with_spike(data: dict[str, Any], at: int, times: int = 1) -> dict[str, Any]:
-    """Trains; the first `times` times that step `at` is taken, its loss is 50 times as large. "spikes": its losses; "changed": whether
-    weights changed, by step; "positions": (step, first position) of every step taken."""
+    """Trains; the first `times` times that step `at` is taken, its loss is 50 times as large. "spikes": its losses;
+    "changed": whether weights changed, by step; "positions": (step, first position) of every step taken."""
     from unittest.mock import patch
 
     from stdit.training.engine import Engine
@@ -171,9 +172,9 @@ def run_with_full_disk(data: dict[str, Any], steps: list[int], rank: int = 0) ->
 
 
 def run_with_slow_writes(data: dict[str, Any], steps: int, fail_at: int | None = None) -> dict[str, Any]:
-    """Trains; a checkpoint in the background is not written before `steps` more steps have changed the weights. "writes": what this
-    rank's writers did, with the steps taken by then. fail_at: that step's forward pass raises, once a write has been going on for
-    a second."""
+    """Trains; a checkpoint in the background is not written before `steps` more steps have changed the weights.
+    "writes": what this rank's writers did, with the steps taken by then. fail_at: that step's forward pass raises, once
+    a write has been going on for a second."""
     import threading
     import time
     from unittest.mock import patch
@@ -222,7 +223,8 @@ def run_with_slow_writes(data: dict[str, Any], steps: int, fail_at: int | None =
 
 
 def run_with_hanging_writes(data: dict[str, Any], after: int) -> dict[str, Any]:
-    """Trains; checkpoints of steps beyond `after` are written but for their mark, and then their writer waits for ever."""
+    """Trains; checkpoints of steps beyond `after` are written but for their mark, and then their writer waits for
+    ever."""
     import time
     from unittest.mock import patch
 
@@ -240,8 +242,8 @@ def run_with_hanging_writes(data: dict[str, Any], after: int) -> dict[str, Any]:
 
 
 def run_failing_on_a_dead_disk(data: dict[str, Any], at: int) -> dict[str, Any]:
-    """Trains; checkpoints are written but for their mark, and then their writer waits for ever. The forward pass of step `at` raises,
-    and from then on the watchdog waits a second."""
+    """Trains; checkpoints are written but for their mark, and then their writer waits for ever. The forward pass of
+    step `at` raises, and from then on the watchdog waits a second."""
     from unittest.mock import patch
 
     from stdit.training.inputs import Inputs
@@ -264,7 +266,8 @@ def run_failing_on_a_dead_disk(data: dict[str, Any], at: int) -> dict[str, Any]:
 
 
 def run_hanging_at_start(data: dict[str, Any]) -> list[str]:
-    """Trains; building the model takes until the watchdog ends the process, had it not been for the test: (reason, phase)."""
+    """Trains; building the model takes until the watchdog ends the process, had it not been for the test: (reason,
+    phase)."""
     import threading
     from types import SimpleNamespace
     from unittest.mock import patch
@@ -298,8 +301,8 @@ def run_hanging_at_start(data: dict[str, Any]) -> list[str]:
 
 
 def run_with_spike_before_a_checkpoint_is_written(data: dict[str, Any], at: int, saved: int) -> dict[str, Any]:
-    """As `run_with_spike`; the checkpoint of step `saved` is still on its way then, and rank 1 takes a second for its part, while no
-    file changes. Where a run ends by an error, rank 0 would wait for a quarter of it."""
+    """As `run_with_spike`; the checkpoint of step `saved` is still on its way then, and rank 1 takes a second for its
+    part, while no file changes. Where a run ends by an error, rank 0 would wait for a quarter of it."""
     import threading
     import time
     from unittest.mock import patch
@@ -327,8 +330,8 @@ def run_with_spike_before_a_checkpoint_is_written(data: dict[str, Any], at: int,
 
 
 def run_watching_full_weights(data: dict[str, Any]) -> dict[str, Any]:
-    """Trains. "mapped": files of other ranks that rank 0 still maps as they are removed; "held": how many full weights are in memory as
-    others are about to be joined."""
+    """Trains. "mapped": files of other ranks that rank 0 still maps as they are removed; "held": how many full weights
+    are in memory as others are about to be joined."""
     import weakref
     from unittest.mock import patch
 
@@ -368,8 +371,8 @@ def run_measuring_copies(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def restored(data: dict[str, Any]) -> dict[str, Any]:
-    """Restores a run, or begins one, without training it: on rank 0 full weights, their average and its profiles (sigma_rel-…), both moments
-    and steps of the optimizer."""
+    """Restores a run, or begins one, without training it: on rank 0 full weights, their average and its profiles
+    (sigma_rel-…), both moments and steps of the optimizer."""
     from stdit.training.data import open_data
     from stdit.training.engine import init_distributed
     from stdit.training.resume import restore
@@ -394,7 +397,8 @@ def restored(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def peak_of_restoring(data: dict[str, Any], whole: bool = False, build_alone: bool = False) -> tuple[int, int]:
-    """Restores a run. (anonymous memory that this rank had at most, beyond that at the start; bytes of the model's weights in float32).
+    """Restores a run. (anonymous memory that this rank had at most, beyond that at the start; bytes of the model's
+    weights in float32).
 
     build_alone: the engine is not begun. whole: every rank builds the model whole, as below ZeRO-3.
     """

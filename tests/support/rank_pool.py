@@ -1,4 +1,5 @@
-"""Processes that stay: ranks which run one function after another, so that tests of several ranks pay for one launch."""
+"""Processes that stay: ranks which run one function after another, so that tests of several ranks pay for one
+launch."""
 
 from __future__ import annotations
 

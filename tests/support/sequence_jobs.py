@@ -39,8 +39,8 @@ PARTITION_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 def run_settings(
     run_dir: Any, kind: str, stage: int, degree: int, data_ranks: int = 1, batch: int = 2, **changes: Any
 ) -> dict[str, Any]:
-    """A run of `batch` samples a step on `data_ranks` x `degree` ranks. Adam's epsilon is well above the rounding errors
-    of gradients that are 0 (of key biases), which it would else make into steps."""
+    """A run of `batch` samples a step on `data_ranks` x `degree` ranks. Adam's epsilon is well above the rounding
+    errors of gradients that are 0 (of key biases), which it would else make into steps."""
     train: dict[str, Any] = {"zero_stage": stage, "sequence_parallel": degree, "optimizer": {"eps": 1e-5}}
     if stage == 3:
         train["deepspeed"] = PARTITION_ALL
@@ -53,8 +53,8 @@ def run_settings(
 
 
 def train_steps(data: dict[str, Any], count: int, broken: str | None = None) -> dict[str, Any]:
-    """`count` steps of an Engine on a model with no weight at zero: losses, norms, every parameter's gradient in the first
-    step, weights and EMA after the last (on rank 0), and gradients' names. broken: see `break_exchange`."""
+    """`count` steps of an Engine on a model with no weight at zero: losses, norms, every parameter's gradient in the
+    first step, weights and EMA after the last (on rank 0), and gradients' names. broken: see `break_exchange`."""
     from deepspeed.utils import safe_get_full_grad
 
     from stdit.data.loader import Loader
@@ -116,8 +116,8 @@ def _gradients(engine: Any, loss: Tensor, micro_batches: int, full_gradient: Any
 
 @contextmanager
 def break_exchange(how: str | None, rank: int) -> Iterator[None]:
-    """Spoils gradients, not values. "factor": the gathered prediction's gradient is not summed over the ranks, so that it
-    is too small by the degree. "left out": what rank 1 sends gets no gradient."""
+    """Spoils gradients, not values. "factor": the gathered prediction's gradient is not summed over the ranks, so that
+    it is too small by the degree. "left out": what rank 1 sends gets no gradient."""
     gather, exchange = sequence_parallel.gather_tokens, sequence_parallel.all_to_all
     if how == "factor":
         import stdit.models.stdit as model
@@ -155,8 +155,8 @@ def _noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def model_errors(names: list[str], frames: int, rows: int, columns: int, batch: int) -> dict[str, tuple[float, float]]:
-    """For members of tests.support.models.MEMBERS, the largest error of output and of gradients (relative to the largest
-    of the model) of a model whose tokens all ranks share, against the same model alone."""
+    """For members of tests.support.models.MEMBERS, the largest error of output and of gradients (relative to the
+    largest of the model) of a model whose tokens all ranks share, against the same model alone."""
     from stdit.training.distributed import sequence_group
     from stdit.training.engine import init_distributed
 

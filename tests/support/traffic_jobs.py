@@ -13,13 +13,14 @@ from stdit.training.communication import zero_traffic
 from tests.support.rank_jobs import config_of
 from tests.support.sequence_jobs import train_steps
 
-# A ring sends so often the part of the whole buffer that is not the rank's own. The first argument is the whole buffer, but of a
-# reduce-scatter the rank's part of it.
+# A ring sends so often the part of the whole buffer that is not the rank's own. The first argument is the whole buffer,
+# but of a reduce-scatter the rank's part of it.
 ROUNDS = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1, "reduce_": 1}
 
 
 class SentBytes(TorchDispatchMode):
-    """Counts the bytes that a rank sends in rings, of the collectives that DeepSpeed calls; of any other the whole buffer."""
+    """Counts the bytes that a rank sends in rings, of the collectives that DeepSpeed calls; of any other the whole
+    buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,8 +37,8 @@ class SentBytes(TorchDispatchMode):
 
 
 def step_traffic(data: dict[str, Any]) -> tuple[float, int]:
-    """Bytes that this rank sends in a step, counted, and as `zero_traffic` has them. ZeRO-3 knows its modules' order, after which it
-    keeps and fetches weights, from the third micro-batch on."""
+    """Bytes that this rank sends in a step, counted, and as `zero_traffic` has them. ZeRO-3 knows its modules' order,
+    after which it keeps and fetches weights, from the third micro-batch on."""
     from stdit.training.engine import Engine
 
     config, step, counts = config_of(data), Engine.step, []

@@ -30,8 +30,8 @@ def encode(path: Path, frames: np.ndarray, codec: str = "libx264", pixels: str =
 
 @contextmanager
 def ordinary_scheduling() -> Iterator[None]:
-    """Takes back what SVT-AV1 does for root: it makes the thread that calls it a real-time one (SCHED_FIFO, 99), and so all threads and
-    processes that this one starts later, beside which the rest of the machine hardly runs."""
+    """Takes back what SVT-AV1 does for root: it makes the thread that calls it a real-time one (SCHED_FIFO, 99), and so
+    all threads and processes that this one starts later, beside which the rest of the machine hardly runs."""
     try:
         yield
     finally:

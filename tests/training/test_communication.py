@@ -1,4 +1,5 @@
-"""What a rank sends in a step is what its collectives send, counted under gloo; time follows from bytes, bandwidth and calls."""
+"""What a rank sends in a step is what its collectives send, counted under gloo; time follows from bytes, bandwidth and
+calls."""
 
 from __future__ import annotations
 

@@ -107,7 +107,8 @@ def test_a_checkpoint_is_the_base_with_its_branch_and_nothing_else(
     with pytest.raises(ConfigError, match=f"trained a control branch, not a model; start from its base, {base}"):
         adapters.resolve_weights(tmp_path, "ema")
 
-    # `stdit convert` writes the branch, of the run, the checkpoint or the folder; what it can't be is said with its base.
+    # `stdit convert` writes the branch, of the run, the checkpoint or the folder; what it can't be is said with its
+    # base.
     for source, out in ((tmp_path, "a"), (folder.parent, "b"), (folder, "c")):
         assert cli.main(["convert", str(source), "--to", str(tmp_path / out)]) == 0
         written = STDiTControl.from_pretrained(tmp_path / out).state_dict()

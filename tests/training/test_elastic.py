@@ -1,4 +1,5 @@
-"""global_batch: the samples of a step belong to the run, so that any number of ranks that divides them goes on with it."""
+"""global_batch: the samples of a step belong to the run, so that any number of ranks that divides them goes on with
+it."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from stdit.training import checkpoint
 from tests.support.rank_jobs import config_of, run_recorded, settings
 from tests.support.rank_pool import Pool, RankError
 
-# One epoch of 256 clips and 256 images: four steps of the one, two of the other. On one rank 5 micro-batches of 12 or 13
-# and 1 of 128; on two 3 of 10 or 11 and 1 of 64.
+# One epoch of 256 clips and 256 images: four steps of the one, two of the other. On one rank 5 micro-batches of 12 or
+# 13 and 1 of 128; on two 3 of 10 or 11 and 1 of 64.
 EPOCH = 6
 BUCKETS = [
     {"frames": 2, "height": 8, "width": 8, "global_batch": 64, "batch_size": 15},

@@ -1,4 +1,5 @@
-"""A connection to another rank that has ended: what tells it from other errors, and whether a rank has failed or is gone."""
+"""A connection to another rank that has ended: what tells it from other errors, and whether a rank has failed or is
+gone."""
 
 from __future__ import annotations
 

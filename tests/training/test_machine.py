@@ -75,7 +75,8 @@ def test_the_limit_is_the_memory_that_weights_optimizer_and_activations_need(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
 ) -> None:
     config = config_of(tmp_path / "run", zero_stage=0, activation_checkpointing=checkpointing, batch_size=6)
-    # float32: weights, two moments and the average, four bytes each; beside that gradients and their copy, or activations
+    # float32: weights, two moments and the average, four bytes each; beside that gradients and their copy, or
+    # activations
     held, gradients = 16 * parameter_count(config.model), 8 * parameter_count(config.model)
     cost = model_cost(config.model, (1, 8, 8))
     states = held + gradients

@@ -1,4 +1,5 @@
-"""Laws of a run's mirror in an object store: whole checkpoints or none, failures that harm nothing, and a fresh machine that goes on."""
+"""Laws of a run's mirror in an object store: whole checkpoints or none, failures that harm nothing, and a fresh machine
+that goes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A run on several feature sets: stopped and resumed on other ranks it sees the same samples, and it says what each set gave."""
+"""A run on several feature sets: stopped and resumed on other ranks it sees the same samples, and it says what each set
+gave."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""µP: nothing changes at the base width; at others activations and learning rates keep their scale, in runs under any ZeRO stage."""
+"""µP: nothing changes at the base width; at others activations and learning rates keep their scale, in runs under any
+ZeRO stage."""
 
 from __future__ import annotations
 

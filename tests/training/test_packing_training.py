@@ -1,4 +1,5 @@
-"""train.packing: the loss and gradients of packed micro-batches are those of their samples unpacked; what does not go with it is refused."""
+"""train.packing: the loss and gradients of packed micro-batches are those of their samples unpacked; what does not go
+with it is refused."""
 
 from __future__ import annotations
 

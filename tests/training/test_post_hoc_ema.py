@@ -1,4 +1,5 @@
-"""Averages of any width from snapshots of two: the arithmetic, and `stdit ema` over a run whose weights are drawn, not trained."""
+"""Averages of any width from snapshots of two: the arithmetic, and `stdit ema` over a run whose weights are drawn, not
+trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The forecast's memory of a rank is what DeepSpeed allocates: term by term on paper, and within a tenth of what ranks allocate."""
+"""The forecast's memory of a rank is what DeepSpeed allocates: term by term on paper, and within a tenth of what ranks
+allocate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Token routing, alignment, µP, contrastive flow matching, min-SNR and wsd in whole runs: resumed, on several ranks, lengthened, refused."""
+"""Token routing, alignment, µP, contrastive flow matching, min-SNR and wsd in whole runs: resumed, on several ranks,
+lengthened, refused."""
 
 from __future__ import annotations
 

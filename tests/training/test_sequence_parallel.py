@@ -281,7 +281,8 @@ def test_in_bfloat16_it_stays_near_float32(
 
 
 def compiled_steps(data: dict[str, Any], count: int) -> dict[str, Any]:
-    """`train_steps` with blocks traced and differentiated as for a compiler, and run without one, which takes minutes."""
+    """`train_steps` with blocks traced and differentiated as for a compiler, and run without one, which takes
+    minutes."""
     from stdit.models.blocks import COMPILE_OPTIONS
 
     COMPILE_OPTIONS["backend"] = "aot_eager"

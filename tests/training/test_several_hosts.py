@@ -1,5 +1,5 @@
-"""Training on two hosts: equal to one host's, and what becomes of it when the link or a host is lost. The hosts are namespaces
-(tests/support/hosts.py)."""
+"""Training on two hosts: equal to one host's, and what becomes of it when the link or a host is lost. The hosts are
+namespaces (tests/support/hosts.py)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def arguments(run_dir: Path, *settings: str, script: str = "stdit/train.py") -> 
 def deepspeed(
     run_dir: Path, machines: tuple[Host, ...], *settings: str, scripts: tuple[str, ...] = ("stdit/train.py",) * 2
 ) -> list[Program]:
-    """The `deepspeed` command on each of `machines`, with one rank each: as docs/run.md says. scripts: what each of them runs."""
+    """The `deepspeed` command on each of `machines`, with one rank each: as docs/run.md says. scripts: what each of
+    them runs."""
     hostfile = machines[0].folder / "hostfile"
     hostfile.write_text("".join(f"{host.name} slots=1\n" for host in machines))
     command = [str(BIN / "deepspeed"), "--no_ssh", "--hostfile", str(hostfile), "--master_addr", machines[0].address]

@@ -1,4 +1,5 @@
-"""Under ZeRO-3 no rank holds the whole model while it is built or loaded: measured on one that is larger than the limit."""
+"""Under ZeRO-3 no rank holds the whole model while it is built or loaded: measured on one that is larger than the
+limit."""
 
 from __future__ import annotations
 

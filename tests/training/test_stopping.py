@@ -1,5 +1,5 @@
-"""Who is asked to stop a run by the launcher's death: any program may adopt the ranks, in any PID namespace. What a launch that was
-stopped, or whose ranks died, ends with."""
+"""Who is asked to stop a run by the launcher's death: any program may adopt the ranks, in any PID namespace. What a
+launch that was stopped, or whose ranks died, ends with."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def test_a_child_of_a_parent_that_died_before_it_was_told_ends(monkeypatch: pyte
     assert sent == [(os.getpid(), signal.SIGTERM)]
 
 
-# A process that adopts (PID 1 of a namespace, or a subreaper) starts a launcher, which starts a rank and dies: before the rank
-# has imported anything of ours, or when it trains. The rank's exit code is that of the whole.
+# A process that adopts (PID 1 of a namespace, or a subreaper) starts a launcher, which starts a rank and dies: before
+# the rank has imported anything of ours, or when it trains. The rank's exit code is that of the whole.
 ADOPTS = """
 import ctypes, os, subprocess, sys
 ctypes.CDLL(None).prctl(36, 1)

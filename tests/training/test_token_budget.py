@@ -1,4 +1,5 @@
-"""tokens_per_step: as many samples of a bucket as fit, the same for any number of ranks, shared out equally, or refused."""
+"""tokens_per_step: as many samples of a bucket as fit, the same for any number of ranks, shared out equally, or
+refused."""
 
 from __future__ import annotations
 

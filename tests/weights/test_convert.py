@@ -274,7 +274,8 @@ NULL_CAPTION = "caption_projection.y_embedding"
 
 
 def with_null_caption(kind: str, folder: Path) -> Tensor:
-    """Writes a folder of diffusers 0.22 to 0.25, with PixArt's learned null caption, which later classes do not have."""
+    """Writes a folder of diffusers 0.22 to 0.25, with PixArt's learned null caption, which later classes do not
+    have."""
     HUB[kind]().save_pretrained(folder)
     file, null = folder / "diffusion_pytorch_model.safetensors", torch.randn(120, 10)
     save_file(load_file(file) | {NULL_CAPTION: null}, file)

@@ -1,4 +1,5 @@
-"""Models whose classes are not installed: ours, converted, against the published arithmetic written out (published_models.py)."""
+"""Models whose classes are not installed: ours, converted, against the published arithmetic written out
+(published_models.py)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Aesthetic score: CLIP or SigLIP embeddings through a linear head, mean over the frames (LAION's improved-aesthetic-predictor).
+"""Aesthetic score: CLIP or SigLIP embeddings through a linear head, mean over the frames (LAION's
+improved-aesthetic-predictor).
 
-`head`: .safetensors, or .pth of tensors: one linear layer, or several in a row without anything between, as LAION's are.
+`head`: .safetensors, or .pth of tensors: one linear layer, or several in a row without anything between, as LAION's
+are.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ class Aesthetic:
 def read_head(path: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(weight (1, D), bias (1,)) of a linear head.
 
-    ValueError: a damaged file, other content than tensors, layers that don't follow one another, or more than one output.
+    ValueError: a damaged file, other content than tensors, layers that don't follow one another, or more than one
+    output.
     """
     tensors = read_file(Path(path))
     if not isinstance(tensors, dict) or not all(

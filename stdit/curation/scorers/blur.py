@@ -1,4 +1,5 @@
-"""Blur: mean width of edges in px of the source (ffmpeg's blurdetect; Marziliano et al. 2002), median over the sampled frames.
+"""Blur: mean width of edges in px of the source (ffmpeg's blurdetect; Marziliano et al. 2002), median over the sampled
+frames.
 
 3 to 6: sharp; above 10: blurred, out of focus or enlarged. null: no edges to measure.
 """

@@ -1,4 +1,5 @@
-"""Text on screen, watermarks: share of the picture's area that text covers, and the text, by RapidOCR (`pip install '.[ocr]'`).
+"""Text on screen, watermarks: share of the picture's area that text covers, and the text, by RapidOCR
+(`pip install '.[ocr]'`).
 
 Its models (PP-OCR) ship inside the package, so that it runs offline.
 """
@@ -15,7 +16,8 @@ VERSION = 1
 
 
 class TextOnScreen:
-    """min_score: least confidence of a line of text. Columns NAME_area (median over the frames) and NAME_text (of the middle one)."""
+    """min_score: least confidence of a line of text. Columns NAME_area (median over the frames) and NAME_text (of the
+    middle one)."""
 
     def __init__(self, min_score: float = 0.6) -> None:
         try:

@@ -200,7 +200,8 @@ def _captioned(v: DiffusersConfig, width: int, fixed: Mapping[str, Any]) -> dict
 
 
 def _infer_null_caption(source: SourceWeights, default: str) -> dict[str, Any]:
-    """The null caption, and with a learned one the caption length. default: what a folder that has a learned one uses."""
+    """The null caption, and with a learned one the caption length. default: what a folder that has a learned one
+    uses."""
     if DIFFUSERS_NULL_CAPTION not in source.state or source.overrides.get("null_text", default) == "empty":
         return {"null_text": "empty", "max_text_tokens": MAX_TOKENS}
     if "null_text" not in source.overrides:

@@ -100,7 +100,8 @@ class DiffusersConfig:
 
 
 def infer_config(source: SourceWeights, name: str) -> dict[str, Any]:
-    """The config.json for tensors without one, from their shapes and published models' values; position_base must be set."""
+    """The config.json for tensors without one, from their shapes and published models' values; position_base must be
+    set."""
     state, proj = source.state, "pos_embed.proj.weight"
     final = "proj_out_2.weight" if name.startswith("DiT") else "proj_out.weight"
     base = source.overrides.get("position_base")

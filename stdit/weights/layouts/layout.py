@@ -1,7 +1,7 @@
 """A weight layout: the mapping between a published state dict and ours, and which configs the layout can express.
 
-Each rule maps one of our parameters to one or more tensors of the file, losslessly in both directions, so that one table
-serves import and export.
+Each rule maps one of our parameters to one or more tensors of the file, losslessly in both directions, so that one
+table serves import and export.
 """
 
 from __future__ import annotations
@@ -64,9 +64,10 @@ class Layout:
 
     fixed: ModelConfig values that all its models share. free: keys that may vary; all other keys are at their defaults.
     infer: values of the free keys, from tensors and config.json. rules: for a config. tables: position tables that the
-    file stores, computed from the config. limits: what else the layout cannot express, a line each. diffusers_class: the
-    diffusers class, and diffusers_config its config.json. wrapper_key: the key that holds the state dict in published
-    files. differences: how the layout's own code would compute this model otherwise; notes of imports and exports.
+    file stores, computed from the config. limits: what else the layout cannot express, a line each. diffusers_class:
+    the diffusers class, and diffusers_config its config.json. wrapper_key: the key that holds the state dict in
+    published files. differences: how the layout's own code would compute this model otherwise; notes of imports and
+    exports.
     """
 
     name: str
@@ -226,7 +227,8 @@ def export_state_dict(model: STDiT, rules: list[Rule], tables: Tables) -> State:
 
 
 def unsupported(config: ModelConfig, layout: Layout, grid: tuple[int, int] | None = None) -> list[str]:
-    """What the layout cannot express, a line each: key and both values. grid: of the source's position table, if known."""
+    """What the layout cannot express, a line each: key and both values. grid: of the source's position table, if
+    known."""
     inactive, lines = _inactive_keys(config), []
     for key, info in ModelConfig.model_fields.items():
         if key in layout.free or key in inactive:

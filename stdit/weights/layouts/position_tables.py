@@ -69,8 +69,8 @@ def infer_spatial_positions(source: SourceWeights, name: str = "pos_embed") -> d
 
 
 def choose_other_grids(source: SourceWeights, found: dict[str, Any], title: str, rescaled: bool) -> dict[str, Any]:
-    """`found` positions for layouts whose code has one grid: on others, patches are rescaled to it, or counted from 0 as
-    that code does when constructed for them. A note names the choice."""
+    """`found` positions for layouts whose code has one grid: on others, patches are rescaled to it, or counted from 0
+    as that code does when constructed for them. A note names the choice."""
     side = found.get("position_base")
     if side is None:
         return found
@@ -174,7 +174,8 @@ def _candidates(step: float) -> Iterator[float]:
 
 
 def matches_table(table: Tensor, expected: Tensor) -> bool:
-    """Whether a stored table equals `expected` (float32), within its precision or a half precision that it was cast through."""
+    """Whether a stored table equals `expected` (float32), within its precision or a half precision that it was cast
+    through."""
     if table.shape != expected.shape or not table.is_floating_point():
         return False
     if torch.equal(table, expected.to(table.dtype)):
