@@ -216,7 +216,7 @@ def scale(folder: Path, files: int = 5000, shots: int = 20) -> list[str]:
                 one.fps, one.height, one.width, one.frame_count, one.segments, [], False, one.frames, samples
             )
             own.frames = {**one.frames, "motion": one.frames["motion"] * np.float32(random.uniform(0.1, 3))}
-            yield {"key": task["key"], "content": own.dumps(), "error": None}
+            yield {"key": task["key"], "content": own.dumps(), "error": None, "again": False}
 
     lines = []
     for threshold in (0.5, 1.0):

@@ -74,8 +74,8 @@ class ScorerConfig(Frozen):
 class DuplicatesConfig(Frozen):
     """Near-duplicates within and between files, by perceptual hashes of their frames, two a second."""
 
-    distance: int = Field(default=6, ge=0, le=16)
-    """Bits of 64 in which hashes of the same picture may differ."""
+    distance: int = Field(default=6, ge=0, le=11)
+    """Bits of 64 in which hashes of the same picture may differ. From 8 on, the search takes several times as long."""
     min_share: float = Field(default=0.6, gt=0, le=1)
     """Share of the frames of the shorter clip that the other one has too."""
     embedding_similarity: float | None = Field(default=None, gt=0, le=1)

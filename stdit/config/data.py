@@ -26,8 +26,8 @@ class Where(Frozen):
     top: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of the clips, those with the largest values, that pass: of the clips that pass all other filters."""
     per: str | None = None
-    """Column whose groups each give their `top` share, such as class; `duration`: the frames of the clip (of its
-    bucket, in training)."""
+    """Column whose groups each give their `top` share, such as class; `duration`: the clip's seconds, rounded, in a
+    curation; in training the frames of its bucket."""
 
     @model_validator(mode="after")
     def _check_any(self) -> Where:

@@ -30,6 +30,10 @@ from stdit.files import Closable
 REPORT_S = 0.5
 
 
+class Closed(Exception):
+    """The process was closed while it was at work."""
+
+
 class AnalysisProcess(Closable):
     """One child, started when needed and after it hung or died. Not for several threads at once."""
 
@@ -37,6 +41,7 @@ class AnalysisProcess(Closable):
         self.stall_timeout_s = stall_timeout_s
         # Whether the file analysed last stood still: another time, on an idle machine, it may not.
         self.stalled = False
+        self._closed = False
         self._child: subprocess.Popen[bytes] | None = None
         self._answers: queue.Queue[dict[str, Any] | bytes | None] = queue.Queue()
 
@@ -68,15 +73,15 @@ class AnalysisProcess(Closable):
             try:
                 answer = self._answers.get(timeout=self.stall_timeout_s)
             except queue.Empty:
-                self.close()
+                self._end_child()
                 self.stalled = True
                 return frame, f"decoding stood still for {self.stall_timeout_s:g} s and was stopped"
             except BaseException:
-                self.close()
+                self._end_child()
                 raise
             if answer is None:
                 code = child.wait()
-                self.close()
+                self._end_child()
                 return frame, f"the decoder died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
             if isinstance(answer, bytes):
                 return frame, answer
@@ -85,15 +90,22 @@ class AnalysisProcess(Closable):
             frame = answer["frame"]
 
     def _living_child(self) -> subprocess.Popen[bytes]:
+        if self._closed:
+            raise Closed
         if self._child is None or self._child.poll() is not None:
-            self.close()
+            self._end_child()
             self._child = start_child("stdit.curation.analysis_process")
             self._answers = queue.Queue()
             threading.Thread(target=_read, args=(self._child.stdout, self._answers), daemon=True).start()
         return self._child
 
     def close(self) -> None:
-        """Ends the child. The next call starts another."""
+        """Ends the child, of a call in another thread too: that raises Closed, and does not try again."""
+        self._closed = True
+        self._end_child()
+
+    def _end_child(self) -> None:
+        """The next attempt starts another."""
         if self._child is not None:
             child, self._child = self._child, None
             child.kill()

@@ -24,7 +24,7 @@ from PIL import Image
 from stdit.config import CaptionConfig, CaptionServer, ConfigError
 from stdit.curation.caption_text import prompt_for
 from stdit.curation.clips import ClipView
-from stdit.curation.scoring import load_function
+from stdit.curation.scoring import code_version, is_passing, load_function
 from stdit.encoders.pretrained import from_pretrained, load_pretrained, no_remote_code
 from stdit.files import fingerprint_files
 
@@ -51,12 +51,16 @@ class Captioner(Protocol):
 
 
 def captioner_id(config: CaptionConfig) -> str:
-    """Identity of a captioner's answers: the model's weights or the server's model, prompt and frames."""
+    """Identity of a captioner's answers: the model's weights, the server's model or the function's version, prompt and
+    frames."""
     about = config.model_dump(
         mode="json", exclude={"batch_size", "required", "server", "min_words", "max_words", "language"}
     )
     if config.server:
         about["server"] = config.server.model
+    if config.function:
+        load_function(config.function, f"captions: {config.name}")
+        about["version"] = code_version(config.function)
     if config.path:
         folder = Path(config.path)
         about["path"] = (
@@ -86,7 +90,7 @@ class FunctionCaptioner:
             try:
                 answers.append(self.function(clip))
             except Exception as error:  # the border to foreign code
-                answers.append(Failed(f"{type(error).__name__}: {error}"))
+                answers.append(Failed(f"{type(error).__name__}: {error}", is_passing(error)))
         return answers
 
 
@@ -121,10 +125,11 @@ class ModelCaptioner:
             found = self.pipe(
                 text=chats, batch_size=len(chats), return_full_text=False, generate_kwargs={"max_new_tokens": config.max_new_tokens, "do_sample": False},
             )  # fmt: skip
-        except (ValueError, RuntimeError, IndexError) as error:
+        except Exception as error:  # the border to foreign code
             if len(clips) > 1:  # one clip may have spoilt the batch
                 return [answer for clip in clips for answer in self.caption([clip])]
-            return [Failed(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")]
+            reason = str(error).splitlines()[0] if str(error) else ""
+            return [Failed(f"{type(error).__name__}: {reason}", is_passing(error))]
         rows = found if len(chats) > 1 or isinstance(found[0], list) else [found]
         return [(row[0] if isinstance(row, list) else row)["generated_text"] for row in rows]
 

@@ -31,7 +31,7 @@ from stdit.curation.caption_text import check_caption
 from stdit.curation.captioners import api_key, captioner_id
 from stdit.curation.clips import cut_into_clips, view
 from stdit.curation.duplicates import Candidate, find_duplicates
-from stdit.curation.sources import Source, find_sources, make_links, object_digests, stale_links
+from stdit.curation.sources import Source, find_sources, make_links, object_digests, readable_name, stale_links
 from stdit.curation.work import SCORED_AT_ONCE, Mapper, Task
 from stdit.data.filters import passing, satisfies
 from stdit.data.manifest import RESERVED_COLUMNS, STANDARD_COLUMNS, crop_text
@@ -44,6 +44,12 @@ COMMAND = "curate"
 MANIFEST, REPORT, CLIPS, PAGE = "manifest.jsonl", "report.json", "clips.parquet", "curation.html"
 # Raised when the same numbers would be cut or compared in another way.
 RANGES_VERSION = 2
+# Share of the clips that a captioner or scorer may leave without an answer.
+MAX_UNANSWERED = 0.5
+# How the detail of a clip begins that is not in the `top` share of a filter.
+NOT_IN_SHARE = "not in"
+# Columns that say which copy of a clip was kept, which scorers and captioners do not see.
+OF_COPIES = ("duplicate_of", "duplicates", "kept_because")
 
 
 class BadFile(FileSchema):
@@ -98,6 +104,7 @@ class CandidateClip:
     width: int
     reason: str | None = None
     detail: str | None = None
+    split: str = "train"
     columns: dict[str, Any] = field(default_factory=dict)
     picture: tuple[int, int, int, int] = (0, 0, 0, 0)
     hashes: Sequence[str] = ()
@@ -123,11 +130,37 @@ class CandidateClip:
     def drop(self, reason: str, detail: str) -> None:
         self.reason, self.detail = reason, detail
 
+    @property
+    def crop(self) -> list[int] | None:
+        """(top, left, height, width) within black bars; None: the whole picture."""
+        return list(self.picture) if self.picture != (0, 0, self.height, self.width) and self.picture[2] > 0 else None
+
+    def row(self) -> dict[str, Any]:
+        """The manifest's own columns, and the footage's."""
+        frames = {} if self.still else {"start_frame": self.start, "end_frame": self.end}
+        crop = {} if self.crop is None else {"crop": self.crop}
+        height, width = (self.crop or (0, 0, self.height, self.width))[2:]
+        return {
+            "path": self.source.key, "caption": self.source.caption, **frames, **crop,
+            "class": self.source.class_name, "split": self.split, "fps": self.fps or None,
+            "frames": self.frames, "height": height, "width": width, **self.source.extra,
+        }  # fmt: skip
+
     def value(self, column: str) -> Any:
-        """The value of a score or of the footage's own column."""
-        own = {"path": self.source.key, "caption": self.source.caption, "class": self.source.class_name}
-        size = {"frames": self.frames, "fps": self.fps or None, "height": self.height, "width": self.width}
-        return {**own, **size, **self.source.extra, **self.columns}.get(column)
+        """The value of a score or of a column that the manifest's row has."""
+        return {**self.row(), **self.columns}.get(column)
+
+    @property
+    def visible(self) -> dict[str, Any]:
+        """The columns that scorers and captioners see: the footage's, and scores."""
+        return {k: v for k, v in {**self.source.extra, **self.columns}.items() if k not in OF_COPIES}
+
+    def seen(self, reads: Iterable[str] = ("caption", "row")) -> str:
+        """Identity of what a scorer or captioner sees of the clip: frames, crop, and its caption or columns."""
+        about: list[Any] = [self.crop]
+        about += [self.source.caption] if "caption" in reads else []
+        about += [self.visible] if "row" in reads else []
+        return f"{self.key}#{hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]}"
 
 
 class Curation:
@@ -142,6 +175,10 @@ class Curation:
         self.embeddings: dict[str, list[float]] = {}
         # Analyses of this run that the next one makes again: their files stood still.
         self.passing: set[str] = set()
+        # Clips that each captioner and scorer was asked about, and why it has not answered (a scorer: for no reason of
+        # the clip's own).
+        self.asked: dict[str, int] = {}
+        self.unanswered: dict[str, list[str]] = {}
 
     # ---------------------------------------------------------------------------------- analysis
 
@@ -152,6 +189,9 @@ class Curation:
         unreadable: dict[str, str] = {}
         digests = object_digests(sources)
         for source in sources:
+            if readable_name(source.key) is not None:
+                unreadable[source.key] = "its name is not UTF-8"
+                continue
             try:
                 digest = digests[source.file] if isinstance(source.file, Url) else self.cache.digest(source.file)
                 if isinstance(digest, OSError):
@@ -172,7 +212,7 @@ class Curation:
         known = {**self.cache.analysed(), **stalled}
         for source in sources:
             if reason := unreadable.get(source.key) or known.get(keys.get(source.key, "")):
-                self.bad.append({"path": source.key, "reason": reason})
+                self.bad.append({"path": readable_name(source.key) or source.key, "reason": reason})
                 keys.pop(source.key, None)
         return keys
 
@@ -197,7 +237,8 @@ class Curation:
                 self.broken.append({"path": source.key, "broken": found["broken"]})
             for start, end, reason, detail in found["clips"]:
                 clip = CandidateClip(
-                    source, f"{keys[source.key]}:{start}-{end}", start, end, found["fps"], found["height"], found["width"], reason, detail
+                    source, f"{keys[source.key]}:{start}-{end}", start, end, found["fps"], found["height"], found["width"], reason, detail,
+                    self._split(source),
                 )  # fmt: skip
                 self.clips.append(clip)
                 if reason is not None:
@@ -247,7 +288,9 @@ class Curation:
         alive = self._alive()
 
         def values(column: str) -> list[Any]:
-            return [clip.value("seconds" if column == "duration" else column) for clip in alive]
+            if column == "duration":
+                return [round(clip.value("seconds")) for clip in alive]
+            return [clip.value(column) for clip in alive]
 
         try:
             kept = passing(len(alive), values, filters)
@@ -258,7 +301,7 @@ class Curation:
                 shares = ", ".join(
                     f"{w.column} of the top {w.top:g}" + (f" per {w.per}" if w.per else "") for w in filters
                 )
-                clip.drop(filters[0].column if len(filters) == 1 else "top", f"not in {shares}")
+                clip.drop(filters[0].column if len(filters) == 1 else "top", f"{NOT_IN_SHARE} {shares}")
 
     def letterbox(self) -> None:
         """Crops or drops clips with black bars."""
@@ -300,34 +343,51 @@ class Curation:
         """Scores of the config's scorers, of the clips that are left."""
         if not self.config.scorers:
             return
-        ids = {scorer.name: scoring.scorer_id(scorer) for scorer in self.config.scorers}
+        scorers = {s.name: (scoring.scorer_id(s), scoring.reads(s)) for s in self.config.scorers}
         stored = self.cache.load("clips")
         alive = self._alive()
-        todo = []
-        for clip in alive:
-            known = stored[clip.key]["scorers"]
-            lacking = [name for name, own in ids.items() if own not in known]
-            if lacking:
-                todo.append({**self._task(clip), "scorers": lacking})
-        batches = [{"clips": todo[i : i + SCORED_AT_ONCE]} for i in range(0, len(todo), SCORED_AT_ONCE)]
+        # Of each clip, by scorer, the key of its result: all that this depends on.
+        keys = [
+            {name: f"{own}:{clip.seen(reads).partition('#')[2]}" for name, (own, reads) in scorers.items()}
+            for clip in alive
+        ]
+        todo: dict[str, int] = {}
+        for i, clip in enumerate(alive):
+            if any(key not in stored[clip.key]["scorers"] for key in keys[i].values()):
+                todo.setdefault(clip.seen(), i)
+        tasks = []
+        for i in todo.values():
+            known = stored[alive[i].key]["scorers"]
+            lacking = [name for name, key in keys[i].items() if key not in known]
+            tasks.append({**self._task(alive[i]), "scorers": lacking})
+        batches = [{"clips": tasks[i : i + SCORED_AT_ONCE]} for i in range(0, len(tasks), SCORED_AT_ONCE)]
+        passing: dict[str, dict[str, dict[str, Any]]] = {}
         for result in self._work("score", batches, "score", "batch"):
             rows = {}
-            for key, found in result["scores"].items():
-                lasting = {ids[name]: columns for name, columns in found.items() if scoring.AGAIN not in columns}
-                rows[key] = {**stored[key], "scorers": {**stored[key]["scorers"], **lasting}}
-                stored[key]["scorers"] |= {ids[name]: columns for name, columns in found.items()}
+            for seen, found in result["scores"].items():
+                i = todo[seen]
+                for name, columns in found.items():
+                    if scoring.AGAIN in columns:
+                        passing.setdefault(alive[i].key, {})[keys[i][name]] = columns
+                    else:
+                        stored[alive[i].key]["scorers"][keys[i][name]] = columns
+                        rows[alive[i].key] = stored[alive[i].key]
             self.cache.store("clips", rows)
         failed: Counter[str] = Counter()
-        for clip in alive:
-            for name, own in ids.items():
-                columns = dict(stored[clip.key]["scorers"].get(own, {}))
+        for clip, own in zip(alive, keys, strict=True):
+            results = stored[clip.key]["scorers"] | passing.get(clip.key, {})
+            for name, key in own.items():
+                columns = dict(results[key])
                 if scoring.ERROR in columns:
                     clip.errors[name] = columns[scoring.ERROR]
                     failed[name] += 1
+                    if scoring.AGAIN in columns:
+                        self.unanswered.setdefault(f"scorer {name}", []).append(columns[scoring.ERROR])
                     continue
                 if vector := columns.pop("embedding", None):
                     self.embeddings[clip.key] = vector
                 clip.columns |= columns
+        self.asked |= {f"scorer {name}": len(alive) for name in scorers}
         self.notes += [f"scorer {name}: no score of {count} clips" for name, count in failed.items()]
 
     def caption(self) -> dict[str, Counter[str]]:
@@ -337,8 +397,9 @@ class Curation:
             own = captioner_id(config)
             known = self.cache.captions(own)
             alive = self._alive()
-            seen = dict.fromkeys(clip.key for clip in alive if clip.key not in known)
-            todo = [self._task(clip) for clip in {clip.key: clip for clip in alive}.values() if clip.key in seen]
+            keys = {clip.id: clip.seen(("caption", "row") if config.function else ("caption",)) for clip in alive}
+            first = {keys[clip.id]: clip for clip in reversed(alive) if keys[clip.id] not in known}
+            todo = [{**self._task(clip), "key": key} for key, clip in reversed(first.items())]
             size = config.server.concurrency * 4 if config.server else config.batch_size
             batches = [{"clips": todo[i : i + size]} for i in range(0, len(todo), size)]
             for result in self._work(f"caption:{config.name}", batches, f"caption {config.name}", "batch"):
@@ -347,8 +408,11 @@ class Curation:
                 again = set(result["again"])
                 self.cache.store_captions(own, {key: answer for key, answer in answers.items() if key not in again})
             counts[config.name] = Counter()
+            self.asked[f"captions {config.name}"] = len(alive)
             for clip in alive:
-                answer, reason = known[clip.key]
+                answer, reason = known[keys[clip.id]]
+                if answer is None:
+                    self.unanswered.setdefault(f"captions {config.name}", []).append(str(reason))
                 text, refused = (None, reason) if answer is None else check_caption(answer, config)
                 clip.captions[config.name] = text
                 counts[config.name]["captions" if text else str(refused).split(":")[0]] += 1
@@ -369,7 +433,8 @@ class Curation:
         """clips.parquet: all clips, with the reason of each that was dropped."""
         names = self._columns()
         rows = [{**self._row(clip, names), "dropped": clip.reason, "detail": clip.detail} for clip in self.clips]
-        table = pa.Table.from_pylist(rows) if rows else pa.table({"path": pa.array([], pa.string())})
+        columns = dict.fromkeys(name for row in rows for name in row) or ["path"]
+        table = pa.table({name: [row.get(name) for row in rows] for name in columns})
         with atomic_path(out / CLIPS) as temporary:
             parquet.write_table(table, temporary)
 
@@ -389,7 +454,7 @@ class Curation:
             "kept_images": sum(clip.still for clip in kept),
             "dropped": sum(reasons.values()),
             "dropped_by_reason": dict(reasons.most_common()),
-            "cropped": sum(clip.picture != (0, 0, clip.height, clip.width) for clip in kept),
+            "cropped": sum(clip.crop is not None for clip in kept),
             "captions": {name: dict(counts.most_common()) for name, counts in captions.items()},
             "without_caption": sum(self._caption(clip) is None for clip in kept),
             "notes": self.notes,
@@ -413,16 +478,9 @@ class Curation:
         return generated if clip.source.caption is None else clip.source.caption
 
     def _row(self, clip: CandidateClip, names: Sequence[str]) -> dict[str, Any]:
-        row: dict[str, Any] = {"path": clip.source.key, "caption": self._caption(clip)}
-        if not clip.still:
-            row |= {"start_frame": clip.start, "end_frame": clip.end}
-        cropped = clip.picture != (0, 0, clip.height, clip.width) and clip.picture[2] > 0
-        top, left, height, width = clip.picture if cropped else (0, 0, clip.height, clip.width)
-        row |= {"crop": [top, left, height, width]} if cropped else {}
-        row |= {"class": clip.source.class_name, "split": self._split(clip.source), "fps": clip.fps or None}
-        row |= {"frames": clip.frames, "height": height, "width": width}
         captions = {f"caption_{name}": text for name, text in clip.captions.items()}
-        return row | dict(clip.source.extra) | {name: {**clip.columns, **captions}.get(name) for name in names}
+        scores = {**clip.columns, **captions}
+        return {**clip.row(), "caption": self._caption(clip), **{name: scores.get(name) for name in names}}
 
     def _split(self, source: Source) -> str:
         if source.split is not None:
@@ -434,12 +492,11 @@ class Curation:
         return [clip for clip in self.clips if clip.reason is None]
 
     def _task(self, clip: CandidateClip) -> Task:
-        whole = clip.picture == (0, 0, clip.height, clip.width)
         return {
-            "key": clip.key, "file": str(clip.source.file), "digest": clip.digest,
+            "key": clip.seen(), "file": str(clip.source.file), "digest": clip.digest,
             "path": clip.source.key, "start": clip.start, "end": clip.end,
-            "fps": clip.fps, "height": clip.picture[2], "width": clip.picture[3], "crop": None if whole else clip.picture,
-            "caption": clip.source.caption, "row": {**clip.source.extra, **clip.columns},
+            "fps": clip.fps, "height": clip.picture[2], "width": clip.picture[3], "crop": clip.crop,
+            "caption": clip.source.caption, "row": clip.visible,
         }  # fmt: skip
 
     def _work(self, kind: str, tasks: Sequence[Task], label: str, unit: str) -> Iterable[Task]:
@@ -492,8 +549,8 @@ def curate(config: CurateConfig, mapper: Mapper, say: Callable[[str], None]) -> 
         run = Curation(config, cache, mapper, say)
         run.cut(sources, run.analyse(sources))
         measured = {name for clip in run.clips for name in (*clip.columns, *clip.source.extra)} | set(STANDARD_COLUMNS)
-        run.filter([where for where in config.filters if where.column in measured])
         run.letterbox()
+        run.filter([where for where in config.filters if where.column in measured])
         run.deduplicate()
         run.score()
         _check_columns(run, config)
@@ -514,6 +571,14 @@ def curate(config: CurateConfig, mapper: Mapper, say: Callable[[str], None]) -> 
                 f"{len(run.bad)} of {len(sources)} files cannot be used, more than max_bad_share {config.max_bad_share:g} allows; "
                 f"all are named in {out / REPORT}:\n{shown}"
             )
+        for label, reasons in run.unanswered.items():
+            if len(reasons) > MAX_UNANSWERED * run.asked[label]:
+                (out / MANIFEST).unlink(missing_ok=True)
+                often, times = Counter(reasons).most_common(1)[0]
+                raise CurationError(
+                    f"{label}: no answer for {len(reasons)} of {run.asked[label]} clips, {times} times: {often}. "
+                    "What there is, is kept: the same command asks for the rest"
+                )
         rows = run.rows()
         if not rows:
             (out / MANIFEST).unlink(missing_ok=True)
@@ -532,8 +597,18 @@ def _check_columns(run: Curation, config: CurateConfig) -> None:
     )
     for where in config.filters:
         # Scorers run on clips that are left; where none is, their columns are not known.
-        if where.column not in names and any(clip.reason is None for clip in run.clips):
-            raise ConfigError(f"filters: no column {where.column!r}; columns: {', '.join(sorted(names))}")
+        for column in (where.column, *([where.per] if where.per not in (None, "duration") else [])):
+            if column not in names and any(clip.reason is None for clip in run.clips):
+                raise ConfigError(f"filters: no column {column!r}; columns: {', '.join(sorted(names))}")
+    first: dict[str, tuple[str, str]] = {}
+    for clip in run.clips:
+        for name, value in clip.columns.items():
+            kind = "text" if isinstance(value, str) else "true/false" if isinstance(value, bool) else "a number"
+            known, other = first.setdefault(name, (kind, clip.id)) if value is not None else (kind, "")
+            if known != kind:
+                raise ConfigError(
+                    f"scorers: {name} is {known} for {other} and {kind} for {clip.id}; a column has one kind"
+                )
 
 
 def _write_if_new(path: Path, text: str) -> None:

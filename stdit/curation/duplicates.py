@@ -1,7 +1,8 @@
 """Near-duplicates: clips that share most of their pictures, by perceptual hashes; or whose embeddings are all but
 equal.
 
-Candidates have 16 of 64 bits in common in one of four bands, so that the work grows with the clips, not with their
+Hashes within a distance d differ by at most d // 4 bits in one of four bands of 16 bits, where they are looked up
+(multi-index hashing, Norouzi et al. 2012): all near pairs are found, and the work grows with the clips, not with their
 pairs.
 """
 
@@ -10,15 +11,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from stdit.config import DuplicatesConfig
 
-BANDS = 4
-# Of more frames with one value of a band, all pairs are too many.
-CROWDED = 400
+BANDS, BAND_BITS = 4, 16
 # SemDeDup: clusters of about so many clips, within which all pairs are compared.
 CLUSTER = 1000
 
@@ -50,8 +50,7 @@ class Duplicate:
 def find_duplicates(clips: Sequence[Candidate], config: DuplicatesConfig) -> list[Duplicate]:
     """All clips but one of each group of near-duplicates."""
     groups = _Groups(len(clips))
-    for a, b in _hash_pairs(clips, config):
-        groups.join(a, b)
+    _join_by_hashes(clips, config, groups)
     if config.embedding_similarity is not None:
         for a, b in _embedding_pairs(clips, config.embedding_similarity):
             groups.join(a, b)
@@ -72,44 +71,87 @@ def _why(kept: Candidate, other: Candidate) -> str:
     return "the first of equals"
 
 
-def _hash_pairs(clips: Sequence[Candidate], config: DuplicatesConfig) -> list[tuple[int, int]]:
-    """Pairs of clips of whose frames at least `min_share` (of the shorter one's) are within `distance` of one of the
-    other's."""
-    hashes = np.concatenate([clip.hashes for clip in clips]) if clips else np.empty(0, np.uint64)
-    owner = np.repeat(np.arange(len(clips)), [len(clip.hashes) for clip in clips])
-    matches: dict[tuple[int, int], set[int]] = defaultdict(set)
+def _join_by_hashes(clips: Sequence[Candidate], config: DuplicatesConfig, groups: _Groups) -> None:
+    """Joins clips of whose frames at least `min_share` (of the shorter one's) are within `distance` of one of the
+    other's. An image is no copy of a video, of which it may be a frame."""
+    for still in (False, True):
+        # Of clips with the same hashes one is looked up for all.
+        alike: dict[bytes, int] = {}
+        for i, clip in enumerate(clips):
+            if len(clip.hashes) and (clip.frames == 1) == still:
+                groups.join(alike.setdefault(np.sort(clip.hashes).tobytes(), i), i)
+        chosen = sorted(alike.values())
+        index = _HashIndex([clips[i].hashes for i in chosen], config.distance)
+        lengths = np.array([len(clips[i].hashes) for i in chosen])
+        group = np.arange(len(chosen))  # of each, as far as it is known
+        for a in range(len(chosen)):
+            others, of_a, of_other = index.shared_frames(a, group)
+            shared = np.where(lengths[a] <= lengths[others], of_a, of_other)
+            near = others[shared >= config.min_share * np.minimum(lengths[a], lengths[others])]
+            for b in near.tolist():
+                groups.join(chosen[a], chosen[b])
+            if len(near):
+                group[np.isin(group, group[near])] = group[a]
 
-    def match(first: np.ndarray, second: np.ndarray) -> None:
-        for a, b in zip(first.tolist(), second.tolist(), strict=True):
-            one, other = int(owner[a]), int(owner[b])
-            if one != other:
-                matches[min(one, other), max(one, other)].update((a, b))
 
-    for band in range(BANDS):
-        values = (hashes >> np.uint64(16 * band)) & np.uint64(0xFFFF)
-        order = np.argsort(values, kind="stable")
-        starts = np.flatnonzero(np.diff(values[order], prepend=np.uint64(1 << 17)))
-        for run in np.split(order, starts[1:]):
-            if len(run) < 2:
-                continue
-            if (
-                len(run) > CROWDED
-            ):  # too many for all pairs: neighbours in the order of their hashes, where these are equal
-                run = run[np.argsort(hashes[run], kind="stable")]
-                same = np.flatnonzero(hashes[run][1:] == hashes[run][:-1])
-                match(run[same], run[same + 1])
-                continue
-            close = np.bitwise_count(hashes[run][:, None] ^ hashes[run][None]) <= config.distance
-            first, second = np.nonzero(np.triu(close, 1))
-            match(run[first], run[second])
-    found = []
-    for (a, b), frames in matches.items():
-        shorter = a if len(clips[a].hashes) <= len(clips[b].hashes) else b
-        shared = sum(owner[f] == shorter for f in frames)
-        # An image is no copy of a video, of which it may be a frame.
-        if shared >= config.min_share * len(clips[shorter].hashes) and (clips[a].frames == 1) == (clips[b].frames == 1):
-            found.append((a, b))
-    return found
+class _HashIndex:
+    """Looks up which clips have hashes near those of one of them."""
+
+    def __init__(self, hashes: Sequence[np.ndarray], distance: int) -> None:
+        self.distance = distance
+        pairs = [np.unique(own, return_counts=True) for own in hashes]
+        # An entry is a hash of a clip, and the number of its frames that have it; a clip's are next to each other.
+        self.first = np.cumsum([0, *(len(own) for own, _ in pairs)])
+        self.hash = np.concatenate([own for own, _ in pairs]) if pairs else np.empty(0, np.uint64)
+        self.frames = np.concatenate([count for _, count in pairs]) if pairs else np.empty(0, int)
+        self.clip = np.repeat(np.arange(len(hashes)), np.diff(self.first))
+        # Bands that differ by few enough bits, as what they differ by.
+        self.near = np.array(
+            [sum(1 << bit for bit in bits) for n in range(distance // BANDS + 1) for bits in combinations(range(BAND_BITS), n)]
+        )  # fmt: skip
+        # Entries by the value of each band, and where those of each value begin.
+        self.order = np.empty((BANDS, len(self.hash)), np.int64)
+        self.starts = np.empty((BANDS, (1 << BAND_BITS) + 1), np.int64)
+        for band, values in enumerate(_bands(self.hash)):
+            self.order[band] = np.argsort(values, kind="stable")
+            found = np.searchsorted(values[self.order[band]], np.arange((1 << BAND_BITS) + 1))
+            self.starts[band] = found + band * len(self.hash)
+        self.order = self.order.ravel()
+
+    def shared_frames(self, a: int, group: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Clips after `a`, of another `group` (clips,), that have frames near its; how many frames of `a` are near
+        theirs, and how many of theirs are near those of `a`."""
+        own = np.arange(self.first[a], self.first[a + 1])
+        mine, theirs = self._near(own)
+        other = self.clip[theirs]
+        chosen = (other > a) & (group[other] != group[a])
+        if not chosen.any():
+            return np.empty(0, int), np.empty(0, int), np.empty(0, int)
+        mine, theirs = np.unique(np.stack([mine[chosen], theirs[chosen]]), axis=1)
+        others, place = np.unique(self.clip[theirs], return_inverse=True)
+        first = np.unique(np.stack([place, mine]), axis=1)
+        second = np.unique(np.stack([place, theirs]), axis=1)
+        of_a = np.bincount(first[0], self.frames[first[1]], len(others))
+        return others, of_a, np.bincount(second[0], self.frames[second[1]], len(others))
+
+    def _near(self, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Entries of `own`, and entries within the distance of each, some several times."""
+        values = _bands(self.hash[own])[:, :, None] ^ self.near
+        starts, ends = (np.take_along_axis(self.starts, (values + i).reshape(BANDS, -1), 1) for i in range(2))
+        count = (ends - starts).ravel()
+        total = np.cumsum(count)
+        places = np.repeat(starts.ravel() - total + count, count)
+        places += np.arange(len(places))
+        theirs = self.order[places]
+        mine = np.repeat(np.tile(np.repeat(own, len(self.near)), BANDS), count)
+        close = np.bitwise_count(self.hash[mine] ^ self.hash[theirs]) <= self.distance
+        return mine[close], theirs[close]
+
+
+def _bands(hashes: np.ndarray) -> np.ndarray:
+    """(BANDS, N)"""
+    shifts = np.arange(BANDS, dtype=np.uint64)[:, None] * np.uint64(BAND_BITS)
+    return ((hashes >> shifts) & np.uint64((1 << BAND_BITS) - 1)).astype(np.int64)
 
 
 def _embedding_pairs(clips: Sequence[Candidate], least: float) -> list[tuple[int, int]]:

@@ -147,11 +147,29 @@ def _score(run: Curation, frames: Frames, column: str) -> str:
         np.all([_passes(values, where) for where in conditions], axis=0) if conditions else np.ones(len(values), bool)
     )
     bounds = [bound for where in conditions for bound in (where.at_least, where.at_most) if bound is not None]
+    cut = np.array([_cut_by_share(clip, column) for clip, _ in scored])  # by `top`
+    passed &= ~cut
+    kept = [i for i, (clip, _) in enumerate(scored) if clip.reason is None]
+    tops = [where for where in conditions if where.top is not None]
+    # With `per`, each group has a threshold of its own.
+    bounds += [scored[kept[0]][1] for where in tops if where.per is None and kept]
     parts = [f"<h2>{html.escape(column)}</h2>", _line(conditions, values, passed), _histogram(values, passed, bounds)]
 
     def shown(indices: Sequence[int]) -> list[tuple[CandidateClip, str]]:
         return [(scored[i][0], f"<b>{scored[i][1]:.4g}</b>") for i in indices]
 
+    def rows(title: str, good: Sequence[int], bad: Sequence[int]) -> list[str]:
+        """good, bad: from the worst."""
+        far = bad[: max(0, min(SHOWN, len(bad) - SHOWN))]
+        return [
+            frames.row(title, shown(good[:SHOWN])),
+            frames.row("just dropped", shown(bad[-SHOWN:][::-1])),
+            frames.row("far from it", shown(far)),
+        ]
+
+    for where in tops:
+        title = f"just kept, by top {where.top:g}" + (f" per {html.escape(where.per)}" if where.per else "")
+        parts += rows(title, kept, np.flatnonzero(cut).tolist())
     for where in conditions:
         for bound, sign in ((where.at_least, 1), (where.at_most, -1)):
             if bound is None:
@@ -159,12 +177,8 @@ def _score(run: Curation, frames: Frames, column: str) -> str:
             order = range(len(values)) if sign > 0 else range(len(values) - 1, -1, -1)
             good = [i for i in order if sign * (values[i] - bound) >= 0]
             bad = [i for i in order if sign * (values[i] - bound) < 0]
-            parts.append(
-                frames.row(f"just kept, by {'at_least' if sign > 0 else 'at_most'} {bound:g}", shown(good[:SHOWN]))
-            )
-            parts.append(frames.row("just dropped", shown(bad[-SHOWN:][::-1])))
-            parts.append(frames.row("far from it", shown(bad[: max(0, min(SHOWN, len(bad) - SHOWN))])))
-    if not bounds:
+            parts += rows(f"just kept, by {'at_least' if sign > 0 else 'at_most'} {bound:g}", good, bad)
+    if not bounds and not tops:
         middle = max(0, len(scored) // 2 - SHOWN // 2)
         parts.append(frames.row("lowest", shown(range(min(SHOWN, len(scored))))))
         if len(scored) > 3 * SHOWN:
@@ -172,6 +186,13 @@ def _score(run: Curation, frames: Frames, column: str) -> str:
         if len(scored) > SHOWN:
             parts.append(frames.row("highest", shown(range(max(SHOWN, len(scored) - SHOWN), len(scored)))))
     return "".join(parts)
+
+
+def _cut_by_share(clip: CandidateClip, column: str) -> bool:
+    """Whether a clip was dropped since it is not in the `top` share of a filter."""
+    from stdit.curation.curation import NOT_IN_SHARE
+
+    return clip.reason in (column, "top") and (clip.detail or "").startswith(NOT_IN_SHARE)
 
 
 def _passes(values: np.ndarray, where: Where) -> np.ndarray:

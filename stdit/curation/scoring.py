@@ -27,7 +27,7 @@ from stdit.data.subprocess_decoder import SubprocessDecoder
 MEASURED = (motion, blur, black, freeze, blockiness, brightness, contrast, shake, letterbox)
 Score = Callable[[ClipView], Any]
 ERROR = "error"
-# Beside it: it is for no reason of the clip's own (a time-out); the next run tries again.
+# Beside it: it is for no reason of the clip's own (a time-out, memory, a share that is gone); the next run tries again.
 AGAIN = "again"
 
 
@@ -61,11 +61,7 @@ def scorer_id(scorer: ScorerConfig) -> str:
     ConfigError: not importable, or settings that it does not take.
     """
     function = load_function(scorer.function, f"scorers: {scorer.name}")
-    module = importlib.import_module(scorer.function.partition(":")[0])
-    own = getattr(module, "VERSION", None)
-    if own is None:
-        file = inspect.getsourcefile(module)
-        own = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+    own = code_version(scorer.function)
     if scorer.settings and not inspect.isclass(function):
         raise ConfigError(f"scorers: {scorer.name}: settings are for a class; {scorer.function} is a function")
     fingerprint = getattr(function, "fingerprint", None) if inspect.isclass(function) else None
@@ -75,6 +71,21 @@ def scorer_id(scorer: ScorerConfig) -> str:
         raise ConfigError(f"scorers: {scorer.name}: {scorer.function} with {scorer.settings}: {error}") from error
     about = [scorer.function, scorer.settings, scorer.frames, scorer.version, own, weights]
     return f"{scorer.name}-{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
+def code_version(function: str) -> Any:
+    """VERSION of the module of `module:name`, else the hash of its source."""
+    module = importlib.import_module(function.partition(":")[0])
+    own = getattr(module, "VERSION", None)
+    if own is None:
+        file = inspect.getsourcefile(module)
+        own = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+    return own
+
+
+def reads(scorer: ScorerConfig) -> tuple[str, ...]:
+    """What of a clip a scorer's results depend on besides its frames: READS of its module, else "caption" and "row"."""
+    return getattr(importlib.import_module(scorer.function.partition(":")[0]), "READS", ("caption", "row"))
 
 
 def load_scorer(scorer: ScorerConfig) -> Score:
@@ -127,10 +138,16 @@ class ClipScorer:
 
 def failure(reason: str, error: Exception) -> dict[str, Any]:
     """What a clip has in place of a scorer's columns."""
-    passing = isinstance(error, DecodeTimeout | TimeoutError) or type(error).__name__.endswith(
-        "Timeout"
-    )  # requests' own
-    return {ERROR: reason, AGAIN: True} if passing else {ERROR: reason}
+    return {ERROR: reason, AGAIN: True} if is_passing(error) else {ERROR: reason}
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether an error is about the machine, not the clip: time, memory, files and connections, the accelerator."""
+    from stdit.training.out_of_memory import is_out_of_memory  # imports torch
+
+    name = type(error).__name__
+    accelerator = isinstance(error, RuntimeError) and ("CUDA" in str(error) or name == "AcceleratorError")
+    return isinstance(error, DecodeTimeout | OSError) or is_out_of_memory(error) or accelerator
 
 
 def named_scores(name: str, value: Any) -> dict[str, Any]:
@@ -150,6 +167,8 @@ def _number(value: Any) -> float | int | bool | str | None:
     """A score as JSON has it, to six digits; None for what is not finite. ValueError: no scalar."""
     if isinstance(value, np.generic):
         value = value.item()
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{value} does not fit 64 bits")
     if value is None or isinstance(value, bool | int | str):
         return value
     if not isinstance(value, float):

@@ -220,6 +220,15 @@ def _source(clip: Clip, link: str) -> Source:
     )
 
 
+def readable_name(name: str) -> str | None:
+    """What stands for a file's name that is not UTF-8, in reports; None: it is."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return None
+
+
 def make_links(out: Path, links: Mapping[str, Path]) -> None:
     """Links to the footage below `out`. ConfigError: something else has their name."""
     for name, root in links.items():

@@ -19,7 +19,7 @@ from stdit.curation.caption_text import check_caption, clean, prompt_for
 from stdit.curation.captioners import Failed, ServerCaptioner, captioner_id
 from stdit.curation.clips import ClipView
 
-CONFIG = CaptionConfig(name="dense", function="a:b")
+CONFIG = CaptionConfig(name="dense", function="stdit.curation.rule_based:rule_based_caption")
 
 
 @pytest.mark.parametrize(

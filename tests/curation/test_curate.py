@@ -27,7 +27,7 @@ from stdit.config import (
     Where,
 )
 from stdit.curate import main, run
-from stdit.curation.analysis_process import AnalysisProcess
+from stdit.curation.analysis_process import AnalysisProcess, Closed
 from stdit.curation.clips import ClipView
 from stdit.curation.curation import CurationError
 from stdit.curation.work import Task, local_mapper
@@ -380,7 +380,8 @@ def test_a_time_out_is_not_remembered(films: Films, tmp_path: Path, monkeypatch:
     with pytest.raises(CurationError, match="none of 0 clips"):
         run(config)
     monkeypatch.setattr(AnalysisProcess, "_attempt", attempt)
-    run(config)
+    with pytest.raises(CurationError, match="scorer late: no answer for 1 of 1 clips, 1 times: TimeoutError"):
+        run(config)
     assert all_clips(config)[0].get("late") is None
     run(config)
     assert all_clips(config)[0]["late"] == 1.0
@@ -477,6 +478,21 @@ def test_the_page_shows_each_threshold_with_frames_on_both_sides(curated: Curate
     assert page.count("data:image/jpeg;base64,") > 20
 
 
+def test_the_page_shows_what_a_share_keeps(curated: CurateConfig, tmp_path: Path) -> None:
+    filters = (*curated.filters, Where(column="brightness", top=0.5))
+    config = copy(curated, tmp_path / "out", filters=filters)
+    run(config)
+    page = (config.out / "curation.html").read_text()
+    section = page.split("<h2>brightness</h2>")[1].split("<h2>")[0]
+    clips = [clip for clip in all_clips(config) if clip["dropped"] != "too_short"]
+    cut = sum(clip["dropped"] == "brightness" for clip in clips)
+    assert cut
+    assert f"{len(clips) - cut:,} of {len(clips):,} clips pass" in section
+    assert "just kept, by top 0.5" in section
+    least = min(clip["brightness"] for clip in clips if clip["dropped"] is None)
+    assert f">{least:.4g}<" in section
+
+
 def test_a_reader_of_a_part_opens_a_film_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from stdit.data import decoding, subprocess_decoder
 
@@ -543,3 +559,20 @@ def test_a_child_that_is_killed_or_stands_still_is_noticed(films: Films) -> None
         child.wait()
         process.stall_timeout_s = 60.0
         assert isinstance(process.analyse(films[0] / "plain.mp4"), bytes)
+
+
+def test_a_process_that_is_closed_at_work_does_not_decode_again(films: Films, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by Ctrl-C, while others of `workers` decode."""
+    process, attempts = AnalysisProcess(), []
+
+    def dies(self: AnalysisProcess, path: Path | str, until: int | None) -> tuple[int | None, bytes | str]:
+        attempts.append(until)
+        self._living_child()
+        self.close()
+        return 7, "the decoder died (SIGKILL)"
+
+    monkeypatch.setattr(AnalysisProcess, "_attempt", dies)
+    with pytest.raises(Closed):
+        process.analyse(films[0] / "plain.mp4")
+    assert attempts == [None, 7]
+    assert process._child is None

@@ -17,6 +17,7 @@ from stdit.curation.vision import fingerprint, image_text_model
 from stdit.weights.state_dict import read_file
 
 VERSION = 1
+READS = ()
 
 
 class Aesthetic:

@@ -13,6 +13,7 @@ import numpy as np
 from stdit.curation.clips import ClipView
 
 VERSION = 1
+READS = ()
 
 
 class TextOnScreen:

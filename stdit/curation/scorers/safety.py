@@ -13,6 +13,7 @@ from stdit.curation.vision import fingerprint
 from stdit.encoders.pretrained import from_pretrained, load_pretrained
 
 VERSION = 1
+READS = ()
 
 
 class Safety:

@@ -11,6 +11,7 @@ from stdit.curation.clips import ClipView
 from stdit.curation.vision import fingerprint, image_text_model
 
 VERSION = 1
+READS = ("caption",)
 
 
 class Similarity:
