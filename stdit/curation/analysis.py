@@ -104,10 +104,11 @@ def analyse(
     path: Path | str, progress: Callable[[int], None] = lambda frame: None, until: int | None = None
 ) -> Analysis:
     """Decodes a video or image once. until: the first frame that is not decoded (where a decoder crashed before).
+    progress: is called with each frame's index; while the file is opened, which reads all of it, with 0.
 
     A damaged place ends a segment; decoding goes on at the next key frame. DecodeError: no frame can be decoded.
     """
-    with open_part(path, "pyav") as reader:
+    with open_part(path, "pyav", lambda: progress(0)) as reader:
         info = reader.info
         found = Analysis(info.fps, info.height, info.width, info.frame_count)
         if missing := max(0, getattr(reader, "missing", 0)):

@@ -20,7 +20,7 @@ import itertools
 import os
 import struct
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -158,13 +158,15 @@ def open_clip(path: Path | str, decoder: str = "auto") -> ClipReader:
     return DecordReader(path) if decoder == "decord" else PyAVReader(path)
 
 
-def open_part(path: Path | str, decoder: str = "auto") -> ClipReader:
-    """As `open_clip`, of a file of which only a part is used: a video that breaks off has the frames before that."""
+def open_part(path: Path | str, decoder: str = "auto", progress: Callable[[], None] | None = None) -> ClipReader:
+    """As `open_clip`, of a file of which only a part is used: a video that breaks off has the frames before that.
+
+    progress: called for each packet and frame that opening a video reads, which of a long one takes minutes."""
     path = Path(os.path.abspath(path))
     if decoder == "decord" or path.suffix.lower() in IMAGE_SUFFIXES:
         return open_clip(path, decoder)
     _look(path)
-    return PyAVReader(path, partial=True)
+    return PyAVReader(path, partial=True, progress=progress)
 
 
 def _look(path: Path) -> None:
@@ -273,19 +275,22 @@ class PyAVReader(ClipReader):
 
     _has_keys = True
 
-    def __init__(self, path: Path, partial: bool = False) -> None:
+    def __init__(self, path: Path, partial: bool = False, progress: Callable[[], None] | None = None) -> None:
         self.path = path
         # Whether a file that breaks off has the frames before that, or none; frames that it lacks.
         self.partial, self.missing = partial, 0
         try:
             self._open()
-            count = self._list_packets()
+            count = self._list_packets(progress)
             self._open()
             frame = next(self._decoder)
             if self._index is not None:
                 count = self._drop_undecodable(-1 if frame.pts is None else frame.pts)
             if self._index is None:
-                count = _count_frames(path, self._has_keys, *_state(path))
+                if progress is None:
+                    count = _count_frames(path, self._has_keys, *_state(path))
+                else:
+                    count = _decode_all(path, self._has_keys, progress)
             first = self._upright(frame)
             rate = self._stream.average_rate or self._stream.guessed_rate or Fraction(0)
         except StopIteration:
@@ -303,13 +308,13 @@ class PyAVReader(ClipReader):
         self._reformatter = VideoReformatter()
         self._decoder = decode_frames(self._container, self._stream, self._has_keys)
 
-    def _list_packets(self) -> int:
+    def _list_packets(self, progress: Callable[[], None] | None) -> int:
         """Lists times and key frames; returns the number of frames. `_index` stays None without reliable times."""
         # Of each packet its time and kind alone: the data of a long video would fill the memory.
         codec = self._stream.codec_context.name
         packets = [
             (p.pts, p.is_keyframe, p.is_discard or _is_hidden(p, codec))
-            for p in self._container.demux(self._stream)
+            for p in _reported(self._container.demux(self._stream), progress)
             if p.size
         ]
         names = set(self._container.format.name.split(","))
@@ -435,10 +440,22 @@ def _state(path: Path) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=16)
 def _count_frames(path: Path, has_keys: bool, size: int, mtime_ns: int) -> int:
-    """Number of frames, by decoding them all."""
+    """Number of frames, by decoding them all. Kept: a clip is probed and read."""
+    return _decode_all(path, has_keys, None)
+
+
+def _decode_all(path: Path, has_keys: bool, progress: Callable[[], None] | None) -> int:
     container, stream = open_container(path)
     with container:
-        return sum(1 for _ in decode_frames(container, stream, has_keys))
+        return sum(1 for _ in _reported(decode_frames(container, stream, has_keys), progress))
+
+
+def _reported(items: Iterator[Any], progress: Callable[[], None] | None) -> Iterator[Any]:
+    """`items`, with a call of `progress` for each."""
+    for item in items:
+        if progress is not None:
+            progress()
+        yield item
 
 
 def closed_gops(path: Path) -> bool:
