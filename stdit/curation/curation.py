@@ -131,14 +131,14 @@ class CandidateClip:
         self.reason, self.detail = reason, detail
 
     @property
-    def crop(self) -> list[int] | None:
+    def crop(self) -> tuple[int, int, int, int] | None:
         """(top, left, height, width) within black bars; None: the whole picture."""
-        return list(self.picture) if self.picture != (0, 0, self.height, self.width) and self.picture[2] > 0 else None
+        return self.picture if self.picture != (0, 0, self.height, self.width) and self.picture[2] > 0 else None
 
     def row(self) -> dict[str, Any]:
         """The manifest's own columns, and the footage's."""
         frames = {} if self.still else {"start_frame": self.start, "end_frame": self.end}
-        crop = {} if self.crop is None else {"crop": self.crop}
+        crop = {} if self.crop is None else {"crop": list(self.crop)}
         height, width = (self.crop or (0, 0, self.height, self.width))[2:]
         return {
             "path": self.source.key, "caption": self.source.caption, **frames, **crop,
@@ -147,7 +147,9 @@ class CandidateClip:
         }  # fmt: skip
 
     def value(self, column: str) -> Any:
-        """The value of a score or of a column that the manifest's row has."""
+        """The value of a score or of a column that the manifest's row has; a crop as text."""
+        if column == "crop":
+            return crop_text(self.crop)
         return {**self.row(), **self.columns}.get(column)
 
     @property
@@ -288,7 +290,7 @@ class Curation:
         alive = self._alive()
 
         def values(column: str) -> list[Any]:
-            if column == "duration":
+            if column == "duration" and not any(column in clip.source.extra for clip in alive):
                 return [round(clip.value("seconds")) for clip in alive]
             return [clip.value(column) for clip in alive]
 
@@ -602,12 +604,13 @@ def _check_columns(run: Curation, config: CurateConfig) -> None:
                 raise ConfigError(f"filters: no column {column!r}; columns: {', '.join(sorted(names))}")
     first: dict[str, tuple[str, str]] = {}
     for clip in run.clips:
-        for name, value in clip.columns.items():
+        for name, value in {**clip.source.extra, **clip.columns}.items():
             kind = "text" if isinstance(value, str) else "true/false" if isinstance(value, bool) else "a number"
             known, other = first.setdefault(name, (kind, clip.id)) if value is not None else (kind, "")
             if known != kind:
+                where = "footage" if name in clip.source.extra else "scorers"
                 raise ConfigError(
-                    f"scorers: {name} is {known} for {other} and {kind} for {clip.id}; a column has one kind"
+                    f"{where}: {name} is {known} for {other} and {kind} for {clip.id}; a column has one kind"
                 )
 
 

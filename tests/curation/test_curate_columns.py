@@ -68,6 +68,19 @@ def test_a_scorer_of_two_kinds_is_named(footage: Path) -> None:
         run(config(footage, scorers=(scorer,)))
 
 
+def test_manifests_of_footage_that_disagree_about_a_column_are_named(footage: Path) -> None:
+    lists = [footage.parent / f"list{i}.jsonl" for i in range(2)]
+    for file, name, value in zip(lists, ("a.png", "b.mp4"), (1, "north"), strict=True):
+        file.write_text(json.dumps({"path": str(footage / name), "mine": value}))
+    with pytest.raises(ConfigError, match="footage: mine is a number for .*/a.png and text for .*/b.mp4"):
+        run(config(footage, footage=tuple(map(str, lists))))
+
+
+def test_a_crop_is_no_number_to_compare(footage: Path) -> None:
+    with pytest.raises(ConfigError, match="filters: .*crop"):
+        run(config(footage, filters=(Where(column="crop", at_least=1),)))
+
+
 def test_filters_see_what_the_manifest_says(footage: Path) -> None:
     filters = (
         Where(column="height", at_most=40),
