@@ -97,6 +97,9 @@ class AnalysisProcess(Closable):
             self._child = start_child("stdit.curation.analysis_process")
             self._answers = queue.Queue()
             threading.Thread(target=_read, args=(self._child.stdout, self._answers), daemon=True).start()
+            if self._closed:  # meanwhile, by another thread
+                self._end_child()
+                raise Closed
         return self._child
 
     def close(self) -> None:
