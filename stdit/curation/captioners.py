@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from stdit.config import CaptionConfig, CaptionServer, ConfigError
-from stdit.curation.caption_text import prompt_for
+from stdit.curation.caption_text import TEMPLATES, prompt_for
 from stdit.curation.clips import ClipView
 from stdit.curation.scoring import code_version, is_passing, load_function
 from stdit.encoders.pretrained import from_pretrained, load_pretrained, no_remote_code
@@ -58,6 +58,8 @@ def captioner_id(config: CaptionConfig) -> str:
     )
     if config.server:
         about["server"] = config.server.model
+    if config.prompt is None and not config.function:
+        about["template"] = TEMPLATES[config.style]
     if config.function:
         load_function(config.function, f"captions: {config.name}")
         about["version"] = code_version(config.function)

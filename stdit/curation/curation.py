@@ -399,7 +399,8 @@ class Curation:
             own = captioner_id(config)
             known = self.cache.captions(own)
             alive = self._alive()
-            keys = {clip.id: clip.seen(("caption", "row") if config.function else ("caption",)) for clip in alive}
+            in_prompt = ("caption",) if "{caption}" in (config.prompt or "") else ()
+            keys = {clip.id: clip.seen(("caption", "row") if config.function else in_prompt) for clip in alive}
             first = {keys[clip.id]: clip for clip in reversed(alive) if keys[clip.id] not in known}
             todo = [{**self._task(clip), "key": key} for key, clip in reversed(first.items())]
             size = config.server.concurrency * 4 if config.server else config.batch_size

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +28,8 @@ from stdit.data.subprocess_decoder import SubprocessDecoder
 MEASURED = (motion, blur, black, freeze, blockiness, brightness, contrast, shake, letterbox)
 Score = Callable[[ClipView], Any]
 ERROR = "error"
+# Of RuntimeErrors of an accelerator or its libraries, whichever it is.
+OF_ACCELERATOR = re.compile(r"CUDA|CUDNN|CUBLAS|NCCL|HIP error|MPS backend|out of memory", re.IGNORECASE)
 # Beside it: it is for no reason of the clip's own (a time-out, memory, a share that is gone); the next run tries again.
 AGAIN = "again"
 
@@ -146,8 +149,10 @@ def is_passing(error: Exception) -> bool:
     from stdit.training.out_of_memory import is_out_of_memory  # imports torch
 
     name = type(error).__name__
-    accelerator = isinstance(error, RuntimeError) and ("CUDA" in str(error) or name == "AcceleratorError")
-    return isinstance(error, DecodeTimeout | OSError) or is_out_of_memory(error) or accelerator
+    accelerator = isinstance(error, RuntimeError) and (OF_ACCELERATOR.search(str(error)) or name == "AcceleratorError")
+    # Clients of HTTP have time-outs of their own, that are no OSError: httpx.ReadTimeout, openai.APITimeoutError.
+    late = isinstance(error, DecodeTimeout) or name.endswith(("Timeout", "TimeoutError"))
+    return late or isinstance(error, OSError) or is_out_of_memory(error) or bool(accelerator)
 
 
 def named_scores(name: str, value: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from stdit.config import CaptionConfig, CaptionServer, ConfigError
+from stdit.curation import caption_text
 from stdit.curation.caption_text import check_caption, clean, prompt_for
 from stdit.curation.captioners import Failed, ServerCaptioner, captioner_id
 from stdit.curation.clips import ClipView
@@ -282,3 +283,10 @@ def test_clips_of_the_next_batch_are_decoded_while_one_is_captioned(monkeypatch:
     assert behind[0] >= 4
     found = {key: answer for result in results for key, answer in result["captions"].items()}
     assert found == {f"k{i}": (None, "damaged") if i == 5 else (str(i), None) for i in range(12)}
+
+
+def test_another_template_is_another_captioner(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CaptionConfig(name="dense", path="hub/model")
+    before = captioner_id(config)
+    monkeypatch.setitem(caption_text.TEMPLATES, config.style, "Describe it.")
+    assert captioner_id(config) != before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from stdit.curate import run
 from stdit.curation.clips import ClipView
 from stdit.curation.curation import CurationError
 from stdit.curation.scoring import is_passing
+from stdit.curation.work import Task, local_mapper
 from tests.support.videos import lossless, smooth
 
 SHORT = CutsConfig(min_seconds=0.1, margin_frames=0)
@@ -177,6 +179,10 @@ def test_a_name_that_is_not_utf_8_is_a_bad_file(footage: Path) -> None:
         (OSError(5, "Input/output error"), True),
         (TimeoutError(), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), True),
+        (RuntimeError("MPS backend out of memory"), True),
+        (RuntimeError("HIP error: an illegal memory access was encountered"), True),
+        (type("ReadTimeout", (Exception,), {})("as httpx has it"), True),
         (RuntimeError("shapes do not match"), False),
         (ValueError("no number"), False),
         (np.linalg.LinAlgError("singular"), False),
@@ -184,3 +190,30 @@ def test_a_name_that_is_not_utf_8_is_a_bad_file(footage: Path) -> None:
 )
 def test_what_is_about_the_machine_is_not_remembered(error: Exception, passing: bool) -> None:
     assert is_passing(error) == passing
+
+
+def test_a_filter_that_compares_a_crop_with_a_number_is_refused(footage: Path) -> None:
+    with pytest.raises(ConfigError, match="filters: column 'crop' holds text"):
+        run(config(footage, filters=(Where(column="crop", at_least=1),)))
+
+
+@pytest.mark.parametrize(("prompt", "asked"), [("Describe it.", 0), ("Better than {caption}?", 1)])
+def test_a_model_is_asked_again_for_a_new_caption_only_if_its_prompt_holds_it(
+    footage: Path, prompt: str, asked: int
+) -> None:
+    seen: list[str] = []
+
+    def answers(kind: str, own: CurateConfig, tasks: Sequence[Task]) -> Iterator[Task]:
+        if not kind.startswith("caption"):
+            yield from local_mapper(kind, own, tasks)
+            return
+        keys = [clip["key"] for task in tasks for clip in task["clips"]]
+        seen.extend(keys)
+        yield {"captions": dict.fromkeys(keys, ("A ball rolls over the floor.", None)), "again": []}
+
+    own = config(footage, captions=(CaptionConfig(name="dense", path="hub/model", prompt=prompt),))
+    run(own, answers)
+    seen.clear()
+    (footage / "a.txt").write_text("A noise")
+    run(own, answers)
+    assert len(seen) == asked
