@@ -46,6 +46,8 @@ MANIFEST, REPORT, CLIPS, PAGE = "manifest.jsonl", "report.json", "clips.parquet"
 RANGES_VERSION = 2
 # Share of the clips that a captioner or scorer may leave without an answer.
 MAX_UNANSWERED = 0.5
+# After so many clips in a row that a captioner does not answer for no reason of theirs, it is asked about no more.
+GIVEN_UP = 100
 # How the detail of a clip begins that is not in the `top` share of a filter.
 NOT_IN_SHARE = "not in"
 # Columns that say which copy of a clip was kept, which scorers and captioners do not see.
@@ -405,16 +407,22 @@ class Curation:
             todo = [{**self._task(clip), "key": key} for key, clip in reversed(first.items())]
             size = config.server.concurrency * 4 if config.server else config.batch_size
             batches = [{"clips": todo[i : i + size]} for i in range(0, len(todo), size)]
+            silent = 0
             for result in self._work(f"caption:{config.name}", batches, f"caption {config.name}", "batch"):
                 answers = {key: tuple(answer) for key, answer in result["captions"].items()}
                 known |= answers
                 again = set(result["again"])
                 self.cache.store_captions(own, {key: answer for key, answer in answers.items() if key not in again})
+                silent = silent + len(again) if len(again) == len(answers) else 0
+                if silent >= GIVEN_UP:
+                    reason = next(iter(answers.values()))[1]
+                    known = {**dict.fromkeys(first, (None, f"not asked, after {silent} times {reason}")), **known}
+                    break
             counts[config.name] = Counter()
             self.asked[f"captions {config.name}"] = len(alive)
             for clip in alive:
                 answer, reason = known[keys[clip.id]]
-                if answer is None:
+                if answer is None and reason != "no_text":
                     self.unanswered.setdefault(f"captions {config.name}", []).append(str(reason))
                 text, refused = (None, reason) if answer is None else check_caption(answer, config)
                 clip.captions[config.name] = text

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from PIL import UnidentifiedImageError
 
 from stdit.config import ConfigError, ScorerConfig
 from stdit.curation.analysis import VERSION
@@ -28,10 +29,10 @@ from stdit.data.subprocess_decoder import SubprocessDecoder
 MEASURED = (motion, blur, black, freeze, blockiness, brightness, contrast, shake, letterbox)
 Score = Callable[[ClipView], Any]
 ERROR = "error"
-# Of RuntimeErrors of an accelerator or its libraries, whichever it is.
-OF_ACCELERATOR = re.compile(r"CUDA|CUDNN|CUBLAS|NCCL|HIP error|MPS backend|out of memory", re.IGNORECASE)
 # Beside it: it is for no reason of the clip's own (a time-out, memory, a share that is gone); the next run tries again.
 AGAIN = "again"
+# Of RuntimeErrors of an accelerator or its libraries, whichever it is.
+OF_ACCELERATOR = re.compile(r"CUDA|CUDNN|CUBLAS|NCCL|HIP error|MPS backend|out of memory", re.IGNORECASE)
 
 
 def measured_version() -> str:
@@ -152,7 +153,8 @@ def is_passing(error: Exception) -> bool:
     accelerator = isinstance(error, RuntimeError) and (OF_ACCELERATOR.search(str(error)) or name == "AcceleratorError")
     # Clients of HTTP have time-outs of their own, that are no OSError: httpx.ReadTimeout, openai.APITimeoutError.
     late = isinstance(error, DecodeTimeout) or name.endswith(("Timeout", "TimeoutError"))
-    return late or isinstance(error, OSError) or is_out_of_memory(error) or bool(accelerator)
+    system = isinstance(error, OSError) and not isinstance(error, UnidentifiedImageError)
+    return late or system or is_out_of_memory(error) or bool(accelerator)
 
 
 def named_scores(name: str, value: Any) -> dict[str, Any]:

@@ -159,6 +159,23 @@ def test_a_caption_server_that_is_down_is_an_error_and_what_is_known_stays(foota
     assert clips(curation).keys() == {"a.png", "b.mp4", "c.mp4", "d.mp4"}
 
 
+def unreachable(clip: ClipView) -> str:
+    (Path(str(clip.row["marks"])) / "asked").open("a").write("once\n")
+    raise ConnectionError("no route to host")
+
+
+def test_a_captioner_that_is_out_of_reach_is_not_asked_about_every_clip(
+    footage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stdit.curation.curation.GIVEN_UP", 2)
+    rows = [{"path": str(file), "marks": str(footage.parent)} for file in sorted(footage.iterdir())]
+    (footage.parent / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    caption = CaptionConfig(name="own", function=f"{__name__}:unreachable", batch_size=1)
+    with pytest.raises(CurationError, match="no answer for 4 of 4 clips, 2 times: .*no route to host"):
+        run(config(footage, footage=str(footage.parent / "list.jsonl"), captions=(caption,)))
+    assert (footage.parent / "asked").read_text() == "once\n" * 2
+
+
 def test_a_name_that_is_not_utf_8_is_a_bad_file(footage: Path) -> None:
     name = os.fsencode(footage) + b"/caf\xe9.mp4"
     with open(name, "wb") as file:
