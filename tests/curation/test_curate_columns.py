@@ -13,12 +13,13 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
+from stdit import curate
 from stdit.config import CaptionConfig, CaptionServer, ConfigError, CurateConfig, CutsConfig, ScorerConfig, Where
-from stdit.curate import run
+from stdit.curation.analysis import analyse
 from stdit.curation.clips import ClipView
 from stdit.curation.curation import CurationError
 from stdit.curation.scoring import is_passing
-from stdit.curation.work import Task, local_mapper
+from stdit.curation.work import Mapper, Task, local_mapper
 from tests.support.videos import lossless, smooth
 
 SHORT = CutsConfig(min_seconds=0.1, margin_frames=0)
@@ -42,6 +43,19 @@ def footage(tmp_path: Path) -> Path:
 def config(folder: Path, **changes: Any) -> CurateConfig:
     settings = {"footage": str(folder), "out": folder.parent / "out", "cuts": SHORT, "duplicates": None, **changes}
     return CurateConfig(**settings)
+
+
+def in_process(kind: str, settings: CurateConfig, tasks: Sequence[Task]) -> Iterator[Task]:
+    """Analyses without a process for it."""
+    if kind != "analyse":
+        yield from local_mapper(kind, settings, tasks)
+        return
+    for task in tasks:
+        yield {"key": task["key"], "content": analyse(task["path"]).dumps(), "error": None, "again": False}
+
+
+def run(curation: CurateConfig, mapper: Mapper = in_process) -> Path:
+    return curate.run(curation, mapper)
 
 
 def clips(curation: CurateConfig) -> dict[str, dict[str, Any]]:
