@@ -19,6 +19,8 @@ import numpy as np
 from stdit.config import DuplicatesConfig
 
 BANDS, BAND_BITS = 4, 16
+# Pairs of hashes that are compared at once.
+COMPARED = 1 << 22
 # SemDeDup: clusters of about so many clips, within which all pairs are compared.
 CLUSTER = 1000
 
@@ -80,14 +82,11 @@ def _join_by_hashes(clips: Sequence[Candidate], config: DuplicatesConfig, groups
         for i, clip in enumerate(clips):
             if len(clip.hashes) and (clip.frames == 1) == still:
                 groups.join(alike.setdefault(np.sort(clip.hashes).tobytes(), i), i)
-        chosen = sorted(alike.values())
+        chosen = sorted(alike.values(), key=lambda i: (len(clips[i].hashes), i))
         index = _HashIndex([clips[i].hashes for i in chosen], config.distance)
-        lengths = np.array([len(clips[i].hashes) for i in chosen])
         group = np.arange(len(chosen))  # of each, as far as it is known
         for a in range(len(chosen)):
-            others, of_a, of_other = index.shared_frames(a, group)
-            shared = np.where(lengths[a] <= lengths[others], of_a, of_other)
-            near = others[shared >= config.min_share * np.minimum(lengths[a], lengths[others])]
+            near = index.near(a, config.min_share * len(clips[chosen[a]].hashes), group)
             for b in near.tolist():
                 groups.join(chosen[a], chosen[b])
             if len(near):
@@ -95,7 +94,7 @@ def _join_by_hashes(clips: Sequence[Candidate], config: DuplicatesConfig, groups
 
 
 class _HashIndex:
-    """Looks up which clips have hashes near those of one of them."""
+    """Looks up which clips have hashes near those of one of them. hashes: of each clip, the shorter ones first."""
 
     def __init__(self, hashes: Sequence[np.ndarray], distance: int) -> None:
         self.distance = distance
@@ -106,7 +105,7 @@ class _HashIndex:
         self.frames = np.concatenate([count for _, count in pairs]) if pairs else np.empty(0, int)
         self.clip = np.repeat(np.arange(len(hashes)), np.diff(self.first))
         # Bands that differ by few enough bits, as what they differ by.
-        self.near = np.array(
+        self.flips = np.array(
             [sum(1 << bit for bit in bits) for n in range(distance // BANDS + 1) for bits in combinations(range(BAND_BITS), n)]
         )  # fmt: skip
         # Entries by the value of each band, and where those of each value begin.
@@ -118,34 +117,57 @@ class _HashIndex:
             self.starts[band] = found + band * len(self.hash)
         self.order = self.order.ravel()
 
-    def shared_frames(self, a: int, group: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Clips after `a`, of another `group` (clips,), that have frames near its; how many frames of `a` are near
-        theirs, and how many of theirs are near those of `a`."""
+    def near(self, a: int, least: float, group: np.ndarray) -> np.ndarray:
+        """Clips after `a`, of another `group` (clips,), that have hashes near those of at least `least` frames of `a`.
+
+        Such a clip has one near some of the rarest hashes, those without which fewer than `least` frames are left:
+        these alone are looked up, so that a frame that thousands of clips have, a title or a logo, is not.
+        """
         own = np.arange(self.first[a], self.first[a + 1])
-        mine, theirs = self._near(own)
+        starts, counts = self._places(own)
+        rarest = np.argsort(counts.sum(axis=(0, 2)), kind="stable")
+        left = self.frames[own].sum() - np.cumsum(self.frames[own][rarest])
+        looked_up = rarest[: int(np.argmax(left < least)) + 1]
+        mine, theirs = self._candidates(own[looked_up], starts[:, looked_up], counts[:, looked_up])
         other = self.clip[theirs]
         chosen = (other > a) & (group[other] != group[a])
-        if not chosen.any():
-            return np.empty(0, int), np.empty(0, int), np.empty(0, int)
-        mine, theirs = np.unique(np.stack([mine[chosen], theirs[chosen]]), axis=1)
-        others, place = np.unique(self.clip[theirs], return_inverse=True)
-        first = np.unique(np.stack([place, mine]), axis=1)
-        second = np.unique(np.stack([place, theirs]), axis=1)
-        of_a = np.bincount(first[0], self.frames[first[1]], len(others))
-        return others, of_a, np.bincount(second[0], self.frames[second[1]], len(others))
+        close = np.bitwise_count(self.hash[mine[chosen]] ^ self.hash[theirs[chosen]]) <= self.distance
+        found = [
+            clips[self._shared(own, clips) >= least]
+            for clips in self._blocks(np.unique(other[chosen][close]), len(own))
+        ]
+        return np.concatenate(found) if found else np.empty(0, int)
 
-    def _near(self, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Entries of `own`, and entries within the distance of each, some several times."""
-        values = _bands(self.hash[own])[:, :, None] ^ self.near
-        starts, ends = (np.take_along_axis(self.starts, (values + i).reshape(BANDS, -1), 1) for i in range(2))
-        count = (ends - starts).ravel()
-        total = np.cumsum(count)
-        places = np.repeat(starts.ravel() - total + count, count)
+    def _places(self, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where in `order` the candidates of each entry of `own` begin, and how many there are: (BANDS, own, flips)."""
+        values = _bands(self.hash[own])[:, :, None] ^ self.flips
+        starts, ends = (
+            np.take_along_axis(self.starts, (values + i).reshape(BANDS, -1), 1).reshape(values.shape) for i in range(2)
+        )
+        return starts, ends - starts
+
+    def _candidates(self, own: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Entries of `own`, each as often as there are candidates for it, and these."""
+        count = counts.ravel()
+        places = np.repeat(starts.ravel() - np.cumsum(count) + count, count)
         places += np.arange(len(places))
-        theirs = self.order[places]
-        mine = np.repeat(np.tile(np.repeat(own, len(self.near)), BANDS), count)
-        close = np.bitwise_count(self.hash[mine] ^ self.hash[theirs]) <= self.distance
-        return mine[close], theirs[close]
+        mine = np.repeat(np.broadcast_to(own[None, :, None], counts.shape).ravel(), count)
+        return mine, self.order[places]
+
+    def _blocks(self, clips: np.ndarray, own: int) -> list[np.ndarray]:
+        """`clips` in parts whose hashes times `own` are at most COMPARED, or of one clip."""
+        if not len(clips):
+            return []
+        sizes = np.cumsum(self.first[clips + 1] - self.first[clips]) * own
+        return np.split(clips, np.flatnonzero(np.diff(sizes // COMPARED)) + 1)
+
+    def _shared(self, own: np.ndarray, clips: np.ndarray) -> np.ndarray:
+        """How many frames of the entries `own` each of `clips` has, too."""
+        counts = self.first[clips + 1] - self.first[clips]
+        ends = np.cumsum(counts)
+        theirs = np.arange(ends[-1]) + np.repeat(self.first[clips] - ends + counts, counts)
+        close = np.bitwise_count(self.hash[own][:, None] ^ self.hash[theirs]) <= self.distance
+        return self.frames[own] @ np.logical_or.reduceat(close, ends - counts, axis=1)
 
 
 def _bands(hashes: np.ndarray) -> np.ndarray:

@@ -71,6 +71,30 @@ def test_all_pairs_within_the_distance_are_found(distance: int) -> None:
     assert dropped == set(np.flatnonzero(first != np.arange(len(clips))))
 
 
+@pytest.mark.parametrize("min_share", [0.2, 0.6, 1.0])
+def test_clips_that_share_enough_frames_are_found_whatever_else_all_have_in_common(min_share: float) -> None:
+    """Beside a comparison of all pairs of clips: of 1 to 12 frames, many from a pool, a title that each second one
+    has."""
+    title, pool = hashes(1), hashes(25)
+    clips = []
+    for i in range(150):
+        own = flipped(RANDOM.choice(pool, RANDOM.integers(1, 13)), int(RANDOM.integers(0, 5)))
+        strange = RANDOM.random(len(own)) < 0.4
+        own[strange] = hashes(int(strange.sum()))
+        clips.append(clip(str(i), np.concatenate([title, own]) if i % 2 else own))
+    parent = np.arange(len(clips))
+    for a, first in enumerate(clips):
+        for b, second in enumerate(clips[a + 1 :], a + 1):
+            short, long = (first, second) if len(first.hashes) <= len(second.hashes) else (second, first)
+            close = np.bitwise_count(short.hashes[:, None] ^ long.hashes[None]) <= 6
+            if close.any(axis=1).sum() >= min_share * len(short.hashes):
+                parent[parent == parent[b]] = parent[a]
+    expected = {i for i in range(len(clips)) if i != np.flatnonzero(parent == parent[i])[0]}
+    found = {d.number for d in find_duplicates(clips, DuplicatesConfig(min_share=min_share))}
+    assert expected
+    assert found == expected
+
+
 def test_the_share_counts_every_frame_of_the_shorter_clip() -> None:
     own = hashes(2)
     still = np.repeat(own[:1], 6)
