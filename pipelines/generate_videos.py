@@ -108,9 +108,8 @@ def generate_videos(config: GenerateConfig, progress: bool = True) -> tuple[list
     made."""
     from stdit.generate import finish, job_from_config
 
-    if (
-        config.device is None and in_cluster()
-    ):  # whose driver may have no GPU: the workers' device decides about bfloat16
+    # The driver may have no GPU: the workers' device decides about bfloat16.
+    if config.device is None and in_cluster():
         connect()
         config = config.model_copy(update={"device": cluster_device()})
     job = job_from_config(config)

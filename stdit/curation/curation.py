@@ -48,8 +48,6 @@ RANGES_VERSION = 2
 MAX_UNANSWERED = 0.5
 # After so many clips in a row that a captioner does not answer for no reason of theirs, it is asked about no more.
 GIVEN_UP = 100
-# How the detail of a clip begins that is not in the `top` share of a filter.
-NOT_IN_SHARE = "not in"
 # Columns that say which copy of a clip was kept, which scorers and captioners do not see.
 OF_COPIES = ("duplicate_of", "duplicates", "kept_because")
 
@@ -107,6 +105,7 @@ class CandidateClip:
     reason: str | None = None
     detail: str | None = None
     split: str = "train"
+    outranked: bool = False  # dropped as not in the `top` share of a filter
     columns: dict[str, Any] = field(default_factory=dict)
     picture: tuple[int, int, int, int] = (0, 0, 0, 0)
     hashes: Sequence[str] = ()
@@ -159,12 +158,16 @@ class CandidateClip:
         """The columns that scorers and captioners see: the footage's, and scores."""
         return {k: v for k, v in {**self.source.extra, **self.columns}.items() if k not in OF_COPIES}
 
-    def seen(self, reads: Iterable[str] = ("caption", "row")) -> str:
-        """Identity of what a scorer or captioner sees of the clip: frames, crop, and its caption or columns."""
+    def input_hash(self, reads: Iterable[str] = ("caption", "row")) -> str:
+        """Of what a scorer or captioner sees of the clip beside its frames: crop, and its caption or columns."""
         about: list[Any] = [self.crop]
         about += [self.source.caption] if "caption" in reads else []
         about += [self.visible] if "row" in reads else []
-        return f"{self.key}#{hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]}"
+        return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def input_key(self, reads: Iterable[str] = ("caption", "row")) -> str:
+        """Of all that it sees."""
+        return f"{self.key}#{self.input_hash(reads)}"
 
 
 class Curation:
@@ -305,7 +308,8 @@ class Curation:
                 shares = ", ".join(
                     f"{w.column} of the top {w.top:g}" + (f" per {w.per}" if w.per else "") for w in filters
                 )
-                clip.drop(filters[0].column if len(filters) == 1 else "top", f"{NOT_IN_SHARE} {shares}")
+                clip.drop(filters[0].column if len(filters) == 1 else "top", f"not in {shares}")
+                clip.outranked = True
 
     def letterbox(self) -> None:
         """Crops or drops clips with black bars."""
@@ -351,14 +355,11 @@ class Curation:
         stored = self.cache.load("clips")
         alive = self._alive()
         # Of each clip, by scorer, the key of its result: all that this depends on.
-        keys = [
-            {name: f"{own}:{clip.seen(reads).partition('#')[2]}" for name, (own, reads) in scorers.items()}
-            for clip in alive
-        ]
+        keys = [{name: f"{own}:{clip.input_hash(reads)}" for name, (own, reads) in scorers.items()} for clip in alive]
         todo: dict[str, int] = {}
         for i, clip in enumerate(alive):
             if any(key not in stored[clip.key]["scorers"] for key in keys[i].values()):
-                todo.setdefault(clip.seen(), i)
+                todo.setdefault(clip.input_key(), i)
         tasks = []
         for i in todo.values():
             known = stored[alive[i].key]["scorers"]
@@ -368,8 +369,8 @@ class Curation:
         passing: dict[str, dict[str, dict[str, Any]]] = {}
         for result in self._work("score", batches, "score", "batch"):
             rows = {}
-            for seen, found in result["scores"].items():
-                i = todo[seen]
+            for key, found in result["scores"].items():
+                i = todo[key]
                 for name, columns in found.items():
                     if scoring.AGAIN in columns:
                         passing.setdefault(alive[i].key, {})[keys[i][name]] = columns
@@ -402,7 +403,7 @@ class Curation:
             known = self.cache.captions(own)
             alive = self._alive()
             in_prompt = ("caption",) if "{caption}" in (config.prompt or "") else ()
-            keys = {clip.id: clip.seen(("caption", "row") if config.function else in_prompt) for clip in alive}
+            keys = {clip.id: clip.input_key(("caption", "row") if config.function else in_prompt) for clip in alive}
             first = {keys[clip.id]: clip for clip in reversed(alive) if keys[clip.id] not in known}
             todo = [{**self._task(clip), "key": key} for key, clip in reversed(first.items())]
             size = config.server.concurrency * 4 if config.server else config.batch_size
@@ -504,7 +505,7 @@ class Curation:
 
     def _task(self, clip: CandidateClip) -> Task:
         return {
-            "key": clip.seen(), "file": str(clip.source.file), "digest": clip.digest,
+            "key": clip.input_key(), "file": str(clip.source.file), "digest": clip.digest,
             "path": clip.source.key, "start": clip.start, "end": clip.end,
             "fps": clip.fps, "height": clip.picture[2], "width": clip.picture[3], "crop": clip.crop,
             "caption": clip.source.caption, "row": clip.visible,

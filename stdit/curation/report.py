@@ -76,13 +76,12 @@ class Frames:
 
     def figure(self, clip: CandidateClip, caption: str) -> str:
         """HTML of a frame with a line below; empty where it cannot be decoded."""
-        crop = None if clip.picture in ((0, 0, 0, 0), (0, 0, clip.height, clip.width)) else clip.picture
-        key = f"{clip.key}:{crop}:{SIDE}"
+        key = f"{clip.key}:{clip.crop}:{SIDE}"
         content = self.cache.picture(key)
         if content is None:
             try:
                 with local_file(self.objects, clip.source.file, clip.digest) as file:
-                    frame = self.decoder.read_part(file, [(clip.start + clip.end) // 2], None, crop)
+                    frame = self.decoder.read_part(file, [(clip.start + clip.end) // 2], None, clip.crop)
             except (DecodeError, StoreError):
                 return ""
             image = shrunk(frame, SIDE)[0]
@@ -147,10 +146,10 @@ def _score(run: Curation, frames: Frames, column: str) -> str:
         np.all([_passes(values, where) for where in conditions], axis=0) if conditions else np.ones(len(values), bool)
     )
     bounds = [bound for where in conditions for bound in (where.at_least, where.at_most) if bound is not None]
-    cut = np.array([_cut_by_share(clip, column) for clip, _ in scored])  # by `top`
-    passed &= ~cut
     kept = [i for i, (clip, _) in enumerate(scored) if clip.reason is None]
     tops = [where for where in conditions if where.top is not None]
+    cut = np.array([bool(tops) and clip.outranked for clip, _ in scored])
+    passed &= ~cut
     # With `per`, each group has a threshold of its own.
     bounds += [scored[kept[0]][1] for where in tops if where.per is None and kept]
     parts = [f"<h2>{html.escape(column)}</h2>", _line(conditions, values, passed), _histogram(values, passed, bounds)]
@@ -186,13 +185,6 @@ def _score(run: Curation, frames: Frames, column: str) -> str:
         if len(scored) > SHOWN:
             parts.append(frames.row("highest", shown(range(max(SHOWN, len(scored) - SHOWN), len(scored)))))
     return "".join(parts)
-
-
-def _cut_by_share(clip: CandidateClip, column: str) -> bool:
-    """Whether a clip was dropped since it is not in the `top` share of a filter."""
-    from stdit.curation.curation import NOT_IN_SHARE
-
-    return clip.reason in (column, "top") and (clip.detail or "").startswith(NOT_IN_SHARE)
 
 
 def _passes(values: np.ndarray, where: Where) -> np.ndarray:

@@ -79,8 +79,8 @@ Weights = Literal["ema", "model"]
 
 @dataclass
 class STDiTPipelineOutput(BaseOutput):
-    """`frames`: a list of lists of PIL images ("pil"), an array (B, T, H, W, 3) in 0 to 1 ("np"), a tensor (B, T, 3, H,
-    W) in 0 to 1 ("pt"), or normalised latents (B, C, t, h, w) ("latent")."""
+    """`frames`: a list of lists of PIL images ("pil"), an array (B, T, H, W, 3) in 0 to 1 ("np"), a tensor
+    (B, T, 3, H, W) in 0 to 1 ("pt"), or normalised latents (B, C, t, h, w) ("latent")."""
 
     frames: Any
 

@@ -11,8 +11,8 @@ stdit.training.data. What can be left out:
 | model.in_channels             | channels of the latents                                                   |
 | model.text_dim, pooled_dim    | widths of the text features, where the config names no num_classes either |
 | model.max_text_tokens         | tokens of the longest caption                                             |
-| data.buckets                  | the buckets that hold training clips; of an image model those of one frame. Their
-                                sizes: data.batch_size, data.global_batch |
+| data.buckets                  | the buckets that hold training clips; of an image model those of one frame |
+| their batch_size, global_batch | data.batch_size, data.global_batch |
 | data.buckets[].tokens, sizes  | latents and patches, with train.tokens_per_step                           |
 | train.alignment.features_dim  | width of the vision encoder's features, with target features              |
 | diffusion.shift_base: auto    | the smallest latent of the features                                       |

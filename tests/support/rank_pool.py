@@ -21,7 +21,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
+def serve(rank: int, size: int, port: int, pipe: Any) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
@@ -59,7 +59,7 @@ class Pool:
         context, port = forked.context(), free_port()
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, port, theirs), daemon=True)
+            process = context.Process(target=serve, args=(rank, self.size, port, theirs), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)

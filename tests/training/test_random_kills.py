@@ -14,7 +14,7 @@ import pytest
 
 from tests.support import forked
 from tests.support.rank_jobs import for_ranks, metrics, numbers, run, settings
-from tests.support.rank_pool import _serve, free_port
+from tests.support.rank_pool import free_port, serve
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900)]
 # Of each of the 16 kinds of run: 208 in all.
@@ -38,7 +38,7 @@ class Launch:
         port = free_port()
         for rank in range(2):
             ours, theirs = forked.context().Pipe()
-            self.processes.append(forked.context().Process(target=_serve, args=(rank, 2, port, theirs), daemon=True))
+            self.processes.append(forked.context().Process(target=serve, args=(rank, 2, port, theirs), daemon=True))
             self.processes[-1].start()
             theirs.close()
             self.pipes.append(ours)

@@ -42,7 +42,7 @@ from tests.support.rank_jobs import (
     run_with_slow_writes,
     settings,
 )
-from tests.support.rank_pool import Pool, RankError, _serve, free_port
+from tests.support.rank_pool import Pool, RankError, free_port, serve
 
 PARTITION_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
@@ -123,7 +123,7 @@ def test_all_ranks_killed_while_writing_lose_that_checkpoint_alone(pair: Pool, s
     port, pipes, processes = free_port(), [], []
     for rank in range(2):
         ours, theirs = forked.context().Pipe()
-        processes.append(forked.context().Process(target=_serve, args=(rank, 2, port, theirs), daemon=True))
+        processes.append(forked.context().Process(target=serve, args=(rank, 2, port, theirs), daemon=True))
         processes[-1].start()
         pipes.append(ours)
         # Step 4 is written in the background, but for the marks.
@@ -207,7 +207,7 @@ def test_an_identity_that_no_json_reader_accepts_is_not_written(monkeypatch: pyt
 @pytest.mark.distributed
 def test_a_run_that_ends_by_an_error_on_a_disk_that_is_dead_is_ended_by_its_watchdog(tmp_path: Path) -> None:
     ours, theirs = forked.context().Pipe()
-    process = forked.context().Process(target=_serve, args=(0, 1, free_port(), theirs), daemon=True)
+    process = forked.context().Process(target=serve, args=(0, 1, free_port(), theirs), daemon=True)
     process.start()
     ours.send((run_failing_on_a_dead_disk, (data_for(tmp_path, 1, ranks=1), 3)))
     process.join(60)
