@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -22,6 +22,22 @@ from tests.support.rank_jobs import config_of, settings
 
 def elastic(**changes: Any) -> Resources:
     return validate({"workers": {"min": 1, "max": 2, **changes}}, Resources, "test")
+
+
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
+    """A connected Ray of two nodes with a core each, and the second of them."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    second = cluster.add_node(num_cpus=1)
+    monkeypatch.setenv("RAY_ADDRESS", str(cluster.address))
+    try:
+        workers.connect()
+        yield cluster, second
+    finally:
+        workers.disconnect()
+        cluster.shutdown()
 
 
 def test_ray_is_given_both_numbers_and_one_number_stays_one() -> None:
@@ -98,13 +114,9 @@ def test_a_stage_that_was_asked_to_stop_is_not_started_again_when_ray_dies(
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_node_that_is_to_be_taken_away_has_a_checkpoint_written_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two_nodes: tuple[Any, Any], tmp_path: Path
 ) -> None:
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    second = cluster.add_node(num_cpus=1)
-    monkeypatch.setenv("RAY_ADDRESS", str(cluster.address))
+    cluster, second = two_nodes
     data = settings(tmp_path / "run", train={"steps": 10**6, "checkpoint_every": 10**6, "log_every": 1})
     data["data"]["buckets"] = [{"frames": 1, "height": 8, "width": 8, "global_batch": 8}]
     data["name"] = "preempted"
@@ -127,14 +139,9 @@ def test_a_node_that_is_to_be_taken_away_has_a_checkpoint_written_first(
         if any(checkpoint.list_checkpoints(tmp_path / "run")):
             (tmp_path / "ray/preempted.stop").touch()
 
-    try:
-        workers.connect()
-        resources = Resources(workers=2, deadline_s=400)
-        with pytest.raises(workers.StageStopped):
-            workers.train_stage(config_of(data), resources, tmp_path / "ray", tick)
-    finally:
-        workers.disconnect()
-        cluster.shutdown()
+    resources = Resources(workers=2, deadline_s=800)
+    with pytest.raises(workers.StageStopped):
+        workers.train_stage(config_of(data), resources, tmp_path / "ray", tick)
     steps = sorted(int(path.name[-8:]) for path in checkpoint.list_checkpoints(tmp_path / "run"))
     assert len(steps) == 2, "of the notice, and of the stop after it"
 
@@ -142,13 +149,9 @@ def test_a_node_that_is_to_be_taken_away_has_a_checkpoint_written_first(
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_lost_node_shrinks_a_stage_and_one_that_comes_lets_it_grow(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two_nodes: tuple[Any, Any], tmp_path: Path
 ) -> None:
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    second = cluster.add_node(num_cpus=1)
-    monkeypatch.setenv("RAY_ADDRESS", str(cluster.address))
+    cluster, second = two_nodes
     data = settings(tmp_path / "run", train={"steps": 10**6, "checkpoint_every": 20, "log_every": 20})
     data["data"]["buckets"] = [{"frames": 1, "height": 8, "width": 8, "global_batch": 8}]
     data["name"] = "elastic"
@@ -172,14 +175,9 @@ def test_a_lost_node_shrinks_a_stage_and_one_that_comes_lets_it_grow(
         elif seen == [2, 1, 2]:
             (tmp_path / "ray/elastic.stop").touch()
 
-    try:
-        workers.connect()
-        resources = validate({"workers": {"min": 1, "max": 2, "check_every_s": 3}, "max_failures": 9, "deadline_s": 800}, Resources, "test")  # fmt: skip
-        with pytest.raises(workers.StageStopped):
-            workers.train_stage(config_of(data), resources, tmp_path / "ray", tick)
-    finally:
-        workers.disconnect()
-        cluster.shutdown()
+    resources = validate({"workers": {"min": 1, "max": 2, "check_every_s": 3}, "max_failures": 9, "deadline_s": 800}, Resources, "test")  # fmt: skip
+    with pytest.raises(workers.StageStopped):
+        workers.train_stage(config_of(data), resources, tmp_path / "ray", tick)
     assert seen == [2, 1, 2]
     # Each sample of the stream once, whatever the ranks.
     told = checkpoint.read_identity(tmp_path / "run")
