@@ -5,8 +5,7 @@
 
 The same command again resumes the run, bit for bit. On SIGTERM, SIGINT, SIGHUP or the launcher's death the current step
 is finished, a checkpoint saved, and the exit code is 75: the same command goes on. So is that of a rank that hangs.
-Exit code
-2: the config is invalid or no checkpoint there is intact, nothing was started.
+Exit code 2: the config is invalid or no checkpoint there is intact, nothing was started.
 """
 
 from __future__ import annotations

@@ -39,9 +39,10 @@ Row = tuple[Any, ...]
 
 
 class Cache(Closable):
-    """A context manager. One process writes; each write is complete or not there. ConfigError: a damaged file, of any
-    method;
-    OSError: one that cannot be written."""
+    """A context manager. One process writes; each write is complete or not there.
+
+    Every method raises ConfigError for a damaged file, OSError for one that cannot be written.
+    """
 
     def __init__(self, out: Path) -> None:
         self.path = out / FILE

@@ -52,10 +52,8 @@ def cut_into_clips(analysis: Analysis, cuts: CutsConfig, limits: tuple[int, int]
 class ClipView:
     """A clip as scorers and captioners see it.
 
-    `frame_numbers`, `sample_numbers`: columns of its analysis (stdit.curation.analysis.Analysis), of this clip's frames
-    alone.
-    `pictures`: uint8 (N, H, W, 3), frames evenly spread over the clip, cropped to the picture; for scorers of the
-    config.
+    `frame_numbers`, `sample_numbers`: columns of its analysis (stdit.curation.analysis.Analysis), of its frames alone.
+    `pictures`: uint8 (N, H, W, 3), frames evenly spread over the clip, cropped; for scorers of the config.
     """
 
     path: str

@@ -89,18 +89,15 @@ class STDiTPipeline(LoraMixin, DiffusionPipeline):
     """A transformer with all that it takes to draw from it. `text_encoder` and `tokenizer`: None for runs without text.
 
     diffusion: the DiffusionConfig (or its JSON) that the transformer was trained with; None: the defaults of the
-    objective
-        that the scheduler draws from.
+        objective that the scheduler draws from.
     max_text_tokens: at which captions were cut in training; None: the transformer's `max_text_tokens`.
     classes: names of the classes and their labels; None: classes have numbers only.
     text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3, text_layout: more text encoders, and how the features of
-    all
-        are concatenated (the `layout` of stdit.encoders.text); None: there is one.
+        all are concatenated (the `layout` of stdit.encoders.text); None: there is one.
     control: a control branch of the transformer.
     fps: frames per second of most of the videos that the transformer was trained on; None: not known.
     frame_sampling: which frames of a clip it was trained on (FrameSampling or its JSON), as `stdit generate` reads
-    control videos;
-        None: the first.
+        control videos; None: the first.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->vae"

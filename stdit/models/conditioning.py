@@ -42,9 +42,12 @@ class ConditionInputs(NamedTuple):
 
 
 class StaticConditions(NamedTuple):
-    """Timestep-independent conditions. `vector` (B or 1, D): added to the timestep embedding; `embedded`: class and
-    text;
-    `keys_values`: of the text, for each block's cross-attention."""
+    """Timestep-independent conditions.
+
+    vector (B or 1, D)    added to the timestep embedding
+    embedded              class and text
+    keys_values           of the text, for each block's cross-attention
+    """
 
     vector: Tensor | None
     embedded: ConditionEmbedding

@@ -10,12 +10,10 @@ else 4):
     3       reduce-scatter of g P for every micro-batch      all-gather for every forward, and again for backward [2]
 
 [1] of buckets that several ranks' partitions share (`use_multi_rank_bucket_allreduce`, DeepSpeed's default): stage 2
-saves
-    memory, and sends twice what a reduce-scatter would.
+    saves memory, and sends twice what a reduce-scatter would.
 [2] Tensors up to `stage3_param_persistence_threshold` (100,000 elements) are gathered once a step. Prefetching holds up
-to
-    `stage3_max_live_parameters` (1e9): so many weights, the last of forward, are still there in backward, and a model
-    that is no larger is gathered once. Without prefetching, those are kept that are used again within
+    to `stage3_max_live_parameters` (1e9): so many weights, the last of forward, are still there in backward, and a
+    model that is no larger is gathered once. Without prefetching, those are kept that are used again within
     `stage3_max_reuse_distance`. Frozen weights are gathered too. A forward whose modules differ from step to step
     (`train.dynamic`) keeps none.
 

@@ -24,8 +24,7 @@ those summed up over several micro-batches, come as activations go:
     3            a flat copy of the bucket (w b), this rank's part of it in float32 of bf16 (4 b / n)
 
 [3] w reduce_bucket_size, or twice that with overlap_comm, which is the default on GPUs alone. Stage 1 in float32 keeps
-what is not yet in
-    it: gradients (4 P) and bucket are there together.
+    what is not yet in it: gradients (4 P) and bucket are there together.
 
 Stage 3 also has the weights that forward has gathered (stdit.training.communication), and those in flight once more.
 

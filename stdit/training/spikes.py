@@ -61,10 +61,10 @@ class LossSpikes:
         return found if found > self.threshold else None
 
     def veto(self, total: Tensor, sums: Tensor, step: Step, micro_batch: int) -> Tensor:
-        """The loss to be differentiated: `total`, or with on_spike `skip` NaN at the last micro-batch of a step that is
-        a
-        spike: every gradient becomes NaN, and no rank updates anything. Collective. sums[0]: of the step's losses so
-        far."""
+        """The loss to be differentiated: `total`, or NaN with on_spike `skip` at the last micro-batch of a spike.
+
+        Every gradient is NaN then, and no rank updates anything. Collective. sums[0]: of the step's losses so far.
+        """
         if self.action != "skip" or micro_batch < len(step.batches) - 1:
             return total
         (loss,) = self.ranks.all_reduce(sums[0].item() / len(step.batches) / self.ranks.size)
