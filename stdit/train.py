@@ -123,6 +123,7 @@ class Trainer:
         from stdit.training.data import describe_data
         from stdit.training.distributed import sequence_group
         from stdit.training.engine import init_distributed
+        from stdit.training.exchange import timed_collectives
         from stdit.training.inputs import Inputs
         from stdit.training.loss_groups import LossGroups
         from stdit.training.optimizer import last_stable_step
@@ -158,6 +159,8 @@ class Trainer:
             self.state.data_position, positions_left_out(self.bad_steps.rewinds), config.train.packing_budget,
         )  # fmt: skip
         self.performance = Performance(config, ranks, data, sum(self.loader.counts.values()))
+        if ranks.size > 1:
+            stack.enter_context(timed_collectives(lambda: self.performance.section("exchange")))
         self.profile = stack.enter_context(profiler(config, ranks, self.state.step + 1))
         self.uploads = mirror.RunMirror(config, ranks.is_main, self.tracker.print, watchdog.close)
         stack.enter_context(closing(self.uploads))
@@ -207,7 +210,8 @@ class Trainer:
         means = (value / n / self.ranks.size for value in sums.tolist())
         asked = (float(bool(self.stop)), float(self.stop.takes_checkpoint()), *self.saver.status)
         groups = self.loss_groups.sums(data_step, times, sample_losses)
-        mean_loss, flops_ratio, alignment, *others = self.ranks.all_reduce(*means, *asked, *groups)
+        with timed("exchange"):
+            mean_loss, flops_ratio, alignment, *others = self.ranks.all_reduce(*means, *asked, *groups)
         self._asked = others[: len(asked)]
         metrics: dict[str, Any] = {
             "step": step, "loss": mean_loss, "learning_rate": lr, "grad_norm": grad_norm, "bucket": data_step.key,

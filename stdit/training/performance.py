@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from stdit.training.data import TrainData
 
 SECTIONS: tuple[str, ...] = ("data", "forward", "backward", "optimizer", "validation", "checkpoint")
+# What ranks exchange: under ZeRO within the sections (stdit.training.exchange), and at the end of a step.
+EXCHANGE = "exchange"
 # Not part of a step's throughput.
 PAUSES = ("validation", "checkpoint")
 # Dense bfloat16 (first) and TF32 TFLOP/s by the makers' data sheets, without sparsity. Longer names come first.
@@ -58,8 +60,8 @@ class Performance:
 
     def __init__(self, config: Config, ranks: Ranks, data: TrainData, clips: int) -> None:
         self.config, self.ranks, self.data, self._clips = config, ranks, data, clips
-        self._totals = dict.fromkeys(SECTIONS, 0.0)
-        self._recent = dict.fromkeys(SECTIONS, 0.0)
+        self._totals = dict.fromkeys((*SECTIONS, EXCHANGE), 0.0)
+        self._recent = dict.fromkeys((*SECTIONS, EXCHANGE), 0.0)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._costs: dict[str, tuple[int, int]] = {}
         # Seconds in which checkpoints were written while training went on, and those of them that are logged.
@@ -143,6 +145,8 @@ class Performance:
                 values[f"seconds_{name}"] = self._recent[name] / steps
             elif self._recent[name] > 1e-3:
                 values[f"seconds_{name}"] = self._recent[name]
+        if self.ranks.size > 1:
+            values["seconds_exchange"] = self._recent[EXCHANGE] / steps
         if self._written > self._written_logged:
             values["seconds_checkpoint_written"] = self._written - self._written_logged
             self._written_logged = self._written
@@ -155,7 +159,7 @@ class Performance:
         slowest = max(range(len(everyone)), key=everyone.__getitem__)
         if len(everyone) > 1 and everyone[slowest] > STRAGGLER * statistics.median_low(everyone) + 0.01:
             values |= {"slow_rank": slowest, "slow_rank_seconds": everyone[slowest]}
-        for name in SECTIONS:
+        for name in self._recent:
             self._totals[name] += self._recent[name]
             self._recent[name] = 0.0
         self._steps = self._samples = self._tokens = self._flops = 0
@@ -170,6 +174,8 @@ class Performance:
         parts["other"] = max(0.0, total - sum(parts.values()))
         shown = [f"{name} {value:.1f} s ({value / total:.0%})" for name, value in parts.items() if value >= 0.05]
         line = f"time: {total:.1f} s: " + ", ".join(shown)
+        if (exchange := self._totals[EXCHANGE] + self._recent[EXCHANGE]) >= 0.05:
+            line += f"; of these {exchange:.1f} s ({exchange / total:.0%}) in exchange between ranks"
         return f"{line}; checkpoints written meanwhile in {self._written:.1f} s" if self._written >= 0.05 else line
 
     @cached_property

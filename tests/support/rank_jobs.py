@@ -451,6 +451,25 @@ def run_saving_on_rank_1(data: dict[str, Any], step: int) -> dict[str, Any]:
     return run(data, save_after=step if os.environ["RANK"] == "1" else None)
 
 
+def run_with_slow_rank(data: dict[str, Any], rank: int, seconds: float) -> dict[str, Any]:
+    """Trains; rank `rank` sleeps before each of its forward passes."""
+    import time
+
+    from stdit.training.inputs import Inputs
+
+    loss = Inputs.loss
+
+    def late(self: Inputs, *args: Any) -> Any:
+        time.sleep(seconds if os.environ["RANK"] == str(rank) else 0)
+        return loss(self, *args)
+
+    Inputs.loss = cast(Any, late)
+    try:
+        return run(data)
+    finally:
+        Inputs.loss = loss
+
+
 def run_spoiled(data: dict[str, Any], at: int, what: str) -> dict[str, Any]:
     """Trains; at the end of step `at`, one value on the last rank becomes infinite: of its weights, EMA or moments."""
     import torch.distributed as dist
