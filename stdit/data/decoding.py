@@ -139,11 +139,12 @@ class ClipReader(Closable):
     def _get(self, indices: Sequence[int]) -> np.ndarray: ...
 
 
-def open_clip(path: Path | str, decoder: str = "auto") -> ClipReader:
+def open_clip(path: Path | str, decoder: str = "auto", progress: Callable[[], None] | None = None) -> ClipReader:
     """A reader of the image or video `path`.
 
     decoder: "decord", "pyav", or "auto": the one that was measured to be faster and to notice more damage, PyAV
     (benchmarks/decoders.py, docs/data.md). Images are read by Pillow whatever it says.
+    progress: called for each packet and frame that PyAV reads to open a video, which of a long one takes minutes.
     Raises DecodeError (typed, with the reason); ValueError for a decoder that is unknown or not installed.
     """
     # Absolute: nothing in the name is taken for a protocol by the libraries below.
@@ -155,13 +156,11 @@ def open_clip(path: Path | str, decoder: str = "auto") -> ClipReader:
     _look(path)
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return ImageReader(path)
-    return DecordReader(path) if decoder == "decord" else PyAVReader(path)
+    return DecordReader(path) if decoder == "decord" else PyAVReader(path, progress=progress)
 
 
 def open_part(path: Path | str, decoder: str = "auto", progress: Callable[[], None] | None = None) -> ClipReader:
-    """As `open_clip`, of a file of which only a part is used: a video that breaks off has the frames before that.
-
-    progress: called for each packet and frame that opening a video reads, which of a long one takes minutes."""
+    """As `open_clip`, of a file of which only a part is used: a video that breaks off has the frames before that."""
     path = Path(os.path.abspath(path))
     if decoder == "decord" or path.suffix.lower() in IMAGE_SUFFIXES:
         return open_clip(path, decoder)
@@ -287,10 +286,7 @@ class PyAVReader(ClipReader):
             if self._index is not None:
                 count = self._drop_undecodable(-1 if frame.pts is None else frame.pts)
             if self._index is None:
-                if progress is None:
-                    count = _count_frames(path, self._has_keys, *_state(path))
-                else:
-                    count = _decode_all(path, self._has_keys, progress)
+                count = _count_frames(path, self._has_keys, progress)
             first = self._upright(frame)
             rate = self._stream.average_rate or self._stream.guessed_rate or Fraction(0)
         except StopIteration:
@@ -438,16 +434,21 @@ def _state(path: Path) -> tuple[int, int]:
     return state.st_size, state.st_mtime_ns
 
 
-@functools.lru_cache(maxsize=16)
-def _count_frames(path: Path, has_keys: bool, size: int, mtime_ns: int) -> int:
+# Counts of the last files, by path, key frames and state.
+_counts: dict[tuple[Any, ...], int] = {}
+
+
+def _count_frames(path: Path, has_keys: bool, progress: Callable[[], None] | None) -> int:
     """Number of frames, by decoding them all. Kept: a clip is probed and read."""
-    return _decode_all(path, has_keys, None)
-
-
-def _decode_all(path: Path, has_keys: bool, progress: Callable[[], None] | None) -> int:
-    container, stream = open_container(path)
-    with container:
-        return sum(1 for _ in _reported(decode_frames(container, stream, has_keys), progress))
+    key = (path, has_keys, *_state(path))
+    if key not in _counts:
+        container, stream = open_container(path)
+        with container:
+            count = sum(1 for _ in _reported(decode_frames(container, stream, has_keys), progress))
+        while len(_counts) >= 16:
+            del _counts[next(iter(_counts))]
+        _counts[key] = count
+    return _counts[key]
 
 
 def _reported(items: Iterator[Any], progress: Callable[[], None] | None) -> Iterator[Any]:

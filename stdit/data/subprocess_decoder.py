@@ -1,4 +1,5 @@
-"""Decoding in a child process that can be killed, with a time limit for each clip.
+"""Decoding in a child process that can be killed, with a time limit for each clip; while a long video is opened, for
+each step of that.
 
 decord can deadlock while it holds the interpreter's lock, and a damaged file can crash either
 library; neither may take the parent with it. One child serves many clips; it is replaced when it
@@ -9,7 +10,8 @@ last request stays open for the next one.
         frames = decoder.read(path, [0, 1, 2, 3], size=(64, 64))
 
 The child runs this file (`python -m stdit.data.subprocess_decoder`). A request, on its standard input, and an answer
-are JSON after four bytes of length; an answer with a "shape" is followed by the frames' bytes.
+are JSON after four bytes of length; an answer with a "shape" is followed by the frames' bytes, and one that says
+"opening" by another answer.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ CHUNK_BYTES = 128 << 20
 LENGTH = struct.Struct(">I")
 # How often an idle child looks whether its parent is still there.
 IDLE_S = 10.0
+# How often a child that opens a video says so.
+REPORT_S = 1.0
 
 
 def start_child(module: str, *arguments: str, bufsize: int = -1) -> subprocess.Popen[bytes]:
@@ -151,12 +155,13 @@ class SubprocessDecoder(Closable):
             self.close()
             raise DecodeError(path, "decoding was stopped")
         self._served += 1
-        deadline = time.monotonic() + self.timeout_s
         try:
             assert child.stdin is not None
             assert child.stdout is not None
             _send(child.stdin.fileno(), request)
-            answer = _receive_message(child.stdout.fileno(), deadline)
+            deadline = time.monotonic() + self.timeout_s
+            while (answer := _receive_message(child.stdout.fileno(), deadline)).get("opening"):
+                deadline = time.monotonic() + self.timeout_s
             payload = _receive(child.stdout.fileno(), math.prod(answer.get("shape", [0])), deadline)
         except TimeoutError:
             self.close()
@@ -216,8 +221,11 @@ def _send(pipe: int, message: dict[str, Any], payload: bytes | memoryview = b"")
 # --------------------------------------------------------------------------------- inside the child
 
 
-def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
-    reader = _kept_open(request["path"], request["decoder"], bool(request.get("part")))
+def _answer(
+    request: dict[str, Any], progress: Callable[[], None] | None = None
+) -> tuple[dict[str, Any], np.ndarray | None]:
+    """progress: called often while a video is opened."""
+    reader = _kept_open(request["path"], request["decoder"], bool(request.get("part")), progress)
     try:
         return _read(reader, request)
     except BaseException:
@@ -249,7 +257,7 @@ def _read(reader: ClipReader, request: dict[str, Any]) -> tuple[dict[str, Any], 
 _open: dict[tuple[Any, ...], ClipReader] = {}
 
 
-def _kept_open(path: str, decoder: str, part: bool) -> ClipReader:
+def _kept_open(path: str, decoder: str, part: bool, progress: Callable[[], None] | None) -> ClipReader:
     from stdit.data.decoding import open_clip, open_part
 
     try:
@@ -261,7 +269,7 @@ def _kept_open(path: str, decoder: str, part: bool) -> ClipReader:
     key = (path, decoder, part, state.st_size, state.st_mtime_ns)
     if key not in _open:
         _close_kept()
-        _open[key] = open_part(path, decoder) if part else open_clip(path, decoder)
+        _open[key] = (open_part if part else open_clip)(path, decoder, progress)
     return _open[key]
 
 
@@ -278,6 +286,15 @@ def main() -> None:
     # Libraries print to standard output; answers go out by a descriptor that they don't know.
     out = os.dup(1)
     os.dup2(2, 1)
+    reported = 0.0
+
+    def progress() -> None:
+        nonlocal reported
+        if time.monotonic() - reported > REPORT_S:
+            reported = time.monotonic()
+            signal.alarm(limit_s)
+            _send(out, {"opening": True})
+
     while os.getppid() == parent:
         if not select.select([0], [], [], IDLE_S)[0]:
             continue
@@ -287,9 +304,10 @@ def main() -> None:
             return
         # The kernel ends this process if it hangs and the parent, gone itself, can't.
         signal.alarm(limit_s)
+        reported = time.monotonic()
         payload: bytes | memoryview = b""
         try:
-            answer, frames = _answer(request)
+            answer, frames = _answer(request, progress)
             payload = b"" if frames is None else frames.data.cast("B")
         except DecodeError as error:
             answer = {"error": error.reason}

@@ -14,7 +14,7 @@ import pytest
 from stdit.data.decoding import ClipInfo, DecodeError, DecodeTimeout
 from stdit.data.subprocess_decoder import SubprocessDecoder
 from stdit.data.transforms import resize_crop
-from tests.support.videos import lossless
+from tests.support.videos import encode, lossless, smooth
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (9, 64, 80, 3), np.uint8)
 # sleep() called so that the interpreter's lock stays held, as in dmlc/decord#373.
@@ -81,6 +81,25 @@ def test_a_hang_is_stopped_in_time(clip: Path, tmp_path: Path, monkeypatch: pyte
             decoder.read(clip, [0])
         assert decoder._child is None
     assert time.monotonic() - began < 10
+
+
+def test_a_long_video_that_is_opened_has_the_time_that_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each packet that is listed takes 0.2 s: opening takes twice the limit, and a step of it a fraction.
+    clip = encode(tmp_path / "a.avi", smooth(12, 48, 64), "mpeg4")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import time\nimport stdit.data.decoding as d\n"
+        "reported = d._reported\n"
+        "def slow(items, progress):\n    for item in reported(items, progress):\n        time.sleep(0.2)\n        yield item\n"
+        "d._reported = slow\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}")
+    with SubprocessDecoder("pyav", timeout_s=2.5) as decoder:
+        began = time.monotonic()
+        assert decoder.probe(clip).frame_count == 12
+        assert time.monotonic() - began > 4
+        assert decoder.read_part(clip, [11], None).shape == (1, 48, 64, 3)
 
 
 def test_a_crash_is_a_reason(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
