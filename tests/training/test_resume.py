@@ -258,21 +258,31 @@ class Poison:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", ["optim_states", "model_states"])
 def test_a_checkpoint_cannot_run_code(
-    solo: Pool, pair: Pool, small: dict[str, Any], ranks: int, tmp_path: Path
+    solo: Pool, pair: Pool, small: dict[str, Any], kind: str, ranks: int, tmp_path: Path
 ) -> None:
     copy = tmp_path / "run"
     shutil.copytree(small["run_dir"], copy)
     folder = copy / "checkpoints/step-00000002"
-    for shard in folder.glob("zero_pp_rank_0*"):
-        torch.save({"optimizer_state_dict": Poison(tmp_path / "ran"), "ds_config": {}}, shard, pickle_module=pickle)
-    (folder / "manifest.json").unlink()
-    checkpoint.write_manifest(folder)
+    poisoned = list(folder.glob(f"*{kind}.pt"))
+    for shard in poisoned:
+        torch.save({"optimizer_state_dict": 0, "module": Poison(tmp_path / "ran")}, shard, pickle_module=pickle)
+    assert poisoned
+    reseal(folder)
     # Two ranks: the shards go through DeepSpeed's converter, another process.
     data = {**small, "run_dir": str(copy), "data": {**small["data"], "buckets": for_ranks(ranks)}}
     with pytest.raises(RankError, match="no checkpoint is intact"):
         (solo if ranks == 1 else pair)(run, data)
     assert not (tmp_path / "ran").exists()
+
+
+def test_every_file_of_a_checkpoint_is_one_that_cannot_hold_code_or_is_tested_for_it(small: dict[str, Any]) -> None:
+    """Tensors in safetensors, numbers in JSON, settings in YAML; torch's files are those of the test above."""
+    files = [path for path in (Path(small["run_dir"]) / "checkpoints/step-00000002").rglob("*") if path.is_file()]
+    others = [path.name for path in files if path.suffix not in (".safetensors", ".json", ".yaml")]
+    assert others
+    assert all(name.endswith(("optim_states.pt", "model_states.pt")) for name in others), others
 
 
 def reseal(folder: Path) -> None:
