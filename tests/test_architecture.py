@@ -1,4 +1,4 @@
-"""The house (docs/architecture.md) held against the imports: who may import whom, and where a library may appear."""
+"""The layers of docs/architecture.md held against the imports: who may import whom, and where a library may appear."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 
 from tests.support.paths import ROOT
 
-ROOMS = ("stdit", "pipelines", "cluster")
+PACKAGES = ("stdit", "pipelines", "cluster")
 
-# Level of each room; a file may import only from lower levels, and from its own room.
+# Level of each package or module; a file may import only from lower levels, and from its own package.
 LEVELS = {
     "stdit": 0,
     "stdit.config": 0,
@@ -73,7 +73,7 @@ CONFINED = {
 }
 
 
-def room(module: str) -> str:
+def layer(module: str) -> str:
     """The longest prefix of `module` that has a level."""
     parts = module.split(".")
     return next(p for n in range(len(parts), 0, -1) if (p := ".".join(parts[:n])) in LEVELS)
@@ -85,7 +85,7 @@ def module_of(file: Path) -> str:
 
 
 def files() -> list[Path]:
-    return sorted(f for r in ROOMS for f in (ROOT / r).rglob("*.py"))
+    return sorted(f for r in PACKAGES for f in (ROOT / r).rglob("*.py"))
 
 
 def imports(file: Path) -> Iterator[tuple[str, bool]]:
@@ -109,11 +109,11 @@ def imports(file: Path) -> Iterator[tuple[str, bool]]:
     "file", [f for f in files() if f != ROOT / "stdit" / "__init__.py"], ids=lambda f: str(f.relative_to(ROOT))
 )
 def test_a_file_imports_only_from_below(file: Path) -> None:
-    own = room(module_of(file))
+    own = layer(module_of(file))
     for name, _ in imports(file):
-        if name.split(".")[0] not in ROOMS:
+        if name.split(".")[0] not in PACKAGES:
             continue
-        other = room(name)
+        other = layer(name)
         allowed = other == own or LEVELS[other] < LEVELS[own] or (LEVELS[own] == LEVELS[other] == 3)
         assert allowed, (
             f"{file.relative_to(ROOT)} ({own}, level {LEVELS[own]}) imports {name} ({other}, level {LEVELS[other]})"
@@ -140,7 +140,7 @@ def test_what_is_shown_is_made_printable() -> None:
 
 
 @pytest.mark.parametrize("file", files(), ids=lambda f: str(f.relative_to(ROOT)))
-def test_a_confined_library_stays_in_its_room(file: Path) -> None:
+def test_a_confined_library_stays_in_its_layer(file: Path) -> None:
     path = str(file.relative_to(ROOT))
     for name, _ in imports(file):
         places = CONFINED.get(name.split(".")[0])
@@ -153,7 +153,7 @@ def test_a_confined_library_stays_in_its_room(file: Path) -> None:
 def test_pipelines_import_only_settings_at_the_top(file: Path) -> None:
     for name, top in imports(file):
         if top and name.split(".")[0] == "stdit":
-            assert LEVELS[room(name)] <= 0.1, (
+            assert LEVELS[layer(name)] <= 0.1, (
                 f"{file.name} imports {name} at the top; heavy modules are imported inside tasks"
             )
 
@@ -209,7 +209,17 @@ def test_no_test_imports_another() -> None:
         assert not [n for n in names if not n.startswith("tests.support")], f"{file.relative_to(ROOT)}: {names}"
 
 
-def test_no_room_is_called_common() -> None:
+def test_no_time_limit_reads_the_wall_clock() -> None:
+    """A clock that jumps changes nothing: durations are of time.monotonic and time.perf_counter."""
+    for file in files():
+        if file == ROOT / "stdit" / "evaluation" / "votes.py":  # when a vote was cast, for people
+            continue
+        named = {ast.unparse(node) for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
+        wall = named & {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "datetime.datetime.now"}
+        assert not wall, f"{file.relative_to(ROOT)}: {wall}"
+
+
+def test_no_module_is_called_common() -> None:
     assert not [f for f in files() if f.stem in ("utils", "common", "helpers", "misc")]
 
 

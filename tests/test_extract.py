@@ -20,8 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from stdit import extract, memory
 from stdit.config import ConfigError, ExtractBucket, ExtractConfig, VideoEncoderConfig, Where, dump
-from stdit.data import extractor as room
-from stdit.data import records
+from stdit.data import extractor, records
 from stdit.data.decoding import open_clip
 from stdit.data.extraction import ExtractionError
 from stdit.data.features import FeatureSet
@@ -269,7 +268,7 @@ def test_a_second_call_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     config = clip_folder.config(tmp_path, rows(tmp_path, 7))
     extract.run(config)
     before = times(config.out)
-    monkeypatch.setattr(room.SubprocessDecoder, "read", None)
+    monkeypatch.setattr(extractor.SubprocessDecoder, "read", None)
     extract.run(config.model_copy(update={"workers": 4, "batch_size": 5, "max_bad_share": 0.5}))
     after = times(config.out)
     assert {k: v for k, v in after.items() if k != "report.json"} == {
@@ -280,15 +279,15 @@ def test_a_second_call_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_an_interrupted_extraction_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = clip_folder.config(tmp_path, rows(tmp_path, 12))
     whole = content(Path(extract.run(config.model_copy(update={"out": tmp_path / "whole"}))))
-    read, calls = room.SubprocessDecoder.read, []
+    read, calls = extractor.SubprocessDecoder.read, []
 
-    def interrupted(self: room.SubprocessDecoder, *args: Any, **more: Any) -> np.ndarray:
+    def interrupted(self: extractor.SubprocessDecoder, *args: Any, **more: Any) -> np.ndarray:
         calls.append(args)
         if len(calls) == 8:
             raise KeyboardInterrupt
         return read(self, *args, **more)
 
-    monkeypatch.setattr(room.SubprocessDecoder, "read", interrupted)
+    monkeypatch.setattr(extractor.SubprocessDecoder, "read", interrupted)
     with pytest.raises(KeyboardInterrupt):
         extract.run(config)
     with pytest.raises(ConfigError, match=r"no index\.json: the extraction into it has not ended"):
@@ -517,7 +516,7 @@ def test_clips_that_fit_no_bucket_are_no_features(tmp_path: Path) -> None:
 def test_what_cannot_work_is_refused_before_any_clip_is_opened(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "SubprocessDecoder", None)
+    monkeypatch.setattr(extractor, "SubprocessDecoder", None)
     config = clip_folder.config(tmp_path, rows(tmp_path, 1), video_encoder=autoencoder(tmp_path / "vae"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()

@@ -253,10 +253,10 @@ def test_no_number_may_be_infinite_or_nan_or_beyond_64_bits(schema: type[BaseMod
 
 @cache
 def attributes_read() -> set[str]:
-    """Every attribute or keyword name that the program reads, over all rooms."""
+    """Every attribute or keyword name that the program reads, over all packages."""
     read: set[str] = set()
-    for room in ("stdit", "pipelines", "cluster"):
-        for file in (ROOT / room).rglob("*.py"):
+    for package in ("stdit", "pipelines", "cluster"):
+        for file in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                     read.add(node.attr)
