@@ -69,7 +69,7 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
                 return train_from_checkpoint(config, report, stop, watchdog)
             except Rewound as rewound:  # once more from the newest checkpoint, without the samples of the spike
                 if rank == 0:
-                    complain(str(rewound))
+                    print_error(str(rewound))
             except RuntimeError as error:
                 if watchdog.trains and (said := lost_connection(error)):
                     raise LostRank(f"{watchdog.where(error)}: the connection to another rank ended ({said})") from error
@@ -355,9 +355,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ConfigError, CheckpointError) as error:
         code = 1 if isinstance(error, SaveError) else 2
         if code == 1:
-            tell_others(error, config)
-        if is_mine(error, stop):
-            complain(f"error: {error}")
+            record_for_others(error, config)
+        if prints_error(error, stop):
+            print_error(f"error: {error}")
     except Exception as error:  # a fault of the program too: the others have to hear of it
         import traceback
 
@@ -366,14 +366,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config is not None and isinstance(error, LostRank):
             failure = find_failure(config.run_dir, int(os.environ.get("RANK", 0)))
             code = 1 if failure else STOPPED
-            complain(f"{error}. {failure or GONE}")
+            print_error(f"{error}. {failure or PEER_GONE}")
         else:
-            tell_others(error, config)
+            record_for_others(error, config)
             if not getattr(error, "shared", False):
-                complain(traceback.format_exc().rstrip())
-            if is_mine(error, stop):
+                print_error(traceback.format_exc().rstrip())
+            if prints_error(error, stop):
                 said = str(error) if isinstance(error, OSError | RuntimeError | ValueError) else repr(error)
-                complain(f"error: {said}")
+                print_error(f"error: {said}")
     with contextlib.suppress(OSError):  # a terminal or pipe that is gone
         sys.stdout.flush()
         sys.stderr.flush()
@@ -382,40 +382,40 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 # A rank that finds its config invalid waits so long for its host's first one to say so and for the launcher to end all.
-HOLD_S = 3.0
+PEER_WAIT_S = 3.0
 
 
 # Of a rank whose connection ended, where no other one says that it failed.
-GONE = f"That process, or its host, is gone. This rank ends with code {STOPPED}, and the same command goes on from the newest checkpoint"
+PEER_GONE = f"That process, or its host, is gone. This rank ends with code {STOPPED}, and the same command goes on from the newest checkpoint"
 
 
-def tell_others(error: Exception, config: Config | None) -> None:
+def record_for_others(error: Exception, config: Config | None) -> None:
     """Leaves `error` to the ranks whose connections to this one end now, if it is this one's own."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if config is not None and several and have_met() and not getattr(error, "shared", False):
+    if config is not None and several and has_process_group() and not getattr(error, "shared", False):
         from stdit.training.lost_rank import record_failure
 
         record_failure(config.run_dir, int(os.environ.get("RANK", 0)), error)
 
 
-def have_met() -> bool:
+def has_process_group() -> bool:
     """Whether there is a process group."""
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_initialized()
 
 
-def is_mine(error: Exception, stop: Stop) -> bool:
+def prints_error(error: Exception, stop: Stop) -> bool:
     """Whether this rank has to say `error`. Rank 0 says what all raise (`shared`); what is found before the ranks have
     met, a host's first, unless it finds nothing wrong."""
     if getattr(error, "shared", False):
         return os.environ.get("RANK", "0") == "0"
-    if have_met() or not isinstance(error, ConfigError) or os.environ.get("LOCAL_RANK", "0") == "0":
+    if has_process_group() or not isinstance(error, ConfigError) or os.environ.get("LOCAL_RANK", "0") == "0":
         return True
     stop.start_training()  # a signal ends waiting, not the process
-    return not stop.wait(HOLD_S)
+    return not stop.wait(PEER_WAIT_S)
 
 
-def complain(message: str) -> None:
+def print_error(message: str) -> None:
     """Prints an error to stderr, with the rank if there are several."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     with contextlib.suppress(OSError):

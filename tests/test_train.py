@@ -321,7 +321,7 @@ def say_error(error: Exception, rank: int, monkeypatch: pytest.MonkeyPatch, sign
         raise Ended
 
     monkeypatch.setattr(verb, "train", fail)
-    monkeypatch.setattr(verb, "HOLD_S", 0.1)
+    monkeypatch.setattr(verb, "PEER_WAIT_S", 0.1)
     monkeypatch.setattr(Stop, "listen", lambda self: self)
     monkeypatch.setattr(os, "_exit", ended)
     for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}.items():
