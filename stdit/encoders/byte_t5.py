@@ -11,13 +11,17 @@ from transformers import T5Config, T5EncoderModel
 from stdit.config import ByteT5Config, ConfigError
 from stdit.memory import check_fits
 
+# Standard deviation of the position bias: heads attend to a few of the letters around, as trained ones do.
+POSITION_BIAS = 2.0
+
 
 def random_byte_t5(config: ByteT5Config) -> T5EncoderModel:
     """A frozen T5 encoder over bytes whose weights follow from `config` alone, on any machine and library version.
 
-    Variances are those of T5's own initialisation (Raffel et al. 2020; attention without 1/sqrt(d), so q
-    takes it), norms are one. Drawn uniformly from PCG64's raw stream: normal numbers pass through log and
-    sqrt, which differ in the last bit between CPUs, and the weights' SHA-256 stands in every checkpoint.
+    Variances are those of T5's own initialisation (Raffel et al. 2020; attention without 1/sqrt(d), so q takes it), but
+    for the position bias: T5's is too small to matter before training, and a caption would be its letters in any
+    order. Norms are one. Drawn uniformly from PCG64's raw stream: normal numbers pass through log and sqrt, which
+    differ in the last bit between CPUs, and the weights' SHA-256 stands in every checkpoint.
     """
     check_byte_t5(config)
     head = config.width // config.num_heads
@@ -28,9 +32,10 @@ def random_byte_t5(config: ByteT5Config) -> T5EncoderModel:
             weight.data.fill_(1.0)
             continue
         std = config.initializer_factor
-        if not name.startswith("shared"):
-            fan_in = config.width if "relative_attention_bias" in name else weight.shape[1]
-            std *= (fan_in * (head if name.endswith(".q.weight") else 1)) ** -0.5
+        if "relative_attention_bias" in name:
+            std *= POSITION_BIAS
+        elif not name.startswith("shared"):
+            std *= (weight.shape[1] * (head if name.endswith(".q.weight") else 1)) ** -0.5
         key = int.from_bytes(hashlib.blake2b(f"{config.seed}\0{name}".encode(), digest_size=8).digest(), "little")
         uniform = np.random.Generator(np.random.PCG64(key)).random(tuple(weight.shape), dtype=np.float32)
         weight.data.copy_(torch.from_numpy((uniform * 2 - 1) * np.float32(3**0.5 * std)))

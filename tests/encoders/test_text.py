@@ -117,7 +117,7 @@ def test_the_random_encoder_is_the_same_on_every_machine() -> None:
     """The fingerprint stands in checkpoints, so it must not change with a library either: a golden value."""
     assert (
         load_text_encoder(RANDOM).identity["fingerprint"]
-        == "7ec2d1c2888ee55583c5a8421635a99d4d4f2a90cf0b2018bbf211ed2783d8aa"
+        == "7e723fa4987f92bda4194bfa8094b56a11b88e0a623a1aa1a10d8f49f9a84f73"
     )
 
 
@@ -130,6 +130,15 @@ def test_the_random_weights_have_t5s_variances() -> None:
     assert std["q"] == pytest.approx((128 * 32) ** -0.5, rel=0.05)
     assert std["k"] == pytest.approx(128**-0.5, rel=0.05)
     assert std["wo"] == pytest.approx(256**-0.5, rel=0.05)
+    assert std["relative_attention_bias"] == pytest.approx(2, rel=0.1)
+
+
+def test_the_random_encoder_tells_words_of_the_same_letters_apart() -> None:
+    """At T5's own scale of the position bias these captions' features differ by half a per cent."""
+    encoder = load_text_encoder(TextEncoderConfig(byte_t5=ByteT5Config(width=128), max_text_tokens=40))
+    features, mask = encoder.encode(["the digit three moves left", "the digit there moves left"])
+    three, there = (features.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    assert (three - there).norm() > 0.08 * three.norm()
 
 
 def test_a_rebuilt_encoder_that_differs_is_refused() -> None:
