@@ -15,7 +15,7 @@ import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,7 +28,7 @@ from stdit.data.decoding import IMAGE_SUFFIXES
 from stdit.data.manifest import Clip
 from stdit.data.object_cache import ObjectCache, version_digest
 from stdit.data.objects import ChangedObject, NoSuchObject, StoreError, is_of_object
-from stdit.data.rows import CAPTION_SUFFIX, READERS, VIDEO_SUFFIXES, ManifestError, read_caption
+from stdit.data.rows import CAPTION_SUFFIX, READERS, VIDEO_SUFFIXES, ManifestError, read_caption, scan_folder
 from stdit.files import read_text
 
 LINK = "footage"
@@ -116,7 +116,17 @@ def _clips(entry: str) -> tuple[list[Clip], Path | None]:
         raise ConfigError(
             f"footage: {entry}: expected a folder, a pattern, a list of files (.txt) or a manifest ({', '.join(READERS)})"
         )
-    return list(manifest.read(path)), path if path.is_dir() else path.parent
+    return (_folder_clips(path), path) if path.is_dir() else (list(manifest.read(path)), path.parent)
+
+
+def _folder_clips(folder: Path) -> list[Clip]:
+    """Clips of a folder. Those whose names are not UTF-8, which no manifest holds, are there too, to be counted."""
+    found = scan_folder(folder)
+    unreadable = [name for name in found.clips if readable_name(name) is not None]
+    named = tuple(name for name in found.clips if readable_name(name) is None)
+    captions = {name: found.captions[name] for name in named if name in found.captions}
+    clips = manifest.of_folder(folder, replace(found, clips=named, captions=captions)) if named else ()
+    return [*clips, *(Clip(name, folder, "", captioned=False) for name in unreadable)]
 
 
 def _objects(url: Url) -> list[Clip]:

@@ -184,7 +184,7 @@ def read(path: Path | Url | str) -> Manifest:
         return _read_url(Url.parse(str(path)))
     path = Path(path)
     if path.is_dir():
-        return _of_folder(path, scan_folder(path))
+        return of_folder(path, scan_folder(path))
     if path.suffix.lower() not in READERS:
         raise ManifestError(
             f"{path}: a manifest is a folder of clips or one of {', '.join(READERS)}; found suffix {path.suffix!r}"
@@ -215,7 +215,8 @@ def _sha256(path: Path) -> str:
         raise ManifestError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _of_folder(folder: Path | Url, found: ClipFolder) -> Manifest:
+def of_folder(folder: Path | Url, found: ClipFolder) -> Manifest:
+    """The manifest of a folder's files, or of some of them. ManifestError: as `read`."""
     clips = _checked(folder, folder, folder_rows(folder, found))
     listed = [[clip.key, clip.caption if clip.captioned else None] for clip in clips]
     digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
@@ -227,7 +228,7 @@ def _read_url(url: Url) -> Manifest:
     try:
         reader = READERS.get(url.suffix.lower())
         if reader is None:
-            return _of_folder(url, clip_folder(url, objects.listing(url)))
+            return of_folder(url, clip_folder(url, objects.listing(url)))
         with tempfile.NamedTemporaryFile(suffix=url.suffix) as copy:
             objects.download(url, cast(BinaryIO, copy))
             path = Path(copy.name)

@@ -190,11 +190,12 @@ def test_a_captioner_that_is_out_of_reach_is_not_asked_about_every_clip(
     assert (footage.parent / "asked").read_text() == "once\n" * 2
 
 
-def test_a_name_that_is_not_utf_8_is_a_bad_file(footage: Path) -> None:
+@pytest.mark.parametrize("pattern", ["", "*"])
+def test_a_name_that_is_not_utf_8_is_a_bad_file(footage: Path, pattern: str) -> None:
     name = os.fsencode(footage) + b"/caf\xe9.mp4"
     with open(name, "wb") as file:
         file.write((footage / "b.mp4").read_bytes())
-    curation = config(footage, footage=str(footage / "*"), max_bad_share=0.5)
+    curation = config(footage, footage=str(footage / pattern), max_bad_share=0.5)
     manifest = run(curation)
     report = json.loads((curation.out / "report.json").read_text())
     (bad,) = report["bad_files"]
