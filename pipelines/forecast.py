@@ -96,7 +96,7 @@ class Forecast:
         if shared > 1:
             lines.append(f"  {self.ranks} ranks = {self.ranks // shared} data parallel x {shared} sequence parallel")
         lines.append(
-            f"  memory of a rank (ZeRO-{self.zero_stage}, {self.precision}): {_bytes(m.total)} = {_terms(m.held)} + {_bytes(m.beside(m.peak))} in {m.peak}"
+            f"  memory of a rank (ZeRO-{self.zero_stage}, {self.precision}): {_bytes(m.total)} = {_terms(m.resident)} + {_bytes(m.beside(m.peak))} in {m.peak}"
         )
         lines += [f"    {phase}: {_bytes(m.beside(phase))} = {_terms(terms)}" for phase, terms in m.phases.items()]
         lines.append(
@@ -159,7 +159,7 @@ def forecast(
     for _ in range(config.train.steps):
         step = schedule.plan_step(taken)
         taken = step.position
-        for key in step.taken:
+        for key in step.samples_by_bucket:
             steps[key] += 1
     text = text_length if config.model.text_dim is not None else 0
     sizes = parameter_sizes(config.model, config.train)

@@ -75,7 +75,7 @@ class Costs:
         while True:
             step = schedule.plan_step(position)
             position = step.position
-            yield float(sum(samples * flops[key] for key, samples in step.taken.items()))
+            yield float(sum(samples * flops[key] for key, samples in step.samples_by_bucket.items()))
 
     def total(self, config: Config) -> float:
         """FLOPs of the run."""

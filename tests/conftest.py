@@ -128,6 +128,15 @@ def _scheduled_as_before() -> Iterator[None]:
         assert os.sched_getscheduler(0) not in (os.SCHED_FIFO, os.SCHED_RR)
 
 
+@pytest.fixture(autouse=True)
+def _no_rank() -> Iterator[None]:
+    """No test trains in its worker: all that later tests start would take themselves for one of its ranks."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    before = [os.environ.get(name) for name in names]
+    yield
+    assert [os.environ.get(name) for name in names] == before
+
+
 def _group(item: pytest.Item) -> str | None:
     return next((name for name, prefixes in GROUPS.items() if item.nodeid.startswith(prefixes)), None)
 

@@ -131,7 +131,7 @@ class FeatureIndex(SealedSchema):
 
     @field_validator("format")
     @classmethod
-    def _known_format(cls, value: int) -> int:
+    def _check_format(cls, value: int) -> int:
         if value != FORMAT:
             raise ValueError(f"{value}, this version reads {FORMAT}")
         return value

@@ -122,7 +122,7 @@ class PlannedStep(NamedTuple):
     packed: tuple[str, ...] | None
 
     @property
-    def taken(self) -> dict[str, int]:
+    def samples_by_bucket(self) -> dict[str, int]:
         """Samples by bucket key, over all ranks."""
         return {key: end - self.first[key] for key, end in self.position.items() if end > self.first[key]}
 
@@ -132,13 +132,13 @@ class Step:
     """One rank's part of one optimizer step."""
 
     batches: tuple[Batch | PackedBatch, ...]  # one per micro-step
-    taken: dict[str, int]  # samples by bucket key, over all ranks and micro-steps
+    samples_by_bucket: dict[str, int]  # samples by bucket key, over all ranks and micro-steps
     position: dict[str, int]  # samples taken from each bucket's stream, this step included
     imbalance: float  # how far the rank with the most or least work is from the mean, as a share of it
 
     @property
     def samples(self) -> int:
-        return sum(self.taken.values())
+        return sum(self.samples_by_bucket.values())
 
     @property
     def parts(self) -> list[Batch]:
@@ -314,7 +314,7 @@ class Loader(BucketSchedule):
         if not isinstance(self.source, Mixture):
             return {}
         streams = ((stream, position[key]) for key, stream in self.streams.items())
-        taken = sum(stream.taken(end) for stream, end in streams if isinstance(stream, MixedStream))
+        taken = sum(stream.samples_before(end) for stream, end in streams if isinstance(stream, MixedStream))
         return {name: int(count) for name, count in zip(self.source.names, np.asarray(taken), strict=True)}
 
     def _plan(self) -> Iterator[PlannedStep]:
@@ -324,7 +324,7 @@ class Loader(BucketSchedule):
             position = step.position
             if any(
                 step.first[key] < other.stop and other.start < position[key]
-                for key in step.taken
+                for key in step.samples_by_bucket
                 for other in self.left_out.get(key, ())
             ):
                 continue
@@ -382,7 +382,7 @@ class Loader(BucketSchedule):
     def _share(self, step: PlannedStep) -> RankShare:
         if step.packed is not None:
             return self._packed_share(step, step.packed)
-        ((key, samples),) = step.taken.items()
+        ((key, samples),) = step.samples_by_bucket.items()
         (bucket,) = (b for b in self.data.buckets if b.key == key)
         count, first = self.micro_batches[key].accumulation, step.first[key]
         # A run of its own, so that ranks differ by one sample at most.
@@ -438,7 +438,7 @@ class Loader(BucketSchedule):
 
     def _weighted(self, step: PlannedStep, share: RankShare) -> list[tuple[list[BatchPart], float]]:
         """This rank's micro-batches, and the weights of their mean losses."""
-        count, samples = len(share.micro_batches), sum(step.taken.values())
+        count, samples = len(share.micro_batches), sum(step.samples_by_bucket.values())
         return [
             (parts, sum(len(part.stream) for part in parts) * self.ranks * count / samples)
             for parts in share.micro_batches
@@ -446,7 +446,7 @@ class Loader(BucketSchedule):
 
 
 def _step(step: PlannedStep, share: RankShare, batches: Sequence[Batch | PackedBatch]) -> Step:
-    return Step(tuple(batches), step.taken, step.position, share.imbalance)
+    return Step(tuple(batches), step.samples_by_bucket, step.position, share.imbalance)
 
 
 class Synthetic:

@@ -53,7 +53,7 @@ class MixedStream:
         number, own = self._find(position)
         return self.streams[number].epoch_of(own)
 
-    def taken(self, position: int) -> np.ndarray:
+    def samples_before(self, position: int) -> np.ndarray:
         """Samples of each set before `position`."""
         epoch, within = divmod(position, self.length)
         return epoch * self.counts + [np.searchsorted(places, within) for places in self._order(epoch)[1]]

@@ -56,7 +56,7 @@ class Staging:
                 f"out: {self.url} holds {next(iter(there))} and no extraction; features go into a folder of their own"
             )
         names = [name for name in there if name in (settings, INDEX, REPORT, SAMPLES) or _RECORD.fullmatch(name)]
-        waiting = {record_path(self.folder, number).name for number in self._made()}
+        waiting = {record_path(self.folder, number).name for number in self._shards_here()}
         for path in (self.folder / "parts").glob("*"):
             if path.name not in waiting and f"{PARTS}{path.name}" not in there:
                 path.unlink()
@@ -96,7 +96,7 @@ class Staging:
     def push_waiting(self, stale: Container[int]) -> None:
         """Uploads the shards that an earlier extraction made here and could not upload; the `stale` ones are made
         again."""
-        for number in self._made():
+        for number in self._shards_here():
             if number not in stale and record_path(self.folder, number).exists():
                 self.push_shard(number)
 
@@ -106,7 +106,7 @@ class Staging:
             with suppress(NoSuchObject):
                 objects.delete(self.url / name)
 
-    def _made(self) -> list[int]:
+    def _shards_here(self) -> list[int]:
         """Numbers of the shards that are in the folder."""
         return sorted(int(path.stem) for path in (self.folder / "shards").glob("[0-9]*.safetensors"))
 

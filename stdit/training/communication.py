@@ -104,7 +104,7 @@ class GatheredWeights(NamedTuple):
     prefetch: int
 
     @property
-    def held(self) -> int:
+    def resident(self) -> int:
         """That a rank has whole at once, beside its own part."""
         return self.once + min(self.forward, self.kept)
 

@@ -157,7 +157,7 @@ def _check_checkpoint_copy(memory: Memory, needed: int, train: TrainConfig) -> N
     fit beside it."""
     local, available = local_ranks() or 1, host_memory()
     # Without ZeRO rank 0 alone copies; with it, what is partitioned is copied by all.
-    others = memory.held["optimizer"] + memory.held["average"] if train.zero_stage else 0
+    others = memory.resident["optimizer"] + memory.resident["average"] if train.zero_stage else 0
     copies = memory.checkpoint_copy + memory.full_weights + (local - 1) * others
     if memory.checkpoint_copy and needed * local <= available < needed * local + copies:
         raise ConfigError(

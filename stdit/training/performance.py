@@ -102,7 +102,7 @@ class Performance:
         """Adds the samples, tokens and FLOPs of a step (of all ranks)."""
         self._steps += 1
         self._samples += step.samples
-        for key, samples in step.taken.items():
+        for key, samples in step.samples_by_bucket.items():
             tokens, flops = self._cost(Bucket.parse(key)) if self.ranks.is_main else (0, 0)
             self._tokens += samples * tokens
             self._flops += samples * flops

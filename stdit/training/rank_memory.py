@@ -54,14 +54,14 @@ Bytes = dict[str, int]
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. held: throughout, by name. phases: beside that in each phase of a step, by name.
+    """Bytes of one rank. resident: throughout, by name. phases: beside that in each phase of a step, by name.
 
     In the host's memory, not in `total`: building, while the model is built or loaded, beside what the device has of
     it; of rank 0 checkpoint_copy, and full_weights, which it joins from all ranks' parts (and rounds for snapshots)
     while a checkpoint is written.
     """
 
-    held: Mapping[str, int]
+    resident: Mapping[str, int]
     phases: Mapping[str, Mapping[str, int]]
     checkpoint_copy: int = 0
     full_weights: int = 0
@@ -69,7 +69,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return sum(self.held.values()) + self.beside(self.peak)
+        return sum(self.resident.values()) + self.beside(self.peak)
 
     @property
     def peak(self) -> str:
@@ -77,7 +77,7 @@ class Memory:
         return max(self.phases, key=self.beside)
 
     def beside(self, phase: str) -> int:
-        """Bytes of a phase beside what is held."""
+        """Bytes of a phase beside what is resident."""
         return sum(self.phases[phase].values())
 
     @property
@@ -87,7 +87,7 @@ class Memory:
     @property
     def gradients(self) -> int:
         """Those that the optimizer's step takes."""
-        return self.held.get("gradients", 0) or self.phases[STEP]["gradients"]
+        return self.resident.get("gradients", 0) or self.phases[STEP]["gradients"]
 
 
 FORWARD, REDUCTION = "forward and backward", "reduction of gradients"
@@ -132,9 +132,9 @@ def rank_memory(
 
     step = _Step(parameters, train, ranks, activations, micro_batches > 1, device)
     stage_1 = step.stage_1_bf16 if bf16 else step.buckets
-    held, phases = (step.without_zero, stage_1, step.buckets, step.stage_3)[stage]()
-    held = {"weights": weights + share(weight * frozen, 3), "optimizer": optimizer, "average": average} | held
-    return Memory(held, phases, copied, joined, building)
+    resident, phases = (step.without_zero, stage_1, step.buckets, step.stage_3)[stage]()
+    resident = {"weights": weights + share(weight * frozen, 3), "optimizer": optimizer, "average": average} | resident
+    return Memory(resident, phases, copied, joined, building)
 
 
 def copies_checkpoints(train: TrainConfig) -> bool:
@@ -145,7 +145,7 @@ def copies_checkpoints(train: TrainConfig) -> bool:
 
 
 class _Step:
-    """What a step takes beside weights, optimizer state and averages: (held, phases) of each of DeepSpeed's
+    """What a step takes beside weights, optimizer state and averages: (resident, phases) of each of DeepSpeed's
     optimizers."""
 
     def __init__(
@@ -223,12 +223,12 @@ class _Step:
         gathered = in_flight = 0
         if self.ranks > 1:
             found = gathered_weights(self.parameters, self.train, self.zero, self.ranks)
-            gathered, in_flight = self.weight * found.held, self.weight * found.in_flight
+            gathered, in_flight = self.weight * found.resident, self.weight * found.in_flight
         part = 4 * self.part
         flat = self.filled * self.sent
         converted = -(-4 * self.filled // self.ranks) if self.bf16 else 0
-        held = {"gradients": part, "gradient bucket": self.sent * self.bucket}
-        return held, {
+        resident = {"gradients": part, "gradient bucket": self.sent * self.bucket}
+        return resident, {
             FORWARD: {"activations": self.activations, "gathered weights": gathered, "in flight": in_flight},
             REDUCTION: {
                 "activations": int(self.left * self.activations),

@@ -102,7 +102,9 @@ def test_an_epoch_has_each_sets_share_and_a_set_repeats_no_sample_before_all_wer
     anew = MixedStream(sets, counts, seed, BUCKET)
     for position in (2 * stream.length + 1, 1, stream.length):
         assert anew.at(position) == order[position]
-        assert anew.taken(position).tolist() == [sum(i // 100 == n for i in order[:position]) for n in range(len(sets))]
+        assert anew.samples_before(position).tolist() == [
+            sum(i // 100 == n for i in order[:position]) for n in range(len(sets))
+        ]
     # Its own order in each epoch and for each seed.
     if stream.length > 12:
         other = MixedStream(sets, counts, seed + 1, BUCKET)

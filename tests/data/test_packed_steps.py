@@ -96,7 +96,7 @@ def test_steps_are_the_same_on_any_number_of_ranks_and_after_a_resume() -> None:
     for i in range(3):
         assert samples([whole[i]]) == samples([own[i] for own in pair])
         assert samples([whole[3 + i]]) == samples([later[i]])
-        assert pair[0][i].taken == whole[i].taken
+        assert pair[0][i].samples_by_bucket == whole[i].samples_by_bucket
         assert pair[0][i].position == whole[i].position
         assert pair[0][i].imbalance < 0.1
 
@@ -114,7 +114,7 @@ def test_positions_that_seed_samples_are_unique_over_the_run_and_buckets_keep_th
 def test_steps_use_their_tokens_and_micro_batches_weigh_by_their_samples() -> None:
     for step in islice(loader(), 20):
         sizes = {"3x8x8": 48, "1x8x8": 16, "1x4x8": 8}
-        total = sum(sizes[key] * n for key, n in step.taken.items())
+        total = sum(sizes[key] * n for key, n in step.samples_by_bucket.items())
         assert 700 - 48 < total <= 700
         for batch in step.batches:
             assert sum(sizes[part.bucket.key] * len(part) for part in batch.parts) <= 150

@@ -101,8 +101,8 @@ def test_an_adapter_s_forecast_counts_what_it_trains() -> None:
     lora = stage(lora={"rank": 2})
     found = forecast(lora, Resources(), Source(), (1, 1, 1), 5)
     assert 0 < found.trained < found.parameters / 5
-    assert found.memory.held["optimizer"] == 12 * found.trained < whole.memory.held["optimizer"] / 5
-    assert found.memory.held["weights"] >= whole.memory.held["weights"]
+    assert found.memory.resident["optimizer"] == 12 * found.trained < whole.memory.resident["optimizer"] / 5
+    assert found.memory.resident["weights"] >= whole.memory.resident["weights"]
     assert found.flops < whole.flops
     assert "M parameters (0.0" in str(found)
     assert " trained), " in str(found)
@@ -159,7 +159,7 @@ def test_memory_is_rajbhandaris() -> None:
         found = rank_memory([ParameterSize(7_500_000_000, True)], train, 64)
         # The paper sums gradients in 16 bits and has no moving average.
         gradients = found.gradients // (2 if zero else 1)
-        sizes[zero] = (found.held["weights"] + gradients + found.held["optimizer"]) / 1e9
+        sizes[zero] = (found.resident["weights"] + gradients + found.resident["optimizer"]) / 1e9
     assert [round(sizes[zero], 1) for zero in (0, 1, 2, 3)] == [120.0, 31.4, 16.6, 1.9]
 
 
@@ -170,7 +170,7 @@ def test_a_higher_zero_stage_never_takes_more_but_for_buffers(parameters: int, r
     for zero in (1, 2, 3):
         train = validate({"steps": 1, "precision": precision, "zero_stage": zero}, TrainConfig, "t")
         found = rank_memory([ParameterSize(parameters, True)], train, ranks)
-        totals.append(sum(found.held[name] for name in ("weights", "optimizer", "average")) + found.gradients)
+        totals.append(sum(found.resident[name] for name in ("weights", "optimizer", "average")) + found.gradients)
     assert totals == sorted(totals, reverse=True)
 
 

@@ -97,7 +97,7 @@ def test_stage_3_gathers_once_what_it_can_keep_and_small_tensors_once_a_step() -
     assert small.all_gathers == 1
     kept, large = (zero_traffic(model(n * BILLION), train(3), 8) for n in (1, 4))
     assert (kept.all_gathered, large.all_gathered) == (2 * BILLION, 2 * (4 + 3) * BILLION)
-    held = [gathered_weights(model(n * BILLION), train(3), {}, 8).held for n in (1, 4)]
+    held = [gathered_weights(model(n * BILLION), train(3), {}, 8).resident for n in (1, 4)]
     assert held == [BILLION, BILLION]
 
 

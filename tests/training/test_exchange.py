@@ -34,8 +34,9 @@ def test_a_rank_that_waits_for_another_counts_it_as_exchange(pair: Pool, tmp_pat
     assert "in exchange between ranks" in found["said"]
 
 
-def test_a_rank_alone_has_no_exchange(tmp_path: Path) -> None:
-    found = run(settings(tmp_path, train={"steps": 2}))
+@pytest.mark.distributed
+def test_a_rank_alone_has_no_exchange(solo: Pool, tmp_path: Path) -> None:
+    (found,) = solo(run, settings(tmp_path, train={"steps": 2}))
     assert not any("seconds_exchange" in entry for entry in found["metrics"])
     assert "exchange" not in found["said"]
     assert numbers(found["metrics"])

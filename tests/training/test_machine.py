@@ -137,7 +137,7 @@ def test_frozen_weights_take_neither_gradients_nor_optimizer_state(tmp_path: Pat
     assert frozen == parameter_count(config.model)
     assert 0 < trained < frozen
     memory = machine.step_memory(config, config.data.buckets[0], LATENTS["1x16x16"], 0, 1, 1, "cpu")
-    assert memory.held == {"weights": 4 * (trained + frozen), "optimizer": 8 * trained, "average": 4 * trained}
+    assert memory.resident == {"weights": 4 * (trained + frozen), "optimizer": 8 * trained, "average": 4 * trained}
     assert memory.gradients == 4 * trained
     assert memory.activations > 0
 
@@ -152,7 +152,7 @@ def test_full_weights_are_counted_beside_the_copy_of_a_checkpoint(
     assert needed.full_weights == 4 * parameters
     assert rank_memory(sizes, config.train, 1).full_weights == 0
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    copies = needed.checkpoint_copy + needed.held["optimizer"] + needed.held["average"] + needed.full_weights
+    copies = needed.checkpoint_copy + needed.resident["optimizer"] + needed.resident["average"] + needed.full_weights
     monkeypatch.setattr(machine, "host_memory", lambda: 2 * needed.total + copies)
     machine._check_checkpoint_copy(needed, needed.total, config.train)
     monkeypatch.setattr(machine, "host_memory", lambda: 2 * needed.total + copies - 1)
@@ -190,8 +190,8 @@ def test_profiles_of_the_ema_are_counted_as_averages_of_their_own(tmp_path: Path
         )
         for ema in ({}, {"profiles": {"sigma_rel": (0.05, 0.1), "every": 1}})
     )
-    average = plain.held["average"]
-    assert kept.held["average"] == 3 * average
+    average = plain.resident["average"]
+    assert kept.resident["average"] == 3 * average
     assert kept.total - plain.total == kept.checkpoint_copy - plain.checkpoint_copy == 2 * average
     assert kept.full_weights - plain.full_weights == 2 * 1000  # float16
 

@@ -17,6 +17,7 @@ from stdit.training.data import open_data
 from stdit.training.distributed import Ranks
 from stdit.training.performance import Performance
 from tests.support.rank_jobs import config_of, run, settings
+from tests.support.rank_pool import Pool
 
 
 class Clock:
@@ -126,8 +127,8 @@ def test_peak_is_configured_or_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_writes_a_trace_of_the_configured_steps_and_says_where_its_time_went(tmp_path: Path) -> None:
-    result = run(settings(tmp_path, train={"steps": 5, "profile": {"start": 3, "steps": 2}}))
+def test_a_run_writes_a_trace_of_the_configured_steps_and_says_where_its_time_went(solo: Pool, tmp_path: Path) -> None:
+    (result,) = solo(run, settings(tmp_path, train={"steps": 5, "profile": {"start": 3, "steps": 2}}))
     assert "time: " in result["said"]
     (file,) = (tmp_path / "profile").iterdir()
     assert file.name == "step-00000003-rank-0.json.gz"

@@ -39,7 +39,7 @@ def memory(stage: int, precision: str = "fp32", micro_batches: int = 1, device: 
 
 def terms(found: Memory) -> dict[str, dict[str, int]]:
     """In bytes a million, without those that are 0."""
-    phases = {"held": found.held, **found.phases}
+    phases = {"held": found.resident, **found.phases}
     return {phase: {name: n // MILLION for name, n in each.items() if n} for phase, each in phases.items()}
 
 
@@ -140,20 +140,20 @@ def test_each_term_is_what_deepspeed_allocates(name: str) -> None:
     found, expected = PAPER[name][0](), PAPER[name][1]
     assert terms(found) == expected
     phases = {phase: sum(each.values()) for phase, each in found.phases.items()}
-    assert found.total == sum(found.held.values()) + max(phases.values())
+    assert found.total == sum(found.resident.values()) + max(phases.values())
     assert found.peak == max(phases, key=lambda phase: phases[phase])
 
 
 def test_by_default_a_bucket_is_an_eighth_of_a_large_model() -> None:
     config = TrainConfig(steps=1, zero_stage=3)  # pyright: ignore
     found = rank_memory([ParameterSize(MILLION, True)] * 400, config, 4, 0)
-    assert found.held["gradient bucket"] == found.phases[REDUCTION]["flat copy"] == 4 * 50 * MILLION
+    assert found.resident["gradient bucket"] == found.phases[REDUCTION]["flat copy"] == 4 * 50 * MILLION
 
 
 def test_frozen_weights_are_weights_alone() -> None:
     config = TrainConfig(steps=1, zero_stage=1)  # pyright: ignore
     alone, beside = (rank_memory(sizes, config, 4, 0) for sizes in (SIZES, [*SIZES, ParameterSize(MILLION, False)]))
-    assert beside.total - alone.total == beside.held["weights"] - alone.held["weights"] == 4 * MILLION
+    assert beside.total - alone.total == beside.resident["weights"] - alone.resident["weights"] == 4 * MILLION
 
 
 # --------------------------------------------------------------------------------- against DeepSpeed
